@@ -1,0 +1,1 @@
+"""Image sets as users have them, checked and turned into one tensor each."""

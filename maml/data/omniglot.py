@@ -1,0 +1,242 @@
+"""Omniglot (Lake et al. 2015), 1623 characters x 20 drawings, from the zips or folders that users have."""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from io import BytesIO
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
+from maml.errors import MamlError
+
+NUM_DRAWINGS = 20
+IMAGE_SIZE = 28
+
+# Each half of the data set: how many characters each alphabet has, 964 and 659 in all.
+ALPHABETS = {
+    "images_background": {
+        "Alphabet_of_the_Magi": 20,
+        "Anglo-Saxon_Futhorc": 29,
+        "Arcadian": 26,
+        "Armenian": 41,
+        "Asomtavruli_(Georgian)": 40,
+        "Balinese": 24,
+        "Bengali": 46,
+        "Blackfoot_(Canadian_Aboriginal_Syllabics)": 14,
+        "Braille": 26,
+        "Burmese_(Myanmar)": 34,
+        "Cyrillic": 33,
+        "Early_Aramaic": 22,
+        "Futurama": 26,
+        "Grantha": 43,
+        "Greek": 24,
+        "Gujarati": 48,
+        "Hebrew": 22,
+        "Inuktitut_(Canadian_Aboriginal_Syllabics)": 16,
+        "Japanese_(hiragana)": 52,
+        "Japanese_(katakana)": 47,
+        "Korean": 40,
+        "Latin": 26,
+        "Malay_(Jawi_-_Arabic)": 40,
+        "Mkhedruli_(Georgian)": 41,
+        "N_Ko": 33,
+        "Ojibwe_(Canadian_Aboriginal_Syllabics)": 14,
+        "Sanskrit": 42,
+        "Syriac_(Estrangelo)": 23,
+        "Tagalog": 17,
+        "Tifinagh": 55,
+    },
+    "images_evaluation": {
+        "Angelic": 20,
+        "Atemayar_Qelisayer": 26,
+        "Atlantean": 26,
+        "Aurek-Besh": 26,
+        "Avesta": 26,
+        "Ge_ez": 26,
+        "Glagolitic": 45,
+        "Gurmukhi": 45,
+        "Kannada": 41,
+        "Keble": 26,
+        "Malayalam": 47,
+        "Manipuri": 40,
+        "Mongolian": 30,
+        "Old_Church_Slavonic_(Cyrillic)": 45,
+        "Oriya": 46,
+        "Sylheti": 28,
+        "Syriac_(Serto)": 23,
+        "Tengwar": 25,
+        "Tibetan": 42,
+        "ULOG": 26,
+    },
+}
+
+_CACHE_NAME = "omniglot_28x28_nearest"
+_SOURCE_SIZE = (105, 105)
+_HOMEPAGE = "https://github.com/brendenlake/omniglot/tree/master/python"
+_DRAWING = re.compile(r"images_\w+/[^/]+/[^/]+/[^/.][^/]*\.png")  # not the hidden files that some systems add
+
+
+def load_omniglot(data_dir: Path, cache_dir: Path, download: bool = True) -> ImageSet:
+    """Loads both halves of Omniglot, merged as in section 5.2 of the paper and its code.
+
+    Each half is searched in ``omniglot/``, ``omniglot-py/`` and ``data_dir`` itself, first as a zip and then as an
+    extracted folder: ``images_background`` and ``images_evaluation``. Where a half is missing, a cache that was
+    built before is enough.
+
+    Args:
+        data_dir: only written to by a download.
+        cache_dir: holds the tensor built from the original files.
+        download: whether a missing half is fetched with torchvision into ``data_dir/omniglot/``.
+
+    Returns:
+        ``images`` uint8 ``(1623, 20, 28, 28)``, ink = 1 and paper = 0, the drawings of a character in the order of
+        their file names; ``classes`` as ``alphabet/characterNN``, sorted.
+
+    Raises:
+        MamlError: if files are missing or damaged, the download fails, or the cache cannot be written.
+    """
+    found = _find(data_dir)
+    if missing := [half for half in ALPHABETS if half not in found]:
+        if (cached := load_cache(cache_dir, _CACHE_NAME)) is not None:
+            return cached
+        if not download:
+            raise MamlError(_how_to_provide(data_dir, missing))
+        _download(data_dir, missing)
+        found = _find(data_dir)
+    sizes = {name: size for source in found.values() for name, size in _list_drawings(source)}
+    return cached_tensor(cache_dir, _CACHE_NAME, fingerprint(sizes), lambda: _read(found, _group(sizes, data_dir)))
+
+
+def _find(data_dir: Path) -> dict[str, Path]:
+    # Zips first: thousands of small files are slow to list on a network drive.
+    places = [data_dir / "omniglot", data_dir / "omniglot-py", data_dir]
+    found = {}
+    for half in ALPHABETS:
+        zips, folders = [place / f"{half}.zip" for place in places], [place / half for place in places]
+        if source := next((path for path in zips + folders if path.exists()), None):
+            found[half] = source
+    return found
+
+
+def _list_drawings(source: Path) -> Iterator[tuple[str, int]]:
+    """Yields ``images_background/<alphabet>/<character>/<file>.png`` and its size in bytes."""
+    for name, size in _list_zip(source) if source.suffix == ".zip" else _list_folder(source):
+        if _DRAWING.fullmatch(name):
+            yield name, size
+
+
+def _list_zip(source: Path) -> Iterator[tuple[str, int]]:
+    try:
+        with ZipFile(source) as archive:
+            members = archive.infolist()
+    except (BadZipFile, OSError) as error:
+        raise MamlError(
+            f"{source} cannot be read as a zip ({error}); replace it, for example from {_HOMEPAGE}"
+        ) from error
+    for member in members:
+        yield member.filename, member.file_size
+
+
+def _list_folder(source: Path) -> Iterator[tuple[str, int]]:
+    for folder, _, files in os.walk(source):
+        prefix = Path(folder).relative_to(source.parent).as_posix()
+        for file in files:
+            yield f"{prefix}/{file}", os.stat(os.path.join(folder, file)).st_size
+
+
+def _group(names: Iterable[str], data_dir: Path) -> dict[str, list[str]]:
+    """Sorts file names into the 1623 folders ``half/alphabet/characterNN``, all of which must be complete."""
+    expected = [
+        f"{half}/{alphabet}/character{number:02d}"
+        for half, alphabets in ALPHABETS.items()
+        for alphabet, num_characters in alphabets.items()
+        for number in range(1, num_characters + 1)
+    ]
+    drawings: dict[str, list[str]] = {folder: [] for folder in expected}
+    for name in sorted(names):
+        drawings.setdefault(name.rpartition("/")[0], []).append(name)
+
+    wrong = [
+        f"{folder} has {len(drawings[folder])} of {NUM_DRAWINGS} drawings"
+        for folder in expected
+        if len(drawings[folder]) != NUM_DRAWINGS
+    ]
+    wrong += [f"{folder} does not belong to Omniglot" for folder in list(drawings)[len(expected) :]]
+    if wrong:
+        more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise MamlError(
+            f"Omniglot in {data_dir} is not the 1623 characters x 20 drawings: {', '.join(wrong[:10])}{more}; "
+            f"put the original files back, for example from {_HOMEPAGE}"
+        )
+    return drawings
+
+
+def _read(sources: dict[str, Path], drawings: dict[str, list[str]]) -> tuple[Tensor, list[str]]:
+    halves = {label: half for half, _, label in (folder.partition("/") for folder in drawings)}
+    classes = sorted(halves)
+    images = np.empty((len(classes), NUM_DRAWINGS, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    with ExitStack() as stack:
+        readers = {half: stack.enter_context(_reader(source)) for half, source in sources.items()}
+        for index, label in enumerate(classes):
+            half = halves[label]
+            for drawing, name in enumerate(drawings[f"{half}/{label}"]):
+                try:
+                    images[index, drawing] = _ink(readers[half](name))
+                except Exception as error:  # broken bytes raise a dozen types in Pillow, zipfile and zlib
+                    raise MamlError(
+                        f"{name} in {sources[half]} cannot be decoded ({error}); "
+                        f"put the original file back, for example from {_HOMEPAGE}"
+                    ) from error
+    return torch.from_numpy(images), classes
+
+
+@contextmanager
+def _reader(source: Path) -> Iterator[Callable[[str], bytes]]:
+    if source.suffix == ".zip":
+        with ZipFile(source) as archive:
+            yield archive.read
+    else:
+        yield lambda name: (source.parent / name).read_bytes()
+
+
+def _ink(png: bytes) -> np.ndarray:
+    with Image.open(BytesIO(png)) as drawing:
+        if drawing.size != _SOURCE_SIZE:
+            raise ValueError(f"its size is {drawing.size}, not {_SOURCE_SIZE}")
+        # The authors' code asks for Lanczos, but of 1-bit images Pillow takes the nearest pixel: ink stays 0 or 1.
+        paper = drawing.convert("1").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST)
+    return ~np.asarray(paper)
+
+
+def _download(data_dir: Path, halves: list[str]) -> None:
+    try:
+        from torchvision.datasets import Omniglot  # type: ignore[import-untyped]  # fails beside some torch builds
+
+        folder = data_dir / "omniglot"
+        folder.mkdir(parents=True, exist_ok=True)
+        for half in halves:
+            # Renamed only when complete and verified, so that an interrupted download leaves no half-written zip.
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                dataset = Omniglot(scratch, background=half == "images_background", download=True)
+                os.replace(Path(dataset.root) / f"{half}.zip", folder / f"{half}.zip")
+    except Exception as error:  # a broken torchvision, the network and the disk each fail in their own way
+        cause = f"{type(error).__name__}: {error}"
+        raise MamlError(f"{_how_to_provide(data_dir, halves)}. The download failed with {cause}") from error
+
+
+def _how_to_provide(data_dir: Path, halves: list[str]) -> str:
+    zips = " and ".join(f"{data_dir}/omniglot/{half}.zip" for half in halves)
+    folders = " and ".join(f"{data_dir}/omniglot-py/{half}/<alphabet>/<character>/*.png" for half in halves)
+    return (
+        f"Omniglot's {' and '.join(halves)} not found in data_dir={data_dir}. Get the zips from {_HOMEPAGE} and put "
+        f"them at {zips}, or extracted at {folders}; if they are elsewhere, set data_dir= in the config or the "
+        f"environment variable MAML_DATA"
+    )

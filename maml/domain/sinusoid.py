@@ -1,0 +1,68 @@
+"""Sinusoid regression (section 5.1): y = A sin(x - phi), fresh amplitudes and phases for ever."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from maml.domain.base import Metrics, Role, Split, SupervisedDomain
+from maml.model.base import Model
+from maml.seeding import Stream
+from maml.types import Count, Examples, Params, Tasks
+
+_AMPLITUDE = (0.1, 5.0)
+_PHASE = (0.0, math.pi)
+_INPUT = (-5.0, 5.0)
+
+
+class Sinusoid(SupervisedDomain):
+    """Regression to sinusoids of random amplitude and phase, without noise.
+
+    Args:
+        num_shots: K, support points per task.
+        num_query: query points per task; None is as many as support points.
+    """
+
+    in_shape = (1,)
+    out_dim = 1
+    headline = "mse"
+    larger_is_better = False
+
+    def __init__(self, num_shots: Count = 10, num_query: Count | None = None) -> None:
+        self.num_shots = num_shots
+        self.num_query = num_query
+
+    def sample_tasks(
+        self,
+        num_tasks: int,
+        stream: Stream,
+        split: Split = "train",
+        num_shots: int | None = None,
+        num_query: int | None = None,
+    ) -> Tasks:
+        """Draws sinusoids and their inputs; the splits differ only in their streams, since tasks never recur."""
+        num_shots = num_shots or self.num_shots
+        num_query = num_query or self.num_query or num_shots
+        # One hash call for all of a batch: on a CPU the sampling would otherwise cost as much as the gradient.
+        ranges = torch.tensor([_AMPLITUDE, _PHASE, *[_INPUT] * (num_shots + num_query)], device=stream.device)
+        low, high = ranges.unsqueeze(-1).unbind(1)
+        drawn = stream.child(split).uniform((num_tasks, 2 + num_shots + num_query, 1)) * (high - low) + low
+        names = ["amplitude", "phase", "support_x", "query_x"]
+        return dict(zip(names, drawn.split([1, 1, num_shots, num_query], dim=1), strict=True))
+
+    def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Examples:
+        x = tasks[f"{role}_x"]
+        y = tasks["amplitude"] * torch.sin(x - tasks["phase"])
+        return Examples(x, y, num_shots=tasks["support_x"].shape[1])
+
+    def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:
+        """Mean squared error. Departure: eq. (2) sums the squares; text and code take the mean."""
+        return (outputs - data.y).square().mean((1, 2)), {}
+
+    def measure(self, model: Model, params: Params, support: Examples, query: Examples, step: int) -> Metrics:
+        """Mean squared error on the query points, and at step 0 on the support points, as the authors' code has it."""
+        data = query if step else support
+        return {"mse": self.loss(model(params, data.x), data)[0]}
+

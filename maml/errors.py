@@ -1,0 +1,13 @@
+"""The errors that a user of the framework can cause, and only those."""
+
+
+class MamlError(ValueError):
+    """A setting, a file or a run is not usable; the message says what, why, and what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop; its state is saved and the same command resumes it."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -1,0 +1,119 @@
+"""Where a run computes. Nothing here may change what a number means."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from maml.domain.base import Domain
+from maml.errors import MamlError
+from maml.types import Count, product
+
+# Support images of a chunk on a CPU, in pixels: about 40 of Omniglot's, whose convolutions then stay in the cache.
+_CHUNK_PIXELS = 40 * 28 * 28
+# Compiling takes up to a minute; it pays for small networks, whose time is the operations' own overhead.
+_MIN_ITERATIONS_TO_COMPILE = 5000
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What was chosen for one run; kept in its checkpoint, so that a resumed run computes the same bits.
+
+    Attributes:
+        num_threads: of the CPU.
+        task_chunk: tasks batched at once; None is all of them.
+        compile: whether the meta-gradient is compiled.
+    """
+
+    num_threads: int
+    task_chunk: int | None
+    compile: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the fields by name."""
+        return asdict(self)
+
+
+class Hardware:
+    """The device, and how the work is cut for it; ``auto`` chooses.
+
+    Args:
+        device: ``auto`` takes the GPU when there is one.
+        num_threads: CPU threads; ``auto`` is all cores for images and one for small vectors, where more would lose.
+        task_chunk: tasks batched at once; ``all``, or ``auto``: all on a GPU, a cache-sized part on a CPU.
+        compile: compile the meta-gradient; ``auto`` does so for long CPU runs of small networks.
+        deterministic: only kernels that give the same bits every time; a resumed GPU run is then exact too.
+
+    Raises:
+        MamlError: if CUDA is asked for and absent.
+    """
+
+    def __init__(
+        self,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        num_threads: Count | Literal["auto"] = "auto",
+        task_chunk: Count | Literal["auto", "all"] = "auto",
+        compile: bool | Literal["auto"] = "auto",
+        deterministic: bool = False,
+    ) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise MamlError(
+                f"hardware.device=cuda, but torch {torch.__version__} sees no CUDA device: use hardware=cpu (or auto), "
+                "or install a CUDA build of torch and check the driver"
+            )
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.num_threads, self.task_chunk, self.compile = num_threads, task_chunk, compile
+        self.deterministic = deterministic
+
+    def choose(self, domain: Domain[Any], num_iterations: int, earlier: Mapping[str, Any]) -> Execution:
+        """Settles what is left to ``auto``.
+
+        Args:
+            domain: of the run.
+            num_iterations: of the run.
+            earlier: the fields of the execution that a checkpoint was made with, which are kept; or nothing.
+        """
+        is_image = len(domain.in_shape) == 3
+        on_cpu = self.device.type == "cpu"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        pixels = product(domain.in_shape) * domain.num_shots * domain.out_dim
+        automatic = {
+            "num_threads": cores if is_image else 1,
+            "task_chunk": max(1, _CHUNK_PIXELS // pixels) if on_cpu and is_image else None,
+            "compile": on_cpu and not is_image and num_iterations >= _MIN_ITERATIONS_TO_COMPILE,
+        } | dict(earlier)
+        chosen: dict[str, Any] = {}
+        for name, value in automatic.items():
+            asked = getattr(self, name)
+            chosen[name] = value if asked == "auto" else None if asked == "all" else asked
+        return Execution(**chosen)
+
+    def apply(self, execution: Execution) -> None:
+        """Sets the process-wide switches."""
+        torch.set_num_threads(execution.num_threads)
+        torch.use_deterministic_algorithms(self.deterministic)
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a reader of a result needs to know about the machine."""
+        described: dict[str, Any] = {"device": str(self.device), "cpu": _cpu_name(), "cores": os.cpu_count()}
+        if self.device.type == "cuda":
+            described["gpu"] = torch.cuda.get_device_name(self.device)
+        return described
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()

@@ -1,0 +1,41 @@
+"""Mirrors a run to TensorBoard."""
+
+import json
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from maml.logger.base import Mirror
+
+
+class TensorBoard(Mirror):
+    """Event files in ``<run_dir>/tensorboard``; ``tensorboard --logdir runs`` shows every run."""
+
+    name = "TensorBoard"
+
+    def _start(self, run_dir: Path, experiment: str, run_id: str, config: dict[str, Any], resumed: bool) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and may be missing
+
+        self._writer = SummaryWriter(run_dir / "tensorboard")
+        self._writer.add_text("config", indent(json.dumps(config, indent=2), " " * 4))
+
+    def _log(self, metrics: dict[str, float], iteration: int) -> None:
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, iteration)
+
+    def _report(self, report: dict[str, Any], pictures: dict[str, Path]) -> None:
+        import numpy as np
+        from PIL import Image
+
+        self._writer.add_scalar("headline", report["headline"], report["iteration"])
+        for curve in report["curves"]:
+            tag = f"evaluation/{curve['metric']}_{curve['num_shots']}shot"
+            for step in curve["steps"]:  # gradient steps on the horizontal axis
+                self._writer.add_scalar(tag, step["mean"], step["step"])
+        for name, path in pictures.items():
+            image = np.asarray(Image.open(path).convert("RGB"))
+            self._writer.add_image(f"pictures/{name}", image, report["iteration"], dataformats="HWC")
+
+    def _finish(self, status: str) -> None:
+        self._writer.add_text("status", status)
+        self._writer.close()

@@ -1,0 +1,90 @@
+"""The four-module convolutional network of Vinyals et al. (2016) as the paper changed it (section 5.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from maml.errors import MamlError
+from maml.functional import ACTIVATIONS, Activation, batch_norm, conv3x3, linear, max_pool
+from maml.model.base import Model, glorot_uniform, zeros
+from maml.seeding import Stream
+from maml.types import Count, Params
+
+_NUM_MODULES = 4
+
+
+class Conv4(Model):
+    """Four modules of [3x3 convolution, batch normalisation, activation, pooling], then one linear layer.
+
+    Padding is one pixel on every side. The authors' TensorFlow pads even sizes at the bottom and right only; turning
+    every image by 180 degrees maps one onto the other, and Omniglot's tasks turn their classes at random.
+
+    Args:
+        in_shape: height, width, channels.
+        out_dim: classes.
+        num_filters: of every module.
+        pooling: ``stride`` convolves with stride 2 (Omniglot), ``max`` pools 2x2, ``mean`` averages 2x2.
+        head: ``mean`` averages the last map over space (Omniglot), ``flatten`` keeps it.
+        head_std: standard deviation of the normal initial head; None is Glorot uniform.
+        activation: ``relu`` as in the paper.
+
+    Raises:
+        MamlError: if the images are too small for four halvings.
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        out_dim: int,
+        num_filters: Count = 64,
+        pooling: Literal["stride", "max", "mean"] = "stride",
+        head: Literal["mean", "flatten"] = "mean",
+        head_std: float | None = None,
+        activation: Activation = "relu",
+    ) -> None:
+        if len(in_shape) != 3:
+            raise MamlError(f"model=conv4 takes images (height, width, channels), but the domain's inputs are {in_shape}")
+        height, width, self.num_channels = in_shape
+        for _ in range(_NUM_MODULES):
+            height, width = ((height + 1) // 2, (width + 1) // 2) if pooling == "stride" else (height // 2, width // 2)
+        if height * width == 0:
+            raise MamlError(f"images of {in_shape[0]}x{in_shape[1]} are too small to be halved {_NUM_MODULES} times")
+        self.num_features = num_filters * (height * width if head == "flatten" else 1)
+        self.out_dim, self.num_filters = out_dim, num_filters
+        self.pooling, self.head, self.head_std = pooling, head, head_std
+        self.activation = ACTIVATIONS[activation]
+
+    def init(self, stream: Stream) -> Params:
+        """Draws Glorot-uniform kernels and the head; biases and shifts are 0 (authors' code)."""
+        params: Params = {}
+        channels, filters = self.num_channels, self.num_filters
+        for i in range(1, _NUM_MODULES + 1):
+            kernel = glorot_uniform(stream.child(f"conv{i}"), (filters, channels, 3, 3), 9 * channels, 9 * filters)
+            params[f"conv{i}.weight"] = kernel
+            params[f"conv{i}.bias"] = zeros(stream, filters)
+            params[f"norm{i}.shift"] = zeros(stream, filters)
+            channels = filters
+        shape = (self.out_dim, self.num_features)
+        params["head.weight"] = (
+            glorot_uniform(stream.child("head"), shape, self.num_features, self.out_dim)
+            if self.head_std is None
+            else stream.child("head").normal(shape, std=self.head_std)
+        )
+        params["head.bias"] = zeros(stream, self.out_dim)
+        return params
+
+    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+        for i in range(1, _NUM_MODULES + 1):
+            stride = 2 if self.pooling == "stride" else 1
+            x = conv3x3(x, params[f"conv{i}.weight"], params[f"conv{i}.bias"], stride)
+            x = self.activation(batch_norm(x, params[f"norm{i}.shift"], num_reference))
+            if self.pooling == "max":
+                x = max_pool(x)
+            elif self.pooling == "mean":
+                height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+                x = x[:, :, :height, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
+        x = x.mean((2, 3)) if self.head == "mean" else x.flatten(2)
+        return linear(x, params["head.weight"], params["head.bias"])

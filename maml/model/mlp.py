@@ -1,0 +1,57 @@
+"""Fully connected networks: the sinusoid regressor (section 5.1) and Omniglot's non-convolutional net (section 5.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from maml.functional import ACTIVATIONS, Activation, batch_norm, linear
+from maml.model.base import Model, zeros
+from maml.seeding import Stream
+from maml.types import Count, Params, product
+
+
+class MLP(Model):
+    """Linear layers with an activation between them, inputs flattened.
+
+    Args:
+        in_shape: of one input; flattened.
+        out_dim: outputs.
+        hidden_sizes: width of each hidden layer.
+        activation: after each hidden layer.
+        normalization: ``batch`` puts batch normalisation (shift only) before each activation.
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        out_dim: int,
+        hidden_sizes: list[Count],
+        activation: Activation = "relu",
+        normalization: Literal["none", "batch"] = "none",
+    ) -> None:
+        self.sizes = [product(in_shape), *hidden_sizes, out_dim]
+        self.activation = ACTIVATIONS[activation]
+        self.normalization = normalization
+
+    def init(self, stream: Stream) -> Params:
+        """Draws weights from a normal of std 0.01 cut at 2 std; biases and shifts are 0 (authors' code)."""
+        params: Params = {}
+        for i, (num_in, num_out) in enumerate(zip(self.sizes[:-1], self.sizes[1:], strict=True), start=1):
+            params[f"linear{i}.weight"] = stream.child(f"linear{i}").normal((num_out, num_in), std=0.01, bound=2.0)
+            params[f"linear{i}.bias"] = zeros(stream, num_out)
+            if self.normalization == "batch" and i < len(self.sizes) - 1:
+                params[f"norm{i}.shift"] = zeros(stream, num_out)
+        return params
+
+    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+        x = x.flatten(2)
+        for i in range(1, len(self.sizes)):
+            x = linear(x, params[f"linear{i}.weight"], params[f"linear{i}.bias"])
+            if i < len(self.sizes) - 1:
+                if self.normalization == "batch":
+                    x = batch_norm(x, params[f"norm{i}.shift"], num_reference)
+                x = self.activation(x)
+        return x

@@ -1,0 +1,63 @@
+"""Adam as the outer optimizer (Kingma and Ba 2015), in TensorFlow's form, which the authors used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maml.outer.base import Objective, Outer, OuterState
+from maml.types import Params, PositiveFloat
+
+
+class Adam(Outer):
+    """Adam on the meta-gradient.
+
+    Departure from ``torch.optim.Adam``: epsilon is added before the bias correction, as TensorFlow does. It matters for
+    entries whose gradient is rounding noise, such as a convolution's bias in front of batch normalisation.
+
+    Args:
+        step_size: the paper's beta.
+        clip: bound on each entry of the meta-gradient; None does not clip.
+        betas: decay of the two running means.
+        eps: added to the root of the second.
+    """
+
+    def __init__(
+        self,
+        step_size: PositiveFloat = 0.001,
+        clip: PositiveFloat | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: PositiveFloat = 1e-8,
+    ) -> None:
+        self.step_size = step_size
+        self.clip = clip
+        self.betas = betas
+        self.eps = eps
+
+    def init(self, theta: Params) -> OuterState:
+        """Returns zero means over all parameters as one vector, and a step counter (a tensor, to be captured)."""
+        flat = torch.cat([value.flatten() for value in theta.values()])
+        return {
+            "step": torch.zeros((), dtype=torch.float64, device=flat.device),
+            "mean": torch.zeros_like(flat),
+            "square": torch.zeros_like(flat),
+        }
+
+    @torch.no_grad()
+    def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:
+        """Updates theta and the state in place from one meta-gradient; returns the objective's metrics."""
+        gradients, metrics = objective.gradient(theta)
+        gradient = torch.cat([gradients[name].flatten() for name in theta])
+        if self.clip is not None:
+            gradient = gradient.clamp(-self.clip, self.clip)
+        beta1, beta2 = self.betas
+        step = state["step"].add_(1)
+        mean = state["mean"].lerp_(gradient, 1 - beta1)
+        square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        # Kingma and Ba 2015, end of section 2: the corrections folded into the step size.
+        rate = self.step_size * torch.sqrt(1 - beta2**step) / (1 - beta1**step)
+        update = mean / (square.sqrt() + self.eps) * rate.to(mean.dtype)
+        values = list(theta.values())
+        updates = update.split([value.numel() for value in values])
+        torch._foreach_sub_(values, [part.view_as(value) for part, value in zip(updates, values, strict=True)])
+        return metrics

@@ -1,0 +1,91 @@
+"""Shows how far a run is: a live bar on a terminal, a line now and then anywhere else."""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+REDRAW_SECONDS = 0.2  # on a terminal
+LINE_SECONDS = 30.0  # elsewhere
+WINDOW_SECONDS = 30.0  # what the shown speed is an average over
+
+
+class Progress:
+    """The display of one training run; a context manager.
+
+    Args:
+        title: what runs.
+        total: the iteration at which the run ends.
+        start: the iterations that are done already.
+        console: where to draw; None is standard error.
+    """
+
+    def __init__(self, title: str, total: int, start: int = 0, console: Console | None = None) -> None:
+        self.title, self.total = title, total
+        self._console = console or Console(stderr=True)
+        self._live = self._console.is_interactive
+        self._interval = REDRAW_SECONDS if self._live else LINE_SECONDS
+        self._next_draw = 0.0
+        self._samples: deque[tuple[float, int]] = deque()
+        self._bar = Bar(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}", markup=False),
+            console=self._console,
+            auto_refresh=False,  # no thread that takes the interpreter from the training loop
+        )
+        self._task = self._bar.add_task(title, completed=start, total=total, facts="")
+
+    def __enter__(self) -> Self:
+        """Draws the bar."""
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leaves the bar as it stands."""
+        if self._live:
+            self._bar.stop()
+
+    def update(self, iteration: int, metrics: Callable[[], Mapping[str, float]]) -> None:
+        """Tells that ``iteration`` iterations are done; cheap enough to call after each.
+
+        Args:
+            iteration: from ``start`` + 1 to ``total``, which is always drawn, as is the first call.
+            metrics: gives the numbers to show; called only when they are drawn, as it may wait for the device.
+        """
+        now = monotonic()
+        if now < self._next_draw and iteration < self.total:
+            return
+        self._next_draw = now + self._interval
+        facts = [f"{name} {value:.4g}" for name, value in metrics().items()] + self._pace(iteration)
+        if self._live:
+            self._bar.update(self._task, completed=iteration, facts="  ".join(facts), refresh=True)
+        else:
+            self.message("  ".join([f"{self.title} {iteration}/{self.total}", *facts]))
+
+    def message(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _pace(self, iteration: int) -> list[str]:
+        """Speed and time left. The first sample follows the first iteration, so compiling is in neither."""
+        now = monotonic()
+        self._samples.append((now, iteration))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW_SECONDS:
+            self._samples.popleft()
+        then, before = self._samples[0]
+        if iteration == before:
+            return []
+        seconds = (now - then) / (iteration - before)
+        speed = f"{1 / seconds:,.1f} it/s" if seconds < 1 else f"{seconds:,.1f} s/it"
+        return [speed, f"ETA {timedelta(seconds=round(seconds * (self.total - iteration)))}"]

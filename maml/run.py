@@ -1,0 +1,273 @@
+"""The run folder: what was run, from which commit, on which machine, and all that came of it."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from omegaconf import OmegaConf
+
+from maml import checkpoint
+from maml.config import differences, digest, evaluation_config, training_config
+from maml.errors import MamlError
+
+_ROOT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "gymnasium", "mujoco")
+
+
+class RunFolder:
+    """One run's folder. The id is a hash of what training depends on, so the same command finds the same folder.
+
+    Nothing is written before `open`.
+
+    Args:
+        config: the plain config.
+        experiment: its name.
+    """
+
+    def __init__(self, config: Mapping[str, Any], experiment: str) -> None:
+        self.config, self.experiment = dict(config), experiment
+        self.training_config = training_config(config)
+        self.run_id = digest(self.training_config)
+        given = config["run_dir"]
+        self.path = Path(given) if given else Path(config["runs_dir"]) / experiment / self.run_id
+        self.checkpoint_path = self.path / "checkpoint.pt"
+        self._lock: IO[str] | None = None
+        self._metrics: IO[str] | None = None
+        self._record: dict[str, Any] = {}
+
+    def open(self, hardware: Mapping[str, Any], command: str) -> dict[str, Any] | None:
+        """Makes or reopens the folder for training and returns the checkpoint to resume from, if there is one.
+
+        Raises:
+            MamlError: if the folder holds another run, another process is writing to it, or its checkpoint is damaged.
+        """
+        saved = self.load_checkpoint()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "a+")
+        except OSError as error:
+            raise MamlError(f"the run folder {self.path} cannot be made ({error.strerror}); change runs_dir") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise MamlError(
+                f"another process is training in {self.path}; wait for it or stop it, or give this run another seed"
+            ) from error
+        checkpoint.write_whole(
+            self.path / "config.yaml", lambda file: file.write(OmegaConf.to_yaml(self.config).encode())
+        )
+        self._record = read_json(self.path / "run.json") or {
+            "experiment": self.experiment,
+            "run_id": self.run_id,
+            "seed": self.config["seed"],
+            "started": _now(),
+            "seconds": 0.0,
+            "segments": [],
+        }
+        iteration = saved["iteration"] if saved else 0
+        segment = {
+            "started": _now(),
+            "seconds": 0.0,
+            "first_iteration": iteration,
+            "last_iteration": iteration,
+            **_commit(),
+            "versions": versions(),
+            "hardware": dict(hardware),
+        }
+        self._record |= {"command": command, "status": "running", "training": self.training_config}
+        self._record["segments"].append(segment)
+        self._write_record()
+        self._truncate_metrics(iteration)
+        self._clock = time.monotonic()
+        return saved
+
+    def load_checkpoint(self, path: Path | None = None) -> dict[str, Any] | None:
+        """Reads the run's newest checkpoint, or the file given, and makes sure that it is this run's.
+
+        Raises:
+            MamlError: if it is damaged, or was trained with another config (the difference is shown).
+        """
+        found = path or checkpoint.newest(self.checkpoint_path)
+        if found is None:
+            self._refuse_foreign(read_json(self.path / "run.json"), self.path)
+            return None
+        saved = checkpoint.load(found)
+        self._refuse_foreign(saved, found)
+        return saved
+
+    def _refuse_foreign(self, saved: Mapping[str, Any] | None, where: Path) -> None:
+        if saved is not None and saved["training"] != self.training_config:
+            raise MamlError(
+                f"{where} belongs to another run ({saved['experiment']}):\n"
+                f"{differences(self.training_config, saved['training'])}\n"
+                "Give the command that it was trained with, or leave the folder to the run id"
+            )
+
+    def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line of metrics; it holds nothing that a repetition would not give again."""
+        if self._metrics is None:
+            self._metrics = open(self.path / "metrics.jsonl", "a")
+        try:
+            self._metrics.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise MamlError(
+                f"{self.path / 'metrics.jsonl'} could not be written ({error.strerror}); the last checkpoint is intact. "
+                "Free some space, then give the same command again"
+            ) from error
+
+    def save_checkpoint(self, iteration: int, state: Mapping[str, Any], execution: Mapping[str, Any]) -> None:
+        """Saves the training state after ``iteration`` meta-updates."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())  # no checkpoint may know of a line that the disk does not
+        checkpoint.save(
+            self.checkpoint_path,
+            {
+                "experiment": self.experiment,
+                "run_id": self.run_id,
+                "training": self.training_config,
+                "iteration": iteration,
+                "execution": dict(execution),
+                "state": dict(state),
+            },
+        )
+        self._update_record(iteration, "running")
+
+    def close(self, status: str) -> None:
+        """Records how the run ended and lets go of the folder."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._lock is not None:
+            try:
+                self._update_record(self._record["segments"][-1]["last_iteration"], status)
+            finally:
+                self._lock.close()
+                self._lock = None
+
+    def save_report(self, report: Mapping[str, Any], tasks: list[dict[str, Any]]) -> Path:
+        """Writes ``report.json`` and ``tasks.csv`` and returns their folder.
+
+        The folder is the run's own for its evaluation after training, and one below it for any other settings or for
+        an unfinished run: no evaluation overwrites another.
+        """
+        settings = {"iteration": report["iteration"], **report["evaluation"]}
+        folder = self.path
+        first = read_json(folder / "report.json")
+        if report["iteration"] < report["num_iterations"] or (first and first["evaluation"] != report["evaluation"]):
+            folder = self.path / "evaluations" / digest(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows: list[str] = []
+
+        class Lines:
+            write = staticmethod(rows.append)
+
+        writer = csv.DictWriter(Lines(), fieldnames=list(tasks[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(tasks)
+        checkpoint.write_whole(folder / "tasks.csv", lambda file: file.write("".join(rows).encode()))
+        checkpoint.write_whole(
+            folder / "report.json", lambda file: file.write((json.dumps(report, indent=2) + "\n").encode())
+        )
+        return folder
+
+    def finished_report(self) -> dict[str, Any] | None:
+        """Returns the report of this run and these evaluation settings, if training ended and it was made."""
+        wanted = evaluation_config(self.config)
+        for path in (self.path / "report.json", *sorted(self.path.glob("evaluations/*/report.json"))):
+            report = read_json(path)
+            complete = report is not None and report["iteration"] == report["num_iterations"]
+            if report is not None and complete and report["evaluation"] == wanted and report["run_id"] == self.run_id:
+                return report
+        return None
+
+    def _update_record(self, iteration: int, status: str) -> None:
+        elapsed, self._clock = time.monotonic() - self._clock, time.monotonic()
+        segment = self._record["segments"][-1]
+        segment["seconds"] += elapsed
+        segment["last_iteration"] = iteration
+        self._record["seconds"] += elapsed
+        self._record |= {"status": status, "iteration": iteration}
+        if status != "running":
+            self._record["finished"] = _now()
+        self._write_record()
+
+    def _write_record(self) -> None:
+        content = (json.dumps(self._record, indent=2) + "\n").encode()
+        checkpoint.write_whole(self.path / "run.json", lambda file: file.write(content))
+
+    def _truncate_metrics(self, iteration: int) -> None:
+        """Drops lines that the checkpoint does not know of; they will be computed, and logged, again."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
+                    kept.append(line)
+            except ValueError:
+                break  # cut off in the middle of a write
+        checkpoint.write_whole(path, lambda file: file.write("".join(kept).encode()))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON file; None if there is none.
+
+    Raises:
+        MamlError: if it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise MamlError(f"{path} is damaged ({error}); move it away, or restore it, and try again") from error
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that numbers may depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["torch"] = torch.__version__
+    return found
+
+
+def command_line() -> str:
+    """Returns the command that started this process, as one would type it."""
+    import shlex
+
+    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def _commit() -> dict[str, Any]:
+    try:
+        head, status = (
+            subprocess.run(["git", *words], cwd=_ROOT, capture_output=True, text=True, check=True, timeout=20).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": head.strip(), "dirty": bool(status.strip())}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

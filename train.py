@@ -1,0 +1,39 @@
+"""Trains and evaluates one experiment: python train.py +experiment=omniglot_5way_1shot."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+
+from maml.config import check, check_order, experiment_name, explain_override_error, plain
+from maml.errors import Interrupted, MamlError
+from maml.experiment import run_experiment
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float:
+    """Runs one experiment and returns its headline number, which sweeps optimise."""
+    try:
+        job = HydraConfig.get()
+        check_order(job.overrides.task)
+        config = plain(cfg)
+        check(config)
+        return run_experiment(config, experiment_name(job.runtime.choices))
+    except MamlError as error:
+        raise CompactHydraException(str(error)) from None  # its message without a traceback
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signal_number)
+    except SystemExit as end:
+        if end.code:
+            explain_override_error(sys.argv[1:])
+        raise
