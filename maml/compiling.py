@@ -12,13 +12,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from maml.types import Params, Tasks
 
 ChunkGradient = Callable[[Params, Tasks], list[Tensor]]
-_log = logging.getLogger("maml")
+_log = logging.getLogger(__name__)
 
 
 def compiled(function: ChunkGradient) -> ChunkGradient:
-    """Returns ``function`` compiled for each shape of its inputs on first use; where that fails, it says so and runs eager.
+    """Returns ``function``, compiled for each shape of its inputs on first use.
 
-    The trace already holds the derivatives, so the compiler sees a plain function and differentiates nothing.
+    The trace already holds the derivatives, so the compiler sees a plain function and differentiates nothing. Where
+    compiling fails, a warning says so and the function runs as it is.
     """
     programs: dict[tuple[torch.Size, ...], ChunkGradient] = {}
 
@@ -41,7 +42,8 @@ def _compile(function: ChunkGradient, theta: Params, tasks: Tasks) -> ChunkGradi
 
     def flat(*values: Tensor) -> list[Tensor]:
         return function(
-            dict(zip(names, values[: len(names)], strict=True)), dict(zip(task_names, values[len(names) :], strict=True))
+            dict(zip(names, values[: len(names)], strict=True)),
+            dict(zip(task_names, values[len(names) :], strict=True)),
         )
 
     # Copies, because example inputs that share memory give a silently wrong trace.

@@ -123,7 +123,7 @@ def _check_arguments(
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return []  # a user's class that takes anything
     allowed = {name: parameter for name, parameter in parameters.items() if name not in supplied}
-    hints = get_type_hints(target.__init__, include_extras=True)
+    hints = get_type_hints(vars(target).get("__init__", object.__init__), include_extras=True)
     problems = []
     for name, value in arguments.items():
         if name not in allowed:
@@ -233,8 +233,7 @@ def compose(overrides: Sequence[str], config_dir: Path) -> tuple[dict[str, Any],
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
         cfg = hydra_compose("config", list(overrides), return_hydra_config=True)
     experiment = experiment_name(cfg.hydra.runtime.choices)
-    del cfg["hydra"]
-    config = plain(cfg)
+    config = plain(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
     check(config)
     return config, experiment
 

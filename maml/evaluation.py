@@ -1,4 +1,4 @@
-"""Meta-test: adaptation to a frozen bank of tasks, measured after every gradient step (section 5, protocol of the code)."""
+"""Meta-test: adaptation to a frozen bank of tasks, measured after every gradient step."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ class Evaluation:
     def bank(self, domain: Domain[Any], num_shots: int, num_tasks: int | None = None) -> Tasks:
         """Draws the frozen tasks at one K, on the CPU."""
         stream = Stream(self.bank_seed).child("bank")
-        return domain.sample_tasks(num_tasks or self.num_tasks, stream, self.split, num_shots, self.num_query or num_shots)
+        return domain.sample_tasks(
+            num_tasks or self.num_tasks, stream, self.split, num_shots, self.num_query or num_shots
+        )
 
     def check(self, domain: Domain[Any]) -> None:
         """Makes sure, before any training, that the bank can be drawn.

@@ -95,15 +95,15 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
         status = "interrupted"
         raise
     finally:
+        run.close(status)  # first: a mirror may take its time
         logger.finish(status)
-        run.close(status)
     return report["headline"]
 
 
 def _execution(
     saved: Mapping[str, Any] | None, hardware: Hardware, algorithm: Algorithm, config: Mapping[str, Any]
 ) -> Execution:
-    """Settles threads, chunk and compilation; what a checkpoint was made with is kept, so that it goes on bit by bit."""
+    """Settles threads, chunk and compilation; what a checkpoint was made with is kept, so that it goes on exactly."""
     execution = hardware.choose(algorithm.domain, config["num_iterations"], saved["execution"] if saved else {})
     hardware.apply(execution)
     algorithm.task_chunk = execution.task_chunk

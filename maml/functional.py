@@ -43,7 +43,7 @@ def batch_norm(x: Tensor, shift: Tensor, num_reference: int | None = None) -> Te
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """Takes the maximum of 2x2 windows with stride 2 and no padding: ``(T, S, H, W, C)`` -> ``(T, S, H//2, W//2, C)``."""
+    """Takes the maximum of 2x2 windows, stride 2, no padding: ``(T, S, H, W, C)`` -> ``(T, S, H // 2, W // 2, C)``."""
     y = F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     return y.unflatten(0, x.shape[:2])
 
@@ -106,7 +106,9 @@ class _Fold(Function):
         padded = columns.new_zeros(tasks, examples, height + 2, width + 2, size // 9)
         for i in range(3):
             for j in range(3):
-                pixels = padded[:, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (cols - 1) + 1 : stride]
+                pixels = padded[
+                    :, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (cols - 1) + 1 : stride
+                ]
                 pixels += windows[:, :, :, :, i, j]
         return padded[:, :, 1:-1, 1:-1].contiguous()
 

@@ -10,10 +10,11 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 REDRAW_SECONDS = 0.2  # on a terminal
 LINE_SECONDS = 30.0  # elsewhere
-WINDOW_SECONDS = 30.0  # what the shown speed is an average over
+WINDOW_SECONDS = 10.0  # the shown speed is that of the last iterations which took at least so long
 
 
 class Progress:
@@ -34,9 +35,8 @@ class Progress:
         self._next_draw = 0.0
         self._samples: deque[tuple[float, int]] = deque()
         self._bar = Bar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=20),  # narrower where there is no room
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[facts]}", markup=False),
             console=self._console,
             auto_refresh=False,  # no thread that takes the interpreter from the training loop
@@ -44,8 +44,9 @@ class Progress:
         self._task = self._bar.add_task(title, completed=start, total=total, facts="")
 
     def __enter__(self) -> Self:
-        """Draws the bar."""
+        """Draws the bar, under its title."""
         if self._live:
+            self.message(self.title)
             self._bar.start()
         return self
 
@@ -84,7 +85,7 @@ class Progress:
         while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW_SECONDS:
             self._samples.popleft()
         then, before = self._samples[0]
-        if iteration == before:
+        if iteration == before or now == then:
             return []
         seconds = (now - then) / (iteration - before)
         speed = f"{1 / seconds:,.1f} it/s" if seconds < 1 else f"{seconds:,.1f} s/it"

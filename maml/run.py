@@ -57,7 +57,7 @@ class RunFolder:
         saved = self.load_checkpoint()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "a+")
+            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held while the run is
         except OSError as error:
             raise MamlError(f"the run folder {self.path} cannot be made ({error.strerror}); change runs_dir") from error
         try:
@@ -120,14 +120,14 @@ class RunFolder:
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Appends one line of metrics; it holds nothing that a repetition would not give again."""
         if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "a")
+            self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115 - held while the run is
         try:
             self._metrics.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
             self._metrics.flush()
         except OSError as error:
             raise MamlError(
-                f"{self.path / 'metrics.jsonl'} could not be written ({error.strerror}); the last checkpoint is intact. "
-                "Free some space, then give the same command again"
+                f"{self.path / 'metrics.jsonl'} could not be written ({error.strerror}); the last checkpoint is intact."
+                " Free some space, then give the same command again"
             ) from error
 
     def save_checkpoint(self, iteration: int, state: Mapping[str, Any], execution: Mapping[str, Any]) -> None:

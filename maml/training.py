@@ -107,8 +107,8 @@ def _stop_signals() -> Iterator[list[int]]:
         signal.signal(number, before[number])
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, remember)
+        for name in (signal.SIGTERM, signal.SIGINT):
+            before[name] = signal.signal(name, remember)
     except ValueError:
         pass  # not the main thread, where signals cannot be handled and do not arrive
     try:

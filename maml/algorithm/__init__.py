@@ -1,0 +1,1 @@
+"""How theta is learnt: one file per algorithm."""

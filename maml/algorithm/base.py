@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maml.compiling import ChunkGradient
 from maml.domain.base import Domain, Metrics
 from maml.inner.sgd import SGD
 from maml.model.base import Model
@@ -44,7 +45,7 @@ class Algorithm(ABC):
         self.theta: Params = model.init(stream)
         self.outer_state: OuterState = outer.init(self.theta)
         inner.adapted_names(list(self.theta))  # raises now what would otherwise be raised in the first step
-        self.chunk_gradient = self._chunk_gradient
+        self.chunk_gradient: ChunkGradient = self._chunk_gradient
 
     @abstractmethod
     def task_losses(self, theta: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
@@ -63,10 +64,10 @@ class Algorithm(ABC):
         """
         count = num_tasks(tasks)
         chunk = self.task_chunk or count
-        total: list[Tensor] = []
+        total: tuple[Tensor, ...] | list[Tensor] = []
         for start in range(0, count, chunk):
             part = self.chunk_gradient(theta, take(tasks, start, start + chunk))
-            total = list(part) if not total else torch._foreach_add(total, part)
+            total = part if not total else torch._foreach_add(total, part)
         total = torch._foreach_div(total, count)
         names = list(theta)
         return dict(zip(names, total, strict=False)), dict(zip(self._metric_names, total[len(names) :], strict=True))

@@ -1,4 +1,4 @@
-"""Omniglot (Lake et al. 2015), 1623 characters x 20 drawings, from the zips or folders that users have."""
+"""Omniglot (Lake et al. 2011), 1623 characters x 20 drawings, from the zips or folders that users have."""
 
 import os
 import re
@@ -218,7 +218,7 @@ def _ink(png: bytes) -> np.ndarray:
 
 def _download(data_dir: Path, halves: list[str]) -> None:
     try:
-        from torchvision.datasets import Omniglot  # type: ignore[import-untyped]  # fails beside some torch builds
+        from torchvision.datasets import Omniglot  # here, because it does not import beside every torch build
 
         folder = data_dir / "omniglot"
         folder.mkdir(parents=True, exist_ok=True)

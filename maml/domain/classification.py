@@ -60,7 +60,9 @@ class FewShotClassification(SupervisedDomain):
         self.turned = torch.stack([pixels.rot90(k).flatten() for k in range(4)])
         smallest = min(len(classes) for classes in self.splits.values())
         if num_ways > smallest:
-            raise MamlError(f"domain.num_ways={num_ways}, but the smallest split has {smallest} classes; lower num_ways")
+            raise MamlError(
+                f"domain.num_ways={num_ways}, but the smallest split has {smallest} classes; lower num_ways"
+            )
         self._check_images(num_shots, num_query or num_shots)
 
     def _check_images(self, num_shots: int, num_query: int) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from maml.data.omniglot import load_omniglot
+from maml.domain.base import Split
 from maml.domain.classification import FewShotClassification
 from maml.seeding import Stream
 from maml.types import Count
@@ -35,5 +38,5 @@ class Omniglot(FewShotClassification):
         data = load_omniglot(Path(data_dir), Path(cache_dir))
         order = Stream(1).child("omniglot split").choice((), len(data.classes), len(data.classes))
         train, val, test = order.tensor_split([_NUM_TRAIN, _NUM_TRAIN + _NUM_VAL])
-        splits = {"train": train, "val": val, "test": test}
+        splits: dict[Split, Tensor] = {"train": train, "val": val, "test": test}
         super().__init__(data, splits, num_ways, num_shots, num_query, scale=1.0, rotate=True)

@@ -65,4 +65,3 @@ class Sinusoid(SupervisedDomain):
         """Mean squared error on the query points, and at step 0 on the support points, as the authors' code has it."""
         data = query if step else support
         return {"mse": self.loss(model(params, data.x), data)[0]}
-

@@ -1,0 +1,1 @@
+"""Adaptation, theta to theta': one file per inner optimizer."""

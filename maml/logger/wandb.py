@@ -1,7 +1,7 @@
 """Mirrors a run to Weights & Biases, online or offline."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -76,8 +76,11 @@ class WandB(Mirror):
         except Exception as error:
             if mode != "online":
                 raise
-            self._warn(f"W&B mirrors this run offline ({cause(error)}), `wandb sync {run_dir / 'wandb'}` sends it later")
-            wandb.setup(wandb.Settings(mode="offline"))  # in a multirun, the next run need not wait for the same answer
+            self._warn(
+                f"W&B mirrors this run offline ({cause(error)}), `wandb sync {run_dir / 'wandb'}` sends it later"
+            )
+            wandb.teardown()  # or the id may still be in use
+            wandb.setup(wandb.Settings(silent=True, mode="offline"))  # also for what follows in a multirun
             self._run = init(mode="offline")
         # A resumed run logs the iterations since its checkpoint again, which W&B refuses on its own rising step axis.
         self._run.define_metric("iteration")
@@ -94,7 +97,7 @@ class WandB(Mirror):
             key = f"{curve['metric']}_{curve['num_shots']}shot"
             self._run.summary[key], self._run.summary[f"{key}_ci95"] = (curve["steps"][-1][c] for c in ("mean", "ci95"))
         columns = ["step", "mean", "ci95", "num_tasks"]
-        rows = [
+        rows: list[Iterable[Any]] = [
             [curve["metric"], curve["num_shots"], *(step[column] for column in columns)]
             for curve in report["curves"]
             for step in curve["steps"]

@@ -1,0 +1,1 @@
+"""The networks f_theta: one file per model."""

@@ -46,7 +46,9 @@ class Conv4(Model):
         activation: Activation = "relu",
     ) -> None:
         if len(in_shape) != 3:
-            raise MamlError(f"model=conv4 takes images (height, width, channels), but the domain's inputs are {in_shape}")
+            raise MamlError(
+                f"model=conv4 takes images (height, width, channels), but the domain's inputs are {in_shape}"
+            )
         height, width, self.num_channels = in_shape
         for _ in range(_NUM_MODULES):
             height, width = ((height + 1) // 2, (width + 1) // 2) if pooling == "stride" else (height // 2, width // 2)

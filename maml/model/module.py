@@ -44,7 +44,9 @@ class ModuleModel(Model):
         try:
             out = self(params, example)
         except Exception as error:
-            raise MamlError(f"model.module cannot be run on inputs of shape {self._inputs(example).shape[1:]}: {error}") from error
+            raise MamlError(
+                f"model.module cannot be run on inputs of shape {self._inputs(example).shape[1:]}: {error}"
+            ) from error
         if out.shape != (1, 2, out_dim):
             raise MamlError(
                 f"model.module gives outputs of shape {tuple(out.shape[2:])}, but the domain needs ({out_dim},): "

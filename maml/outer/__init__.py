@@ -1,0 +1,1 @@
+"""The meta-update: one file per outer optimizer."""

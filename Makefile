@@ -1,0 +1,41 @@
+# Every target sets up its own .venv first; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check paper-tables paper-figures bench
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/installed  ## create or update .venv from constraints.txt
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.11 ...")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## meta-train the sinusoid experiment at full budget and compare it with the paper (minutes)
+	$(RUN) scripts/demo.py
+
+test: setup  ## run the tests
+	$(RUN) -m pytest -q
+
+test-slow: setup  ## run the long tests as well
+	$(RUN) -m pytest -q -m 'slow or not slow'
+
+check: setup  ## lint and type-check
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+paper-tables: setup  ## render the paper's tables from what has been run
+	$(RUN) scripts/paper_tables.py
+
+paper-figures: setup  ## render the paper's figures from what has been run
+	$(RUN) scripts/paper_figures.py
+
+bench: setup  ## time the meta-gradient against a plain loop and whatever peers are installed
+	$(RUN) scripts/bench_meta_gradient.py

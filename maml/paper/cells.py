@@ -1,0 +1,208 @@
+"""The paper's printed numbers and drawn curves, each with the experiment that gives ours: ``results/cells.yaml``."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from maml.errors import MamlError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where our number is found: one curve in the report of one experiment.
+
+    Attributes:
+        experiment: a file in ``conf/experiment/``.
+        metric: a metric of its report.
+        num_shots: K.
+        scale: takes our unit to the paper's.
+        overrides: what stands behind the experiment on the command line.
+    """
+
+    experiment: str
+    metric: str
+    num_shots: int
+    scale: float = 1.0
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """What ``train.py`` is given."""
+        return [f"+experiment={self.experiment}", *self.overrides]
+
+    def command(self, seeds: Sequence[int]) -> str:
+        """Returns the command that runs these seeds; none given is the default seed."""
+        values = ",".join(map(str, seeds))
+        words = ["python", "train.py", *(["-m"] if len(seeds) > 1 else []), *self.arguments]
+        return shlex.join(words + ([f"seed={values}"] if values not in ("", "0") else []))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One printed number.
+
+    Attributes:
+        table: the file in ``results/paper/`` that holds it.
+        row: its ``method`` there.
+        column: its ``setting`` there.
+        value: as printed.
+        ci: half-width of its 95 % interval as printed (or as the figure file has it); empty if there is none.
+        quoted: whether the paper quotes it from others.
+        source: of our number; None if there is no experiment yet.
+        step: the gradient step after which our number is taken.
+    """
+
+    table: str
+    row: str
+    column: str
+    value: str
+    ci: str
+    quoted: bool
+    source: Source | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: its name in ``results/``, its title, its cells in print order."""
+
+    name: str
+    title: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One drawn curve.
+
+    Attributes:
+        row: its ``method`` in the file of levels.
+        source: of our curve.
+        num_steps: the last gradient step drawn.
+        levels: lowest and highest value that the printed curve may have, by gradient step, where known.
+    """
+
+    row: str
+    source: Source
+    num_steps: int
+    levels: Mapping[int, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: its name in ``results/``, its title, the label of its vertical axis, its curves."""
+
+    name: str
+    title: str
+    ylabel: str
+    curves: tuple[Curve, ...]
+
+
+def load_tables(results: Path) -> list[Table]:
+    """Reads every printed number, with its source where there is one.
+
+    Args:
+        results: the folder of ``cells.yaml`` and ``paper/``.
+
+    Raises:
+        MamlError: if ``cells.yaml`` names a row or cell that the paper does not have.
+    """
+    return [_table(results, name, entry) for name, entry in _entries(results)["tables"].items()]
+
+
+def load_figures(results: Path) -> list[Figure]:
+    """Reads every curve that there is an experiment for; ``results`` as in `load_tables`."""
+    return [_figure(results, name, entry) for name, entry in _entries(results)["figures"].items()]
+
+
+def load_levels(results: Path, name: str, row: str, num_shots: int, num_steps: int) -> dict[int, tuple[float, float]]:
+    """Reads the ranges that a printed curve may have.
+
+    Args:
+        results: as in `load_tables`.
+        name: of the file of levels.
+        row: its ``method``.
+        num_shots: K.
+        num_steps: the last gradient step that is wanted.
+
+    Returns:
+        Lowest and highest value by gradient step, where known.
+
+    Raises:
+        MamlError: if the file does not have this curve.
+    """
+    levels: dict[int, tuple[float, float]] = {}
+    for line in _read(results, name):
+        if line["method"] == row and int(line["K"]) == num_shots:
+            steps = range(num_steps + 1) if line["grad_step"] == "any" else [int(line["grad_step"])]
+            levels |= dict.fromkeys(steps, (float(line["mse_low"]), float(line["mse_high"])))
+    if not levels:
+        raise MamlError(f"results/paper/{name}.csv has no method {row} at K={num_shots}; correct results/cells.yaml")
+    return levels
+
+
+def _entries(results: Path) -> dict[str, Any]:
+    entries = OmegaConf.to_container(OmegaConf.load(results / "cells.yaml"))
+    assert isinstance(entries, dict)
+    return {str(key): value for key, value in entries.items()}
+
+
+def _table(results: Path, name: str, entry: Mapping[str, Any]) -> Table:
+    published = _read(results, name)
+    quoted = set(entry.get("quoted", ()))
+    intervals = {row: _read(results, file) for row, file in entry.get("intervals", {}).items()}
+    sources: dict[tuple[str, str], tuple[Source, int]] = {}
+    for run in entry.get("runs", ()):
+        fields = entry.get("defaults", {}) | run
+        where, step = (fields.pop("row"), fields.pop("column")), fields.pop("step")
+        sources[where] = _source(fields), step
+    _refuse_unknown(name, published, {*quoted, *intervals}, set(sources))
+    cells = []
+    for line in published:
+        row, column = line["method"], line["setting"]
+        ci = _figure_ci(intervals[row], row, column) if row in intervals else line["ci"]
+        source, step = sources.get((row, column), (None, 0))
+        cells.append(Cell(name, row, column, line["value"], ci, row in quoted, source, step))
+    return Table(name, entry["title"], tuple(cells))
+
+
+def _refuse_unknown(name: str, published: list[dict[str, str]], rows: set[str], cells: set[tuple[str, str]]) -> None:
+    unknown = rows - {line["method"] for line in published}
+    unknown |= {"/".join(cell) for cell in cells - {(line["method"], line["setting"]) for line in published}}
+    if unknown:
+        raise MamlError(
+            f"results/cells.yaml, {name}: there is no {', '.join(sorted(unknown))} in results/paper/{name}.csv; "
+            "a row is its `method`, a column its `setting`"
+        )
+
+
+def _figure(results: Path, name: str, entry: Mapping[str, Any]) -> Figure:
+    curves = []
+    for curve in entry["curves"]:
+        fields = entry["defaults"] | curve
+        row, num_steps = fields.pop("row"), fields.pop("num_steps")
+        source = _source(fields)
+        levels = load_levels(results, entry["levels"], row, source.num_shots, num_steps)
+        curves.append(Curve(row, source, num_steps, levels))
+    return Figure(name, entry["title"], entry["ylabel"], tuple(curves))
+
+
+def _source(fields: Mapping[str, Any]) -> Source:
+    return Source(**{**fields, "overrides": tuple(fields.get("overrides", ()))})
+
+
+def _figure_ci(lines: list[dict[str, str]], row: str, column: str) -> str:
+    step = column.removeprefix("gradsteps_")
+    return next(line["ci95_halfwidth"] for line in lines if (line["method"], line["grad_step"]) == (row, step))
+
+
+def _read(results: Path, name: str) -> list[dict[str, str]]:
+    with open(results / "paper" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))

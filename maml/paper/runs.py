@@ -1,0 +1,304 @@
+"""What has been run: the index of run folders, and which of them belong to a cell or curve."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from annotated_types import MinLen
+from pydantic import BaseModel, FiniteFloat, ValidationError
+
+from maml.config import compose, evaluation_config, training_config
+from maml.errors import MamlError
+from maml.paper.cells import Source
+from maml.run import read_json
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+PROVENANCE = (
+    "seeds",
+    "iteration",
+    "num_iterations",
+    "inner_order",
+    "commit",
+    "hardware",
+    "run_id",
+    "task_bank",
+    "command",
+)
+
+Content = TypeVar("Content", bound=BaseModel)
+
+
+class StepRecord(BaseModel):
+    """One gradient step of a curve in ``report.json``."""
+
+    step: int
+    mean: FiniteFloat
+    ci95: FiniteFloat
+
+
+class CurveRecord(BaseModel):
+    """One curve in ``report.json``."""
+
+    num_shots: int
+    metric: str
+    steps: list[StepRecord]
+
+
+class Report(BaseModel):
+    """What is read of a ``report.json``."""
+
+    run_id: str
+    seed: int
+    iteration: int
+    num_iterations: int
+    evaluation: dict[str, Any]
+    banks: dict[str, str]
+    larger_is_better: bool
+    curves: list[CurveRecord]
+
+    @property
+    def complete(self) -> bool:
+        """Whether training had ended."""
+        return self.iteration == self.num_iterations
+
+    def reading(self, source: Source, step: int) -> tuple[float, float]:
+        """Returns mean and half-width of the 95 % interval over tasks, in the paper's unit.
+
+        Raises:
+            MamlError: if the report has no such curve or step.
+        """
+        for curve in self.curves:
+            for record in curve.steps:
+                if (curve.metric, curve.num_shots, record.step) == (source.metric, source.num_shots, step):
+                    return record.mean * source.scale, record.ci95 * source.scale
+        raise MamlError(
+            f"results/cells.yaml asks {source.experiment} for {source.metric} at K={source.num_shots}, step {step}, "
+            f"but its report has {', '.join(f'{curve.metric} at K={curve.num_shots}' for curve in self.curves)}, "
+            f"steps 0 to {len(self.curves[0].steps) - 1}"
+        )
+
+
+class HardwareRecord(BaseModel):
+    """The machine of a segment."""
+
+    cpu: str
+    gpu: str | None = None
+
+
+class Segment(BaseModel):
+    """One stretch of a run between start and stop, in ``run.json``."""
+
+    last_iteration: int
+    commit: str | None
+    dirty: bool | None
+    hardware: HardwareRecord
+
+
+class RunRecord(BaseModel):
+    """What is read of a ``run.json``."""
+
+    run_id: str
+    seed: int
+    status: str
+    training: dict[str, Any]
+    segments: Annotated[list[Segment], MinLen(1)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and all that was evaluated in it.
+
+    Attributes:
+        record: of its training.
+        reports: of its evaluations.
+        alive: whether a process is training in it.
+    """
+
+    record: RunRecord
+    reports: tuple[Report, ...]
+    alive: bool
+
+    @property
+    def iteration(self) -> int:
+        """The iterations that are saved."""
+        return self.record.segments[-1].last_iteration
+
+    @property
+    def commits(self) -> str:
+        """The commits it was trained from; ``+`` marks one with changes that were not committed."""
+        names = [
+            f"{part.commit[:7]}{'+' if part.dirty else ''}" if part.commit else "?" for part in self.record.segments
+        ]
+        return ", ".join(dict.fromkeys(names))
+
+    @property
+    def hardware(self) -> str:
+        """The machines it was trained on."""
+        names = [part.hardware.gpu or f"CPU, {part.hardware.cpu}" for part in self.record.segments]
+        return "; ".join(dict.fromkeys(names))
+
+
+def find_runs(*roots: Path) -> tuple[list[Run], list[str]]:
+    """Reads every run folder ``<root>/<experiment>/<run id>/``.
+
+    Args:
+        roots: in the order in which equal runs are preferred.
+
+    Returns:
+        The runs, and one message for each folder that cannot be trusted and is left out.
+    """
+    runs, damaged = [], []
+    for folder in (folder for root in roots for folder in sorted(root.glob("*/*/"))):
+        try:
+            run = _read_run(folder)
+        except (MamlError, OSError) as error:
+            damaged.append(str(error))
+        else:
+            runs += [run] if run else []
+    return runs, damaged
+
+
+def _read_run(folder: Path) -> Run | None:
+    paths = [
+        path for path in (folder / "report.json", *sorted(folder.glob("evaluations/*/report.json"))) if path.exists()
+    ]
+    record = _read(folder / "run.json", RunRecord)
+    if record is None:
+        if paths:
+            raise MamlError(
+                f"{folder} has a report but no run.json, so nothing tells what was run; restore it or delete both"
+            )
+        return None  # stopped before anything was recorded
+    reports = []
+    for path in paths:
+        report = _read(path, Report)
+        assert report is not None
+        mine = record.run_id, record.seed, record.training.get("num_iterations")
+        if (report.run_id, report.seed, report.num_iterations) != mine:
+            raise MamlError(f"{path} is not of the run in {folder / 'run.json'}; evaluate again with mode=eval")
+        reports.append(report)
+    return Run(record, tuple(reports), alive=record.status == "running" and _is_locked(folder / "lock"))
+
+
+def _read(path: Path, schema: type[Content]) -> Content | None:
+    content = read_json(path)
+    if content is None:
+        return None
+    try:
+        return schema.model_validate(content, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "content"
+        raise MamlError(
+            f"{path} is damaged ({where}: {first['msg']}); move it away, or restore it, and try again"
+        ) from error
+
+
+def _is_locked(path: Path) -> bool:
+    """Tells whether a process trains here; one that was killed leaves its record as it was, but no lock."""
+    try:
+        with open(path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What has been run of one source.
+
+    Attributes:
+        evaluated: runs with the source's settings and their reports. Complete ones, one per seed, lowest seed first;
+            if there is none, only the one that is furthest.
+        unevaluated: the furthest run without such a report, if none has one.
+    """
+
+    evaluated: tuple[tuple[Run, Report], ...] = ()
+    unevaluated: Run | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether what is evaluated was trained to the end."""
+        return bool(self.evaluated) and self.evaluated[0][1].complete
+
+    @property
+    def state(self) -> str:
+        """How far the source has been run; ``finished`` is evaluated after all of training."""
+        if self.evaluated:
+            return "finished" if self.complete else "reduced budget"
+        return "running" if self.unevaluated and self.unevaluated.alive else "not run"
+
+    @property
+    def progress(self) -> str:
+        """The iterations done, where that is neither all nor none of them."""
+        if self.complete:
+            return ""
+        if self.evaluated:
+            run, report = self.evaluated[0]
+            done = report.iteration
+        elif self.unevaluated:
+            run = self.unevaluated
+            done = run.iteration
+        else:
+            return ""
+        return f"{done:,} of {run.record.training['num_iterations']:,} iterations"
+
+
+def find_evidence(source: Source, runs: Sequence[Run]) -> Evidence:
+    """Picks the runs of one source: equal training settings but for the seed, and equal evaluation settings."""
+    config = composed(source.experiment, source.overrides)
+    training, evaluation = _without_seed(training_config(config)), evaluation_config(config)
+    mine = [run for run in runs if _without_seed(run.record.training) == training]
+    evaluated = [(run, report) for run in mine for report in run.reports if report.evaluation == evaluation]
+    by_seed: dict[int, tuple[Run, Report]] = {}
+    for run, report in evaluated:
+        if report.complete:
+            by_seed.setdefault(report.seed, (run, report))
+    if by_seed:
+        return Evidence(tuple(by_seed[seed] for seed in sorted(by_seed)))
+    if evaluated:
+        return Evidence((max(evaluated, key=lambda pair: pair[1].iteration),))
+    return Evidence(unevaluated=max(mine, key=lambda run: (run.alive, run.iteration), default=None))
+
+
+@cache
+def composed(experiment: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns the config of an experiment, composed once."""
+    return compose([f"+experiment={experiment}", *overrides], CONF)[0]
+
+
+def _without_seed(training: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in training.items() if key != "seed"}
+
+
+def provenance(source: Source | None, evidence: Evidence) -> dict[str, Any]:
+    """Returns all that stands beside a number, by the names in `PROVENANCE`; empty where there is nothing to say."""
+    beside: dict[str, Any] = dict.fromkeys(PROVENANCE, "")
+    if source is None:
+        return beside
+    seeds = [report.seed for _, report in evidence.evaluated]
+    beside |= {
+        "seeds": " ".join(map(str, seeds)),
+        "inner_order": composed(source.experiment, source.overrides)["inner"].get("order", ""),
+        "command": source.command(seeds),
+    }
+    if evidence.evaluated:
+        run, report = evidence.evaluated[0]
+        beside |= {
+            "iteration": report.iteration,
+            "num_iterations": report.num_iterations,
+            "commit": run.commits,
+            "hardware": run.hardware,
+            "run_id": report.run_id,
+            "task_bank": report.banks[str(source.num_shots)],
+        }
+    return beside
