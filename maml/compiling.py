@@ -48,12 +48,12 @@ def _compile(function: ChunkGradient, theta: Params, tasks: Tasks) -> ChunkGradi
 
     # Copies, because example inputs that share memory give a silently wrong trace.
     example = [value.detach().clone() for value in (*theta.values(), *tasks.values())]
-    program = torch.compile(make_fx(flat)(*example), dynamic=False, fullgraph=True)
+    program = torch._inductor.compile(make_fx(flat)(*example), example)
     with torch.no_grad():
         program(*example)
 
     def run(theta: Params, tasks: Tasks) -> list[Tensor]:
         with torch.no_grad():
-            return program(*theta.values(), *tasks.values())
+            return program(*theta.values(), *(value.contiguous() for value in tasks.values()))
 
     return run

@@ -35,17 +35,24 @@ class Curve:
     values: Tensor
 
     def summary(self) -> dict[str, Any]:
-        """Returns mean and 95 % interval over tasks per step: 1.96 population std / sqrt(n), as the authors' code."""
+        """Returns mean and 95 % interval over tasks per step: 1.96 population std / sqrt(n), as the authors' code.
+
+        A mean or interval that is not finite, because adaptation diverged on some task, is None.
+        """
         count = self.values.shape[1]
         half = 1.96 * self.values.std(1, correction=0) / math.sqrt(count)
         return {
             "num_shots": self.num_shots,
             "metric": self.metric,
             "steps": [
-                {"step": step, "mean": mean, "ci95": ci95, "num_tasks": count}
+                {"step": step, "mean": _finite(mean), "ci95": _finite(ci95), "num_tasks": count}
                 for step, (mean, ci95) in enumerate(zip(self.values.mean(1).tolist(), half.tolist(), strict=True))
             ],
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 class Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
     done = run.finished_report()
     if done is not None:
         print(f"already finished: {run.path} (delete the folder to run it again)")
-        return done["headline"]
+        return _number(done["headline"])
 
     saved = run.open(hardware.describe(), command_line())
     status = "failed"
@@ -97,7 +98,12 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
     finally:
         run.close(status)  # first: a mirror may take its time
         logger.finish(status)
-    return report["headline"]
+    return _number(report["headline"])
+
+
+def _number(headline: float | None) -> float:
+    """A sweep needs a number where a report says that adaptation diverged."""
+    return math.nan if headline is None else headline
 
 
 def _execution(
@@ -125,7 +131,7 @@ def _evaluate_saved(
     _execution(saved, hardware, algorithm, config)
     algorithm.load_state_dict(saved["state"])
     report, _ = _evaluate(config, run, algorithm, evaluation, saved["iteration"])
-    return report["headline"]
+    return _number(report["headline"])
 
 
 def _evaluate(
@@ -165,4 +171,5 @@ def print_report(report: Mapping[str, Any]) -> None:
     for curve in report["curves"]:
         print(f"  {curve['metric']}, K={curve['num_shots']}, {curve['steps'][0]['num_tasks']} tasks")
         for step in curve["steps"]:
-            print(f"    step {step['step']:2d}: {step['mean']:8.4f} +- {step['ci95']:.4f}")
+            value = "diverged" if step["ci95"] is None else f"{step['mean']:8.4f} +- {step['ci95']:.4f}"
+            print(f"    step {step['step']:2d}: {value}")

@@ -16,9 +16,10 @@ def plot_report(report: Mapping[str, Any], path: Path) -> Path:
     for curve in report["curves"]:
         if curve["metric"] != report["headline_metric"]:
             continue
-        steps, means, bands = ([step[key] for step in curve["steps"]] for key in ("step", "mean", "ci95"))
+        finite = [step for step in curve["steps"] if step["ci95"] is not None]  # the others diverged
+        steps, means, bands = ([step[key] for step in finite] for key in ("step", "mean", "ci95"))
         axes.plot(steps, means, marker="o", markersize=3, label=f"K={curve['num_shots']}")
-        low, high = zip(*((mean - band, mean + band) for mean, band in zip(means, bands, strict=True)), strict=True)
+        low, high = ([mean + sign * band for mean, band in zip(means, bands, strict=True)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, alpha=0.2)
     axes.set_xlabel("gradient steps")
     axes.set_ylabel(report["headline_metric"].replace("_", " "))

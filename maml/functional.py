@@ -21,7 +21,7 @@ Activation = Literal["relu", "softplus", "tanh"]
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Applies one linear layer per task: ``(T, S, D)``, ``(T, O, D)``, ``(T, O)`` -> ``(T, S, O)``."""
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+    return torch.bmm(x, weight.transpose(1, 2)) + bias.unsqueeze(1)
 
 
 def batch_norm(x: Tensor, shift: Tensor, num_reference: int | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -253,9 +254,9 @@ def versions() -> dict[str, str]:
 
 def command_line() -> str:
     """Returns the command that started this process, as one would type it."""
-    import shlex
-
-    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(_ROOT) if script.is_relative_to(_ROOT) else script.name
+    return shlex.join(["python", str(shown), *sys.argv[1:]])
 
 
 def _commit() -> dict[str, Any]:

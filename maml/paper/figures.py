@@ -39,7 +39,7 @@ def curve_readings(curve: Curve, report: Report) -> list[tuple[float, float]]:
 
 
 def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
-    """Returns one row per gradient step, for ``figure.csv``."""
+    """Returns one row per gradient step, for the CSV."""
     readings: Sequence[tuple[Any, Any]] = drawn(curve, evidence).readings or [("", "")] * (curve.num_steps + 1)
     beside = {"state": evidence.state} | provenance(curve.source, evidence)
     rows = []
@@ -56,6 +56,7 @@ def plot_figure(figure: Figure, curves: Sequence[Drawn], path: Path) -> Path:
 
     canvas = Canvas(figsize=(5.5, 3.8), layout="constrained")
     axes = canvas.subplots()
+    axes.use_sticky_edges = False  # else the axis would end at the bottom of the lowest bar
     for number, item in enumerate(curves):
         colour = f"C{number}"
         low, high = zip(*item.curve.levels.values(), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,11 +36,11 @@ Content = TypeVar("Content", bound=BaseModel)
 
 
 class StepRecord(BaseModel):
-    """One gradient step of a curve in ``report.json``."""
+    """One gradient step of a curve in ``report.json``; where adaptation diverged, there are no numbers."""
 
     step: int
-    mean: FiniteFloat
-    ci95: FiniteFloat
+    mean: FiniteFloat | None
+    ci95: FiniteFloat | None
 
 
 class CurveRecord(BaseModel):
@@ -68,7 +69,7 @@ class Report(BaseModel):
         return self.iteration == self.num_iterations
 
     def reading(self, source: Source, step: int) -> tuple[float, float]:
-        """Returns mean and half-width of the 95 % interval over tasks, in the paper's unit.
+        """Returns mean and half-width of the 95 % interval over tasks, in the paper's unit; nan if it diverged.
 
         Raises:
             MamlError: if the report has no such curve or step.
@@ -76,6 +77,8 @@ class Report(BaseModel):
         for curve in self.curves:
             for record in curve.steps:
                 if (curve.metric, curve.num_shots, record.step) == (source.metric, source.num_shots, step):
+                    if record.mean is None or record.ci95 is None:
+                        return math.nan, math.nan
                     return record.mean * source.scale, record.ci95 * source.scale
         raise MamlError(
             f"results/cells.yaml asks {source.experiment} for {source.metric} at K={source.num_shots}, step {step}, "

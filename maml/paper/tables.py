@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from maml.paper.cells import Cell, Source, Table
 from maml.paper.runs import Evidence, provenance
@@ -17,7 +20,7 @@ _NOTES = (
     "Mean ± half-width of the 95 % interval over test tasks. With several seeds it is that of the lowest; in brackets,",
     "their number and from where to where their means go. *reproduced*: the paper's value lies in our interval or ours",
     "in the paper's. *reduced budget*: training has not ended, so this is no reproduction. `+` behind a commit: with",
-    "changes that were not committed. All numbers in full, the runs and their task banks: `table.csv`.",
+    "changes that were not committed. All numbers in full, the runs and their task banks: the CSV beside this file.",
 )
 
 
@@ -40,6 +43,12 @@ class Comparison:
         return [report.reading(source, self.cell.step) for _, report in self.evidence.evaluated] if source else []
 
     @property
+    def spread(self) -> tuple[float, float] | None:
+        """The lowest and the highest mean over seeds, nan if one diverged; None if there are no two seeds."""
+        means = [mean for mean, _ in self.by_seed]
+        return (float(np.min(means)), float(np.max(means))) if len(means) > 1 else None
+
+    @property
     def status(self) -> str:
         """One of `STATUSES`."""
         if self.cell.quoted:
@@ -56,7 +65,7 @@ def verdict(ours: float, ours_ci: float, published: float, published_ci: float, 
     """Judges a number that was trained to the end.
 
     Args:
-        ours: our mean.
+        ours: our mean; nan, if adaptation diverged, is worse than anything.
         ours_ci: half-width of our 95 % interval.
         published: the printed value.
         published_ci: half-width of its interval; 0 if none is printed.
@@ -67,7 +76,12 @@ def verdict(ours: float, ours_ci: float, published: float, published_ci: float, 
     """
     if abs(ours - published) <= max(ours_ci, published_ci):
         return "reproduced"
-    return "better" if (ours > published) == larger_is_better else "worse"
+    return "better" if not math.isnan(ours) and (ours > published) == larger_is_better else "worse"
+
+
+def reading_text(mean: float, ci95: float, decimals: int) -> str:
+    """Returns mean and interval as they are printed."""
+    return "diverged" if math.isnan(mean) else f"{mean:.{decimals}f} ± {ci95:.{decimals}f}"
 
 
 def compare(tables: Sequence[Table], find: Callable[[Source], Evidence]) -> dict[str, list[Comparison]]:
@@ -86,23 +100,21 @@ def summary(comparisons: Iterable[Comparison]) -> str:
 
 
 def table_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Returns one row per cell, in full precision, for ``table.csv``."""
+    """Returns one row per cell, in full precision, for the CSV."""
     rows = []
     for comparison in comparisons:
-        cell, means = comparison.cell, [mean for mean, _ in comparison.by_seed]
+        cell = comparison.cell
         ours, ours_ci = comparison.ours or ("", "")
-        numbers = {"paper": cell.value, "paper_ci95": cell.ci, "ours": ours, "ours_ci95": ours_ci}
-        spread = {"lowest_seed_mean": min(means, default=""), "highest_seed_mean": max(means, default="")}
-        rows.append(
-            {"row": cell.row, "column": cell.column, **numbers, "status": comparison.status}
-            | spread
-            | provenance(cell.source, comparison.evidence)
-        )
+        lowest, highest = comparison.spread or ("", "")
+        row: dict[str, Any] = {"row": cell.row, "column": cell.column, "paper": cell.value, "paper_ci95": cell.ci}
+        row |= {"ours": ours, "ours_ci95": ours_ci, "status": comparison.status}
+        row |= {"lowest_seed_mean": lowest, "highest_seed_mean": highest}
+        rows.append(row | provenance(cell.source, comparison.evidence))
     return rows
 
 
 def table_markdown(title: str, comparisons: Sequence[Comparison]) -> str:
-    """Returns the table as Markdown, for ``table.md``."""
+    """Returns the table as Markdown."""
     lines = [f"# {title}", "", summary(comparisons) + ".", "", "| " + " | ".join(_HEADER) + " |"]
     lines += ["| " + " | ".join("---" for _ in _HEADER) + " |"]
     lines += ["| " + " | ".join(_markdown_row(comparison)) + " |" for comparison in comparisons]
@@ -112,12 +124,12 @@ def table_markdown(title: str, comparisons: Sequence[Comparison]) -> str:
 def _markdown_row(comparison: Comparison) -> list[str]:
     cell, beside = comparison.cell, provenance(comparison.cell.source, comparison.evidence)
     decimals = len(cell.value.partition(".")[2]) + 1  # one more than printed, so that a verdict can be checked
-    means = [mean for mean, _ in comparison.by_seed]
     seeds = beside["seeds"].replace(" ", ", ")
-    if len(means) > 1:
-        seeds += f" ({len(means)}: {min(means):.{decimals}f} to {max(means):.{decimals}f})"
+    if comparison.spread:
+        lowest, highest = comparison.spread
+        seeds += f" ({len(comparison.by_seed)}: {lowest:.{decimals}f} to {highest:.{decimals}f})"
     so_far = comparison.evidence.progress
-    ours = f"{comparison.ours[0]:.{decimals}f} ± {comparison.ours[1]:.{decimals}f}" if comparison.ours else ""
+    ours = reading_text(*comparison.ours, decimals) if comparison.ours else ""
     if so_far:
         ours = f"{ours} ({so_far})" if ours else so_far
     command = f"`{beside['command']}`" if cell.source else "" if cell.quoted else "no experiment yet"

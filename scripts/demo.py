@@ -1,0 +1,99 @@
+"""Meta-trains the sinusoid experiment with the paper's full budget and compares it with the paper.
+
+    python scripts/demo.py
+
+The run is the one of ``python train.py +experiment=sinusoid_10shot``: it resumes if it was cut off, and shows
+its results at once if it was run before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from maml.config import compose
+from maml.errors import Interrupted, MamlError
+from maml.experiment import run_experiment
+from maml.paper.cells import Source, load_figures, load_levels, load_tables
+from maml.paper.figures import Drawn, curve_readings, plot_figure
+from maml.paper.runs import CONF, Report
+from maml.paper.tables import reading_text, verdict
+from maml.run import RunFolder
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+EXPERIMENT = "sinusoid_10shot"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the demo."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="three iterations, for tests; its numbers mean nothing")
+    parser.add_argument("--runs-dir", default="runs", help="where run folders are made (default: runs)")
+    options = parser.parse_args(arguments)
+    smoke = ["+debug=smoke"] if options.smoke else []
+    config, experiment = compose([f"+experiment={EXPERIMENT}", *smoke], CONF)
+    config["runs_dir"] = options.runs_dir
+    print(f"{experiment}: {config['num_iterations']:,} iterations. Stop it when you like: the same command goes on.")
+    run_experiment(config, experiment)
+    run = RunFolder(config, experiment)
+    report = Report.model_validate(run.finished_report())
+    table = comparison(report, options.smoke)
+    (run.path / "comparison.md").write_text(f"{table}\n")
+    picture = draw_figure(report, options.smoke, run.path / "figure3.png")
+    print(
+        f"\n{table}\n\n"
+        f"run folder  {run.path}\n"
+        f"picture     {picture}\n"
+        f"table       {run.path / 'comparison.md'}\n"
+        f"to go on    python train.py +experiment={EXPERIMENT} seed=1   (or any other file of conf/experiment/)\n"
+        "            make paper-tables, make paper-figures   (what has been run, beside the paper)"
+    )
+
+
+def comparison(report: Report, smoke: bool) -> str:
+    """Returns our mean squared errors beside the paper's, as a Markdown table."""
+    cells = {
+        cell.step: cell
+        for table in load_tables(RESULTS)
+        for cell in table.cells
+        if table.name == "table2_multitask" and cell.source is not None and cell.row == "MAML"
+    }
+    lines = ["| K | gradient steps | ours (mse) | paper | source | verdict |", "|" + " --- |" * 6]
+    for num_shots in (5, 10, 20):
+        levels = load_levels(RESULTS, "fig3_fig6_sinusoid_approx", "MAML", num_shots, num_steps=9)
+        printed = cells if num_shots == 5 else {}
+        for step in sorted(levels | printed):
+            ours, ci = report.reading(Source(EXPERIMENT, "mse", num_shots), step)
+            if step in printed:
+                paper, source = printed[step].value, "Table 2"
+                judged = verdict(ours, ci, float(paper), 0.0, report.larger_is_better)
+            else:
+                low, high = levels[step]
+                paper = f"{low} to {high}" if low < high else str(low)
+                source, judged = "Figure 6, read off the image", ""
+            judged = "smoke test" if smoke else judged
+            lines.append(
+                f"| {num_shots} | {step} | {reading_text(ours, ci, decimals=3)} | {paper} | {source} | {judged} |"
+            )
+    return "\n".join(lines)
+
+
+def draw_figure(report: Report, smoke: bool, path: Path) -> Path:
+    """Draws Figure 3, our MAML curve over the paper's; returns the file."""
+    (figure,) = (figure for figure in load_figures(RESULTS) if figure.name == "figure3")
+    curves = [curve for curve in figure.curves if curve.source.experiment == EXPERIMENT]
+    note = f" ({report.num_iterations} iterations: a smoke test)" if smoke else ""
+    lines = [Drawn(curve, f"{curve.row}, ours{note}", curve_readings(curve, report)) for curve in curves]
+    return plot_figure(figure, lines, path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signal_number)
+    except MamlError as error:
+        sys.exit(str(error))

@@ -1,0 +1,115 @@
+"""The list of cells: it is complete, says what the paper says, and names experiments that there are."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from maml.errors import MamlError
+from maml.paper.cells import Cell, Source, load_figures, load_levels, load_tables
+from maml.paper.runs import composed
+
+RESULTS = Path(__file__).parents[2] / "results"
+TABLES = load_tables(RESULTS)
+CELLS = {(cell.table, cell.row, cell.column): cell for table in TABLES for cell in table.cells}
+
+
+def published(name: str) -> list[dict[str, str]]:
+    with open(RESULTS / "paper" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_cells_are_the_71_of_tables_1_to_5() -> None:
+    names = {path.stem for path in (RESULTS / "paper").glob("table*.csv")}
+    printed = {(name, line["method"], line["setting"]) for name in names for line in published(name)}
+    assert set(CELLS) == printed
+    assert len(printed) == sum(len(table.cells) for table in TABLES) == 71
+
+
+def test_values_and_intervals_equal_the_published_files() -> None:
+    for table in TABLES:
+        for cell, line in zip(table.cells, published(table.name), strict=True):
+            assert cell.value == line["value"]
+            if line["ci"]:
+                assert cell.ci == line["ci"]
+
+
+@pytest.mark.parametrize(
+    ("table", "figure"), [("table4_pointmass", "fig4_point"), ("table5_cheetah_dir", "fig5_cheetah_dir")]
+)
+def test_maml_of_tables_4_and_5_takes_its_interval_from_the_figure_of_the_same_numbers(table: str, figure: str) -> None:
+    lines = [line for line in published(figure) if line["method"] == "MAML"]
+    for step in range(4):
+        cell = CELLS[table, "MAML", f"gradsteps_{step}"]
+        assert f"{float(lines[step]['mean']):.2f}" == cell.value
+        assert cell.ci == lines[step]["ci95_halfwidth"] != ""
+        assert not CELLS[table, "context_vector", f"gradsteps_{step}"].ci
+
+
+def test_rows_of_others_are_quoted_and_baselines_that_we_shall_run_are_not() -> None:
+    quoted = {cell.row for cell in CELLS.values() if cell.quoted}
+    assert quoted == {
+        "MANN_noconv", "Siamese", "MatchingNets", "NeuralStatistician", "MemoryModule", "MetaLearnerLSTM",
+    }  # fmt: skip
+    assert not any(cell.quoted and cell.source for cell in CELLS.values())
+
+
+@pytest.mark.parametrize("cell", [pytest.param(cell, id="-".join(key)) for key, cell in CELLS.items() if cell.source])
+def test_every_source_composes_and_evaluates_what_the_cell_asks_for(cell: Cell) -> None:
+    assert cell.source
+    assert_evaluates(cell.source, cell.step)
+
+
+def test_every_curve_composes_and_evaluates_what_it_draws() -> None:
+    for figure in load_figures(RESULTS):
+        for curve in figure.curves:
+            assert_evaluates(curve.source, curve.num_steps)
+
+
+def assert_evaluates(source: Source, step: int) -> None:
+    config = composed(source.experiment, source.overrides)
+    assert step <= config["evaluation"]["num_steps"]
+    assert source.num_shots in (config["evaluation"]["num_shots"] or [config["domain"]["num_shots"]])
+
+
+def test_cells_that_can_be_run_include_those_of_sinusoid_and_omniglot() -> None:
+    for step in (1, 5, 10):
+        cell = CELLS["table2_multitask", "MAML", f"K5_gradsteps_{step}"]
+        assert (cell.source, cell.step) == (Source("sinusoid_10shot", "mse", 5), step)
+    omniglot = Source("omniglot_5way_1shot", "accuracy_transductive", 1, scale=100)
+    for key in [("table1_omniglot", "MAML_conv", "5way_1shot"), ("table3_context_omniglot", "MAML", "5way_1shot")]:
+        assert (CELLS[key].source, CELLS[key].step) == (omniglot, 3)
+
+
+def test_figure_3_has_the_rough_levels_of_the_image() -> None:
+    (figure,) = (figure for figure in load_figures(RESULTS) if figure.name == "figure3")
+    assert figure.curves[0].levels == {0: (3.0, 3.1), 1: (0.3, 0.5), 9: (0.1, 0.2)}
+    assert load_levels(RESULTS, "fig3_fig6_sinusoid_approx", "oracle", 5, num_steps=2) == dict.fromkeys(
+        range(3), (0.0, 0.05)
+    )
+    with pytest.raises(MamlError, match="no method sgd at K=5"):
+        load_levels(RESULTS, "fig3_fig6_sinusoid_approx", "sgd", 5, num_steps=2)
+
+
+def test_command_names_overrides_and_seeds() -> None:
+    source = Source("sinusoid_10shot", "mse", 5, overrides=("evaluation.num_shots=[5]",))
+    assert source.command([]) == "python train.py +experiment=sinusoid_10shot 'evaluation.num_shots=[5]'"
+    assert Source("a", "mse", 5).command([0]) == "python train.py +experiment=a"
+    assert Source("a", "mse", 5).command([3]) == "python train.py +experiment=a seed=3"
+    assert Source("a", "mse", 5).command([0, 1, 2]) == "python train.py -m +experiment=a seed=0,1,2"
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "named"),
+    [
+        ("row: MAML, column: K5_gradsteps_1,", "row: MAMMAL, column: K5_gradsteps_1,", "MAMMAL/K5_gradsteps_1"),
+        ("quoted: [MatchingNets, MetaLearnerLSTM]", "quoted: [MatchMakingNets]", "MatchMakingNets"),
+    ],
+)
+def test_a_row_that_the_paper_does_not_have_is_named(right: str, wrong: str, named: str, tmp_path: Path) -> None:
+    text = (RESULTS / "cells.yaml").read_text()
+    assert right in text
+    (tmp_path / "cells.yaml").write_text(text.replace(right, wrong))
+    (tmp_path / "paper").symlink_to(RESULTS / "paper")
+    with pytest.raises(MamlError, match=f"there is no {named} in results/paper/table"):
+        load_tables(tmp_path)
