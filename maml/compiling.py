@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def _compile(function: ChunkGradient, theta: Params, tasks: Tasks) -> ChunkGradi
         )
 
     # Copies, because example inputs that share memory give a silently wrong trace.
-    example = [value.detach().clone() for value in (*theta.values(), *tasks.values())]
+    example: list[Any] = [value.detach().clone() for value in (*theta.values(), *tasks.values())]
     program = torch._inductor.compile(make_fx(flat)(*example), example)
     with torch.no_grad():
         program(*example)
