@@ -170,12 +170,13 @@ def test_meta_gradient_equals_finite_differences(num_steps: int, chunk: int | No
     model = Conv4(SMALL, NUM_WAYS, 4, "mean", "flatten", activation="softplus")
     algorithm, theta, tasks = make(SMALL, True, model, num_steps, order=2, chunk=chunk)
     gradient, _ = algorithm.gradient(theta, tasks)
+    first_order, *_ = make(SMALL, True, model, num_steps, order=1)  # the same loss for less: no gradient is needed
     for name, value in theta.items():
         direction = Stream(3).child(name).uniform(value.shape, -1.0, 1.0, dtype=torch.float64)
 
         def loss_at(offset: float, name: str = name, direction: Tensor = direction) -> float:
             moved = theta | {name: theta[name] + offset * direction}
-            return algorithm.gradient(moved, tasks)[1]["loss"].item()
+            return first_order.task_losses(moved, tasks)[0].mean().item()
 
         step = 1e-4
         # Fourth order in the step, so that the difference is exact enough for the bound.
