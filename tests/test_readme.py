@@ -58,14 +58,11 @@ def test_readme_names_only_targets_and_files_that_exist() -> None:
 def test_readme_commands_run_in_order(clone: Path) -> None:
     shrink = ["+debug=smoke", "hardware=cpu", "hardware.num_threads=1"]
     script = "\n".join(
-        shlex.join([sys.executable, *shlex.split(command)[1:], *([] if "+debug" in command else shrink)]).replace(
-            "checkpoint=FILE", "checkpoint=$(ls runs/sinusoid_10shot/*/checkpoint.pt | head -n 1)"
-        )
+        shlex.join([sys.executable, *shlex.split(command)[1:], *([] if "+debug" in command else shrink)])
         for command in commands()
-    ).replace(
-        "'checkpoint=$(ls runs/sinusoid_10shot/*/checkpoint.pt | head -n 1)'",
-        "checkpoint=$(ls runs/sinusoid_10shot/*/checkpoint.pt | head -n 1)",
     )
+    # FILE is any checkpoint of that command; the oldest is the first command's.
+    script = script.replace("checkpoint=FILE", "checkpoint=$(ls -tr runs/sinusoid_10shot/*/checkpoint.pt | head -n 1)")
     environment = os.environ | {"PYTHONPATH": str(clone), "PYTHONWARNINGS": "error"}
     done = subprocess.run(
         ["bash", "-euxc", script], cwd=clone, env=environment, capture_output=True, text=True, check=False

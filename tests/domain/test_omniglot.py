@@ -1,0 +1,128 @@
+"""Omniglot's episodes on the real data, against protocol section 3."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from maml.domain.omniglot import Omniglot
+from maml.errors import MamlError
+from maml.model.conv4 import Conv4
+from maml.seeding import Stream
+
+MODEL = Conv4((28, 28, 1), 5, num_filters=4)
+DATA = os.environ["MAML_DATA"]
+
+
+@pytest.fixture(scope="module")
+def make(cache_dir: Path) -> Callable[..., Omniglot]:
+    if not (Path(DATA) / "omniglot").is_dir():
+        pytest.skip("the Omniglot files are not at MAML_DATA")
+    return lambda **options: Omniglot(
+        **{"num_ways": 5, "num_shots": 1} | options, data_dir=DATA, cache_dir=str(cache_dir)
+    )
+
+
+def test_splits_are_disjoint_and_of_the_protocols_sizes(make: Callable[..., Omniglot]) -> None:
+    splits = make().splits
+    assert {name: len(classes) for name, classes in splits.items()} == {"train": 1100, "val": 100, "test": 423}
+    assert sorted(torch.cat(list(splits.values())).tolist()) == list(range(1623))
+
+
+def test_splits_never_change(make: Callable[..., Omniglot]) -> None:
+    assert make().splits["test"][:5].tolist() == make(num_ways=20).splits["test"][:5].tolist()
+    assert make().splits["test"].sum().item() == 341_484
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_tasks_draw_distinct_classes_of_their_split(make: Callable[..., Omniglot], split: str) -> None:
+    domain = make(num_ways=20)
+    classes = domain.sample_tasks(50, Stream(0), split)["classes"]  # type: ignore[arg-type]
+    assert torch.isin(classes, domain.splits[split]).all()  # type: ignore[index]
+    assert all(len(set(task)) == 20 for task in classes.tolist())
+
+
+def test_support_and_query_share_no_drawing(make: Callable[..., Omniglot]) -> None:
+    tasks = make(num_shots=5).sample_tasks(40, Stream(0))
+    drawings = torch.cat([tasks["support_images"], tasks["query_images"]], dim=-1)
+    assert drawings.shape == (40, 5, 10)
+    assert all(len(set(cls)) == 10 for task in drawings.tolist() for cls in task)
+
+
+def test_images_are_the_drawings_turned_by_their_class(make: Callable[..., Omniglot]) -> None:
+    domain = make(num_shots=3)
+    tasks = domain.sample_tasks(6, Stream(0))
+    for role in ("support", "query"):
+        data = domain.collect(tasks, role, MODEL, {})
+        assert data.x.shape == (6, 15, 28, 28, 1)
+        for task in range(6):
+            for i, label in enumerate(data.y[task].tolist()):
+                cls, drawing = tasks["classes"][task, label], tasks[f"{role}_images"][task, label, i // 5]
+                image = domain.images[cls, drawing].reshape(28, 28).float()
+                expected = torch.rot90(image, int(tasks["rotations"][task, label]))
+                assert torch.equal(data.x[task, i, :, :, 0], expected)
+
+
+def test_rotations_are_uniform_and_drawn_in_test_tasks_too(make: Callable[..., Omniglot]) -> None:
+    rotations = make().sample_tasks(2000, Stream(0), "test")["rotations"]
+    shares = torch.bincount(rotations.flatten(), minlength=4) / rotations.numel()
+    assert (shares - 0.25).abs().max() < 0.02
+
+
+def test_ink_is_one_and_paper_zero(make: Callable[..., Omniglot]) -> None:
+    domain = make()
+    x = domain.collect(domain.sample_tasks(50, Stream(0)), "support", MODEL, {}).x
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    assert 0.02 < x.mean() < 0.3
+
+
+def test_labels_are_balanced_and_name_positions_in_the_task(make: Callable[..., Omniglot]) -> None:
+    domain = make(num_shots=2)
+    y = domain.collect(domain.sample_tasks(3, Stream(0)), "query", MODEL, {}).y
+    assert y.tolist() == [[0, 1, 2, 3, 4] * 2] * 3
+
+
+@pytest.mark.parametrize(("num_shots", "num_query", "expected"), [(None, None, 2), (1, None, 1), (1, 15, 15)])
+def test_query_images_per_class_are_k_unless_asked(
+    make: Callable[..., Omniglot], num_shots: int | None, num_query: int | None, expected: int
+) -> None:
+    tasks = make(num_shots=2).sample_tasks(1, Stream(0), "test", num_shots, num_query)
+    assert tasks["query_images"].shape[-1] == expected
+
+
+def test_loss_is_the_summed_cross_entropy_over_k(make: Callable[..., Omniglot]) -> None:
+    domain = make(num_shots=4)
+    data = domain.collect(domain.sample_tasks(2, Stream(0)), "support", MODEL, {})
+    outputs = Stream(3).normal((2, 20, 5))
+    losses, metrics = domain.loss(outputs, data)
+    for task in range(2):
+        total = sum(F.cross_entropy(outputs[task, i], data.y[task, i]) for i in range(20))
+        assert losses[task].item() == pytest.approx(float(total) / 4, rel=1e-5)
+        right = sum(int(outputs[task, i].argmax() == data.y[task, i]) for i in range(20))
+        assert metrics["accuracy"][task].item() == pytest.approx(right / 20)
+
+
+def test_inductive_accuracy_depends_on_no_other_query_image(make: Callable[..., Omniglot]) -> None:
+    params = {name: value.unsqueeze(0) for name, value in MODEL.init(Stream(0)).items()}
+    domain = make()
+    tasks = domain.sample_tasks(1, Stream(1), "test", num_query=3)
+    support, query = (domain.collect(tasks, role, MODEL, params) for role in ("support", "query"))
+    joint = torch.cat([support.x, query.x], dim=1)
+    together = MODEL(params, joint, num_reference=5)[:, 5:]
+    alone = torch.cat(
+        [MODEL(params, torch.cat([support.x, x.unsqueeze(1)], 1), 5)[:, 5:] for x in query.x.unbind(1)], 1
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together, MODEL(params, query.x), rtol=1e-2)  # the transductive outputs differ
+
+
+def test_more_images_than_there_are_drawings_is_refused(make: Callable[..., Omniglot]) -> None:
+    with pytest.raises(MamlError, match="num_shots=15 plus num_query=15 is 30, but there are 20"):
+        make(num_shots=15)
+    with pytest.raises(MamlError, match="smallest split has 100"):
+        make(num_ways=101)

@@ -1,0 +1,32 @@
+"""The fully connected networks against protocol sections 2 and 3."""
+
+from __future__ import annotations
+
+import torch
+
+from maml.model.mlp import MLP
+from maml.seeding import Stream
+from tests import plain_maml
+
+
+def test_initial_weights_are_a_normal_cut_at_two_deviations() -> None:
+    weight = MLP((1,), 1, [200, 200]).init(Stream(0))["linear2.weight"]
+    assert weight.abs().max() <= 0.02
+    assert abs(weight.std().item() - 0.01 * 0.8796) < 1e-4  # std of a normal cut at +-2
+    assert not MLP((1,), 1, [4]).init(Stream(0))["linear1.bias"].any()
+
+
+def test_each_task_uses_its_own_parameters() -> None:
+    for normalization in ("none", "batch"):
+        model = MLP((3, 2), 4, [7, 5], normalization=normalization)
+        tasks = [model.init(Stream(seed)) for seed in range(3)]
+        x = Stream(9).normal((3, 6, 3, 2))
+        outputs = model({name: torch.stack([task[name] for task in tasks]) for name in tasks[0]}, x)
+        for task, params in enumerate(tasks):
+            torch.testing.assert_close(outputs[task], plain_maml.mlp(params, x[task]))
+
+
+def test_the_papers_networks_have_their_sizes() -> None:
+    assert sum(value.numel() for value in MLP((1,), 1, [40, 40]).init(Stream(0)).values()) == 1761
+    non_conv = MLP((28, 28, 1), 5, [256, 128, 64, 64], normalization="batch").init(Stream(0))
+    assert [value.shape[0] for name, value in non_conv.items() if name.endswith("shift")] == [256, 128, 64, 64]

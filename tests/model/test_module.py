@@ -1,0 +1,71 @@
+"""A user's own network through the adapter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maml.errors import MamlError
+from maml.model.module import ModuleModel
+from maml.seeding import Stream
+
+SHAPE = (6, 6, 2)
+
+
+class Net(nn.Module):
+    def __init__(self, num_outputs: int = 3) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(64, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def stacked(model: ModuleModel, count: int) -> dict[str, Tensor]:
+    tasks = [model.init(Stream(seed)) for seed in range(count)]
+    return {name: torch.stack([task[name] for task in tasks]) for name in tasks[0]}
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_outputs_are_those_of_the_module_in_training_mode(vectorize: bool) -> None:
+    model = ModuleModel(SHAPE, 3, Net, vectorize)
+    params, x = stacked(model, 2), Stream(5).normal((2, 7, *SHAPE))
+    outputs = model(params, x)
+    for task in range(2):
+        net = Net()
+        net.load_state_dict({name: value[task] for name, value in params.items()}, strict=False)
+        torch.testing.assert_close(outputs[task], net.train()(x[task].permute(0, 3, 1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_buffers_of_batch_normalisation_stay_unchanged() -> None:
+    net = Net()
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    model = ModuleModel(SHAPE, 3, lambda: net)
+    model(stacked(model, 2), Stream(5).normal((2, 7, *SHAPE)))
+    assert before
+    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+
+
+def test_reference_statistics_make_predictions_inductive() -> None:
+    model = ModuleModel(SHAPE, 3, Net)
+    params, x = stacked(model, 1), Stream(5).normal((1, 8, *SHAPE))
+    joint = model(params, x, num_reference=5)
+    alone = model(params, x[:, :6], num_reference=5)
+    torch.testing.assert_close(joint[:, 5], alone[:, 5], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(params, x)[:, 5], alone[:, 5], rtol=1e-2)
+
+
+def test_initial_parameters_follow_the_seed_alone() -> None:
+    first, again, other = (ModuleModel(SHAPE, 3, Net).init(Stream(seed)) for seed in (1, 1, 2))
+    torch.manual_seed(77)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_modules_that_do_not_fit_the_domain_are_refused() -> None:
+    with pytest.raises(MamlError, match=r"outputs of shape \(2,\), but the domain needs \(3,\)"):
+        ModuleModel(SHAPE, 3, lambda: Net(2))
+    with pytest.raises(MamlError, match="cannot be run on inputs of shape"):
+        ModuleModel((9, 9, 2), 3, Net)

@@ -1,0 +1,37 @@
+"""The same numbers on a GPU as on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from maml.algorithm.maml import MAML
+from maml.domain.sinusoid import Sinusoid
+from maml.inner.sgd import SGD
+from maml.model.mlp import MLP
+from maml.outer.adam import Adam
+from maml.seeding import Stream
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+def test_streams_draw_the_same_numbers_on_both_devices() -> None:
+    cpu, gpu = (Stream(3, device).child("tasks") for device in ("cpu", "cuda"))
+    assert torch.equal(cpu.bits((1000,)), gpu.bits((1000,)).cpu())
+    assert torch.equal(cpu.uniform((1000,), -5.0, 5.0), gpu.uniform((1000,), -5.0, 5.0).cpu())
+    assert torch.equal(cpu.choice((50,), 1100, 5), gpu.choice((50,), 1100, 5).cpu())
+
+
+def test_training_on_a_gpu_follows_the_cpu() -> None:
+    losses = []
+    for device in ("cpu", "cuda"):
+        stream = Stream(0, device)
+        inner = SGD(step_size=0.01, num_steps=2, order=2, adapt=["*"])
+        algorithm = MAML(Sinusoid(), MLP((1,), 1, [40, 40]), inner, Adam(), stream.child("init"))
+        losses.append(
+            [algorithm.step(algorithm.domain.sample_tasks(4, stream.child(t)))["loss"].item() for t in range(20)]
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
