@@ -7,6 +7,7 @@ import sys
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from maml.config import check, check_order, experiment_name, explain_override_error, plain
@@ -17,13 +18,15 @@ from maml.experiment import run_experiment
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float:
     """Runs one experiment and returns its headline number, which sweeps optimise."""
+    job = HydraConfig.get()
     try:
-        job = HydraConfig.get()
         check_order(job.overrides.task)
         config = plain(cfg)
         check(config)
         return run_experiment(config, experiment_name(job.runtime.choices))
     except MamlError as error:
+        if job.mode is RunMode.MULTIRUN:  # of several jobs that fail, Hydra reports only the first, and at the end
+            print(f"{' '.join(job.overrides.task)}: {error}", file=sys.stderr)
         raise CompactHydraException(str(error)) from None  # its message without a traceback
 
 
@@ -33,6 +36,9 @@ if __name__ == "__main__":
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(128 + stop.signal_number)
+    except KeyboardInterrupt:  # before or after training: there is nothing to save
+        print("stopped by SIGINT; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
     except SystemExit as end:
         if end.code:
             explain_override_error(sys.argv[1:])

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 
@@ -74,7 +75,12 @@ def load(path: Path) -> dict[str, Any]:
         MamlError: if there is none, or the file is damaged or is something else.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            damaged = ZipFile(file).testzip()  # torch writes check sums, but does not read them
+            if damaged is not None:
+                raise BadZipFile(f"the check sum of {damaged} is wrong")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise MamlError(f"there is no checkpoint at {path}") from error
     except Exception as error:

@@ -251,7 +251,7 @@ def explain_override_error(arguments: Sequence[str]) -> None:
 
     conf = Path(__file__).resolve().parents[1] / "conf"
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    chosen = [override for override in overrides if override.startswith("+experiment=")]
+    chosen = [override for override in overrides if (conf / override.partition("=")[0].lstrip("+")).is_dir()]
     try:
         with initialize_config_dir(str(conf), version_base="1.3"):
             known = hydra_compose("config", chosen)

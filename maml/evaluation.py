@@ -143,10 +143,10 @@ def bank_hash(tasks: Tasks) -> str:
 
 
 def per_task_rows(curves: list[Curve]) -> list[dict[str, Any]]:
-    """Returns one row per K, metric and task, with a column per gradient step, for ``tasks.csv``."""
+    """Returns one row per K, metric and task, with a column per gradient step to 7 digits, for ``tasks.csv``."""
     rows = []
     for curve in curves:
         for task, values in enumerate(curve.values.T.tolist()):
-            columns = {f"step_{step}": value for step, value in enumerate(values)}
+            columns = {f"step_{step}": float(f"{value:.7g}") for step, value in enumerate(values)}
             rows.append({"num_shots": curve.num_shots, "metric": curve.metric, "task": task} | columns)
     return rows

@@ -10,7 +10,7 @@ from typing import Any
 from maml.algorithm.base import Algorithm
 from maml.compiling import compiled
 from maml.config import build, evaluation_config
-from maml.errors import Interrupted, MamlError
+from maml.errors import MamlError
 from maml.evaluation import Evaluation, per_task_rows
 from maml.figures import plot_report
 from maml.hardware import Execution, Hardware
@@ -92,7 +92,7 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
         report, picture = _evaluate(config, run, algorithm, evaluation, config["num_iterations"])
         logger.report(report, {"adaptation": picture})
         status = "finished"
-    except Interrupted:
+    except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -120,21 +121,27 @@ class RunFolder:
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Appends one line of metrics; it holds nothing that a repetition would not give again."""
-        if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115 - held while the run is
         try:
+            if self._metrics is None:
+                self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115 - held while the run is
             self._metrics.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise MamlError(
-                f"{self.path / 'metrics.jsonl'} could not be written ({error.strerror}); the last checkpoint is intact."
-                " Free some space, then give the same command again"
-            ) from error
+            raise self._no_metrics(error) from error
+
+    def _no_metrics(self, error: OSError) -> MamlError:
+        return MamlError(
+            f"{self.path / 'metrics.jsonl'} could not be written ({error.strerror}); the last checkpoint is intact. "
+            "Free some space, then give the same command again"
+        )
 
     def save_checkpoint(self, iteration: int, state: Mapping[str, Any], execution: Mapping[str, Any]) -> None:
         """Saves the training state after ``iteration`` meta-updates."""
-        if self._metrics is not None:
-            os.fsync(self._metrics.fileno())  # no checkpoint may know of a line that the disk does not
+        try:
+            if self._metrics is not None:
+                os.fsync(self._metrics.fileno())  # no checkpoint may know of a line that the disk does not
+        except OSError as error:
+            raise self._no_metrics(error) from error
         checkpoint.save(
             self.checkpoint_path,
             {
@@ -151,7 +158,8 @@ class RunFolder:
     def close(self, status: str) -> None:
         """Records how the run ended and lets go of the folder."""
         if self._metrics is not None:
-            self._metrics.close()
+            with suppress(OSError):  # a line that a full disk refused, and was reported, is tried once more
+                self._metrics.close()
             self._metrics = None
         if self._lock is not None:
             try:
@@ -217,7 +225,7 @@ class RunFolder:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text().splitlines(keepends=True):
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
             try:
                 if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
                     kept.append(line)
@@ -234,7 +242,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise MamlError(f"{path} is damaged ({error}); move it away, or restore it, and try again") from error

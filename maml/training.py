@@ -19,6 +19,7 @@ from maml.logger.base import Logger
 from maml.progress import Progress
 from maml.run import RunFolder
 from maml.seeding import Stream
+from maml.types import Params
 
 
 def train(
@@ -69,8 +70,10 @@ def train(
                     run.log(iteration, values)
                     logger.log(values, iteration)
             if iteration % checkpoint_every == 0 or last:
-                _finite(metrics, iteration, run)
-                run.save_checkpoint(iteration, algorithm.state_dict(), execution.as_dict())
+                state = algorithm.state_dict()
+                # The loss is that of theta before this update; a theta that has just diverged does not show in it.
+                _finite(metrics | _largest(state), iteration, run)
+                run.save_checkpoint(iteration, state, execution.as_dict())
             if stopped:
                 raise Interrupted(
                     f"stopped by {signal.Signals(stopped[0]).name} after iteration {iteration} of {num_iterations}; "
@@ -82,6 +85,15 @@ def train(
 def _floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     values = torch.stack(list(metrics.values())).tolist()  # one transfer from the device
     return dict(zip(metrics, values, strict=True))
+
+
+def _largest(state: Mapping[str, Params]) -> dict[str, Tensor]:
+    """Returns the largest absolute value of each group of tensors; NaN is larger than any."""
+    return {
+        group: torch.stack([value.abs().max().double() for value in tensors.values()]).max()
+        for group, tensors in state.items()
+        if tensors
+    }
 
 
 def _finite(metrics: Mapping[str, Tensor], iteration: int, run: RunFolder) -> dict[str, float]:

@@ -17,9 +17,11 @@ from pathlib import Path
 
 from maml.paper.cells import load_tables
 from maml.paper.runs import find_evidence, find_runs
-from maml.paper.tables import STATUSES, compare, summary, table_markdown, table_rows
+from maml.paper.tables import STATUSES, compare, headline_markdown, summary, table_markdown, table_rows
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+BEGIN, END = "<!-- headline: made by make paper-tables -->\n", "\n<!-- end of headline -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,8 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs, damaged = find_runs(*options.runs_dir)
     tables = load_tables(RESULTS)
     comparisons = compare(tables, cache(lambda source: find_evidence(source, runs)))
-    counted = summary(comparison for group in comparisons.values() for comparison in group)
-    overview = ["# The paper's tables", "", f"{counted}.", ""]
+    cells = [comparison for group in comparisons.values() for comparison in group]
+    counted, headline = summary(cells), headline_markdown(cells)
+    if options.out == RESULTS:
+        before, _, rest = (ROOT / "README.md").read_text().partition(BEGIN)
+        (ROOT / "README.md").write_text(f"{before}{BEGIN}{headline}{END}{rest.partition(END)[2]}")
+    overview = ["# The paper's tables", "", f"{counted}.", "", headline, ""]
     overview += [f"**ERROR, left out:** {message}\n" for message in damaged]
     overview += ["| table | " + " | ".join(STATUSES) + " |", "| --- |" + " --- |" * len(STATUSES)]
     for table in tables:

@@ -121,6 +121,16 @@ def table_markdown(title: str, comparisons: Sequence[Comparison]) -> str:
     return "\n".join([*lines, "", *_NOTES, ""])
 
 
+def headline_markdown(comparisons: Iterable[Comparison]) -> str:
+    """Returns the numbers that have been run, one line each: what a visitor sees first."""
+    lines = ["| cell | paper | ours, 95 % interval | status | command |", "| --- | --- | --- | --- | --- |"]
+    for comparison in comparisons:
+        if comparison.ours:
+            row, column, paper, ours, status, *_, command = _markdown_row(comparison)
+            lines.append(f"| {comparison.cell.table}/{row}/{column} | {paper} | {ours} | {status} | {command} |")
+    return "\n".join(lines)
+
+
 def _markdown_row(comparison: Comparison) -> list[str]:
     cell, beside = comparison.cell, provenance(comparison.cell.source, comparison.evidence)
     decimals = len(cell.value.partition(".")[2]) + 1  # one more than printed, so that a verdict can be checked
