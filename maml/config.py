@@ -18,7 +18,7 @@ from typing import Any, Literal, get_type_hints
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from maml.errors import MamlError
 from maml.types import Count, NonNegativeInt
@@ -123,7 +123,10 @@ def _check_arguments(
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return []  # a user's class that takes anything
     allowed = {name: parameter for name, parameter in parameters.items() if name not in supplied}
-    hints = get_type_hints(vars(target).get("__init__", object.__init__), include_extras=True)
+    try:
+        hints = get_type_hints(target.__init__, include_extras=True)  # type: ignore[misc]
+    except NameError:  # a user's class with names that only its type checker imports
+        hints = {}
     problems = []
     for name, value in arguments.items():
         if name not in allowed:
@@ -140,8 +143,11 @@ def _check_arguments(
 
 def _check_value(path: str, value: Any, annotation: Any) -> list[str]:
     try:
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
         # Through JSON, so that a list may stand for a tuple while "3" or true may not stand for 3.
-        TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+        adapter.validate_json(json.dumps(value), strict=True)
+    except PydanticUserError:
+        return []  # a user's annotation that says nothing about configs
     except ValidationError as error:
         reasons = dict.fromkeys(detail["msg"][0].lower() + detail["msg"][1:] for detail in error.errors())
         return [f"{path}={value!r}: {'; or '.join(reasons)}"]
@@ -268,5 +274,5 @@ def explain_override_error(arguments: Sequence[str]) -> None:
             *parents, last = name.split(".")
             node = OmegaConf.select(known, ".".join(parents)) if parents else known
             if isinstance(node, DictConfig) and last not in node:
-                keys = [str(key) for key in node]
+                keys = [str(key) for key in node if not str(key).startswith("_")]
                 print(f"{name} is not a key{near_miss(last, keys, ''.join(p + '.' for p in parents))}", file=sys.stderr)

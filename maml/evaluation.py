@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
@@ -72,7 +73,7 @@ class Evaluation:
         self,
         num_tasks: Count,
         num_steps: NonNegativeInt,
-        num_shots: list[Count] | None = None,
+        num_shots: Annotated[list[Count], MinLen(1)] | None = None,
         num_query: Count | None = None,
         step_size: PositiveFloat | list[PositiveFloat] | None = None,
         split: Split = "test",
@@ -104,7 +105,12 @@ class Evaluation:
             MamlError: if the domain has too little data for one of the K.
         """
         for num_shots in self.num_shots or [domain.num_shots]:
-            self.bank(domain, num_shots, num_tasks=1)
+            try:
+                self.bank(domain, num_shots, num_tasks=1)
+            except MamlError as error:
+                raise MamlError(
+                    f"evaluation at K={num_shots}, num_query={self.num_query or num_shots}: {error}"
+                ) from error
 
     def __call__(self, algorithm: Algorithm) -> tuple[list[Curve], dict[str, str]]:
         """Returns the curves, and the hash of the task bank at each K."""

@@ -97,9 +97,10 @@ class Hardware:
     def apply(self, execution: Execution) -> None:
         """Sets the process-wide switches."""
         torch.set_num_threads(execution.num_threads)
-        torch.use_deterministic_algorithms(self.deterministic)
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if self.deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch's compiler
+            torch.use_deterministic_algorithms(self.deterministic)
 
     def describe(self) -> dict[str, Any]:
         """Returns what a reader of a result needs to know about the machine."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -56,7 +57,7 @@ class RunFolder:
         Raises:
             MamlError: if the folder holds another run, another process is writing to it, or its checkpoint is damaged.
         """
-        saved = self.load_checkpoint()
+        self.load_checkpoint()  # refuses before anything is written
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held while the run is
@@ -69,6 +70,7 @@ class RunFolder:
             raise MamlError(
                 f"another process is training in {self.path}; wait for it or stop it, or give this run another seed"
             ) from error
+        saved = self.load_checkpoint()  # the process that held the lock may have gone on meanwhile
         checkpoint.write_whole(
             self.path / "config.yaml", lambda file: file.write(OmegaConf.to_yaml(self.config).encode())
         )
@@ -180,15 +182,11 @@ class RunFolder:
         if report["iteration"] < report["num_iterations"] or (first and first["evaluation"] != report["evaluation"]):
             folder = self.path / "evaluations" / digest(settings)
         folder.mkdir(parents=True, exist_ok=True)
-        rows: list[str] = []
-
-        class Lines:
-            write = staticmethod(rows.append)
-
-        writer = csv.DictWriter(Lines(), fieldnames=list(tasks[0]), lineterminator="\n")
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(tasks[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(tasks)
-        checkpoint.write_whole(folder / "tasks.csv", lambda file: file.write("".join(rows).encode()))
+        checkpoint.write_whole(folder / "tasks.csv", lambda file: file.write(table.getvalue().encode()))
         checkpoint.write_whole(
             folder / "report.json", lambda file: file.write((json.dumps(report, indent=2) + "\n").encode())
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 Params = dict[str, Tensor]
@@ -21,6 +21,7 @@ Tasks = dict[str, Tensor]
 Count = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
+Decay = Annotated[float, Ge(0), Lt(1)]
 
 
 class Examples(NamedTuple):

@@ -11,7 +11,7 @@ from maml.errors import MamlError
 from maml.functional import ACTIVATIONS, Activation, batch_norm, conv3x3, linear, max_pool
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.seeding import Stream
-from maml.types import Count, Params
+from maml.types import Count, Params, PositiveFloat
 
 _NUM_MODULES = 4
 
@@ -42,7 +42,7 @@ class Conv4(Model):
         num_filters: Count = 64,
         pooling: Literal["stride", "max", "mean"] = "stride",
         head: Literal["mean", "flatten"] = "mean",
-        head_std: float | None = None,
+        head_std: PositiveFloat | None = None,
         activation: Activation = "relu",
     ) -> None:
         if len(in_shape) != 3:

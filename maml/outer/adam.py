@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maml.outer.base import Objective, Outer, OuterState
-from maml.types import Params, PositiveFloat
+from maml.types import Decay, Params, PositiveFloat
 
 
 class Adam(Outer):
@@ -26,7 +26,7 @@ class Adam(Outer):
         self,
         step_size: PositiveFloat = 0.001,
         clip: PositiveFloat | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[Decay, Decay] = (0.9, 0.999),
         eps: PositiveFloat = 1e-8,
     ) -> None:
         self.step_size = step_size

@@ -1,0 +1,107 @@
+"""What holds for every option of every group, found in conf/ and never named: a new yaml is tested unasked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from maml.config import build, check, compose, training_config
+from maml.domain.base import Domain
+from maml.logger.base import Logger
+from maml.model.base import Model
+from maml.outer.base import Objective, Outer
+from maml.seeding import Stream
+from tests.runs import ROOT
+
+CONF = ROOT / "conf"
+PARTS = ("domain", "model", "inner", "outer", "algorithm", "evaluation", "hardware", "logger")
+OPTIONS = [(part, path.stem) for part in PARTS for path in sorted((CONF / part).glob("*.yaml"))]
+# A class of the library's own stands in for the one that a user names.
+NEEDS = {("model", "module"): ["model.module._target_=torch.nn.Identity"]}
+
+
+def overrides(part: str, option: str, cache_dir: Path) -> list[str]:
+    return [f"{part}={option}", f"cache_dir={cache_dir}", *NEEDS.get((part, option), [])]
+
+
+@pytest.mark.parametrize(("part", "option"), OPTIONS)
+def test_option_composes_and_passes_the_check(part: str, option: str, cache_dir: Path) -> None:
+    if (part, option) == ("hardware", "gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    config, _ = compose(overrides(part, option, cache_dir), CONF)
+    check(config)
+    assert training_config(config)
+    if part not in ("model", "algorithm"):  # those two are built from the others, as the experiments' tests do
+        assert build(config[part]) is not None
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_yaml_opens_with_a_sentence(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if line != "# @package _global_"]
+    assert lines[0].startswith("# ")
+    assert len(lines[0]) > 20
+
+
+@pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "domain"])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_domain_draws_tasks_as_a_pure_function_of_the_stream(option: str, split: str, cache_dir: Path) -> None:
+    config, _ = compose(overrides("domain", option, cache_dir), CONF)
+    domain: Domain = build(config["domain"])
+    first, again, other, longer = (
+        domain.sample_tasks(count, Stream(seed), split)  # type: ignore[arg-type]
+        for count, seed in ((3, 1), (3, 1), (3, 2), (5, 1))
+    )
+    for name, value in first.items():
+        assert value.shape[0] == 3
+        assert torch.equal(value, again[name])
+        assert torch.equal(value, longer[name][:3])
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "domain"])
+def test_domain_says_what_a_report_needs(option: str, cache_dir: Path) -> None:
+    config, _ = compose(overrides("domain", option, cache_dir), CONF)
+    domain: Domain = build(config["domain"])
+    assert isinstance(domain, Domain)
+    assert isinstance(domain.headline, str)
+    assert isinstance(domain.larger_is_better, bool)
+
+
+@pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "model" and option != "module"])
+def test_model_draws_parameters_from_the_stream_alone(option: str, cache_dir: Path) -> None:
+    config, _ = compose(overrides("model", option, cache_dir), CONF)
+    model: Model = build(config["model"], in_shape=(28, 28, 1), out_dim=5)
+    first, again, other = (model.init(Stream(seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    x = Stream(3).uniform((1, 4, 28, 28, 1))
+    assert model({name: value.unsqueeze(0) for name, value in first.items()}, x).shape == (1, 4, 5)
+
+
+@pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "outer"])
+def test_outer_optimizer_descends_a_quadratic_from_any_restart(option: str) -> None:
+    config, _ = compose([f"outer={option}"], CONF)
+    outer: Outer = build(config["outer"])
+
+    class Quadratic:
+        def gradient(self, theta: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+            return {name: 2 * value for name, value in theta.items()}, {"loss": torch.tensor(0.0)}
+
+    objective: Objective = Quadratic()
+    theta = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[0.5]])}
+    state = outer.init(theta)
+    size = float(sum(value.square().sum() for value in theta.values()))
+    for _ in range(5):
+        outer.step(objective, theta, state)
+        theta = {name: value.clone() for name, value in theta.items()}  # all it carries over is in the state
+        state = {name: value.clone() for name, value in state.items()}
+    assert float(sum(value.square().sum() for value in theta.values())) < size
+
+
+def test_loggers_are_loggers(cache_dir: Path) -> None:
+    for part, option in OPTIONS:
+        if part == "logger":
+            config, _ = compose(overrides(part, option, cache_dir), CONF)
+            assert isinstance(build(config["logger"]), Logger)

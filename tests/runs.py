@@ -1,0 +1,140 @@
+"""Tiny runs for the tests of whole experiments: how they are composed, started, found and compared."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maml import checkpoint
+from maml.algorithm.maml import MAML
+from maml.config import compose
+from maml.experiment import run_experiment
+from maml.run import RunFolder
+from maml.types import Tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Neither of the two periods divides the other, nor the numbers of iterations.
+_TINY = (
+    "log_every=3",
+    "checkpoint_every=7",
+    "evaluation.num_tasks=5",
+    "evaluation.num_steps=2",
+    "hardware=cpu",
+    "hardware.num_threads=1",
+)
+DOMAINS = {
+    "sinusoid": ("num_iterations=200", "meta_batch_size=4", "evaluation.num_shots=[5,10]"),
+    "omniglot": (
+        "domain=omniglot",
+        "model=conv4",
+        "evaluation=accuracy",
+        "model.num_filters=16",
+        "inner.step_size=0.4",
+        "num_iterations=40",
+        "meta_batch_size=3",
+        "hardware.task_chunk=2",
+    ),
+}
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    return compose(overrides, ROOT / "conf")
+
+
+@dataclass(frozen=True)
+class TinyRuns:
+    """Runs of seconds below one folder.
+
+    Attributes:
+        runs_dir: where their folders are.
+        cache_dir: of image sets.
+        base: overrides of all of them.
+    """
+
+    runs_dir: Path
+    cache_dir: Path
+    base: tuple[str, ...] = ()
+
+    def of(self, domain: str) -> TinyRuns:
+        """Returns the same for one of `DOMAINS`."""
+        return replace(self, base=(*DOMAINS[domain], *_TINY))
+
+    def beside(self, name: str) -> TinyRuns:
+        """Returns the same below another folder."""
+        return replace(self, runs_dir=self.runs_dir.with_name(name))
+
+    def config(self, *overrides: str) -> dict[str, Any]:
+        """Composes and checks, as train.py does."""
+        config, _ = _composed((*self.base, f"cache_dir={self.cache_dir}", *overrides))
+        return copy.deepcopy(config) | {"runs_dir": str(self.runs_dir)}
+
+    def folder(self, *overrides: str) -> Path:
+        """Returns where a run is, or would be."""
+        return RunFolder(self.config(*overrides), "custom").path
+
+    def run(self, *overrides: str) -> Path:
+        """Runs in this process and returns the run's folder."""
+        run_experiment(self.config(*overrides), "custom")
+        return self.folder(*overrides)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Starts the same as a process of its own, as users do."""
+        places = (f"runs_dir={self.runs_dir}", f"cache_dir={self.cache_dir}")
+        command = [sys.executable, "train.py", *arguments, *self.base, *places]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_in_child(config: dict[str, Any]) -> None:
+    """What a process forked for a test does."""
+    torch.set_num_threads(1)
+    run_experiment(config, "custom")
+
+
+def before_iteration(monkeypatch: pytest.MonkeyPatch, iteration: int, act: Callable[[MAML], object]) -> None:
+    """Has ``act`` called in front of the given meta-update of this process, counted from 1."""
+    step, count = MAML.step, 0
+
+    def acting(self: MAML, tasks: Tasks) -> dict[str, Tensor]:
+        nonlocal count
+        count += 1
+        if count == iteration:
+            act(self)
+        return step(self, tasks)
+
+    monkeypatch.setattr(MAML, "step", acting)
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    """Returns all tensors of a run's newest checkpoint by name."""
+    saved = checkpoint.load(folder / "checkpoint.pt")["state"]
+    return {f"{group}.{name}": value for group, values in saved.items() for name, value in values.items()}
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Asserts that two runs ended in the same bits: parameters, optimizer, metrics and evaluation."""
+    assert (
+        checkpoint.load(folder / "checkpoint.pt")["iteration"] == checkpoint.load(other / "checkpoint.pt")["iteration"]
+    )
+    mine, theirs = state(folder), state(other)
+    assert mine.keys() == theirs.keys()
+    assert not [name for name in mine if not torch.equal(mine[name], theirs[name])]
+    for name in ("metrics.jsonl", "report.json", "tasks.csv"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def files(folder: Path, but: Sequence[str] = ()) -> dict[str, bytes]:
+    """Returns the content of every file below a folder, but for those named."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in but)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
