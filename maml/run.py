@@ -67,6 +67,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
+            self._lock = None
             raise MamlError(
                 f"another process is training in {self.path}; wait for it or stop it, or give this run another seed"
             ) from error

@@ -8,13 +8,18 @@ import pytest
 import torch
 
 from maml.algorithm.maml import MAML
+from maml.config import build
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.evaluation import Curve, Evaluation, bank_hash, per_task_rows
+from maml.experiment import build_algorithm
 from maml.inner.sgd import SGD
+from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
 from maml.outer.adam import Adam
+from maml.run import read_json
 from maml.seeding import Stream
+from tests.runs import TinyRuns
 
 
 def sinusoid(seed: int = 0, chunk: int | None = None) -> MAML:
@@ -93,6 +98,64 @@ def test_evaluation_leaves_theta_as_it_was() -> None:
     Evaluation(num_tasks=3, num_steps=3)(algorithm)
     assert all(torch.equal(algorithm.theta[name], value) for name, value in before.items())
     assert not any(value.requires_grad for value in algorithm.theta.values())
+
+
+def test_inductive_predictions_depend_on_no_other_query_image() -> None:
+    """And transductive ones do: normalisation takes its statistics from the support images, or from the query batch."""
+    model = Conv4((28, 28, 1), 5, num_filters=8)
+    params = {name: value.unsqueeze(0) for name, value in model.init(Stream(0)).items()}
+    support, query, others = (Stream(seed).uniform((1, 10, 28, 28, 1)) for seed in (1, 2, 3))
+    changed = torch.cat([query[:, :1], others[:, 1:]], dim=1)
+    outputs = {
+        inductive: [
+            model(params, torch.cat([support, x], dim=1), num_reference=10)[0, 10]
+            if inductive
+            else model(params, x)[0, 0]
+            for x in (query, changed)
+        ]
+        for inductive in (True, False)
+    }
+    torch.testing.assert_close(*outputs[True], rtol=1e-5, atol=1e-5)
+    assert (outputs[False][0] - outputs[False][1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_both_accuracies_are_counted_from_those_predictions(step: int, tiny_images: TinyRuns) -> None:
+    config = tiny_images.config()
+    algorithm = build_algorithm(config, build(config["hardware"]))
+    domain, model = algorithm.domain, algorithm.model
+    tasks = domain.sample_tasks(6, Stream(4), "test")
+    *_, params = algorithm.adapt(algorithm.theta, tasks, step)
+    support, query = (domain.collect(tasks, role, model, params) for role in ("support", "query"))
+    measured = domain.measure(model, params, support, query, step)
+    for task in range(6):
+        own = {name: value[task : task + 1] for name, value in params.items()}
+        labels = query.y[task]
+        transductive = model(own, query.x[task : task + 1])[0].argmax(-1)
+        # One query image at a time, behind the support images that alone give the statistics.
+        inductive = torch.stack(
+            [
+                model(own, torch.cat([support.x[task], image.unsqueeze(0)]).unsqueeze(0), num_reference=5)[
+                    0, 5
+                ].argmax()
+                for image in query.x[task]
+            ]
+        )
+        assert measured["accuracy_transductive"][task] == (transductive == labels).float().mean()
+        assert measured["accuracy_inductive"][task] == (inductive == labels).float().mean()
+
+
+def test_bank_of_images_is_frozen(tiny_images: TinyRuns) -> None:
+    domain = build(tiny_images.config()["domain"])
+    assert bank_hash(Evaluation(num_tasks=600, num_steps=0).bank(domain, 1)) == "a45e59428ad2566f"
+
+
+def test_diverged_adaptation_is_reported_as_such(tiny: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.run("num_iterations=1", "evaluation.step_size=1e30", "evaluation.num_steps=4")
+    assert ": diverged" in capsys.readouterr().out
+    report = read_json(folder / "report.json")  # strict readers refuse NaN
+    assert report is not None and report["headline"] is None
+    assert "NaN" not in (folder / "report.json").read_text()
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:

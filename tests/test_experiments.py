@@ -10,7 +10,7 @@ from maml.config import build, compose
 from maml.experiment import build_algorithm, run_experiment
 from maml.hardware import Hardware
 from maml.run import RunFolder, read_json
-from tests.runs import ROOT
+from tests.runs import ROOT, TinyRuns, assert_same_run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
@@ -62,3 +62,19 @@ def test_sinusoid_10shot_is_the_papers() -> None:
     assert (algorithm.inner.step_size, algorithm.inner.num_steps, algorithm.domain.num_shots) == (0.001, 1, 10)
     assert build(config["evaluation"]).num_shots == [5, 10, 20]
     assert sum(value.numel() for value in algorithm.theta.values()) == 1761
+
+
+def test_multirun_makes_a_folder_for_each_job_and_outlives_those_that_fail(tiny: TinyRuns) -> None:
+    process = tiny.start("-m", "seed=0,1,2", "inner.step_size=0.02,-1", "+debug=smoke")
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "Traceback" not in stderr
+    assert stderr.count("the config is not usable") >= 3
+    for seed in (0, 1, 2):
+        assert f"seed={seed} inner.step_size=-1" in stderr, "each job that failed is named"
+    records = [read_json(path) for path in tiny.runs_dir.glob("custom/*/run.json")]
+    assert sorted((record["seed"], record["status"]) for record in records if record) == [
+        (seed, "finished") for seed in (0, 1, 2)
+    ]
+    last = ("+debug=smoke", "seed=2", "inner.step_size=0.02")
+    assert_same_run(tiny.folder(*last), tiny.beside("alone").run(*last))  # nothing of the earlier jobs is in it

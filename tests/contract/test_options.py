@@ -9,6 +9,7 @@ import torch
 
 from maml.config import build, check, compose, training_config
 from maml.domain.base import Domain
+from maml.experiment import build_algorithm
 from maml.logger.base import Logger
 from maml.model.base import Model
 from maml.outer.base import Objective, Outer
@@ -78,6 +79,22 @@ def test_model_draws_parameters_from_the_stream_alone(option: str, cache_dir: Pa
     assert any(not torch.equal(first[name], other[name]) for name in first)
     x = Stream(3).uniform((1, 4, 28, 28, 1))
     assert model({name: value.unsqueeze(0) for name, value in first.items()}, x).shape == (1, 4, 5)
+
+
+@pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "algorithm"])
+def test_algorithm_learns_from_a_batch_and_adapts(option: str, cache_dir: Path) -> None:
+    config, _ = compose([*overrides("algorithm", option, cache_dir), "hardware=cpu"], CONF)
+    algorithm = build_algorithm(config, build(config["hardware"]))
+    before = {name: value.clone() for name, value in algorithm.theta.items()}
+    metrics = algorithm.step(algorithm.domain.sample_tasks(3, Stream(0)))
+    assert "loss" in metrics
+    assert all(value.dim() == 0 and value.isfinite() for value in metrics.values())
+    assert algorithm.theta.keys() == before.keys()
+    assert all(value.isfinite().all() and not value.requires_grad for value in algorithm.theta.values())
+    tasks = algorithm.domain.sample_tasks(2, Stream(1), "test")
+    steps = list(algorithm.adapt(algorithm.theta, tasks, 2))
+    assert [name for step in steps for name, value in step.items() if value.shape != (2, *before[name].shape)] == []
+    assert len(steps) == 3
 
 
 @pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "outer"])
