@@ -123,10 +123,7 @@ def _check_arguments(
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return []  # a user's class that takes anything
     allowed = {name: parameter for name, parameter in parameters.items() if name not in supplied}
-    try:
-        hints = get_type_hints(target.__init__, include_extras=True)  # type: ignore[misc]
-    except NameError:  # a user's class with names that only its type checker imports
-        hints = {}
+    hints = _annotations(target)
     problems = []
     for name, value in arguments.items():
         if name not in allowed:
@@ -139,6 +136,13 @@ def _check_arguments(
         if parameter.default is parameter.empty and name not in arguments:
             problems.append(f"{prefix}{name} is missing")
     return problems
+
+
+def _annotations(target: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(target.__init__, include_extras=True)  # type: ignore[misc]
+    except NameError:  # a user's class with names that only its type checker imports
+        return {}
 
 
 def _check_value(path: str, value: Any, annotation: Any) -> list[str]:
@@ -169,21 +173,28 @@ def build(part: Mapping[str, Any], **supplied: Any) -> Any:
 
 def _differences_from_defaults(path: str, value: Mapping[str, Any]) -> dict[str, Any]:
     """Flattens a part to dotted keys, without those at the constructor's own default."""
-    parameters = inspect.signature(get_class(value["_target_"])).parameters
+    target = get_class(value["_target_"])
+    parameters, hints = inspect.signature(target).parameters, _annotations(target)
     flat: dict[str, Any] = {}
     for name, item in value.items():
         default = parameters[name].default if name in parameters else inspect.Parameter.empty
-        if name in _PLACES or (default is not inspect.Parameter.empty and item == _as_json(default)):
+        if name in hints and not isinstance(item, Mapping):
+            item = _typed(item, hints[name])
+        if name in _PLACES or (default is not inspect.Parameter.empty and item == default):
             continue
         if isinstance(item, Mapping) and "_target_" in item:
             flat |= _differences_from_defaults(f"{path}.{name}", item)
         else:
-            flat[f"{path}.{name}"] = item
+            flat[f"{path}.{name}"] = list(item) if isinstance(item, tuple) else item
     return flat
 
 
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _typed(value: Any, annotation: Any) -> Any:
+    """Returns a checked value in the type of its argument, so that 1 and 1.0 are one step size."""
+    try:
+        return TypeAdapter(annotation).validate_json(json.dumps(value))
+    except PydanticUserError:
+        return value  # a user's annotation that says nothing about configs
 
 
 def training_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,6 +283,8 @@ def explain_override_error(arguments: Sequence[str]) -> None:
                 print(f"{override}: no such file in conf/{group.name}/{near_miss(value, options)}", file=sys.stderr)
         elif known is not None and not name.startswith(("+", "~", "hydra")):
             *parents, last = name.split(".")
+            if last.startswith("_"):
+                continue
             node = OmegaConf.select(known, ".".join(parents)) if parents else known
             if isinstance(node, DictConfig) and last not in node:
                 keys = [str(key) for key in node if not str(key).startswith("_")]

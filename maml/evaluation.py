@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from annotated_types import MinLen
+from annotated_types import Ge, MinLen
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
@@ -60,7 +60,7 @@ class Evaluation:
     """Adapts to every task of a bank and measures after each step. The bank depends on nothing but these settings.
 
     Args:
-        num_tasks: tasks in the bank.
+        num_tasks: tasks in the bank; an interval takes two.
         num_steps: gradient steps (training has its own number).
         num_shots: every K at which to evaluate; None is the domain's.
         num_query: query examples (per class); None is K, as in the authors' code.
@@ -71,7 +71,7 @@ class Evaluation:
 
     def __init__(
         self,
-        num_tasks: Count,
+        num_tasks: Annotated[int, Ge(2)],
         num_steps: NonNegativeInt,
         num_shots: Annotated[list[Count], MinLen(1)] | None = None,
         num_query: Count | None = None,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from maml.algorithm.base import Algorithm
 from maml.compiling import compiled
 from maml.config import build, evaluation_config
-from maml.errors import MamlError
+from maml.errors import Interrupted, MamlError
 from maml.evaluation import Evaluation, per_task_rows
 from maml.figures import plot_report
 from maml.hardware import Execution, Hardware
@@ -74,6 +77,9 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
 
     saved = run.open(hardware.describe(), command_line())
     status = "failed"
+    before = signal.getsignal(signal.SIGTERM)
+    with suppress(ValueError):  # not the main thread, where no signal arrives
+        signal.signal(signal.SIGTERM, _stop)  # outside the training loop, which has its own way to stop
     try:
         execution = _execution(saved, hardware, algorithm, config)
         logger.start(run.path, experiment, run.run_id, dict(config), resumed=saved is not None)
@@ -96,9 +102,15 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
         status = "interrupted"
         raise
     finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
         run.close(status)  # first: a mirror may take its time
         logger.finish(status)
     return _number(report["headline"])
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("stopped by SIGTERM; training so far is saved: the same command goes on", number)
 
 
 def _number(headline: float | None) -> float:
@@ -130,12 +142,18 @@ def _evaluate_saved(
         )
     _execution(saved, hardware, algorithm, config)
     algorithm.load_state_dict(saved["state"])
-    report, _ = _evaluate(config, run, algorithm, evaluation, saved["iteration"])
+    beside = Path(given).parent if given else run.path
+    report, _ = _evaluate(config, run, algorithm, evaluation, saved["iteration"], beside)
     return _number(report["headline"])
 
 
 def _evaluate(
-    config: Mapping[str, Any], run: RunFolder, algorithm: Algorithm, evaluation: Evaluation, iteration: int
+    config: Mapping[str, Any],
+    run: RunFolder,
+    algorithm: Algorithm,
+    evaluation: Evaluation,
+    iteration: int,
+    beside: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluates, writes report, per-task values and picture, and prints the table."""
     curves, banks = evaluation(algorithm)
@@ -156,7 +174,7 @@ def _evaluate(
         "headline": own_k["steps"][-1]["mean"],
         "curves": summaries,
     }
-    folder = run.save_report(report, per_task_rows(curves))
+    folder = run.save_report(report, per_task_rows(curves), beside)
     picture = plot_report(report, folder / "report.png")
     print_report(report)
     print(f"written to {folder}")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maml.checkpoint import write_whole
+
 
 def plot_report(report: Mapping[str, Any], path: Path) -> Path:
     """Draws the leading metric against gradient steps, with 95 % bands, one line per K; returns the file."""
@@ -25,5 +27,5 @@ def plot_report(report: Mapping[str, Any], path: Path) -> Path:
     axes.set_ylabel(report["headline_metric"].replace("_", " "))
     axes.set_title(report["experiment"])
     axes.legend()
-    figure.savefig(path, dpi=150)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
     return path

@@ -27,11 +27,13 @@ class Execution:
         num_threads: of the CPU.
         task_chunk: tasks batched at once; None is all of them.
         compile: whether the meta-gradient is compiled.
+        device: what it was chosen for.
     """
 
     num_threads: int
     task_chunk: int | None
     compile: bool
+    device: str = "cpu"
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields by name."""
@@ -77,7 +79,8 @@ class Hardware:
         Args:
             domain: of the run.
             num_iterations: of the run.
-            earlier: the fields of the execution that a checkpoint was made with, which are kept; or nothing.
+            earlier: the fields of the execution that a checkpoint was made with, which are kept on the same kind of
+                device; or nothing.
         """
         is_image = len(domain.in_shape) == 3
         on_cpu = self.device.type == "cpu"
@@ -87,9 +90,10 @@ class Hardware:
             "num_threads": cores if is_image else 1,
             "task_chunk": max(1, _CHUNK_PIXELS // pixels) if on_cpu and is_image else None,
             "compile": on_cpu and not is_image and num_iterations >= _MIN_ITERATIONS_TO_COMPILE,
-        } | dict(earlier)
-        chosen: dict[str, Any] = {}
-        for name, value in automatic.items():
+        }
+        chosen: dict[str, Any] = {"device": self.device.type}
+        kept = earlier if earlier.get("device", self.device.type) == self.device.type else {}
+        for name, value in (automatic | {name: kept[name] for name in automatic.keys() & kept.keys()}).items():
             asked = getattr(self, name)
             chosen[name] = value if asked == "auto" else None if asked == "all" else asked
         return Execution(**chosen)
@@ -97,6 +101,9 @@ class Hardware:
     def apply(self, execution: Execution) -> None:
         """Sets the process-wide switches."""
         torch.set_num_threads(execution.num_threads)
+        # Float32 means float32: by default some CUDA kernels would round their inputs to TF32.
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch's compiler

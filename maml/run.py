@@ -71,6 +71,8 @@ class RunFolder:
             raise MamlError(
                 f"another process is training in {self.path}; wait for it or stop it, or give this run another seed"
             ) from error
+        for leftover in self.path.glob(".checkpoint*"):  # of a process that was killed while it wrote
+            leftover.unlink()
         saved = self.load_checkpoint()  # the process that held the lock may have gone on meanwhile
         checkpoint.write_whole(
             self.path / "config.yaml", lambda file: file.write(OmegaConf.to_yaml(self.config).encode())
@@ -171,17 +173,21 @@ class RunFolder:
                 self._lock.close()
                 self._lock = None
 
-    def save_report(self, report: Mapping[str, Any], tasks: list[dict[str, Any]]) -> Path:
+    def save_report(self, report: Mapping[str, Any], tasks: list[dict[str, Any]], beside: Path | None = None) -> Path:
         """Writes ``report.json`` and ``tasks.csv`` and returns their folder.
 
-        The folder is the run's own for its evaluation after training, and one below it for any other settings or for
-        an unfinished run: no evaluation overwrites another.
+        Args:
+            report: of an evaluation.
+            tasks: its rows per task.
+            beside: None is the evaluation at the end of training, which belongs to the run's own folder; any other goes
+                to a folder of its own below the one given, so that no evaluation overwrites another.
         """
         settings = {"iteration": report["iteration"], **report["evaluation"]}
+        first = read_json(self.path / "report.json")
         folder = self.path
-        first = read_json(folder / "report.json")
-        if report["iteration"] < report["num_iterations"] or (first and first["evaluation"] != report["evaluation"]):
-            folder = self.path / "evaluations" / digest(settings)
+        unfinished = report["iteration"] < report["num_iterations"]
+        if beside is not None or unfinished or (first and first["evaluation"] != report["evaluation"]):
+            folder = (beside or self.path) / "evaluations" / digest(settings)
         folder.mkdir(parents=True, exist_ok=True)
         table = io.StringIO()
         writer = csv.DictWriter(table, fieldnames=list(tasks[0]), lineterminator="\n")

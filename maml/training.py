@@ -58,6 +58,8 @@ def train(
     if saved is not None:
         algorithm.load_state_dict(saved["state"])
         start = saved["iteration"]
+    elif num_iterations == 0:  # theta as it was drawn is all there is to keep
+        run.save_checkpoint(0, algorithm.state_dict(), execution.as_dict())
     with Progress(run.experiment, num_iterations, start) as progress, _stop_signals() as stopped:
         for iteration in range(start + 1, num_iterations + 1):
             tasks = algorithm.domain.sample_tasks(meta_batch_size, stream.child("train").child(iteration))
@@ -102,7 +104,7 @@ def _finite(metrics: Mapping[str, Tensor], iteration: int, run: RunFolder) -> di
     if wrong:
         raise MamlError(
             f"{', '.join(f'{name}={values[name]}' for name in wrong)} at iteration {iteration}: training has diverged. "
-            f"Nothing of it was saved; the last checkpoint in {run.path} is from before. "
+            f"Nothing of it was saved; a checkpoint in {run.path} is from before. "
             "Lower inner.step_size or outer.step_size, or clip the meta-gradient (outer.clip)"
         )
     return values

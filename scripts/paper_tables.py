@@ -21,6 +21,10 @@ from maml.paper.tables import STATUSES, compare, headline_markdown, summary, tab
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
+SEEDS_NOTE = (
+    "Number, interval (over test tasks) and status are those of the lowest seed; in brackets, the number of seeds and "
+    "from where to where their means go."
+)
 BEGIN, END = "<!-- headline: made by make paper-tables -->\n", "\n<!-- end of headline -->"
 
 
@@ -40,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tables = load_tables(RESULTS)
     comparisons = compare(tables, cache(lambda source: find_evidence(source, runs)))
     cells = [comparison for group in comparisons.values() for comparison in group]
-    counted, headline = summary(cells), headline_markdown(cells)
+    counted, headline = summary(cells), f"{headline_markdown(cells)}\n\n{SEEDS_NOTE}"
     if options.out == RESULTS:
         before, _, rest = (ROOT / "README.md").read_text().partition(BEGIN)
         (ROOT / "README.md").write_text(f"{before}{BEGIN}{headline}{END}{rest.partition(END)[2]}")

@@ -81,7 +81,7 @@ def refusal(config: Config) -> str:
         ("hardware.task_chunk", 0, "hardware.task_chunk=0: input should be greater than or equal to 1; or input"),
         ("hardware.task_chunk", "some", "input should be 'auto' or 'all'"),
         ("hardware.device", "gpu", "hardware.device='gpu': input should be 'auto', 'cpu' or 'cuda'"),
-        ("evaluation.num_tasks", 0, "evaluation.num_tasks=0: input should be greater than or equal to 1"),
+        ("evaluation.num_tasks", 1, "evaluation.num_tasks=1: input should be greater than or equal to 2"),
         ("evaluation.num_shots", [], "evaluation.num_shots=[]: list should have at least 1 item"),
         ("evaluation.num_shots", [5, 5], "evaluation.num_shots=[5, 5] names a K twice"),
         ("evaluation.step_size", [0.1], "evaluation.step_size lists 1 sizes for evaluation.num_steps=2; give one per"),
@@ -264,7 +264,9 @@ def test_inherited_constructor_is_a_schema_too(tiny: TinyRuns) -> None:
 )
 def test_class_of_a_user_needs_no_special_annotations(tiny: TinyRuns, name: str, settings: Config) -> None:
     part = {"_target_": f"tests.test_config.{name}"} | settings
-    check(changed(tiny.config(), "domain", part))
+    config = changed(tiny.config(), "domain", part)
+    check(config)
+    assert {f"domain.{key}" for key in settings} <= training_config(config).keys()
     assert build(part).num_shots == 3
 
 
@@ -331,6 +333,11 @@ def test_key_at_its_default_has_no_part_in_the_run_id(tiny: TinyRuns) -> None:
                 seen.add(f"{part}.{key}")
                 assert digest(training_config(changed(config, f"{part}.{key}", ...))) == own, key
     assert {"outer.clip", "outer.betas", "model.normalization", "domain.num_query"} <= seen
+
+
+def test_run_id_ignores_how_a_number_is_written(tiny: TinyRuns) -> None:
+    assert tiny.folder("inner.step_size=1") == tiny.folder("inner.step_size=1.0")
+    assert tiny.folder("outer.clip=10") == tiny.folder("outer.clip=1e1")
 
 
 def test_run_id_ignores_the_order_of_keys(tiny: TinyRuns) -> None:

@@ -62,6 +62,13 @@ def test_what_is_asked_for_wins_over_auto_and_over_the_checkpoint() -> None:
     assert Hardware(task_chunk=7).choose(images(5, 1), 60_000, earlier) == Execution(2, 7, True)
 
 
+def test_run_that_moves_to_a_gpu_is_cut_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    earlier = Hardware(device="cpu").choose(images(5, 1), 60_000, {}).as_dict()
+    assert Hardware(device="cpu").choose(images(5, 1), 60_000, earlier).task_chunk == 8
+    assert Hardware(device="cuda").choose(images(5, 1), 60_000, earlier).task_chunk is None
+
+
 def test_resumed_run_keeps_the_chunk_of_its_checkpoint(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         before_iteration(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
@@ -107,7 +114,7 @@ def test_description_names_the_machine() -> None:
 @pytest.mark.parametrize("setting", ["hardware.task_chunk=1", "hardware.task_chunk=2", "hardware.num_threads=2"])
 def test_hardware_changes_no_gradient(each_domain: TinyRuns, setting: str) -> None:
     """After one iteration, Adam's running mean is a tenth of the meta-gradient."""
-    few = ("num_iterations=1", "evaluation.num_tasks=1")
+    few = ("num_iterations=1", "evaluation.num_tasks=2")
     mine = state(each_domain.run(*few, "hardware.task_chunk=all"))["outer.mean"]
     theirs = state(each_domain.beside("other").run(*few, setting))["outer.mean"]
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * mine.abs().max().item())

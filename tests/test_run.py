@@ -135,6 +135,14 @@ def test_resumed_run_gets_its_checkpoint_and_drops_later_metrics(run: RunFolder,
     assert lines == [{"iteration": 3, "loss": 1 / 3}, {"iteration": 6, "loss": 1 / 6}, {"iteration": 9, "loss": 0.25}]
 
 
+def test_half_written_checkpoints_of_killed_processes_are_removed(run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    (run.path / ".checkpoint.new.pt.12345").write_bytes(b"half")
+    run.open(HARDWARE, "")
+    run.close("finished")
+    assert not list(run.path.glob(".*"))
+
+
 def test_metrics_keep_every_bit(run: RunFolder) -> None:
     value = torch.tensor(0.1).item() / 3
     run.open(HARDWARE, "")
@@ -179,13 +187,13 @@ def test_report_of_the_whole_run_lies_in_its_folder(run: RunFolder) -> None:
 
 def test_no_report_overwrites_another(run: RunFolder) -> None:
     run.path.mkdir(parents=True)
-    folders = [
-        run.save_report(each, ROWS)
-        for each in (report(run), report(run, num_shots=3), report(run, iteration=20), report(run, 20, 3), report(run))
-    ]
-    assert folders[0] == folders[4] == run.path
+    assert run.save_report(report(run), ROWS) == run.path
+    others = (report(run, num_shots=3), report(run, iteration=20), report(run, 20, 3), report(run))
+    folders = [run.save_report(each, ROWS, beside=run.path) for each in others]
     assert len(set(folders)) == 4
-    assert all(folder.parent == run.path / "evaluations" for folder in folders[1:4])
+    assert all(folder.parent == run.path / "evaluations" for folder in folders)
+    assert run.save_report(report(run, num_shots=3), ROWS) == folders[0], "trained before, evaluated anew"
+    assert run.save_report(report(run), ROWS) == run.path
 
 
 def test_finished_report_is_that_of_the_same_evaluation(tiny: TinyRuns) -> None:

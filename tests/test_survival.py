@@ -119,6 +119,17 @@ def test_signal_between_two_checkpoints_saves_the_iteration_at_hand(
     assert_same_run(each_domain.folder(), uninterrupted(each_domain))
 
 
+def test_compiled_run_resumes_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full runs on vectors are compiled; that they were stands in the checkpoint."""
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        before_iteration(patch, 11, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.run("num_iterations=30", "hardware.compile=true")
+    tiny.run("num_iterations=30")
+    assert checkpoint.load(tiny.folder("num_iterations=30") / "checkpoint.pt")["execution"]["compile"] is True
+    whole = tiny.beside("whole").run("num_iterations=30", "hardware.compile=true")
+    assert_same_run(tiny.folder("num_iterations=30"), whole)
+
+
 def test_signal_in_the_last_iteration_leaves_only_the_evaluation(
     tiny: TinyRuns, uninterrupted: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:

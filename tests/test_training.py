@@ -119,15 +119,15 @@ def test_state_is_saved_regularly_and_at_the_end(
     assert iterations == sorted({*range(4, num_iterations + 1, 4), num_iterations})
     assert loop.saved["iteration"] == num_iterations
     assert loop.saved["state"]["outer"]["step"] == num_iterations
-    assert loop.saved["execution"] == {"num_threads": 1, "task_chunk": None, "compile": False}
+    assert loop.saved["execution"] == Execution(1, None, False).as_dict()
 
 
-def test_no_iterations_train_nothing(tiny: TinyRuns) -> None:
+def test_no_iterations_keep_theta_as_it_was_drawn_and_keep_theta_as_drawn(tiny: TinyRuns) -> None:
     loop = Loop(tiny, 0)
     loop()
     assert loop.algorithm.drawn == []
     assert loop.lines == []
-    assert not loop.run.checkpoint_path.exists()
+    assert loop.saved["iteration"] == 0
 
 
 def test_resumed_loop_goes_on_behind_the_checkpoint(tiny: TinyRuns) -> None:

@@ -31,7 +31,8 @@ class TensorBoard(Mirror):
         for curve in report["curves"]:
             tag = f"evaluation/{curve['metric']}_{curve['num_shots']}shot"
             for step in curve["steps"]:  # gradient steps on the horizontal axis
-                self._writer.add_scalar(tag, step["mean"], step["step"])
+                if step["mean"] is not None:  # adaptation diverged
+                    self._writer.add_scalar(tag, step["mean"], step["step"])
         for name, path in pictures.items():
             image = np.asarray(Image.open(path).convert("RGB"))
             self._writer.add_image(f"pictures/{name}", image, report["iteration"], dataformats="HWC")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from maml.errors import MamlError
 from maml.model.base import Model
@@ -20,7 +21,8 @@ class ModuleModel(Model):
     """Any module that maps a batch of inputs to a batch of outputs.
 
     Images reach the module as ``(S, C, H, W)``, vectors as ``(S, D)``. Batch normalisation layers run on the statistics
-    of the batch they are given; their buffers are neither read nor changed.
+    of the batch they are given; their buffers are neither read nor changed. Parameters that the module froze
+    (``requires_grad=False``) stay as it made them.
 
     Args:
         in_shape: of one input, images as height, width, channels.
@@ -40,7 +42,7 @@ class ModuleModel(Model):
         self.is_image = len(in_shape) == 3
         self.net = self._build(seed=0)
         example = torch.zeros(1, 2, *in_shape)
-        params = {name: value.detach().unsqueeze(0) for name, value in self.net.named_parameters()}
+        params = {name: value.detach().unsqueeze(0) for name, value in _trained(self.net)}
         try:
             out = self(params, example)
         except Exception as error:
@@ -58,6 +60,10 @@ class ModuleModel(Model):
             torch.manual_seed(seed)
             net = copy.deepcopy(self.make())
         for name, layer in list(net.named_modules()):
+            if isinstance(layer, _DropoutNd) and layer.p > 0:
+                raise MamlError(
+                    f"model.module has dropout ({name}, p={layer.p}), whose draws no seed of a run controls; set p=0"
+                )
             if isinstance(layer, _BatchNorm):
                 if not name:
                     raise MamlError("model.module is itself a batch normalisation layer; wrap it in a network")
@@ -67,7 +73,7 @@ class ModuleModel(Model):
     def init(self, stream: Stream) -> Params:
         """Builds the module again under the run's seed and returns its parameters."""
         net = self._build(seed=stream.key)
-        return {name: value.detach().clone().to(stream.device) for name, value in net.named_parameters()}
+        return {name: value.detach().clone().to(stream.device) for name, value in _trained(net)}
 
     def _inputs(self, x: Tensor) -> Tensor:
         return x.movedim(-1, -3) if self.is_image else x
@@ -82,11 +88,15 @@ class ModuleModel(Model):
             return functional_call(self.net, params, (x,))
 
         if self.vectorize:
-            return vmap(run, randomness="different")(params, self._inputs(x))
+            return vmap(run)(params, self._inputs(x))
         one_by_one = [
             run({name: value[i] for name, value in params.items()}, inputs) for i, inputs in enumerate(self._inputs(x))
         ]
         return torch.stack(one_by_one)
+
+
+def _trained(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, value) for name, value in net.named_parameters() if value.requires_grad]
 
 
 class _BatchStatistics(nn.Module):

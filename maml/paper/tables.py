@@ -123,11 +123,12 @@ def table_markdown(title: str, comparisons: Sequence[Comparison]) -> str:
 
 def headline_markdown(comparisons: Iterable[Comparison]) -> str:
     """Returns the numbers that have been run, one line each: what a visitor sees first."""
-    lines = ["| cell | paper | ours, 95 % interval | status | command |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| cell | paper | ours, 95 % interval | status | seeds | command |", "|" + " --- |" * 6]
     for comparison in comparisons:
         if comparison.ours:
-            row, column, paper, ours, status, *_, command = _markdown_row(comparison)
-            lines.append(f"| {comparison.cell.table}/{row}/{column} | {paper} | {ours} | {status} | {command} |")
+            row, column, paper, ours, status, seeds, *_, command = _markdown_row(comparison)
+            cell = f"{comparison.cell.table}/{row}/{column}"
+            lines.append(f"| {cell} | {paper} | {ours} | {status} | {seeds} | {command} |")
     return "\n".join(lines)
 
 

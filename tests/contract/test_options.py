@@ -20,7 +20,10 @@ CONF = ROOT / "conf"
 PARTS = ("domain", "model", "inner", "outer", "algorithm", "evaluation", "hardware", "logger")
 OPTIONS = [(part, path.stem) for part in PARTS for path in sorted((CONF / part).glob("*.yaml"))]
 # A class of the library's own stands in for the one that a user names.
-NEEDS = {("model", "module"): ["model.module._target_=torch.nn.Identity"]}
+NEEDS = {
+    ("model", "module"): ["model.module._target_=torch.nn.Identity"],
+    ("evaluation", "accuracy"): ["evaluation.num_steps=3"],
+}
 
 
 def overrides(part: str, option: str, cache_dir: Path) -> list[str]:

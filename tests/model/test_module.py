@@ -64,6 +64,21 @@ def test_initial_parameters_follow_the_seed_alone() -> None:
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
+def test_frozen_parameters_are_not_trained() -> None:
+    class Frozen(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body[0].weight.requires_grad_(False)
+
+    assert "body.0.weight" not in ModuleModel(SHAPE, 3, Frozen).init(Stream(0))
+    assert "body.0.bias" in ModuleModel(SHAPE, 3, Frozen).init(Stream(0))
+
+
+def test_dropout_is_refused_because_no_seed_controls_it() -> None:
+    with pytest.raises(MamlError, match=r"has dropout \(1, p=0.5\)"):
+        ModuleModel((4,), 3, lambda: nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)))
+
+
 def test_modules_that_do_not_fit_the_domain_are_refused() -> None:
     with pytest.raises(MamlError, match=r"outputs of shape \(2,\), but the domain needs \(3,\)"):
         ModuleModel(SHAPE, 3, lambda: Net(2))
