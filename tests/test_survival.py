@@ -453,7 +453,9 @@ def test_same_evaluation_again_writes_the_same_report(tiny: TinyRuns, uninterrup
     tiny.run("mode=eval")
     tiny.run("mode=eval", f"checkpoint={tiny.folder() / 'checkpoint.pt'}")
     assert_same_run(tiny.folder(), uninterrupted(tiny))
-    assert not (tiny.folder() / "evaluations").exists()
+    (again,) = (tiny.folder() / "evaluations").iterdir()
+    for name in ("report.json", "tasks.csv"):
+        assert (again / name).read_bytes() == (tiny.folder() / name).read_bytes()
 
 
 def test_evaluation_of_nothing_trained_says_what_to_do(tiny: TinyRuns) -> None:
