@@ -276,7 +276,10 @@ def _commit() -> dict[str, Any]:
     try:
         head, status = (
             subprocess.run(["git", *words], cwd=_ROOT, capture_output=True, text=True, check=True, timeout=20).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"],  # a run may live there
+            )
         )
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}

@@ -20,6 +20,7 @@ import torch
 from maml import checkpoint
 from maml.algorithm.maml import MAML
 from maml.errors import Interrupted, MamlError
+from maml.experiment import run_experiment
 from maml.run import RunFolder, read_json
 from tests.runs import TinyRuns, assert_same_run, before_iteration, files, run_in_child
 
@@ -84,6 +85,13 @@ def test_run_killed_again_and_again_ends_like_one_never_killed(tiny: TinyRuns, u
     assert_same_run(folder, uninterrupted(tiny))
 
 
+@contextmanager
+def training_forbidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(MAML, "step", lambda *_: pytest.fail("trained again"))
+        yield
+
+
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_run_says_so_in_one_line_and_resumes_bit_exactly(
     number: signal.Signals, exit_code: int, tiny: TinyRuns, uninterrupted: Reference
@@ -136,8 +144,8 @@ def test_signal_in_the_last_iteration_leaves_only_the_evaluation(
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after iteration 200 of 200"):
         before_iteration(patch, 200, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         tiny.run()
-    monkeypatch.setattr(MAML, "step", lambda *_: pytest.fail("trained again"))
-    tiny.run()
+    with training_forbidden(monkeypatch):
+        tiny.run()
     assert_same_run(tiny.folder(), uninterrupted(tiny))
 
 
@@ -152,8 +160,8 @@ def test_interrupt_during_the_evaluation_leaves_only_the_evaluation(
         tiny.run()
     record = read_json(tiny.folder() / "run.json")
     assert record is not None and record["status"] == "interrupted"
-    monkeypatch.setattr(MAML, "step", lambda *_: pytest.fail("trained again"))
-    tiny.run()
+    with training_forbidden(monkeypatch):
+        tiny.run()
     assert_same_run(tiny.folder(), uninterrupted(tiny))
 
 
@@ -333,8 +341,8 @@ def test_no_room_for_the_report_costs_only_the_evaluation(
         tiny.run()
     assert f"{name} could not be written (No space left on device)" in str(caught.value)
     assert not (tiny.folder() / name).exists()
-    monkeypatch.setattr(MAML, "step", lambda *_: pytest.fail("trained again"))
-    tiny.run()
+    with training_forbidden(monkeypatch):
+        tiny.run()
     assert_same_run(tiny.folder(), uninterrupted(tiny))
 
 
@@ -407,14 +415,12 @@ def test_second_process_on_a_run_is_refused(tiny: TinyRuns, uninterrupted: Refer
 def test_same_command_after_the_end_trains_nothing_and_gives_the_same_number(
     tiny: TinyRuns, uninterrupted: Reference, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from maml.experiment import run_experiment
-
     shutil.copytree(uninterrupted(tiny), tiny.folder())
     before = files(tiny.folder())
-    monkeypatch.setattr(MAML, "step", lambda *_: pytest.fail("trained again"))
     report = read_json(tiny.folder() / "report.json")
     assert report is not None
-    assert run_experiment(tiny.config(), "custom") == report["headline"]
+    with training_forbidden(monkeypatch):
+        assert run_experiment(tiny.config(), "custom") == report["headline"]
     assert f"already finished: {tiny.folder()}" in capsys.readouterr().out
     assert files(tiny.folder()) == before
 
@@ -442,8 +448,8 @@ def test_training_command_with_another_evaluation_only_evaluates(
     tiny: TinyRuns, uninterrupted: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(uninterrupted(tiny), tiny.folder())
-    monkeypatch.setattr(MAML, "step", lambda *_: pytest.fail("trained again"))
-    tiny.run("evaluation.num_shots=[3]")
+    with training_forbidden(monkeypatch):
+        tiny.run("evaluation.num_shots=[3]")
     assert_same_run(tiny.folder(), uninterrupted(tiny))
     assert len(list((tiny.folder() / "evaluations").iterdir())) == 1
 
