@@ -42,7 +42,7 @@ def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (VECTORS, 100, Execution(1, None, False)),
         (VECTORS, 70_000, Execution(1, None, True)),
-        (images(5, 1), 60_000, Execution(3, 4, False)),
+        (images(5, 1), 60_000, Execution(3, 8, False)),
         (images(5, 5), 60_000, Execution(3, 1, False)),
         (images(20, 5), 60_000, Execution(3, 1, False)),
         (images(5, 1, 84, 3), 60_000, Execution(3, 1, False)),
@@ -65,7 +65,7 @@ def test_what_is_asked_for_wins_over_auto_and_over_the_checkpoint() -> None:
 def test_run_that_moves_to_a_gpu_is_cut_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     earlier = Hardware(device="cpu").choose(images(5, 1), 60_000, {}).as_dict()
-    assert Hardware(device="cpu").choose(images(5, 1), 60_000, earlier).task_chunk == 4
+    assert Hardware(device="cpu").choose(images(5, 1), 60_000, earlier).task_chunk == 8
     assert Hardware(device="cuda").choose(images(5, 1), 60_000, earlier).task_chunk is None
 
 
