@@ -13,7 +13,8 @@ from maml.domain.base import Domain
 from maml.errors import MamlError
 from maml.types import Count, product
 
-# Support images of a chunk on a CPU, in pixels: about 40 of Omniglot's, whose convolutions then stay in the cache.
+# Support images of a chunk on a CPU, in pixels: 40 of Omniglot's. Half as many halve the memory, but 20-way tasks then
+# run one at a time, and no faster than a plain loop (scripts/bench_meta_gradient.py).
 _CHUNK_PIXELS = 40 * 28 * 28
 # Compiling takes up to a minute; it pays for small networks, whose time is the operations' own overhead.
 _MIN_ITERATIONS_TO_COMPILE = 5000
