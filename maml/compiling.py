@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from maml.types import Params, Tasks
 
-ChunkGradient = Callable[[Params, Tasks], list[Tensor]]
+ChunkGradient = Callable[[Params, Tasks], tuple[Params, Params]]
+"""Sums over tasks, by name: of the gradient, and of the metrics."""
 _log = logging.getLogger(__name__)
 
 
@@ -24,7 +25,7 @@ def compiled(function: ChunkGradient) -> ChunkGradient:
     """
     programs: dict[tuple[torch.Size, ...], ChunkGradient] = {}
 
-    def run(theta: Params, tasks: Tasks) -> list[Tensor]:
+    def run(theta: Params, tasks: Tasks) -> tuple[Params, Params]:
         shapes = tuple(value.shape for value in (*theta.values(), *tasks.values()))
         if shapes not in programs:
             try:
@@ -40,21 +41,29 @@ def compiled(function: ChunkGradient) -> ChunkGradient:
 
 def _compile(function: ChunkGradient, theta: Params, tasks: Tasks) -> ChunkGradient:
     names, task_names = list(theta), list(tasks)
+    returned: list[list[str]] = []
 
     def flat(*values: Tensor) -> list[Tensor]:
-        return function(
+        sums = function(
             dict(zip(names, values[: len(names)], strict=True)),
             dict(zip(task_names, values[len(names) :], strict=True)),
         )
+        returned[:] = [list(group) for group in sums]
+        return [value for group in sums for value in group.values()]
 
     # Copies, because example inputs that share memory give a silently wrong trace.
     example: list[Any] = [value.detach().clone() for value in (*theta.values(), *tasks.values())]
     program = torch._inductor.compile(make_fx(flat)(*example), example)
     with torch.no_grad():
         program(*example)
+    gradients, metrics = returned
 
-    def run(theta: Params, tasks: Tasks) -> list[Tensor]:
+    def run(theta: Params, tasks: Tasks) -> tuple[Params, Params]:
         with torch.no_grad():
-            return program(*theta.values(), *(value.contiguous() for value in tasks.values()))
+            values = program(*theta.values(), *(value.contiguous() for value in tasks.values()))
+        return (
+            dict(zip(gradients, values[: len(gradients)], strict=True)),
+            dict(zip(metrics, values[len(gradients) :], strict=True)),
+        )
 
     return run

@@ -26,7 +26,7 @@ from maml.types import Count, NonNegativeInt
 # What the project itself passes to a part's constructor.
 _SUPPLIED = {
     "model": {"in_shape", "out_dim"},
-    "algorithm": {"domain", "model", "inner", "outer", "stream", "task_chunk"},
+    "algorithm": {"parts"},
 }
 # The parts on which trained numbers depend, in the order in which messages list them.
 _TRAINING_PARTS = ("domain", "model", "inner", "outer", "algorithm")
@@ -185,7 +185,7 @@ def _differences_from_defaults(path: str, value: Mapping[str, Any]) -> dict[str,
         if isinstance(item, Mapping) and "_target_" in item:
             flat |= _differences_from_defaults(f"{path}.{name}", item)
         else:
-            flat[f"{path}.{name}"] = list(item) if isinstance(item, tuple) else item
+            flat[f"{path}.{name}"] = json.loads(json.dumps(item))  # as it will be read back: lists, and names as keys
     return flat
 
 
@@ -205,13 +205,20 @@ def training_config(config: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for part in _TRAINING_PARTS:
         flat |= _differences_from_defaults(part, config[part])
+    flat["algorithm._target_"] = _trained_as(config) or config["algorithm"]["_target_"]
     defaults = inspect.signature(Root).parameters
     return flat | {key: config[key] for key in _TRAINING_KEYS if config[key] != defaults[key].default}
 
 
 def evaluation_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what an evaluation of given parameters depends on, as `training_config` does."""
-    return _differences_from_defaults("evaluation", config["evaluation"])
+    flat = _differences_from_defaults("evaluation", config["evaluation"])
+    return flat | ({"algorithm._target_": config["algorithm"]["_target_"]} if _trained_as(config) else {})
+
+
+def _trained_as(config: Mapping[str, Any]) -> str | None:
+    """Returns the algorithm that this one is in training; None unless they part in meta-test only."""
+    return getattr(get_class(config["algorithm"]["_target_"]), "trained_as", None)
 
 
 def digest(settings: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from maml.algorithm.base import Algorithm
 from maml.domain.base import Domain, Split
 from maml.errors import MamlError
 from maml.seeding import Stream
-from maml.types import Count, NonNegativeInt, PositiveFloat, Tasks, num_tasks, take
+from maml.types import Count, NonNegativeFloat, NonNegativeInt, PositiveFloat, Tasks, num_tasks, take
 
 # Tasks whose adapted parameters are held at once where the hardware sets no chunk.
 _DEFAULT_CHUNK = 100
@@ -56,6 +57,47 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+class StepSizeSearch:
+    """Chooses step sizes for meta-test: those of a grid that do best on validation tasks after the last step.
+
+    Args:
+        step_sizes: the grid.
+        decays: d in step_size / (1 + step * d); every step size is tried with every one.
+        num_tasks: validation tasks.
+    """
+
+    def __init__(
+        self,
+        step_sizes: Annotated[list[PositiveFloat], MinLen(1)],
+        num_tasks: Annotated[int, Ge(2)],
+        decays: Annotated[list[NonNegativeFloat], MinLen(1)] | None = None,
+    ) -> None:
+        self.step_sizes, self.num_tasks, self.decays = step_sizes, num_tasks, decays or [0.0]
+
+    def __call__(self, evaluation: Evaluation, algorithm: Algorithm, num_shots: int) -> list[float]:
+        """Returns the chosen step sizes at one K, one per step; of equals the first, and never one that diverged.
+
+        Raises:
+            MamlError: if all of them diverged.
+        """
+        domain = algorithm.domain
+        bank = evaluation.bank(domain, num_shots, self.num_tasks, split="val")
+        sign = 1 if domain.larger_is_better else -1
+        best, chosen = -math.inf, None
+        for step_size, decay in itertools.product(self.step_sizes, self.decays):
+            sizes = [step_size / (1 + step * decay) for step in range(evaluation.num_steps)]
+            curves = evaluation.curves(algorithm, num_shots, bank, sizes)
+            score = next(sign * curve.values[-1].mean().item() for curve in curves if curve.metric == domain.headline)
+            if score > best:  # false where it is not a number
+                best, chosen = score, sizes
+        if chosen is None:
+            raise MamlError(
+                f"adaptation at K={num_shots} diverged with every step size of evaluation.search.step_sizes="
+                f"{self.step_sizes}; add smaller ones"
+            )
+        return chosen
+
+
 class Evaluation:
     """Adapts to every task of a bank and measures after each step. The bank depends on nothing but these settings.
 
@@ -64,7 +106,8 @@ class Evaluation:
         num_steps: gradient steps (training has its own number).
         num_shots: every K at which to evaluate; None is the domain's.
         num_query: query examples (per class); None is K, as in the authors' code.
-        step_size: of every step, or one per step; None is the inner step size of training.
+        step_size: of every step, or one per step, or one for each K; None is the inner optimizer's own.
+        search: chooses the step size at each K on validation tasks instead.
         split: which tasks: ``test``, or ``val`` for choosing settings.
         bank_seed: which bank.
     """
@@ -75,7 +118,8 @@ class Evaluation:
         num_steps: NonNegativeInt,
         num_shots: Annotated[list[Count], MinLen(1)] | None = None,
         num_query: Count | None = None,
-        step_size: PositiveFloat | list[PositiveFloat] | None = None,
+        step_size: PositiveFloat | list[PositiveFloat] | dict[int, PositiveFloat] | None = None,
+        search: StepSizeSearch | None = None,
         split: Split = "test",
         bank_seed: NonNegativeInt = 0,
     ) -> None:
@@ -86,16 +130,36 @@ class Evaluation:
             )
         if num_shots is not None and len(set(num_shots)) != len(num_shots):
             raise MamlError(f"evaluation.num_shots={num_shots} names a K twice")
+        if step_size is not None and search is not None:
+            raise MamlError("evaluation.step_size and evaluation.search both say the step size; set one to null")
         self.num_tasks, self.num_steps = num_tasks, num_steps
         self.num_shots, self.num_query = num_shots, num_query
-        self.step_sizes = [step_size] * num_steps if isinstance(step_size, float | int) else step_size
+        self.step_size, self.search = step_size, search
         self.split, self.bank_seed = split, bank_seed
 
-    def bank(self, domain: Domain[Any], num_shots: int, num_tasks: int | None = None) -> Tasks:
+    def step_sizes(self, num_shots: int) -> list[float] | None:
+        """Returns the step sizes at one K, one per step; None leaves them to the inner optimizer.
+
+        Raises:
+            MamlError: if step sizes are given for other K only.
+        """
+        if isinstance(self.step_size, dict):
+            sizes = {int(known): size for known, size in self.step_size.items()}
+            if num_shots not in sizes:
+                raise MamlError(
+                    f"evaluation.step_size has no entry for K={num_shots}, only for {', '.join(map(str, sizes))}; "
+                    f"add one, as in +evaluation.step_size.{num_shots}=0.01"
+                )
+            return [sizes[num_shots]] * self.num_steps
+        return self.step_size if isinstance(self.step_size, list | None) else [self.step_size] * self.num_steps
+
+    def bank(
+        self, domain: Domain[Any], num_shots: int, num_tasks: int | None = None, split: Split | None = None
+    ) -> Tasks:
         """Draws the frozen tasks at one K, on the CPU."""
         stream = Stream(self.bank_seed).child("bank")
         return domain.sample_tasks(
-            num_tasks or self.num_tasks, stream, self.split, num_shots, self.num_query or num_shots
+            num_tasks or self.num_tasks, stream, split or self.split, num_shots, self.num_query or num_shots
         )
 
     def check(self, domain: Domain[Any]) -> None:
@@ -105,6 +169,7 @@ class Evaluation:
             MamlError: if the domain has too little data for one of the K.
         """
         for num_shots in self.num_shots or [domain.num_shots]:
+            self.step_sizes(num_shots)
             try:
                 self.bank(domain, num_shots, num_tasks=1)
             except MamlError as error:
@@ -112,15 +177,20 @@ class Evaluation:
                     f"evaluation at K={num_shots}, num_query={self.num_query or num_shots}: {error}"
                 ) from error
 
-    def __call__(self, algorithm: Algorithm) -> tuple[list[Curve], dict[str, str]]:
-        """Returns the curves, and the hash of the task bank at each K."""
+    def __call__(self, algorithm: Algorithm) -> tuple[list[Curve], dict[str, str], dict[str, list[float] | None]]:
+        """Returns the curves; and by K the hash of the task bank, and the step sizes (None: the inner optimizer's)."""
         domain = algorithm.domain
-        banks = {num_shots: self.bank(domain, num_shots) for num_shots in self.num_shots or [domain.num_shots]}
-        curves = [curve for num_shots, tasks in banks.items() for curve in self._curves(algorithm, num_shots, tasks)]
-        return curves, {str(num_shots): bank_hash(tasks) for num_shots, tasks in banks.items()}
+        curves, hashes, sizes = [], {}, {}
+        for num_shots in self.num_shots or [domain.num_shots]:
+            bank = self.bank(domain, num_shots)
+            chosen = self.search(self, algorithm, num_shots) if self.search else self.step_sizes(num_shots)
+            curves += self.curves(algorithm, num_shots, bank, chosen)
+            hashes[str(num_shots)], sizes[str(num_shots)] = bank_hash(bank), chosen
+        return curves, hashes, sizes
 
     @torch.no_grad()
-    def _curves(self, algorithm: Algorithm, num_shots: int, bank: Tasks) -> list[Curve]:
+    def curves(self, algorithm: Algorithm, num_shots: int, bank: Tasks, step_sizes: list[float] | None) -> list[Curve]:
+        """Adapts to the tasks of a bank and measures after each step."""
         domain, model = algorithm.domain, algorithm.model
         device = next(iter(algorithm.theta.values())).device
         chunk = algorithm.task_chunk or _DEFAULT_CHUNK
@@ -128,7 +198,7 @@ class Evaluation:
         for start in range(0, num_tasks(bank), chunk):
             tasks = {name: value.to(device) for name, value in take(bank, start, start + chunk).items()}
             steps: dict[str, list[Tensor]] = {}
-            adaptation = algorithm.adapt(algorithm.theta, tasks, self.num_steps, self.step_sizes)
+            adaptation = algorithm.adapt(algorithm.theta, tasks, self.num_steps, step_sizes)
             for step, params in enumerate(adaptation):
                 support = domain.collect(tasks, "support", model, params, step)
                 query = domain.collect(tasks, "query", model, params, step)

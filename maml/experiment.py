@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from maml.algorithm.base import Algorithm
+from maml.algorithm.base import Algorithm, Parts
 from maml.compiling import compiled
 from maml.config import build, evaluation_config
 from maml.errors import Interrupted, MamlError
@@ -18,6 +18,7 @@ from maml.evaluation import Evaluation, per_task_rows
 from maml.figures import plot_report
 from maml.hardware import Execution, Hardware
 from maml.logger.base import Logger
+from maml.model.base import Model
 from maml.run import RunFolder, command_line
 from maml.seeding import Stream
 from maml.training import train
@@ -35,15 +36,13 @@ def build_algorithm(config: Mapping[str, Any], hardware: Hardware) -> Algorithm:
     """
     domain = build(config["domain"])
     domain.to(hardware.device)
-    model = build(config["model"], in_shape=domain.in_shape, out_dim=domain.out_dim)
-    return build(
-        config["algorithm"],
-        domain=domain,
-        model=model,
-        inner=build(config["inner"]),
-        outer=build(config["outer"]),
-        stream=Stream(config["seed"], hardware.device).child("init"),
-    )
+
+    def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
+        return build(config["model"], in_shape=in_shape, out_dim=out_dim)
+
+    stream = Stream(config["seed"], hardware.device).child("init")
+    parts = Parts(domain, make_model, build(config["inner"]), build(config["outer"]), stream)
+    return build(config["algorithm"], parts=parts)
 
 
 def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
@@ -156,7 +155,7 @@ def _evaluate(
     beside: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluates, writes report, per-task values and picture, and prints the table."""
-    curves, banks = evaluation(algorithm)
+    curves, banks, step_sizes = evaluation(algorithm)
     domain = algorithm.domain
     summaries = [curve.summary() for curve in curves]
     leading = [curve for curve in summaries if curve["metric"] == domain.headline]
@@ -169,6 +168,7 @@ def _evaluate(
         "num_iterations": config["num_iterations"],
         "evaluation": evaluation_config(config),
         "banks": banks,
+        "step_sizes": step_sizes,
         "headline_metric": domain.headline,
         "larger_is_better": domain.larger_is_better,
         "headline": own_k["steps"][-1]["mean"],

@@ -24,27 +24,46 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.bmm(x, weight.transpose(1, 2)) + bias.unsqueeze(1)
 
 
-def batch_norm(x: Tensor, shift: Tensor, num_reference: int | None = None) -> Tensor:
-    """Normalises each feature of each task by the statistics of the batch it is given (protocol, fact 2).
+def batch_statistics(x: Tensor, num_reference: int | None = None) -> tuple[Tensor, Tensor]:
+    """Returns mean and (biased) variance of each feature of each task, ``(T, 1, ..., C)``, of x ``(T, S, ..., C)``.
+
+    ``num_reference`` is how many leading examples count; None is all of them.
+    """
+    reference = x if num_reference is None else x[:, :num_reference]
+    dims = tuple(range(1, x.dim() - 1))
+    mean = reference.mean(dims, keepdim=True)
+    return mean, (reference - mean).square().mean(dims, keepdim=True)
+
+
+def normalize(x: Tensor, mean: Tensor, variance: Tensor, shift: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Normalises each feature of each task (protocol, fact 2).
 
     Written out because ``F.batch_norm`` gives wrong or no second derivatives here.
 
     Args:
         x: ``(T, S, ..., C)``.
-        shift: the learnt beta, ``(T, C)``; there is no scale.
-        num_reference: how many leading examples give the statistics; None is all of them.
+        mean: ``(T, 1, ..., C)``.
+        variance: ``(T, 1, ..., C)``.
+        shift: the learnt beta, ``(T, C)``.
+        scale: the learnt gamma, ``(T, C)``, which the authors do without.
     """
-    reference = x if num_reference is None else x[:, :num_reference]
-    dims = tuple(range(1, x.dim() - 1))
-    mean = reference.mean(dims, keepdim=True)
-    variance = (reference - mean).square().mean(dims, keepdim=True)
-    shift = shift.reshape(shift.shape[0], *[1] * len(dims), -1)
-    return (x - mean) * torch.rsqrt(variance + _BATCH_NORM_EPS) + shift
+    factor = torch.rsqrt(variance + _BATCH_NORM_EPS)
+    if scale is not None:
+        factor = factor * scale.reshape(mean.shape)
+    return (x - mean) * factor + shift.reshape(mean.shape)
 
 
-def max_pool(x: Tensor) -> Tensor:
-    """Takes the maximum of 2x2 windows, stride 2, no padding: ``(T, S, H, W, C)`` -> ``(T, S, H // 2, W // 2, C)``."""
-    y = F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+def batch_norm(x: Tensor, shift: Tensor, num_reference: int | None = None) -> Tensor:
+    """Normalises ``(T, S, ..., C)`` by the statistics of the batch it is given, or of its leading examples."""
+    return normalize(x, *batch_statistics(x, num_reference), shift)
+
+
+def max_pool(x: Tensor, keep_odd: bool = False) -> Tensor:
+    """Takes the maximum of 2x2 windows, stride 2: ``(T, S, H, W, C)`` -> ``(T, S, H // 2, W // 2, C)``.
+
+    ``keep_odd`` does not drop the last row and column of an odd size, which then form windows of their own.
+    """
+    y = F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 2, ceil_mode=keep_odd).permute(0, 2, 3, 1)
     return y.unflatten(0, x.shape[:2])
 
 

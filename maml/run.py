@@ -31,7 +31,7 @@ _PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "gymnasium", "mujoco")
 
 
 class RunFolder:
-    """One run's folder. The id is a hash of what training depends on, so the same command finds the same folder.
+    """One run's folder. The id is a hash of what training depends on, so the same training is found, not repeated.
 
     Nothing is written before `open`.
 
@@ -44,12 +44,19 @@ class RunFolder:
         self.config, self.experiment = dict(config), experiment
         self.training_config = training_config(config)
         self.run_id = digest(self.training_config)
-        given = config["run_dir"]
-        self.path = Path(given) if given else Path(config["runs_dir"]) / experiment / self.run_id
+        self.path = self._find(config["run_dir"], Path(config["runs_dir"]))
         self.checkpoint_path = self.path / "checkpoint.pt"
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
         self._record: dict[str, Any] = {}
+
+    def _find(self, given: str | None, runs_dir: Path) -> Path:
+        """Returns the folder given, or of an experiment that trains the same thing, or one of its own."""
+        own = runs_dir / self.experiment / self.run_id
+        if given:
+            return Path(given)
+        others = (path.parent for path in sorted(runs_dir.glob(f"*/{self.run_id}/run.json")))
+        return own if own.exists() else next(others, own)
 
     def open(self, hardware: Mapping[str, Any], command: str) -> dict[str, Any] | None:
         """Makes or reopens the folder for training and returns the checkpoint to resume from, if there is one.

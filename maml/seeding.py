@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,20 +18,16 @@ _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
 _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
 
+Key = TypeVar("Key", int, Tensor)
 
-def _signed(value: int) -> int:
+
+def _signed(value: Key) -> Key:
     """Wraps an integer to 64 bits, as tensor arithmetic does by itself."""
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+    return value if isinstance(value, Tensor) else (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _mix(bits: Tensor) -> Tensor:
-    """Scrambles int64 counters; a bijection, so distinct counters never collide."""
-    bits = (bits ^ ((bits >> 30) & 0x3FFFFFFFF)) * _MIX_1
-    bits = (bits ^ ((bits >> 27) & 0x1FFFFFFFFF)) * _MIX_2
-    return bits ^ ((bits >> 31) & 0x1FFFFFFFF)
-
-
-def _mix_int(bits: int) -> int:
+def _mix(bits: Key) -> Key:
+    """Scrambles 64-bit counters; a bijection, so distinct counters never collide."""
     bits = _signed((bits ^ ((bits >> 30) & 0x3FFFFFFFF)) * _MIX_1)
     bits = _signed((bits ^ ((bits >> 27) & 0x1FFFFFFFFF)) * _MIX_2)
     return bits ^ ((bits >> 31) & 0x1FFFFFFFF)
@@ -40,26 +37,29 @@ class Stream:
     """A named source of random numbers; ``child`` streams are independent of it and of each other.
 
     Args:
-        key: the seed (any integer), or the internal key of a child.
-        device: where the numbers are made; it does not change them.
+        key: the seed (any integer), or the internal key of a child; an int64 tensor ``(T,)`` is a stream for each of T
+            tasks, and what they draw has a leading task axis.
+        device: where the numbers are made (a tensor's own); it does not change them.
     """
 
-    def __init__(self, key: int, device: torch.device | str = "cpu") -> None:
-        self.key = _signed(key)
-        self.device = torch.device(device)
+    def __init__(self, key: Key, device: torch.device | str = "cpu") -> None:
+        self.key: Any = _signed(key)
+        self.device = key.device if isinstance(key, Tensor) else torch.device(device)
 
     def child(self, name: str | int) -> Stream:
         """Returns the stream called ``name`` (or numbered, as iterations are) under this one."""
         if isinstance(name, str):
             number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
         else:
-            number = _mix_int(_signed(name + 1))
-        return Stream(_mix_int(_signed(self.key * _GOLDEN + number)), self.device)
+            number = _mix(_signed(name + 1))
+        return Stream(_mix(_signed(self.key * _GOLDEN + number)), self.device)
 
     def bits(self, shape: Sequence[int]) -> Tensor:
         """Returns uniform signed 64-bit integers; equal positions give equal numbers whatever follows them."""
-        counters = torch.arange(1, math.prod(shape) + 1, device=self.device)
-        return _mix(counters * _GOLDEN + self.key).reshape(tuple(shape))
+        counters = torch.arange(1, math.prod(shape) + 1, device=self.device) * _GOLDEN
+        if isinstance(self.key, Tensor):
+            return _mix(counters + self.key.unsqueeze(-1)).reshape(*self.key.shape, *shape)
+        return _mix(counters + self.key).reshape(tuple(shape))
 
     def uniform(
         self, shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float32

@@ -62,7 +62,7 @@ def train(
         run.save_checkpoint(0, algorithm.state_dict(), execution.as_dict())
     with Progress(run.experiment, num_iterations, start) as progress, _stop_signals() as stopped:
         for iteration in range(start + 1, num_iterations + 1):
-            tasks = algorithm.domain.sample_tasks(meta_batch_size, stream.child("train").child(iteration))
+            tasks = algorithm.sample_tasks(meta_batch_size, stream.child("train").child(iteration))
             metrics = algorithm.step(tasks)
             progress.update(iteration, lambda metrics=metrics: _floats(metrics))  # type: ignore[misc]
             last = iteration == num_iterations or bool(stopped)

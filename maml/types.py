@@ -21,6 +21,7 @@ Tasks = dict[str, Tensor]
 Count = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 
 

@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maml.algorithm.base import Parts
 from maml.algorithm.maml import MAML
 from maml.compiling import compiled
 from maml.domain.base import Role
@@ -190,7 +191,7 @@ def _learner(problem: Problem) -> MAML:
     hardware = Hardware("cuda" if device.type == "cuda" else "cpu")
     inner = SGD(shape.step_size, shape.num_steps, order=2, adapt=["*", "!*.shift"])
     chunk = hardware.choose(domain, num_iterations=1, earlier={}).task_chunk
-    return MAML(domain, shape.model(), inner, Adam(), Stream(0, device), task_chunk=chunk)
+    return MAML(Parts(domain, lambda *shapes: shape.model(), inner, Adam(), Stream(0, device), chunk))
 
 
 def ours(problem: Problem) -> MetaGradient:

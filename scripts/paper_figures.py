@@ -12,12 +12,19 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from maml.paper.cells import load_figures
+from maml.errors import MamlError
+from maml.paper.adaptation import panel_rows, plot_picture
+from maml.paper.cells import Curve, Figure, Panel, Picture, load_figures, load_pictures
 from maml.paper.figures import drawn, figure_rows, plot_figure
-from maml.paper.runs import find_evidence, find_runs
+from maml.paper.runs import Evidence, find_evidence, find_runs, provenance
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+NOTE = (
+    "Bands are 95 % intervals over test tasks. Of several seeds the lowest is drawn. The numbers drawn are in the CSV "
+    "beside each picture. Made by `make paper-figures`."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,29 +40,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write (default: results)")
     options = parser.parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
-    overview = ["# The paper's figures", ""] + [f"**ERROR, left out:** {message}\n" for message in damaged]
+    sections = {}
     for figure in load_figures(RESULTS):
-        folder = options.out / figure.name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = _folder(options.out, figure.name)
         found = [(curve, find_evidence(curve.source, runs)) for curve in figure.curves]
         plot_figure(figure, [drawn(curve, evidence) for curve, evidence in found], folder / f"{figure.name}.png")
-        rows = [row for curve, evidence in found for row in figure_rows(curve, evidence)]
-        with open(folder / f"{figure.name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        overview += [f"## {figure.title}", "", f"![{figure.title}]({figure.name}/{figure.name}.png)", ""]
-        overview += ["| curve | state | seeds | commit | hardware | command |", "|" + " --- |" * 6]
-        for row in {row["curve"]: row for row in rows}.values():
-            print(f"{figure.title}, {row['curve']}: {row['state']}")
-            beside = [row[name] for name in ("curve", "state", "seeds", "commit", "hardware")]
-            overview.append("| " + " | ".join([*beside, f"`{row['command']}`"]) + " |")
-        overview.append("")
-    (options.out / "figures.md").write_text("\n".join([*overview, "Made by `make paper-figures`.", ""]))
+        _write_csv(folder, [row for curve, evidence in found for row in figure_rows(curve, evidence)])
+        sections[figure.name] = _section(figure, found)
+    for picture in load_pictures(RESULTS):
+        folder = _folder(options.out, picture.name)
+        panels = []
+        for panel in picture.panels:
+            evidence, rows = find_evidence(panel.source, runs), []
+            try:
+                rows = panel_rows(picture, panel, evidence)
+            except MamlError as error:
+                damaged.append(str(error))
+            panels.append((panel, evidence, rows))
+        plot_picture(picture, panels, folder / f"{picture.name}.png")
+        _write_csv(folder, [row for _, _, rows in panels for row in rows])
+        sections[picture.name] = _section(picture, [(panel, evidence) for panel, evidence, _ in panels])
+    damaged = list(dict.fromkeys(damaged))  # several panels may share a run
+    overview = ["# The paper's figures", ""] + [f"**ERROR, left out:** {message}\n" for message in damaged]
+    overview += [line for name in sorted(sections) for line in sections[name]]
+    (options.out / "figures.md").write_text("\n".join([*overview, NOTE, ""]))
     for message in damaged:
         print(f"ERROR, left out: {message}", file=sys.stderr)
     print(f"written to {options.out / 'figures.md'}")
     return 1 if damaged else 0
+
+
+def _folder(out: Path, name: str) -> Path:
+    (out / name).mkdir(parents=True, exist_ok=True)
+    return out / name
+
+
+def _write_csv(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with open(folder / f"{folder.name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _section(figure: Figure | Picture, found: Sequence[tuple[Curve | Panel, Evidence]]) -> list[str]:
+    """Prints how far each curve or panel of a figure is and returns the same in Markdown, with its provenance."""
+    lines = [f"## {figure.title}", "", f"![{figure.title}]({figure.name}/{figure.name}.png)", ""]
+    lines += ["| drawn | state | seeds | commit | hardware | command |", "|" + " --- |" * 6]
+    by_label = {f"{item.row}, K={item.source.num_shots}": (item.source, evidence) for item, evidence in found}
+    for label, (source, evidence) in by_label.items():
+        print(f"{figure.title}, {label}: {evidence.state}")
+        beside = provenance(source, evidence)
+        cells = [label, evidence.state, *(beside[name] for name in ("seeds", "commit", "hardware"))]
+        lines.append("| " + " | ".join([*cells, f"`{beside['command']}`"]) + " |")
+    return [*lines, ""]
 
 
 if __name__ == "__main__":

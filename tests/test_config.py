@@ -122,7 +122,7 @@ def test_wrong_value_is_refused_by_name(tiny: TinyRuns, key: str, value: Any, re
         ("evaluation.num_query", 25, "evaluation at K=1, num_query=25: num_shots=1 plus num_query=25 is 26"),
         ("domain.num_ways", 500, "domain.num_ways=500, but the smallest split has 100 classes; lower num_ways"),
         ("model.head_std", -1.0, "model.head_std=-1.0: input should be greater than 0"),
-        ("model.pooling", "avg", "model.pooling='avg': input should be 'stride', 'max' or 'mean'"),
+        ("model.pooling", "avg", "model.pooling='avg': input should be 'stride', 'max', 'max_keep_odd' or 'mean'"),
     ],
 )
 def test_wrong_value_for_images_is_refused_by_name(tiny_images: TinyRuns, key: str, value: Any, reason: str) -> None:
@@ -191,7 +191,7 @@ def test_experiment_is_a_folder_name() -> None:
     [
         (["inner.step_sise=0.1"], "inner.step_sise is not a key: did you mean inner.step_size? allowed: step_size, "),
         (["num_iteration=5"], "num_iteration is not a key: did you mean num_iterations?"),
-        (["model=mpl"], "model=mpl: no such file in conf/model/: did you mean mlp? allowed: conv4, mlp, module"),
+        (["model=mpl"], "model=mpl: no such file in conf/model/: did you mean mlp? allowed: conv4, lstm, mlp, module"),
         (["+debug=smok"], "+debug=smok: no such file in conf/debug/: did you mean smoke?"),
         (["model=conv4", "model.num_filter=3"], "did you mean model.num_filters?"),
         (["-m", f"+experiment={EXPERIMENTS[0]}", "domain.num_shot=3"], "did you mean domain.num_shots?"),
@@ -360,7 +360,12 @@ def test_differences_name_both_values() -> None:
     )
 
 
-@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
+def _of_maml(experiment: str) -> bool:
+    config, _ = compose([f"+experiment={experiment}"], CONF)
+    return config["algorithm"] == {"_target_": "maml.algorithm.maml.MAML"}
+
+
+@pytest.mark.parametrize("experiment", [None, *(name for name in EXPERIMENTS if _of_maml(name))])
 def test_fomaml_is_first_order_in_whatever_order_it_is_asked_for(experiment: str | None) -> None:
     chosen = [] if experiment is None else [f"+experiment={experiment}"]
     ids = set()

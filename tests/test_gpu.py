@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from maml.algorithm.base import Parts
 from maml.algorithm.maml import MAML
 from maml.domain.sinusoid import Sinusoid
 from maml.inner.sgd import SGD
@@ -30,7 +31,8 @@ def test_training_on_a_gpu_follows_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         stream = Stream(0, device)
         inner = SGD(step_size=0.01, num_steps=2, order=2, adapt=["*"])
-        algorithm = MAML(Sinusoid(), MLP((1,), 1, [40, 40]), inner, Adam(), stream.child("init"))
+        parts = Parts(Sinusoid(), lambda *shapes: MLP((1,), 1, [40, 40]), inner, Adam(), stream.child("init"))
+        algorithm = MAML(parts)
         losses.append(
             [algorithm.step(algorithm.domain.sample_tasks(4, stream.child(t)))["loss"].item() for t in range(20)]
         )

@@ -16,10 +16,10 @@ from maml.model.base import Model
 from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
 from maml.model.module import ModuleModel
-from maml.outer.adam import Adam
 from maml.seeding import Stream
 from maml.types import Examples, Params, Tasks
 from tests import plain_maml
+from tests.build import build_from
 
 NUM_TASKS, NUM_SUPPORT, NUM_QUERY, NUM_WAYS = 4, 5, 6, 5
 
@@ -125,7 +125,7 @@ def make(
 ) -> tuple[MAML, Params, Tasks]:
     domain = FixedExamples(in_shape, classes)
     inner = SGD(step_size=0.3, num_steps=num_steps, order=order, adapt=["*", "!*.shift"])  # type: ignore[arg-type]
-    algorithm = MAML(domain, model, inner, Adam(), Stream(0), task_chunk=chunk)
+    algorithm = build_from(MAML, domain, model, inner, task_chunk=chunk)
     # Larger than the initial weights of 0.01, at which second derivatives would be lost in rounding.
     theta = {
         name: value.double() + Stream(1).child(name).uniform(value.shape, -0.4, 0.4, dtype=torch.float64)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,48 +13,84 @@ from torch import Tensor
 
 from maml.compiling import ChunkGradient
 from maml.domain.base import Domain, Metrics
-from maml.inner.sgd import SGD
+from maml.errors import MamlError
+from maml.inner.base import Inner
 from maml.model.base import Model
 from maml.outer.base import Outer, OuterState
 from maml.seeding import Stream
 from maml.types import Params, Tasks, expand, num_tasks, take
 
+MakeModel = Callable[[Sequence[int], int], Model]
+"""Makes f_theta for inputs of a shape and a number of outputs."""
 
-class Algorithm(ABC):
-    """Learns theta; a subclass says only what one task's loss is as a function of theta.
 
-    Args:
+@dataclass(frozen=True)
+class Parts:
+    """What every algorithm is made of.
+
+    Attributes:
         domain: where tasks and data come from.
-        model: f_theta.
+        make_model: makes f_theta; an algorithm may want other inputs or outputs than the domain's.
         inner: adaptation.
         outer: the meta-update.
         stream: draws the initial parameters; its device is where theta lives.
         task_chunk: how many tasks are batched at once; gradients of the chunks add up. None batches them all.
     """
 
-    def __init__(
-        self,
-        domain: Domain[Any],
-        model: Model,
-        inner: SGD,
-        outer: Outer,
-        stream: Stream,
-        task_chunk: int | None = None,
-    ) -> None:
-        self.domain, self.model, self.inner, self.outer = domain, model, inner, outer
-        self.task_chunk = task_chunk
-        self.theta: Params = model.init(stream)
-        self.outer_state: OuterState = outer.init(self.theta)
-        inner.adapted_names(list(self.theta))  # raises now what would otherwise be raised in the first step
+    domain: Domain[Any]
+    make_model: MakeModel
+    inner: Inner
+    outer: Outer
+    stream: Stream
+    task_chunk: int | None = None
+
+
+class Algorithm(ABC):
+    """Learns theta; most subclasses say only what one task's loss is as a function of theta.
+
+    Attributes:
+        theta: what is meta-learnt: the model's parameters and what the inner optimizer adds to them.
+        carried: other tensors that training changes (running statistics, an optimizer's state), by name.
+        chunk_gradient: `_chunk_gradient`, or its compiled form.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.domain, self.inner, self.outer = parts.domain, parts.inner, parts.outer
+        self.stream, self.task_chunk = parts.stream, parts.task_chunk
+        self.model = parts.make_model(self.domain.in_shape, self.domain.out_dim)
+        self._begin(self.model.init(self.stream))
+
+    def _begin(self, params: Params, carried: Params | None = None) -> None:
+        """Sets what training starts from."""
+        self.inner.adapted_names(list(params))  # raises now what would otherwise be raised in the first step
+        self.theta: Params = params | self.inner.init(params)
+        self.carried: Params = carried or {}
+        self.outer_state: OuterState = self.outer.init(self.theta)
         self.chunk_gradient: ChunkGradient = self._chunk_gradient
 
+    def sample_tasks(self, count: int, stream: Stream) -> Tasks:
+        """Draws what one meta-update learns from: a meta-batch of ``count`` tasks, a pure function of the stream."""
+        return self.domain.sample_tasks(count, stream)
+
     @abstractmethod
-    def task_losses(self, theta: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
-        """Returns the loss of each task as a function of theta, ``(T,)``, and further metrics ``(T,)``."""
+    def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
+        """Returns the loss of each task as a function of theta, ``(T,)``, and further metrics ``(T,)``.
+
+        Args:
+            params: theta and what is carried, without a task axis.
+            tasks: T tasks.
+
+        Returns:
+            A metric called ``loss`` is logged in place of the loss; one with the name of a carried tensor is that
+            tensor's new value, ``(T, ...)``, of which the mean over tasks is taken.
+        """
 
     def step(self, tasks: Tasks) -> dict[str, Tensor]:
         """Makes one meta-update on a meta-batch; returns its mean metrics as 0-dim tensors."""
-        return self.outer.step(_Objective(self, tasks), self.theta, self.outer_state)
+        metrics = self.outer.step(_Objective(self, tasks), self.theta, self.outer_state)
+        for name, value in self.carried.items():
+            value.copy_(metrics.pop(name))
+        return metrics
 
     def gradient(self, theta: Params, tasks: Tasks) -> tuple[Params, dict[str, Tensor]]:
         """Returns the gradient of the mean task loss with respect to theta, and the mean metrics.
@@ -64,28 +101,31 @@ class Algorithm(ABC):
         """
         count = num_tasks(tasks)
         chunk = self.task_chunk or count
-        total: tuple[Tensor, ...] | list[Tensor] = []
+        total: list[Tensor] = []
         for start in range(0, count, chunk):
-            part = self.chunk_gradient(theta, take(tasks, start, start + chunk))
-            total = part if not total else torch._foreach_add(total, part)
-        total = torch._foreach_div(total, count)
-        names = list(theta)
-        return dict(zip(names, total, strict=False)), dict(zip(self._metric_names, total[len(names) :], strict=True))
+            gradients, metrics = self.chunk_gradient(theta | self.carried, take(tasks, start, start + chunk))
+            part = [*gradients.values(), *metrics.values()]
+            total = list(torch._foreach_add(total, part)) if total else part
+        means = torch._foreach_div(total, count)
+        return (
+            dict(zip(gradients, means[: len(gradients)], strict=True)),
+            dict(zip(metrics, means[len(gradients) :], strict=True)),
+        )
 
-    def _chunk_gradient(self, theta: Params, tasks: Tasks) -> list[Tensor]:
-        """Returns sums over tasks: the gradient, in theta's order, then the metrics."""
-        theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
+    def _chunk_gradient(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
+        """Returns sums over tasks: of the gradient with respect to theta, and of the metrics."""
+        theta = {name: params[name].detach().requires_grad_() for name in self.theta}
         with torch.enable_grad():
-            losses, metrics = self.task_losses(theta, tasks)
+            losses, metrics = self.task_losses(params | theta, tasks)
             gradients = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
-        self._metric_names = ["loss", *metrics]
-        return [*gradients, losses.detach().sum(), *(value.detach().sum() for value in metrics.values())]
+        return dict(zip(theta, gradients, strict=True)), _summed({"loss": losses} | metrics)
 
     def adapt(
         self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
         """Yields each task's parameters after 0, 1, ..., ``num_steps`` gradient steps on its support data."""
-        return self._adapt(theta, tasks, num_steps, create_graph=False, step_sizes=step_sizes)
+        for params, _ in self._adapt(theta, tasks, num_steps, create_graph=False, step_sizes=step_sizes):
+            yield params
 
     def _adapt(
         self,
@@ -94,24 +134,46 @@ class Algorithm(ABC):
         num_steps: int,
         create_graph: bool,
         step_sizes: Sequence[float] | None = None,
-    ) -> Iterator[Params]:
+        state: Params | None = None,
+    ) -> Iterator[tuple[Params, Params]]:
+        """Yields parameters and the inner optimizer's state, as `Inner.adapt` does."""
+
         def support_loss(params: Params, step: int) -> Tensor:
             data = self.domain.collect(tasks, "support", self.model, params, step)
             return self.domain.inner_loss(self.model, params, data)
 
-        return self.inner.adapt(
-            support_loss, expand(theta, num_tasks(tasks)), num_steps, create_graph=create_graph, step_sizes=step_sizes
-        )
+        params = expand(theta, num_tasks(tasks))
+        return self.inner.adapt(support_loss, params, num_steps, create_graph, step_sizes, state)
 
     def state_dict(self) -> dict[str, Params]:
         """Returns all that training changes."""
-        return {"theta": self.theta, "outer": self.outer_state}
+        groups = {"theta": self.theta, "outer": self.outer_state, "carried": self.carried}
+        return {name: tensors for name, tensors in groups.items() if tensors}
 
-    def load_state_dict(self, state: dict[str, Params]) -> None:
-        """Restores `state_dict` in place."""
-        for mine, saved in ((self.theta, state["theta"]), (self.outer_state, state["outer"])):
-            for name, value in mine.items():
-                value.copy_(saved[name])
+    def load_state_dict(self, state: Mapping[str, Params]) -> None:
+        """Restores `state_dict` in place.
+
+        Raises:
+            MamlError: if it is the state of another algorithm or model.
+        """
+        mine = _flat(self.state_dict())
+        saved = _flat(state)
+        if mine.keys() != saved.keys():
+            raise MamlError(
+                "the checkpoint does not fit this algorithm and model: it "
+                f"lacks {sorted(mine.keys() - saved.keys()) or 'nothing'} and "
+                f"has {sorted(saved.keys() - mine.keys()) or 'nothing'} besides; give the settings it was trained with"
+            )
+        for name, value in mine.items():
+            value.copy_(saved[name])
+
+
+def _summed(metrics: Metrics) -> Metrics:
+    return {name: value.detach().sum(0) for name, value in metrics.items()}
+
+
+def _flat(state: Mapping[str, Params]) -> Params:
+    return {f"{group}.{name}": value for group, tensors in state.items() for name, value in tensors.items()}
 
 
 class _Objective:

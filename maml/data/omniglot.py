@@ -3,11 +3,10 @@
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
+from maml.data.files import first_ten, list_files, reader
 from maml.errors import MamlError
 
 NUM_DRAWINGS = 20
@@ -128,28 +128,9 @@ def _find(data_dir: Path) -> dict[str, Path]:
 
 def _list_drawings(source: Path) -> Iterator[tuple[str, int]]:
     """Yields ``images_background/<alphabet>/<character>/<file>.png`` and its size in bytes."""
-    for name, size in _list_zip(source) if source.suffix == ".zip" else _list_folder(source):
+    for name, size in list_files(source, f"replace it, for example from {_HOMEPAGE}"):
         if _DRAWING.fullmatch(name):
             yield name, size
-
-
-def _list_zip(source: Path) -> Iterator[tuple[str, int]]:
-    try:
-        with ZipFile(source) as archive:
-            members = archive.infolist()
-    except (BadZipFile, OSError) as error:
-        raise MamlError(
-            f"{source} cannot be read as a zip ({error}); replace it, for example from {_HOMEPAGE}"
-        ) from error
-    for member in members:
-        yield member.filename, member.file_size
-
-
-def _list_folder(source: Path) -> Iterator[tuple[str, int]]:
-    for folder, _, files in os.walk(source):
-        prefix = Path(folder).relative_to(source.parent).as_posix()
-        for file in files:
-            yield f"{prefix}/{file}", os.stat(os.path.join(folder, file)).st_size
 
 
 def _group(names: Iterable[str], data_dir: Path) -> dict[str, list[str]]:
@@ -171,9 +152,8 @@ def _group(names: Iterable[str], data_dir: Path) -> dict[str, list[str]]:
     ]
     wrong += [f"{folder} does not belong to Omniglot" for folder in list(drawings)[len(expected) :]]
     if wrong:
-        more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise MamlError(
-            f"Omniglot in {data_dir} is not the 1623 characters x 20 drawings: {', '.join(wrong[:10])}{more}; "
+            f"Omniglot in {data_dir} is not the 1623 characters x 20 drawings: {first_ten(wrong)}; "
             f"put the original files back, for example from {_HOMEPAGE}"
         )
     return drawings
@@ -184,7 +164,8 @@ def _read(sources: dict[str, Path], drawings: dict[str, list[str]]) -> tuple[Ten
     classes = sorted(halves)
     images = np.empty((len(classes), NUM_DRAWINGS, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     with ExitStack() as stack:
-        readers = {half: stack.enter_context(_reader(source)) for half, source in sources.items()}
+        roots = {half: source if source.suffix == ".zip" else source.parent for half, source in sources.items()}
+        readers = {half: stack.enter_context(reader(root)) for half, root in roots.items()}
         for index, label in enumerate(classes):
             half = halves[label]
             for drawing, name in enumerate(drawings[f"{half}/{label}"]):
@@ -196,15 +177,6 @@ def _read(sources: dict[str, Path], drawings: dict[str, list[str]]) -> tuple[Ten
                         f"put the original file back, for example from {_HOMEPAGE}"
                     ) from error
     return torch.from_numpy(images), classes
-
-
-@contextmanager
-def _reader(source: Path) -> Iterator[Callable[[str], bytes]]:
-    if source.suffix == ".zip":
-        with ZipFile(source) as archive:
-            yield archive.read
-    else:
-        yield lambda name: (source.parent / name).read_bytes()
 
 
 def _ink(png: bytes) -> np.ndarray:

@@ -105,6 +105,31 @@ class FewShotClassification(SupervisedDomain):
             tasks["rotations"] = stream.child("rotations").integers(shape, 4)
         return tasks
 
+    def sample_images(self, count: int, stream: Stream, split: Split, num_per_class: int) -> Tasks:
+        """Draws images of all classes of a split, for ordinary classification: a "task" with one image of each "class".
+
+        Args:
+            count: images, drawn without replacement from ``num_per_class`` of every class.
+            stream: the source of randomness.
+            split: which classes.
+            num_per_class: at most so many are of one class.
+
+        Returns:
+            One task, whose support data `collect` returns, and ``labels`` ``(1, count)``, numbered within the split.
+        """
+        classes = self.splits[split].to(stream.device)
+        drawn = stream.child("images").choice((len(classes),), self.num_images, num_per_class)
+        slots = stream.child("slots").choice((1,), drawn.numel(), count)
+        labels = slots // num_per_class
+        tasks = {
+            "classes": classes[labels],
+            "support_images": drawn.flatten()[slots].unsqueeze(-1),
+            "labels": labels,
+        }
+        if self.rotate:
+            tasks["rotations"] = stream.child("rotations").integers((1, count), 4)
+        return tasks
+
     def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Examples:
         """Returns K blocks of N images, ``(T, K * N, H, W, C)``, with labels ``0 .. N-1`` in each block."""
         chosen = tasks[f"{role}_images"].transpose(1, 2)  # (T, K, N)

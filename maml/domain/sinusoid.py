@@ -23,14 +23,16 @@ class Sinusoid(SupervisedDomain):
     Args:
         num_shots: K, support points per task.
         num_query: query points per task; None is as many as support points.
+        oracle: tells the network amplitude and phase, as two further inputs.
     """
 
-    in_shape = (1,)
     out_dim = 1
     headline = "mse"
     larger_is_better = False
 
-    def __init__(self, num_shots: Count = 10, num_query: Count | None = None) -> None:
+    def __init__(self, num_shots: Count = 10, num_query: Count | None = None, oracle: bool = False) -> None:
+        self.in_shape = (3,) if oracle else (1,)
+        self.oracle = oracle
         self.num_shots = num_shots
         self.num_query = num_query
 
@@ -55,6 +57,8 @@ class Sinusoid(SupervisedDomain):
     def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Examples:
         x = tasks[f"{role}_x"]
         y = tasks["amplitude"] * torch.sin(x - tasks["phase"])
+        if self.oracle:
+            x = torch.cat([x, tasks["amplitude"].expand_as(x), tasks["phase"].expand_as(x)], dim=-1)
         return Examples(x, y, num_shots=tasks["support_x"].shape[1])
 
     def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:

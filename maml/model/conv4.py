@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from maml.errors import MamlError
-from maml.functional import ACTIVATIONS, Activation, batch_norm, conv3x3, linear, max_pool
+from maml.functional import ACTIVATIONS, Activation, batch_statistics, conv3x3, linear, max_pool, normalize
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.seeding import Stream
 from maml.types import Count, Params, PositiveFloat
@@ -26,10 +26,12 @@ class Conv4(Model):
         in_shape: height, width, channels.
         out_dim: classes.
         num_filters: of every module.
-        pooling: ``stride`` convolves with stride 2 (Omniglot), ``max`` pools 2x2, ``mean`` averages 2x2.
+        pooling: ``stride`` convolves with stride 2 (Omniglot), ``max`` pools 2x2, ``max_keep_odd`` the same without
+            dropping the last row of an odd size (Reptile), ``mean`` averages 2x2.
         head: ``mean`` averages the last map over space (Omniglot), ``flatten`` keeps it.
         head_std: standard deviation of the normal initial head; None is Glorot uniform.
         activation: ``relu`` as in the paper.
+        norm_scale: whether normalisation learns a scale beside its shift, which the authors do without.
 
     Raises:
         MamlError: if the images are too small for four halvings.
@@ -40,10 +42,11 @@ class Conv4(Model):
         in_shape: Sequence[int],
         out_dim: int,
         num_filters: Count = 64,
-        pooling: Literal["stride", "max", "mean"] = "stride",
+        pooling: Literal["stride", "max", "max_keep_odd", "mean"] = "stride",
         head: Literal["mean", "flatten"] = "mean",
         head_std: PositiveFloat | None = None,
         activation: Activation = "relu",
+        norm_scale: bool = False,
     ) -> None:
         if len(in_shape) != 3:
             raise MamlError(
@@ -51,13 +54,15 @@ class Conv4(Model):
             )
         height, width, self.num_channels = in_shape
         for _ in range(_NUM_MODULES):
-            height, width = ((height + 1) // 2, (width + 1) // 2) if pooling == "stride" else (height // 2, width // 2)
+            up = pooling in ("stride", "max_keep_odd")
+            height, width = (height + up) // 2, (width + up) // 2
         if height * width == 0:
             raise MamlError(f"images of {in_shape[0]}x{in_shape[1]} are too small to be halved {_NUM_MODULES} times")
         self.num_features = num_filters * (height * width if head == "flatten" else 1)
         self.out_dim, self.num_filters = out_dim, num_filters
         self.pooling, self.head, self.head_std = pooling, head, head_std
         self.activation = ACTIVATIONS[activation]
+        self.norm_scale = norm_scale
 
     def init(self, stream: Stream) -> Params:
         """Draws Glorot-uniform kernels and the head; biases and shifts are 0 (authors' code)."""
@@ -68,6 +73,8 @@ class Conv4(Model):
             params[f"conv{i}.weight"] = kernel
             params[f"conv{i}.bias"] = zeros(stream, filters)
             params[f"norm{i}.shift"] = zeros(stream, filters)
+            if self.norm_scale:
+                params[f"norm{i}.scale"] = zeros(stream, filters) + 1
             channels = filters
         shape = (self.out_dim, self.num_features)
         params["head.weight"] = (
@@ -79,14 +86,41 @@ class Conv4(Model):
         return params
 
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+        return self.outputs(params, self.features(params, x, num_reference))
+
+    def outputs(self, params: Params, features: Tensor) -> Tensor:
+        """Computes the last layer from its inputs."""
+        return linear(features, params["head.weight"], params["head.bias"])
+
+    def features(
+        self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
+    ) -> Tensor:
+        """Computes the inputs of the last layer, ``(T, S, num_features)``.
+
+        Args:
+            params: as for a call. Where they hold running statistics, ``norm1.mean`` and ``norm1.variance`` ``(T, C)``
+                and so on, these normalise, and not the batch's.
+            x: ``(T, S, H, W, C)``.
+            num_reference: how many leading examples of each task give the batch's statistics (None: all).
+            seen: receives mean and (unbiased) variance of each layer's batch, by the names above.
+        """
         for i in range(1, _NUM_MODULES + 1):
             stride = 2 if self.pooling == "stride" else 1
             x = conv3x3(x, params[f"conv{i}.weight"], params[f"conv{i}.bias"], stride)
-            x = self.activation(batch_norm(x, params[f"norm{i}.shift"], num_reference))
-            if self.pooling == "max":
-                x = max_pool(x)
+            if f"norm{i}.mean" in params:
+                shape = (x.shape[0], 1, 1, 1, -1)
+                mean, variance = (params[f"norm{i}.{name}"].reshape(shape) for name in ("mean", "variance"))
+            else:
+                mean, variance = batch_statistics(x, num_reference)
+            if seen is not None:
+                count = x[0, ..., 0].numel()
+                seen[f"norm{i}.mean"] = mean.flatten(1).detach()
+                seen[f"norm{i}.variance"] = variance.flatten(1).detach() * (count / max(1, count - 1))
+            x = normalize(x, mean, variance, params[f"norm{i}.shift"], params.get(f"norm{i}.scale"))
+            x = self.activation(x)
+            if self.pooling in ("max", "max_keep_odd"):
+                x = max_pool(x, keep_odd=self.pooling == "max_keep_odd")
             elif self.pooling == "mean":
                 height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
                 x = x[:, :, :height, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
-        x = x.mean((2, 3)) if self.head == "mean" else x.flatten(2)
-        return linear(x, params["head.weight"], params["head.bias"])
+        return x.mean((2, 3)) if self.head == "mean" else x.flatten(2)

@@ -72,6 +72,7 @@ class ModuleModel(Model):
 
     def init(self, stream: Stream) -> Params:
         """Builds the module again under the run's seed and returns its parameters."""
+        assert isinstance(stream.key, int)
         net = self._build(seed=stream.key)
         return {name: value.detach().clone().to(stream.device) for name, value in _trained(net)}
 

@@ -1,4 +1,4 @@
-"""The paper's printed numbers and drawn curves, each with the experiment that gives ours: ``results/cells.yaml``."""
+"""The published numbers, curves and pictures, each with the experiment that gives ours: ``results/cells.yaml``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from maml.errors import MamlError
+
+# What a line of cells.yaml says besides where our number is found.
+_NOT_OF_SOURCE = {"row", "column", "step", "num_steps", "one_half"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Cell:
         table: the file in ``results/paper/`` that holds it.
         row: its ``method`` there.
         column: its ``setting`` there.
-        value: as printed.
+        value: as printed; empty if nothing is published.
         ci: half-width of its 95 % interval as printed (or as the figure file has it); empty if there is none.
         quoted: whether the paper quotes it from others.
         source: of our number; None if there is no experiment yet.
@@ -85,7 +88,7 @@ class Curve:
     Attributes:
         row: its ``method`` in the file of levels.
         source: of our curve.
-        num_steps: the last gradient step drawn.
+        num_steps: the last gradient step drawn; 0 if nothing adapts, which is drawn as a flat line.
         levels: lowest and highest value that the printed curve may have, by gradient step, where known.
     """
 
@@ -97,12 +100,38 @@ class Curve:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: its name in ``results/``, its title, the label of its vertical axis, its curves."""
+    """One figure: its name in ``results/``, its title, the label of its vertical axis, its curves (a panel per K)."""
 
     name: str
     title: str
     ylabel: str
     curves: tuple[Curve, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One method's adaptation to one task.
+
+    Attributes:
+        row: the name of the method.
+        task: which of the picture's tasks.
+        one_half: whether all support points lie in the right half of the input range.
+        source: of the method; its K is the task's.
+    """
+
+    row: str
+    task: int
+    one_half: bool
+    source: Source
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure of single tasks: its name in ``results/``, its title, its panels by task and then by method."""
+
+    name: str
+    title: str
+    panels: tuple[Panel, ...]
 
 
 def load_tables(results: Path) -> list[Table]:
@@ -120,6 +149,11 @@ def load_tables(results: Path) -> list[Table]:
 def load_figures(results: Path) -> list[Figure]:
     """Reads every curve that there is an experiment for; ``results`` as in `load_tables`."""
     return [_figure(results, name, entry) for name, entry in _entries(results)["figures"].items()]
+
+
+def load_pictures(results: Path) -> list[Picture]:
+    """Reads every panel that there is an experiment for; ``results`` as in `load_tables`."""
+    return [_picture(name, entry) for name, entry in _entries(results)["pictures"].items()]
 
 
 def load_levels(results: Path, name: str, row: str, num_shots: int, num_steps: int) -> dict[int, tuple[float, float]]:
@@ -158,23 +192,27 @@ def _table(results: Path, name: str, entry: Mapping[str, Any]) -> Table:
     published = _read(results, name)
     quoted = set(entry.get("quoted", ()))
     intervals = {row: _read(results, file) for row, file in entry.get("intervals", {}).items()}
-    sources: dict[tuple[str, str], tuple[Source, int]] = {}
+    columns = entry.get("columns", {})
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
     for run in entry.get("runs", ()):
-        fields = entry.get("defaults", {}) | run
-        where, step = (fields.pop("row"), fields.pop("column")), fields.pop("step")
-        sources[where] = _source(fields), step
-    _refuse_unknown(name, published, {*quoted, *intervals}, set(sources))
+        for column in [run["column"]] if "column" in run else columns:
+            runs[run["row"], column] = entry.get("defaults", {}) | columns.get(column, {}) | run
+    _refuse_unknown(name, published, {*quoted, *intervals}, set(columns), set(runs))
     cells = []
     for line in published:
         row, column = line["method"], line["setting"]
         ci = _figure_ci(intervals[row], row, column) if row in intervals else line["ci"]
-        source, step = sources.get((row, column), (None, 0))
+        run = runs.get((row, column))
+        source, step = (_source(run), run["step"]) if run else (None, 0)
         cells.append(Cell(name, row, column, line["value"], ci, row in quoted, source, step))
     return Table(name, entry["title"], tuple(cells))
 
 
-def _refuse_unknown(name: str, published: list[dict[str, str]], rows: set[str], cells: set[tuple[str, str]]) -> None:
+def _refuse_unknown(
+    name: str, published: list[dict[str, str]], rows: set[str], columns: set[str], cells: set[tuple[str, str]]
+) -> None:
     unknown = rows - {line["method"] for line in published}
+    unknown |= columns - {line["setting"] for line in published}
     unknown |= {"/".join(cell) for cell in cells - {(line["method"], line["setting"]) for line in published}}
     if unknown:
         raise MamlError(
@@ -187,15 +225,24 @@ def _figure(results: Path, name: str, entry: Mapping[str, Any]) -> Figure:
     curves = []
     for curve in entry["curves"]:
         fields = entry["defaults"] | curve
-        row, num_steps = fields.pop("row"), fields.pop("num_steps")
-        source = _source(fields)
+        row, num_steps, source = fields["row"], fields["num_steps"], _source(fields)
         levels = load_levels(results, entry["levels"], row, source.num_shots, num_steps)
         curves.append(Curve(row, source, num_steps, levels))
     return Figure(name, entry["title"], entry["ylabel"], tuple(curves))
 
 
+def _picture(name: str, entry: Mapping[str, Any]) -> Picture:
+    panels = [
+        Panel(method["row"], number, task.get("one_half", False), _source(entry["defaults"] | task | method))
+        for number, task in enumerate(entry["tasks"])
+        for method in entry["methods"]
+    ]
+    return Picture(name, entry["title"], tuple(panels))
+
+
 def _source(fields: Mapping[str, Any]) -> Source:
-    return Source(**{**fields, "overrides": tuple(fields.get("overrides", ()))})
+    own = {name: value for name, value in fields.items() if name not in _NOT_OF_SOURCE}
+    return Source(**{**own, "overrides": tuple(fields.get("overrides", ()))})
 
 
 def _figure_ci(lines: list[dict[str, str]], row: str, column: str) -> str:

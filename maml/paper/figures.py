@@ -46,30 +46,38 @@ def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
     for step, (ours, ci) in enumerate(readings):
         low, high = curve.levels.get(step, ("", ""))
         levels = {"paper_low": low, "paper_high": high}
-        rows.append({"curve": curve.row, "grad_step": step} | levels | {"ours": ours, "ours_ci95": ci} | beside)
+        where = {"curve": curve.row, "num_shots": curve.source.num_shots, "grad_step": step}
+        rows.append(where | levels | {"ours": ours, "ours_ci95": ci} | beside)
     return rows
 
 
 def plot_figure(figure: Figure, curves: Sequence[Drawn], path: Path) -> Path:
-    """Draws our curves with 95 % bands over bars for the paper's ranges; returns the file."""
+    """Draws our curves with 95 % bands over bars for the paper's ranges, a panel for each K; returns the file."""
     from matplotlib.figure import Figure as Canvas  # here, because it takes half a second to import
 
-    canvas = Canvas(figsize=(5.5, 3.8), layout="constrained")
-    axes = canvas.subplots()
-    axes.use_sticky_edges = False  # else the axis would end at the bottom of the lowest bar
-    for number, item in enumerate(curves):
-        colour = f"C{number}"
-        low, high = zip(*item.curve.levels.values(), strict=True)
-        heights = [top - bottom for bottom, top in zip(low, high, strict=True)]
-        label = f"{item.curve.row}, paper (read off the image)"
-        axes.bar(list(item.curve.levels), heights, 0.3, low, color=colour, edgecolor=colour, alpha=0.5, label=label)
-        means = [mean for mean, _ in item.readings]
-        axes.plot(range(len(means)), means, color=colour, marker="o", markersize=3, label=item.label)
-        bottom, top = ([mean + sign * band for mean, band in item.readings] for sign in (-1, 1))
-        axes.fill_between(range(len(means)), bottom, top, color=colour, alpha=0.2, lw=0)
-    axes.set_xlabel("gradient steps")
-    axes.set_ylabel(figure.ylabel)
-    axes.set_title(figure.title)
-    axes.legend()
+    panels: dict[int, list[Drawn]] = {}
+    for item in curves:
+        panels.setdefault(item.curve.source.num_shots, []).append(item)
+    canvas = Canvas(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    grid = canvas.subplots(1, len(panels), squeeze=False, sharey=True)
+    for axes, (num_shots, items) in zip(grid.flat, panels.items(), strict=True):
+        axes.use_sticky_edges = False  # else the axis would end at the bottom of the lowest bar
+        num_steps = max(item.curve.num_steps for item in items)
+        for number, item in enumerate(items):
+            colour = f"C{number}"
+            low, high = zip(*item.curve.levels.values(), strict=True)
+            heights = [top - bottom for bottom, top in zip(low, high, strict=True)]
+            label = f"{item.curve.row}, paper's image"
+            axes.bar(list(item.curve.levels), heights, 0.3, low, color=colour, edgecolor=colour, alpha=0.5, label=label)
+            readings = item.readings if item.curve.num_steps else item.readings * (num_steps + 1)
+            means = [mean for mean, _ in readings]
+            axes.plot(range(len(means)), means, color=colour, marker="o", markersize=3, label=item.label)
+            bottom, top = ([mean + sign * band for mean, band in readings] for sign in (-1, 1))
+            axes.fill_between(range(len(means)), bottom, top, color=colour, alpha=0.2, lw=0)
+        axes.set_xlabel("gradient steps")
+        axes.set_title(f"K={num_shots}")
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below, off all curves
+    grid[0, 0].set_ylabel(figure.ylabel)
+    canvas.suptitle(figure.title)
     canvas.savefig(path, dpi=150, metadata={"Software": None})  # equal bytes from equal numbers
     return path

@@ -52,7 +52,7 @@ class CurveRecord(BaseModel):
 
 
 class Report(BaseModel):
-    """What is read of a ``report.json``."""
+    """What is read of a ``report.json``; step sizes, by K, are None where they were the inner optimizer's own."""
 
     run_id: str
     seed: int
@@ -60,6 +60,7 @@ class Report(BaseModel):
     num_iterations: int
     evaluation: dict[str, Any]
     banks: dict[str, str]
+    step_sizes: dict[str, list[float] | None] = {}  # the oldest reports do not have them: None throughout
     larger_is_better: bool
     curves: list[CurveRecord]
 
@@ -118,11 +119,13 @@ class Run:
     """A run folder and all that was evaluated in it.
 
     Attributes:
+        path: of the folder.
         record: of its training.
         reports: of its evaluations.
         alive: whether a process is training in it.
     """
 
+    path: Path
     record: RunRecord
     reports: tuple[Report, ...]
     alive: bool
@@ -186,7 +189,7 @@ def _read_run(folder: Path) -> Run | None:
         if (report.run_id, report.seed, report.num_iterations) != mine:
             raise MamlError(f"{path} is not of the run in {folder / 'run.json'}; evaluate again with mode=eval")
         reports.append(report)
-    return Run(record, tuple(reports), alive=record.status == "running" and _is_locked(folder / "lock"))
+    return Run(folder, record, tuple(reports), alive=record.status == "running" and _is_locked(folder / "lock"))
 
 
 def _read(path: Path, schema: type[Content]) -> Content | None:

@@ -13,14 +13,15 @@ import numpy as np
 from maml.paper.cells import Cell, Source, Table
 from maml.paper.runs import Evidence, provenance
 
-STATUSES = ("reproduced", "better", "worse", "reduced budget", "running", "not run", "quoted")
+STATUSES = ("reproduced", "better", "worse", "measured", "reduced budget", "running", "not run", "quoted")
 
 _HEADER = ("row", "column", "paper", "ours", "status", "seeds", "inner order", "commit", "hardware", "command")
 _NOTES = (
     "Mean ± half-width of the 95 % interval over test tasks. With several seeds it is that of the lowest; in brackets,",
     "their number and from where to where their means go. *reproduced*: the paper's value lies in our interval or ours",
-    "in the paper's. *reduced budget*: training has not ended, so this is no reproduction. `+` behind a commit: with",
-    "changes that were not committed. All numbers in full, the runs and their task banks: the CSV beside this file.",
+    "in the paper's. *measured*: nothing is published to compare it with. *reduced budget*: training has not ended, so",
+    "this is no reproduction. `+` behind a commit: with changes that were not committed. All numbers in full, the runs",
+    "and their task banks: the CSV beside this file.",
 )
 
 
@@ -57,6 +58,8 @@ class Comparison:
             return self.evidence.state
         if not self.evidence.complete:
             return "reduced budget"
+        if not self.cell.value:
+            return "measured"
         published, ci = float(self.cell.value), float(self.cell.ci or 0)
         return verdict(*self.ours, published, ci, self.evidence.evaluated[0][1].larger_is_better)
 

@@ -42,27 +42,27 @@ def start() -> Params:
 
 def test_adapt_with_zero_steps_returns_theta() -> None:
     params = start()
-    (only,) = sgd(["x"]).adapt(quadratic, params, 0, create_graph=False)
+    ((only, _),) = sgd(["x"]).adapt(quadratic, params, 0, create_graph=False)
     assert only is params
 
 
 @pytest.mark.parametrize("create_graph", [True, False])
 def test_adapt_follows_the_closed_form_of_each_task(create_graph: bool) -> None:
-    steps = list(sgd(["x"]).adapt(quadratic, start(), 3, create_graph))
-    for step, params in enumerate(steps):
+    steps = sgd(["x"]).adapt(quadratic, start(), 3, create_graph)
+    for step, (params, _) in enumerate(steps):
         expected = torch.tensor([[1 + 2 * 0.9**step], [1 + 4 * 0.8**step]])
         torch.testing.assert_close(params["x"].detach(), expected)
         assert torch.equal(params["a"], start()["a"])
 
 
 def test_adapt_takes_one_step_size_per_step() -> None:
-    *_, last = sgd(["x"]).adapt(quadratic, start(), 2, create_graph=False, step_sizes=[0.5, 0.25])
+    *_, (last, _) = sgd(["x"]).adapt(quadratic, start(), 2, create_graph=False, step_sizes=[0.5, 0.25])
     torch.testing.assert_close(last["x"].detach(), torch.tensor([[1 + 2 * 0.5 * 0.75], [1 + 4 * 0.0 * 0.5]]))
 
 
 def test_adapt_inside_no_grad_still_adapts_and_leaves_theta_alone() -> None:
     params = start()
     with torch.no_grad():
-        *_, last = sgd(["x"]).adapt(quadratic, params, 1, create_graph=False)
+        *_, (last, _) = sgd(["x"]).adapt(quadratic, params, 1, create_graph=False)
     assert not params["x"].requires_grad
     assert not torch.equal(last["x"], params["x"])

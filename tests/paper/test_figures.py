@@ -1,52 +1,197 @@
 """Figures of what has been run, and of nothing."""
 
 import csv
+import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure as Canvas
 
-from tests.paper.made_up import make_run
+from maml import checkpoint
+from maml.errors import MamlError
+from maml.experiment import build_algorithm
+from maml.hardware import Hardware
+from maml.paper.adaptation import panel_rows
+from maml.paper.cells import Curve, Figure, Panel, Picture, Source
+from maml.paper.figures import Drawn, plot_figure
+from maml.paper.runs import Evidence, composed, find_evidence, find_runs
+from tests.paper.made_up import SINUSOID, edit, make_run
 
-main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "paper_figures.py"))["main"]
+ROOT = Path(__file__).parents[2]
+PICTURE = Picture("figure2", "Figure 2", ())
+PANEL = Panel("MAML", 0, False, SINUSOID)
+main = runpy.run_path(str(ROOT / "scripts" / "paper_figures.py"))["main"]
 
 
-def render(tmp_path: Path) -> list[dict[str, str]]:
-    assert main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "figure3" / "figure3.png").read_bytes().startswith(b"\x89PNG")
-    with open(tmp_path / "figure3" / "figure3.csv", newline="") as file:
+def render(tmp_path: Path, figure: str = "figure3", status: int = 0) -> list[dict[str, str]]:
+    assert main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path)]) == status
+    with open(tmp_path / figure / f"{figure}.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def pictures(tmp_path: Path) -> dict[str, bytes]:
+    found = {path.stem: path.read_bytes() for path in tmp_path.glob("figure*/*.png")}
+    assert set(found) == {"figure2", "figure3", "figure6", "figure7"}
+    assert all(content.startswith(b"\x89PNG") for content in found.values())
+    return found
+
+
+def make_run_with_checkpoint(root: Path, **settings: Any) -> Path:
+    folder = make_run(root, **settings)
+    algorithm = build_algorithm(composed(SINUSOID.experiment), Hardware("cpu"))
+    record = json.loads((folder / "run.json").read_text())
+    content = {"run_id": record["run_id"], "iteration": record["segments"][-1]["last_iteration"]}
+    checkpoint.save(folder / "checkpoint.pt", content | {"state": algorithm.state_dict()})
+    return folder
+
+
+def evidence(root: Path) -> Evidence:
+    return find_evidence(SINUSOID, find_runs(root)[0])
 
 
 def test_without_runs_figure_3_shows_the_papers_levels_and_says_not_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = render(tmp_path)
-    assert "Figure 3: sinusoid, K=10, MAML: not run" in capsys.readouterr().out
-    assert "| MAML | not run |" in (tmp_path / "figures.md").read_text()
+    rows = [row for row in render(tmp_path) if row["curve"] == "MAML"]
+    assert "Figure 3: sinusoid, MAML, K=10: not run" in capsys.readouterr().out
+    assert "| MAML, K=10 | not run |" in (tmp_path / "figures.md").read_text()
     assert [row["grad_step"] for row in rows] == [str(step) for step in range(10)]
     assert {(row["ours"], row["state"]) for row in rows} == {("", "not run")}
     assert (rows[1]["paper_low"], rows[1]["paper_high"], rows[2]["paper_low"]) == ("0.3", "0.5", "")
+    assert render(tmp_path, "figure2") == []
+    pictures(tmp_path)
 
 
 def test_a_finished_run_is_drawn_and_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     render(tmp_path)
-    picture = tmp_path / "figure3" / "figure3.png"
-    without = picture.read_bytes()
-    make_run(tmp_path / "runs", mean=0.5, ci95=0.1)
-    assert {(row["ours"], row["ours_ci95"], row["state"]) for row in render(tmp_path)} == {("0.5", "0.1", "finished")}
-    with_run = picture.read_bytes()
+    without = pictures(tmp_path)
+    make_run_with_checkpoint(tmp_path / "runs", mean=0.5, ci95=0.1)
+    rows = [row for row in render(tmp_path) if row["curve"] == "MAML"]
+    assert {(row["ours"], row["ours_ci95"], row["state"]) for row in rows} == {("0.5", "0.1", "finished")}
+    with_run = pictures(tmp_path)
     render(tmp_path)
-    assert without != with_run == picture.read_bytes()
+    assert with_run == pictures(tmp_path)
+    assert not [name for name, content in without.items() if with_run[name] == content]
+    overview = (tmp_path / "figures.md").read_text()
+    assert [overview.index(f"## Figure {number}:") for number in (2, 3, 6, 7)] == sorted(
+        overview.index(f"## Figure {number}:") for number in (2, 3, 6, 7)
+    )
+    assert overview.count("| MAML, K=5 | finished | 0 | 0123456+ | CPU, Abacus | `python train.py +experiment=") == 3
 
 
-def test_an_unfinished_run_is_reduced_budget(tmp_path: Path) -> None:
-    make_run(tmp_path / "runs", done=30_000, status="interrupted")
-    assert {(row["iteration"], row["state"]) for row in render(tmp_path)} == {("30000", "reduced budget")}
+def test_figure_6_has_every_step_at_every_k(tmp_path: Path) -> None:
+    rows = [row for row in render(tmp_path, "figure6") if row["curve"] == "MAML"]
+    assert [(int(row["num_shots"]), int(row["grad_step"])) for row in rows] == [
+        (num_shots, step) for num_shots in (5, 10, 20) for step in range(11)
+    ]
+
+
+def test_an_unfinished_run_is_reduced_budget_and_its_tasks_are_not_drawn(tmp_path: Path) -> None:
+    make_run_with_checkpoint(tmp_path / "runs", done=30_000, status="interrupted")
+    rows = [row for row in render(tmp_path) if row["curve"] == "MAML"]
+    assert {(row["iteration"], row["state"]) for row in rows} == {("30000", "reduced budget")}
+    assert render(tmp_path, "figure7") == []
 
 
 def test_a_damaged_run_is_named(tmp_path: Path) -> None:
     report = make_run(tmp_path / "runs") / "report.json"
     report.write_text("{")
-    assert main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path)]) == 1
+    render(tmp_path, status=1)
     assert f"**ERROR, left out:** {report} is damaged" in (tmp_path / "figures.md").read_text()
+
+
+def test_a_finished_run_without_its_checkpoint_is_named_once_and_its_curves_drawn(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "runs", mean=0.5)
+    assert render(tmp_path, status=1)[0]["ours"] == "0.5"
+    overview = (tmp_path / "figures.md").read_text()
+    assert overview.count(f"**ERROR, left out:** there is no checkpoint at {folder / 'checkpoint.pt'}") == 1
+
+
+def test_a_checkpoint_of_another_iteration_is_refused(tmp_path: Path) -> None:
+    folder = make_run_with_checkpoint(tmp_path)
+    earlier = checkpoint.load(folder / "checkpoint.pt") | {"iteration": 69_000}
+    checkpoint.save(folder / "checkpoint.pt", earlier)
+    with pytest.raises(MamlError, match="is not what the report beside it is of"):
+        panel_rows(PICTURE, PANEL, evidence(tmp_path))
+
+
+@pytest.mark.parametrize("step_sizes", [None, [0.02] * 5 + [0.01] * 5])
+def test_panel_rows_equal_plain_gradient_descent_on_the_support_points(
+    tmp_path: Path, step_sizes: list[float] | None
+) -> None:
+    folder = make_run_with_checkpoint(tmp_path)
+    if step_sizes:
+        edit(folder / "report.json", step_sizes={"5": step_sizes, "10": None, "20": None})
+    rows = panel_rows(PICTURE, PANEL, evidence(tmp_path))
+    grid, support = ([row for row in rows if row["is_support"] == kind] for kind in (0, 1))
+    assert [row["x"] for row in grid] == pytest.approx([-5 + 0.1 * number for number in range(101)], abs=1e-5)
+    assert len(support) == 5
+
+    theta = checkpoint.load(folder / "checkpoint.pt")["state"]["theta"]
+    weights = [value.double().requires_grad_() for value in theta.values()]
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        for weight, bias in zip(weights[0::2], weights[1::2], strict=True):
+            x = x @ weight.T + bias
+            x = x.relu() if bias.numel() > 1 else x
+        return x
+
+    x, y = (torch.tensor([[row[name]] for row in support], dtype=torch.float64) for name in ("x", "truth"))
+    every_x = torch.tensor([[row["x"]] for row in rows], dtype=torch.float64)
+    for step in range(11):
+        if f"step_{step}" in rows[0]:
+            assert [row[f"step_{step}"] for row in rows] == pytest.approx(network(every_x).flatten().tolist(), abs=1e-4)
+        gradients = torch.autograd.grad((network(x) - y).square().mean(), weights)
+        size = step_sizes[min(step, 9)] if step_sizes else 0.001
+        weights = [weight - size * gradient for weight, gradient in zip(weights, gradients, strict=True)]
+
+
+def test_a_task_depends_on_the_figure_and_its_number_and_not_on_the_method(tmp_path: Path) -> None:
+    make_run_with_checkpoint(tmp_path)
+    found = evidence(tmp_path)
+
+    def task(panel: Panel, name: str = "figure2") -> list[tuple[float, float]]:
+        return [(row["x"], row["truth"]) for row in panel_rows(replace(PICTURE, name=name), panel, found)]
+
+    first = task(PANEL)
+    assert task(replace(PANEL, row="pretrained")) == first
+    assert task(PANEL, "figure7") != first != task(replace(PANEL, task=1))
+    half = task(replace(PANEL, one_half=True))
+    assert half[:101] == first[:101]  # the same sinusoid
+    assert [x for x, _ in half[101:]] == [abs(x) for x, _ in first[101:]] != [x for x, _ in first[101:]]
+
+
+def test_the_trained_maml_comes_closer_to_every_kind_of_task_with_each_step_drawn() -> None:
+    found = find_evidence(SINUSOID, find_runs(ROOT / "results" / "runs")[0])
+    assert found.complete
+    for num_shots, one_half in [(5, False), (5, True), (10, False)]:
+        panels = [Panel("MAML", task, one_half, replace(SINUSOID, num_shots=num_shots)) for task in range(20)]
+        rows = [row for panel in panels for row in panel_rows(PICTURE, panel, found)]
+        errors = [sum((row[f"step_{step}"] - row["truth"]) ** 2 for row in rows) for step in (0, 1, 10)]
+        assert errors[0] > errors[1] > errors[2]
+
+
+def test_each_k_is_a_panel_and_what_never_adapts_a_flat_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for num_shots in (5, 20):
+        adapts, flat = (
+            Curve(row, Source(row, "mse", num_shots), num_steps, {0: (0.0, 0.1)})
+            for row, num_steps in (("MAML", 2), ("oracle", 0))
+        )
+        drawn += [Drawn(adapts, "MAML, ours", [(3.0, 0.1), (2.0, 0.1), (1.0, 0.1)])]
+        drawn += [Drawn(flat, "oracle, ours", [(0.5, 0.1)])]
+    canvases: list[Canvas] = []
+    monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
+    plot_figure(Figure("figure6", "Figure 6", "mse", tuple(item.curve for item in drawn)), drawn, tmp_path / "a.png")
+    (canvas,) = canvases
+    assert [axes.get_title() for axes in canvas.axes] == ["K=5", "K=20"]
+    for axes in canvas.axes:
+        assert [np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()] == [
+            [3.0, 2.0, 1.0],
+            [0.5, 0.5, 0.5],
+        ]

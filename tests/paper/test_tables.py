@@ -3,6 +3,7 @@
 import csv
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def test_status_uses_the_published_interval_where_there_is_one(tmp_path: Path) -
     assert compared(tmp_path, ci="0.3").status == "reproduced"
 
 
+def test_status_is_measured_where_nothing_is_published(tmp_path: Path) -> None:
+    make_run(tmp_path, mean=0.9, done=69_999, status="interrupted", seed=1)
+    unpublished = replace(compared(tmp_path).cell, value="")
+    assert Comparison(unpublished, compared(tmp_path).evidence).status == "reduced budget"
+    make_run(tmp_path, mean=0.9)
+    comparison = Comparison(unpublished, compared(tmp_path).evidence)
+    assert comparison.status == "measured"
+    assert "| MAML | K5_gradsteps_1 |  | 0.9 ± 0.1 | measured |" in table_markdown("T", [comparison])
+
+
 def test_unfinished_run_with_the_papers_very_number_is_reduced_budget(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.67, done=69_999, status="interrupted")
     comparison = compared(tmp_path)
@@ -92,7 +103,7 @@ def test_summary_counts_every_cell_once(tmp_path: Path) -> None:
     make_run(tmp_path / "later", mean=0.67, done=1000, status="interrupted")
     comparisons = [compared(tmp_path), compared(tmp_path / "later"), compared(tmp_path, quoted=True)]
     assert summary(comparisons) == (
-        "1 of 3 cells reproduced, 0 better, 0 worse, 1 reduced budget, 0 running, 0 not run, 1 quoted"
+        "1 of 3 cells reproduced, 0 better, 0 worse, 0 measured, 1 reduced budget, 0 running, 0 not run, 1 quoted"
     )
 
 
@@ -100,7 +111,7 @@ def test_fresh_clone_renders_all_cells_as_not_run_or_quoted() -> None:
     tables = load_tables(RESULTS)
     comparisons = compare(tables, lambda source: Evidence())
     everything = [comparison for group in comparisons.values() for comparison in group]
-    assert summary(everything).startswith("0 of 71 cells reproduced,")
+    assert summary(everything).startswith("0 of 105 cells reproduced,")
     assert {comparison.status for comparison in everything} == {"not run", "quoted"}
     for table in tables:
         lines = table_markdown(table.title, comparisons[table.name]).splitlines()

@@ -1,0 +1,86 @@
+"""The network under the baselines of Ravi and Larochelle (2017; protocol 4.4): a classifier of all training classes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maml.algorithm.base import Algorithm, Parts
+from maml.domain.base import Metrics
+from maml.domain.classification import FewShotClassification
+from maml.errors import MamlError
+from maml.model.conv4 import Conv4
+from maml.seeding import Stream
+from maml.types import Params, Tasks, expand
+
+_NUM_PER_CLASS = 5  # images of every class from which a batch is drawn
+_MOMENTUM = 0.1  # of the running statistics
+
+
+class Classifier(Algorithm):
+    """Learns to tell all training classes apart, normalising with running statistics in meta-test.
+
+    What a subclass makes of the network in meta-test is no matter of training: all of them share one run. Here
+    ``meta_batch_size`` is the number of images in a batch.
+
+    Args:
+        parts: of every algorithm.
+
+    Raises:
+        MamlError: if the domain is no image set, or the model not `Conv4`.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        domain = parts.domain
+        if not isinstance(domain, FewShotClassification):
+            raise MamlError("this baseline classifies images: choose domain=mini_imagenet, cifar_fs or omniglot")
+        self.images = domain
+        model = parts.make_model(domain.in_shape, len(domain.splits["train"]))
+        if not isinstance(model, Conv4):
+            raise MamlError("this baseline needs the features of a network with running statistics: choose model=conv4")
+        self.classifier = model
+        theta = model.init(self.stream)
+        statistics = {}
+        for name, value in theta.items():
+            if name.endswith(".shift"):
+                statistics[name.replace(".shift", ".mean")] = torch.zeros_like(value)
+                statistics[name.replace(".shift", ".variance")] = torch.ones_like(value)
+        self._begin(theta, statistics)
+
+    def sample_tasks(self, count: int, stream: Stream) -> Tasks:
+        """Draws a batch of ``count`` images of the training classes."""
+        return self.images.sample_images(count, stream, "train", _NUM_PER_CLASS)
+
+    def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
+        """The mean cross-entropy over all training classes, and the new running statistics."""
+        theta = expand({name: params[name] for name in self.theta}, 1)
+        outputs, seen = self._in_training_mode(theta, self.images.collect(tasks, "support", self.model, theta).x)
+        accuracy = (outputs.argmax(-1) == tasks["labels"]).to(outputs.dtype).mean(1)
+        return _cross_entropy(outputs, tasks["labels"]), {"accuracy": accuracy} | _moved(params, seen)
+
+    def _in_training_mode(self, theta: Params, x: Tensor) -> tuple[Tensor, Params]:
+        """Returns outputs, and each layer's batch statistics, of parameters that hold no running ones."""
+        seen: Params = {}
+        features = self.classifier.features(theta, x, seen=seen)
+        return self.classifier.outputs(theta, features), seen
+
+    @abstractmethod
+    def adapt(
+        self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
+    ) -> Iterator[Params]: ...
+
+
+def _moved(params: Params, seen: Params) -> Params:
+    """Returns running statistics after one more batch."""
+    return {name: torch.lerp(params[name].expand_as(value), value, _MOMENTUM) for name, value in seen.items()}
+
+
+def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Returns the mean over the examples of each task."""
+    losses = F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.reshape(labels.shape).mean(1)

@@ -1,0 +1,40 @@
+"""The fine-tuning baseline (protocol 4.4): a new last layer on a pretrained classifier, all layers fine-tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from maml.algorithm.base import Parts
+from maml.algorithm.classifier import Classifier, _cross_entropy, _moved
+from maml.types import Params, Tasks, expand, num_tasks
+
+
+class FineTune(Classifier):
+    """Fine-tunes all layers on the support set in training mode; predicts with the running statistics.
+
+    The new last layer is drawn once, and is the same for all tasks.
+    """
+
+    trained_as = "maml.algorithm.classifier.Classifier"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        head = self.model.init(self.stream.child("new head"))
+        self.head = {name: value for name, value in head.items() if name.startswith("head.")}
+
+    def adapt(
+        self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
+    ) -> Iterator[Params]:
+        statistics = expand(self.carried, num_tasks(tasks))
+        support = self.images.collect(tasks, "support", self.model, theta)
+
+        def loss(params: Params, step: int) -> Tensor:
+            outputs, seen = self._in_training_mode(params, support.x)
+            statistics.update(_moved(statistics, seen))
+            return _cross_entropy(outputs, support.y)
+
+        start = expand(theta | self.head, num_tasks(tasks))
+        for params, _ in self.inner.adapt(loss, start, num_steps, create_graph=False, step_sizes=step_sizes):
+            yield params | statistics

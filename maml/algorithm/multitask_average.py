@@ -1,0 +1,120 @@
+"""Multi-task averaging (appendix C.1): regressors trained each on a task of its own, averaged in parameter space."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from maml.algorithm.base import Algorithm, Parts
+from maml.domain.base import Metrics
+from maml.errors import MamlError
+from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, num_tasks
+
+_CHECK_EVERY = 100  # steps between two looks at the errors
+
+
+class MultitaskAverage(Algorithm):
+    """theta is the mean of the regressors trained so far, each from a fresh initialisation.
+
+    One iteration trains a regressor on every task of its meta-batch, side by side, with the outer optimizer on the
+    task's support data, until its error on the query data is small enough. The pull is towards the mean of the earlier
+    iterations' regressors, so that a meta-batch of one trains them one after another, as the paper has it.
+
+    Args:
+        parts: of every algorithm.
+        weight: of the sum of squared distances from what the parameters are pulled to; 0 does not regularise.
+        pull: to ``zero`` (weight decay), or to the ``mean`` of the regressors trained so far.
+        max_error: below which a regressor is trained.
+        num_steps: after which a regressor that is not starts anew: some initialisations never get there.
+        max_attempts: how often; then it is an error.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        weight: NonNegativeFloat,
+        pull: Literal["zero", "mean"],
+        max_error: PositiveFloat,
+        num_steps: Count,
+        max_attempts: Count,
+    ) -> None:
+        super().__init__(parts)
+        self.weight, self.pull = weight, pull
+        self.max_error, self.num_steps, self.max_attempts = max_error, num_steps, max_attempts
+        self._begin(self.theta, {"num_averaged": torch.zeros((), dtype=torch.int64, device=self.stream.device)})
+
+    def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
+        """Loss of each regressor on its own task, plus the pull; ``params`` have a task axis here."""
+        regressors = {name: params[name] for name in self.theta}
+        data = self.domain.collect(tasks, "support", self.model, regressors)
+        losses, metrics = self.domain.outer_loss(self.model, regressors, data)
+        distances = [
+            (value - params[f"centre.{name}"]).square().flatten(1).sum(1) for name, value in regressors.items()
+        ]
+        return losses + params["weight"] * torch.stack(distances).sum(0), metrics
+
+    def step(self, tasks: Tasks) -> dict[str, Tensor]:
+        """Trains one regressor per task and takes them into the average.
+
+        Raises:
+            MamlError: if some error stays too large.
+        """
+        averaged, count = int(self.carried["num_averaged"]), num_tasks(tasks)
+        trained, errors = self._train(tasks, first=averaged)
+        for name, value in self.theta.items():
+            value.lerp_(trained[name].mean(0), count / (averaged + count))
+        self.carried["num_averaged"] += count
+        return {"loss": errors.mean(), "largest_loss": errors.max()}
+
+    def _train(self, tasks: Tasks, first: int) -> tuple[Params, Tensor]:
+        """Returns a regressor of each task, as it was when its error was small enough, and that error, ``(T,)``."""
+        count = num_tasks(tasks)
+        weight = 0.0 if first == 0 and self.pull == "mean" else self.weight  # there is no mean yet
+        fixed = {
+            f"centre.{name}": torch.zeros_like(value) if self.pull == "zero" else value
+            for name, value in self.theta.items()
+        }
+        fixed["weight"] = next(iter(self.theta.values())).new_tensor(weight)
+        objective = _Fit(partial(self._gradient, fixed=fixed, tasks=tasks))
+        trained: Params = {name: value.repeat(count, *[1] * value.dim()) for name, value in self.theta.items()}
+        errors = torch.full((count,), torch.inf, device=self.stream.device)
+        for attempt in range(self.max_attempts):
+            params = self._draw(range(first, first + count), attempt)
+            state = self.outer.init(params)
+            for step in range(1, self.num_steps + 1):
+                self.outer.step(objective, params, state)
+                if step % _CHECK_EVERY == 0 or step == self.num_steps:
+                    with torch.no_grad():
+                        query = self.domain.collect(tasks, "query", self.model, params)
+                        now = self.domain.outer_loss(self.model, params, query)[0]
+                    reached = (now < self.max_error) & errors.isinf()
+                    errors = torch.where(reached, now, errors)
+                    for name, value in trained.items():
+                        value[reached] = params[name][reached]
+                    if errors.isfinite().all():
+                        return trained, errors
+        raise MamlError(
+            f"{int(errors.isinf().sum())} of {count} regressors have an error above algorithm.max_error="
+            f"{self.max_error} in each of algorithm.max_attempts={self.max_attempts} attempts; raise "
+            "algorithm.num_steps or max_attempts, or lower algorithm.weight"
+        )
+
+    def _draw(self, numbers: range, attempt: int) -> Params:
+        """Draws fresh regressors, ``(T, ...)``."""
+        stream = self.stream.child("regressors").child(attempt)
+        drawn = [self.model.init(stream.child(number)) for number in numbers]
+        return {name: torch.stack([params[name] for params in drawn]) for name in self.theta}
+
+    def _gradient(self, params: Params, fixed: Params, tasks: Tasks) -> tuple[Params, dict[str, Tensor]]:
+        """Returns the gradient of each regressor's own loss."""
+        return self.chunk_gradient(params | fixed, tasks)
+
+
+class _Fit:
+    """The objective of regressors that share nothing."""
+
+    def __init__(self, gradient: partial[tuple[Params, dict[str, Tensor]]]) -> None:
+        self.gradient = gradient

@@ -1,0 +1,51 @@
+"""The nearest-neighbour baseline (protocol 4.4): the label of the most similar support image, by cosine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from maml.algorithm.base import Parts
+from maml.algorithm.classifier import Classifier
+from maml.model.base import Model
+from maml.model.conv4 import Conv4
+from maml.seeding import Stream
+from maml.types import Params, Tasks, expand, num_tasks
+
+
+class NearestNeighbor(Classifier):
+    """Compares the pretrained classifier's features of a query image with those of every support image."""
+
+    trained_as = "maml.algorithm.classifier.Classifier"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.model = _MostSimilar(self.classifier, self.images.num_ways)
+
+    def adapt(
+        self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
+    ) -> Iterator[Params]:
+        """Yields the network with the features of the support images; gradient steps change nothing."""
+        params = expand(theta | self.carried, num_tasks(tasks))
+        support = self.images.collect(tasks, "support", self.model, params)
+        params["support.features"] = self.classifier.features(params, support.x)
+        for _ in range(num_steps + 1):
+            yield params
+
+
+class _MostSimilar(Model):
+    """Scores a class by the cosine of its most similar support image."""
+
+    def __init__(self, network: Conv4, num_ways: int) -> None:
+        self.network, self.num_ways = network, num_ways
+
+    def init(self, stream: Stream) -> Params:
+        return self.network.init(stream)
+
+    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+        features = F.normalize(self.network.features(params, x), dim=-1)
+        support = F.normalize(params["support.features"], dim=-1)
+        similarity = features @ support.transpose(1, 2)  # (T, Q, K * N): K blocks of N classes
+        return similarity.unflatten(-1, (-1, self.num_ways)).amax(-2)

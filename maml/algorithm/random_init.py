@@ -1,0 +1,16 @@
+"""No meta-learning: theta as it was drawn, fine-tuned in meta-test; the floor that every method must beat."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from maml.algorithm.pretrain import Pretrain
+from maml.types import Tasks
+
+
+class RandomInit(Pretrain):
+    """Leaves theta alone, however many iterations it is given."""
+
+    def step(self, tasks: Tasks) -> dict[str, Tensor]:
+        """Returns the metrics of the initial theta."""
+        return self.gradient(self.theta, tasks)[1]

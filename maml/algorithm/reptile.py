@@ -1,0 +1,105 @@
+"""Reptile (Nichol, Achiam, Schulman 2018; protocol 7.1): theta moves towards the weights after many inner steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from maml.algorithm.base import Algorithm, Parts
+from maml.domain.base import Metrics
+from maml.seeding import Stream
+from maml.types import Count, Examples, Params, Tasks, expand, num_tasks
+
+
+class Reptile(Algorithm):
+    """theta <- theta + epsilon * mean_i(theta'_i - theta): ``outer=sgd`` on the "gradient" theta - mean_i theta'_i.
+
+    Inner steps run on mini-batches that cycle through a task's support set, reshuffled in each pass. The state of the
+    inner optimizer is carried from one meta-update to the next; meta-test starts from it for every task.
+
+    Departure: the authors' code hands that state from task to task; here the tasks of a meta-batch start from the same
+    state, side by side, and the mean of theirs is carried.
+
+    Args:
+        parts: of every algorithm.
+        num_examples: support examples in a mini-batch in training.
+        num_test_examples: the same in meta-test; where a support set is smaller, all of it.
+    """
+
+    def __init__(self, parts: Parts, num_examples: Count, num_test_examples: Count) -> None:
+        super().__init__(parts)
+        self.num_examples, self.num_test_examples = num_examples, num_test_examples
+        adapted = {name: self.theta[name] for name in self.inner.adapted_names(list(self.theta))}
+        carried = self.inner.start(expand(adapted, 1))
+        self._begin(self.theta, {name: value[0].clone() for name, value in carried.items()})
+
+    def sample_tasks(self, count: int, stream: Stream) -> Tasks:
+        tasks = self.domain.sample_tasks(count, stream)
+        return tasks | {"minibatch_keys": stream.child("minibatches").bits((count,))}
+
+    def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
+        """<theta, theta - theta'_i> with the second factor held constant, whose gradient is theta - theta'_i.
+
+        The loss that is logged is the query loss of theta'_i.
+        """
+        count = num_tasks(tasks)
+        theta = expand({name: params[name] for name in self.theta}, count)
+        start = {name: value.detach() for name, value in theta.items()}
+        state = expand({name: params[name] for name in self.carried}, count)
+        *_, (adapted, state) = self._on_minibatches(
+            start, tasks, self.inner.num_steps, self.num_examples, tasks["minibatch_keys"], None, state
+        )
+        adapted = {name: value.detach() for name, value in adapted.items()}
+        query = self.domain.collect(tasks, "query", self.model, adapted)
+        losses, metrics = self.domain.outer_loss(self.model, adapted, query)
+        products = [(value * (start[name] - adapted[name])).flatten(1).sum(1) for name, value in theta.items()]
+        return torch.stack(products).sum(0), {"loss": losses} | metrics | state
+
+    def adapt(
+        self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
+    ) -> Iterator[Params]:
+        # The order of mini-batches is the same for every task of a bank: it must not depend on how tasks are chunked.
+        count = num_tasks(tasks)
+        device = next(iter(theta.values())).device
+        keys = Stream(0, device).child("minibatches").bits((1,)).expand(count)
+        state = expand(self.carried, count)
+        start = expand(theta, count)
+        for params, _ in self._on_minibatches(start, tasks, num_steps, self.num_test_examples, keys, step_sizes, state):
+            yield params
+
+    def _on_minibatches(
+        self,
+        params: Params,
+        tasks: Tasks,
+        num_steps: int,
+        num_examples: int,
+        keys: Tensor,
+        step_sizes: Sequence[float] | None,
+        state: Params,
+    ) -> Iterator[tuple[Params, Params]]:
+        stream = Stream(keys)
+
+        def loss(params: Params, step: int) -> Tensor:
+            data: Examples = self.domain.collect(tasks, "support", self.model, params, step)
+            chosen = _minibatch(stream, step, data.x.shape[1], num_examples)
+            rows = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
+            return self.domain.inner_loss(
+                self.model, params, Examples(data.x[rows, chosen], data.y[rows, chosen], data.num_shots)
+            )
+
+        return self.inner.adapt(loss, params, num_steps, create_graph=False, step_sizes=step_sizes, state=state)
+
+
+def _minibatch(stream: Stream, step: int, num_support: int, num_examples: int) -> Tensor:
+    """Returns the support examples of one inner step, ``(T, min(num_examples, num_support))``.
+
+    The passes over the support set, each in an order of its own, follow each other without a gap.
+    """
+    num_examples = min(num_examples, num_support)
+    first, last = step * num_examples, (step + 1) * num_examples - 1
+    passes = range(first // num_support, last // num_support + 1)
+    orders = [stream.child(number).choice((), num_support, num_support) for number in passes]
+    start = first - passes[0] * num_support
+    return torch.cat(orders, dim=-1)[..., start : start + num_examples]

@@ -1,0 +1,174 @@
+"""CIFAR-FS (Bertinetto et al. 2019): CIFAR-100 (Krizhevsky 2009), 100 classes x 600 photos, in a few-shot split."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
+from maml.data.files import list_files, unpickle
+from maml.data.photos import NUM_IMAGES, Photos, cached_photos, check_classes, stack
+from maml.errors import MamlError
+
+IMAGE_SIZE = 32
+
+# The split as published.
+_LABELS = {
+    "train": (
+        "apple aquarium_fish bear bee bottle bowl boy bridge bus can castle caterpillar chair clock cloud cockroach "
+        "couch cup dinosaur dolphin elephant forest girl hamster house kangaroo keyboard lawn_mower lion lizard "
+        "lobster mountain mouse mushroom oak_tree orange orchid palm_tree pear pine_tree plate porcupine possum rabbit "
+        "raccoon ray road seal shrew skunk skyscraper snake spider squirrel streetcar sunflower tank tiger train trout "
+        "tulip turtle willow_tree wolf"
+    ),
+    "val": (
+        "beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea shark "
+        "television tractor"
+    ),
+    "test": (
+        "baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail sweet_pepper table "
+        "telephone wardrobe whale woman worm"
+    ),
+}
+SPLITS = {split: labels.split() for split, labels in _LABELS.items()}
+
+_CACHE_NAME = "cifar_fs_32x32"
+_PUBLISHED = "cifar-100-python"
+_HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+
+
+def load_cifar_fs(data_dir: Path, cache_dir: Path, download: bool = True) -> ImageSet:
+    """Loads CIFAR-100, both its halves merged, with the classes of the three splits.
+
+    Searched as ``cifar-fs/cifar100.zip``, its extracted ``cifar-fs/images/<class>/*.png``, and the folder
+    ``cifar-100-python/`` in which CIFAR-100 is published, in ``cifar-fs/`` or ``data_dir`` itself. The first that is
+    found counts. Where none is, a cache that was built before is enough. The split is that of
+    ``cifar-fs/{train,val,test}.txt``, one class a line, or without these files the published one.
+
+    Args:
+        data_dir: only written to by a download.
+        cache_dir: holds the tensor built from the original files.
+        download: whether missing files are fetched with torchvision into ``data_dir/cifar-fs/``.
+
+    Returns:
+        ``images`` uint8 ``(100, 600, 32, 32, 3)``, those of a class in the order of their file names, which the
+        published files record too; ``classes`` as ``split/label``, sorted.
+
+    Raises:
+        MamlError: if files are missing or damaged, the download fails, or the cache cannot be written.
+    """
+    folder = data_dir / "cifar-fs"
+    classes = _read_split(folder)
+    for source in (folder / "cifar100.zip", folder / "images"):
+        if source.exists():
+            root = source if source.suffix == ".zip" else folder
+            return cached_photos(cache_dir, _CACHE_NAME, root, _pngs(source, classes), _prepare, _advice(source))
+    for source in (folder / _PUBLISHED, data_dir / _PUBLISHED):
+        if source.is_dir():
+            return _load_published(source, classes, cache_dir)
+    cached = load_cache(cache_dir, _CACHE_NAME)
+    if cached is not None and cached.classes == sorted(classes.values()):
+        return cached
+    if not download:
+        raise MamlError(_how_to_provide(data_dir))
+    _download(data_dir)
+    return _load_published(folder / _PUBLISHED, classes, cache_dir)
+
+
+def _read_split(folder: Path) -> dict[str, str]:
+    """Returns ``split/label`` of each class by label."""
+    paths = {split: folder / f"{split}.txt" for split in SPLITS}
+    absent = [path.name for path in paths.values() if not path.exists()]
+    advice = f"put CIFAR-FS's lists back into {folder}, or remove all three to use the published split"
+    if len(absent) == len(paths):
+        splits = SPLITS
+    elif absent:
+        raise MamlError(f"{' and '.join(absent)} missing beside the other lists of classes; {advice}")
+    else:
+        splits = {split: path.read_text(encoding="utf-8", errors="replace").split() for split, path in paths.items()}
+    known = {label for labels in SPLITS.values() for label in labels}
+    unknown = [
+        f"{label} of {split}.txt is not a class of CIFAR-100"
+        for split, labels in splits.items()
+        for label in labels
+        if label not in known
+    ]
+    classes = [f"{split}/{label}" for split, labels in splits.items() for label in labels]
+    check_classes(dict.fromkeys(classes, NUM_IMAGES), advice, unknown)
+    return {name.partition("/")[2]: name for name in classes}
+
+
+def _pngs(source: Path, classes: Mapping[str, str]) -> Photos:
+    photos: dict[str, dict[str, int]] = {name: {} for name in classes.values()}
+    foreign = set()
+    for path, size in list_files(source, _advice(source)):
+        match path.split("/"):
+            case ["images", label, file] if file.endswith(".png") and not file.startswith("."):
+                if label in classes:
+                    photos[classes[label]][path] = size
+                else:
+                    foreign.add(f"images/{label} does not belong to CIFAR-100")
+    check_classes({name: len(files) for name, files in photos.items()}, _advice(source), sorted(foreign))
+    return photos
+
+
+def _load_published(source: Path, classes: Mapping[str, str], cache_dir: Path) -> ImageSet:
+    advice = _advice(source)
+
+    def build() -> tuple[Tensor, list[str]]:
+        named_photos: dict[str, list[tuple[str, np.ndarray]]] = {name: [] for name in classes.values()}
+        [labels] = unpickle(source / "meta", ["fine_label_names"], advice)
+        for half in ("train", "test"):
+            columns = unpickle(source / half, ["fine_labels", "filenames", "data"], advice)
+            try:
+                for number, file, pixels in zip(*columns, strict=True):
+                    photo = pixels.reshape(3, IMAGE_SIZE, IMAGE_SIZE).transpose(1, 2, 0)
+                    named_photos[classes[labels[number]]].append((file, photo))
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                cause = f"{type(error).__name__}: {error}"
+                raise MamlError(f"{source / half} does not hold CIFAR-100 ({cause}); {advice}") from error
+        check_classes({name: len(photos) for name, photos in named_photos.items()}, advice)
+        photos = {name: sorted(photos, key=itemgetter(0)) for name, photos in named_photos.items()}
+        return stack(photos, itemgetter(1))
+
+    sizes = dict(list_files(source, advice))
+    return cached_tensor(cache_dir, _CACHE_NAME, fingerprint(sizes | dict.fromkeys(classes.values(), 0)), build)
+
+
+def _prepare(image: Image.Image) -> Image.Image:
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"its size is {image.size}, not {(IMAGE_SIZE, IMAGE_SIZE)}")
+    return image.convert("RGB")
+
+
+def _download(data_dir: Path) -> None:
+    try:
+        from torchvision.datasets import CIFAR100  # here, because it does not import beside every torch build
+
+        folder = data_dir / "cifar-fs"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Renamed only when complete and verified, so that an interrupted download leaves no half of it.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            CIFAR100(scratch, download=True)
+            os.replace(Path(scratch) / _PUBLISHED, folder / _PUBLISHED)
+    except Exception as error:  # a broken torchvision, the network and the disk each fail in their own way
+        cause = f"{type(error).__name__}: {error}"
+        raise MamlError(f"{_how_to_provide(data_dir)}. The download failed with {cause}") from error
+
+
+def _advice(source: Path) -> str:
+    return f"put CIFAR-100 in {source} back as it was published, for example from {_HOMEPAGE}"
+
+
+def _how_to_provide(data_dir: Path) -> str:
+    folder = data_dir / "cifar-fs"
+    return (
+        f"CIFAR-100 not found in data_dir={data_dir}. Get its Python version from {_HOMEPAGE} and extract it at "
+        f"{folder}/{_PUBLISHED}/, or put its photos at {folder}/images/<class>/*.png, zipped at {folder}/cifar100.zip "
+        f"or extracted; if they are elsewhere, set data_dir= in the config or the environment variable MAML_DATA"
+    )

@@ -1,0 +1,93 @@
+"""Files of image sets: listing and reading zips, folders and pickles so that what is wrong with them is named."""
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+from maml.errors import MamlError
+
+# What numpy arrays, their types and their numbers are pickled as, in every protocol.
+_ARRAYS = {
+    ("_codecs", "encode"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
+}
+
+
+def list_files(source: Path, advice: str) -> Iterator[tuple[str, int]]:
+    """Yields path and size in bytes of every file in a zip or a folder, the folder's own name in front.
+
+    Args:
+        source: a ``.zip`` or a folder.
+        advice: what to do where the zip is damaged.
+
+    Raises:
+        MamlError: if the zip is damaged.
+    """
+    if source.suffix == ".zip":
+        try:
+            with ZipFile(source) as archive:
+                members = archive.infolist()
+        except (BadZipFile, OSError) as error:
+            raise MamlError(f"{source} cannot be read as a zip ({error}); {advice}") from error
+        for member in members:
+            yield member.filename, member.file_size
+    else:
+        for folder, _, files in os.walk(source):
+            prefix = Path(folder).relative_to(source.parent).as_posix()
+            for file in files:
+                yield f"{prefix}/{file}", os.stat(os.path.join(folder, file)).st_size
+
+
+@contextmanager
+def reader(source: Path) -> Iterator[Callable[[str], bytes]]:
+    """Opens a zip, or the folder that listed folders are in, and gives what reads a path of `list_files` from it."""
+    if source.suffix == ".zip":
+        with ZipFile(source) as archive:
+            yield archive.read
+    else:
+        yield lambda name: (source / name).read_bytes()
+
+
+def unpickle(path: Path, keys: Sequence[str], advice: str) -> list[Any]:
+    """Reads values of a pickled dictionary of arrays, lists, text and numbers, by Python 2 or 3; runs no code in it.
+
+    Args:
+        path: the pickle.
+        keys: whose values are returned, in this order.
+        advice: what to do where the file is not such a pickle.
+
+    Raises:
+        MamlError: if the file is missing, is no pickle, holds anything else, or lacks a key.
+    """
+    try:
+        with path.open("rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+        content = {os.fsdecode(key): value for key, value in content.items()}
+    except Exception as error:  # broken pickles raise whatever their bytes happen to call for
+        cause = f"{type(error).__name__}: {error}"
+        raise MamlError(f"{path} cannot be read as a pickled dictionary of arrays ({cause}); {advice}") from error
+    if missing := [key for key in keys if key not in content]:
+        raise MamlError(f"{path} has no {' and no '.join(missing)}, but {', '.join(content) or 'nothing'}; {advice}")
+    return [content[key] for key in keys]
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core.", "numpy._core.")  # its name before numpy 2
+        if (module, name) not in _ARRAYS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which arrays do not need and could do harm")
+        return super().find_class(module, name)
+
+
+def first_ten(faults: Sequence[str]) -> str:
+    """Joins what is wrong to one line, of which a user wants to see the start."""
+    more = f", and {len(faults) - 10} more" if len(faults) > 10 else ""
+    return f"{', '.join(faults[:10])}{more}"

@@ -1,0 +1,104 @@
+"""What mini-ImageNet and CIFAR-FS share: 64 training, 16 validation and 20 test classes of 600 photos each."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maml.data.cache import ImageSet, cached_tensor, fingerprint
+from maml.data.files import first_ten, reader
+from maml.domain.base import Split
+from maml.errors import MamlError
+
+NUM_CLASSES: dict[Split, int] = {"train": 64, "val": 16, "test": 20}
+NUM_IMAGES = 600
+
+Photo = TypeVar("Photo")
+Photos = Mapping[str, Mapping[str, int]]
+"""The files of each class, which is named ``split/label``: path in their zip or folder -> size in bytes."""
+
+
+def class_splits(classes: Sequence[str]) -> dict[Split, Tensor]:
+    """Returns the indices of each split's classes, which are named ``split/label``."""
+    return {
+        split: torch.tensor([index for index, name in enumerate(classes) if name.startswith(f"{split}/")])
+        for split in NUM_CLASSES
+    }
+
+
+def check_classes(counts: Mapping[str, int], advice: str, faults: Sequence[str] = ()) -> None:
+    """Refuses all but 64, 16 and 20 classes of 600 photos, each class in one split.
+
+    Args:
+        counts: the number of photos of each class, named ``split/label``.
+        advice: where this was found and what to do about it.
+        faults: what is known to be wrong already.
+
+    Raises:
+        MamlError: names what is missing or too much.
+    """
+    found = Counter(name.partition("/")[0] for name in counts)
+    labels = Counter(name.partition("/")[2] for name in counts)
+    wrong = [*faults]
+    wrong += [
+        f"{split} has {found[split]} of {num} classes" for split, num in NUM_CLASSES.items() if found[split] != num
+    ]
+    wrong += [f"{label} is a class of {num} splits" for label, num in labels.items() if num > 1]
+    wrong += [f"{name} has {num} of {NUM_IMAGES} images" for name, num in counts.items() if num != NUM_IMAGES]
+    if wrong:
+        raise MamlError(f"{first_ten(wrong)}; {advice}")
+
+
+def stack(photos: Mapping[str, Sequence[Photo]], decode: Callable[[Photo], np.ndarray]) -> tuple[Tensor, list[str]]:
+    """Returns ``(classes, images per class, H, W, 3)``, filled in place, and the class names, sorted."""
+    classes = sorted(photos)
+    first = decode(photos[classes[0]][0])
+    images = np.empty((len(classes), NUM_IMAGES, *first.shape), np.uint8)
+    for index, name in enumerate(classes):
+        for number, photo in enumerate(photos[name]):
+            images[index, number] = decode(photo)
+    return torch.from_numpy(images), classes
+
+
+def cached_photos(
+    cache_dir: Path,
+    name: str,
+    source: Path,
+    photos: Photos,
+    prepare: Callable[[Image.Image], Image.Image],
+    advice: str,
+) -> ImageSet:
+    """Loads the tensor of photos in single files, or builds it; those of a class are in the order of their names.
+
+    Args:
+        cache_dir: as for `cached_tensor`.
+        name: as for `cached_tensor`.
+        source: the zip or folder that the photos' paths start from.
+        photos: all of them, checked.
+        prepare: brings every photo to the same size and to RGB.
+        advice: what to do where a photo cannot be decoded.
+
+    Raises:
+        MamlError: if a photo cannot be decoded, or the cache not be written.
+    """
+
+    def build() -> tuple[Tensor, list[str]]:
+        with reader(source) as read:
+
+            def decode(path: str) -> np.ndarray:
+                try:
+                    with Image.open(BytesIO(read(path))) as image:
+                        return np.asarray(prepare(image))
+                except Exception as error:  # broken bytes raise a dozen types in Pillow, zipfile and zlib
+                    raise MamlError(f"{path} in {source} cannot be decoded ({error}); {advice}") from error
+
+            return stack({cls: sorted(files) for cls, files in photos.items()}, decode)
+
+    sizes = {f"{cls}/{path}": size for cls, files in photos.items() for path, size in files.items()}
+    return cached_tensor(cache_dir, name, fingerprint(sizes), build)

@@ -1,0 +1,35 @@
+"""Sinusoids for recurrent networks: section 5.1 where the network sees not x, but a sequence that leads up to it."""
+
+from __future__ import annotations
+
+import torch
+
+from maml.domain.base import Role
+from maml.domain.sinusoid import Sinusoid
+from maml.model.base import Model
+from maml.types import Count, Examples, Params, Tasks
+
+_SPACING = 0.5  # of x between two samples: ten of them are most of a period
+
+
+class SinusoidSequence(Sinusoid):
+    """Regression from L equally spaced samples of sin x to the next sample of the task's sinusoid, A sin(x - phi).
+
+    A task is a gain and a delay, to be learnt from K sequences. Samples of the task's own sinusoid would tell both: its
+    next sample is 2 cos(spacing) times the last less the one before, whatever A and phi, and nothing is left to adapt.
+
+    Args:
+        num_shots: K, support sequences per task.
+        num_query: query sequences per task; None is as many as support sequences.
+        sequence_length: L.
+    """
+
+    def __init__(self, num_shots: Count = 10, num_query: Count | None = None, sequence_length: Count = 10) -> None:
+        super().__init__(num_shots, num_query)
+        self.in_shape = (sequence_length, 1)
+
+    def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Examples:
+        """Returns the sequences, ``(T, S, L, 1)``, that end one spacing before the points of section 5.1."""
+        data = super().collect(tasks, role, model, params, step)
+        before = _SPACING * torch.arange(self.in_shape[0], 0, -1, device=data.x.device)
+        return data._replace(x=torch.sin(data.x.unsqueeze(-1) - before.unsqueeze(-1)))

@@ -1,0 +1,50 @@
+"""Gradient descent whose step sizes are meta-learnt with theta (section 2.2: "may be fixed or meta-learned")."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from maml.inner.base import Inner
+from maml.types import Params, PositiveFloat
+
+
+class LearnedSGD(Inner):
+    """theta' = theta - alpha_{n,s} * gradient: one step size per parameter tensor n and step s.
+
+    They are part of theta, as ``inner.step_size.<parameter>``, ``(num_steps,)``. Steps beyond those of training use the
+    last one.
+
+    Args:
+        step_size: the value from which every step size is learnt.
+        num_steps: gradient steps in training (evaluation has its own number).
+        order: 2 differentiates through the steps; 1 treats the inner gradients as constants.
+        adapt: which parameters adapt, as patterns of their names; a pattern behind ``!`` takes names out again.
+    """
+
+    def __init__(
+        self,
+        step_size: PositiveFloat,
+        num_steps: Annotated[int, Ge(1)],
+        order: Literal[1, 2],
+        adapt: list[str],
+    ) -> None:
+        super().__init__(step_size, num_steps, order, adapt)
+
+    def init(self, params: Params) -> Params:
+        return {
+            f"inner.step_size.{name}": params[name].new_full((self.num_steps,), self.step_size)
+            for name in self.adapted_names(list(params))
+        }
+
+    def update(
+        self, params: Params, gradients: Params, state: Params, step: int, step_size: float | None
+    ) -> tuple[Params, Params]:
+        adapted = {}
+        for name, gradient in gradients.items():
+            if step_size is None:
+                learnt = params[f"inner.step_size.{name}"][:, min(step, self.num_steps - 1)]
+                size = learnt.reshape(-1, *[1] * (gradient.dim() - 1))
+            adapted[name] = params[name] - (size if step_size is None else step_size) * gradient
+        return adapted, state

@@ -1,0 +1,57 @@
+"""A recurrent network, the LSTM (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from maml.functional import linear
+from maml.model.base import Model, glorot_uniform, zeros
+from maml.seeding import Stream
+from maml.types import Count, Params, product
+
+
+class LSTM(Model):
+    """One LSTM layer, then one linear layer on the last hidden state.
+
+    Written out, because PyTorch's own layer has no task axis, and on a GPU no second derivatives.
+
+    Args:
+        in_shape: of one input, ``(L, ...)``: a sequence of length L, each element flattened.
+        out_dim: outputs.
+        hidden_size: units of the hidden state.
+    """
+
+    def __init__(self, in_shape: Sequence[int], out_dim: int, hidden_size: Count = 40) -> None:
+        self.num_features = product(in_shape[1:])
+        self.out_dim, self.hidden_size = out_dim, hidden_size
+
+    def init(self, stream: Stream) -> Params:
+        """Draws Glorot-uniform weights; biases are 0, those of the forget gates 1, so that cells remember at first.
+
+        Rows of the weights are input, forget, candidate and output gates, in PyTorch's order.
+        """
+        size, fan_in = self.hidden_size, self.num_features + self.hidden_size  # a gate sees input and hidden state
+        bias = zeros(stream, 4 * size)
+        bias[size : 2 * size] = 1
+        return {
+            "input.weight": glorot_uniform(stream.child("input"), (4 * size, self.num_features), fan_in, size),
+            "hidden.weight": glorot_uniform(stream.child("hidden"), (4 * size, size), fan_in, size),
+            "gates.bias": bias,
+            "head.weight": glorot_uniform(stream.child("head"), (self.out_dim, size), size, self.out_dim),
+            "head.bias": zeros(stream, self.out_dim),
+        }
+
+    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+        tasks, examples, length = x.shape[:3]
+        # What the gates take from the inputs, of all elements at once: (T, S, L, 4 * hidden_size).
+        inputs = linear(x.reshape(tasks, examples * length, -1), params["input.weight"], params["gates.bias"])
+        recurrent = params["hidden.weight"].transpose(1, 2)
+        hidden = cell = x.new_zeros(tasks, examples, self.hidden_size)
+        for gates in inputs.unflatten(1, (examples, length)).unbind(2):
+            admit, keep, candidate, emit = (gates + torch.bmm(hidden, recurrent)).chunk(4, dim=2)
+            cell = torch.sigmoid(keep) * cell + torch.sigmoid(admit) * torch.tanh(candidate)
+            hidden = torch.sigmoid(emit) * torch.tanh(cell)
+        return linear(hidden, params["head.weight"], params["head.bias"])
