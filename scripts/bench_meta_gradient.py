@@ -177,7 +177,7 @@ class _GivenData:
         return Examples(tasks[f"{role}_x"], tasks[f"{role}_y"], self.num_shots)
 
 
-class _GivenPoints(_GivenData, Sinusoid):  # type: ignore[misc]
+class _GivenPoints(_GivenData, Sinusoid):
     ...
 
 

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from maml.data.cache import cached_tensor
+from maml.data.photos import NUM_CLASSES
+from maml.seeding import Stream
+
 os.environ.setdefault("MAML_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data"))
 os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(1)  # the tensors here are small, and no bit may hang on how many cores there are
@@ -19,8 +23,13 @@ from tests.runs import DOMAINS, TinyRuns  # noqa: E402 - composes configs, which
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache of image sets, because building Omniglot's takes seconds."""
-    return tmp_path_factory.mktemp("cache")
+    """One cache of image sets, because building one takes seconds. mini-ImageNet, not to be shared, is made up."""
+    folder = tmp_path_factory.mktemp("cache")
+    classes = sorted(f"{split}/{number:02d}" for split, count in NUM_CLASSES.items() for number in range(count))
+    pixels = Stream(0).integers((len(classes), 20, 12, 12, 3), 256).to(torch.uint8)
+    pixels = pixels.repeat_interleave(7, 2).repeat_interleave(7, 3)
+    cached_tensor(folder, "mini_imagenet_84x84_lanczos", "made up", lambda: (pixels, classes))
+    return folder
 
 
 @pytest.fixture

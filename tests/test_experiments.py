@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from maml.config import build, compose
+from maml.algorithm.base import Algorithm
+from maml.algorithm.finetune import FineTune
+from maml.algorithm.multitask_average import MultitaskAverage
+from maml.algorithm.nearest_neighbor import NearestNeighbor
+from maml.algorithm.pretrain import Pretrain
+from maml.algorithm.random_init import RandomInit
+from maml.algorithm.reptile import Reptile
+from maml.config import build, compose, digest, training_config
+from maml.domain.classification import FewShotClassification
+from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm, run_experiment
 from maml.hardware import Hardware
+from maml.outer.adam import Adam
+from maml.outer.sgd import SGD
 from maml.run import RunFolder, read_json
+from maml.seeding import Stream
 from tests.runs import ROOT, TinyRuns, assert_same_run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -44,24 +57,179 @@ def test_fomaml_is_first_order_in_config_and_in_the_built_object(experiment: lis
         assert build_algorithm(config, Hardware("cpu")).inner.order == order
 
 
-def test_omniglot_5way_1shot_is_the_papers(cache_dir: Path) -> None:
-    config, _ = compose(["+experiment=omniglot_5way_1shot", f"cache_dir={cache_dir}"], ROOT / "conf")
-    algorithm = build_algorithm(config, Hardware("cpu"))
-    assert (config["meta_batch_size"], config["num_iterations"]) == (32, 60_000)
-    assert (algorithm.inner.step_size, algorithm.inner.num_steps, algorithm.inner.order) == (0.4, 1, 2)
-    assert build(config["evaluation"]).num_steps == 3
-    assert build(config["evaluation"]).num_tasks == 600
-    assert sum(value.numel() for value in algorithm.theta.values()) == 640 + 3 * (36_928) + 4 * 64 + 325
-    assert not any("shift" in name for name in algorithm.inner.adapted_names(list(algorithm.theta)))
+def built(name: str, cache_dir: Path) -> tuple[dict[str, Any], Algorithm, Evaluation]:
+    config, _ = compose([f"+experiment={name}", f"cache_dir={cache_dir}"], ROOT / "conf")
+    return config, build_algorithm(config, Hardware("cpu")), build(config["evaluation"])
 
 
-def test_sinusoid_10shot_is_the_papers() -> None:
-    config, _ = compose(["+experiment=sinusoid_10shot"], ROOT / "conf")
-    algorithm = build_algorithm(config, Hardware("cpu"))
+def size(algorithm: Algorithm) -> int:
+    return sum(value.numel() for value in algorithm.theta.values())
+
+
+# Name, ways, shots, inner step size, steps in training and in meta-test, meta-batch, parameters (protocol 3 and 4.2).
+CONV_5WAY, CONV_20WAY = 640 + 3 * 36_928 + 4 * 64 + 325, 640 + 3 * 36_928 + 4 * 64 + 1300
+NON_CONV = 785 * 256 + 257 * 128 + 129 * 64 + 65 * 64 + 65 * 5 + 256 + 128 + 64 + 64
+CLASSIFICATION = [
+    ("omniglot_5way_1shot", 5, 1, 0.4, 1, 3, 32, CONV_5WAY),
+    ("omniglot_5way_5shot", 5, 5, 0.4, 1, 3, 32, CONV_5WAY),
+    ("omniglot_5way_1shot_non_conv", 5, 1, 0.4, 1, 3, 32, NON_CONV),
+    ("omniglot_5way_5shot_non_conv", 5, 5, 0.4, 1, 3, 32, NON_CONV),
+    ("omniglot_20way_1shot", 20, 1, 0.1, 5, 5, 16, CONV_20WAY),
+    ("omniglot_20way_5shot", 20, 5, 0.1, 5, 5, 16, CONV_20WAY),
+    ("mini_imagenet_5way_1shot", 5, 1, 0.01, 5, 10, 4, 32_773),
+    ("mini_imagenet_5way_5shot", 5, 5, 0.01, 5, 10, 4, 32_773),
+    ("cifar_fs_5way_1shot", 5, 1, 0.01, 5, 10, 4, 32_773 - 5 * (25 - 4) * 32),
+    ("cifar_fs_5way_5shot", 5, 5, 0.01, 5, 10, 4, 32_773 - 5 * (25 - 4) * 32),
+]
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize(
+    ("name", "ways", "shots", "step_size", "steps", "test_steps", "batch", "num_parameters"), CLASSIFICATION
+)
+def test_classification_is_the_papers(
+    name: str,
+    ways: int,
+    shots: int,
+    step_size: float,
+    steps: int,
+    test_steps: int,
+    batch: int,
+    num_parameters: int,
+    first_order: bool,
+    cache_dir: Path,
+) -> None:
+    if first_order and "non_conv" in name:
+        pytest.skip("nobody reports it")
+    config, algorithm, evaluation = built(name + "_fomaml" * first_order, cache_dir)
+    inner, domain, is_omniglot = algorithm.inner, algorithm.domain, name.startswith("omniglot")
+    assert (config["meta_batch_size"], config["num_iterations"]) == (batch, 60_000)
+    assert (inner.step_size, inner.num_steps, inner.order) == (step_size, steps, 1 if first_order else 2)
+    assert isinstance(algorithm.outer, Adam)
+    assert (algorithm.outer.step_size, algorithm.outer.clip) == (0.001, None if is_omniglot else 10.0)
+    assert size(algorithm) == num_parameters
+    assert not any("shift" in parameter for parameter in inner.adapted_names(list(algorithm.theta)))
+    assert isinstance(domain, FewShotClassification)
+    assert {split: len(classes) for split, classes in domain.splits.items()} == (
+        {"train": 1100, "val": 100, "test": 423} if is_omniglot else {"train": 64, "val": 16, "test": 20}
+    )
+    assert domain.rotate == is_omniglot
+    tasks, bank = domain.sample_tasks(2, Stream(0)), evaluation.bank(domain, shots, num_tasks=3)
+    assert tasks["support_images"].shape == (2, ways, shots)
+    assert tasks["query_images"].shape == (2, ways, shots if is_omniglot else 15)
+    assert bank["query_images"].shape == (3, ways, shots), "K query images per class in meta-test"
+    assert (evaluation.num_tasks, evaluation.num_steps, evaluation.split) == (600, test_steps, "test")
+    assert evaluation.step_sizes(shots) is None, "alpha"
+
+
+def test_mini_imagenet_network_has_the_released_checkpoints_tensors(cache_dir: Path) -> None:
+    _, algorithm, _ = built("mini_imagenet_5way_1shot", cache_dir)
+    assert {name: tuple(value.shape) for name, value in algorithm.theta.items()} == {
+        **{f"conv{i}.weight": (32, 3 if i == 1 else 32, 3, 3) for i in range(1, 5)},
+        **{f"conv{i}.bias": (32,) for i in range(1, 5)},
+        **{f"norm{i}.shift": (32,) for i in range(1, 5)},
+        "head.weight": (5, 800),
+        "head.bias": (5,),
+    }
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_context_vector_adapts_three_channels_alone(shots: int, cache_dir: Path) -> None:
+    config, algorithm, evaluation = built(f"omniglot_5way_{shots}shot_context_vector", cache_dir)
+    assert algorithm.inner.adapted_names(list(algorithm.theta)) == ["context"]
+    assert algorithm.theta["context"].shape == (28, 28, 3)
+    assert algorithm.theta["conv1.weight"].shape == (64, 4, 3, 3)
+    assert (config["meta_batch_size"], config["num_iterations"], evaluation.num_steps) == (32, 60_000, 3)
+    assert (algorithm.domain.num_shots, algorithm.inner.num_steps, algorithm.inner.order) == (shots, 1, 2)
+
+
+@pytest.mark.parametrize("domain", ["mini_imagenet", "cifar_fs"])
+def test_baselines_on_images_are_ravis_and_share_one_training(domain: str, cache_dir: Path) -> None:
+    ids = set()
+    for shots in (1, 5):
+        config, algorithm, evaluation = built(f"{domain}_5way_{shots}shot_finetune", cache_dir)
+        ids.add(digest(training_config(config)))
+        assert isinstance(algorithm, FineTune)
+        assert (config["meta_batch_size"], config["num_iterations"]) == (64, 30_000)
+        features = 1600 if domain == "mini_imagenet" else 256
+        assert algorithm.theta["head.weight"].shape == (64, features)
+        assert algorithm.inner.adapted_names(list(algorithm.theta)) == list(algorithm.theta)
+        assert (evaluation.num_steps, evaluation.num_query, evaluation.num_shots or [1]) == (15, 15, [shots])
+        assert evaluation.search is not None
+        assert (len(evaluation.search.step_sizes), len(evaluation.search.decays)) == (6, 7)
+        assert evaluation.search.num_tasks == 100
+        config, algorithm, evaluation = built(f"{domain}_5way_{shots}shot_nearest_neighbor", cache_dir)
+        ids.add(digest(training_config(config)))
+        assert isinstance(algorithm, NearestNeighbor)
+        assert (evaluation.num_steps, evaluation.num_query, evaluation.num_shots or [1]) == (0, 15, [shots])
+        assert evaluation.search is None
+    assert len(ids) == 1
+
+
+# Inner batch and steps, step size, iterations, inner batch in meta-test (protocol 7.1).
+REPTILE = {
+    "omniglot_5way_reptile": (10, 10, 5, 0.001, 100_000, 5),
+    "omniglot_20way_reptile": (10, 20, 10, 0.0005, 200_000, 10),
+    "mini_imagenet_5way_reptile": (15, 10, 8, 0.001, 100_000, 15),
+    "cifar_fs_5way_reptile": (15, 10, 8, 0.001, 100_000, 15),
+}
+
+
+@pytest.mark.parametrize("name", REPTILE)
+def test_reptile_is_its_authors(name: str, cache_dir: Path) -> None:
+    shots, num_examples, num_steps, step_size, num_iterations, num_test_examples = REPTILE[name]
+    config, algorithm, evaluation = built(name, cache_dir)
+    assert isinstance(algorithm, Reptile) and isinstance(algorithm.outer, SGD)
+    assert (algorithm.num_examples, algorithm.num_test_examples) == (num_examples, num_test_examples)
+    assert (algorithm.inner.num_steps, algorithm.inner.step_size, algorithm.domain.num_shots) == (
+        num_steps,
+        step_size,
+        shots,
+    )
+    assert (config["num_iterations"], config["meta_batch_size"]) == (num_iterations, 5)
+    assert (algorithm.outer.step_size, algorithm.outer.final_step_size) == (1.0, 0.0)
+    assert algorithm.outer.num_iterations == num_iterations
+    assert (evaluation.num_steps, evaluation.num_query, evaluation.num_shots) == (50, 1, [1, 5])
+    assert evaluation.num_tasks == 10_000
+    adapted = algorithm.inner.adapted_names(list(algorithm.theta))
+    assert any(parameter.endswith("shift") for parameter in adapted)
+    assert any(parameter.endswith("scale") for parameter in adapted)
+    features = {"omniglot": 256, "mini_imagenet": 1152, "cifar_fs": 128}[
+        name.partition("_5way")[0].partition("_20way")[0]
+    ]
+    assert algorithm.theta["head.weight"].shape[1] == features
+
+
+def test_sinusoid_10shot_is_the_papers(cache_dir: Path) -> None:
+    config, algorithm, evaluation = built("sinusoid_10shot", cache_dir)
     assert (config["meta_batch_size"], config["num_iterations"]) == (25, 70_000)
     assert (algorithm.inner.step_size, algorithm.inner.num_steps, algorithm.domain.num_shots) == (0.001, 1, 10)
-    assert build(config["evaluation"]).num_shots == [5, 10, 20]
-    assert sum(value.numel() for value in algorithm.theta.values()) == 1761
+    assert evaluation.num_shots == [5, 10, 20]
+    assert size(algorithm) == 1761
+
+
+def test_sinusoid_baselines_are_the_papers(cache_dir: Path) -> None:
+    config, algorithm, evaluation = built("sinusoid_pretrain", cache_dir)
+    assert (config["meta_batch_size"], config["num_iterations"]) == (25, 70_000)
+    assert [evaluation.step_sizes(shots) for shots in (5, 10, 20)] == [[0.01] * 10, [0.02] * 10, [0.02] * 10]
+    assert isinstance(algorithm, Pretrain)
+    config, algorithm, evaluation = built("sinusoid_oracle", cache_dir)
+    assert (config["num_iterations"], evaluation.num_steps, algorithm.domain.in_shape) == (70_000, 0, (3,))
+    assert isinstance(algorithm, Pretrain)
+    config, algorithm, _ = built("sinusoid_random_init", cache_dir)
+    assert (config["num_iterations"], type(algorithm)) == (0, RandomInit)
+
+
+@pytest.mark.parametrize("variant", ["", "_l2", "_to_mean"])
+def test_multitask_average_is_of_500_regressors(variant: str, cache_dir: Path) -> None:
+    config, algorithm, evaluation = built(f"sinusoid_multitask_average{variant}", cache_dir)
+    assert isinstance(algorithm, MultitaskAverage)
+    assert config["meta_batch_size"] * config["num_iterations"] == 500
+    assert (config["meta_batch_size"] == 1) == (variant == "_to_mean"), "that one is sequential by definition"
+    assert (algorithm.max_error, algorithm.pull) == (0.02, "mean" if variant == "_to_mean" else "zero")
+    assert (algorithm.weight > 0) == bool(variant)
+    assert size(algorithm) == 1761
+    assert evaluation.search is not None
 
 
 def test_multirun_makes_a_folder_for_each_job_and_outlives_those_that_fail(tiny: TinyRuns) -> None:

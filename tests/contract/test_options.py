@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from maml.config import build, check, compose, training_config
 from maml.domain.base import Domain
 from maml.experiment import build_algorithm
+from maml.inner.base import Inner
 from maml.logger.base import Logger
 from maml.model.base import Model
 from maml.outer.base import Objective, Outer
@@ -19,10 +21,14 @@ from tests.runs import ROOT
 CONF = ROOT / "conf"
 PARTS = ("domain", "model", "inner", "outer", "algorithm", "evaluation", "hardware", "logger")
 OPTIONS = [(part, path.stem) for part in PARTS for path in sorted((CONF / part).glob("*.yaml"))]
-# A class of the library's own stands in for the one that a user names.
+IMAGES = ["domain=omniglot", "model=conv4", "evaluation=accuracy", "evaluation.num_steps=2"]
 NEEDS = {
+    # A class of the library's own stands in for the one that a user names.
     ("model", "module"): ["model.module._target_=torch.nn.Identity"],
     ("evaluation", "accuracy"): ["evaluation.num_steps=3"],
+    ("algorithm", "finetune"): IMAGES,
+    ("algorithm", "nearest_neighbor"): IMAGES,
+    ("algorithm", "multitask_average"): ["algorithm.max_error=100"],  # else a regressor takes thousands of steps
 }
 
 
@@ -89,15 +95,35 @@ def test_algorithm_learns_from_a_batch_and_adapts(option: str, cache_dir: Path) 
     config, _ = compose([*overrides("algorithm", option, cache_dir), "hardware=cpu"], CONF)
     algorithm = build_algorithm(config, build(config["hardware"]))
     before = {name: value.clone() for name, value in algorithm.theta.items()}
-    metrics = algorithm.step(algorithm.domain.sample_tasks(3, Stream(0)))
+    metrics = algorithm.step(algorithm.sample_tasks(3, Stream(0)))
     assert "loss" in metrics
     assert all(value.dim() == 0 and value.isfinite() for value in metrics.values())
+    assert all(value.isfinite().all() for value in algorithm.carried.values())
     assert algorithm.theta.keys() == before.keys()
     assert all(value.isfinite().all() and not value.requires_grad for value in algorithm.theta.values())
     tasks = algorithm.domain.sample_tasks(2, Stream(1), "test")
     steps = list(algorithm.adapt(algorithm.theta, tasks, 2))
-    assert [name for step in steps for name, value in step.items() if value.shape != (2, *before[name].shape)] == []
     assert len(steps) == 3
+    for params in steps:
+        assert [name for name, value in params.items() if value.shape[0] != 2] == []
+        query = algorithm.domain.collect(tasks, "query", algorithm.model, params)
+        measured = algorithm.domain.measure(algorithm.model, params, query, query, step=1)
+        assert measured[algorithm.domain.headline].shape == (2,)
+
+
+@pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "inner"])
+def test_inner_optimizer_adapts_in_any_number_of_steps(option: str) -> None:
+    config, _ = compose([f"inner={option}"], CONF)
+    inner: Inner = build(config["inner"])
+    theta = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[0.5]])}
+    params = {name: value.expand(3, *value.shape) for name, value in (theta | inner.init(theta)).items()}
+
+    def loss(params: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        return params["a"].square().sum(1) + params["b"].square().sum((1, 2))
+
+    losses = [loss(adapted, 0) for adapted, _ in inner.adapt(loss, params, 4, create_graph=False)]
+    assert len(losses) == 5
+    assert all((after < before).all() for before, after in itertools.pairwise(losses))
 
 
 @pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "outer"])

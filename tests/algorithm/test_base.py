@@ -1,0 +1,55 @@
+"""What holds for every algorithm: interrupted and resumed, a run ends in the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from hydra.utils import get_class
+from torch import Tensor
+
+from maml import checkpoint
+from maml.algorithm.base import Algorithm
+from maml.errors import Interrupted
+from maml.types import Tasks
+from tests.runs import ROOT, TinyRuns, assert_same_run
+
+OPTIONS = sorted(path.stem for path in (ROOT / "conf" / "algorithm").glob("*.yaml"))
+ON_IMAGES = ("context_vector", "finetune", "nearest_neighbor", "reptile")
+NEEDS = {"multitask_average": ("algorithm.max_error=100", "algorithm.num_steps=2")}
+CASES = [(option, *NEEDS.get(option, ())) for option in OPTIONS]
+CASES += [
+    ("maml", "inner=learned_sgd"),
+    ("maml", "outer=sgd"),
+    ("multitask_average", *NEEDS["multitask_average"], "algorithm.pull=mean", "algorithm.weight=0.1"),
+]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, algorithm: type[Algorithm], iteration: int) -> None:
+    """Has SIGTERM arrive in front of the given meta-update of this process, counted from 1."""
+    step, count = algorithm.step, 0
+
+    def stopping(self: Algorithm, tasks: Tasks) -> dict[str, Tensor]:
+        nonlocal count
+        count += 1
+        if count == iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, tasks)
+
+    monkeypatch.setattr(algorithm, "step", stopping)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case))
+def test_stopped_run_resumes_bit_exactly(
+    case: tuple[str, ...], tiny: TinyRuns, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = request.getfixturevalue("tiny_images") if case[0] in ON_IMAGES else tiny
+    overrides = (f"algorithm={case[0]}", *case[1:], "num_iterations=11")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, get_class(runs.config(*overrides)["algorithm"]["_target_"]), 5)
+        runs.run(*overrides)
+    folder = runs.folder(*overrides)
+    assert checkpoint.load(folder / "checkpoint.pt")["iteration"] == 5
+    runs.run(*overrides)
+    assert_same_run(folder, runs.beside("whole").run(*overrides))

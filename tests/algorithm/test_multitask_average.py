@@ -1,0 +1,161 @@
+"""Multi-task averaging against regressors that are trained one at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maml.algorithm.multitask_average import MultitaskAverage
+from maml.domain.sinusoid import Sinusoid
+from maml.errors import MamlError
+from maml.inner.sgd import SGD
+from maml.model.mlp import MLP
+from maml.outer.adam import Adam
+from maml.seeding import Stream
+from maml.types import Params, Tasks, take
+from tests import plain_adam, plain_maml
+from tests.build import build_from
+
+STEP_SIZE, CHECK_EVERY = 0.02, 100
+MAX_ERROR = 4.8  # the first regressor gets there at the second look, the others at the first
+
+
+class Float64MLP(MLP):
+    """Initial parameters in float64, so that hundreds of steps stay comparable."""
+
+    def init(self, stream: Stream) -> Params:
+        return {name: value.double() for name, value in super().init(stream).items()}
+
+
+MODEL = Float64MLP((1,), 1, [6], activation="relu")
+DOMAIN = Sinusoid(num_shots=12, num_query=7)
+TASKS = {name: value.double() for name, value in DOMAIN.sample_tasks(4, Stream(8)).items()}
+
+
+def make(**options: Any) -> MultitaskAverage:
+    inner = SGD(step_size=0.1, num_steps=1, order=2, adapt=["*"])
+    settings = {"weight": 0.0, "pull": "zero", "max_error": MAX_ERROR, "num_steps": 300, "max_attempts": 20} | options
+    return build_from(MultitaskAverage, DOMAIN, MODEL, inner, Adam(step_size=STEP_SIZE), **settings)
+
+
+def error(params: Params, task: Tasks, role: str) -> Tensor:
+    x = task[f"{role}_x"][0]
+    return F.mse_loss(plain_maml.mlp(params, x), (task["amplitude"] * torch.sin(x - task["phase"]))[0])
+
+
+def trained_alone(
+    number: int,
+    attempt: int,
+    max_error: float = MAX_ERROR,
+    num_steps: int = 300,
+    weight: float = 0.0,
+    centre: Params | None = None,
+) -> tuple[Params, float]:
+    """Trains regressor ``number`` on the task of that number; returns it with the last error looked at."""
+    task = take(TASKS, number, number + 1)
+    params = MODEL.init(Stream(0).child("regressors").child(attempt).child(number))
+    states = dict.fromkeys(params, plain_adam.NEW)
+    now = float("inf")
+    for step in range(1, num_steps + 1):
+        leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
+        gradients = torch.autograd.grad(error(leaves, task, "support"), list(leaves.values()))
+        for name, gradient in zip(params, gradients, strict=True):
+            pull = 2 * weight * (params[name] - (centre[name] if centre else 0.0))  # of weight * |theta_i - centre|^2
+            params[name], states[name] = plain_adam.step(params[name], gradient + pull, states[name], STEP_SIZE)
+        if step % CHECK_EVERY == 0 or step == num_steps:
+            now = error(params, task, "query").item()
+            if now < max_error:
+                break
+    return params, now
+
+
+def mean(regressors: list[Params]) -> Params:
+    return {name: torch.stack([params[name] for params in regressors]).mean(0) for name in regressors[0]}
+
+
+def assert_equal(theta: Params, expected: Params) -> None:
+    assert theta.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(theta[name], value, rtol=1e-8, atol=1e-9)
+
+
+def trained_until_good(number: int, **options: Any) -> tuple[Params, float]:
+    """The same, with as many attempts as it takes."""
+    for attempt in range(20):
+        params, now = trained_alone(number, attempt, **options)
+        if now < MAX_ERROR:
+            return params, now
+    raise AssertionError("the test's own settings let no regressor get there")
+
+
+def test_theta_is_the_mean_of_regressors_trained_alone() -> None:
+    algorithm = make()
+    metrics = [algorithm.step(take(TASKS, start, start + 2)) for start in (0, 2)]
+    alone = [trained_until_good(number) for number in range(4)]
+    assert_equal(algorithm.theta, mean([params for params, _ in alone]))
+    assert algorithm.carried["num_averaged"] == 4
+    for two, (first, second) in zip(metrics, (alone[:2], alone[2:]), strict=True):
+        assert two["loss"].item() == pytest.approx((first[1] + second[1]) / 2)
+        assert two["largest_loss"].item() == pytest.approx(max(first[1], second[1]))
+
+
+def test_one_after_another_is_the_same_as_side_by_side() -> None:
+    together, apart = make(), make()
+    together.step(TASKS)
+    for number in range(4):
+        apart.step(take(TASKS, number, number + 1))
+    assert_equal(apart.theta, together.theta)
+
+
+@pytest.mark.parametrize("pull", ["zero", "mean"])
+def test_regressors_are_pulled_to_zero_or_to_the_mean_of_those_before(pull: str) -> None:
+    algorithm = make(weight=0.02, pull=pull)
+    regressors: list[Params] = []
+    for number in range(3):
+        algorithm.step(take(TASKS, number, number + 1))
+        # The first has no mean before it, and is left free.
+        weight = 0.0 if pull == "mean" and number == 0 else 0.02
+        centre = mean(regressors) if pull == "mean" and regressors else None
+        regressors.append(trained_until_good(number, weight=weight, centre=centre)[0])
+        assert_equal(algorithm.theta, mean(regressors))
+    free = make()
+    free.step(take(TASKS, 0, 1))
+    free.step(take(TASKS, 1, 2))
+    assert any((free.theta[name] - value).abs().max() > 1e-3 for name, value in mean(regressors[:2]).items())
+
+
+def test_gradient_of_the_pull_is_its_closed_form() -> None:
+    algorithm = make()
+    regressors = {name: torch.stack([value + number for number in range(4)]) for name, value in algorithm.theta.items()}
+    centre = {f"centre.{name}": value - 0.5 for name, value in algorithm.theta.items()}
+    gradients = [
+        algorithm.chunk_gradient(regressors | centre | {"weight": torch.tensor(weight)}, TASKS)[0]
+        for weight in (0.3, 0.0)
+    ]
+    for name, value in regressors.items():
+        expected = 2 * 0.3 * (value - centre[f"centre.{name}"])
+        torch.testing.assert_close(gradients[0][name] - gradients[1][name], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_attempt_that_fails_is_drawn_anew() -> None:
+    errors = [trained_alone(0, attempt, max_error=0.0, num_steps=1)[1] for attempt in range(8)]
+    best = min(range(8), key=errors.__getitem__)
+    assert best > 0
+    between = (errors[best] + min(each for each in errors if each != errors[best])) / 2
+    algorithm = make(max_error=between, num_steps=1, max_attempts=8)
+    metrics = algorithm.step(take(TASKS, 0, 1))
+    assert_equal(algorithm.theta, trained_alone(0, best, num_steps=1)[0])
+    assert metrics["loss"].item() == pytest.approx(errors[best])
+
+
+def test_regressor_that_never_gets_there_is_named() -> None:
+    algorithm = make(max_error=1e-9, num_steps=1, max_attempts=2)
+    before = {name: value.clone() for name, value in algorithm.theta.items()}
+    with pytest.raises(MamlError, match=r"4 of 4 .* algorithm\.max_error=1e-09 in each of algorithm\.max_attempts=2"):
+        algorithm.step(TASKS)
+    assert all(torch.equal(algorithm.theta[name], value) for name, value in before.items())
+    assert algorithm.carried["num_averaged"] == 0
