@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from maml.algorithm.maml import MAML
-from maml.config import build
+from maml.config import build, evaluation_config
+from maml.domain.base import Split
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
-from maml.evaluation import Curve, Evaluation, bank_hash, per_task_rows
+from maml.evaluation import Curve, Evaluation, StepSizeSearch, bank_hash, per_task_rows
 from maml.experiment import build_algorithm
 from maml.inner.sgd import SGD
 from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
 from maml.run import read_json
 from maml.seeding import Stream
+from maml.types import Tasks
 from tests.build import build_from
 from tests.runs import TinyRuns
 
@@ -163,3 +166,95 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         Evaluation(num_tasks=1, num_steps=3, step_size=[0.1, 0.1])
     with pytest.raises(MamlError, match="names a K twice"):
         Evaluation(num_tasks=1, num_steps=3, num_shots=[5, 5])
+    with pytest.raises(MamlError, match=r"evaluation\.step_size and evaluation\.search both say"):
+        Evaluation(num_tasks=2, num_steps=3, step_size=0.1, search=StepSizeSearch([0.1], num_tasks=2))
+
+
+def test_each_k_has_its_own_step_size() -> None:
+    algorithm = sinusoid()
+    together = Evaluation(num_tasks=4, num_steps=2, num_shots=[5, 10], step_size={10: 0.02, 5: 0.1})
+    curves, _, sizes = together(algorithm)
+    assert sizes == {"5": [0.1, 0.1], "10": [0.02, 0.02]}
+    for curve, step_size in zip(curves, (0.1, 0.02), strict=True):
+        (alone,), *_ = Evaluation(num_tasks=4, num_steps=2, num_shots=[curve.num_shots], step_size=step_size)(algorithm)
+        assert torch.equal(curve.values, alone.values)
+
+
+def test_k_without_a_step_size_is_named_before_any_training(tiny: TinyRuns) -> None:
+    overrides = ("evaluation.step_size={5: 0.1, 20: 0.02}", "num_iterations=1")
+    with pytest.raises(
+        MamlError, match=r"no entry for K=10, only for 5, 20; add one, as in \+evaluation\.step_size\.10="
+    ):
+        tiny.run(*overrides)
+    assert not tiny.runs_dir.exists()
+    folder = tiny.run(*overrides, "+evaluation.step_size.10=0.03")
+    report = read_json(folder / "report.json")
+    assert report is not None
+    assert report["step_sizes"] == {"5": [0.1, 0.1], "10": [0.03, 0.03]}
+    assert report["evaluation"]["evaluation.step_size"] == {"5": 0.1, "20": 0.02, "10": 0.03}
+
+
+def test_step_sizes_per_k_are_the_same_however_they_are_written(tiny: TinyRuns) -> None:
+    of_file = tiny.config("+experiment=sinusoid_pretrain")
+    assert of_file["evaluation"]["step_size"] == {5: 0.01, 10: 0.02, 20: 0.02}
+    assert build(of_file["evaluation"]).step_sizes(20) == [0.02] * 2
+    written = [tiny.config(f"evaluation.step_size={value}") for value in ("{5: 1.0, 10: 2.5}", "{'5': 1, 10: 2.5}")]
+    assert [evaluation_config(each)["evaluation.step_size"] for each in written] == [{"5": 1.0, "10": 2.5}] * 2
+    other = tiny.config("evaluation.step_size={5: 1.0, 10: 2.0}")
+    assert evaluation_config(other) != evaluation_config(written[0])
+    assert len({tiny.folder("evaluation.step_size={5: 1.0, 10: 2.5}"), tiny.folder()}) == 1, "training is the same"
+
+
+class Upside(Sinusoid):
+    """As if a larger error were better; notes which split each bank is drawn from."""
+
+    larger_is_better = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.splits: list[Split] = []
+
+    def sample_tasks(self, num_tasks: int, stream: Stream, split: Split = "train", *sizes: int | None) -> Tasks:  # type: ignore[override]
+        self.splits.append(split)
+        return super().sample_tasks(num_tasks, stream, split, *sizes)
+
+
+@pytest.mark.parametrize("domain", [Sinusoid(), Upside()])
+def test_search_takes_what_does_best_on_validation_tasks_after_the_last_step(domain: Sinusoid) -> None:
+    algorithm = build_from(MAML, domain, MLP((1,), 1, [40, 40]), SGD(step_size=0.01, num_steps=1, order=2, adapt=["*"]))
+    algorithm.theta = {name: 20 * value for name, value in algorithm.theta.items()}  # so that steps change something
+    grid, decays = [0.002, 0.02, 0.1], [0.0, 1.0]
+    search = StepSizeSearch(grid, num_tasks=6, decays=decays)
+    _, _, chosen = Evaluation(num_tasks=5, num_steps=3, num_shots=[5, 10], search=search)(algorithm)
+    for num_shots in (5, 10):
+        scores = {}
+        for step_size, decay in itertools.product(grid, decays):
+            sizes = [step_size, step_size / (1 + decay), step_size / (1 + 2 * decay)]
+            alone = Evaluation(num_tasks=6, num_steps=3, num_shots=[num_shots], split="val", step_size=sizes)
+            scores[tuple(sizes)] = alone(algorithm)[0][0].summary()["steps"][-1]["mean"]
+        pick = max if domain.larger_is_better else min
+        assert tuple(chosen[str(num_shots)] or ()) == pick(scores, key=scores.__getitem__)
+    if isinstance(domain, Upside):
+        assert domain.splits[:4] == ["test", "val", "test", "val"]
+
+
+def test_search_never_takes_a_step_size_that_diverged() -> None:
+    algorithm = sinusoid()
+    algorithm.theta = {name: 20 * value for name, value in algorithm.theta.items()}
+    _, _, chosen = Evaluation(num_tasks=3, num_steps=3, search=StepSizeSearch([1e30, 1e-9, 1e20], num_tasks=3))(
+        algorithm
+    )
+    assert chosen == {"10": [1e-9] * 3}
+    every = Evaluation(num_tasks=3, num_steps=3, search=StepSizeSearch([1e30, 1e20], num_tasks=3))
+    with pytest.raises(MamlError, match=r"K=10 diverged with every step size .*=\[1e\+30, 1e\+20\]; add smaller ones"):
+        every(algorithm)
+
+
+def test_search_of_a_config_is_recorded(tiny: TinyRuns) -> None:
+    search = "{_target_: maml.evaluation.StepSizeSearch, step_sizes: [0.001, 0.01], num_tasks: 3}"
+    folder = tiny.run("num_iterations=1", f"evaluation.search={search}")
+    report = read_json(folder / "report.json")
+    assert report is not None
+    assert set(report["step_sizes"]) == {"5", "10"}
+    assert all(sizes in ([0.001] * 2, [0.01] * 2) for sizes in report["step_sizes"].values())
+    assert report["evaluation"]["evaluation.search.step_sizes"] == [0.001, 0.01]

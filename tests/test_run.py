@@ -11,8 +11,10 @@ import pytest
 import torch
 import yaml
 
-from maml.config import evaluation_config
+from maml.algorithm.classifier import Classifier
+from maml.config import digest, evaluation_config
 from maml.errors import MamlError
+from maml.experiment import run_experiment
 from maml.run import RunFolder, command_line, read_json
 from tests.runs import TinyRuns, files
 
@@ -44,6 +46,7 @@ def report(run: RunFolder, iteration: int = 200, num_shots: int = 5) -> dict[str
     }
 
 
+REPORT_FILES = ("report.json", "tasks.csv", "report.png")
 ROWS = [{"metric": "mse", "task": 0, "step_0": 0.1}, {"metric": "mse", "task": 1, "step_0": 1e-9}]
 
 
@@ -206,6 +209,52 @@ def test_finished_report_is_that_of_the_same_evaluation(tiny: TinyRuns) -> None:
     assert run.finished_report() is None, "another evaluation"
     run.save_report(mine, ROWS)
     assert run.finished_report() == mine
+
+
+def test_same_training_is_found_under_another_experiment(run: RunFolder, tiny: TinyRuns, tmp_path: Path) -> None:
+    run.open(HARDWARE, "")
+    saved(run, 200)
+    run.close("finished")
+    second = RunFolder(tiny.config("evaluation.num_steps=1"), "second")
+    assert second.path == run.path
+    found = second.load_checkpoint()
+    assert found is not None and found["iteration"] == 200
+    assert RunFolder(tiny.config("seed=1"), "second").path.parent == tiny.runs_dir / "second", "another training is not"
+    given = tiny.config(f"run_dir={tmp_path / 'x'}")
+    assert RunFolder(given, "second").path == tmp_path / "x"
+
+
+def test_own_folder_comes_before_that_of_another_experiment(run: RunFolder, tiny: TinyRuns) -> None:
+    own = tiny.runs_dir / "second" / run.run_id
+    own.mkdir(parents=True)
+    run.open(HARDWARE, "")
+    run.close("finished")
+    assert RunFolder(tiny.config(), "second").path == own
+
+
+def test_baselines_that_part_in_meta_test_share_one_training(
+    tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (
+        tiny_images.config("num_iterations=2", "model.num_filters=4", f"algorithm={name}")
+        for name in ("finetune", "nearest_neighbor")
+    )
+    headline = run_experiment(first, "first")
+    folder = RunFolder(first, "first").path
+    kept = files(folder, but=["run.json", "lock", "config.yaml"])
+    monkeypatch.setattr(Classifier, "step", lambda *_: pytest.fail("trained again"))
+    other = run_experiment(second, "second")
+    assert not (tiny_images.runs_dir / "second").exists()
+    now = files(folder, but=["run.json", "lock", "config.yaml"])
+    assert {name: now[name] for name in kept} == kept, "the first report is left alone"
+    beside = f"evaluations/{digest({'iteration': 2, **evaluation_config(second)})}/"
+    assert {name for name in now if name not in kept} == {f"{beside}{name}" for name in REPORT_FILES}
+    reports = [read_json(folder / path / "report.json") for path in ("", beside)]
+    for report, experiment, number in zip(reports, ("first", "second"), (headline, other), strict=True):
+        assert report is not None
+        assert (report["experiment"], report["headline"]) == (experiment, number)
+    monkeypatch.setattr("maml.evaluation.Evaluation.__call__", lambda *_: pytest.fail("evaluated again"))
+    assert [run_experiment(first, "first"), run_experiment(second, "second")] == [headline, other]
 
 
 def test_command_is_as_one_would_type_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,37 +72,50 @@ class MultitaskAverage(Algorithm):
     def _train(self, tasks: Tasks, first: int) -> tuple[Params, Tensor]:
         """Returns a regressor of each task, as it was when its error was small enough, and that error, ``(T,)``."""
         count = num_tasks(tasks)
-        weight = 0.0 if first == 0 and self.pull == "mean" else self.weight  # there is no mean yet
-        fixed = {
-            f"centre.{name}": torch.zeros_like(value) if self.pull == "zero" else value
-            for name, value in self.theta.items()
-        }
-        fixed["weight"] = next(iter(self.theta.values())).new_tensor(weight)
-        objective = _Fit(partial(self._gradient, fixed=fixed, tasks=tasks))
         trained: Params = {name: value.repeat(count, *[1] * value.dim()) for name, value in self.theta.items()}
         errors = torch.full((count,), torch.inf, device=self.stream.device)
         for attempt in range(self.max_attempts):
-            params = self._draw(range(first, first + count), attempt)
-            state = self.outer.init(params)
-            for step in range(1, self.num_steps + 1):
-                self.outer.step(objective, params, state)
-                if step % _CHECK_EVERY == 0 or step == self.num_steps:
-                    with torch.no_grad():
-                        query = self.domain.collect(tasks, "query", self.model, params)
-                        now = self.domain.outer_loss(self.model, params, query)[0]
-                    reached = (now < self.max_error) & errors.isinf()
-                    errors = torch.where(reached, now, errors)
-                    for name, value in trained.items():
-                        value[reached] = params[name][reached]
-                    if errors.isfinite().all():
-                        return trained, errors
+            (left,) = errors.isinf().nonzero(as_tuple=True)
+            params = self._draw((first + left).tolist(), attempt)
+            some = {name: value[left.to(value.device)] for name, value in tasks.items()}
+            params, errors[left] = self._fit(params, some, is_first=first == 0)
+            for name, value in trained.items():
+                value[left] = params[name]
+            if errors.isfinite().all():
+                return trained, errors
         raise MamlError(
             f"{int(errors.isinf().sum())} of {count} regressors have an error above algorithm.max_error="
             f"{self.max_error} in each of algorithm.max_attempts={self.max_attempts} attempts; raise "
             "algorithm.num_steps or max_attempts, or lower algorithm.weight"
         )
 
-    def _draw(self, numbers: range, attempt: int) -> Params:
+    def _fit(self, params: Params, tasks: Tasks, is_first: bool) -> tuple[Params, Tensor]:
+        """Returns regressors as they were when their errors were small enough, and these; inf where they never were."""
+        weight = 0.0 if is_first and self.pull == "mean" else self.weight  # there is no mean yet
+        fixed = {
+            f"centre.{name}": torch.zeros_like(value) if self.pull == "zero" else value
+            for name, value in self.theta.items()
+        }
+        fixed["weight"] = next(iter(self.theta.values())).new_tensor(weight)
+        objective = _Fit(partial(self._gradient, fixed=fixed, tasks=tasks))
+        state = self.outer.init(params)
+        fitted = {name: value.clone() for name, value in params.items()}
+        errors = torch.full((num_tasks(tasks),), torch.inf, device=self.stream.device)
+        for step in range(1, self.num_steps + 1):
+            self.outer.step(objective, params, state)
+            if step % _CHECK_EVERY == 0 or step == self.num_steps:
+                with torch.no_grad():
+                    query = self.domain.collect(tasks, "query", self.model, params)
+                    now = self.domain.outer_loss(self.model, params, query)[0]
+                reached = (now < self.max_error) & errors.isinf()
+                errors[reached] = now[reached]
+                for name, value in fitted.items():
+                    value[reached] = params[name][reached]
+                if errors.isfinite().all():
+                    break
+        return fitted, errors
+
+    def _draw(self, numbers: list[int], attempt: int) -> Params:
         """Draws fresh regressors, ``(T, ...)``."""
         stream = self.stream.child("regressors").child(attempt)
         drawn = [self.model.init(stream.child(number)) for number in numbers]

@@ -45,7 +45,7 @@ def test_stopped_run_resumes_bit_exactly(
     case: tuple[str, ...], tiny: TinyRuns, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = request.getfixturevalue("tiny_images") if case[0] in ON_IMAGES else tiny
-    overrides = (f"algorithm={case[0]}", *case[1:], "num_iterations=11")
+    overrides = (f"algorithm={case[0]}", *case[1:], "num_iterations=8")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, get_class(runs.config(*overrides)["algorithm"]["_target_"]), 5)
         runs.run(*overrides)

@@ -32,8 +32,7 @@ class _FlattenImage(nn.Module):
 
 
 def native(params: Params, ceil_mode: bool = False) -> nn.Sequential:
-    """The network with 2x2 pooling out of the library's own layers, with one task's parameters; `native_values` reads
-    them again. Images are ``(S, C, H, W)``."""
+    """Builds the network with 2x2 pooling from the library's own layers, for one task; images are ``(S, C, H, W)``."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i in range(1, 5):
         filters, channels = params[f"conv{i}.weight"].shape[:2]
