@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check paper-tables paper-figures bench
+.PHONY: help setup demo test test-slow check paper-tables paper-figures claims bench
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ paper-tables: setup  ## render the paper's tables from what has been run
 
 paper-figures: setup  ## render the paper's figures from what has been run
 	$(RUN) scripts/paper_figures.py
+
+claims: setup  ## measure what section 5.2 says in prose: FOMAML's speed-up, the number of parameters
+	$(RUN) scripts/claims.py
 
 bench: setup  ## time the meta-gradient against a plain loop and whatever peers are installed
 	$(RUN) scripts/bench_meta_gradient.py
