@@ -178,7 +178,7 @@ def _differences_from_defaults(path: str, value: Mapping[str, Any]) -> dict[str,
     flat: dict[str, Any] = {}
     for name, item in value.items():
         default = parameters[name].default if name in parameters else inspect.Parameter.empty
-        if name in hints and not isinstance(item, Mapping):
+        if name in hints and not (isinstance(item, Mapping) and "_target_" in item):
             item = _typed(item, hints[name])
         if name in _PLACES or (default is not inspect.Parameter.empty and item == default):
             continue

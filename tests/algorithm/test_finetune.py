@@ -31,7 +31,7 @@ def test_adaptation_equals_the_plain_loop(num_shots: int, tiny_images: TinyRuns)
     step_sizes = [0.5, 0.25, 0.1]
     steps = list(algorithm.adapt(algorithm.theta, tasks, 3, step_sizes))
     predicted = [algorithm.model(params, domain.collect(tasks, "query", algorithm.model, {}).x) for params in steps]
-    support, query = (domain.collect(tasks, role, algorithm.model, {}) for role in ("support", "query"))  # type: ignore[arg-type]
+    support, query = (domain.collect(tasks, role, algorithm.model, {}) for role in ("support", "query"))
     for task in range(3):
         net = native(algorithm.theta | algorithm.carried | algorithm.head)
         for step in range(4):
@@ -39,11 +39,10 @@ def test_adaptation_equals_the_plain_loop(num_shots: int, tiny_images: TinyRuns)
                 outputs = net.eval()(query.x[task].permute(0, 3, 1, 2))
             torch.testing.assert_close(predicted[step][task], outputs, rtol=1e-8, atol=1e-10)
             if step < 3:
-                net.train().zero_grad()
+                descent = torch.optim.SGD(net.train().parameters(), lr=step_sizes[step])
+                descent.zero_grad()
                 F.cross_entropy(net(support.x[task].permute(0, 3, 1, 2)), support.y[task]).backward()
-                with torch.no_grad():
-                    for value in net.parameters():
-                        value -= step_sizes[step] * value.grad
+                descent.step()
     assert (predicted[3] - predicted[0]).abs().max() > 0.1
     now = algorithm.theta | algorithm.carried
     assert all(torch.equal(now[name], value) for name, value in before.items())
@@ -62,7 +61,7 @@ def test_prediction_of_an_image_depends_on_no_other(tiny_images: TinyRuns) -> No
     domain, model = algorithm.images, algorithm.model
     tasks = domain.sample_tasks(4, Stream(7), "test", num_shots=1, num_query=5)
     *_, params = algorithm.adapt(algorithm.theta, tasks, 2)
-    support, query = (domain.collect(tasks, role, model, params) for role in ("support", "query"))  # type: ignore[arg-type]
+    support, query = (domain.collect(tasks, role, model, params) for role in ("support", "query"))
     alone = torch.cat([model(params, image.unsqueeze(1)) for image in query.x.unbind(1)], dim=1)
     torch.testing.assert_close(model(params, query.x), alone, rtol=1e-9, atol=1e-10)
     measured = domain.measure(model, params, support, query, 2)

@@ -74,5 +74,5 @@ def test_oracle_is_measured_on_the_usual_bank_before_any_step() -> None:
         curves, hashes, _ = evaluation(algorithm)
         assert {curve.values.shape for curve in curves} == {(1 if option == "oracle" else 11, 4)}
         banks.append(hashes)
-    assert algorithm.model.sizes[0] == 3
+    assert algorithm.theta["linear1.weight"].shape == (40, 3)
     assert banks[0] == banks[1]
