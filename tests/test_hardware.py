@@ -16,11 +16,12 @@ from maml.errors import Interrupted, MamlError
 from maml.hardware import Execution, Hardware
 from tests.runs import TinyRuns, before_iteration, state
 
-VECTORS: Any = SimpleNamespace(in_shape=(1,), num_shots=10, out_dim=1)
+VECTORS: Any = SimpleNamespace(in_shape=(1,), num_shots=10, num_query=None, out_dim=1)
 
 
-def images(num_ways: int, num_shots: int, size: int = 28, channels: int = 1) -> Any:
-    return SimpleNamespace(in_shape=(size, size, channels), num_shots=num_shots, out_dim=num_ways)
+def images(num_ways: int, num_shots: int, size: int = 28, channels: int = 1, num_query: int | None = None) -> Any:
+    shape = (size, size, channels)
+    return SimpleNamespace(in_shape=shape, num_shots=num_shots, num_query=num_query, out_dim=num_ways)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,8 @@ def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         (images(5, 5), 60_000, Execution(3, 1, False)),
         (images(20, 5), 60_000, Execution(3, 1, False)),
         (images(5, 1, 84, 3), 60_000, Execution(3, 1, False)),
+        (images(5, 1, 32, 3), 60_000, Execution(3, 2, False)),
+        (images(5, 1, 32, 3, num_query=15), 60_000, Execution(3, 1, False)),
     ],
 )
 def test_auto_suits_the_domain(domain: Any, num_iterations: int, expected: Execution) -> None:

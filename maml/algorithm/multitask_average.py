@@ -42,6 +42,8 @@ class MultitaskAverage(Algorithm):
         max_attempts: Count,
     ) -> None:
         super().__init__(parts)
+        if learnt := self.inner.init(self.theta):
+            raise MamlError(f"averaging learns nothing for the inner optimizer ({', '.join(learnt)}); choose inner=sgd")
         self.weight, self.pull = weight, pull
         self.max_error, self.num_steps, self.max_attempts = max_error, num_steps, max_attempts
         self._begin(self.theta, {"num_averaged": torch.zeros((), dtype=torch.int64, device=self.stream.device)})
@@ -73,7 +75,7 @@ class MultitaskAverage(Algorithm):
         """Returns a regressor of each task, as it was when its error was small enough, and that error, ``(T,)``."""
         count = num_tasks(tasks)
         trained: Params = {name: value.repeat(count, *[1] * value.dim()) for name, value in self.theta.items()}
-        errors = torch.full((count,), torch.inf, device=self.stream.device)
+        errors = next(iter(trained.values())).new_full((count,), torch.inf)
         for attempt in range(self.max_attempts):
             (left,) = errors.isinf().nonzero(as_tuple=True)
             params = self._draw((first + left).tolist(), attempt)
@@ -100,7 +102,7 @@ class MultitaskAverage(Algorithm):
         objective = _Fit(partial(self._gradient, fixed=fixed, tasks=tasks))
         state = self.outer.init(params)
         fitted = {name: value.clone() for name, value in params.items()}
-        errors = torch.full((num_tasks(tasks),), torch.inf, device=self.stream.device)
+        errors = next(iter(params.values())).new_full((num_tasks(tasks),), torch.inf)
         for step in range(1, self.num_steps + 1):
             self.outer.step(objective, params, state)
             if step % _CHECK_EVERY == 0 or step == self.num_steps:

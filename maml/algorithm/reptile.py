@@ -36,8 +36,17 @@ class Reptile(Algorithm):
         self._begin(self.theta, {name: value[0].clone() for name, value in carried.items()})
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
+        """Draws a meta-batch, and beside it which examples are in which mini-batch.
+
+        Drawn here and not on the way, because the compiler must not see the draws: what it made of their integer
+        arithmetic wrote beyond its memory (torch 2.13).
+        """
         tasks = self.domain.sample_tasks(count, stream)
-        return tasks | {"minibatch_keys": stream.child("minibatches").bits((count,))}
+        support = self.domain.collect(tasks, "support", self.model, self.theta)
+        keys = stream.child("minibatches").bits((count,))
+        return tasks | {
+            "minibatches": _minibatches(Stream(keys), self.inner.num_steps, support.x.shape[1], self.num_examples)
+        }
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """<theta, theta - theta'_i> with the second factor held constant, whose gradient is theta - theta'_i.
@@ -48,9 +57,7 @@ class Reptile(Algorithm):
         theta = expand({name: params[name] for name in self.theta}, count)
         start = {name: value.detach() for name, value in theta.items()}
         state = expand({name: params[name] for name in self.carried}, count)
-        *_, (adapted, state) = self._on_minibatches(
-            start, tasks, self.inner.num_steps, self.num_examples, tasks["minibatch_keys"], None, state
-        )
+        *_, (adapted, state) = self._on_minibatches(start, tasks, tasks["minibatches"], None, state)
         adapted = {name: value.detach() for name, value in adapted.items()}
         query = self.domain.collect(tasks, "query", self.model, adapted)
         losses, metrics = self.domain.outer_loss(self.model, adapted, query)
@@ -60,46 +67,42 @@ class Reptile(Algorithm):
     def adapt(
         self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
-        # The order of mini-batches is the same for every task of a bank: it must not depend on how tasks are chunked.
         count = num_tasks(tasks)
-        device = next(iter(theta.values())).device
-        keys = Stream(0, device).child("minibatches").bits((1,)).expand(count)
-        state = expand(self.carried, count)
-        start = expand(theta, count)
-        for params, _ in self._on_minibatches(start, tasks, num_steps, self.num_test_examples, keys, step_sizes, state):
+        support = self.domain.collect(tasks, "support", self.model, theta)
+        # The same for every task of a bank: it must not depend on how tasks are chunked.
+        stream = Stream(0, support.x.device).child("minibatches")
+        minibatches = _minibatches(stream, num_steps, support.x.shape[1], self.num_test_examples).expand(count, -1, -1)
+        start, state = expand(theta, count), expand(self.carried, count)
+        for params, _ in self._on_minibatches(start, tasks, minibatches, step_sizes, state):
             yield params
 
     def _on_minibatches(
         self,
         params: Params,
         tasks: Tasks,
-        num_steps: int,
-        num_examples: int,
-        keys: Tensor,
+        minibatches: Tensor,
         step_sizes: Sequence[float] | None,
         state: Params,
     ) -> Iterator[tuple[Params, Params]]:
-        stream = Stream(keys)
+        """Adapts in as many steps as there are mini-batches, ``(T, num_steps, num_examples)``."""
+        rows = torch.arange(len(minibatches), device=minibatches.device).unsqueeze(1)
 
         def loss(params: Params, step: int) -> Tensor:
             data: Examples = self.domain.collect(tasks, "support", self.model, params, step)
-            chosen = _minibatch(stream, step, data.x.shape[1], num_examples)
-            rows = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
-            return self.domain.inner_loss(
-                self.model, params, Examples(data.x[rows, chosen], data.y[rows, chosen], data.num_shots)
-            )
+            chosen = rows, minibatches[:, step]
+            return self.domain.inner_loss(self.model, params, Examples(data.x[chosen], data.y[chosen], data.num_shots))
 
+        num_steps = minibatches.shape[1]
         return self.inner.adapt(loss, params, num_steps, create_graph=False, step_sizes=step_sizes, state=state)
 
 
-def _minibatch(stream: Stream, step: int, num_support: int, num_examples: int) -> Tensor:
-    """Returns the support examples of one inner step, ``(T, min(num_examples, num_support))``.
+def _minibatches(stream: Stream, num_steps: int, num_support: int, num_examples: int) -> Tensor:
+    """Returns the support examples of each inner step, ``(..., num_steps, min(num_examples, num_support))``.
 
     The passes over the support set, each in an order of its own, follow each other without a gap.
     """
     num_examples = min(num_examples, num_support)
-    first, last = step * num_examples, (step + 1) * num_examples - 1
-    passes = range(first // num_support, last // num_support + 1)
-    orders = [stream.child(number).choice((), num_support, num_support) for number in passes]
-    start = first - passes[0] * num_support
-    return torch.cat(orders, dim=-1)[..., start : start + num_examples]
+    size = num_steps * num_examples
+    passes = range(max(1, -(-size // num_support)))
+    orders = torch.cat([stream.child(number).choice((), num_support, num_support) for number in passes], dim=-1)
+    return orders[..., :size].unflatten(-1, (num_steps, num_examples))

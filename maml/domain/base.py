@@ -29,6 +29,8 @@ class Domain(ABC, Generic[Data]):
     in_shape: tuple[int, ...]
     out_dim: int
     num_shots: int
+    num_query: int | None = None
+    """Query examples (per class) in training; None is as many as support examples."""
     headline: str
     """The metric that a report leads with; larger is better if `larger_is_better`."""
     larger_is_better: bool

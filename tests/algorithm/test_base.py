@@ -44,8 +44,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, algorithm: type[Algorithm], iterati
 def test_stopped_run_resumes_bit_exactly(
     case: tuple[str, ...], tiny: TinyRuns, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = request.getfixturevalue("tiny_images") if case[0] in ON_IMAGES else tiny
-    overrides = (f"algorithm={case[0]}", *case[1:], "num_iterations=8")
+    on_images = case[0] in ON_IMAGES
+    runs = request.getfixturevalue("tiny_images") if on_images else tiny
+    small = ("model.num_filters=4", "meta_batch_size=2") if on_images else ()
+    overrides = (f"algorithm={case[0]}", *case[1:], *small, "num_iterations=8")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, get_class(runs.config(*overrides)["algorithm"]["_target_"]), 5)
         runs.run(*overrides)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from maml.algorithm.reptile import Reptile
+from maml.compiling import compiled
 from maml.inner.adam import Adam
 from maml.inner.base import Inner
 from maml.inner.sgd import SGD
@@ -113,7 +114,7 @@ def test_meta_update_equals_the_plain_loop(kind: Kind, chunk: int | None) -> Non
         ends, losses = [], []
         for task in range(NUM_TASKS):
             x, y, query_x, query_y = (tasks[name][task] for name in ("support_x", "support_y", "query_x", "query_y"))
-            key = int(tasks["minibatch_keys"][task])
+            key = int(Stream(iteration).child("minibatches").bits((NUM_TASKS,))[task])
             ends.append(plain_steps(theta, state, x, y, key, NUM_EXAMPLES, NUM_STEPS, kind))
             losses.append(((plain_maml.mlp(ends[-1][0], query_x) - query_y) ** 2).mean())
         theta = {
@@ -163,8 +164,8 @@ def test_meta_test_starts_from_the_carried_state_and_leaves_it_alone(kind: Kind,
         for name in algorithm.theta
     }
     tasks: Tasks = algorithm.domain.sample_tasks(NUM_TASKS, Stream(9), "test")
-    assert "minibatch_keys" not in tasks
-    key = int(Stream(0).child("minibatches").bits((1,)))
+    assert "minibatches" not in tasks
+    key = int(Stream(0).child("minibatches").key)
     steps = list(algorithm.adapt(algorithm.theta, tasks, 6))
     assert len(steps) == 7
     for task in range(num_tasks(tasks)):
@@ -184,3 +185,16 @@ def test_adaptation_of_a_task_depends_on_no_other() -> None:
         only = {name: value[task : task + 1] for name, value in tasks.items()}
         *_, alone = algorithm.adapt(algorithm.theta, only, 4)
         assert_close({name: value[task : task + 1] for name, value in together.items()}, alone)
+
+
+def test_compiled_gradient_equals_eager_on_new_tasks() -> None:
+    algorithm, _ = make()
+    run = compiled(algorithm.chunk_gradient)
+    for seed in (1, 2):
+        tasks = algorithm.sample_tasks(NUM_TASKS, Stream(seed))
+        for ours, expected in zip(
+            run(algorithm.theta | algorithm.carried, tasks),
+            algorithm.chunk_gradient(algorithm.theta | algorithm.carried, tasks),
+            strict=True,
+        ):
+            assert_close(ours, expected)
