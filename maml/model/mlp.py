@@ -8,9 +8,9 @@ from typing import Literal
 from torch import Tensor
 
 from maml.functional import ACTIVATIONS, Activation, batch_norm, linear
-from maml.model.base import Model, zeros
+from maml.model.base import Model, glorot_uniform, zeros
 from maml.seeding import Stream
-from maml.types import Count, Params, product
+from maml.types import Count, Params, PositiveFloat, product
 
 
 class MLP(Model):
@@ -22,6 +22,7 @@ class MLP(Model):
         hidden_sizes: width of each hidden layer.
         activation: after each hidden layer.
         normalization: ``batch`` puts batch normalisation (shift only) before each activation.
+        weight_std: standard deviation of the normal initial weights, cut at two of them; None is Glorot uniform.
     """
 
     def __init__(
@@ -31,16 +32,23 @@ class MLP(Model):
         hidden_sizes: list[Count],
         activation: Activation = "relu",
         normalization: Literal["none", "batch"] = "none",
+        weight_std: PositiveFloat | None = 0.01,
     ) -> None:
         self.sizes = [product(in_shape), *hidden_sizes, out_dim]
         self.activation = ACTIVATIONS[activation]
         self.normalization = normalization
+        self.weight_std = weight_std
 
     def init(self, stream: Stream) -> Params:
-        """Draws weights from a normal of std 0.01 cut at 2 std; biases and shifts are 0 (authors' code)."""
+        """Draws the weights; biases and shifts are 0. The authors' code has a standard deviation of 0.01."""
         params: Params = {}
         for i, (num_in, num_out) in enumerate(zip(self.sizes[:-1], self.sizes[1:], strict=True), start=1):
-            params[f"linear{i}.weight"] = stream.child(f"linear{i}").normal((num_out, num_in), std=0.01, bound=2.0)
+            draws, shape = stream.child(f"linear{i}"), (num_out, num_in)
+            params[f"linear{i}.weight"] = (
+                glorot_uniform(draws, shape, num_in, num_out)
+                if self.weight_std is None
+                else draws.normal(shape, std=self.weight_std, bound=2.0)
+            )
             params[f"linear{i}.bias"] = zeros(stream, num_out)
             if self.normalization == "batch" and i < len(self.sizes) - 1:
                 params[f"norm{i}.shift"] = zeros(stream, num_out)

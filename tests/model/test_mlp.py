@@ -30,3 +30,10 @@ def test_the_papers_networks_have_their_sizes() -> None:
     assert sum(value.numel() for value in MLP((1,), 1, [40, 40]).init(Stream(0)).values()) == 1761
     non_conv = MLP((28, 28, 1), 5, [256, 128, 64, 64], normalization="batch").init(Stream(0))
     assert [value.shape[0] for name, value in non_conv.items() if name.endswith("shift")] == [256, 128, 64, 64]
+
+
+def test_initial_weights_may_be_glorot_uniform() -> None:
+    weight = MLP((1,), 1, [400, 400], weight_std=None).init(Stream(0))["linear2.weight"]
+    bound = (6 / 800) ** 0.5
+    assert 0.99 * bound < weight.abs().max() <= bound
+    assert abs(weight.std().item() - bound / 3**0.5) < 0.02 * bound
