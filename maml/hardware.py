@@ -13,8 +13,8 @@ from maml.domain.base import Domain
 from maml.errors import MamlError
 from maml.types import Count, product
 
-# Images of a chunk on a CPU, support and query on average, in pixels: 40 of Omniglot's. Half as many halve the memory, but 20-way tasks then
-# run one at a time, and no faster than a plain loop (scripts/bench_meta_gradient.py).
+# Images of a chunk on a CPU, support and query on average, in pixels: 40 of Omniglot's. Half as many halve the memory,
+# but 20-way tasks then run one at a time, and no faster than a plain loop (scripts/bench_meta_gradient.py).
 _CHUNK_PIXELS = 40 * 28 * 28
 # Compiling takes up to a minute; it pays for small networks, whose time is the operations' own overhead.
 _MIN_ITERATIONS_TO_COMPILE = 5000
@@ -86,10 +86,10 @@ class Hardware:
         is_image = len(domain.in_shape) == 3
         on_cpu = self.device.type == "cpu"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_images = domain.out_dim * (domain.num_shots + (domain.num_query or domain.num_shots)) / 2
+        pixels = product(domain.in_shape) * domain.out_dim * (domain.num_shots + (domain.num_query or domain.num_shots))
         automatic = {
             "num_threads": cores if is_image else 1,
-            "task_chunk": max(1, int(_CHUNK_PIXELS / (product(domain.in_shape) * num_images))) if on_cpu and is_image else None,
+            "task_chunk": max(1, 2 * _CHUNK_PIXELS // pixels) if on_cpu and is_image else None,
             "compile": on_cpu and not is_image and num_iterations >= _MIN_ITERATIONS_TO_COMPILE,
         }
         chosen: dict[str, Any] = {"device": self.device.type}
