@@ -177,8 +177,7 @@ class _GivenData:
         return Examples(tasks[f"{role}_x"], tasks[f"{role}_y"], self.num_shots)
 
 
-class _GivenPoints(_GivenData, Sinusoid):
-    ...
+class _GivenPoints(_GivenData, Sinusoid): ...
 
 
 class _GivenImages(_GivenData, FewShotClassification): ...
