@@ -218,7 +218,7 @@ def evaluation_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _trained_as(config: Mapping[str, Any]) -> str | None:
     """Returns the algorithm that this one is in training; None unless they part in meta-test only."""
-    return getattr(get_class(config["algorithm"]["_target_"]), "trained_as", None)
+    return getattr(get_class(config["algorithm"]["_target_"]), "trained_as", None)  # a user's may be no `Algorithm`
 
 
 def digest(settings: Mapping[str, Any]) -> str:

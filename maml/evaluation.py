@@ -132,6 +132,8 @@ class Evaluation:
             raise MamlError(f"evaluation.num_shots={num_shots} names a K twice")
         if step_size is not None and search is not None:
             raise MamlError("evaluation.step_size and evaluation.search both say the step size; set one to null")
+        if search is not None and split == "val":
+            raise MamlError("evaluation.search tunes on validation tasks, which evaluation.split=val would report")
         self.num_tasks, self.num_steps = num_tasks, num_steps
         self.num_shots, self.num_query = num_shots, num_query
         self.step_size, self.search = step_size, search

@@ -49,6 +49,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
         self._record: dict[str, Any] = {}
+        self._is_trained = False
 
     def _find(self, given: str | None, runs_dir: Path) -> Path:
         """Returns the folder given, or of an experiment that trains the same thing, or one of its own."""
@@ -81,10 +82,14 @@ class RunFolder:
         for leftover in self.path.glob(".checkpoint*"):  # of a process that was killed while it wrote
             leftover.unlink()
         saved = self.load_checkpoint()  # the process that held the lock may have gone on meanwhile
-        checkpoint.write_whole(
-            self.path / "config.yaml", lambda file: file.write(OmegaConf.to_yaml(self.config).encode())
-        )
-        self._record = read_json(self.path / "run.json") or {
+        iteration = saved["iteration"] if saved else 0
+        earlier = read_json(self.path / "run.json")
+        self._is_trained = bool(saved and earlier and iteration >= self.config["num_iterations"])
+        if self._is_trained:  # what is left is an evaluation, perhaps of another experiment: the record stays as it is
+            self._record = earlier or {}
+            return saved
+        self._write_config(self.path)
+        self._record = earlier or {
             "experiment": self.experiment,
             "run_id": self.run_id,
             "seed": self.config["seed"],
@@ -92,7 +97,6 @@ class RunFolder:
             "seconds": 0.0,
             "segments": [],
         }
-        iteration = saved["iteration"] if saved else 0
         segment = {
             "started": _now(),
             "seconds": 0.0,
@@ -175,7 +179,11 @@ class RunFolder:
             self._metrics = None
         if self._lock is not None:
             try:
-                self._update_record(self._record["segments"][-1]["last_iteration"], status)
+                if not self._is_trained:
+                    self._update_record(self._record["segments"][-1]["last_iteration"], status)
+                elif self._record["status"] != "finished":
+                    self._record["status"] = status
+                    self._write_record()
             finally:
                 self._lock.close()
                 self._lock = None
@@ -196,6 +204,8 @@ class RunFolder:
         if beside is not None or unfinished or (first and first["evaluation"] != report["evaluation"]):
             folder = (beside or self.path) / "evaluations" / digest(settings)
         folder.mkdir(parents=True, exist_ok=True)
+        if folder != self.path:
+            self._write_config(folder)
         table = io.StringIO()
         writer = csv.DictWriter(table, fieldnames=list(tasks[0]), lineterminator="\n")
         writer.writeheader()
@@ -226,6 +236,10 @@ class RunFolder:
         if status != "running":
             self._record["finished"] = _now()
         self._write_record()
+
+    def _write_config(self, folder: Path) -> None:
+        content = OmegaConf.to_yaml(self.config).encode()
+        checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(content))
 
     def _write_record(self) -> None:
         content = (json.dumps(self._record, indent=2) + "\n").encode()

@@ -48,11 +48,19 @@ class Parts:
 class Algorithm(ABC):
     """Learns theta; most subclasses say only what one task's loss is as a function of theta.
 
+    Class attributes:
+        differentiates_adaptation: whether the loss is one after adaptation, as a function of what came before, so that
+            ``inner.order`` matters and step sizes can be learnt.
+        trained_as: the class that this one is in training, where it differs in meta-test only; their runs are shared.
+
     Attributes:
         theta: what is meta-learnt: the model's parameters and what the inner optimizer adds to them.
         carried: other tensors that training changes (running statistics, an optimizer's state), by name.
         chunk_gradient: `_chunk_gradient`, or its compiled form.
     """
+
+    differentiates_adaptation = False
+    trained_as: str | None = None
 
     def __init__(self, parts: Parts) -> None:
         self.domain, self.inner, self.outer = parts.domain, parts.inner, parts.outer
@@ -63,7 +71,13 @@ class Algorithm(ABC):
     def _begin(self, params: Params, carried: Params | None = None) -> None:
         """Sets what training starts from."""
         self.inner.adapted_names(list(params))  # raises now what would otherwise be raised in the first step
-        self.theta: Params = params | self.inner.init(params)
+        learnt = self.inner.init(params)
+        if learnt and not self.differentiates_adaptation:
+            raise MamlError(
+                f"{type(self).__name__} does not differentiate through adaptation, so it cannot learn "
+                f"{next(iter(learnt))} and the like; choose inner=sgd, or algorithm=maml"
+            )
+        self.theta: Params = params | learnt
         self.carried: Params = carried or {}
         self.outer_state: OuterState = self.outer.init(self.theta)
         self.chunk_gradient: ChunkGradient = self._chunk_gradient
@@ -124,26 +138,18 @@ class Algorithm(ABC):
         self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
         """Yields each task's parameters after 0, 1, ..., ``num_steps`` gradient steps on its support data."""
-        for params, _ in self._adapt(theta, tasks, num_steps, create_graph=False, step_sizes=step_sizes):
-            yield params
+        return self._adapt(theta, tasks, num_steps, step_sizes, create_graph=False)
 
     def _adapt(
-        self,
-        theta: Params,
-        tasks: Tasks,
-        num_steps: int,
-        create_graph: bool,
-        step_sizes: Sequence[float] | None = None,
-        state: Params | None = None,
-    ) -> Iterator[tuple[Params, Params]]:
-        """Yields parameters and the inner optimizer's state, as `Inner.adapt` does."""
-
+        self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None, create_graph: bool
+    ) -> Iterator[Params]:
         def support_loss(params: Params, step: int) -> Tensor:
             data = self.domain.collect(tasks, "support", self.model, params, step)
             return self.domain.inner_loss(self.model, params, data)
 
-        params = expand(theta, num_tasks(tasks))
-        return self.inner.adapt(support_loss, params, num_steps, create_graph, step_sizes, state)
+        start = expand(theta, num_tasks(tasks))
+        for params, _ in self.inner.adapt(support_loss, start, num_steps, create_graph, step_sizes):
+            yield params
 
     def state_dict(self) -> dict[str, Params]:
         """Returns all that training changes."""

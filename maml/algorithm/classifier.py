@@ -34,6 +34,8 @@ class Classifier(Algorithm):
         MamlError: if the domain is no image set, or the model not `Conv4`.
     """
 
+    trained_as = "maml.algorithm.classifier.Classifier"
+
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         domain = parts.domain

@@ -17,7 +17,7 @@ from maml.types import Count, Params, product
 
 
 class ContextVector(MAML):
-    """MAML on a network with extra inputs z, the parameter ``context``, of which ``inner.adapt`` names no other.
+    """MAML on a network with extra inputs z, the parameter ``context``; ``algorithm=context_vector`` adapts no other.
 
     The outer step trains z's initial value and all weights. z stands beside every input of a task: as channels of an
     image, as entries of a vector.

@@ -12,12 +12,10 @@ from maml.types import Params, Tasks, expand, num_tasks
 
 
 class FineTune(Classifier):
-    """Fine-tunes all layers on the support set in training mode; predicts with the running statistics.
+    """Fine-tunes what adapts (in the experiments all layers) in training mode; predicts with the running statistics.
 
     The new last layer is drawn once, and is the same for all tasks.
     """
-
-    trained_as = "maml.algorithm.classifier.Classifier"
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)

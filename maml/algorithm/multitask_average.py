@@ -11,7 +11,7 @@ from torch import Tensor
 from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics
 from maml.errors import MamlError
-from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, num_tasks
+from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, num_tasks, take
 
 _CHECK_EVERY = 100  # steps between two looks at the errors
 
@@ -42,8 +42,6 @@ class MultitaskAverage(Algorithm):
         max_attempts: Count,
     ) -> None:
         super().__init__(parts)
-        if learnt := self.inner.init(self.theta):
-            raise MamlError(f"averaging learns nothing for the inner optimizer ({', '.join(learnt)}); choose inner=sgd")
         self.weight, self.pull = weight, pull
         self.max_error, self.num_steps, self.max_attempts = max_error, num_steps, max_attempts
         self._begin(self.theta, {"num_averaged": torch.zeros((), dtype=torch.int64, device=self.stream.device)})
@@ -65,14 +63,21 @@ class MultitaskAverage(Algorithm):
             MamlError: if some error stays too large.
         """
         averaged, count = int(self.carried["num_averaged"]), num_tasks(tasks)
-        trained, errors = self._train(tasks, first=averaged)
+        chunk = self.task_chunk or count
+        starts = range(0, count, chunk)
+        parts = [self._train(take(tasks, start, start + chunk), averaged + start) for start in starts]
         for name, value in self.theta.items():
-            value.lerp_(trained[name].mean(0), count / (averaged + count))
+            mean = torch.cat([trained[name] for trained, _ in parts]).mean(0)
+            value.lerp_(mean, count / (averaged + count))
         self.carried["num_averaged"] += count
+        errors = torch.cat([errors for _, errors in parts])
         return {"loss": errors.mean(), "largest_loss": errors.max()}
 
     def _train(self, tasks: Tasks, first: int) -> tuple[Params, Tensor]:
-        """Returns a regressor of each task, as it was when its error was small enough, and that error, ``(T,)``."""
+        """Returns a regressor of each task, as it was when its error was small enough, and that error, ``(T,)``.
+
+        ``first`` is the number of the first of them, of all regressors.
+        """
         count = num_tasks(tasks)
         trained: Params = {name: value.repeat(count, *[1] * value.dim()) for name, value in self.theta.items()}
         errors = next(iter(trained.values())).new_full((count,), torch.inf)
@@ -80,7 +85,7 @@ class MultitaskAverage(Algorithm):
             (left,) = errors.isinf().nonzero(as_tuple=True)
             params = self._draw((first + left).tolist(), attempt)
             some = {name: value[left.to(value.device)] for name, value in tasks.items()}
-            params, errors[left] = self._fit(params, some, is_first=first == 0)
+            params, errors[left] = self._fit(params, some)
             for name, value in trained.items():
                 value[left] = params[name]
             if errors.isfinite().all():
@@ -91,9 +96,10 @@ class MultitaskAverage(Algorithm):
             "algorithm.num_steps or max_attempts, or lower algorithm.weight"
         )
 
-    def _fit(self, params: Params, tasks: Tasks, is_first: bool) -> tuple[Params, Tensor]:
+    def _fit(self, params: Params, tasks: Tasks) -> tuple[Params, Tensor]:
         """Returns regressors as they were when their errors were small enough, and these; inf where they never were."""
-        weight = 0.0 if is_first and self.pull == "mean" else self.weight  # there is no mean yet
+        without_mean = self.pull == "mean" and not self.carried["num_averaged"]
+        weight = 0.0 if without_mean else self.weight
         fixed = {
             f"centre.{name}": torch.zeros_like(value) if self.pull == "zero" else value
             for name, value in self.theta.items()

@@ -18,8 +18,6 @@ from maml.types import Params, Tasks, expand, num_tasks
 class NearestNeighbor(Classifier):
     """Compares the pretrained classifier's features of a query image with those of every support image."""
 
-    trained_as = "maml.algorithm.classifier.Classifier"
-
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.model = _MostSimilar(self.classifier, self.images.num_ways)

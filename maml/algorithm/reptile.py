@@ -90,7 +90,8 @@ class Reptile(Algorithm):
         def loss(params: Params, step: int) -> Tensor:
             data: Examples = self.domain.collect(tasks, "support", self.model, params, step)
             chosen = rows, minibatches[:, step]
-            return self.domain.inner_loss(self.model, params, Examples(data.x[chosen], data.y[chosen], data.num_shots))
+            # Summed over the mini-batch, whatever K: meta-test goes on with the second moments of training.
+            return self.domain.inner_loss(self.model, params, Examples(data.x[chosen], data.y[chosen], num_shots=1))
 
         num_steps = minibatches.shape[1]
         return self.inner.adapt(loss, params, num_steps, create_graph=False, step_sizes=step_sizes, state=state)

@@ -58,8 +58,8 @@ def load_mini_imagenet(data_dir: Path, cache_dir: Path) -> ImageSet:
 def _listed(place: Path) -> Photos:
     sizes = dict(list_files(place / "images", _advice(place)))
     photos: dict[str, dict[str, int]] = defaultdict(dict)
-    missing = []
-    for split in NUM_CLASSES:
+    missing = [f"{split}.csv is missing" for split in NUM_CLASSES if not (place / f"{split}.csv").exists()]
+    for split in NUM_CLASSES if not missing else ():
         for file, label in _read_list(place / f"{split}.csv"):
             path = f"images/{file}"
             if path in sizes:

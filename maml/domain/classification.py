@@ -114,10 +114,18 @@ class FewShotClassification(SupervisedDomain):
             split: which classes.
             num_per_class: at most so many are of one class.
 
+        Raises:
+            MamlError: if there are not so many.
+
         Returns:
             One task, whose support data `collect` returns, and ``labels`` ``(1, count)``, numbered within the split.
         """
         classes = self.splits[split].to(stream.device)
+        if count > len(classes) * num_per_class:
+            raise MamlError(
+                f"meta_batch_size={count} images cannot be drawn from {num_per_class} each of {len(classes)} classes; "
+                f"lower it to {len(classes) * num_per_class} or less"
+            )
         drawn = stream.child("images").choice((len(classes),), self.num_images, num_per_class)
         slots = stream.child("slots").choice((1,), drawn.numel(), count)
         labels = slots // num_per_class

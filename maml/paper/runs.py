@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import MinLen
+from hydra.utils import get_class
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from maml.config import compose, evaluation_config, training_config
@@ -286,6 +287,12 @@ def _without_seed(training: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in training.items() if key != "seed"}
 
 
+def _inner_order(config: Mapping[str, Any]) -> int | str:
+    """Returns the order of the meta-gradient; nothing for an algorithm that has none."""
+    algorithm: Any = get_class(config["algorithm"]["_target_"])
+    return config["inner"]["order"] if algorithm.differentiates_adaptation else ""
+
+
 def provenance(source: Source | None, evidence: Evidence) -> dict[str, Any]:
     """Returns all that stands beside a number, by the names in `PROVENANCE`; empty where there is nothing to say."""
     beside: dict[str, Any] = dict.fromkeys(PROVENANCE, "")
@@ -294,7 +301,7 @@ def provenance(source: Source | None, evidence: Evidence) -> dict[str, Any]:
     seeds = [report.seed for _, report in evidence.evaluated]
     beside |= {
         "seeds": " ".join(map(str, seeds)),
-        "inner_order": composed(source.experiment, source.overrides)["inner"].get("order", ""),
+        "inner_order": _inner_order(composed(source.experiment, source.overrides)),
         "command": source.command(seeds),
     }
     if evidence.evaluated:
