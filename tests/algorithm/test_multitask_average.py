@@ -118,6 +118,16 @@ def test_theta_is_the_mean_of_regressors_trained_alone() -> None:
         assert two["largest_loss"].item() == pytest.approx(max(first[1], second[1]))
 
 
+@pytest.mark.parametrize("pull", ["zero", "mean"])
+def test_average_does_not_depend_on_the_chunk(pull: str) -> None:
+    whole, cut = make(weight=0.02, pull=pull), make(weight=0.02, pull=pull, task_chunk=3)
+    for algorithm in (whole, cut):
+        for _ in range(2):  # the second time there is a mean to be pulled to
+            algorithm.step(TASKS)
+    for name, value in whole.theta.items():
+        torch.testing.assert_close(cut.theta[name], value, rtol=1e-8, atol=1e-10)
+
+
 def test_one_after_another_is_the_same_as_side_by_side() -> None:
     together, apart = make(), make()
     together.step(TASKS)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maml.algorithm.reptile import Reptile
 from maml.compiling import compiled
+from maml.domain.base import Role
 from maml.inner.adam import Adam
 from maml.inner.base import Inner
 from maml.inner.sgd import SGD
@@ -44,7 +45,11 @@ class Watched(FixedExamples):
         super().__init__((1,), classes=False)
         self.seen: list[Tensor] = []
 
+    def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Examples:
+        return super().collect(tasks, role, model, params, step)._replace(num_shots=7)
+
     def inner_loss(self, model: Model, params: Params, data: Examples) -> Tensor:
+        assert data.num_shots == 1, "an example weighs the same whatever K"
         self.seen.append(data.x[:, :, 0])
         return super().inner_loss(model, params, data)
 
