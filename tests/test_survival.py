@@ -437,7 +437,7 @@ def test_other_evaluation_of_a_finished_run_stands_beside_the_first(
     after = files(tiny.folder())
     assert {name: after[name] for name in before} == before
     (folder,) = (tiny.folder() / "evaluations").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"report.json", "report.png", "tasks.csv"}
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "report.json", "report.png", "tasks.csv"}
     report = read_json(folder / "report.json")
     assert report is not None
     name, _, value = other.removeprefix("evaluation.").partition("=")
