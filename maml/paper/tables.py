@@ -125,10 +125,13 @@ def table_markdown(title: str, comparisons: Sequence[Comparison]) -> str:
 
 
 def headline_markdown(comparisons: Iterable[Comparison]) -> str:
-    """Returns the numbers that have been run, one line each: what a visitor sees first."""
+    """Returns the numbers that have been run, one line each even if two tables print it: what a visitor sees first."""
     lines = ["| cell | paper | ours, 95 % interval | status | seeds | command |", "|" + " --- |" * 6]
+    shown = set()
     for comparison in comparisons:
-        if comparison.ours:
+        number = comparison.cell.source, comparison.cell.step
+        if comparison.ours and number not in shown:
+            shown.add(number)
             row, column, paper, ours, status, seeds, *_, command = _markdown_row(comparison)
             cell = f"{comparison.cell.table}/{row}/{column}"
             lines.append(f"| {cell} | {paper} | {ours} | {status} | {seeds} | {command} |")

@@ -10,7 +10,15 @@ import pytest
 
 from maml.paper.cells import Cell, load_tables
 from maml.paper.runs import Evidence, find_evidence, find_runs
-from maml.paper.tables import Comparison, compare, summary, table_markdown, table_rows, verdict
+from maml.paper.tables import (
+    Comparison,
+    compare,
+    headline_markdown,
+    summary,
+    table_markdown,
+    table_rows,
+    verdict,
+)
 from tests.paper.made_up import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]
@@ -141,3 +149,12 @@ def test_script_renders_runs_and_names_a_corrupt_one(tmp_path: Path, capsys: pyt
     assert f"**ERROR, left out:** {corrupt} is damaged" in (out / "tables.md").read_text()
     assert str(corrupt) in capsys.readouterr().err
     assert (out / "table2_multitask" / "table2_multitask.csv").read_text().count("reproduced") == 1
+
+
+def test_headline_shows_a_number_once_though_two_tables_print_it(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    comparison = compared(tmp_path)
+    again = Comparison(replace(comparison.cell, table="another"), comparison.evidence)
+    later = Comparison(replace(comparison.cell, step=5), comparison.evidence)
+    lines = headline_markdown([comparison, again, later]).splitlines()[2:]
+    assert [line.split(" |")[0] for line in lines] == ["| table2_multitask/MAML/K5_gradsteps_1"] * 2
