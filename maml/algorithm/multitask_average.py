@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -105,7 +105,7 @@ class MultitaskAverage(Algorithm):
             for name, value in self.theta.items()
         }
         fixed["weight"] = next(iter(self.theta.values())).new_tensor(weight)
-        objective = _Fit(partial(self._gradient, fixed=fixed, tasks=tasks))
+        objective = _Fit(lambda params: self.chunk_gradient(params | fixed, tasks))
         state = self.outer.init(params)
         fitted = {name: value.clone() for name, value in params.items()}
         errors = next(iter(params.values())).new_full((num_tasks(tasks),), torch.inf)
@@ -129,13 +129,9 @@ class MultitaskAverage(Algorithm):
         drawn = [self.model.init(stream.child(number)) for number in numbers]
         return {name: torch.stack([params[name] for params in drawn]) for name in self.theta}
 
-    def _gradient(self, params: Params, fixed: Params, tasks: Tasks) -> tuple[Params, dict[str, Tensor]]:
-        """Returns the gradient of each regressor's own loss."""
-        return self.chunk_gradient(params | fixed, tasks)
-
 
 class _Fit:
-    """The objective of regressors that share nothing."""
+    """The objective of regressors that share nothing: each has its own gradient."""
 
-    def __init__(self, gradient: partial[tuple[Params, dict[str, Tensor]]]) -> None:
+    def __init__(self, gradient: Callable[[Params], tuple[Params, dict[str, Tensor]]]) -> None:
         self.gradient = gradient
