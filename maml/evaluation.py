@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, MinLen
@@ -110,6 +110,7 @@ class Evaluation:
         search: chooses the step size at each K on validation tasks instead.
         split: which tasks: ``test``, or ``val`` for choosing settings.
         bank_seed: which bank.
+        theta: the ``last`` one, or where training keeps it the ``best`` by its own returns.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Evaluation:
         search: StepSizeSearch | None = None,
         split: Split = "test",
         bank_seed: NonNegativeInt = 0,
+        theta: Literal["last", "best"] = "last",
     ) -> None:
         if isinstance(step_size, list) and len(step_size) != num_steps:
             raise MamlError(
@@ -137,7 +139,7 @@ class Evaluation:
         self.num_tasks, self.num_steps = num_tasks, num_steps
         self.num_shots, self.num_query = num_shots, num_query
         self.step_size, self.search = step_size, search
-        self.split, self.bank_seed = split, bank_seed
+        self.split, self.bank_seed, self.theta = split, bank_seed, theta
 
     def step_sizes(self, num_shots: int) -> list[float] | None:
         """Returns the step sizes at one K, one per step; None leaves them to the inner optimizer.
@@ -168,8 +170,12 @@ class Evaluation:
         """Makes sure, before any training, that the bank can be drawn.
 
         Raises:
-            MamlError: if the domain has too little data for one of the K.
+            MamlError: if the domain has too little data for one of the K, or its training keeps no best theta.
         """
+        if self.theta == "best" and domain.selected_by is None:
+            raise MamlError(
+                f"evaluation.theta=best, but training on {type(domain).__name__} keeps the last theta only; choose last"
+            )
         for num_shots in self.num_shots or [domain.num_shots]:
             self.step_sizes(num_shots)
             try:
@@ -195,15 +201,19 @@ class Evaluation:
         """Adapts to the tasks of a bank and measures after each step."""
         domain, model = algorithm.domain, algorithm.model
         device = next(iter(algorithm.theta.values())).device
-        chunk = algorithm.task_chunk or _DEFAULT_CHUNK
+        theta = algorithm.theta
+        if self.theta == "best":
+            theta = {name: algorithm.best[name] for name in theta}
+        # Environments are stepped together: the more at once, the faster.
+        chunk = num_tasks(bank) if domain.on_policy else algorithm.task_chunk or _DEFAULT_CHUNK
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, num_tasks(bank), chunk):
             tasks = {name: value.to(device) for name, value in take(bank, start, start + chunk).items()}
             steps: dict[str, list[Tensor]] = {}
-            adaptation = algorithm.adapt(algorithm.theta, tasks, self.num_steps, step_sizes)
+            adaptation = algorithm.adapt(theta, tasks, self.num_steps, step_sizes)
             for step, params in enumerate(adaptation):
-                support = domain.collect(tasks, "support", model, params, step)
-                query = domain.collect(tasks, "query", model, params, step)
+                support = domain.data(tasks, "support", step)
+                query = domain.data(tasks, "query", step)
                 for name, value in domain.measure(model, params, support, query, step).items():
                     steps.setdefault(name, []).append(value)
             for name, values in steps.items():

@@ -10,12 +10,15 @@ from typing import Any, Literal
 import torch
 
 from maml.domain.base import Domain
+from maml.domain.reinforcement import Reinforcement
 from maml.errors import MamlError
 from maml.types import Count, product
 
 # Images of a chunk on a CPU, support and query on average, in pixels: 40 of Omniglot's. Half as many halve the memory,
 # but 20-way tasks then run one at a time, and no faster than a plain loop (scripts/bench_meta_gradient.py).
 _CHUNK_PIXELS = 40 * 28 * 28
+# Timesteps of a chunk on a CPU, so that a hidden layer's values stay in its cache.
+_CHUNK_TIMESTEPS = 4000
 # Compiling takes up to a minute; it pays for small networks, whose time is the operations' own overhead.
 _MIN_ITERATIONS_TO_COMPILE = 5000
 
@@ -92,6 +95,14 @@ class Hardware:
             "task_chunk": max(1, 2 * _CHUNK_PIXELS // pixels) if on_cpu and is_image else None,
             "compile": on_cpu and not is_image and num_iterations >= _MIN_ITERATIONS_TO_COMPILE,
         }
+        if isinstance(domain, Reinforcement):
+            if self.compile is True:
+                raise MamlError(
+                    "hardware.compile=true is for supervised domains: rollouts have another length in each iteration, "
+                    "so every one would be compiled anew; leave it to auto"
+                )
+            chunk = max(1, _CHUNK_TIMESTEPS // (domain.num_shots * domain.horizon))
+            automatic |= {"task_chunk": chunk if on_cpu else None, "compile": False}
         chosen: dict[str, Any] = {"device": self.device.type}
         kept = earlier if earlier.get("device", self.device.type) == self.device.type else {}
         for name, value in (automatic | {name: kept[name] for name in automatic.keys() & kept.keys()}).items():

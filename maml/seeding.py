@@ -46,13 +46,14 @@ class Stream:
         self.key: Any = _signed(key)
         self.device = key.device if isinstance(key, Tensor) else torch.device(device)
 
-    def child(self, name: str | int) -> Stream:
-        """Returns the stream called ``name`` (or numbered, as iterations are) under this one."""
+    def child(self, name: str | int | Tensor) -> Stream:
+        """Returns the stream under this one of a name, or of a number as iterations have; of T numbers, T streams."""
+        number: Any = name
         if isinstance(name, str):
             number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
         else:
-            number = _mix(_signed(name + 1))
-        return Stream(_mix(_signed(self.key * _GOLDEN + number)), self.device)
+            number = _mix(_signed(number + 1))
+        return Stream(_mix(_signed(_signed(self.key * _GOLDEN) + number)), self.device)
 
     def bits(self, shape: Sequence[int]) -> Tensor:
         """Returns uniform signed 64-bit integers; equal positions give equal numbers whatever follows them."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator
 from torch import Tensor
 
 Params = dict[str, Tensor]
@@ -23,6 +24,18 @@ NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Decay = Annotated[float, Ge(0), Lt(1)]
+Discount = Annotated[float, Ge(0), Le(1)]
+
+
+def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    if not low < high:
+        raise ValueError(f"a range goes from its lower to its upper end, but {low} is not below {high}; swap them")
+    return interval
+
+
+Interval = Annotated[tuple[float, float], AfterValidator(_ascending)]
+"""Lower and upper end."""
 
 
 class Examples(NamedTuple):

@@ -173,7 +173,7 @@ class _GivenData:
     def __init__(self, shape: Shape) -> None:
         self.in_shape, self.out_dim, self.num_shots = shape.in_shape, shape.out_dim, shape.num_shots
 
-    def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Examples:
+    def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
         return Examples(tasks[f"{role}_x"], tasks[f"{role}_y"], self.num_shots)
 
 

@@ -63,11 +63,11 @@ def test_curve_equals_adaptation_by_hand() -> None:
         only = {name: value[task : task + 1] for name, value in bank.items()}
         for step, step_size in enumerate([0.1, 0.05, 0.0]):
             role = "query" if step else "support"
-            data = algorithm.domain.collect(only, role, algorithm.model, params)  # type: ignore[arg-type]
+            data = algorithm.domain.data(only, role)  # type: ignore[arg-type]
             batched = {name: value.unsqueeze(0) for name, value in params.items()}
             error = ((algorithm.model(batched, data.x) - data.y) ** 2).mean().item()
             assert curve.values[step, task].item() == pytest.approx(error, rel=1e-4)
-            support = algorithm.domain.collect(only, "support", algorithm.model, params)
+            support = algorithm.domain.data(only, "support")
             loss = ((algorithm.model(batched, support.x) - support.y) ** 2).mean()
             gradients = torch.autograd.grad(loss, list(params.values()))
             params = {
@@ -129,7 +129,7 @@ def test_both_accuracies_are_counted_from_those_predictions(step: int, tiny_imag
     domain, model = algorithm.domain, algorithm.model
     tasks = domain.sample_tasks(6, Stream(4), "test")
     *_, params = algorithm.adapt(algorithm.theta, tasks, step)
-    support, query = (domain.collect(tasks, role, model, params) for role in ("support", "query"))
+    support, query = (domain.data(tasks, role) for role in ("support", "query"))
     measured = domain.measure(model, params, support, query, step)
     for task in range(6):
         own = {name: value[task : task + 1] for name, value in params.items()}

@@ -52,7 +52,7 @@ class FixedExamples(SupervisedDomain):
 
         return data("support", NUM_SUPPORT) | data("query", NUM_QUERY)
 
-    def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Examples:
+    def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
         return Examples(tasks[f"{role}_x"], tasks[f"{role}_y"], num_shots=1)
 
     def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:

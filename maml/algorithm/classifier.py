@@ -61,7 +61,7 @@ class Classifier(Algorithm):
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """The mean cross-entropy over all training classes, and the new running statistics."""
         theta = expand({name: params[name] for name in self.theta}, 1)
-        outputs, seen = self._in_training_mode(theta, self.images.collect(tasks, "support", self.model, theta).x)
+        outputs, seen = self._in_training_mode(theta, self.images.data(tasks, "support").x)
         accuracy = (outputs.argmax(-1) == tasks["labels"]).to(outputs.dtype).mean(1)
         return _cross_entropy(outputs, tasks["labels"]), {"accuracy": accuracy} | _moved(params, seen)
 

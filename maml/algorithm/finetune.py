@@ -26,7 +26,7 @@ class FineTune(Classifier):
         self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
         statistics = expand(self.carried, num_tasks(tasks))
-        support = self.images.collect(tasks, "support", self.model, theta)
+        support = self.images.data(tasks, "support")
 
         def loss(params: Params, step: int) -> Tensor:
             outputs, seen = self._in_training_mode(params, support.x)

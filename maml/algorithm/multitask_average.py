@@ -11,6 +11,7 @@ from torch import Tensor
 from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics
 from maml.errors import MamlError
+from maml.outer.base import Objective
 from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, num_tasks, take
 
 _CHECK_EVERY = 100  # steps between two looks at the errors
@@ -49,7 +50,7 @@ class MultitaskAverage(Algorithm):
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """Loss of each regressor on its own task, plus the pull; ``params`` have a task axis here."""
         regressors = {name: params[name] for name in self.theta}
-        data = self.domain.collect(tasks, "support", self.model, regressors)
+        data = self.domain.data(tasks, "support")
         losses, metrics = self.domain.outer_loss(self.model, regressors, data)
         distances = [
             (value - params[f"centre.{name}"]).square().flatten(1).sum(1) for name, value in regressors.items()
@@ -113,7 +114,7 @@ class MultitaskAverage(Algorithm):
             self.outer.step(objective, params, state)
             if step % _CHECK_EVERY == 0 or step == self.num_steps:
                 with torch.no_grad():
-                    query = self.domain.collect(tasks, "query", self.model, params)
+                    query = self.domain.data(tasks, "query")
                     now = self.domain.outer_loss(self.model, params, query)[0]
                 reached = (now < self.max_error) & errors.isinf()
                 errors[reached] = now[reached]
@@ -130,8 +131,11 @@ class MultitaskAverage(Algorithm):
         return {name: torch.stack([params[name] for params in drawn]) for name in self.theta}
 
 
-class _Fit:
+class _Fit(Objective):
     """The objective of regressors that share nothing: each has its own gradient."""
 
     def __init__(self, gradient: Callable[[Params], tuple[Params, dict[str, Tensor]]]) -> None:
-        self.gradient = gradient
+        self.function = gradient
+
+    def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
+        return self.function(theta)

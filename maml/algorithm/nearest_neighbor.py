@@ -27,7 +27,7 @@ class NearestNeighbor(Classifier):
     ) -> Iterator[Params]:
         """Yields the network with the features of the support images; gradient steps change nothing."""
         params = expand(theta | self.carried, num_tasks(tasks))
-        support = self.images.collect(tasks, "support", self.model, params)
+        support = self.images.data(tasks, "support")
         params["support.features"] = self.classifier.features(params, support.x)
         for _ in range(num_steps + 1):
             yield params

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from maml.algorithm.base import Algorithm
-from maml.domain.base import Metrics
-from maml.types import Params, Tasks, expand, num_tasks
+from maml.algorithm.maml import MAML
+from maml.domain.base import Role
 
 
-class Pretrain(Algorithm):
+class Pretrain(MAML):
     """Learns one theta for all tasks, without adapting to any; in meta-test it is fine-tuned as MAML's is.
 
-    It sees the support data of each task only, as the authors' code does (protocol 2).
+    It is MAML whose objective stands before the first gradient step: the loss on the support data of each task, the
+    only data it sees, as in the authors' code (protocol 2).
     """
 
-    def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
-        """L_i(f_theta, D_i): the loss before any update."""
-        params = expand(params, num_tasks(tasks))
-        return self.domain.outer_loss(self.model, params, self.domain.collect(tasks, "support", self.model, params))
+    differentiates_adaptation = False
+    role: Role = "support"
+
+    @property
+    def num_steps(self) -> int:
+        return 0

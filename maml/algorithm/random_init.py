@@ -13,4 +13,5 @@ class RandomInit(Pretrain):
 
     def step(self, tasks: Tasks) -> dict[str, Tensor]:
         """Returns the metrics of the initial theta."""
-        return self.gradient(self.theta, tasks)[1]
+        self.collect(tasks)
+        return self.evaluate(self.theta, tasks) | self.domain.summary(tasks)

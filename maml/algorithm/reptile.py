@@ -42,7 +42,7 @@ class Reptile(Algorithm):
         arithmetic wrote beyond its memory (torch 2.13).
         """
         tasks = self.domain.sample_tasks(count, stream)
-        support = self.domain.collect(tasks, "support", self.model, self.theta)
+        support = self.domain.data(tasks, "support")
         keys = stream.child("minibatches").bits((count,))
         return tasks | {
             "minibatches": _minibatches(Stream(keys), self.inner.num_steps, support.x.shape[1], self.num_examples)
@@ -59,7 +59,7 @@ class Reptile(Algorithm):
         state = expand({name: params[name] for name in self.carried}, count)
         *_, (adapted, state) = self._on_minibatches(start, tasks, tasks["minibatches"], None, state)
         adapted = {name: value.detach() for name, value in adapted.items()}
-        query = self.domain.collect(tasks, "query", self.model, adapted)
+        query = self.domain.data(tasks, "query")
         losses, metrics = self.domain.outer_loss(self.model, adapted, query)
         products = [(value * (start[name] - adapted[name])).flatten(1).sum(1) for name, value in theta.items()]
         return torch.stack(products).sum(0), {"loss": losses} | metrics | state
@@ -68,7 +68,7 @@ class Reptile(Algorithm):
         self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
         count = num_tasks(tasks)
-        support = self.domain.collect(tasks, "support", self.model, theta)
+        support = self.domain.data(tasks, "support")
         # The same for every task of a bank: it must not depend on how tasks are chunked.
         stream = Stream(0, support.x.device).child("minibatches")
         minibatches = _minibatches(stream, num_steps, support.x.shape[1], self.num_test_examples).expand(count, -1, -1)
@@ -88,7 +88,7 @@ class Reptile(Algorithm):
         rows = torch.arange(len(minibatches), device=minibatches.device).unsqueeze(1)
 
         def loss(params: Params, step: int) -> Tensor:
-            data: Examples = self.domain.collect(tasks, "support", self.model, params, step)
+            data: Examples = self.domain.data(tasks, "support", step)
             chosen = rows, minibatches[:, step]
             # Summed over the mini-batch, whatever K: meta-test goes on with the second moments of training.
             return self.domain.inner_loss(self.model, params, Examples(data.x[chosen], data.y[chosen], num_shots=1))

@@ -23,7 +23,13 @@ Data = TypeVar("Data")
 class Domain(ABC, Generic[Data]):
     """A distribution over tasks. Algorithms see tasks, data and losses, never what kind they are.
 
-    ``Data`` is what `collect` returns for T tasks: labelled examples, or rollouts.
+    ``Data`` is what `data` returns for T tasks: labelled examples, or rollouts.
+
+    Class attributes:
+        headline: the metric that a report leads with; larger is better if `larger_is_better`.
+        on_policy: whether data depends on the parameters that collect it: whether `collect` does anything.
+        selected_by: the entry of `summary`, larger better, by which the best theta of training is kept; None keeps the
+            last one only.
     """
 
     in_shape: tuple[int, ...]
@@ -32,8 +38,9 @@ class Domain(ABC, Generic[Data]):
     num_query: int | None = None
     """Query examples (per class) in training; None is as many as support examples."""
     headline: str
-    """The metric that a report leads with; larger is better if `larger_is_better`."""
     larger_is_better: bool
+    on_policy = False
+    selected_by: str | None = None
 
     def to(self, device: torch.device) -> None:
         """Moves whatever the domain holds to the device."""
@@ -57,12 +64,26 @@ class Domain(ABC, Generic[Data]):
             num_query: query examples (per class, in classification); None is the domain's.
         """
 
-    @abstractmethod
-    def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Data:
-        """Returns the support or query data of T tasks at gradient step ``step``.
+    def collect(self, tasks: Tasks, model: Model, params: Params, step: int) -> None:
+        """Adds to the tasks what ``params``, of gradient step ``step``, find in them: rollouts.
 
-        Supervised data depends on neither parameters nor step; rollouts are made with ``model`` and ``params``.
+        Supervised data is in the tasks from the start, whatever the parameters.
         """
+
+    @abstractmethod
+    def data(self, tasks: Tasks, role: Role, step: int = 0) -> Data:
+        """Returns the support or query data of T tasks; of gradient step ``step``, where that matters.
+
+        They are a function of the tasks alone: a loss on them can be evaluated again and again.
+        """
+
+    def thin(self, tasks: Tasks, every: int) -> Tasks:
+        """Returns the tasks with every so many-th timestep of their rollouts."""
+        return tasks
+
+    def summary(self, tasks: Tasks) -> dict[str, Tensor]:
+        """Returns what is logged of a meta-batch beside the losses, as 0-dim tensors."""
+        return {}
 
     @abstractmethod
     def inner_loss(self, model: Model, params: Params, data: Data) -> Tensor:

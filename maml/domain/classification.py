@@ -118,7 +118,7 @@ class FewShotClassification(SupervisedDomain):
             MamlError: if there are not so many.
 
         Returns:
-            One task, whose support data `collect` returns, and ``labels`` ``(1, count)``, numbered within the split.
+            One task, whose support data `data` returns, and ``labels`` ``(1, count)``, numbered within the split.
         """
         classes = self.splits[split].to(stream.device)
         if count > len(classes) * num_per_class:
@@ -138,7 +138,7 @@ class FewShotClassification(SupervisedDomain):
             tasks["rotations"] = stream.child("rotations").integers((1, count), 4)
         return tasks
 
-    def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Examples:
+    def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
         """Returns K blocks of N images, ``(T, K * N, H, W, C)``, with labels ``0 .. N-1`` in each block."""
         chosen = tasks[f"{role}_images"].transpose(1, 2)  # (T, K, N)
         classes = tasks["classes"].unsqueeze(1)

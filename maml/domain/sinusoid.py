@@ -54,7 +54,7 @@ class Sinusoid(SupervisedDomain):
         names = ["amplitude", "phase", "support_x", "query_x"]
         return dict(zip(names, drawn.split([1, 1, num_shots, num_query], dim=1), strict=True))
 
-    def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Examples:
+    def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
         x = tasks[f"{role}_x"]
         y = tasks["amplitude"] * torch.sin(x - tasks["phase"])
         if self.oracle:

@@ -6,8 +6,7 @@ import torch
 
 from maml.domain.base import Role
 from maml.domain.sinusoid import Sinusoid
-from maml.model.base import Model
-from maml.types import Count, Examples, Params, Tasks
+from maml.types import Count, Examples, Tasks
 
 _SPACING = 0.5  # of x between two samples: ten of them are most of a period
 
@@ -28,8 +27,8 @@ class SinusoidSequence(Sinusoid):
         super().__init__(num_shots, num_query)
         self.in_shape = (sequence_length, 1)
 
-    def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Examples:
+    def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
         """Returns the sequences, ``(T, S, L, 1)``, that end one spacing before the points of section 5.1."""
-        data = super().collect(tasks, role, model, params, step)
+        data = super().data(tasks, role, step)
         before = _SPACING * torch.arange(self.in_shape[0], 0, -1, device=data.x.device)
         return data._replace(x=torch.sin(data.x.unsqueeze(-1) - before.unsqueeze(-1)))

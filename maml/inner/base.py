@@ -23,12 +23,17 @@ _OWN = "inner."
 class Inner(ABC):
     """Takes gradient steps from theta on the parameters that adapt; a subclass says what one step does.
 
+    Class attributes:
+        is_plain: whether a step is theta - step_size * gradient and no more.
+
     Args:
         step_size: of every step, or where it starts.
         num_steps: gradient steps in training (evaluation has its own number).
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants (FOMAML).
         adapt: which parameters adapt, as patterns of their names; a pattern behind ``!`` takes names out again.
     """
+
+    is_plain = False
 
     def __init__(self, step_size: float, num_steps: int, order: Literal[1, 2], adapt: list[str]) -> None:
         self.step_size = step_size

@@ -18,6 +18,8 @@ class SGD(Inner):
         adapt: which parameters adapt, as patterns of their names; a pattern behind ``!`` takes names out again.
     """
 
+    is_plain = True
+
     def __init__(
         self, step_size: PositiveFloat, num_steps: NonNegativeInt, order: Literal[1, 2], adapt: list[str]
     ) -> None:

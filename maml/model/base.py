@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from maml.model.linearized import Linearized, LinearizedByAutograd
 from maml.seeding import Stream
 from maml.types import Params
 
@@ -33,6 +34,13 @@ class Model(ABC):
         Returns:
             ``(T, S, out_dim)``.
         """
+
+    def linearize(self, params: Params, x: Tensor) -> Linearized:
+        """Returns the model at ``params``, name -> ``(T, ...)``, and x, ``(T, N, *in_shape)``, with its derivatives.
+
+        A model may override this by something faster than autograd.
+        """
+        return LinearizedByAutograd(lambda moved: self(moved, x), params)
 
 
 def glorot_uniform(stream: Stream, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from maml.functional import ACTIVATIONS, Activation, batch_norm, linear
 from maml.model.base import Model, glorot_uniform, zeros
+from maml.model.linearized import Linearized, LinearizedMLP
 from maml.seeding import Stream
 from maml.types import Count, Params, PositiveFloat, product
 
@@ -35,7 +36,7 @@ class MLP(Model):
         weight_std: PositiveFloat | None = 0.01,
     ) -> None:
         self.sizes = [product(in_shape), *hidden_sizes, out_dim]
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self.normalization = normalization
         self.weight_std = weight_std
 
@@ -61,5 +62,10 @@ class MLP(Model):
             if i < len(self.sizes) - 1:
                 if self.normalization == "batch":
                     x = batch_norm(x, params[f"norm{i}.shift"], num_reference)
-                x = self.activation(x)
+                x = ACTIVATIONS[self.activation](x)
         return x
+
+    def linearize(self, params: Params, x: Tensor) -> Linearized:
+        if self.normalization == "batch":
+            return super().linearize(params, x)
+        return LinearizedMLP(params, x.flatten(2), len(self.sizes) - 1, self.activation)

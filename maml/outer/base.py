@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -12,17 +12,34 @@ from maml.types import Params
 OuterState = dict[str, Tensor]
 """All that an optimizer carries from one iteration to the next, as named tensors; it is saved and restored whole."""
 
+Product = Callable[[Params], Params]
+"""A matrix over theta, as what it makes of a vector."""
 
-class Objective(Protocol):
-    """The meta-objective of one meta-batch. An optimizer that needs more than the gradient asks for more methods."""
 
+class Objective(ABC):
+    """The meta-objective of one meta-batch, whose data is fixed: it can be evaluated at any theta."""
+
+    @abstractmethod
     def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
         """Returns the gradient at theta, by name, and the batch's mean metrics (0-dim tensors)."""
-        ...
+
+    def evaluate(self, theta: Params) -> dict[str, Tensor]:
+        """Returns the batch's mean metrics at theta: ``loss``, and how far the policies moved, ``kl``."""
+        raise NotImplementedError
+
+    def curvature(self, theta: Params, every: int = 1) -> Product:
+        """Returns the Hessian of the mean KL from the policies of ``theta``, at it; from every so many-th timestep."""
+        raise NotImplementedError
 
 
 class Outer(ABC):
-    """The meta-update theta <- theta - beta * ... (Algorithm 1, line 8)."""
+    """The meta-update theta <- theta - beta * ... (Algorithm 1, line 8).
+
+    Class attributes:
+        needs_policy: whether it asks how far a policy moves, which only RL domains can say.
+    """
+
+    needs_policy = False
 
     @abstractmethod
     def init(self, theta: Params) -> OuterState:

@@ -55,7 +55,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
     tasks["query_x"] = torch.cat([grid, tasks["support_x"]], dim=1)
     step_sizes = report.step_sizes.get(str(num_shots))
     adapted = list(algorithm.adapt(algorithm.theta, tasks, max(STEPS), step_sizes))
-    x, truth, _ = domain.collect(tasks, "query", model, adapted[0])
+    x, truth, _ = domain.data(tasks, "query")
     columns = {"x": x, "truth": truth} | {f"step_{step}": model(adapted[step], x) for step in STEPS}
     # Six digits: further ones may differ from machine to machine.
     values = zip(*([float(f"{v:.6g}") for v in column.flatten().tolist()] for column in columns.values()), strict=True)

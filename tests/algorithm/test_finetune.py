@@ -30,8 +30,8 @@ def test_adaptation_equals_the_plain_loop(num_shots: int, tiny_images: TinyRuns)
     tasks = domain.sample_tasks(3, Stream(7), "test", num_shots, num_query=4)
     step_sizes = [0.5, 0.25, 0.1]
     steps = list(algorithm.adapt(algorithm.theta, tasks, 3, step_sizes))
-    predicted = [algorithm.model(params, domain.collect(tasks, "query", algorithm.model, {}).x) for params in steps]
-    support, query = (domain.collect(tasks, role, algorithm.model, {}) for role in ("support", "query"))
+    predicted = [algorithm.model(params, domain.data(tasks, "query").x) for params in steps]
+    support, query = (domain.data(tasks, role) for role in ("support", "query"))
     for task in range(3):
         net = native(algorithm.theta | algorithm.carried | algorithm.head)
         for step in range(4):
@@ -61,7 +61,7 @@ def test_prediction_of_an_image_depends_on_no_other(tiny_images: TinyRuns) -> No
     domain, model = algorithm.images, algorithm.model
     tasks = domain.sample_tasks(4, Stream(7), "test", num_shots=1, num_query=5)
     *_, params = algorithm.adapt(algorithm.theta, tasks, 2)
-    support, query = (domain.collect(tasks, role, model, params) for role in ("support", "query"))
+    support, query = (domain.data(tasks, role) for role in ("support", "query"))
     alone = torch.cat([model(params, image.unsqueeze(1)) for image in query.x.unbind(1)], dim=1)
     torch.testing.assert_close(model(params, query.x), alone, rtol=1e-9, atol=1e-10)
     measured = domain.measure(model, params, support, query, 2)

@@ -25,7 +25,7 @@ def test_label_is_that_of_the_most_similar_support_image(num_shots: int, tiny_im
     algorithm = pretrained(tiny_images)
     domain, model = algorithm.images, algorithm.model
     tasks = domain.sample_tasks(4, Stream(7), "test", num_shots, num_query=3)
-    support, query = (domain.collect(tasks, role, model, {}) for role in ("support", "query"))
+    support, query = (domain.data(tasks, role) for role in ("support", "query"))
     features = native(algorithm.theta | algorithm.carried).eval()
     features.head = nn.Identity()
 
@@ -54,7 +54,7 @@ def test_prediction_of_an_image_depends_on_no_other(tiny_images: TinyRuns) -> No
     domain, model = algorithm.images, algorithm.model
     tasks = domain.sample_tasks(4, Stream(7), "test", num_shots=1, num_query=5)
     (params,) = algorithm.adapt(algorithm.theta, tasks, 0)
-    support, query = (domain.collect(tasks, role, model, params) for role in ("support", "query"))
+    support, query = (domain.data(tasks, role) for role in ("support", "query"))
     alone = torch.cat([model(params, image.unsqueeze(1)) for image in query.x.unbind(1)], dim=1)
     torch.testing.assert_close(model(params, query.x), alone, rtol=1e-9, atol=1e-10)
     measured = domain.measure(model, params, support, query, 0)

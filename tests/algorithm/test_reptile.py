@@ -45,8 +45,8 @@ class Watched(FixedExamples):
         super().__init__((1,), classes=False)
         self.seen: list[Tensor] = []
 
-    def collect(self, tasks: Tasks, role: Role, model: Model, params: Params, step: int = 0) -> Examples:
-        return super().collect(tasks, role, model, params, step)._replace(num_shots=7)
+    def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
+        return super().data(tasks, role, step)._replace(num_shots=7)
 
     def inner_loss(self, model: Model, params: Params, data: Examples) -> Tensor:
         assert data.num_shots == 1, "an example weighs the same whatever K"

@@ -14,8 +14,9 @@ from maml.experiment import build_algorithm
 from maml.inner.base import Inner
 from maml.logger.base import Logger
 from maml.model.base import Model
-from maml.outer.base import Objective, Outer
+from maml.outer.base import Objective, Outer, Product
 from maml.seeding import Stream
+from maml.types import Params
 from tests.runs import ROOT
 
 CONF = ROOT / "conf"
@@ -82,12 +83,12 @@ def test_domain_says_what_a_report_needs(option: str, cache_dir: Path) -> None:
 @pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "model" and option != "module"])
 def test_model_draws_parameters_from_the_stream_alone(option: str, cache_dir: Path) -> None:
     config, _ = compose(overrides("model", option, cache_dir), CONF)
-    model: Model = build(config["model"], in_shape=(28, 28, 1), out_dim=5)
+    model: Model = build(config["model"], in_shape=(28, 28, 1), out_dim=6)
     first, again, other = (model.init(Stream(seed)) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
     x = Stream(3).uniform((1, 4, 28, 28, 1))
-    assert model({name: value.unsqueeze(0) for name, value in first.items()}, x).shape == (1, 4, 5)
+    assert model({name: value.unsqueeze(0) for name, value in first.items()}, x).shape == (1, 4, 6)
 
 
 @pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "algorithm"])
@@ -106,7 +107,7 @@ def test_algorithm_learns_from_a_batch_and_adapts(option: str, cache_dir: Path) 
     assert len(steps) == 3
     for params in steps:
         assert [name for name, value in params.items() if value.shape[0] != 2] == []
-        query = algorithm.domain.collect(tasks, "query", algorithm.model, params)
+        query = algorithm.domain.data(tasks, "query")
         measured = algorithm.domain.measure(algorithm.model, params, query, query, step=1)
         assert measured[algorithm.domain.headline].shape == (2,)
 
@@ -131,9 +132,16 @@ def test_outer_optimizer_descends_a_quadratic_from_any_restart(option: str) -> N
     config, _ = compose([f"outer={option}"], CONF)
     outer: Outer = build(config["outer"])
 
-    class Quadratic:
-        def gradient(self, theta: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-            return {name: 2 * value for name, value in theta.items()}, {"loss": torch.tensor(0.0)}
+    class Quadratic(Objective):
+        def gradient(self, theta: Params) -> tuple[Params, dict[str, torch.Tensor]]:
+            return {name: 2 * value for name, value in theta.items()}, self.evaluate(theta)
+
+        def evaluate(self, theta: Params) -> dict[str, torch.Tensor]:
+            loss = torch.stack([value.square().sum() for value in theta.values()]).sum()
+            return {"loss": loss, "kl": torch.zeros(())}
+
+        def curvature(self, theta: Params, every: int = 1) -> Product:
+            return lambda vector: vector
 
     objective: Objective = Quadratic()
     theta = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[0.5]])}

@@ -51,7 +51,7 @@ def test_tasks_draw_distinct_classes_of_their_split_and_distinct_photos(
 def test_images_are_the_photos_unturned_and_between_0_and_1(make: Callable[..., CifarFS], role: str) -> None:
     domain = make(num_shots=2)
     tasks = domain.sample_tasks(6, Stream(0))
-    data = domain.collect(tasks, role, MODEL, {})  # type: ignore[arg-type]
+    data = domain.data(tasks, role)  # type: ignore[arg-type]
     assert domain.in_shape == (32, 32, 3)
     assert data.x.shape == (6, 10, 32, 32, 3)
     assert "rotations" not in tasks

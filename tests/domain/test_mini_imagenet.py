@@ -60,7 +60,7 @@ def test_tasks_draw_distinct_classes_of_their_split_and_distinct_photos(
 def test_images_are_the_photos_unturned_and_between_0_and_1(make: Callable[..., MiniImagenet]) -> None:
     domain = make(num_shots=2)
     tasks = domain.sample_tasks(3, Stream(0))
-    data = domain.collect(tasks, "query", MODEL, {})
+    data = domain.data(tasks, "query")
     assert domain.in_shape == (84, 84, 3)
     assert data.x.shape == (3, 4, 84, 84, 3)
     assert (data.x.min(), data.x.max()) == (0, 1)
@@ -73,7 +73,7 @@ def test_images_are_the_photos_unturned_and_between_0_and_1(make: Callable[..., 
 def test_a_model_takes_what_is_collected(make: Callable[..., MiniImagenet]) -> None:
     domain = make()
     params = {name: value.unsqueeze(0) for name, value in MODEL.init(Stream(0)).items()}
-    data = domain.collect(domain.sample_tasks(1, Stream(0)), "support", MODEL, params)
+    data = domain.data(domain.sample_tasks(1, Stream(0)), "support")
     assert MODEL(params, data.x).shape == (1, 2, 2)
 
 

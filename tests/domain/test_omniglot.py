@@ -58,7 +58,7 @@ def test_images_are_the_drawings_turned_by_their_class(make: Callable[..., Omnig
     domain = make(num_shots=3)
     tasks = domain.sample_tasks(6, Stream(0))
     for role in ("support", "query"):
-        data = domain.collect(tasks, role, MODEL, {})
+        data = domain.data(tasks, role)
         assert data.x.shape == (6, 15, 28, 28, 1)
         for task in range(6):
             for i, label in enumerate(data.y[task].tolist()):
@@ -76,14 +76,14 @@ def test_rotations_are_uniform_and_drawn_in_test_tasks_too(make: Callable[..., O
 
 def test_ink_is_one_and_paper_zero(make: Callable[..., Omniglot]) -> None:
     domain = make()
-    x = domain.collect(domain.sample_tasks(50, Stream(0)), "support", MODEL, {}).x
+    x = domain.data(domain.sample_tasks(50, Stream(0)), "support").x
     assert set(x.unique().tolist()) == {0.0, 1.0}
     assert 0.02 < x.mean() < 0.3
 
 
 def test_labels_are_balanced_and_name_positions_in_the_task(make: Callable[..., Omniglot]) -> None:
     domain = make(num_shots=2)
-    y = domain.collect(domain.sample_tasks(3, Stream(0)), "query", MODEL, {}).y
+    y = domain.data(domain.sample_tasks(3, Stream(0)), "query").y
     assert y.tolist() == [[0, 1, 2, 3, 4] * 2] * 3
 
 
@@ -97,7 +97,7 @@ def test_query_images_per_class_are_k_unless_asked(
 
 def test_loss_is_the_summed_cross_entropy_over_k(make: Callable[..., Omniglot]) -> None:
     domain = make(num_shots=4)
-    data = domain.collect(domain.sample_tasks(2, Stream(0)), "support", MODEL, {})
+    data = domain.data(domain.sample_tasks(2, Stream(0)), "support")
     outputs = Stream(3).normal((2, 20, 5))
     losses, metrics = domain.loss(outputs, data)
     for task in range(2):
@@ -111,7 +111,7 @@ def test_inductive_accuracy_depends_on_no_other_query_image(make: Callable[..., 
     params = {name: value.unsqueeze(0) for name, value in MODEL.init(Stream(0)).items()}
     domain = make()
     tasks = domain.sample_tasks(1, Stream(1), "test", num_query=3)
-    support, query = (domain.collect(tasks, role, MODEL, params) for role in ("support", "query"))
+    support, query = (domain.data(tasks, role) for role in ("support", "query"))
     joint = torch.cat([support.x, query.x], dim=1)
     together = MODEL(params, joint, num_reference=5)[:, 5:]
     alone = torch.cat(

@@ -25,7 +25,7 @@ def test_tasks_have_the_papers_ranges() -> None:
 def test_targets_are_the_tasks_sinusoid() -> None:
     domain = Sinusoid(num_shots=3, num_query=7)
     tasks = domain.sample_tasks(2, Stream(1))
-    query = domain.collect(tasks, "query", MODEL, {})
+    query = domain.data(tasks, "query")
     assert query.x.shape == query.y.shape == (2, 7, 1)
     for task in range(2):
         for point in range(7):
@@ -43,7 +43,7 @@ def test_splits_and_roles_share_no_points() -> None:
 
 def test_loss_is_the_mean_squared_error_per_task() -> None:
     domain = Sinusoid()
-    data = domain.collect(domain.sample_tasks(2, Stream(0)), "support", MODEL, {})
+    data = domain.data(domain.sample_tasks(2, Stream(0)), "support")
     outputs = torch.zeros_like(data.y)
     losses, _ = domain.loss(outputs, data)
     assert torch.allclose(losses, torch.stack([sum(y**2 for y in task) / len(task) for task in data.y]).squeeze(-1))
@@ -53,7 +53,7 @@ def test_step_zero_is_measured_on_the_support_points() -> None:
     domain = Sinusoid()
     params = {name: value.unsqueeze(0) for name, value in MODEL.init(Stream(2)).items()}
     tasks = domain.sample_tasks(1, Stream(0))
-    support, query = (domain.collect(tasks, role, MODEL, params) for role in ("support", "query"))
+    support, query = (domain.data(tasks, role) for role in ("support", "query"))
     before = domain.measure(MODEL, params, support, query, step=0)["mse"]
     after = domain.measure(MODEL, params, support, query, step=1)["mse"]
     assert torch.equal(before, domain.inner_loss(MODEL, params, support))

@@ -16,7 +16,7 @@ MODEL = LSTM((10, 1), 1)
 def test_sequences_lead_up_to_the_point_of_the_task() -> None:
     domain = SinusoidSequence(num_shots=3, num_query=4, sequence_length=6)
     tasks = domain.sample_tasks(2, Stream(1))
-    data = domain.collect(tasks, "query", MODEL, {})
+    data = domain.data(tasks, "query")
     assert (*data.x.shape[2:],) == domain.in_shape == (6, 1)
     assert (data.x.shape[:2], data.y.shape, data.num_shots) == ((2, 4), (2, 4, 1), 3)
     for task in range(2):
@@ -32,7 +32,7 @@ def test_sequences_lead_up_to_the_point_of_the_task() -> None:
 def test_sequences_alone_do_not_tell_the_target() -> None:
     domain = SinusoidSequence()
     tasks = domain.sample_tasks(2000, Stream(0))
-    data = domain.collect(tasks, "support", MODEL, {})
+    data = domain.data(tasks, "support")
     start, stop = (data.x[:, :, position].flatten() for position in (-2, -1))
     following = 2 * math.cos(0.5) * stop - start  # sin x at the point asked for, exactly
     torch.testing.assert_close(following, torch.sin(tasks["support_x"]).flatten(), atol=1e-5, rtol=0)

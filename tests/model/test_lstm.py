@@ -80,7 +80,7 @@ def test_meta_gradient_equals_the_plain_loop(order: Literal[1, 2], num_steps: in
     algorithm, theta, tasks = make(num_steps, order)
     gradient, metrics = algorithm.gradient(theta, tasks)
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
-    support, query = (algorithm.domain.collect(tasks, role, algorithm.model, {}) for role in ("support", "query"))
+    support, query = (algorithm.domain.data(tasks, role) for role in ("support", "query"))
     examples = list(zip(support.x, support.y, query.x, query.y, strict=True))
     loss = plain_maml.outer_loss(library_lstm, F.mse_loss, leaves, examples, 0.3, num_steps, order, list(theta))
     assert metrics["loss"].item() == pytest.approx(loss.item(), rel=1e-10)

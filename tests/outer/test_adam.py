@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from maml.outer.adam import Adam
+from maml.outer.base import Objective
 from maml.types import Params
 
 
-class Given:
+class Given(Objective):
     """An objective whose gradient is handed to it."""
 
     def __init__(self, gradient: Params) -> None:

@@ -1,0 +1,1 @@
+"""What the meta-RL domains share: rollouts and their advantages."""

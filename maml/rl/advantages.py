@@ -1,0 +1,54 @@
+"""The linear baseline and the advantages over it (protocol 6.4; Duan et al. 2016)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maml.rl.rollouts import Episodes
+
+_MAX_OBSERVATION = 10.0
+_TIME_UNIT = 100.0  # timesteps
+_RIDGE = 1e-5
+_MAX_FITS = 5
+
+
+def advantages(episodes: Episodes, pooled: bool) -> Tensor:
+    """Returns the advantage of each action, standardised, ``(T, N)``; 0 where there is none.
+
+    The baseline is fitted to the same episodes first, then used: anew for each task and gradient step. An episode's end
+    is worth 0, whatever ended it.
+
+    Args:
+        episodes: of T tasks.
+        pooled: whether one baseline, and one mean and standard deviation, serve all tasks.
+    """
+    times = torch.arange(episodes.times.shape[1], device=episodes.times.device)
+    taken = times < episodes.lengths.unsqueeze(1)
+    result = torch.zeros_like(episodes.returns_to_go)
+    groups = [taken] if pooled else [taken & one.unsqueeze(1) for one in torch.eye(len(taken), dtype=torch.bool)]
+    for group in groups:
+        inputs = features(episodes.observations[group], episodes.times[group])
+        returns = episodes.returns_to_go[group].double()
+        advantage = returns - inputs @ fit_baseline(inputs, returns)
+        advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+        result[group] = advantage.to(result.dtype)
+    return result
+
+
+def features(observations: Tensor, times: Tensor) -> Tensor:
+    """Returns what the baseline is linear in, ``(..., 2 O + 4)``, float64: o, o^2, t, t^2, t^3, 1, of clipped o."""
+    clipped = observations.double().clamp(-_MAX_OBSERVATION, _MAX_OBSERVATION)
+    time = times.double().unsqueeze(-1) / _TIME_UNIT
+    return torch.cat([clipped, clipped.square(), time, time**2, time**3, torch.ones_like(time)], dim=-1)
+
+
+def fit_baseline(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Returns the coefficients of the least-squares fit of ``(N,)`` to ``(N, F)``, with as little ridge as will do."""
+    gram, moments = inputs.T @ inputs, inputs.T @ targets
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for attempt in range(_MAX_FITS):
+        coefficients = torch.linalg.lstsq(gram + _RIDGE * 10**attempt * identity, moments.unsqueeze(-1)).solution
+        if coefficients.isfinite().all():
+            break
+    return coefficients.squeeze(-1)

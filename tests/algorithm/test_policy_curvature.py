@@ -1,0 +1,152 @@
+"""The curvature of the trust region, and the meta-gradient, of policies: against autograd and finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from maml.algorithm.base import Algorithm, Parts
+from maml.algorithm.context_vector import ContextVector
+from maml.algorithm.maml import MAML
+from maml.algorithm.pretrain import Pretrain
+from maml.domain.point_navigation import PointNavigation
+from maml.domain.reinforcement import log_prob
+from maml.inner.learned_sgd import LearnedSGD
+from maml.inner.sgd import SGD
+from maml.model.gaussian_policy import GaussianPolicy
+from maml.model.mlp import MLP
+from maml.outer.trpo import TRPO
+from maml.seeding import Stream
+from maml.types import Params, Tasks
+
+Case = tuple[Algorithm, Tasks]
+
+
+def policy(activation: str, in_shape: tuple[int, ...], out_dim: int) -> GaussianPolicy:
+    return GaussianPolicy(in_shape, out_dim, hidden_sizes=[5, 4], activation=activation)  # type: ignore[arg-type]
+
+
+def made(kind: str, activation: str, num_steps: int, task_chunk: int | None) -> Case:
+    """An algorithm in float64, with a meta-batch of rollouts of its policies."""
+    domain = PointNavigation(num_shots=2, horizon=12)
+    inner = (LearnedSGD if kind == "learned_sgd" else SGD)(
+        0.1, num_steps, order=1 if kind == "fomaml" else 2, adapt=["*"]
+    )
+    if kind == "context_vector":
+        inner = SGD(0.1, num_steps, order=2, adapt=["context"])
+    parts = Parts(
+        domain,
+        lambda *shapes: policy(activation, *shapes),
+        inner,
+        TRPO(),
+        Stream(3),
+        task_chunk,
+    )
+    algorithm: Algorithm
+    if kind == "context_vector":
+        algorithm = ContextVector(parts, num_channels=2, init="glorot")
+    else:
+        algorithm = Pretrain(parts) if kind == "pretrain" else MAML(parts)
+    tasks = algorithm.sample_tasks(3, Stream(1))
+    algorithm.collect(tasks)
+    tasks = {name: value.double() if value.is_floating_point() else value for name, value in tasks.items()}
+    algorithm.theta = {name: value.double() for name, value in algorithm.theta.items()}
+    # The policies that collected, to the last digit: then the divergence is zero, and its gradient too.
+    for step, params in enumerate(algorithm._adapt(algorithm.theta, tasks, algorithm.num_steps, None, False)):
+        with torch.no_grad():
+            tasks[f"step_{step}.outputs"] = algorithm.model(params, tasks[f"step_{step}.observations"])
+    return algorithm, tasks
+
+
+def flat(params: Params) -> Tensor:
+    return torch.cat([value.flatten() for value in params.values()])
+
+
+def like(vector: Tensor, theta: Params) -> Params:
+    parts = vector.split([value.numel() for value in theta.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(theta.items(), parts, strict=True)}
+
+
+def mean_kl(algorithm: Algorithm, tasks: Tasks, vector: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return algorithm.task_losses(like(vector, algorithm.theta), tasks)[1]["kl"].mean()
+
+
+KINDS = ["maml", "fomaml", "pretrain", "context_vector", "learned_sgd"]
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("num_steps", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_curvature_is_the_hessian_of_the_divergence(kind: str, activation: str, num_steps: int) -> None:
+    algorithm, tasks = made(kind, activation, num_steps, task_chunk=2)
+    theta = flat(algorithm.theta)
+    hessian = torch.autograd.functional.hessian(lambda vector: mean_kl(algorithm, tasks, vector), theta)
+    product = algorithm.curvature(algorithm.theta, tasks)
+    for seed in range(3):
+        vector = torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        expected = hessian @ vector
+        ours = flat(product(like(vector, algorithm.theta)))
+        assert (ours - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert expected.abs().max() > 1e-3
+
+
+def test_curvature_does_not_depend_on_the_chunks() -> None:
+    vectors = []
+    for chunk in (1, 2, None):
+        algorithm, tasks = made("maml", "tanh", 1, chunk)
+        vectors.append(flat(algorithm.curvature(algorithm.theta, tasks)(algorithm.theta)))
+    assert torch.allclose(vectors[0], vectors[1], rtol=1e-12, atol=0)
+    assert torch.allclose(vectors[0], vectors[2], rtol=1e-12, atol=0)
+
+
+def test_curvature_of_every_second_timestep_is_that_of_thinned_rollouts() -> None:
+    algorithm, tasks = made("maml", "tanh", 1, None)
+    thinned = algorithm.domain.thin(tasks, 2)
+    assert thinned["step_0.actions"].shape[1] == -(-tasks["step_0.actions"].shape[1] // 2)
+    assert torch.allclose(thinned["step_1.weights"].sum(1), torch.ones(3, dtype=torch.float64))
+    ours = algorithm.curvature(algorithm.theta, tasks, every=2)(algorithm.theta)
+    expected = algorithm.curvature(algorithm.theta, thinned)(algorithm.theta)
+    assert torch.equal(flat(ours), flat(expected))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_meta_gradient_equals_finite_differences(kind: str) -> None:
+    algorithm, tasks = made(kind, "tanh", 1, task_chunk=2)
+    if kind == "fomaml":
+        pytest.skip("its gradient is not that of the loss")
+    gradient = flat(algorithm.gradient(algorithm.theta, tasks)[0])
+    theta = flat(algorithm.theta)
+    for seed in range(3):
+        vector = torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        high, low = (
+            algorithm.evaluate(like(theta + sign * 1e-5 * vector, algorithm.theta), tasks)["loss"] for sign in (1, -1)
+        )
+        assert abs((high - low) / 2e-5 - gradient @ vector) < 1e-6 * (1 + abs(gradient @ vector))
+
+
+def test_inner_step_is_the_papers() -> None:
+    """theta' = theta + alpha * gradient of mean(log pi * A), written out for a single task."""
+    algorithm, tasks = made("maml", "tanh", 1, None)
+    theta = {name: value.clone().requires_grad_() for name, value in algorithm.theta.items()}
+    rollouts = algorithm.domain.data(tasks, "support", 0)
+    net = MLP((2,), 2, [5, 4], activation="tanh")
+    task = 1
+    count = int((rollouts.weights[task] > 0).sum())
+    means = net({name: value.unsqueeze(0) for name, value in theta.items()}, rollouts.observations[task : task + 1])[0]
+    total = torch.zeros((), dtype=torch.float64)
+    for time in range(count):
+        normal = torch.distributions.Normal(means[time], theta["log_std"].exp())
+        total = total + normal.log_prob(rollouts.actions[task, time]).sum() * rollouts.advantages[task, time]
+    gradients = torch.autograd.grad(total / count, list(theta.values()))
+    *_, adapted = algorithm._adapt(algorithm.theta, tasks, 1, None, create_graph=False)
+    for (name, value), gradient in zip(theta.items(), gradients, strict=True):
+        assert torch.allclose(adapted[name][task], value + 0.1 * gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_log_prob_is_of_the_unclipped_action() -> None:
+    outputs = torch.tensor([[0.5, -0.5, 0.1, -0.2]])
+    actions = torch.tensor([[3.0, -4.0]])
+    expected = torch.distributions.Normal(outputs[:, :2], outputs[:, 2:].exp()).log_prob(actions).sum(-1)
+    assert torch.allclose(log_prob(outputs, actions), expected)

@@ -1,0 +1,171 @@
+"""Any Gymnasium environment as a family of tasks, against stepping each by hand."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete
+from torch import Tensor
+
+from maml.environment.vectorized import VectorizedEnvironments
+from maml.errors import MamlError
+from maml.seeding import Stream
+
+GRAVITIES = torch.tensor([[9.5], [1.25], [9.5], [4.0]])
+
+
+class Counter(gymnasium.Env):
+    """Adds its action up; beyond its limit the sum, or the reward, is no longer finite."""
+
+    def __init__(self, limit: float, broken: float = 0.0, start: float = 0.0) -> None:
+        self.action_space = Box(-1.0, 1.0, (1,), np.float64)
+        self.observation_space = Box(-100.0, 100.0, (2,), np.float64)
+        self.limit, self.broken, self.start = limit, broken, start
+        self.open = True
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.sum = np.array([self.start, self.np_random.uniform()])
+        return self.sum, {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        assert action.dtype == np.float64 and np.abs(action).max() <= 1
+        self.sum[0] += action[0]  # the same array at every step, as some environments have it
+        beyond = self.sum[0] > self.limit
+        if beyond and self.broken == 1:
+            self.sum[1] = np.nan
+        reward = np.inf if beyond and self.broken == 2 else self.sum[0]
+        return self.sum, reward, bool(beyond), False, {}
+
+    def close(self) -> None:
+        assert self.open
+        self.open = False
+
+
+def streams(count: int) -> Stream:
+    return Stream(torch.arange(count) + 7)
+
+
+def everyone(goals: Tensor) -> Tensor:
+    return torch.arange(len(goals))
+
+
+def test_pendulums_equal_those_stepped_by_hand() -> None:
+    many = VectorizedEnvironments("Pendulum-v1", ["g"], [9.5])
+    assert (many.observation_dim, many.action_dim, many.goal_dim) == (3, 1, 1)
+    ones = [gymnasium.make("Pendulum-v1", g=gravity) for gravity in GRAVITIES[:, 0].tolist()]
+    stream = streams(4)
+    seeds = stream.integers((), 2**31).tolist()
+    first = [one.reset(seed=seed)[0] for one, seed in zip(ones, seeds, strict=True)]
+    assert torch.equal(many.reset(GRAVITIES, stream), torch.from_numpy(np.stack(first)))
+    actions = Stream(0).normal((200, 4, 1), std=3.0)  # many beyond the limit of 2
+    for step in range(200):
+        transition = many.step(actions[step], everyone(GRAVITIES))
+        taken = actions[step].clamp(-2.0, 2.0).numpy()
+        expected = [one.step(action) for one, action in zip(ones, taken, strict=True)]
+        observations, rewards, terminated, truncated, _ = zip(*expected, strict=True)
+        assert torch.equal(transition.observations, torch.from_numpy(np.stack(observations)))
+        assert torch.equal(transition.rewards, torch.tensor(rewards, dtype=torch.float32))
+        assert not any(terminated) and transition.terminated.tolist() == list(truncated)
+        assert not transition.unstable.any()
+    assert transition.terminated.all()  # Pendulum-v1 is truncated after 200 steps
+
+
+def test_environments_do_not_depend_on_their_neighbours() -> None:
+    many, few = (VectorizedEnvironments("Pendulum-v1", ["g"], [9.5]) for _ in range(2))
+    stream, chosen = streams(4), torch.tensor([1, 3])
+    many.reset(torch.full_like(GRAVITIES, 9.5), streams(4))  # leaves environments behind to be taken over
+    first = many.reset(GRAVITIES, stream)
+    assert torch.equal(few.reset(GRAVITIES[chosen], Stream(stream.key[chosen])), first[chosen])
+    for _ in range(5):
+        expected = many.step(torch.ones(4, 1), torch.arange(4))
+        for one, other in zip(few.step(torch.ones(2, 1), torch.arange(2)), expected, strict=True):
+            assert torch.equal(one, other[chosen])
+
+
+def test_only_the_living_are_stepped() -> None:
+    environments = VectorizedEnvironments(Counter, ["limit"], [9.0])
+    environments.reset(torch.tensor([[9.0], [9.0], [1.5]]), streams(3))
+    environments.step(torch.ones(2, 1), torch.tensor([0, 2]))
+    transition = environments.step(torch.tensor([[0.5], [0.5], [5.0]]), torch.arange(3))
+    assert transition.observations[:, 0].tolist() == [1.5, 0.5, 2.0]
+    assert transition.rewards.tolist() == [1.5, 0.5, 2.0]
+    assert transition.terminated.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("broken", [1.0, 2.0])
+def test_unstable_step_ends_the_episode_with_zeros(broken: float) -> None:
+    environments = VectorizedEnvironments(Counter, ["broken", "limit"], [0.0, 9.0])
+    environments.reset(torch.tensor([[0.0, 0.5], [broken, 0.5]]), streams(2))
+    transition = environments.step(torch.ones(2, 1), torch.arange(2))
+    assert transition.unstable.tolist() == [False, True]
+    assert transition.observations[0, 0] == 1.0 and transition.observations[1].tolist() == [0.0, 0.0]
+    assert transition.rewards.tolist() == [1.0, 0.0]
+    assert transition.observations.dtype == transition.rewards.dtype == torch.float32
+
+
+def test_environments_of_the_same_goals_are_built_once() -> None:
+    built: list[Counter] = []
+
+    def build(limit: float) -> Counter:
+        built.append(Counter(limit))
+        return built[-1]
+
+    environments = VectorizedEnvironments(build, ["limit"], [1.0])
+    environments.reset(torch.tensor([[1.0], [2.0], [1.0]]), streams(3))
+    assert [one.limit for one in built] == [1.0, 2.0, 1.0]  # the example first
+    environments.reset(torch.tensor([[1.0], [1.0], [2.0]]), streams(3))
+    assert len(built) == 3 and all(one.open for one in built)
+    environments.reset(torch.tensor([[3.0], [2.0]]), streams(2))
+    assert [(one.limit, one.open) for one in built] == [(1.0, False), (2.0, True), (1.0, False), (3.0, True)]
+
+
+def test_slowness_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        environments = VectorizedEnvironments("Pendulum-v1", ["g"], [9.5])
+        for _ in range(2):
+            environments.reset(GRAVITIES, streams(4))
+            environments.step(torch.zeros(4, 1), torch.arange(4))
+    (message,) = caplog.messages
+    assert "Pendulum-v1" in message and "slow" in message
+
+
+def with_spaces(**spaces: gymnasium.Space) -> Any:
+    def build(limit: float) -> Counter:
+        environment = Counter(limit)
+        vars(environment).update(spaces)
+        return environment
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("environment", "goal_names", "example", "message"),
+    [
+        ("Pendulum-v1", ["gravity"], [9.5], "cannot be made .*gravity.*unexpected keyword.*goal_names"),
+        ("Pendulums-v1", ["g"], [9.5], "cannot be made .*Did you mean"),
+        (Counter, ["limits"], [9.5], "Counter cannot be made .*unexpected keyword argument 'limits'"),
+        ("Pendulum-v1", ["g"], [9.5, 1.0], "give a number for each"),
+        (with_spaces(action_space=Discrete(2)), ["limit"], [1.0], r"action space Discrete\(2\)"),
+        (with_spaces(action_space=Box(0, 3, (2,), np.int64)), ["limit"], [1.0], "int64.*floating dtype"),
+        (with_spaces(action_space=Box(-1, 1, (2, 2))), ["limit"], [1.0], "Box of one axis"),
+        (with_spaces(observation_space=Dict(x=Box(0, 1))), ["limit"], [1.0], "observation space Dict.*Flatten"),
+        (with_spaces(observation_space=Box(0, 1, (8, 8))), ["limit"], [1.0], "observation space Box.*Flatten"),
+    ],
+)
+def test_unsuitable_environment_is_refused(
+    environment: Any, goal_names: list[str], example: list[float], message: str
+) -> None:
+    with pytest.raises(MamlError, match=message):
+        VectorizedEnvironments(environment, goal_names, example)
+
+
+def test_start_that_is_not_finite_is_refused() -> None:
+    environments = VectorizedEnvironments(Counter, ["limit", "start"], [1.0, 0.0])
+    with pytest.raises(MamlError, match=r"begins at .*nan.*'limit': 1.0.*mend its reset"):
+        environments.reset(torch.tensor([[1.0, torch.nan]]), streams(1))
