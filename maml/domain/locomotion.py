@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Velocity(Reinforcement):
     ) -> None:
         environments = MujocoEnvironments(self.environment, physics)
         super().__init__(environments, num_shots, horizon, discount, oracle, pooled, num_goals)
-        self.goal_range = goal_range
+        self.goal_range, self.physics = goal_range, physics
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         return stream.uniform((count, 1), *self.goal_range)
@@ -54,6 +55,15 @@ class Velocity(Reinforcement):
     def test_goals(self, count: int) -> Tensor:
         """NumPy's generator with seed 1, as in the authors' test scripts (protocol 6.8)."""
         return torch.from_numpy(np.random.RandomState(1).uniform(*self.goal_range, size=(count, 1))).float()
+
+    def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
+        return gymnasium.make(
+            f"maml/{self.environment.__name__}-v0",
+            goal_velocity=goal.item(),
+            physics=self.physics,
+            render_mode=render_mode,
+            max_episode_steps=self.horizon,
+        )
 
 
 class CheetahVelocity(Velocity):
@@ -100,6 +110,7 @@ class Direction(Reinforcement):
     ) -> None:
         environments = MujocoEnvironments(self.environment, physics)
         super().__init__(environments, num_shots, horizon, discount, oracle, pooled, num_goals)
+        self.physics = physics
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         return 2.0 * stream.integers((count, 1), 2) - 1
@@ -109,6 +120,15 @@ class Direction(Reinforcement):
         seed, low, high, threshold = self.test_draw
         numbers = np.random.RandomState(seed).uniform(low, high, size=(count, 1))
         return torch.from_numpy(np.where(numbers >= threshold, 1.0, -1.0)).float()
+
+    def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
+        return gymnasium.make(
+            f"maml/{self.environment.__name__}-v0",
+            goal_direction=goal.item(),
+            physics=self.physics,
+            render_mode=render_mode,
+            max_episode_steps=self.horizon,
+        )
 
 
 class CheetahDirection(Direction):

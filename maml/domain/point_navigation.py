@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class PointNavigation(Reinforcement):
         num_goals: Count | None = None,
     ) -> None:
         super().__init__(PointEnvironments(reward), num_shots, horizon, discount, oracle, pooled, num_goals)
-        self.goal_range = goal_range
+        self.goal_range, self.reward = goal_range, reward
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         return stream.uniform((count, 2), *self.goal_range)
@@ -50,3 +51,12 @@ class PointNavigation(Reinforcement):
     def test_goals(self, count: int) -> Tensor:
         goals = np.random.RandomState(_TEST_SEED).uniform(*self.goal_range, size=(count, 2))
         return torch.from_numpy(goals).float()
+
+    def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
+        return gymnasium.make(
+            "maml/PointNavigation-v0",
+            goal=goal.tolist(),
+            reward=self.reward,
+            render_mode=render_mode,
+            max_episode_steps=self.horizon,
+        )

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
+import gymnasium
 import torch
 from torch import Tensor
 
@@ -90,6 +91,10 @@ class Reinforcement(Domain[Rollouts]):
     @abstractmethod
     def test_goals(self, count: int) -> Tensor:
         """Returns the goals of meta-test, ``(count, G)``: those of the authors, as far as they go."""
+
+    @abstractmethod
+    def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
+        """Makes the environment of one goal, ``(G,)``, that Gymnasium's tools take; it tells no oracle the goal."""
 
     def sample_tasks(
         self,

@@ -60,8 +60,9 @@ class TRPO(Outer):
         def damped(vector: Tensor) -> Tensor:
             return _flat(product(_like(vector, theta)), theta) + self.damping * vector
 
-        direction = conjugate_gradient(damped, gradient, self.num_cg_steps)
-        length = (2 * self.max_kl / (direction @ damped(direction) + 1e-8)).sqrt()
+        direction, residual = conjugate_gradient(damped, gradient, self.num_cg_steps)
+        curved = gradient - residual  # what the damped curvature makes of the direction
+        length = (2 * self.max_kl / (direction @ curved + 1e-8)).sqrt()
         step = direction * torch.where(length.isfinite(), length, 1.0)
 
         start = {name: value.clone() for name, value in theta.items()}
@@ -79,8 +80,8 @@ class TRPO(Outer):
         return metrics | {"kl": kl, "loss_after": after, "step_fraction": torch.full_like(kl, fraction)}
 
 
-def conjugate_gradient(product: Callable[[Tensor], Tensor], vector: Tensor, num_steps: int) -> Tensor:
-    """Solves A x = b for a positive definite A (Hestenes and Stiefel 1952).
+def conjugate_gradient(product: Callable[[Tensor], Tensor], vector: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Solves A x = b for a positive definite A (Hestenes and Stiefel 1952); returns x and b - A x.
 
     Args:
         product: x -> A x.
@@ -98,7 +99,7 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], vector: Tensor, num_
         residual -= rate * curved
         before, squared = squared, residual @ residual
         direction = residual + squared / before * direction
-    return solution
+    return solution, residual
 
 
 def _flat(params: Params, theta: Params) -> Tensor:

@@ -26,7 +26,8 @@ def advantages(episodes: Episodes, pooled: bool) -> Tensor:
     times = torch.arange(episodes.times.shape[1], device=episodes.times.device)
     taken = times < episodes.lengths.unsqueeze(1)
     result = torch.zeros_like(episodes.returns_to_go)
-    groups = [taken] if pooled else [taken & one.unsqueeze(1) for one in torch.eye(len(taken), dtype=torch.bool)]
+    each = torch.eye(len(taken), dtype=torch.bool, device=taken.device).unsqueeze(-1)
+    groups = [taken] if pooled else [taken & task for task in each]
     for group in groups:
         inputs = features(episodes.observations[group], episodes.times[group])
         returns = episodes.returns_to_go[group].double()
@@ -48,7 +49,8 @@ def fit_baseline(inputs: Tensor, targets: Tensor) -> Tensor:
     gram, moments = inputs.T @ inputs, inputs.T @ targets
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for attempt in range(_MAX_FITS):
-        coefficients = torch.linalg.lstsq(gram + _RIDGE * 10**attempt * identity, moments.unsqueeze(-1)).solution
+        # Not lstsq: its pivots on a CPU depend on what lay in memory before, and it has no answer to a NaN but a crash.
+        coefficients = torch.linalg.solve_ex(gram + _RIDGE * 10**attempt * identity, moments).result
         if coefficients.isfinite().all():
             break
-    return coefficients.squeeze(-1)
+    return coefficients

@@ -1,0 +1,65 @@
+"""Any Gymnasium environment as a domain: a task is a choice of its constructor's numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import gymnasium
+import torch
+from annotated_types import MinLen
+from torch import Tensor
+
+from maml.domain.reinforcement import Reinforcement
+from maml.environment.vectorized import VectorizedEnvironments
+from maml.seeding import Stream
+from maml.types import Count, Discount, Interval
+
+
+class GymnasiumEnv(Reinforcement):
+    """Tasks that differ in keywords of an environment, each uniform in a range. It is stepped the slow, plain way.
+
+    Args:
+        env_id: of ``gymnasium.make``; ``module:id`` imports the module that registers it.
+        goals: keywords of the environment that tell tasks apart, and their ranges.
+        num_shots: K, rollouts per task and gradient step.
+        horizon: H, timesteps of an episode.
+        discount: of the rewards, in what is learnt from.
+        oracle: tells the policy the keywords' values.
+        pooled: in training, one baseline and one standardisation for all tasks of a meta-batch.
+        num_goals: in training, so many goals drawn once; None draws fresh ones.
+
+    Raises:
+        MamlError: if the environment does not take these keywords, or has other than real vectors as actions and
+            observations.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        goals: Annotated[dict[str, Interval], MinLen(1)],
+        num_shots: Count = 20,
+        horizon: Count = 200,
+        discount: Discount = 0.99,
+        oracle: bool = False,
+        pooled: bool = False,
+        num_goals: Count | None = None,
+    ) -> None:
+        self.env_id, self.goal_names = env_id, list(goals)
+        self.low, self.high = (torch.tensor(ends) for ends in zip(*goals.values(), strict=True))
+        environments = VectorizedEnvironments(env_id, self.goal_names, self.low.tolist())
+        super().__init__(environments, num_shots, horizon, discount, oracle, pooled, num_goals)
+
+    def draw_goals(self, count: int, stream: Stream) -> Tensor:
+        low, high = self.low.to(stream.device), self.high.to(stream.device)
+        return stream.uniform((count, len(low))) * (high - low) + low
+
+    def test_goals(self, count: int) -> Tensor:
+        """Drawn once and for all."""
+        return self.draw_goals(count, Stream(0).child("test goals"))
+
+    def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
+        keywords = dict(zip(self.goal_names, goal.tolist(), strict=True))
+        environment = gymnasium.make(
+            self.env_id, render_mode=render_mode, max_episode_steps=self.horizon, **keywords
+        )
+        return gymnasium.wrappers.ClipAction(environment)
