@@ -40,5 +40,6 @@ paper-figures: setup  ## render the paper's figures from what has been run
 claims: setup  ## measure what section 5.2 says in prose: FOMAML's speed-up, the number of parameters
 	$(RUN) scripts/claims.py
 
-bench: setup  ## time the meta-gradient against a plain loop and whatever peers are installed
+bench: setup  ## time the meta-gradient against a plain loop and whatever peers are installed, and meta-RL
 	$(RUN) scripts/bench_meta_gradient.py
+	$(RUN) scripts/bench_meta_rl.py

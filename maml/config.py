@@ -293,6 +293,6 @@ def explain_override_error(arguments: Sequence[str]) -> None:
             if last.startswith("_"):
                 continue
             node = OmegaConf.select(known, ".".join(parents)) if parents else known
-            if isinstance(node, DictConfig) and last not in node:
+            if isinstance(node, DictConfig) and last not in list(node):  # `in` denies what has no value yet
                 keys = [str(key) for key in node if not str(key).startswith("_")]
                 print(f"{name} is not a key{near_miss(last, keys, ''.join(p + '.' for p in parents))}", file=sys.stderr)

@@ -5,6 +5,10 @@ class MamlError(ValueError):
     """A setting, a file or a run is not usable; the message says what, why, and what to do."""
 
 
+class Diverged(MamlError):
+    """Parameters are not finite, or what they compute is not."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop; its state is saved and the same command resumes it."""
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from maml.algorithm.base import Algorithm
 from maml.domain.base import Domain, Split
-from maml.errors import MamlError
+from maml.errors import Diverged, MamlError
 from maml.seeding import Stream
-from maml.types import Count, NonNegativeFloat, NonNegativeInt, PositiveFloat, Tasks, num_tasks, take
+from maml.types import Count, NonNegativeFloat, NonNegativeInt, Params, PositiveFloat, Tasks, num_tasks, take
 
 # Tasks whose adapted parameters are held at once where the hardware sets no chunk.
 _DEFAULT_CHUNK = 100
@@ -86,7 +86,10 @@ class StepSizeSearch:
         best, chosen = -math.inf, None
         for step_size, decay in itertools.product(self.step_sizes, self.decays):
             sizes = [step_size / (1 + step * decay) for step in range(evaluation.num_steps)]
-            curves = evaluation.curves(algorithm, num_shots, bank, sizes)
+            try:
+                curves = evaluation.curves(algorithm, num_shots, bank, sizes)
+            except Diverged:
+                continue
             score = next(sign * curve.values[-1].mean().item() for curve in curves if curve.metric == domain.headline)
             if score > best:  # false where it is not a number
                 best, chosen = score, sizes
@@ -196,14 +199,16 @@ class Evaluation:
             hashes[str(num_shots)], sizes[str(num_shots)] = bank_hash(bank), chosen
         return curves, hashes, sizes
 
+    def choose_theta(self, algorithm: Algorithm) -> Params:
+        """Returns the theta that is evaluated."""
+        return algorithm.theta if self.theta == "last" else {name: algorithm.best[name] for name in algorithm.theta}
+
     @torch.no_grad()
     def curves(self, algorithm: Algorithm, num_shots: int, bank: Tasks, step_sizes: list[float] | None) -> list[Curve]:
         """Adapts to the tasks of a bank and measures after each step."""
         domain, model = algorithm.domain, algorithm.model
         device = next(iter(algorithm.theta.values())).device
-        theta = algorithm.theta
-        if self.theta == "best":
-            theta = {name: algorithm.best[name] for name in theta}
+        theta = self.choose_theta(algorithm)
         # Environments are stepped together: the more at once, the faster.
         chunk = num_tasks(bank) if domain.on_policy else algorithm.task_chunk or _DEFAULT_CHUNK
         parts: dict[str, list[Tensor]] = {}

@@ -49,7 +49,8 @@ class Hardware:
 
     Args:
         device: ``auto`` takes the GPU when there is one.
-        num_threads: CPU threads; ``auto`` is all cores for images and one for small vectors, where more would lose.
+        num_threads: CPU threads; ``auto`` is all cores for images, and for simulation beside a GPU; else one, because
+            small vectors would lose by more.
         task_chunk: tasks batched at once; ``all``, or ``auto``: all on a GPU, a cache-sized part on a CPU.
         compile: compile the meta-gradient; ``auto`` does so for long CPU runs of small networks.
         deterministic: only kernels that give the same bits every time; a resumed GPU run is then exact too.
@@ -102,7 +103,9 @@ class Hardware:
                     "so every one would be compiled anew; leave it to auto"
                 )
             chunk = max(1, _CHUNK_TIMESTEPS // (domain.num_shots * domain.horizon))
-            automatic |= {"task_chunk": chunk if on_cpu else None, "compile": False}
+            # Beside a GPU the cores have nothing to do but simulate.
+            threads = 1 if on_cpu else cores
+            automatic |= {"num_threads": threads, "task_chunk": chunk if on_cpu else None, "compile": False}
         chosen: dict[str, Any] = {"device": self.device.type}
         kept = earlier if earlier.get("device", self.device.type) == self.device.type else {}
         for name, value in (automatic | {name: kept[name] for name in automatic.keys() & kept.keys()}).items():

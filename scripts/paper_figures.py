@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from maml.errors import MamlError
-from maml.paper.adaptation import panel_rows, plot_picture
+from maml.paper import adaptation, trajectories
 from maml.paper.cells import Curve, Figure, Panel, Picture, load_figures, load_pictures
 from maml.paper.figures import drawn, figure_rows, plot_figure
 from maml.paper.runs import Evidence, find_evidence, find_runs, provenance
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NOTE = (
-    "Bands are 95 % intervals over test tasks. Of several seeds the lowest is drawn. The numbers drawn are in the CSV "
-    "beside each picture. Made by `make paper-figures`."
+    "Bands are 95 % intervals over test tasks where nothing else is said. Of several seeds the lowest is drawn. The "
+    "numbers drawn are in the CSV beside each picture. Made by `make paper-figures`."
 )
 
 
@@ -42,24 +42,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs, damaged = find_runs(*options.runs_dir)
     sections = {}
     for figure in load_figures(RESULTS):
-        folder = _folder(options.out, figure.name)
-        found = [(curve, find_evidence(curve.source, runs)) for curve in figure.curves]
-        plot_figure(figure, [drawn(curve, evidence) for curve, evidence in found], folder / f"{figure.name}.png")
-        _write_csv(folder, [row for curve, evidence in found for row in figure_rows(curve, evidence)])
-        sections[figure.name] = _section(figure, found)
-    for picture in load_pictures(RESULTS):
-        folder = _folder(options.out, picture.name)
-        panels = []
-        for panel in picture.panels:
-            evidence, rows = find_evidence(panel.source, runs), []
+        path = _path(options.out, figure.name)
+        curves = []
+        for curve in figure.curves:
+            evidence = find_evidence(curve.source, runs)
             try:
-                rows = panel_rows(picture, panel, evidence)
+                curves.append((curve, evidence, drawn(curve, evidence)))
             except MamlError as error:
                 damaged.append(str(error))
+                curves.append((curve, Evidence(), drawn(curve, Evidence())))
+        plot_figure(figure, [item for _, _, item in curves], path.with_suffix(".png"))
+        _write_csv(path, [row for curve, evidence, _ in curves for row in figure_rows(curve, evidence)])
+        sections[figure.name] = _section(figure, path, [(curve, evidence) for curve, evidence, _ in curves])
+    for picture in load_pictures(RESULTS):
+        path = _path(options.out, picture.name)
+        kind = trajectories if picture.published else adaptation
+        panels = []
+        for panel in picture.panels:
+            evidence = find_evidence(panel.source, runs)
+            try:
+                rows = kind.panel_rows(picture, panel, evidence)
+            except MamlError as error:
+                damaged.append(str(error))
+                rows = kind.panel_rows(picture, panel, Evidence())
             panels.append((panel, evidence, rows))
-        plot_picture(picture, panels, folder / f"{picture.name}.png")
-        _write_csv(folder, [row for _, _, rows in panels for row in rows])
-        sections[picture.name] = _section(picture, [(panel, evidence) for panel, evidence, _ in panels])
+        kind.plot_picture(picture, panels, path.with_suffix(".png"))
+        _write_csv(path, [row for _, _, rows in panels for row in rows])
+        sections[picture.name] = _section(picture, path, [(panel, evidence) for panel, evidence, _ in panels])
     damaged = list(dict.fromkeys(damaged))  # several panels may share a run
     overview = ["# The paper's figures", ""] + [f"**ERROR, left out:** {message}\n" for message in damaged]
     overview += [line for name in sorted(sections) for line in sections[name]]
@@ -70,24 +79,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if damaged else 0
 
 
-def _folder(out: Path, name: str) -> Path:
-    (out / name).mkdir(parents=True, exist_ok=True)
-    return out / name
+def _path(out: Path, name: str) -> Path:
+    """Returns the file of a figure without its suffix; the parts of one figure share its folder."""
+    folder = out / name.partition("_")[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
 
-def _write_csv(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with open(folder / f"{folder.name}.csv", "w", newline="") as file:
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _section(figure: Figure | Picture, found: Sequence[tuple[Curve | Panel, Evidence]]) -> list[str]:
+def _section(figure: Figure | Picture, path: Path, found: Sequence[tuple[Curve | Panel, Evidence]]) -> list[str]:
     """Prints how far each curve or panel of a figure is and returns the same in Markdown, with its provenance."""
-    lines = [f"## {figure.title}", "", f"![{figure.title}]({figure.name}/{figure.name}.png)", ""]
+    lines = [f"## {figure.title}", "", f"![{figure.title}]({path.parent.name}/{path.name}.png)", ""]
+    lines += [figure.note, ""] if figure.note else []
     lines += ["| drawn | state | seeds | commit | hardware | command |", "|" + " --- |" * 6]
-    by_label = {f"{item.row}, K={item.source.num_shots}": (item.source, evidence) for item, evidence in found}
-    for label, (source, evidence) in by_label.items():
+    for label, (source, evidence) in {item.label: (item.source, evidence) for item, evidence in found}.items():
         print(f"{figure.title}, {label}: {evidence.state}")
         beside = provenance(source, evidence)
         cells = [label, evidence.state, *(beside[name] for name in ("seeds", "commit", "hardware"))]

@@ -191,7 +191,7 @@ def test_experiment_is_a_folder_name() -> None:
     [
         (["inner.step_sise=0.1"], "inner.step_sise is not a key: did you mean inner.step_size? allowed: step_size, "),
         (["num_iteration=5"], "num_iteration is not a key: did you mean num_iterations?"),
-        (["model=mpl"], "model=mpl: no such file in conf/model/: did you mean mlp? allowed: conv4, gaussian_policy, lstm, mlp, module"),
+        (["model=mpl"], "model=mpl: no such file in conf/model/: did you mean mlp? allowed: conv4, gaussian_policy, "),
         (["+debug=smok"], "+debug=smok: no such file in conf/debug/: did you mean smoke?"),
         (["model=conv4", "model.num_filter=3"], "did you mean model.num_filters?"),
         (["-m", f"+experiment={EXPERIMENTS[0]}", "domain.num_shot=3"], "did you mean domain.num_shots?"),

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from maml.algorithm.base import Algorithm
+from maml.algorithm.context_vector import ContextVector
 from maml.algorithm.finetune import FineTune
+from maml.algorithm.maml import MAML
 from maml.algorithm.multitask_average import MultitaskAverage
 from maml.algorithm.nearest_neighbor import NearestNeighbor
 from maml.algorithm.pretrain import Pretrain
@@ -16,11 +18,16 @@ from maml.algorithm.random_init import RandomInit
 from maml.algorithm.reptile import Reptile
 from maml.config import build, compose, digest, training_config
 from maml.domain.classification import FewShotClassification
+from maml.domain.point_navigation import PointNavigation
+from maml.domain.reinforcement import Reinforcement
+from maml.environment.base import TellGoal
+from maml.environment.point import PointEnvironments
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm, run_experiment
 from maml.hardware import Hardware
 from maml.outer.adam import Adam
 from maml.outer.sgd import SGD
+from maml.outer.trpo import TRPO
 from maml.run import RunFolder, read_json
 from maml.seeding import Stream
 from tests.runs import ROOT, TinyRuns, assert_same_run
@@ -233,6 +240,112 @@ def test_multitask_average_is_of_500_regressors(variant: str, cache_dir: Path) -
     assert (algorithm.weight > 0) == bool(variant)
     assert size(algorithm) == 1761
     assert evaluation.search is not None
+
+
+# K in training and in meta-test, alpha, KL limit, iterations of MAML, pretrained and oracle, step sizes in meta-test of
+# MAML, pretrained and random; observations, actions, horizon (protocol 6.2 and 6.6-6.8).
+LATER = {"ant_direction": 0.01}  # step sizes behind the first, as parts of it; else one half
+RL = {
+    "point_navigation": (20, 40, 0.5, 0.01, (100, 100, 100), (0.5, 0.5, 0.5), 2, 2, 100),
+    "cheetah_velocity": (10, 20, 0.1, 0.01, (500, 500, 1000), (0.1, 0.02, 0.1), 20, 6, 200),
+    "cheetah_direction": (20, 20, 0.1, 0.02, (500, 500, 1000), (0.1, 0.2, 1.0), 20, 6, 200),
+    "ant_velocity": (20, 20, 0.1, 0.01, (500, 1000, 2000), (0.1, 0.2, 1.0), 125, 8, 200),
+    "ant_direction": (40, 40, 0.1, 0.01, (600, 1000, 2000), (0.1, 0.2, 1.0), 125, 8, 200),
+}
+METHODS = ("maml", "pretrain", "oracle", "random_init", "context_vector")
+
+
+@pytest.mark.parametrize(
+    ("domain_name", "method"),
+    [(domain, method) for domain in RL for method in METHODS if f"{domain}_{method}" in EXPERIMENTS],
+)
+def test_rl_experiments_are_the_papers(domain_name: str, method: str, cache_dir: Path) -> None:
+    shots, test_shots, alpha, max_kl, iterations, first_sizes, observed, actions, horizon = RL[domain_name]
+    config, algorithm, evaluation = built(f"{domain_name}_{method}", cache_dir)
+    domain, inner, outer, is_point = algorithm.domain, algorithm.inner, algorithm.outer, domain_name.startswith("point")
+    assert isinstance(domain, Reinforcement)
+    meta_learns = method in ("maml", "context_vector")
+    pooled = method == "oracle" or (method == "pretrain" and not is_point)
+
+    # Training.
+    kind = {"maml": MAML, "pretrain": Pretrain, "oracle": Pretrain, "random_init": RandomInit}
+    assert type(algorithm) is kind.get(method, ContextVector)
+    row = {"maml": 0, "context_vector": 0, "pretrain": 1, "oracle": 2}
+    assert config["num_iterations"] == (iterations[row[method]] if method in row else 0)
+    if meta_learns or (method == "pretrain" and is_point):
+        assert (config["meta_batch_size"], domain.num_shots) == (20 if is_point else 40, shots)
+    elif method != "random_init":
+        # One rollout to each goal: 1,000 timesteps of the point, 20,000 of the others.
+        assert config["meta_batch_size"] * domain.num_shots * domain.horizon == (1000 if is_point else 20_000)
+        assert domain.num_shots == 1
+    if meta_learns:
+        assert (inner.step_size, inner.num_steps, inner.order) == (alpha, 1, 2)
+    if method == "pretrain" and is_point:
+        assert isinstance(outer, Adam) and (outer.step_size, outer.clip) == (0.001, None)
+    else:
+        assert isinstance(outer, TRPO)
+        assert outer.max_kl == (max_kl if meta_learns else 0.01) or method == "random_init"
+        assert (outer.num_cg_steps, outer.damping, outer.backtrack, outer.curvature_every) == (10, 1e-5, 0.8, 1)
+    adapted = inner.adapted_names(list(algorithm.theta))
+    assert adapted == (["context"] if method == "context_vector" else list(algorithm.theta)), "log_std adapts, too"
+
+    # Domain and policy.
+    assert (domain.horizon, domain.discount, domain.num_goals) == (horizon, 0.99, None)
+    assert (domain.oracle, domain.pooled) == (method == "oracle", pooled)
+    goals = domain.sample_tasks(500, Stream(0))["goals"]
+    low, high = {"point_navigation": (-0.5, 0.5), "cheetah_velocity": (0.0, 2.0), "ant_velocity": (0.0, 3.0)}.get(
+        domain_name, (-1.0, 1.0)
+    )
+    assert (goals.min().item(), goals.max().item()) == pytest.approx((low, high), abs=0.02 * (high - low))
+    if is_point:
+        assert isinstance(domain.environments, PointEnvironments | TellGoal)
+    told = goals.shape[1] if method == "oracle" else 0
+    wide = observed + told + (observed if method == "context_vector" else 0)
+    context = observed if method == "context_vector" else 0
+    policy = 101 * 100 + 101 * actions + actions + (wide + 1) * 100
+    assert size(algorithm) == policy + context
+    assert config["model"]["activation"] == ("tanh" if method == "random_init" and is_point else "relu")
+    if context:
+        assert algorithm.theta["context"].tolist() == [0.0] * observed
+
+    # Meta-test: 4,000 timesteps per goal and step, 8,000 of the ant's directions.
+    assert (evaluation.num_tasks, evaluation.num_shots, evaluation.split) == (40, [test_shots], "test")
+    assert test_shots * horizon == (8000 if domain_name == "ant_direction" else 4000)
+    assert (evaluation.theta, evaluation.search) == ("best", None)
+    num_steps = 0 if method == "oracle" else 4 if is_point else 3
+    assert evaluation.num_steps == num_steps
+    if num_steps:
+        first = first_sizes[{"pretrain": 1, "random_init": 2}.get(method, 0)]
+        later = [first * LATER.get(domain_name, 0.5)] * (num_steps - 1)
+        assert evaluation.step_sizes(test_shots) == pytest.approx([first, *later])
+    bank = evaluation.bank(domain, test_shots)
+    assert bank["goals"].shape[0] == 40
+    assert bank["num_rollouts"].tolist() == [test_shots] * 40
+    assert not bank["pooled"].any()
+
+
+def test_rl_experiments_are_all_there() -> None:
+    found = {name for name in EXPERIMENTS if name.startswith(tuple(RL))}
+    expected = {f"{domain}_{method}" for domain in RL for method in METHODS[:4]}
+    assert found == expected | {
+        "point_navigation_context_vector",
+        "cheetah_direction_context_vector",
+        "point_navigation_maml_paper_text",
+    }
+
+
+def test_point_navigation_of_the_papers_text_differs_in_reward_and_step_size(cache_dir: Path) -> None:
+    config, algorithm, evaluation = built("point_navigation_maml_paper_text", cache_dir)
+    other, *_ = built("point_navigation_maml", cache_dir)
+    assert isinstance(algorithm.domain, PointNavigation)
+    assert isinstance(algorithm.domain.environments, PointEnvironments)
+    assert algorithm.domain.environments.reward == "squared_distance"
+    assert (algorithm.inner.step_size, evaluation.step_sizes(40)) == (0.1, [0.1, 0.05, 0.05, 0.05])
+    mine, theirs = training_config(config), training_config(other)
+    assert {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)} == {
+        "domain.reward",
+        "inner.step_size",
+    }
 
 
 def test_multirun_makes_a_folder_for_each_job_and_outlives_those_that_fail(tiny: TinyRuns) -> None:

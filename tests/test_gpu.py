@@ -7,10 +7,13 @@ import torch
 
 from maml.algorithm.base import Parts
 from maml.algorithm.maml import MAML
+from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid
 from maml.inner.sgd import SGD
+from maml.model.gaussian_policy import GaussianPolicy
 from maml.model.mlp import MLP
 from maml.outer.adam import Adam
+from maml.outer.trpo import TRPO
 from maml.seeding import Stream
 
 pytestmark = [
@@ -37,3 +40,23 @@ def test_training_on_a_gpu_follows_the_cpu() -> None:
             [algorithm.step(algorithm.domain.sample_tasks(4, stream.child(t)))["loss"].item() for t in range(20)]
         )
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_meta_rl_on_a_gpu_follows_the_cpu() -> None:
+    metrics = []
+    for device in ("cpu", "cuda"):
+        stream = Stream(0, device)
+        inner = SGD(step_size=0.1, num_steps=1, order=2, adapt=["*"])
+        domain = PointNavigation(num_shots=5, horizon=20)
+        parts = Parts(
+            domain,
+            lambda in_shape, out_dim: GaussianPolicy(in_shape, out_dim, [20, 20], activation="tanh"),
+            inner,
+            TRPO(),
+            stream.child("init"),
+        )
+        algorithm = MAML(parts)
+        metrics.append([algorithm.step(algorithm.sample_tasks(4, stream.child(t))) for t in range(3)])
+    for cpu, gpu in zip(*metrics, strict=True):
+        assert cpu["return"].item() == pytest.approx(gpu["return"].item(), rel=1e-2)
+        assert cpu["kl"].item() == pytest.approx(gpu["kl"].item(), rel=0.05)

@@ -59,7 +59,5 @@ class GymnasiumEnv(Reinforcement):
 
     def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
         keywords = dict(zip(self.goal_names, goal.tolist(), strict=True))
-        environment = gymnasium.make(
-            self.env_id, render_mode=render_mode, max_episode_steps=self.horizon, **keywords
-        )
+        environment = gymnasium.make(self.env_id, render_mode=render_mode, max_episode_steps=self.horizon, **keywords)
         return gymnasium.wrappers.ClipAction(environment)

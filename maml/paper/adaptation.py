@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from maml import checkpoint
+from maml.algorithm.base import Algorithm
 from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.hardware import Hardware
-from maml.paper.cells import Panel, Picture
+from maml.paper.cells import Panel, Picture, Source
 from maml.paper.runs import Evidence, composed
 from maml.seeding import Stream
 
@@ -39,13 +40,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
     """
     if not evidence.complete:
         return []
-    run, report = evidence.evaluated[0]
-    saved = checkpoint.load(run.path / "checkpoint.pt")
-    if (saved["run_id"], saved["iteration"]) != (report.run_id, report.iteration):
-        raise MamlError(f"{run.path / 'checkpoint.pt'} is not what the report beside it is of; restore it")
-    config, num_shots = composed(panel.source.experiment, panel.source.overrides), panel.source.num_shots
-    algorithm = build_algorithm(config, Hardware("cpu"))
-    algorithm.load_state_dict(saved["state"])
+    algorithm, num_shots = restored(panel.source, evidence), panel.source.num_shots
     domain, model = algorithm.domain, algorithm.model
 
     tasks = domain.sample_tasks(1, Stream(0).child(picture.name).child(panel.task), "test", num_shots)
@@ -53,7 +48,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
         tasks["support_x"] = tasks["support_x"].abs()
     grid = torch.linspace(-5, 5, _NUM_INPUTS).reshape(1, -1, 1)
     tasks["query_x"] = torch.cat([grid, tasks["support_x"]], dim=1)
-    step_sizes = report.step_sizes.get(str(num_shots))
+    step_sizes = evidence.evaluated[0][1].step_sizes.get(str(num_shots))
     adapted = list(algorithm.adapt(algorithm.theta, tasks, max(STEPS), step_sizes))
     x, truth, _ = domain.data(tasks, "query")
     columns = {"x": x, "truth": truth} | {f"step_{step}": model(adapted[step], x) for step in STEPS}
@@ -64,6 +59,21 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
         beside | {"is_support": int(number >= _NUM_INPUTS)} | dict(zip(columns, point, strict=True))
         for number, point in enumerate(values)
     ]
+
+
+def restored(source: Source, evidence: Evidence) -> Algorithm:
+    """Returns the algorithm as the finished run of the lowest seed left it.
+
+    Raises:
+        MamlError: if its checkpoint is missing, damaged or of another run.
+    """
+    run, report = evidence.evaluated[0]
+    saved = checkpoint.load(run.path / "checkpoint.pt")
+    if (saved["run_id"], saved["iteration"]) != (report.run_id, report.iteration):
+        raise MamlError(f"{run.path / 'checkpoint.pt'} is not what the report beside it is of; restore it")
+    algorithm = build_algorithm(composed(source.experiment, source.overrides), Hardware("cpu"))
+    algorithm.load_state_dict(saved["state"])
+    return algorithm
 
 
 def plot_picture(picture: Picture, found: Sequence[tuple[Panel, Evidence, list[dict[str, Any]]]], path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from maml.errors import MamlError
 
 # What a line of cells.yaml says besides where our number is found.
-_NOT_OF_SOURCE = {"row", "column", "step", "num_steps", "one_half"}
+_NOT_OF_SOURCE = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal"}
 
 
 @dataclass(frozen=True)
@@ -86,26 +86,49 @@ class Curve:
     """One drawn curve.
 
     Attributes:
-        row: its ``method`` in the file of levels.
+        row: its ``method`` in the paper's file.
+        panel: the title of the panel that it is drawn in.
         source: of our curve.
         num_steps: the last gradient step drawn; 0 if nothing adapts, which is drawn as a flat line.
-        levels: lowest and highest value that the printed curve may have, by gradient step, where known.
+        levels: by gradient step, where known: the 68 % interval of the printed mean; where only the image is published,
+            the lowest and highest value that the printed curve may have.
+        cells: the printed mean at every gradient step; none where only the image is published.
+        is_plotted: whether the paper draws it.
     """
 
     row: str
+    panel: str
     source: Source
     num_steps: int
     levels: Mapping[int, tuple[float, float]]
+    cells: tuple[Cell, ...] = ()
+    is_plotted: bool = True
+
+    @property
+    def label(self) -> str:
+        """What tells it from the figure's other curves."""
+        return f"{self.row}, {self.panel}"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: its name in ``results/``, its title, the label of its vertical axis, its curves (a panel per K)."""
+    """One figure of curves.
+
+    Attributes:
+        name: in ``results/``.
+        title: above it.
+        ylabel: of the vertical axis.
+        curves: panel by panel.
+        axes: what Matplotlib is to set on each panel's axes.
+        note: what a reader has to know of it.
+    """
 
     name: str
     title: str
     ylabel: str
     curves: tuple[Curve, ...]
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,7 @@ class Panel:
 
     Attributes:
         row: the name of the method.
-        task: which of the picture's tasks.
+        task: which of the picture's tasks; of navigation, which of the goals of meta-test.
         one_half: whether all support points lie in the right half of the input range.
         source: of the method; its K is the task's.
     """
@@ -124,14 +147,29 @@ class Panel:
     one_half: bool
     source: Source
 
+    @property
+    def label(self) -> str:
+        """What was run for it."""
+        return f"{self.row}, K={self.source.num_shots}"
+
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure of single tasks: its name in ``results/``, its title, its panels by task and then by method."""
+    """One figure of single tasks.
+
+    Attributes:
+        name: in ``results/``; behind a ``_`` is which part of the figure it is.
+        title: above it.
+        panels: by task and then by method.
+        published: the lines of its file of published trajectories; none if it is of sinusoids.
+        note: as of `Figure`.
+    """
 
     name: str
     title: str
     panels: tuple[Panel, ...]
+    published: tuple[dict[str, str], ...] = ()
+    note: str = ""
 
 
 def load_tables(results: Path) -> list[Table]:
@@ -153,7 +191,7 @@ def load_figures(results: Path) -> list[Figure]:
 
 def load_pictures(results: Path) -> list[Picture]:
     """Reads every panel that there is an experiment for; ``results`` as in `load_tables`."""
-    return [_picture(name, entry) for name, entry in _entries(results)["pictures"].items()]
+    return [_picture(results, name, entry) for name, entry in _entries(results)["pictures"].items()]
 
 
 def load_levels(results: Path, name: str, row: str, num_shots: int, num_steps: int) -> dict[int, tuple[float, float]]:
@@ -222,22 +260,51 @@ def _refuse_unknown(
 
 
 def _figure(results: Path, name: str, entry: Mapping[str, Any]) -> Figure:
-    curves = []
-    for curve in entry["curves"]:
-        fields = entry["defaults"] | curve
-        row, num_steps, source = fields["row"], fields["num_steps"], _source(fields)
+    curves = [_curve(results, entry, line) for line in entry["curves"]]
+    return Figure(name, entry["title"], entry["ylabel"], tuple(curves), entry.get("axes", {}), entry.get("note", ""))
+
+
+def _curve(results: Path, entry: Mapping[str, Any], line: Mapping[str, Any]) -> Curve:
+    file = line.get("panel")
+    fields = entry["defaults"] | (entry["panels"][file] if file else {}) | line
+    row, num_steps, source = fields["row"], fields["num_steps"], _source(fields)
+    if file is None:
         levels = load_levels(results, entry["levels"], row, source.num_shots, num_steps)
-        curves.append(Curve(row, source, num_steps, levels))
-    return Figure(name, entry["title"], entry["ylabel"], tuple(curves))
+        return Curve(row, f"K={source.num_shots}", source, num_steps, levels)
+    printed = [
+        found for found in _read(results, file) if found["method"] == row and int(found["grad_step"]) <= num_steps
+    ]
+    if len(printed) != num_steps + 1:
+        raise MamlError(
+            f"results/paper/{file}.csv has no method {row} with steps 0 to {num_steps}; correct results/cells.yaml"
+        )
+    return Curve(
+        row,
+        f"{fields['title']}, K={source.num_shots}",
+        source,
+        num_steps,
+        {step: (float(found["boot68_low"]), float(found["boot68_high"])) for step, found in enumerate(printed)},
+        tuple(
+            Cell(file, row, f"gradsteps_{step}", found["mean"], found["ci95_halfwidth"], False, source, step)
+            for step, found in enumerate(printed)
+        ),
+        printed[0]["plotted_in_paper"] == "yes",
+    )
 
 
-def _picture(name: str, entry: Mapping[str, Any]) -> Picture:
+def _picture(results: Path, name: str, entry: Mapping[str, Any]) -> Picture:
     panels = [
-        Panel(method["row"], number, task.get("one_half", False), _source(entry["defaults"] | task | method))
+        Panel(
+            method["row"],
+            task.get("goal", number),
+            task.get("one_half", False),
+            _source(entry["defaults"] | task | method),
+        )
         for number, task in enumerate(entry["tasks"])
         for method in entry["methods"]
     ]
-    return Picture(name, entry["title"], tuple(panels))
+    published = _read(results, entry["published"]) if "published" in entry else []
+    return Picture(name, entry["title"], tuple(panels), tuple(published), entry.get("note", ""))
 
 
 def _source(fields: Mapping[str, Any]) -> Source:

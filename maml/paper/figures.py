@@ -1,14 +1,23 @@
-"""The paper's figures with our curves over the ranges that the printed ones may have."""
+"""The paper's figures with our curves over the published ones, or over the ranges that the printed ones may have."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from maml.paper.cells import Curve, Figure
 from maml.paper.runs import Evidence, Report, provenance
+from maml.paper.tables import Comparison
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_RESAMPLES = 5000  # as many as the authors' plots took
 
 
 @dataclass(frozen=True)
@@ -16,21 +25,41 @@ class Drawn:
     """A curve as it is drawn.
 
     Attributes:
-        curve: with the paper's ranges.
+        curve: with what the paper has of it.
         label: of our line; says so when nothing, or not everything, was run.
         readings: our mean and half-width of its 95 % interval at each gradient step; empty if nothing was run.
+        intervals: beside a published mean, the 68 % interval of ours at each gradient step.
     """
 
     curve: Curve
     label: str
-    readings: list[tuple[float, float]]
+    readings: Sequence[tuple[float, float]]
+    intervals: Sequence[tuple[float, float]] = ()
+
+    @property
+    def means(self) -> list[float]:
+        """Our curve."""
+        return [mean for mean, _ in self.readings]
+
+    @property
+    def bands(self) -> list[tuple[float, float]]:
+        """From where to where our band goes at each gradient step."""
+        return list(self.intervals) or [(mean - ci, mean + ci) for mean, ci in self.readings]
 
 
 def drawn(curve: Curve, evidence: Evidence) -> Drawn:
-    """Returns a curve with what has been run of it."""
+    """Returns a curve with what has been run of it.
+
+    Raises:
+        MamlError: if the values per task are wanted, and are missing or damaged.
+    """
     note = ", ".join(filter(None, [evidence.state, evidence.progress]))
     label = f"{curve.row}, ours" if evidence.complete else f"{curve.row}, ours: {note}"
-    return Drawn(curve, label, curve_readings(curve, evidence.evaluated[0][1]) if evidence.evaluated else [])
+    if not evidence.evaluated:
+        return Drawn(curve, label, [])
+    report = evidence.evaluated[0][1]
+    intervals = [bootstrap_interval(report.per_task(curve.source, cell.step)) for cell in curve.cells]
+    return Drawn(curve, label, curve_readings(curve, report), intervals)
 
 
 def curve_readings(curve: Curve, report: Report) -> list[tuple[float, float]]:
@@ -38,46 +67,98 @@ def curve_readings(curve: Curve, report: Report) -> list[tuple[float, float]]:
     return [report.reading(curve.source, step) for step in range(curve.num_steps + 1)]
 
 
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """Returns the 68 % percentile bootstrap interval of the mean: that of the paper's shaded bands (protocol 6.9)."""
+    chosen = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.percentile(values[chosen].mean(1), (16, 84))
+    return float(low), float(high)
+
+
 def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
     """Returns one row per gradient step, for the CSV."""
-    readings: Sequence[tuple[Any, Any]] = drawn(curve, evidence).readings or [("", "")] * (curve.num_steps + 1)
-    beside = {"state": evidence.state} | provenance(curve.source, evidence)
+    item, nothing = drawn(curve, evidence), [("", "")] * (curve.num_steps + 1)
+    beside = provenance(curve.source, evidence)
     rows = []
-    for step, (ours, ci) in enumerate(readings):
+    for step, (ours, ci) in enumerate(item.readings or nothing):
         low, high = curve.levels.get(step, ("", ""))
-        levels = {"paper_low": low, "paper_high": high}
-        where = {"curve": curve.row, "num_shots": curve.source.num_shots, "grad_step": step}
-        rows.append(where | levels | {"ours": ours, "ours_ci95": ci} | beside)
+        row: dict[str, Any] = {"curve": curve.row, "num_shots": curve.source.num_shots, "grad_step": step}
+        if curve.cells:
+            cell, (our_low, our_high) = curve.cells[step], (item.intervals or nothing)[step]
+            row = {"panel": curve.panel} | row
+            row |= {"paper": cell.value, "paper_ci95": cell.ci, "paper_low68": low, "paper_high68": high}
+            row |= {"plotted_in_paper": "yes" if curve.is_plotted else "no"}
+            row |= {"ours": ours, "ours_ci95": ci, "ours_low68": our_low, "ours_high68": our_high}
+            row |= {"status": Comparison(cell, evidence).status}
+        else:
+            row |= {"paper_low": low, "paper_high": high, "ours": ours, "ours_ci95": ci, "state": evidence.state}
+        rows.append(row | beside)
     return rows
 
 
 def plot_figure(figure: Figure, curves: Sequence[Drawn], path: Path) -> Path:
-    """Draws our curves with 95 % bands over bars for the paper's ranges, a panel for each K; returns the file."""
+    """Draws our curves with their bands over what the paper has, panel by panel; returns the file."""
     from matplotlib.figure import Figure as Canvas  # here, because it takes half a second to import
 
-    panels: dict[int, list[Drawn]] = {}
+    panels: dict[str, list[Drawn]] = {}
     for item in curves:
-        panels.setdefault(item.curve.source.num_shots, []).append(item)
-    canvas = Canvas(figsize=(5.5 * len(panels), 4.5), layout="constrained")
-    grid = canvas.subplots(1, len(panels), squeeze=False, sharey=True)
-    for axes, (num_shots, items) in zip(grid.flat, panels.items(), strict=True):
+        panels.setdefault(item.curve.panel, []).append(item)
+    num_columns = 2 if len(panels) > 3 else len(panels)
+    num_rows = math.ceil(len(panels) / num_columns)
+    canvas = Canvas(figsize=(5.5 * num_columns, 4.5 * num_rows), layout="constrained")
+    # Panels of exact numbers are of different tasks, each with returns of its own.
+    grid = canvas.subplots(num_rows, num_columns, squeeze=False, sharey=not any(item.curve.cells for item in curves))
+    for axes, (title, items) in zip(grid.flat, panels.items(), strict=True):
         axes.use_sticky_edges = False  # else the axis would end at the bottom of the lowest bar
         num_steps = max(item.curve.num_steps for item in items)
         for number, item in enumerate(items):
-            colour = f"C{number}"
-            low, high = zip(*item.curve.levels.values(), strict=True)
-            heights = [top - bottom for bottom, top in zip(low, high, strict=True)]
-            label = f"{item.curve.row}, paper's image"
-            axes.bar(list(item.curve.levels), heights, 0.3, low, color=colour, edgecolor=colour, alpha=0.5, label=label)
-            readings = item.readings if item.curve.num_steps else item.readings * (num_steps + 1)
-            means = [mean for mean, _ in readings]
-            axes.plot(range(len(means)), means, color=colour, marker="o", markersize=3, label=item.label)
-            bottom, top = ([mean + sign * band for mean, band in readings] for sign in (-1, 1))
-            axes.fill_between(range(len(means)), bottom, top, color=colour, alpha=0.2, lw=0)
+            if item.curve.is_plotted:
+                _plot_curve(axes, item, num_steps, f"C{number}")
+        _set(axes, figure.axes)
         axes.set_xlabel("gradient steps")
-        axes.set_title(f"K={num_shots}")
+        axes.set_title(title)
         axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below, off all curves
-    grid[0, 0].set_ylabel(figure.ylabel)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(figure.ylabel)
     canvas.suptitle(figure.title)
     canvas.savefig(path, dpi=150, metadata={"Software": None})  # equal bytes from equal numbers
     return path
+
+
+def _plot_curve(axes: Axes, item: Drawn, num_steps: int, colour: str) -> None:
+    curve, times = item.curve, 1 if item.curve.num_steps else num_steps + 1  # what never adapts is a flat line
+    if curve.cells:
+        published = [float(cell.value) for cell in curve.cells]
+        _plot_line(
+            axes,
+            published * times,
+            [*curve.levels.values()] * times,
+            color=colour,
+            ls="--",
+            label=f"{curve.row}, paper",
+        )
+    else:
+        low, high = zip(*curve.levels.values(), strict=True)
+        heights = [top - bottom for bottom, top in zip(low, high, strict=True)]
+        label = f"{curve.row}, paper's image"
+        axes.bar(list(curve.levels), heights, 0.3, low, color=colour, edgecolor=colour, alpha=0.5, label=label)
+    _plot_line(axes, item.means * times, item.bands * times, color=colour, marker="o", markersize=3, label=item.label)
+
+
+def _plot_line(axes: Axes, means: Sequence[float], bands: Sequence[tuple[float, float]], **style: Any) -> None:
+    steps = range(len(means))
+    axes.plot(steps, means, **style)
+    bottom, top = ([band[side] for band in bands] for side in (0, 1))
+    axes.fill_between(steps, bottom, top, color=style["color"], alpha=0.2, lw=0)
+
+
+def _set(axes: Axes, settings: Mapping[str, Any]) -> None:
+    """Sets what the figure asks for; limits give way to a curve that goes beyond them."""
+    axes.set(**settings)
+    if "ylim" in settings:
+        lowest, highest = settings["ylim"]
+        axes.set_ylim(min(lowest, axes.dataLim.ymin), max(highest, axes.dataLim.ymax))
+    if axes.get_yscale() == "symlog":
+        from matplotlib.ticker import SymmetricalLogLocator
+
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=2, subs=[1, 2, 5]))
+        axes.yaxis.set_major_formatter("{x:g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from annotated_types import MinLen
 from hydra.utils import get_class
 from pydantic import BaseModel, FiniteFloat, ValidationError
@@ -55,6 +57,7 @@ class CurveRecord(BaseModel):
 class Report(BaseModel):
     """What is read of a ``report.json``; step sizes, by K, are None where they were the inner optimizer's own."""
 
+    folder: Path = Path()  # it was read from there, and holds its tasks.csv
     run_id: str
     seed: int
     iteration: int
@@ -87,6 +90,25 @@ class Report(BaseModel):
             f"but its report has {', '.join(f'{curve.metric} at K={curve.num_shots}' for curve in self.curves)}, "
             f"steps 0 to {len(self.curves[0].steps) - 1}"
         )
+
+    def per_task(self, source: Source, step: int) -> np.ndarray:
+        """Returns the value of each task, in the paper's unit, whose mean `reading` gives.
+
+        Raises:
+            MamlError: if ``tasks.csv`` is missing, damaged or of another report.
+        """
+        path, curve = self.folder / "tasks.csv", (str(source.num_shots), source.metric)
+        try:
+            with open(path, newline="") as file:
+                lines = [line for line in csv.DictReader(file) if (line["num_shots"], line["metric"]) == curve]
+            values = source.scale * np.array([float(line[f"step_{step}"]) for line in lines])
+            mean, _ = self.reading(source, step)
+            is_mine = np.isclose(values.mean(), mean, rtol=0, atol=1e-5 * np.abs(values).max(), equal_nan=True)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise MamlError(f"{path} is missing or damaged ({error}); restore it") from error
+        if not is_mine:
+            raise MamlError(f"{path} is not of the report beside it; restore it")
+        return values
 
 
 class HardwareRecord(BaseModel):
@@ -189,6 +211,7 @@ def _read_run(folder: Path) -> Run | None:
         mine = record.run_id, record.seed, record.training.get("num_iterations")
         if (report.run_id, report.seed, report.num_iterations) != mine:
             raise MamlError(f"{path} is not of the run in {folder / 'run.json'}; evaluate again with mode=eval")
+        report.folder = path.parent
         reports.append(report)
     return Run(folder, record, tuple(reports), alive=record.status == "running" and _is_locked(folder / "lock"))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maml.environment.base import Environments
-from maml.errors import MamlError
+from maml.errors import Diverged
 from maml.seeding import Stream
 
 Policy = Callable[[Tensor], Tensor]
@@ -67,7 +67,7 @@ def collect_episodes(
         discount: of the rewards.
 
     Raises:
-        MamlError: if the policy's outputs are not finite.
+        Diverged: if the policy's outputs are not finite.
     """
     count, device = goals.shape[0], goals.device
     wanted = num_rollouts * horizon
@@ -131,10 +131,10 @@ def _collect_wave(
         mean, log_std = output.chunk(2, dim=-1)
         action = torch.addcmul(mean, log_std.exp(), noise[living, time])
         if not bool(action.isfinite().all()):
-            raise MamlError(
+            raise Diverged(
                 f"the policy's action is not finite in {int((~action.isfinite()).any(-1).sum())} of {len(living)} "
-                "environments: adaptation or the meta-update has diverged. Lower inner.step_size, outer.step_size or "
-                "outer.max_kl"
+                "environments: adaptation or the meta-update has diverged. Lower inner.step_size, in meta-test "
+                "evaluation.step_size, or else outer.step_size or outer.max_kl"
             )
         step = environments.step(action, living)
         observations[living, time], actions[living, time], outputs[living, time] = current, action, output

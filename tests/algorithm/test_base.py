@@ -24,6 +24,21 @@ CASES += [
     ("maml", "outer=sgd"),
     ("multitask_average", *NEEDS["multitask_average"], "algorithm.pull=mean", "algorithm.weight=0.1"),
 ]
+POLICY = (
+    "model=gaussian_policy",
+    "model.hidden_sizes=[8]",
+    "evaluation=average_return",
+    "evaluation.num_shots=[2]",
+    "domain.num_shots=2",
+)
+NAVIGATION = ("domain=point_navigation", "domain.horizon=10", *POLICY)
+CHEETAH = ("domain=cheetah_velocity", "domain.horizon=8", *POLICY)
+CASES += [
+    ("maml", "outer=trpo", *NAVIGATION),
+    ("maml", "outer=trpo", *CHEETAH),
+    ("pretrain", "outer=adam", *NAVIGATION),
+    ("oracle", "outer=trpo", "domain.pooled=true", *CHEETAH),
+]
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, algorithm: type[Algorithm], iteration: int) -> None:
@@ -40,7 +55,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, algorithm: type[Algorithm], iterati
     monkeypatch.setattr(algorithm, "step", stopping)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case[:4]))
 def test_stopped_run_resumes_bit_exactly(
     case: tuple[str, ...], tiny: TinyRuns, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

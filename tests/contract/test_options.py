@@ -26,6 +26,7 @@ IMAGES = ["domain=omniglot", "model=conv4", "evaluation=accuracy", "evaluation.n
 NEEDS = {
     # A class of the library's own stands in for the one that a user names.
     ("model", "module"): ["model.module._target_=torch.nn.Identity"],
+    ("domain", "gymnasium_env"): ["domain.env_id=Pendulum-v1", "domain.goals={g: [5.0, 15.0]}"],
     ("evaluation", "accuracy"): ["evaluation.num_steps=3"],
     ("algorithm", "finetune"): IMAGES,
     ("algorithm", "nearest_neighbor"): IMAGES,

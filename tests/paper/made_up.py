@@ -1,14 +1,21 @@
 """Run folders with made-up numbers, in the form that real ones have (test_demo.py compares with a real one)."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from maml import checkpoint
 from maml.config import digest, evaluation_config, training_config
+from maml.experiment import build_algorithm
+from maml.hardware import Hardware
 from maml.paper.cells import Source
 from maml.paper.runs import composed
 
 SINUSOID = Source("sinusoid_10shot", "mse", 5)
+POINT = Source("point_navigation_maml", "return", 40)
 
 
 def make_run(
@@ -16,35 +23,59 @@ def make_run(
     mean: float | None = 1.0,
     ci95: float = 0.1,
     seed: int = 0,
-    done: int = 70_000,
+    done: int | None = None,
     evaluated: bool = True,
     status: str = "finished",
     name: str | None = None,
+    source: Source = SINUSOID,
     **training: Any,
 ) -> Path:
-    """Makes a folder of sinusoid_10shot under ``root``; every mean of its report is ``mean``; returns the folder."""
-    config = composed(SINUSOID.experiment)
+    """Makes a folder of the source's experiment under ``root`` and returns it.
+
+    Every mean of its report is ``mean``; the tasks lie evenly around it, up to 1 away.
+    """
+    config = composed(source.experiment, source.overrides)
     settings = training_config(config) | ({"seed": seed} if seed else {}) | training
-    run_id = digest(settings)
-    folder = root / "sinusoid_10shot" / (name or run_id)
+    run_id, done = digest(settings), settings["num_iterations"] if done is None else done
+    folder = root / source.experiment / (name or run_id)
     machine = {"device": "cpu", "cpu": "Abacus", "cores": 2}
     segment = {"last_iteration": done, "commit": "0123456789", "dirty": True, "hardware": machine}
     record = {"run_id": run_id, "seed": seed, "status": status, "training": settings, "segments": [segment]}
     write(folder / "run.json", record)
     if evaluated:
-        steps = [{"step": step, "mean": mean, "ci95": ci95, "num_tasks": 600} for step in range(11)]
+        evaluation = config["evaluation"]
+        num_steps, num_tasks, every_k = evaluation["num_steps"], evaluation["num_tasks"], evaluation["num_shots"]
+        steps = [{"step": step, "mean": mean, "ci95": ci95, "num_tasks": num_tasks} for step in range(num_steps + 1)]
         report = {
             "run_id": run_id,
             "seed": seed,
             "iteration": done,
             "num_iterations": settings["num_iterations"],
             "evaluation": evaluation_config(config),
-            "banks": {"5": "5a", "10": "10a", "20": "20a"},
-            "larger_is_better": False,
-            "curves": [{"num_shots": k, "metric": "mse", "steps": steps} for k in (5, 10, 20)],
+            "banks": {str(k): f"{k}a" for k in every_k},
+            "larger_is_better": source.metric == "return",
+            "curves": [{"num_shots": k, "metric": source.metric, "steps": steps} for k in every_k],
         }
         complete = done == settings["num_iterations"]
-        write(folder / ("report.json" if complete else "evaluations/0a/report.json"), report)
+        path = folder / ("report.json" if complete else "evaluations/0a/report.json")
+        write(path, report)
+        with open(path.with_name("tasks.csv"), "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["num_shots", "metric", "task", *(f"step_{step}" for step in range(num_steps + 1))])
+            for k in every_k:
+                for task, offset in enumerate(np.linspace(-1, 1, num_tasks)):
+                    value = float("nan") if mean is None else mean + offset
+                    writer.writerow([k, source.metric, task, *([value] * (num_steps + 1))])
+    return folder
+
+
+def make_run_with_checkpoint(root: Path, **settings: Any) -> Path:
+    """Makes the same with the checkpoint of an algorithm as it begins."""
+    folder, source = make_run(root, **settings), settings.get("source", SINUSOID)
+    algorithm = build_algorithm(composed(source.experiment, source.overrides), Hardware("cpu"))
+    record = json.loads((folder / "run.json").read_text())
+    content = {"run_id": record["run_id"], "iteration": record["segments"][-1]["last_iteration"]}
+    checkpoint.save(folder / "checkpoint.pt", content | {"state": algorithm.state_dict()})
     return folder
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from maml.config import build
 from maml.errors import MamlError
-from maml.paper.adaptation import STEPS
-from maml.paper.cells import Cell, Source, load_figures, load_levels, load_pictures, load_tables
+from maml.paper import adaptation, trajectories
+from maml.paper.cells import Cell, Curve, Source, load_figures, load_levels, load_pictures, load_tables
 from maml.paper.runs import composed
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -71,7 +71,7 @@ def test_every_curve_and_panel_composes_and_evaluates_what_it_draws() -> None:
             assert_evaluates(curve.source, curve.num_steps)
     for picture in load_pictures(RESULTS):
         for panel in picture.panels:
-            assert_evaluates(panel.source, max(STEPS))
+            assert_evaluates(panel.source, max((trajectories if picture.published else adaptation).STEPS))
 
 
 def assert_evaluates(source: Source, step: int) -> None:
@@ -89,9 +89,19 @@ def test_cells_that_can_be_run_include_those_of_sinusoid_and_omniglot() -> None:
         assert (CELLS[key].source, CELLS[key].step) == (omniglot, 3)
 
 
-def test_every_cell_but_those_quoted_and_of_reinforcement_learning_has_an_experiment() -> None:
-    without = {cell.table for cell in CELLS.values() if cell.source is None and not cell.quoted}
-    assert without == {"table4_pointmass", "table5_cheetah_dir"}
+@pytest.mark.parametrize(
+    ("table", "domain", "num_shots"),
+    [("table4_pointmass", "point_navigation", 40), ("table5_cheetah_dir", "cheetah_direction", 20)],
+)
+def test_tables_4_and_5_take_the_returns_of_steps_0_to_3(table: str, domain: str, num_shots: int) -> None:
+    for row, algorithm in (("MAML", "maml"), ("context_vector", "context_vector")):
+        for step in range(4):
+            cell = CELLS[table, row, f"gradsteps_{step}"]
+            assert (cell.source, cell.step) == (Source(f"{domain}_{algorithm}", "return", num_shots), step)
+
+
+def test_every_cell_but_those_quoted_has_an_experiment() -> None:
+    assert not [cell for cell in CELLS.values() if cell.source is None and not cell.quoted]
     unpublished = {cell.table for cell in CELLS.values() if not cell.value}
     assert unpublished == {"cifar_fs_published"}
 
@@ -110,6 +120,7 @@ def test_figures_2_and_7_have_their_tasks_and_one_has_its_points_in_one_half() -
     tasks = {
         picture.name: {panel.task: (panel.source.num_shots, panel.one_half) for panel in picture.panels}
         for picture in load_pictures(RESULTS)
+        if not picture.published
     }
     assert list(tasks["figure2"].values()) == [(5, True), (10, False)]
     assert list(tasks["figure7"].values()) == [(5, False)] * 3 + [(10, False)] * 3
@@ -119,7 +130,7 @@ def test_pretrained_curves_and_panels_take_the_step_sizes_of_the_papers_legends(
     evaluation = build(composed("sinusoid_pretrain")["evaluation"])
     for figure in load_figures(RESULTS):
         for curve in figure.curves:
-            if curve.row.startswith("pretrained"):
+            if curve.row.startswith("pretrained_step"):
                 size = float(curve.row.removeprefix("pretrained_step"))
                 assert evaluation.step_sizes(curve.source.num_shots) == [size] * evaluation.num_steps
 
@@ -132,6 +143,45 @@ def test_figure_3_has_the_rough_levels_of_the_image() -> None:
     )
     with pytest.raises(MamlError, match="no method sgd at K=5"):
         load_levels(RESULTS, "fig3_fig6_sinusoid_approx", "sgd", 5, num_steps=2)
+
+
+CURVES = [curve for figure in load_figures(RESULTS) for curve in figure.curves if curve.cells]
+
+
+@pytest.mark.parametrize("curve", [pytest.param(curve, id=curve.label) for curve in CURVES])
+def test_curves_of_figures_4_and_5_equal_the_published_files(curve: Curve) -> None:
+    lines = [line for line in published(curve.cells[0].table) if line["method"] == curve.row][: curve.num_steps + 1]
+    assert [(cell.row, cell.value, cell.ci, cell.step) for cell in curve.cells] == [
+        (curve.row, line["mean"], line["ci95_halfwidth"], int(line["grad_step"])) for line in lines
+    ]
+    assert curve.levels == {
+        step: (float(line["boot68_low"]), float(line["boot68_high"])) for step, line in enumerate(lines)
+    }
+    assert {line["plotted_in_paper"] for line in lines} == {"yes" if curve.is_plotted else "no"}
+    assert curve.is_plotted == (curve.row != "random" or "velocity" not in curve.panel)
+
+
+def test_curves_of_figures_4_and_5_are_four_methods_in_each_of_five_panels() -> None:
+    experiments = {"MAML": "maml", "pretrained": "pretrain", "random": "random_init", "oracle": "oracle"}
+    domains = ["point_navigation", "cheetah_velocity", "cheetah_direction", "ant_velocity", "ant_direction"]
+    assert [(curve.source.experiment, curve.num_steps) for curve in CURVES] == [
+        (f"{domain}_{name}", 0 if row == "oracle" else 3) for domain in domains for row, name in experiments.items()
+    ]
+    assert {curve.panel: curve.source.num_shots for curve in CURVES} == {
+        "point robot, K=40": 40,
+        "half-cheetah, goal velocity, K=20": 20,
+        "half-cheetah, forward/backward, K=20": 20,
+        "ant, goal velocity, K=20": 20,
+        "ant, forward/backward, K=40": 40,
+    }
+    assert {curve.source.metric for curve in CURVES} == {"return"}
+
+
+def test_figure_4_has_every_published_trajectory_and_its_goal() -> None:
+    (picture,) = (picture for picture in load_pictures(RESULTS) if picture.published)
+    assert list(picture.published) == published("fig4_paths_trajectories")
+    assert [(panel.row, panel.task) for panel in picture.panels] == [("MAML", 6), ("pretrained", 6)]
+    assert set(trajectories.STEPS) == {int(line["grad_step"]) for line in picture.published}
 
 
 def test_command_names_overrides_and_seeds() -> None:
@@ -157,3 +207,13 @@ def test_a_row_that_the_paper_does_not_have_is_named(right: str, wrong: str, nam
     (tmp_path / "paper").symlink_to(RESULTS / "paper")
     with pytest.raises(MamlError, match=f"there is no {named}.* in results/paper/table"):
         load_tables(tmp_path)
+
+
+def test_a_curve_that_the_paper_does_not_have_is_named(tmp_path: Path) -> None:
+    text = (RESULTS / "cells.yaml").read_text()
+    right, wrong = "panel: fig4_point, row: random", "panel: fig4_point, row: aimless"
+    assert right in text
+    (tmp_path / "cells.yaml").write_text(text.replace(right, wrong))
+    (tmp_path / "paper").symlink_to(RESULTS / "paper")
+    with pytest.raises(MamlError, match=r"fig4_point\.csv has no method aimless with steps 0 to 3"):
+        load_figures(tmp_path)

@@ -1,11 +1,9 @@
 """Figures of what has been run, and of nothing."""
 
 import csv
-import json
 import runpy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +12,11 @@ from matplotlib.figure import Figure as Canvas
 
 from maml import checkpoint
 from maml.errors import MamlError
-from maml.experiment import build_algorithm
-from maml.hardware import Hardware
 from maml.paper.adaptation import panel_rows
-from maml.paper.cells import Curve, Figure, Panel, Picture, Source
-from maml.paper.figures import Drawn, plot_figure
-from maml.paper.runs import Evidence, composed, find_evidence, find_runs
-from tests.paper.made_up import SINUSOID, edit, make_run
+from maml.paper.cells import Curve, Figure, Panel, Picture, Source, load_figures
+from maml.paper.figures import Drawn, bootstrap_interval, drawn, plot_figure
+from maml.paper.runs import Evidence, find_evidence, find_runs
+from tests.paper.made_up import POINT, SINUSOID, edit, make_run, make_run_with_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PICTURE = Picture("figure2", "Figure 2", ())
@@ -30,28 +26,23 @@ main = runpy.run_path(str(ROOT / "scripts" / "paper_figures.py"))["main"]
 
 def render(tmp_path: Path, figure: str = "figure3", status: int = 0) -> list[dict[str, str]]:
     assert main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path)]) == status
-    with open(tmp_path / figure / f"{figure}.csv", newline="") as file:
+    return rendered(tmp_path, figure)
+
+
+def rendered(tmp_path: Path, figure: str) -> list[dict[str, str]]:
+    with open(tmp_path / figure.partition("_")[0] / f"{figure}.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def pictures(tmp_path: Path) -> dict[str, bytes]:
     found = {path.stem: path.read_bytes() for path in tmp_path.glob("figure*/*.png")}
-    assert set(found) == {"figure2", "figure3", "figure6", "figure7"}
+    assert set(found) == {"figure2", "figure3", "figure4", "figure4_trajectories", "figure5", "figure6", "figure7"}
     assert all(content.startswith(b"\x89PNG") for content in found.values())
     return found
 
 
-def make_run_with_checkpoint(root: Path, **settings: Any) -> Path:
-    folder = make_run(root, **settings)
-    algorithm = build_algorithm(composed(SINUSOID.experiment), Hardware("cpu"))
-    record = json.loads((folder / "run.json").read_text())
-    content = {"run_id": record["run_id"], "iteration": record["segments"][-1]["last_iteration"]}
-    checkpoint.save(folder / "checkpoint.pt", content | {"state": algorithm.state_dict()})
-    return folder
-
-
-def evidence(root: Path) -> Evidence:
-    return find_evidence(SINUSOID, find_runs(root)[0])
+def evidence(root: Path, source: Source = SINUSOID) -> Evidence:
+    return find_evidence(source, find_runs(root)[0])
 
 
 def test_without_runs_figure_3_shows_the_papers_levels_and_says_not_run(
@@ -63,7 +54,7 @@ def test_without_runs_figure_3_shows_the_papers_levels_and_says_not_run(
     assert [row["grad_step"] for row in rows] == [str(step) for step in range(10)]
     assert {(row["ours"], row["state"]) for row in rows} == {("", "not run")}
     assert (rows[1]["paper_low"], rows[1]["paper_high"], rows[2]["paper_low"]) == ("0.3", "0.5", "")
-    assert render(tmp_path, "figure2") == []
+    assert rendered(tmp_path, "figure2") == []
     pictures(tmp_path)
 
 
@@ -76,7 +67,9 @@ def test_a_finished_run_is_drawn_and_the_same_run_gives_the_same_bytes(tmp_path:
     with_run = pictures(tmp_path)
     render(tmp_path)
     assert with_run == pictures(tmp_path)
-    assert not [name for name, content in without.items() if with_run[name] == content]
+    assert {name for name, content in without.items() if with_run[name] == content} == {
+        "figure4", "figure4_trajectories", "figure5",
+    }  # fmt: skip
     overview = (tmp_path / "figures.md").read_text()
     assert [overview.index(f"## Figure {number}:") for number in (2, 3, 6, 7)] == sorted(
         overview.index(f"## Figure {number}:") for number in (2, 3, 6, 7)
@@ -95,7 +88,7 @@ def test_an_unfinished_run_is_reduced_budget_and_its_tasks_are_not_drawn(tmp_pat
     make_run_with_checkpoint(tmp_path / "runs", done=30_000, status="interrupted")
     rows = [row for row in render(tmp_path) if row["curve"] == "MAML"]
     assert {(row["iteration"], row["state"]) for row in rows} == {("30000", "reduced budget")}
-    assert render(tmp_path, "figure7") == []
+    assert rendered(tmp_path, "figure7") == []
 
 
 def test_a_damaged_run_is_named(tmp_path: Path) -> None:
@@ -176,22 +169,137 @@ def test_the_trained_maml_comes_closer_to_every_kind_of_task_with_each_step_draw
         assert errors[0] > errors[1] > errors[2]
 
 
-def test_each_k_is_a_panel_and_what_never_adapts_a_flat_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
+def test_each_k_is_a_panel_and_what_never_adapts_a_flat_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    items: list[Drawn] = []
     for num_shots in (5, 20):
         adapts, flat = (
-            Curve(row, Source(row, "mse", num_shots), num_steps, {0: (0.0, 0.1)})
+            Curve(row, f"K={num_shots}", Source(row, "mse", num_shots), num_steps, {0: (0.0, 0.1)})
             for row, num_steps in (("MAML", 2), ("oracle", 0))
         )
-        drawn += [Drawn(adapts, "MAML, ours", [(3.0, 0.1), (2.0, 0.1), (1.0, 0.1)])]
-        drawn += [Drawn(flat, "oracle, ours", [(0.5, 0.1)])]
-    canvases: list[Canvas] = []
-    monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
-    plot_figure(Figure("figure6", "Figure 6", "mse", tuple(item.curve for item in drawn)), drawn, tmp_path / "a.png")
-    (canvas,) = canvases
+        items += [Drawn(adapts, "MAML, ours", [(3.0, 0.1), (2.0, 0.1), (1.0, 0.1)])]
+        items += [Drawn(flat, "oracle, ours", [(0.5, 0.1)])]
+    canvas = drawn_canvas(Figure("figure6", "Figure 6", "mse", ()), items, monkeypatch)
     assert [axes.get_title() for axes in canvas.axes] == ["K=5", "K=20"]
     for axes in canvas.axes:
         assert [np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()] == [
             [3.0, 2.0, 1.0],
             [0.5, 0.5, 0.5],
         ]
+
+
+def test_bootstrap_interval_equals_a_slow_reference() -> None:
+    values = np.random.default_rng(1).normal(-40.0, 13.0, size=40)
+    chosen = np.random.default_rng(0).integers(40, size=5000 * 40).tolist()
+    means = sorted(sum(values[index] for index in chosen[40 * n : 40 * n + 40]) / 40 for n in range(5000))
+
+    def percentile(percent: float) -> float:
+        below, part = divmod((len(means) - 1) * percent / 100, 1)
+        return means[int(below)] + part * (means[int(below) + 1] - means[int(below)])
+
+    assert bootstrap_interval(values) == pytest.approx((percentile(16), percentile(84)), rel=1e-12)
+
+
+def test_bootstrap_interval_is_about_one_standard_error_to_both_sides() -> None:
+    # The published mean and spread over goals of MAML's first row in fig4_point.csv, whose band is -42.43 to -38.40.
+    values = np.random.default_rng(1).normal(size=40)
+    low, high = bootstrap_interval(-40.4072 + 12.9246 * (values - values.mean()) / values.std())
+    assert (low, high) == pytest.approx((-42.4292, -38.4041), abs=0.25)
+
+
+def test_without_runs_figure_4_has_the_papers_numbers_and_says_not_run(tmp_path: Path) -> None:
+    rows = render(tmp_path, "figure4")
+    assert [(row["curve"], row["grad_step"]) for row in rows] == [
+        *((curve, str(step)) for curve in ("MAML", "pretrained", "random") for step in range(4)),
+        ("oracle", "0"),
+    ]
+    assert {(row["ours"], row["ours_ci95"], row["ours_low68"], row["status"]) for row in rows} == {
+        ("", "", "", "not run")
+    }
+    paper = "paper", "paper_ci95", "paper_low68", "paper_high68"
+    assert [rows[1][name] for name in paper] == ["-11.6800", "2.1915", "-12.7365", "-10.5682"]
+    shown = [
+        (row["panel"], row["plotted_in_paper"]) for row in rendered(tmp_path, "figure5") if row["curve"] == "random"
+    ]
+    assert [flag for _, flag in shown] == ["no"] * 4 + ["yes"] * 4 + ["no"] * 4 + ["yes"] * 4
+    overview = (tmp_path / "figures.md").read_text()
+    assert "| random, ant, goal velocity, K=20 | not run |" in overview
+    assert "![Figure 4, bottom: first rollout to one of the goals](figure4/figure4_trajectories.png)" in overview
+    assert "with a step size of 0.25 at every step" in overview.replace("\n", " ")
+
+
+def test_figure_4_judges_every_step_of_a_finished_run_as_the_tables_do(tmp_path: Path) -> None:
+    make_run_with_checkpoint(tmp_path / "runs", source=POINT, mean=-11.0, ci95=0.1)
+    rows = [row for row in render(tmp_path, "figure4", status=1) if row["curve"] == "MAML"]  # the trajectory is not its
+    assert [row["status"] for row in rows] == ["better", "reproduced", "worse", "worse"]
+    assert {(row["ours"], row["ours_ci95"]) for row in rows} == {("-11.0", "0.1")}
+    expected = bootstrap_interval(-11.0 + np.linspace(-1, 1, 40))
+    assert [(float(row["ours_low68"]), float(row["ours_high68"])) for row in rows] == [pytest.approx(expected)] * 4
+
+
+def test_figure_4_judges_nothing_that_was_not_trained_to_the_end(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", source=POINT, mean=-11.68, done=30, status="interrupted")
+    rows = [row for row in render(tmp_path, "figure4") if row["curve"] == "MAML"]
+    assert {(row["ours"], row["status"], row["iteration"]) for row in rows} == {("-11.68", "reduced budget", "30")}
+    assert {row["by"] for row in rendered(tmp_path, "figure4_trajectories")} == {"paper"}
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, r"tasks\.csv is missing or damaged"),
+        ("num_shots,metric,task\n40,return,0\n", r"tasks\.csv is missing or damaged"),
+        ("num_shots,metric,task,step_0\n40,return,0,-12\n", r"tasks\.csv is not of the report beside it"),
+    ],
+)
+def test_values_per_task_that_are_missing_or_not_the_reports_are_refused(
+    tmp_path: Path, content: str | None, named: str
+) -> None:
+    path = make_run(tmp_path, source=POINT, mean=-11.0) / "tasks.csv"
+    path.unlink()
+    if content:
+        path.write_text(content)
+    with pytest.raises(MamlError, match=named):
+        evidence(tmp_path, POINT).evaluated[0][1].per_task(POINT, 0)
+
+
+def test_a_curve_without_its_values_per_task_is_named_and_left_out(tmp_path: Path) -> None:
+    (make_run_with_checkpoint(tmp_path / "runs", source=POINT, mean=-11.0) / "tasks.csv").unlink()
+    rows = [row for row in render(tmp_path, "figure4", status=1) if row["curve"] == "MAML"]
+    assert {(row["ours"], row["status"]) for row in rows} == {("", "not run")}
+    assert (tmp_path / "figures.md").read_text().count("tasks.csv is missing or damaged") == 1
+
+
+def drawn_canvas(figure: Figure, items: list[Drawn], monkeypatch: pytest.MonkeyPatch) -> Canvas:
+    canvases: list[Canvas] = []
+    monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
+    plot_figure(figure, items, Path("unused.png"))
+    (canvas,) = canvases
+    return canvas
+
+
+def test_figure_5_draws_the_published_curve_in_each_panel_and_leaves_out_what_the_paper_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (figure,) = (figure for figure in load_figures(ROOT / "results") if figure.name == "figure5")
+    canvas = drawn_canvas(figure, [drawn(curve, Evidence()) for curve in figure.curves], monkeypatch)
+    assert len(canvas.axes) == 4
+    for axes in canvas.axes:
+        curves = [curve for curve in figure.curves if curve.panel == axes.get_title()]
+        names = [curve.row for curve in curves if curve.row != "random" or "velocity" not in curve.panel]
+        lines = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
+        assert list(lines) == [text for name in names for text in (f"{name}, paper", f"{name}, ours: not run")]
+        assert lines["MAML, paper"] == [float(cell.value) for cell in curves[0].cells]
+        assert lines["oracle, paper"] == [float(curves[-1].cells[0].value)] * 4
+
+
+def test_figure_4_has_the_papers_axis_and_widens_it_for_a_curve_beyond(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (figure,) = (figure for figure in load_figures(ROOT / "results") if figure.name == "figure4")
+    for mean, limits in ((-11.0, (-100, -2)), (-1.0, (-100, pytest.approx(-0.8, abs=0.15)))):
+        make_run(tmp_path, source=POINT, mean=mean)
+        items = [drawn(curve, evidence(tmp_path, curve.source)) for curve in figure.curves]
+        (axes,) = drawn_canvas(figure, items, monkeypatch).axes
+        assert (axes.get_yscale(), axes.get_ylim()) == ("symlog", limits)
+        lines = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
+        assert lines["MAML, ours"] == [mean] * 4

@@ -1,0 +1,315 @@
+"""Shows a policy before and after adaptation to one goal, side by side, as an animated GIF.
+
+    python scripts/render.py +experiment=cheetah_velocity_maml --goal 6 --steps 0 3
+
+The run is that of ``python train.py`` with the same overrides, as far as it is trained; the goal is one of those it is
+evaluated on, and adaptation is the evaluation's. Every panel is one episode of Gymnasium's environment; all begin in
+the same state and draw the same action noise, so that they differ in the policy alone. With ``logger=wandb`` the
+picture of a finished run also goes to its W&B run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium
+import torch
+from hydra.errors import HydraException
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from maml.algorithm.base import Algorithm
+from maml.config import build, compose, explain_override_error
+from maml.domain.reinforcement import Reinforcement
+from maml.errors import MamlError
+from maml.evaluation import Evaluation
+from maml.experiment import build_algorithm
+from maml.hardware import Hardware
+from maml.logger.base import Logger, Mirror
+from maml.model.base import Model
+from maml.paper.runs import CONF
+from maml.run import RunFolder
+from maml.seeding import Stream
+from maml.types import Params, take
+
+LOG = logging.getLogger(__name__)
+
+_MAX_FPS = 25  # pictures per second; more make the file larger and the motion no clearer
+_PANEL_HEIGHT = 256  # pixels
+_LINE_HEIGHT = 20
+_MARGIN = 8
+
+
+class Frame(NamedTuple):
+    """One picture of an episode.
+
+    Attributes:
+        picture: as rendered.
+        time: steps so far.
+        total_reward: sum of their rewards.
+    """
+
+    picture: Image.Image
+    time: int
+    total_reward: float
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What one policy did.
+
+    Attributes:
+        num_steps: gradient steps by which it was adapted.
+        frames: never none.
+        seconds: between two of them.
+    """
+
+    num_steps: int
+    frames: Sequence[Frame]
+    seconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draws one GIF."""
+    usage = "%(prog)s +experiment=NAME [runs_dir=DIR ...] [--goal N] [--steps N ...] [--output FILE]"
+    parser = argparse.ArgumentParser(
+        usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--goal", type=int, default=0, help="its place in the evaluation's bank (default: 0)")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", help="gradient steps, a panel for each (default: 0 and the evaluation's last)"
+    )
+    parser.add_argument("--output", type=Path, help="the file (default: policy_goal_<N>.gif in the run's folder)")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    overrides = [word for word in given if "=" in word and not word.startswith("-")]  # wherever they stand
+    options = parser.parse_args([word for word in given if word not in overrides])
+    config, experiment = compose(overrides, CONF)
+    evaluation: Evaluation = build(config["evaluation"])
+    backend = os.environ.pop("MUJOCO_GL", None)  # else importing MuJoCo would fail wherever this backend does
+    algorithm = build_algorithm(config, Hardware("cpu"))
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        backend = backend or "egl"  # which needs no display
+    os.environ |= {"MUJOCO_GL": backend} if backend else {}
+    steps = sorted(set(options.steps or [0, evaluation.num_steps]))
+    check(algorithm, evaluation, options.goal, steps)
+    run = RunFolder(config, experiment)
+    iteration = restore(algorithm, run)
+    goal, episodes = play(algorithm, evaluation, options.goal, steps)
+
+    numbers = ", ".join(f"{number:.2f}" for number in goal.tolist())
+    heading = f"{experiment}, goal {options.goal}: {numbers}"
+    path = options.output or run.path / f"policy_goal_{options.goal}.gif"
+    save(path, heading, episodes)
+    print(f"{heading}, iteration {iteration} of {config['num_iterations']}")
+    for episode in episodes:
+        last = episode.frames[-1]
+        print(f"  {caption(episode)}: return {last.total_reward:.1f} in {last.time} steps")
+    print(f"written to {path}")
+    mirror(config, run, path)
+
+
+def check(algorithm: Algorithm, evaluation: Evaluation, goal: int, steps: Sequence[int]) -> None:
+    """Refuses what cannot be shown.
+
+    Raises:
+        MamlError: if there is no policy, no such goal, or no such gradient step.
+    """
+    if not isinstance(algorithm.domain, Reinforcement):
+        raise MamlError(
+            f"{type(algorithm.domain).__name__} has no policy to look at; name an experiment of reinforcement "
+            "learning, such as +experiment=point_navigation_maml"
+        )
+    if not 0 <= goal < evaluation.num_tasks:
+        raise MamlError(
+            f"--goal {goal}: evaluation.num_tasks={evaluation.num_tasks}, so the goals are 0 to "
+            f"{evaluation.num_tasks - 1}"
+        )
+    if steps[0] < 0 or steps[-1] > evaluation.num_steps:
+        raise MamlError(
+            f"--steps {' '.join(map(str, steps))}: this experiment is evaluated after 0 to {evaluation.num_steps} "
+            "gradient steps; choose among them, or raise evaluation.num_steps"
+        )
+
+
+def restore(algorithm: Algorithm, run: RunFolder) -> int:
+    """Loads the run's newest checkpoint, or the one that the config names; returns its iteration.
+
+    Raises:
+        MamlError: if there is none.
+    """
+    given = run.config["checkpoint"]
+    saved = run.load_checkpoint(Path(given) if given else None)
+    if saved is None:
+        raise MamlError(
+            f"there is no policy in {run.path} yet: train first (python train.py with the same overrides), say where "
+            "the run is with runs_dir=, or name a file with checkpoint="
+        )
+    algorithm.load_state_dict(saved["state"])
+    return saved["iteration"]
+
+
+@torch.no_grad()
+def play(
+    algorithm: Algorithm, evaluation: Evaluation, index: int, steps: Sequence[int]
+) -> tuple[Tensor, list[Episode]]:
+    """Adapts to a goal of the bank, as the evaluation does, and runs an episode after each of some steps.
+
+    Returns:
+        The goal, ``(G,)``, and the episodes.
+    """
+    domain = algorithm.domain
+    assert isinstance(domain, Reinforcement)
+    torch.set_num_threads(1)  # one task is too little work for more
+    num_shots = (evaluation.num_shots or [domain.num_shots])[0]
+    sizes = (
+        evaluation.search(evaluation, algorithm, num_shots) if evaluation.search else evaluation.step_sizes(num_shots)
+    )
+    tasks = take(evaluation.bank(domain, num_shots), index, index + 1)
+    goal = tasks["goals"][0]
+    episodes = []
+    for step, params in enumerate(algorithm.adapt(evaluation.choose_theta(algorithm), tasks, steps[-1], sizes)):
+        if step in steps:
+            environment = domain.make_single(goal, render_mode="rgb_array")
+            told = goal if domain.oracle else goal[:0]
+            frames = run_episode(environment, algorithm.model, params, told, domain.horizon)
+            episodes.append(Episode(step, frames, _every(environment) / environment.metadata["render_fps"]))
+            environment.close()
+    return goal, episodes
+
+
+def run_episode(environment: gymnasium.Env, model: Model, params: Params, told: Tensor, horizon: int) -> list[Frame]:
+    """Runs one episode, and takes pictures of its start, its end and between.
+
+    Args:
+        environment: with pictures.
+        model: the policy.
+        params: of one task, name -> ``(1, ...)``.
+        told: what the policy sees behind each observation: an oracle's goal, or nothing.
+        horizon: its longest duration.
+
+    Raises:
+        MamlError: if OpenGL cannot start.
+    """
+    observation, _ = environment.reset(seed=0)
+    frames, total, every = [Frame(first_picture(environment), 0, 0.0)], 0.0, _every(environment)
+    (num_actions,) = environment.action_space.shape or ()
+    for time, noise in enumerate(Stream(0).child("render").normal((horizon, num_actions)), start=1):
+        seen = torch.cat([torch.as_tensor(observation, dtype=torch.float32), told])
+        mean, log_std = model(params, seen.view(1, 1, -1)).flatten().chunk(2)
+        action = mean + log_std.exp() * noise
+        observation, reward, terminated, truncated, _ = environment.step(action.numpy())
+        total += float(reward)
+        over = terminated or truncated
+        if over or time % every == 0:
+            frames.append(Frame(_picture(environment), time, total))
+        if over:
+            break
+    return frames
+
+
+def first_picture(environment: gymnasium.Env) -> Image.Image:
+    """Takes a picture, which is when OpenGL starts, where an environment needs it.
+
+    Raises:
+        MamlError: if it cannot start.
+    """
+    try:
+        return _picture(environment)
+    except Exception as error:  # every way to OpenGL fails in its own way
+        raise MamlError(
+            f"{type(environment.unwrapped).__name__} cannot be drawn, because OpenGL does not start with "
+            f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({type(error).__name__}: {error}). Without a display, "
+            "MUJOCO_GL=egl works with Debian's packages libegl1 and libgl1-mesa-dri, MUJOCO_GL=osmesa with libosmesa6"
+        ) from error
+
+
+def _picture(environment: gymnasium.Env) -> Image.Image:
+    pixels: Any = environment.render()
+    return Image.fromarray(pixels)
+
+
+def _every(environment: gymnasium.Env) -> int:
+    """Returns how many steps there are between two pictures."""
+    return ceil(environment.metadata["render_fps"] / _MAX_FPS)
+
+
+def caption(episode: Episode) -> str:
+    """Says whose episode it is."""
+    plural = "" if episode.num_steps == 1 else "s"
+    return f"after {episode.num_steps} gradient step{plural}" if episode.num_steps else "before adaptation"
+
+
+def save(path: Path, heading: str, episodes: Sequence[Episode]) -> None:
+    """Writes the GIF, in real time and without end; an episode that is over stands still until the longest is.
+
+    Raises:
+        MamlError: if the file cannot be written.
+    """
+    longest = max(len(episode.frames) for episode in episodes)
+    pages = [
+        draw(heading, [(caption(e), e.frames[min(number, len(e.frames) - 1)]) for e in episodes])
+        for number in range(longest)
+    ]
+    durations = [round(1000 * episodes[0].seconds)] * (longest - 1) + [1500]  # milliseconds; the end may be looked at
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pages[0].save(path, "GIF", save_all=True, append_images=pages[1:], duration=durations, loop=0)
+    except OSError as error:
+        raise MamlError(f"{path} cannot be written ({error.strerror}); name another file with --output") from error
+
+
+def draw(heading: str, panels: Sequence[tuple[str, Frame]]) -> Image.Image:
+    """Sets captioned pictures side by side below a heading."""
+    font = ImageFont.load_default(14)
+    pictures = [
+        frame.picture.resize((frame.picture.width * _PANEL_HEIGHT // frame.picture.height, _PANEL_HEIGHT))
+        for _, frame in panels
+    ]
+    width = sum(picture.width + _MARGIN for picture in pictures) + _MARGIN
+    width = max(width, ceil(font.getlength(heading)) + 2 * _MARGIN)
+    page = Image.new("RGB", (width, _PANEL_HEIGHT + 3 * _LINE_HEIGHT + 3 * _MARGIN), "gainsboro")
+    pen = ImageDraw.Draw(page)
+    pen.text((_MARGIN, _MARGIN), heading, "black", font)
+    left, top = _MARGIN, _MARGIN + _LINE_HEIGHT
+    for picture, (title, frame) in zip(pictures, panels, strict=True):
+        page.paste(picture, (left, top))
+        below = top + _PANEL_HEIGHT + _MARGIN // 2
+        pen.text((left, below), title, "black", font)
+        state = f"step {frame.time}, return {frame.total_reward:.1f}"
+        pen.text((left, below + _LINE_HEIGHT), state, "black", font)
+        left += picture.width + _MARGIN
+    return page
+
+
+def mirror(config: Mapping[str, Any], run: RunFolder, path: Path) -> None:
+    """Adds the picture, beside the report again, to where the config's logger shows the run."""
+    logger: Logger = build(config["logger"])
+    report = run.finished_report()
+    if report is not None:
+        logger.start(run.path, run.experiment, run.run_id, dict(config), resumed=True)
+        logger.report(report, {path.stem: path})
+        logger.finish("finished")
+    elif isinstance(logger, Mirror):
+        LOG.warning(
+            "%s has no report yet, so %s does not show its picture; it will once training is over",
+            run.path,
+            logger.name,
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MamlError as error:
+        sys.exit(str(error))
+    except HydraException as error:
+        explain_override_error(sys.argv[1:])
+        sys.exit(str(error))

@@ -1,0 +1,379 @@
+"""What all domains of reinforcement learning share: their data, losses and metrics, and how training keeps the best."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+import torch
+from torch import Tensor
+
+from maml import checkpoint
+from maml.algorithm.maml import MAML
+from maml.config import build, compose
+from maml.domain.locomotion import CheetahVelocity
+from maml.domain.point_navigation import PointNavigation
+from maml.domain.reinforcement import Reinforcement, kl_divergence, log_prob
+from maml.environment.base import Transition
+from maml.environment.point import PointEnvironments
+from maml.errors import MamlError
+from maml.evaluation import Evaluation
+from maml.experiment import build_algorithm
+from maml.hardware import Hardware
+from maml.inner.sgd import SGD
+from maml.model.gaussian_policy import GaussianPolicy
+from maml.outer.trpo import TRPO
+from maml.seeding import Stream
+from maml.types import Params, Tasks, expand
+from tests.build import build_from
+from tests.rl.test_rollouts import Strolls
+from tests.runs import ROOT, TinyRuns
+
+
+class Strolling(Reinforcement):
+    """Walks that end early, often because they blow up."""
+
+    def __init__(self, num_shots: int = 3, horizon: int = 12, oracle: bool = False, pooled: bool = False) -> None:
+        super().__init__(Strolls(), num_shots, horizon, 0.9, oracle, pooled, num_goals=None)
+
+    def draw_goals(self, count: int, stream: Stream) -> Tensor:
+        return stream.uniform((count, 1), -1.0, 1.0)
+
+    def test_goals(self, count: int) -> Tensor:
+        return torch.linspace(-1.0, 1.0, count).unsqueeze(-1)
+
+    def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
+        raise NotImplementedError
+
+
+def domains() -> dict[str, Reinforcement]:
+    return {
+        "point": PointNavigation(num_shots=2, horizon=12),
+        "cheetah": CheetahVelocity((0.0, 2.0), num_shots=2, horizon=8),
+        "strolls": Strolling(),
+    }
+
+
+def algorithm_on(domain: Reinforcement, seed: int = 0) -> MAML:
+    model = GaussianPolicy(domain.in_shape, domain.out_dim, hidden_sizes=[8], activation="tanh")
+    return build_from(MAML, domain, model, SGD(0.1, 1, order=2, adapt=["*"]), TRPO(), seed)
+
+
+def collected(domain: Reinforcement, count: int = 3, seed: int = 1) -> tuple[MAML, Tasks]:
+    algorithm = algorithm_on(domain)
+    tasks = algorithm.sample_tasks(count, Stream(seed))
+    algorithm.collect(tasks)
+    return algorithm, tasks
+
+
+def copied(params: Params) -> Params:
+    return {name: value.clone() for name, value in params.items()}
+
+
+def test_log_prob_and_divergence_are_those_of_torch() -> None:
+    old, new = Stream(0).normal((2, 5, 6)), Stream(1).normal((2, 5, 6))
+    actions = Stream(2).normal((2, 5, 3), std=4.0)
+    before, after = (torch.distributions.Normal(x[..., :3], x[..., 3:].exp()) for x in (old, new))
+    torch.testing.assert_close(log_prob(old, actions), before.log_prob(actions).sum(-1))
+    expected = torch.distributions.kl_divergence(before, after).sum(-1)
+    torch.testing.assert_close(kl_divergence(old, new), expected)
+    assert (expected > 0).all()
+    assert kl_divergence(old, old).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_losses_are_means_over_the_timesteps_of_each_task(step: int) -> None:
+    algorithm, tasks = collected(Strolling())
+    domain, data = algorithm.domain, algorithm.domain.data(tasks, "support", step)
+    lengths = (data.weights > 0).sum(1)
+    assert len(lengths.unique()) > 1
+    other = algorithm.model.init(Stream(9)) | {"log_std": torch.tensor([0.2, -0.1])}
+    params = expand(other, 3)
+    inner, (outer, metrics) = (
+        domain.inner_loss(algorithm.model, params, data),
+        domain.outer_loss(algorithm.model, params, data),
+    )
+    outputs = algorithm.model(params, data.observations)
+    for task, length in enumerate(lengths.tolist()):
+        log_probs, ratios, divergences = [], [], []
+        for time in range(length):
+            old, new = (
+                torch.distributions.Normal(row[task, time, :2], row[task, time, 2:].exp())
+                for row in (data.outputs, outputs)
+            )
+            action, advantage = data.actions[task, time], data.advantages[task, time]
+            log_probs.append(new.log_prob(action).sum() * advantage)
+            ratios.append((new.log_prob(action).sum() - old.log_prob(action).sum()).exp() * advantage)
+            divergences.append(torch.distributions.kl_divergence(old, new).sum())
+        for ours, terms in ((-inner, log_probs), (-outer, ratios), (metrics["kl"], divergences)):
+            torch.testing.assert_close(ours[task], torch.stack(terms).mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_at_the_policies_that_collected_the_objective_is_zero_and_so_is_the_divergence(step: int) -> None:
+    algorithm, tasks = collected(Strolling())
+    params = list(algorithm._adapt(algorithm.theta, tasks, 1, None, create_graph=False))[step]
+    data = algorithm.domain.data(tasks, "query", step)
+    loss, metrics = algorithm.domain.outer_loss(algorithm.model, params, data)
+    assert loss.abs().max() < 1e-5, "advantages have mean zero"
+    assert metrics["kl"].abs().max() < 1e-5
+
+
+def test_same_iteration_has_the_same_rollouts_whatever_ran_before() -> None:
+    for domain in domains().values():
+        algorithm, first = collected(domain)
+        collected(domain, count=4, seed=2)
+        Evaluation(num_tasks=2, num_steps=1)(algorithm)
+        again = algorithm.sample_tasks(3, Stream(1))
+        algorithm.collect(again)
+        assert first.keys() == again.keys()
+        assert [name for name, value in first.items() if not torch.equal(value, again[name])] == []
+        other = algorithm.sample_tasks(3, Stream(2))
+        algorithm.collect(other)
+        assert not torch.equal(first["step_0.actions"][:, :5], other["step_0.actions"][:, :5])
+
+
+def test_steps_have_noise_of_their_own() -> None:
+    algorithm, tasks = collected(Strolling())
+    noise = []
+    for step in range(2):
+        data = algorithm.domain.data(tasks, "support", step)
+        mean, log_std = data.outputs[:, :12].chunk(2, dim=-1)
+        noise.append((data.actions[:, :12] - mean) * (-log_std).exp())
+    assert (noise[0] - noise[1]).abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["point", "cheetah", "strolls"])
+def test_returns_do_not_depend_on_how_many_tasks_are_adapted_to(kind: str) -> None:
+    domain = domains()[kind]
+    algorithm = algorithm_on(domain)
+    evaluation = Evaluation(num_tasks=2, num_steps=2, step_size=[0.1, 0.05])
+    bank = evaluation.bank(domain, 2, num_tasks=6)
+    (longer,) = evaluation.curves(algorithm, 2, bank, [0.1, 0.05])
+    (shorter,) = evaluation.curves(algorithm, 2, {name: value[:3] for name, value in bank.items()}, [0.1, 0.05])
+    assert (longer.metric, longer.values.shape) == ("return", (3, 6))
+    torch.testing.assert_close(shorter.values, longer.values[:, :3], rtol=1e-4, atol=1e-4)
+    assert (longer.values[0] - longer.values[2]).abs().min() > 1e-4
+
+
+def test_oracle_sees_the_goal_behind_each_observation() -> None:
+    domain, plain = Strolling(oracle=True), Strolling()
+    assert (domain.in_shape, domain.out_dim, plain.in_shape) == ((4,), 4, (3,))
+    _, tasks = collected(domain)
+    data = domain.data(tasks, "support", 1)
+    taken = data.weights > 0
+    goals = tasks["goals"].unsqueeze(1).expand(-1, taken.shape[1], -1)
+    assert torch.equal(data.observations[..., 3:][taken], goals[taken])
+    assert not data.observations[~taken].any()
+
+
+def test_pooling_is_for_training_only() -> None:
+    domain = Strolling(pooled=True)
+    algorithm = algorithm_on(domain)
+    for split, pooled in (("train", True), ("val", False), ("test", False)):
+        tasks = domain.sample_tasks(4, Stream(0), split)  # type: ignore[arg-type]
+        domain.collect(tasks, algorithm.model, expand(algorithm.theta, 4), 0)
+        data = domain.data(tasks, "support", 0)
+        taken = data.weights > 0
+        assert abs(data.advantages[taken].mean()) < 1e-6
+        means = torch.stack([row[own].mean() for row, own in zip(data.advantages, taken, strict=True)])
+        assert bool((means.abs() > 1e-3).any()) == pooled
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_thinned_rollouts_are_every_so_many_th_timestep(every: int) -> None:
+    algorithm, tasks = collected(Strolling())
+    before = copied(tasks)
+    thinned = algorithm.domain.thin(tasks, every)
+    for step in range(2):
+        whole, data = (algorithm.domain.data(each, "query", step) for each in (tasks, thinned))
+        for name in ("observations", "actions", "outputs", "advantages"):
+            assert torch.equal(getattr(data, name), getattr(whole, name)[:, ::every])
+        torch.testing.assert_close(data.weights.sum(1), torch.ones(3))
+        assert torch.equal(data.weights > 0, whole.weights[:, ::every] > 0)
+        for row in data.weights:
+            assert len(row[row > 0].unique()) == 1
+        assert torch.equal(data.returns, whole.returns)
+    assert all(torch.equal(value, tasks[name]) for name, value in before.items())
+
+
+def test_summary_is_of_the_last_step_and_counts_all_blow_ups() -> None:
+    algorithm = algorithm_on(Strolling())
+    tasks = algorithm.sample_tasks(4, Stream(1))
+    for _ in algorithm.adapt(algorithm.theta, tasks, 2):
+        pass
+    summary = algorithm.domain.summary(tasks)
+    steps = [algorithm.domain.data(tasks, "query", step) for step in range(3)]
+    assert list(summary) == ["return_step_0", "return_step_1", "return", "episode_length", "num_unstable"]
+    for name, step in (("return_step_0", 0), ("return_step_1", 1), ("return", 2)):
+        assert summary[name] == steps[step].returns.mean()
+    assert summary["episode_length"] == steps[2].lengths.mean()
+    assert summary["num_unstable"] == sum(int(step.num_unstable.sum()) for step in steps) > 0
+    assert all(value.dim() == 0 for value in summary.values())
+
+
+def test_return_is_the_undiscounted_mean_over_episodes() -> None:
+    algorithm, tasks = collected(PointNavigation(num_shots=4, horizon=10))
+    data = algorithm.domain.data(tasks, "query", 0)
+    goals, horizon = tasks["goals"], 10
+    for task in range(3):
+        path = data.observations[task].reshape(4, horizon, 2)
+        # Where a step leads to is where the next one starts; the last one's end is not kept, but its action is.
+        end = path[:, -1] + 0.1 * data.actions[task].reshape(4, horizon, 2)[:, -1].clamp(-1, 1)
+        reached = torch.cat([path[:, 1:], end.unsqueeze(1)], dim=1)
+        expected = -(reached - goals[task]).norm(dim=-1).sum(1).mean()
+        assert data.returns[task].item() == pytest.approx(expected.item(), rel=1e-5)
+    measured = algorithm.domain.measure(algorithm.model, algorithm.theta, data, data, 0)
+    assert list(measured) == ["return"]
+    assert torch.equal(measured["return"], data.returns)
+
+
+@pytest.mark.parametrize("num_shots", [None, 5])
+def test_tasks_have_as_many_rollouts_as_asked_for(num_shots: int | None) -> None:
+    domain = PointNavigation(num_shots=2, horizon=6)
+    algorithm = algorithm_on(domain)
+    tasks = domain.sample_tasks(3, Stream(0), "test", num_shots)
+    list(algorithm.adapt(algorithm.theta, tasks, 1))
+    for step in range(2):
+        data = domain.data(tasks, "support", step)
+        assert ((data.weights > 0).sum(1) == (num_shots or 2) * 6).all()
+
+
+def test_best_theta_is_that_of_the_best_training_return_and_is_what_is_evaluated() -> None:
+    algorithm = algorithm_on(PointNavigation(num_shots=2, horizon=12))
+    assert algorithm.best["score"] == -torch.inf
+    seen: list[tuple[float, Params]] = []
+    for iteration in range(8):
+        theta = copied(algorithm.theta)
+        metrics = algorithm.step(algorithm.sample_tasks(3, Stream(1).child(iteration)))
+        seen.append((metrics["return"].item(), theta))
+    score, best = max(seen, key=lambda pair: pair[0])
+    assert score not in (seen[0][0], seen[-1][0]), "a case in which it matters"
+    state = algorithm.state_dict()["best"]
+    assert state["score"] == score
+    assert state.keys() == best.keys() | {"score"}
+    assert all(torch.equal(state[name], value) for name, value in best.items())
+
+    settings: dict[str, Any] = {"num_tasks": 3, "num_steps": 1}
+    (of_best,), *_ = Evaluation(**settings, theta="best")(algorithm)
+    (of_last,), *_ = Evaluation(**settings)(algorithm)
+    algorithm.theta = best
+    (expected,), *_ = Evaluation(**settings)(algorithm)
+    assert torch.equal(of_best.values, expected.values)
+    assert not torch.equal(of_last.values, expected.values)
+
+
+def test_return_that_is_not_a_number_is_never_the_best() -> None:
+    algorithm = algorithm_on(Strolling())
+    algorithm._keep_best({"return": torch.tensor(torch.nan)})
+    assert algorithm.best["score"] == -torch.inf
+    algorithm._keep_best({"return": torch.tensor(-3.0)})
+    assert algorithm.best["score"] == -3
+
+
+TINY = (
+    "domain=point_navigation",
+    "domain.num_shots=2",
+    "domain.horizon=8",
+    "model=gaussian_policy",
+    "model.hidden_sizes=[6]",
+    "outer=trpo",
+    "evaluation=average_return",
+    "evaluation.num_shots=[2]",
+    "num_iterations=4",
+    "log_every=1",
+)
+
+
+def test_log_counts_the_blow_ups(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, happened = PointEnvironments.step, [0]
+
+    def blowing_up(self: PointEnvironments, actions: Tensor, living: Tensor) -> Transition:
+        transition = step(self, actions, living)
+        unstable = actions[:, 0] > 1.5
+        happened[0] += int(unstable.sum())
+        return transition._replace(unstable=unstable, terminated=transition.terminated | unstable)
+
+    monkeypatch.setattr(PointEnvironments, "step", blowing_up)
+    monkeypatch.setattr("maml.experiment._evaluate", lambda *_: ({"headline": None}, Path("none")))
+    folder = tiny.run(*TINY)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
+    assert sum(line["num_unstable"] for line in lines) == happened[0] > 0
+
+
+def test_checkpoint_of_other_observations_is_refused(tiny: TinyRuns) -> None:
+    folder = tiny.run(*TINY, "num_iterations=1")
+    state = checkpoint.load(folder / "checkpoint.pt")["state"]
+    oracle = (*TINY, "num_iterations=1", "domain.oracle=true")
+    with pytest.raises(MamlError, match=r"belongs to another run .*\n +domain\.oracle: True here, its default there"):
+        tiny.run(*oracle, "mode=eval", f"checkpoint={folder / 'checkpoint.pt'}")
+    algorithm = build_algorithm(tiny.config(*oracle), Hardware("cpu"))
+    with pytest.raises(
+        MamlError,
+        match=r"linear1\.weight has shape \(6, 2\), but this model's has \(6, 4\): the inputs or outputs of the",
+    ):
+        algorithm.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["domain.horizon=0"], r"domain\.horizon=0: input should be greater than or equal to 1"),
+        (["domain.num_shots=0"], r"domain\.num_shots=0: input should be greater than or equal to 1"),
+        (["domain.num_goals=0"], r"domain\.num_goals=0: input should be greater than or equal to 1"),
+        (["domain.discount=1.01"], r"domain\.discount=1\.01: input should be less than or equal to 1"),
+        (["domain.discount=-0.1"], r"domain\.discount=-0\.1: input should be greater than or equal to 0"),
+        (["domain.pooled=3"], r"domain\.pooled=3: input should be a valid boolean"),
+        (["domain.reward=squared"], r"domain\.reward='squared': input should be 'distance' or 'squared_distance'"),
+        (["domain.goal_range=[0.5,-0.5]"], r"domain\.goal_range=\[0\.5, -0\.5\]: .*0\.5 is not below -0\.5; swap them"),
+        (["domain.goal_range=[0.5,0.5]"], r"0\.5 is not below 0\.5"),
+        (["domain.goal_range=[0.5]"], r"domain\.goal_range=\[0\.5\]: field required"),
+        (["domain=ant_velocity", "domain.goal_range=[3,0]"], r"3\.0 is not below 0\.0; swap them"),
+        (["domain=ant_direction", "domain.physics=real"], r"domain\.physics='real': input should be 'paper' or 'gym"),
+        (["domain=ant_direction", "+domain.goal_range=[0,3]"], r"domain\.goal_range is not a key"),
+        (["outer=trpo", "outer.max_kl=0"], r"outer\.max_kl=0: input should be greater than 0"),
+        (["outer=trpo", "outer.num_cg_steps=0"], r"outer\.num_cg_steps=0: input should be greater than or equal to 1"),
+        (["outer=trpo", "outer.backtrack=1"], r"outer\.backtrack=1: input should be less than 1"),
+        (["outer=trpo", "outer.damping=-1"], r"outer\.damping=-1: input should be greater than or equal to 0"),
+        (["outer=trpo", "outer.curvature_every=0"], r"outer\.curvature_every=0: input should be greater than or equal"),
+        (["evaluation=average_return", "evaluation.theta=first"], r"input should be 'last' or 'best'"),
+    ],
+)
+def test_setting_that_makes_no_sense_is_refused_by_name(overrides: list[str], reason: str) -> None:
+    with pytest.raises(MamlError, match=reason):
+        compose(["domain=point_navigation", "model=gaussian_policy", *overrides], ROOT / "conf")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["outer=trpo"], "TRPO limits how far a policy moves, but Sinusoid has no policy; choose outer=adam, or an RL"),
+        (["model=gaussian_policy"], "cannot have the 1 outputs of this domain; choose a domain of reinforcement learn"),
+        *(
+            (["domain=point_navigation", "model=gaussian_policy", f"algorithm={name}"], f"{kind} learns from labelled")
+            for name, kind in (
+                ("reptile", "Reptile"),
+                ("finetune", "FineTune"),
+                ("nearest_neighbor", "NearestNeighbor"),
+                ("multitask_average", "MultitaskAverage"),
+            )
+        ),
+        (["domain=point_navigation", "model=conv4"], r"takes images .* but the domain's inputs are \(2,\)"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(overrides: list[str], reason: str) -> None:
+    config, _ = compose(overrides, ROOT / "conf")
+    with pytest.raises(MamlError, match=reason):
+        build_algorithm(config, Hardware("cpu"))
+
+
+def test_best_theta_of_labelled_examples_is_refused() -> None:
+    config, _ = compose(["+evaluation.theta=best"], ROOT / "conf")
+    with pytest.raises(
+        MamlError, match=r"evaluation\.theta=best, but training on Sinusoid keeps the last .* choose last"
+    ):
+        build(config["evaluation"]).check(build(config["domain"]))

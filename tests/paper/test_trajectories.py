@@ -1,0 +1,110 @@
+"""The lower half of Figure 4: rollouts of what was evaluated, beside the published ones."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure as Canvas
+
+from maml.algorithm.base import Algorithm
+from maml.config import build
+from maml.errors import MamlError
+from maml.evaluation import Evaluation, per_task_rows
+from maml.paper.adaptation import restored
+from maml.paper.cells import Panel, load_pictures
+from maml.paper.runs import Evidence, composed, find_evidence, find_runs
+from maml.paper.trajectories import panel_rows, plot_picture
+from tests.paper.made_up import POINT, edit, make_run_with_checkpoint
+
+RESULTS = Path(__file__).parents[2] / "results"
+(PICTURE,) = (picture for picture in load_pictures(RESULTS) if picture.published)
+# As in meta-test, but for fewer and shorter rollouts.
+SMALL = replace(
+    POINT, num_shots=4, overrides=("domain.horizon=20", "evaluation.num_tasks=8", "evaluation.num_shots=[4]")
+)
+PANEL = Panel("MAML", 6, False, SMALL)
+STEP_SIZES = [0.5, 0.25, 0.25, 0.25]
+
+
+def evaluated_run(root: Path) -> tuple[Evidence, Evaluation, Algorithm]:
+    """Makes a run whose report is the evaluation of its checkpoint."""
+    folder = make_run_with_checkpoint(root, source=SMALL)
+    found = find_evidence(SMALL, find_runs(root)[0])
+    evaluation, algorithm = build(composed(SMALL.experiment, SMALL.overrides)["evaluation"]), restored(SMALL, found)
+    bank = evaluation.bank(algorithm.domain, SMALL.num_shots)
+    curves = evaluation.curves(algorithm, SMALL.num_shots, bank, STEP_SIZES)
+    edit(folder / "report.json", curves=[curve.summary() for curve in curves], step_sizes={"4": STEP_SIZES})
+    with open(folder / "tasks.csv", "w", newline="") as file:
+        rows = per_task_rows(curves)
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return find_evidence(SMALL, find_runs(root)[0]), evaluation, algorithm
+
+
+def positions(rows: list[dict[str, Any]], by: str, step: int) -> np.ndarray:
+    mine = [row for row in rows if (row["by"], int(row["grad_step"])) == (by, step)]
+    assert [int(row["t"]) for row in mine] == list(range(len(mine)))
+    return np.array([[float(row["x"]), float(row["y"])] for row in mine])
+
+
+def test_without_runs_the_published_trajectories_are_there_to_the_last_digit() -> None:
+    for row in ("MAML", "pretrained"):
+        names = ("method", "grad_step", "t", "x", "y")
+        rows = panel_rows(PICTURE, replace(PANEL, row=row), Evidence())
+        assert [{name: line[name] for name in names} for line in rows] == [
+            line for line in PICTURE.published if line["method"] == row
+        ]
+        assert {line["by"] for line in rows} == {"paper"}
+        assert {(line["goal"], line["goal_x"], line["goal_y"]) for line in rows} == {(6, -0.29555, 0.37812)}
+
+
+def test_ours_is_the_first_rollout_of_the_whole_banks_evaluation(tmp_path: Path) -> None:
+    found, evaluation, algorithm = evaluated_run(tmp_path)
+    rows = panel_rows(PICTURE, PANEL, found)
+    bank = evaluation.bank(algorithm.domain, SMALL.num_shots)
+    with torch.no_grad():
+        theta = {name: algorithm.best[name] for name in algorithm.theta}
+        for _ in algorithm.adapt(theta, bank, 3, STEP_SIZES):
+            pass
+    goal = np.array([rows[0]["goal_x"], rows[0]["goal_y"]])
+    for step in (0, 3):
+        path, rollouts = positions(rows, "ours", step), bank[f"step_{step}.observations"][6].numpy()
+        assert path == pytest.approx(rollouts[: len(path)], abs=1e-5)
+        assert path[0].tolist() == [0.0, 0.0] == rollouts[len(path)].tolist()  # where the second rollout begins
+        moves = 0.1 * bank[f"step_{step}.actions"][6].clamp(-1, 1).numpy()[: len(path)]
+        assert np.diff(path, axis=0) == pytest.approx(moves[:-1], abs=1e-5)
+        assert len(path) == 20 or (abs(path[-1] + moves[-1] - goal) < 0.01).all()
+
+
+def test_a_checkpoint_that_does_not_reach_the_reported_return_is_refused(tmp_path: Path) -> None:
+    make_run_with_checkpoint(tmp_path, source=SMALL, mean=-11.0)
+    with pytest.raises(MamlError, match=r"the return to goal 6 after 0 gradient steps is .* restore it"):
+        panel_rows(PICTURE, PANEL, find_evidence(SMALL, find_runs(tmp_path)[0]))
+
+
+def test_the_picture_has_the_published_over_ours_and_says_what_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, *_ = evaluated_run(tmp_path)
+    missing = replace(PANEL, row="pretrained")
+    canvases: list[Canvas] = []
+    monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
+    panels = [
+        (panel, runs, panel_rows(PICTURE, panel, runs)) for panel, runs in [(PANEL, found), (missing, Evidence())]
+    ]
+    plot_picture(PICTURE, panels, tmp_path / "unused.png")
+    (canvas,) = canvases
+    titles = ["MAML, paper", "pretrained, paper", "MAML, ours", "pretrained, ours"]
+    assert [axes.get_title() for axes in canvas.axes] == titles
+    for axes, (_, _, rows), by in zip(canvas.axes, [*panels, *panels], ["paper"] * 2 + ["ours"] * 2, strict=True):
+        before, after, start, goal = (np.array(line.get_xydata()) for line in axes.get_lines())
+        assert before.tolist() == positions(rows, by, 0).tolist()
+        assert after.tolist() == positions(rows, by, 3).tolist()
+        assert (start.tolist(), goal.tolist()) == ([[0, 0]], [[-0.29555, 0.37812]])
+        texts = [text.get_text() for text in axes.texts]
+        assert texts == ([f"not run\n\n{SMALL.command([])}"] if axes is canvas.axes[3] else [])

@@ -1,0 +1,37 @@
+"""The benchmark of meta-RL in its quick mode: what it writes, and that its phases add up."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT
+
+pytest.importorskip("mujoco")
+
+PHASES = ("sampling", "advantages and adaptation", "gradient", "curvature", "conjugate gradient", "line search", "rest")
+
+
+def test_quick_run_writes_all_it_measures(tmp_path: Path) -> None:
+    """As a process of its own: it keeps itself to one core."""
+    command = [sys.executable, "scripts/bench_meta_rl.py", "--quick", "--shapes", "ant", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "meta_rl.md").read_text()
+    assert written in done.stdout
+    assert "met (" not in written and "missed (" not in written  # bars are for the full sizes
+
+    rows = list(csv.DictReader((tmp_path / "meta_rl.csv").read_text().splitlines()))
+    assert all(row["commit"] and row["command"] and row["hardware"] for row in rows)
+    assert "| ant | 2 x 2 x 10 |" in written
+    medians = {row["what"]: float(row["median"]) for row in rows}
+    assert all(medians[f"{name}, steps per second"] > 0 for name in ("ours", "SyncVectorEnv", "AsyncVectorEnv"))
+    phases = [medians[f"{phase}, seconds"] for phase in PHASES]
+    assert min(phases) > 0
+    # Two iterations, whose median is their mean.
+    assert sum(phases) == pytest.approx(medians["meta-iteration, seconds"], rel=0.05)
+    assert medians["peak memory, MiB"] > medians["memory before, MiB"] > 50
