@@ -55,7 +55,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
         return rows
     run, report = evidence.evaluated[0]
     algorithm = restored(source, evidence)
-    theta = {name: algorithm.best[name] for name in algorithm.theta}
+    theta = evaluation.choose_theta(algorithm)
     # A goal's rollouts do not depend on the goals beside it.
     tasks = take(evaluation.bank(domain, source.num_shots), panel.task, panel.task + 1)
     step_sizes = report.step_sizes.get(str(source.num_shots))
