@@ -19,7 +19,9 @@ from maml.outer.base import Objective, Outer, OuterState, Product
 from maml.seeding import Stream
 from maml.types import Params, Tasks, expand, num_tasks, take
 
-_SCORE = "score"  # beside the parameters in `Algorithm.best`
+# Beside the parameters in `Algorithm.best`: its score, and the scores of the last iterations.
+_SCORE, _RECENT = "score", "recent"
+_NUM_RECENT = 10
 
 MakeModel = Callable[[Sequence[int], int], Model]
 """Makes f_theta for inputs of a shape and a number of outputs."""
@@ -58,7 +60,8 @@ class Algorithm(ABC):
     Attributes:
         theta: what is meta-learnt: the model's parameters and what the inner optimizer adds to them.
         carried: other tensors that training changes (running statistics, an optimizer's state), by name.
-        best: the theta whose metric ``domain.selected_by`` was best in training, and that ``score``; else empty.
+        best: the theta at which the metric ``domain.selected_by``, averaged over recent iterations, was best in
+            training, and what is needed to go on choosing; else empty.
         chunk_gradient: `_chunk_gradient`, or its compiled form.
     """
 
@@ -96,8 +99,9 @@ class Algorithm(ABC):
         self.outer_state: OuterState = self.outer.init(self.theta)
         self.best: Params = {}
         if self.domain.selected_by:
-            lowest = torch.tensor(-torch.inf, device=self.stream.device)
-            self.best = {name: value.clone() for name, value in self.theta.items()} | {_SCORE: lowest}
+            lowest = torch.full((_NUM_RECENT,), -torch.inf, device=self.stream.device)
+            self.best = {name: value.clone() for name, value in self.theta.items()}
+            self.best |= {_SCORE: lowest[0].clone(), _RECENT: lowest}
         self.chunk_gradient: ChunkGradient = self._chunk_gradient
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
@@ -134,9 +138,14 @@ class Algorithm(ABC):
             self.domain.collect(tasks, self.model, expand(self.theta, num_tasks(tasks)), 0)
 
     def _keep_best(self, summary: dict[str, Tensor]) -> None:
-        """Section 5.3: the evaluated policy is the one with the best average training return."""
+        """Section 5.3: the evaluated policy is the one with the best average training return.
+
+        Averaged over ten iterations: in a single one the luck of its few goals outweighs what theta has learnt since.
+        """
         assert self.domain.selected_by is not None
-        score = summary[self.domain.selected_by]
+        value, recent = summary[self.domain.selected_by], self.best[_RECENT]
+        recent.copy_(torch.where(recent.isneginf(), value, torch.cat([recent[1:], value.reshape(1)])))
+        score = recent.mean()
         if score > self.best[_SCORE]:
             self.best[_SCORE].copy_(score)
             for name, value in self.theta.items():
