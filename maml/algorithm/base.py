@@ -127,10 +127,14 @@ class Algorithm(ABC):
         summary = self.domain.summary(tasks)
         if self.best:
             self._keep_best(summary)
-        metrics = self.outer.step(_Objective(self, tasks), self.theta, self.outer_state)
+        metrics = self._update(tasks)
         for name, value in self.carried.items():
             value.copy_(metrics.pop(name))
         return metrics | summary
+
+    def _update(self, tasks: Tasks) -> dict[str, Tensor]:
+        """Moves theta, by a meta-batch that has all its data; returns the metrics."""
+        return self.outer.step(_Objective(self, tasks), self.theta, self.outer_state)
 
     def collect(self, tasks: Tasks) -> None:
         """Adds to a meta-batch the data that depend on theta, where any do."""

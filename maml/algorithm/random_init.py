@@ -11,7 +11,5 @@ from maml.types import Tasks
 class RandomInit(Pretrain):
     """Leaves theta alone, however many iterations it is given."""
 
-    def step(self, tasks: Tasks) -> dict[str, Tensor]:
-        """Returns the metrics of the initial theta."""
-        self.collect(tasks)
-        return self.evaluate(self.theta, tasks) | self.domain.summary(tasks)
+    def _update(self, tasks: Tasks) -> dict[str, Tensor]:
+        return self.evaluate(self.theta, tasks)
