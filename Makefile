@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check paper-tables paper-figures claims bench
+.PHONY: help setup demo test test-slow check paper paper-tables report paper-figures verify checkpoints claims bench
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,11 +31,24 @@ check: setup  ## lint and type-check
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+paper: setup  ## run what is missing for the paper, then render; PLAN=1 ONLY=table2,figure3 SMOKE=1 WANDB=1 JOBS=2 SEEDS=0,1
+	$(RUN) scripts/paper.py $(if $(PLAN),--plan) $(if $(SMOKE),--smoke) $(if $(WANDB),--wandb) \
+		$(if $(ONLY),--only '$(ONLY)') $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS))
+
 paper-tables: setup  ## render the paper's tables from what has been run
 	$(RUN) scripts/paper_tables.py
 
 paper-figures: setup  ## render the paper's figures from what has been run
 	$(RUN) scripts/paper_figures.py
+
+report: setup  ## render all of it with its evidence as one page, results/report.html
+	$(RUN) scripts/report.py
+
+verify: setup  ## evaluate a committed checkpoint again: CELL=table2_multitask/MAML/K5_gradsteps_1, or all of them
+	$(RUN) scripts/verify.py $(if $(CELL),'$(CELL)',--all)
+
+checkpoints: setup  ## export the parameters behind every number to results/checkpoints
+	$(RUN) scripts/export_checkpoints.py
 
 claims: setup  ## measure what section 5.2 says in prose: FOMAML's speed-up, the number of parameters
 	$(RUN) scripts/claims.py

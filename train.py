@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import hydra
@@ -11,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from maml.config import check, check_order, experiment_name, explain_override_error, plain
-from maml.errors import Interrupted, MamlError
+from maml.errors import Interrupted, MamlError, Unavailable
 from maml.experiment import run_experiment
 
 
@@ -27,6 +28,9 @@ def main(cfg: DictConfig) -> float:
     except MamlError as error:
         if job.mode is RunMode.MULTIRUN:  # of several jobs that fail, Hydra reports only the first, and at the end
             print(f"{' '.join(job.overrides.task)}: {error}", file=sys.stderr)
+        elif isinstance(error, Unavailable):  # a status of its own, for what starts many runs
+            print(error, file=sys.stderr)
+            sys.exit(os.EX_UNAVAILABLE)
         raise CompactHydraException(str(error)) from None  # its message without a traceback
 
 

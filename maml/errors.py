@@ -5,6 +5,10 @@ class MamlError(ValueError):
     """A setting, a file or a run is not usable; the message says what, why, and what to do."""
 
 
+class Unavailable(MamlError):
+    """This machine lacks something that the run needs: data, a package, a device."""
+
+
 class Diverged(MamlError):
     """Parameters are not finite, or what they compute is not."""
 

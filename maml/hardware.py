@@ -11,7 +11,7 @@ import torch
 
 from maml.domain.base import Domain
 from maml.domain.reinforcement import Reinforcement
-from maml.errors import MamlError
+from maml.errors import MamlError, Unavailable
 from maml.types import Count, product
 
 # Images of a chunk on a CPU, support and query on average, in pixels: 40 of Omniglot's. Half as many halve the memory,
@@ -68,7 +68,7 @@ class Hardware:
         deterministic: bool = False,
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
-            raise MamlError(
+            raise Unavailable(
                 f"hardware.device=cuda, but torch {torch.__version__} sees no CUDA device: use hardware=cpu (or auto), "
                 "or install a CUDA build of torch and check the driver"
             )

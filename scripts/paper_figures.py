@@ -10,20 +10,22 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
-from maml.paper.cells import Curve, Figure, Panel, Picture, load_figures, load_pictures
-from maml.paper.figures import drawn, figure_rows, plot_figure
+from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures
+from maml.paper.figures import CurveComparison, drawn, figure_rows, plot_figure
 from maml.paper.runs import Evidence, find_evidence, find_runs, provenance
+from maml.paper.tables import summary
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NOTE = (
-    "Bands are 95 % intervals over test tasks where nothing else is said. Of several seeds the lowest is drawn. The "
-    "numbers drawn are in the CSV beside each picture. Made by `make paper-figures`."
+    "Bands are 95 % intervals over test tasks where nothing else is said. Of several seeds the lowest is drawn. A "
+    "curve is reproduced if every step is that can be judged; else its status is that of the last step that is not. "
+    "Numbers, and the status of each step: the CSV beside each picture. Made by `make paper-figures`."
 )
 
 
@@ -38,10 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="where run folders are; of equal runs the first counts (default: runs, then results/runs)",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write (default: results)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="the folder of cells.yaml and paper/ (default: results)"
+    )
     options = parser.parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
-    sections = {}
-    for figure in load_figures(RESULTS):
+    sections, judged = {}, []
+    for figure in load_figures(options.results):
         path = _path(options.out, figure.name)
         curves = []
         for curve in figure.curves:
@@ -53,8 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 curves.append((curve, Evidence(), drawn(curve, Evidence())))
         plot_figure(figure, [item for _, _, item in curves], path.with_suffix(".png"))
         _write_csv(path, [row for curve, evidence, _ in curves for row in figure_rows(curve, evidence)])
-        sections[figure.name] = _section(figure, path, [(curve, evidence) for curve, evidence, _ in curves])
-    for picture in load_pictures(RESULTS):
+        compared = [CurveComparison(curve, evidence) for curve, evidence, _ in curves]
+        judged += [item for item in compared if item.curve.is_plotted]
+        texts = {item.curve.label: (item.status, item.text, item.curve.source, item.evidence) for item in compared}
+        sections[figure.name] = _section(figure, path, texts)
+    for picture in load_pictures(options.results):
         path = _path(options.out, picture.name)
         kind = trajectories if picture.published else adaptation
         panels = []
@@ -68,14 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             panels.append((panel, evidence, rows))
         kind.plot_picture(picture, panels, path.with_suffix(".png"))
         _write_csv(path, [row for _, _, rows in panels for row in rows])
-        sections[picture.name] = _section(picture, path, [(panel, evidence) for panel, evidence, _ in panels])
+        texts = {panel.label: (evidence.state, evidence.state, panel.source, evidence) for panel, evidence, _ in panels}
+        sections[picture.name] = _section(picture, path, texts)
     damaged = list(dict.fromkeys(damaged))  # several panels may share a run
-    overview = ["# The paper's figures", ""] + [f"**ERROR, left out:** {message}\n" for message in damaged]
+    counted = summary(judged, "curves")
+    overview = ["# The paper's figures", "", f"{counted}.", ""]
+    overview += [f"**ERROR, left out:** {message}\n" for message in damaged]
     overview += [line for name in sorted(sections) for line in sections[name]]
     (options.out / "figures.md").write_text("\n".join([*overview, NOTE, ""]))
     for message in damaged:
         print(f"ERROR, left out: {message}", file=sys.stderr)
-    print(f"written to {options.out / 'figures.md'}")
+    print(f"{counted}\nwritten to {options.out / 'figures.md'}")
     return 1 if damaged else 0
 
 
@@ -93,15 +104,22 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _section(figure: Figure | Picture, path: Path, found: Sequence[tuple[Curve | Panel, Evidence]]) -> list[str]:
-    """Prints how far each curve or panel of a figure is and returns the same in Markdown, with its provenance."""
-    lines = [f"## {figure.title}", "", f"![{figure.title}]({path.parent.name}/{path.name}.png)", ""]
+def _section(figure: Figure | Picture, path: Path, found: Mapping[str, tuple[str, str, Source, Evidence]]) -> list[str]:
+    """Prints the status of each curve or panel of a figure and returns a section in Markdown, with their provenance.
+
+    Args:
+        figure: with its title and note.
+        path: of its files, without a suffix.
+        found: by label: the status, the same in Markdown, the source, and what has been run of it.
+    """
+    picture = f"{path.parent.name}/{path.name}"
+    lines = [f"## {figure.title}", "", f"![{figure.title}]({picture}.png)", "", f"[PDF]({picture}.pdf)", ""]
     lines += [figure.note, ""] if figure.note else []
-    lines += ["| drawn | state | seeds | commit | hardware | command |", "|" + " --- |" * 6]
-    for label, (source, evidence) in {item.label: (item.source, evidence) for item, evidence in found}.items():
-        print(f"{figure.title}, {label}: {evidence.state}")
+    lines += ["| drawn | status | seeds | commit | hardware | command |", "|" + " --- |" * 6]
+    for label, (status, text, source, evidence) in found.items():
+        print(f"{figure.title}, {label}: {status}")
         beside = provenance(source, evidence)
-        cells = [label, evidence.state, *(beside[name] for name in ("seeds", "commit", "hardware"))]
+        cells = [label, text, *(beside[name] for name in ("seeds", "commit", "hardware"))]
         lines.append("| " + " | ".join([*cells, f"`{beside['command']}`"]) + " |")
     return [*lines, ""]
 

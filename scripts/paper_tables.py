@@ -1,4 +1,4 @@
-"""Renders the paper's tables from what has been run: results/tables.md, and a folder for each of them.
+"""Renders the paper's tables from what has been run: results/tables.md and tables.tex, and a folder for each of them.
 
     python scripts/paper_tables.py
 
@@ -11,13 +11,14 @@ import argparse
 import csv
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from maml.paper.cells import load_tables
+from maml.paper.cells import Table, load_tables
+from maml.paper.latex import document, table_latex
 from maml.paper.runs import find_evidence, find_runs
-from maml.paper.tables import STATUSES, compare, headline_markdown, summary, table_markdown, table_rows
+from maml.paper.tables import STATUSES, Comparison, compare, headline_markdown, summary, table_markdown, table_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -39,22 +40,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="where run folders are; of equal runs the first counts (default: runs, then results/runs)",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write (default: results)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="the folder of cells.yaml and paper/ (default: results)"
+    )
     options = parser.parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
-    tables = load_tables(RESULTS)
+    tables = load_tables(options.results)
     comparisons = compare(tables, cache(lambda source: find_evidence(source, runs)))
+    counted, *beside = counts_of(tables, comparisons)
     cells = [comparison for group in comparisons.values() for comparison in group]
-    counted, headline = summary(cells), f"{headline_markdown(cells)}\n\n{SEEDS_NOTE}"
     if options.out == RESULTS:
         before, _, rest = (ROOT / "README.md").read_text().partition(BEGIN)
+        headline = f"{counted}.\n\n{headline_markdown(cells, 'results/notes.md')}\n\n{SEEDS_NOTE}"
         (ROOT / "README.md").write_text(f"{before}{BEGIN}{headline}{END}{rest.partition(END)[2]}")
-    overview = ["# The paper's tables", "", f"{counted}.", "", headline, ""]
+    overview = ["# The paper's tables", "", f"{counted}.", "", *(f"{line}.\n" for line in beside)]
+    overview += [headline_markdown(cells, "notes.md"), "", SEEDS_NOTE, ""]
     overview += [f"**ERROR, left out:** {message}\n" for message in damaged]
     overview += ["| table | " + " | ".join(STATUSES) + " |", "| --- |" + " --- |" * len(STATUSES)]
     for table in tables:
         folder, group = options.out / table.name, comparisons[table.name]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{table.name}.md").write_text(table_markdown(table.title, group))
+        (folder / f"{table.name}.md").write_text(table_markdown(table, group))
+        (folder / f"{table.name}.tex").write_text(table_latex(table, group))
         with open(folder / f"{table.name}.csv", "w", newline="") as file:
             rows = table_rows(group)
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -63,11 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counts = Counter(comparison.status for comparison in group)
         numbers = " | ".join(str(counts[status] or "") for status in STATUSES)
         overview.append(f"| [{table.title}]({table.name}/{table.name}.md) | {numbers} |")
+    (options.out / "tables.tex").write_text(document(f"{counted}.", [table.name for table in tables]))
     (options.out / "tables.md").write_text("\n".join([*overview, "", "Made by `make paper-tables`.", ""]))
     for message in damaged:
         print(f"ERROR, left out: {message}", file=sys.stderr)
-    print(f"{counted}\nwritten to {options.out / 'tables.md'}")
+    print(*(line for line in (counted, *beside)), sep="\n")
+    print(f"written to {options.out / 'tables.md'}")
     return 1 if damaged else 0
+
+
+def counts_of(tables: Sequence[Table], comparisons: Mapping[str, Sequence[Comparison]]) -> list[str]:
+    """Returns the summary of the paper's cells, and apart from it that of later papers' cells."""
+    mine, others = (
+        [c for table in tables if table.in_paper == own for c in comparisons[table.name]] for own in (True, False)
+    )
+    return [summary(mine), f"Not in the paper and counted apart: {summary(others)}"]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator
         shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train.py", path)
     for language, target in (("python", "maml/domain/step_function.py"), ("yaml", "conf/domain/step_function.yaml")):
-        (example,) = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+        examples = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+        (example,) = [text for text in examples if "StepFunction" in text]
         assert f"`{target}`" in README
         (path / target).write_text(example)
     (path / "my_nets.py").write_text(SMALL_NET)

@@ -13,7 +13,7 @@ from torch import Tensor
 from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
 from maml.data.files import list_files, unpickle
 from maml.data.photos import NUM_IMAGES, Photos, cached_photos, check_classes, stack
-from maml.errors import MamlError
+from maml.errors import MamlError, Unavailable
 
 IMAGE_SIZE = 32
 
@@ -75,7 +75,7 @@ def load_cifar_fs(data_dir: Path, cache_dir: Path, download: bool = True) -> Ima
     if cached is not None and cached.classes == sorted(classes.values()):
         return cached
     if not download:
-        raise MamlError(_how_to_provide(data_dir))
+        raise Unavailable(_how_to_provide(data_dir))
     _download(data_dir)
     return _load_published(folder / _PUBLISHED, classes, cache_dir)
 
@@ -158,7 +158,7 @@ def _download(data_dir: Path) -> None:
             os.replace(Path(scratch) / _PUBLISHED, folder / _PUBLISHED)
     except Exception as error:  # a broken torchvision, the network and the disk each fail in their own way
         cause = f"{type(error).__name__}: {error}"
-        raise MamlError(f"{_how_to_provide(data_dir)}. The download failed with {cause}") from error
+        raise Unavailable(f"{_how_to_provide(data_dir)}. The download failed with {cause}") from error
 
 
 def _advice(source: Path) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
 from maml.data.files import list_files, unpickle
 from maml.data.photos import NUM_CLASSES, Photos, cached_photos, check_classes, stack
-from maml.errors import MamlError
+from maml.errors import MamlError, Unavailable
 
 IMAGE_SIZE = 84
 
@@ -52,7 +52,21 @@ def load_mini_imagenet(data_dir: Path, cache_dir: Path) -> ImageSet:
             return cached_photos(cache_dir, _CACHE_NAME, place, _in_folders(place), _prepare, _advice(place))
     if (cached := load_cache(cache_dir, _CACHE_NAME)) is not None:
         return cached
-    raise MamlError(_how_to_provide(data_dir))
+    raise Unavailable(_how_to_provide(data_dir))
+
+
+def check_provided(data_dir: Path, cache_dir: Path) -> None:
+    """Tells at a glance whether `load_mini_imagenet` would find anything; what it finds may still be incomplete.
+
+    Raises:
+        Unavailable: if it would find nothing.
+    """
+    places = [data_dir / name for name in _PLACES]
+    folders = [place / name for place in places for name in ("images", "train")]
+    pickles = [path for place in places for path in _pickles(place).values()]
+    found = any(path.is_dir() for path in folders) or any(path.exists() for path in pickles)
+    if not found and load_cache(cache_dir, _CACHE_NAME) is None:
+        raise Unavailable(_how_to_provide(data_dir))
 
 
 def _listed(place: Path) -> Photos:

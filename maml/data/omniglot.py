@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
 from maml.data.files import first_ten, list_files, reader
-from maml.errors import MamlError
+from maml.errors import MamlError, Unavailable
 
 NUM_DRAWINGS = 20
 IMAGE_SIZE = 28
@@ -108,7 +108,7 @@ def load_omniglot(data_dir: Path, cache_dir: Path, download: bool = True) -> Ima
         if (cached := load_cache(cache_dir, _CACHE_NAME)) is not None:
             return cached
         if not download:
-            raise MamlError(_how_to_provide(data_dir, missing))
+            raise Unavailable(_how_to_provide(data_dir, missing))
         _download(data_dir, missing)
         found = _find(data_dir)
     sizes = {name: size for source in found.values() for name, size in _list_drawings(source)}
@@ -201,7 +201,7 @@ def _download(data_dir: Path, halves: list[str]) -> None:
                 os.replace(Path(dataset.root) / f"{half}.zip", folder / f"{half}.zip")
     except Exception as error:  # a broken torchvision, the network and the disk each fail in their own way
         cause = f"{type(error).__name__}: {error}"
-        raise MamlError(f"{_how_to_provide(data_dir, halves)}. The download failed with {cause}") from error
+        raise Unavailable(f"{_how_to_provide(data_dir, halves)}. The download failed with {cause}") from error
 
 
 def _how_to_provide(data_dir: Path, halves: list[str]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import ArrayLike, NDArray
 
-from maml.errors import MamlError
+from maml.errors import MamlError, Unavailable
 
 if TYPE_CHECKING:  # an extra, which `import maml.environment` does without
     import mujoco
@@ -73,7 +73,7 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         try:
             import mujoco
         except ImportError as error:
-            raise MamlError(
+            raise Unavailable(
                 "half-cheetah and ant are simulated by MuJoCo, which is not installed; "
                 "install the extra, `pip install 'maml[mujoco]'`"
             ) from error

@@ -18,7 +18,8 @@ class TRPO(Outer):
     """The natural gradient step to the border of a trust region, shortened until it keeps inside and improves.
 
     Departure: the authors approximate Hessian-vector products by finite differences, with a step that an argument in
-    the wrong slot makes about 1 / ||theta|| (protocol, row 32); here they are exact.
+    the wrong slot makes about 1 / ||theta|| (protocol, row 32); here they are exact. With ReLU that is the
+    curvature between kinks: the line search sees to those that a step crosses.
 
     Args:
         max_kl: the trust region: how far the mean KL divergence of the policies may go.

@@ -14,6 +14,7 @@ from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.hardware import Hardware
 from maml.paper.cells import Panel, Picture, Source
+from maml.paper.figures import save
 from maml.paper.runs import Evidence, composed
 from maml.seeding import Stream
 
@@ -77,7 +78,7 @@ def restored(source: Source, evidence: Evidence) -> Algorithm:
 
 
 def plot_picture(picture: Picture, found: Sequence[tuple[Panel, Evidence, list[dict[str, Any]]]], path: Path) -> Path:
-    """Draws a panel for each task and method; one without rows says why, and the command. Returns the file."""
+    """Draws a panel for each task and method; one without rows says why, and the command. Returns the PNG."""
     from matplotlib.figure import Figure as Canvas  # here, because it takes half a second to import
 
     num_tasks = len({panel.task for panel in picture.panels})
@@ -99,5 +100,4 @@ def plot_picture(picture: Picture, found: Sequence[tuple[Panel, Evidence, list[d
         axes.plot([row["x"] for row in points], [row["truth"] for row in points], "^", color="C4", label="points used")
     canvas.suptitle(picture.title)
     canvas.legend(handles=grid.flat[0].get_lines(), loc="outside lower center", ncols=3)
-    canvas.savefig(path, dpi=150, metadata={"Software": None})  # equal bytes from equal numbers
-    return path
+    return save(canvas, path)

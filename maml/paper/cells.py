@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from maml.errors import MamlError
 
 # What a line of cells.yaml says besides where our number is found.
-_NOT_OF_SOURCE = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal"}
+_NOT_OF_SOURCE = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal", "note"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Cell:
         quoted: whether the paper quotes it from others.
         source: of our number; None if there is no experiment yet.
         step: the gradient step after which our number is taken.
+        ci_is_printed: whether the interval stands beside the value in print.
+        note: the anchor in ``results/notes.md`` of what is known of the reason if our number differs; empty if nothing.
     """
 
     table: str
@@ -70,15 +72,40 @@ class Cell:
     quoted: bool
     source: Source | None = None
     step: int = 0
+    ci_is_printed: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a table is printed.
+
+    Attributes:
+        corner: what stands above the names of the rows.
+        columns: by column, the words above it, from top to bottom.
+        groups: of rows that a line divides; in each, by row, its printed name.
+        own: the rows of the paper's own method, the only ones with bold numbers.
+    """
+
+    corner: str
+    columns: Mapping[str, Sequence[str]]
+    groups: Sequence[Mapping[str, str]]
+    own: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: its name in ``results/``, its title, its cells in print order."""
+    """One table: its name in ``results/``, its title, its cells in print order, and its layout."""
 
     name: str
     title: str
     cells: tuple[Cell, ...]
+    layout: Layout
+
+    @property
+    def in_paper(self) -> bool:
+        """Whether the paper prints it; the others are of later papers, whose names their files have."""
+        return self.name.startswith("table")
 
 
 @dataclass(frozen=True)
@@ -94,6 +121,7 @@ class Curve:
             the lowest and highest value that the printed curve may have.
         cells: the printed mean at every gradient step; none where only the image is published.
         is_plotted: whether the paper draws it.
+        note: as of `Cell`.
     """
 
     row: str
@@ -103,6 +131,7 @@ class Curve:
     levels: Mapping[int, tuple[float, float]]
     cells: tuple[Cell, ...] = ()
     is_plotted: bool = True
+    note: str = ""
 
     @property
     def label(self) -> str:
@@ -235,15 +264,17 @@ def _table(results: Path, name: str, entry: Mapping[str, Any]) -> Table:
     for run in entry.get("runs", ()):
         for column in [run["column"]] if "column" in run else columns:
             runs[run["row"], column] = entry.get("defaults", {}) | columns.get(column, {}) | run
-    _refuse_unknown(name, published, {*quoted, *intervals}, set(columns), set(runs))
+    layout = Layout(**entry["layout"] | {"own": frozenset(entry["layout"].get("own", ()))})
+    rows = {*quoted, *intervals, *layout.own, *(row for group in layout.groups for row in group)}
+    _refuse_unknown(name, published, rows, {*columns, *layout.columns}, set(runs))
     cells = []
     for line in published:
         row, column = line["method"], line["setting"]
         ci = _figure_ci(intervals[row], row, column) if row in intervals else line["ci"]
-        run = runs.get((row, column))
-        source, step = (_source(run), run["step"]) if run else (None, 0)
-        cells.append(Cell(name, row, column, line["value"], ci, row in quoted, source, step))
-    return Table(name, entry["title"], tuple(cells))
+        run = runs.get((row, column), {})
+        source, step, note = _source(run) if run else None, run.get("step", 0), run.get("note", "")
+        cells.append(Cell(name, row, column, line["value"], ci, row in quoted, source, step, ci == line["ci"], note))
+    return Table(name, entry["title"], tuple(cells), layout)
 
 
 def _refuse_unknown(
@@ -270,7 +301,7 @@ def _curve(results: Path, entry: Mapping[str, Any], line: Mapping[str, Any]) -> 
     row, num_steps, source = fields["row"], fields["num_steps"], _source(fields)
     if file is None:
         levels = load_levels(results, entry["levels"], row, source.num_shots, num_steps)
-        return Curve(row, f"K={source.num_shots}", source, num_steps, levels)
+        return Curve(row, f"K={source.num_shots}", source, num_steps, levels, note=fields.get("note", ""))
     printed = [
         found for found in _read(results, file) if found["method"] == row and int(found["grad_step"]) <= num_steps
     ]
@@ -289,6 +320,7 @@ def _curve(results: Path, entry: Mapping[str, Any], line: Mapping[str, Any]) -> 
             for step, found in enumerate(printed)
         ),
         printed[0]["plotted_in_paper"] == "yes",
+        fields.get("note", ""),
     )
 
 

@@ -12,10 +12,11 @@ import numpy as np
 
 from maml.paper.cells import Curve, Figure
 from maml.paper.runs import Evidence, Report, provenance
-from maml.paper.tables import Comparison
+from maml.paper.tables import Comparison, reason_for, status_markdown, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 _RESAMPLES = 5000  # as many as the authors' plots took
 
@@ -45,6 +46,51 @@ class Drawn:
     def bands(self) -> list[tuple[float, float]]:
         """From where to where our band goes at each gradient step."""
         return list(self.intervals) or [(mean - ci, mean + ci) for mean, ci in self.readings]
+
+
+@dataclass(frozen=True)
+class CurveComparison:
+    """A curve beside what has been run of it."""
+
+    curve: Curve
+    evidence: Evidence
+
+    @property
+    def steps(self) -> list[str]:
+        """The status at each gradient step; ``measured`` where the printed curve could not be read off."""
+        return [self._at(step) for step in range(self.curve.num_steps + 1)]
+
+    @property
+    def status(self) -> str:
+        """``reproduced`` only if every step is that is judged; else that of the last step that is not."""
+        judged = [status for status in self.steps if status != "measured"]
+        return next((status for status in reversed(judged) if status != "reproduced"), "reproduced")
+
+    @property
+    def reason(self) -> str:
+        """As `reason_for` has it."""
+        return reason_for(self.status, self.curve.note)
+
+    @property
+    def text(self) -> str:
+        """Its status in Markdown, with the number of steps that are reproduced where not all of them are."""
+        text = status_markdown(self.status, self.reason, "notes.md")
+        if self.status not in ("better", "worse"):
+            return text
+        judged = [status for status in self.steps if status != "measured"]
+        return f"{text} ({judged.count('reproduced')} of {len(judged)} steps reproduced)"
+
+    def _at(self, step: int) -> str:
+        if self.curve.cells:
+            return Comparison(self.curve.cells[step], self.evidence).status
+        if not self.evidence.complete:
+            return self.evidence.state
+        if step not in self.curve.levels:
+            return "measured"
+        report, (low, high) = self.evidence.evaluated[0][1], self.curve.levels[step]
+        mean, ci = report.reading(self.curve.source, step)
+        # Where the printed mean is within the range is not known, so the intervals need only overlap.
+        return verdict(mean, ci + (high - low) / 2, (low + high) / 2, 0.0, report.larger_is_better)
 
 
 def drawn(curve: Curve, evidence: Evidence) -> Drawn:
@@ -78,7 +124,7 @@ def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
     """Returns one row per gradient step, for the CSV."""
     item, nothing = drawn(curve, evidence), [("", "")] * (curve.num_steps + 1)
     beside = provenance(curve.source, evidence)
-    rows = []
+    rows, statuses = [], CurveComparison(curve, evidence).steps
     for step, (ours, ci) in enumerate(item.readings or nothing):
         low, high = curve.levels.get(step, ("", ""))
         row: dict[str, Any] = {"curve": curve.row, "num_shots": curve.source.num_shots, "grad_step": step}
@@ -88,15 +134,14 @@ def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
             row |= {"paper": cell.value, "paper_ci95": cell.ci, "paper_low68": low, "paper_high68": high}
             row |= {"plotted_in_paper": "yes" if curve.is_plotted else "no"}
             row |= {"ours": ours, "ours_ci95": ci, "ours_low68": our_low, "ours_high68": our_high}
-            row |= {"status": Comparison(cell, evidence).status}
         else:
-            row |= {"paper_low": low, "paper_high": high, "ours": ours, "ours_ci95": ci, "state": evidence.state}
-        rows.append(row | beside)
+            row |= {"paper_low": low, "paper_high": high, "ours": ours, "ours_ci95": ci}
+        rows.append(row | {"status": statuses[step]} | beside)
     return rows
 
 
 def plot_figure(figure: Figure, curves: Sequence[Drawn], path: Path) -> Path:
-    """Draws our curves with their bands over what the paper has, panel by panel; returns the file."""
+    """Draws our curves with their bands over what the paper has, panel by panel, as `save` does; returns the PNG."""
     from matplotlib.figure import Figure as Canvas  # here, because it takes half a second to import
 
     panels: dict[str, list[Drawn]] = {}
@@ -120,7 +165,13 @@ def plot_figure(figure: Figure, curves: Sequence[Drawn], path: Path) -> Path:
     for axes in grid[:, 0]:
         axes.set_ylabel(figure.ylabel)
     canvas.suptitle(figure.title)
-    canvas.savefig(path, dpi=150, metadata={"Software": None})  # equal bytes from equal numbers
+    return save(canvas, path)
+
+
+def save(canvas: Canvas, path: Path) -> Path:
+    """Writes a PNG and, beside it, a PDF: equal bytes from equal numbers, so without a date. Returns the PNG."""
+    canvas.savefig(path, dpi=150, metadata={"Software": None})
+    canvas.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None, "Creator": None, "Producer": None})
     return path
 
 

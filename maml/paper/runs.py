@@ -6,8 +6,8 @@ import csv
 import fcntl
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,12 +16,18 @@ from annotated_types import MinLen
 from hydra.utils import get_class
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
-from maml.config import compose, evaluation_config, training_config
+from maml.checkpoint import write_whole
+from maml.config import compose, digest, evaluation_config, training_config
 from maml.errors import MamlError
 from maml.paper.cells import Source
 from maml.run import read_json
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+
+SUPERSEDED = "superseded.json"  # in a run's folder
+
+# What evaluating the same parameters on another machine may change: one query image of 600 tasks is 1/3,000 or less.
+_TOLERANCE = 1e-3
 
 PROVENANCE = (
     "seeds",
@@ -44,6 +50,14 @@ class StepRecord(BaseModel):
     step: int
     mean: FiniteFloat | None
     ci95: FiniteFloat | None
+    num_tasks: int
+
+    def agrees_with(self, other: StepRecord, elsewhere: bool) -> bool:
+        """Whether both may come of the same training and tasks; on another machine its roundings grow."""
+        if self.mean is None or other.mean is None:
+            return self.mean is other.mean
+        rounding = _TOLERANCE * (abs(self.mean) + (self.ci95 or 0))
+        return abs(self.mean - other.mean) <= max(rounding, self.ci95 or 0 if elsewhere else 0)
 
 
 class CurveRecord(BaseModel):
@@ -51,7 +65,7 @@ class CurveRecord(BaseModel):
 
     num_shots: int
     metric: str
-    steps: list[StepRecord]
+    steps: Annotated[list[StepRecord], MinLen(1)]
 
 
 class Report(BaseModel):
@@ -65,8 +79,10 @@ class Report(BaseModel):
     evaluation: dict[str, Any]
     banks: dict[str, str]
     step_sizes: dict[str, list[float] | None] = {}  # the oldest reports do not have them: None throughout
+    headline_metric: str
+    headline: FiniteFloat | None
     larger_is_better: bool
-    curves: list[CurveRecord]
+    curves: Annotated[list[CurveRecord], MinLen(1)]
 
     @property
     def complete(self) -> bool:
@@ -99,16 +115,43 @@ class Report(BaseModel):
         """
         path, curve = self.folder / "tasks.csv", (str(source.num_shots), source.metric)
         try:
-            with open(path, newline="") as file:
-                lines = [line for line in csv.DictReader(file) if (line["num_shots"], line["metric"]) == curve]
+            lines = [line for line in self.task_lines if (line["num_shots"], line["metric"]) == curve]
             values = source.scale * np.array([float(line[f"step_{step}"]) for line in lines])
             mean, _ = self.reading(source, step)
-            is_mine = np.isclose(values.mean(), mean, rtol=0, atol=1e-5 * np.abs(values).max(), equal_nan=True)
+            with np.errstate(over="ignore", invalid="ignore"):
+                if math.isnan(mean):
+                    is_mine = not math.isfinite(values.std())
+                else:
+                    is_mine = math.isclose(values.mean(), mean, rel_tol=0, abs_tol=1e-5 * np.abs(values).max())
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise MamlError(f"{path} is missing or damaged ({error}); restore it") from error
         if not is_mine:
             raise MamlError(f"{path} is not of the report beside it; restore it")
         return values
+
+    @cached_property
+    def task_lines(self) -> list[dict[str, str]]:
+        """The lines of ``tasks.csv``, read once."""
+        with open(self.folder / "tasks.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def disagreement(self, other: Report, elsewhere: bool) -> str:
+        """Says what is not as in another run of the same settings; empty if they agree.
+
+        Args:
+            other: its evaluation.
+            elsewhere: whether it was trained on another machine, so that only the intervals need to agree.
+        """
+        if self.banks != other.banks:
+            return "its task banks are others"
+        theirs = {(curve.metric, curve.num_shots, step.step): step for curve in other.curves for step in curve.steps}
+        for curve in self.curves:
+            for mine in curve.steps:
+                its = theirs.get((curve.metric, curve.num_shots, mine.step), mine)
+                if not mine.agrees_with(its, elsewhere):
+                    values = ["diverged" if mean is None else f"{mean:.5g}" for mean in (mine.mean, its.mean)]
+                    return f"{curve.metric} at K={curve.num_shots}, step {mine.step}, is {', not '.join(values)}"
+        return ""
 
 
 class HardwareRecord(BaseModel):
@@ -121,10 +164,23 @@ class HardwareRecord(BaseModel):
 class Segment(BaseModel):
     """One stretch of a run between start and stop, in ``run.json``."""
 
+    started: str
+    seconds: float
+    first_iteration: int
     last_iteration: int
     commit: str | None
     dirty: bool | None
     hardware: HardwareRecord
+
+    @property
+    def commit_name(self) -> str:
+        """The commit, shortened; ``+`` marks one with changes that were not committed."""
+        return f"{self.commit[:7]}{'+' if self.dirty else ''}" if self.commit else "?"
+
+    @property
+    def machine(self) -> str:
+        """The device."""
+        return self.hardware.gpu or f"CPU, {self.hardware.cpu}"
 
 
 class RunRecord(BaseModel):
@@ -133,8 +189,19 @@ class RunRecord(BaseModel):
     run_id: str
     seed: int
     status: str
+    seconds: float
     training: dict[str, Any]
     segments: Annotated[list[Segment], MinLen(1)]
+
+
+class Superseded(BaseModel):
+    """What is read of a ``superseded.json``: somebody said that this run is no evidence any more."""
+
+    by: str  # the folder of another run; empty if there is none
+    reason: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, [f"superseded by {self.by}" if self.by else "superseded", self.reason]))
 
 
 @dataclass(frozen=True)
@@ -146,12 +213,30 @@ class Run:
         record: of its training.
         reports: of its evaluations.
         alive: whether a process is training in it.
+        superseded: why it is no evidence any more; None if it is.
+        conflict: why it is none beside an equal run, whose numbers it does not have; empty if it is.
     """
 
     path: Path
     record: RunRecord
     reports: tuple[Report, ...]
     alive: bool
+    superseded: Superseded | None = None
+    conflict: str = ""
+
+    @property
+    def experiment(self) -> str:
+        """The one whose folder it is in; others may train the same thing and share it."""
+        return self.path.parent.name
+
+    @property
+    def status(self) -> str:
+        """As recorded, but for what a record cannot know: it was killed, or its numbers are not used."""
+        if self.superseded:
+            return "superseded"
+        if self.conflict:
+            return "conflict"
+        return "killed" if self.record.status == "running" and not self.alive else self.record.status
 
     @property
     def iteration(self) -> int:
@@ -159,41 +244,87 @@ class Run:
         return self.record.segments[-1].last_iteration
 
     @property
+    def num_iterations(self) -> int:
+        """The iterations that are planned."""
+        return self.record.training["num_iterations"]
+
+    @property
+    def report(self) -> Report | None:
+        """The evaluation of the furthest iteration, the run's own before others; None if nothing was evaluated."""
+        return max(self.reports, key=lambda report: report.iteration, default=None)
+
+    @property
+    def headline(self) -> tuple[CurveRecord, StepRecord] | None:
+        """The curve in its `report` that ends in the headline number, and that end."""
+        report = self.report
+        if report is None:
+            return None
+        ends = [(curve, curve.steps[-1]) for curve in report.curves if curve.metric == report.headline_metric]
+        return next((end for end in ends if end[1].mean == report.headline), None)
+
+    @property
     def commits(self) -> str:
-        """The commits it was trained from; ``+`` marks one with changes that were not committed."""
-        names = [
-            f"{part.commit[:7]}{'+' if part.dirty else ''}" if part.commit else "?" for part in self.record.segments
-        ]
-        return ", ".join(dict.fromkeys(names))
+        """The commits it was trained from."""
+        return ", ".join(dict.fromkeys(part.commit_name for part in self.record.segments))
 
     @property
     def hardware(self) -> str:
         """The machines it was trained on."""
-        names = [part.hardware.gpu or f"CPU, {part.hardware.cpu}" for part in self.record.segments]
-        return "; ".join(dict.fromkeys(names))
+        return "; ".join(dict.fromkeys(part.machine for part in self.record.segments))
 
 
 def find_runs(*roots: Path) -> tuple[list[Run], list[str]]:
-    """Reads every run folder ``<root>/<experiment>/<run id>/``.
+    """Reads every run that can be evidence, from ``<root>/<experiment>/<run id>/``.
 
     Args:
         roots: in the order in which equal runs are preferred.
 
     Returns:
-        The runs, and one message for each folder that cannot be trusted and is left out.
+        The runs, and one message for each folder that is left out: because it is damaged, or because its numbers are
+        not those of an equal run before it. Superseded ones are left out without a message.
     """
-    runs, damaged = [], []
+    runs, problems = read_runs(*roots)
+    return [run for run in runs if not run.superseded and not run.conflict], problems
+
+
+def read_runs(*roots: Path) -> tuple[list[Run], list[str]]:
+    """Reads every run as `find_runs` does, but leaves out only those that are damaged."""
+    runs, problems = [], []
     for folder in (folder for root in roots for folder in sorted(root.glob("*/*/"))):
         try:
-            run = _read_run(folder)
+            run = read_run(folder)
         except (MamlError, OSError) as error:
-            damaged.append(str(error))
+            problems.append(str(error))
         else:
             runs += [run] if run else []
-    return runs, damaged
+    conflicts = _conflicts([run for run in runs if not run.superseded])
+    runs = [replace(run, conflict=conflicts.get(run.path, "")) for run in runs]
+    return runs, problems + list(dict.fromkeys(conflicts.values()))
 
 
-def _read_run(folder: Path) -> Run | None:
+def _conflicts(runs: Sequence[Run]) -> dict[Path, str]:
+    """Returns by folder a message for every run that should have the numbers of one before it, and has not."""
+    first: dict[str, tuple[Run, Report]] = {}
+    messages = {}
+    for run in runs:
+        for report in run.reports:
+            settings = {"training": run.record.training, "evaluation": report.evaluation}
+            counting, its = first.setdefault(digest(settings | {"iteration": report.iteration}), (run, report))
+            difference = report.disagreement(its, elsewhere=run.hardware != counting.hardware)
+            if difference:
+                messages[run.path] = (
+                    f"{run.path} has the settings and the seed of {counting.path}, which counts, but {difference}; see "
+                    "`python scripts/runs.py compare` with both, and mark the wrong one with its `supersede`"
+                )
+    return messages
+
+
+def read_run(folder: Path) -> Run | None:
+    """Reads one run folder; None if nothing was recorded in it.
+
+    Raises:
+        MamlError: if it is damaged.
+    """
     paths = [
         path for path in (folder / "report.json", *sorted(folder.glob("evaluations/*/report.json"))) if path.exists()
     ]
@@ -213,7 +344,26 @@ def _read_run(folder: Path) -> Run | None:
             raise MamlError(f"{path} is not of the run in {folder / 'run.json'}; evaluate again with mode=eval")
         report.folder = path.parent
         reports.append(report)
-    return Run(folder, record, tuple(reports), alive=record.status == "running" and _is_locked(folder / "lock"))
+    alive = record.status == "running" and _is_locked(folder / "lock")
+    return Run(folder, record, tuple(reports), alive, _read(folder / SUPERSEDED, Superseded))
+
+
+def supersede(run: Run, by: Run | None, reason: str) -> None:
+    """Marks a run as no evidence any more, in its own folder.
+
+    Args:
+        run: it.
+        by: the run that takes its place, if there is one.
+        reason: why; may be empty.
+
+    Raises:
+        MamlError: if the mark cannot be written.
+    """
+    place = by.path.resolve() if by else Path()
+    if place.is_relative_to(CONF.parent):  # it may be committed, and read on another machine
+        place = place.relative_to(CONF.parent)
+    content = Superseded(by=str(place) if by else "", reason=reason).model_dump_json(indent=2) + "\n"
+    write_whole(run.path / SUPERSEDED, lambda file: file.write(content.encode()))
 
 
 def _read(path: Path, schema: type[Content]) -> Content | None:

@@ -15,6 +15,7 @@ from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.paper.adaptation import restored
 from maml.paper.cells import Panel, Picture
+from maml.paper.figures import save
 from maml.paper.runs import Evidence, composed
 from maml.types import take
 
@@ -99,5 +100,4 @@ def plot_picture(picture: Picture, found: Sequence[tuple[Panel, Evidence, list[d
             axes.plot(rows[0]["goal_x"], rows[0]["goal_y"], "*", color="C3", markersize=12, label="goal")
     canvas.suptitle(picture.title)
     canvas.legend(handles=grid.flat[0].get_lines(), loc="outside lower center", ncols=4)
-    canvas.savefig(path, dpi=150, metadata={"Software": None})  # equal bytes from equal numbers
-    return path
+    return save(canvas, path)

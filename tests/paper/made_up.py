@@ -39,8 +39,10 @@ def make_run(
     run_id, done = digest(settings), settings["num_iterations"] if done is None else done
     folder = root / source.experiment / (name or run_id)
     machine = {"device": "cpu", "cpu": "Abacus", "cores": 2}
-    segment = {"last_iteration": done, "commit": "0123456789", "dirty": True, "hardware": machine}
+    segment = {"started": "2026-01-01T00:00:00+00:00", "seconds": 50.0, "first_iteration": 0, "last_iteration": done}
+    segment |= {"commit": "0123456789", "dirty": True, "hardware": machine}
     record = {"run_id": run_id, "seed": seed, "status": status, "training": settings, "segments": [segment]}
+    record |= {"seconds": 50.0}
     write(folder / "run.json", record)
     if evaluated:
         evaluation = config["evaluation"]
@@ -53,6 +55,8 @@ def make_run(
             "num_iterations": settings["num_iterations"],
             "evaluation": evaluation_config(config),
             "banks": {str(k): f"{k}a" for k in every_k},
+            "headline_metric": source.metric,
+            "headline": mean,
             "larger_is_better": source.metric == "return",
             "curves": [{"num_shots": k, "metric": source.metric, "steps": steps} for k in every_k],
         }

@@ -197,6 +197,7 @@ def test_command_names_overrides_and_seeds() -> None:
     [
         ("row: MAML_conv, column: 20way_5shot", "row: MAML_conv, column: 20way_50shot", "MAML_conv/20way_50shot"),
         ("K5_gradsteps_10: {step: 10}", "K5_gradsteps_9: {step: 9}", "K5_gradsteps_9, MAML/K5_gradsteps_9"),
+        ("MANN_noconv: MANN, no conv", "WOMANN: MANN, no conv", "WOMANN"),
         ("quoted: [MatchingNets, MetaLearnerLSTM]", "quoted: [MatchMakingNets]", "MatchMakingNets"),
     ],
 )
@@ -217,3 +218,35 @@ def test_a_curve_that_the_paper_does_not_have_is_named(tmp_path: Path) -> None:
     (tmp_path / "paper").symlink_to(RESULTS / "paper")
     with pytest.raises(MamlError, match=r"fig4_point\.csv has no method aimless with steps 0 to 3"):
         load_figures(tmp_path)
+
+
+def test_figures_have_30_drawn_curves() -> None:
+    drawn = {figure.name: sum(curve.is_plotted for curve in figure.curves) for figure in load_figures(RESULTS)}
+    assert drawn == {"figure3": 3, "figure6": 9, "figure4": 4, "figure5": 14}
+
+
+def test_every_experiment_belongs_to_a_cell_curve_or_picture_of_the_paper_or_says_that_it_does_not() -> None:
+    sources = [cell.source for table in TABLES if table.in_paper for cell in table.cells if cell.source]
+    sources += [curve.source for figure in load_figures(RESULTS) for curve in figure.curves]
+    sources += [panel.source for picture in load_pictures(RESULTS) for panel in picture.panels]
+    in_paper = {source.experiment for source in sources}
+    for path in sorted((RESULTS.parent / "conf" / "experiment").glob("*.yaml")):
+        header = path.read_text().splitlines()[1]
+        assert header.startswith("# Not in the paper") != (path.stem in in_paper), path.stem
+
+
+def test_the_71_cells_of_the_paper_are_those_of_its_own_tables() -> None:
+    assert sum(len(table.cells) for table in TABLES if table.in_paper) == 71
+    assert {table.name for table in TABLES if not table.in_paper} == {"cifar_fs_published", "reptile_published"}
+
+
+def test_only_intervals_of_figures_are_not_printed_beside_the_value() -> None:
+    hidden = {(cell.table, cell.row) for cell in CELLS.values() if cell.ci and not cell.ci_is_printed}
+    assert hidden == {("table4_pointmass", "MAML"), ("table5_cheetah_dir", "MAML")}
+
+
+def test_notes_stand_where_numbers_were_missed_and_do_not_change_the_source() -> None:
+    cell = CELLS["table2_multitask", "multitask_l2", "K5_gradsteps_5"]
+    assert cell.note == "multitask-averaging"
+    assert cell.source == Source("sinusoid_multitask_average_l2", "mse", 5)
+    assert {curve.note for curve in load_figures(RESULTS)[0].curves} == {"", "pretrained-curves"}

@@ -14,7 +14,7 @@ from maml import checkpoint
 from maml.errors import MamlError
 from maml.paper.adaptation import panel_rows
 from maml.paper.cells import Curve, Figure, Panel, Picture, Source, load_figures
-from maml.paper.figures import Drawn, bootstrap_interval, drawn, plot_figure
+from maml.paper.figures import CurveComparison, Drawn, bootstrap_interval, drawn, plot_figure
 from maml.paper.runs import Evidence, find_evidence, find_runs
 from tests.paper.made_up import POINT, SINUSOID, edit, make_run, make_run_with_checkpoint
 
@@ -35,9 +35,12 @@ def rendered(tmp_path: Path, figure: str) -> list[dict[str, str]]:
 
 
 def pictures(tmp_path: Path) -> dict[str, bytes]:
-    found = {path.stem: path.read_bytes() for path in tmp_path.glob("figure*/*.png")}
-    assert set(found) == {"figure2", "figure3", "figure4", "figure4_trajectories", "figure5", "figure6", "figure7"}
-    assert all(content.startswith(b"\x89PNG") for content in found.values())
+    names = {"figure2", "figure3", "figure4", "figure4_trajectories", "figure5", "figure6", "figure7"}
+    found = {path.name: path.read_bytes() for path in tmp_path.glob("figure*/*.p*")}
+    assert set(found) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    for name, content in found.items():
+        assert content.startswith(b"\x89PNG" if name.endswith("png") else b"%PDF")
+        assert b"CreationDate" not in content
     return found
 
 
@@ -52,7 +55,7 @@ def test_without_runs_figure_3_shows_the_papers_levels_and_says_not_run(
     assert "Figure 3: sinusoid, MAML, K=10: not run" in capsys.readouterr().out
     assert "| MAML, K=10 | not run |" in (tmp_path / "figures.md").read_text()
     assert [row["grad_step"] for row in rows] == [str(step) for step in range(10)]
-    assert {(row["ours"], row["state"]) for row in rows} == {("", "not run")}
+    assert {(row["ours"], row["status"]) for row in rows} == {("", "not run")}
     assert (rows[1]["paper_low"], rows[1]["paper_high"], rows[2]["paper_low"]) == ("0.3", "0.5", "")
     assert rendered(tmp_path, "figure2") == []
     pictures(tmp_path)
@@ -63,18 +66,23 @@ def test_a_finished_run_is_drawn_and_the_same_run_gives_the_same_bytes(tmp_path:
     without = pictures(tmp_path)
     make_run_with_checkpoint(tmp_path / "runs", mean=0.5, ci95=0.1)
     rows = [row for row in render(tmp_path) if row["curve"] == "MAML"]
-    assert {(row["ours"], row["ours_ci95"], row["state"]) for row in rows} == {("0.5", "0.1", "finished")}
+    assert {(row["ours"], row["ours_ci95"]) for row in rows} == {("0.5", "0.1")}
+    # The printed curve was read off at 0, 1 and 9 only: 3.0 to 3.1, 0.3 to 0.5, 0.1 to 0.2.
+    assert [row["status"] for row in rows] == ["better", "reproduced", *["measured"] * 7, "worse"]
     with_run = pictures(tmp_path)
     render(tmp_path)
     assert with_run == pictures(tmp_path)
     assert {name for name, content in without.items() if with_run[name] == content} == {
-        "figure4", "figure4_trajectories", "figure5",
-    }  # fmt: skip
+        f"{name}.{kind}" for name in ("figure4", "figure4_trajectories", "figure5") for kind in ("png", "pdf")
+    }
     overview = (tmp_path / "figures.md").read_text()
     assert [overview.index(f"## Figure {number}:") for number in (2, 3, 6, 7)] == sorted(
         overview.index(f"## Figure {number}:") for number in (2, 3, 6, 7)
     )
-    assert overview.count("| MAML, K=5 | finished | 0 | 0123456+ | CPU, Abacus | `python train.py +experiment=") == 3
+    # Figures 2 and 7 have no verdict, Figure 6 has.
+    assert overview.count("| MAML, K=5 | finished | 0 | 0123456+ | CPU, Abacus | `python train.py +experiment=") == 2
+    assert "| MAML, K=5 | better, no reason known yet (2 of 3 steps reproduced) | 0 | 0123456+ |" in overview
+    assert "\n0 of 30 curves reproduced, 1 better, 3 worse, 0 reduced budget, 26 not run.\n" in overview
 
 
 def test_figure_6_has_every_step_at_every_k(tmp_path: Path) -> None:
@@ -87,8 +95,51 @@ def test_figure_6_has_every_step_at_every_k(tmp_path: Path) -> None:
 def test_an_unfinished_run_is_reduced_budget_and_its_tasks_are_not_drawn(tmp_path: Path) -> None:
     make_run_with_checkpoint(tmp_path / "runs", done=30_000, status="interrupted")
     rows = [row for row in render(tmp_path) if row["curve"] == "MAML"]
-    assert {(row["iteration"], row["state"]) for row in rows} == {("30000", "reduced budget")}
+    assert {(row["iteration"], row["status"]) for row in rows} == {("30000", "reduced budget")}
     assert rendered(tmp_path, "figure7") == []
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        ((0.3, 0.5), "reproduced"),  # the range in our interval, 0.3 to 0.7
+        ((0.6, 3.0), "reproduced"),  # an overlap
+        ((0.7, 0.9), "reproduced"),  # at the very edge
+        ((0.8, 0.9), "better"),
+        ((0.1, 0.2), "worse"),
+        ((0.5, 0.5), "reproduced"),
+        ((0.25, 0.25), "worse"),
+    ],
+)
+def test_a_step_read_off_the_image_is_reproduced_if_intervals_overlap(
+    level: tuple[float, float], expected: str, tmp_path: Path
+) -> None:
+    make_run(tmp_path, mean=0.5, ci95=0.2)
+    curve = Curve("MAML", "K=5", SINUSOID, 2, {1: level}, note="a-note")
+    judged = CurveComparison(curve, evidence(tmp_path))
+    assert judged.steps == ["measured", expected, "measured"]
+    assert (judged.status, judged.reason) == (expected, "" if expected == "reproduced" else "a-note")
+    assert CurveComparison(curve, Evidence()).status == "not run"
+
+
+def test_a_curve_is_reproduced_if_every_step_is_and_else_what_its_last_missed_step_is(tmp_path: Path) -> None:
+    make_run(tmp_path, mean=0.5, ci95=0.1)
+    found, near, low, high = evidence(tmp_path), (0.4, 0.5), (0.1, 0.2), (0.8, 0.9)
+    for levels, expected in [
+        ([near, near, near], "reproduced"),
+        ([near, near, low], "worse"),
+        ([low, near, high], "better"),
+        ([low, near, near], "worse"),
+    ]:
+        judged = CurveComparison(Curve("MAML", "K=5", SINUSOID, 2, dict(enumerate(levels))), found)
+        assert judged.status == expected
+    assert judged.text == "worse, no reason known yet (2 of 3 steps reproduced)"
+
+
+def test_a_diverged_curve_is_worse(tmp_path: Path) -> None:
+    make_run(tmp_path, mean=None)
+    judged = CurveComparison(Curve("MAML", "K=5", SINUSOID, 0, {0: (0.1, 9.0)}), evidence(tmp_path))
+    assert judged.status == "worse"
 
 
 def test_a_damaged_run_is_named(tmp_path: Path) -> None:
@@ -273,7 +324,7 @@ def drawn_canvas(figure: Figure, items: list[Drawn], monkeypatch: pytest.MonkeyP
     canvases: list[Canvas] = []
     monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
     plot_figure(figure, items, Path("unused.png"))
-    (canvas,) = canvases
+    canvas, _ = canvases  # as PNG and as PDF
     return canvas
 
 

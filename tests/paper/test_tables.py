@@ -2,18 +2,25 @@
 
 import csv
 import math
+import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from maml.paper.cells import Cell, load_tables
+from maml.paper.cells import Cell, Layout, Table, load_figures, load_tables
+from maml.paper.figures import CurveComparison
 from maml.paper.runs import Evidence, find_evidence, find_runs
 from maml.paper.tables import (
+    NO_REASON,
+    SYMBOLS,
     Comparison,
+    bold_cells,
     compare,
     headline_markdown,
+    reason_for,
+    status_markdown,
     summary,
     table_markdown,
     table_rows,
@@ -24,6 +31,17 @@ from tests.paper.made_up import SINUSOID, make_run
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 main = runpy.run_path(str(ROOT / "scripts" / "paper_tables.py"))["main"]
+
+
+def table_of(*comparisons: Comparison) -> Table:
+    """Returns a table of one row."""
+    cells = tuple(comparison.cell for comparison in comparisons)
+    columns = {cell.column: [cell.column] for cell in cells}
+    return Table("table9", "T", cells, Layout("", columns, [{cells[0].row: "the method"}]))
+
+
+def rendered(*comparisons: Comparison) -> str:
+    return table_markdown(table_of(*comparisons), comparisons)
 
 
 @pytest.mark.parametrize(
@@ -72,28 +90,30 @@ def test_status_is_measured_where_nothing_is_published(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.9)
     comparison = Comparison(unpublished, compared(tmp_path).evidence)
     assert comparison.status == "measured"
-    assert "| MAML | K5_gradsteps_1 |  | 0.9 ± 0.1 | measured |" in table_markdown("T", [comparison])
+    assert "| MAML | K5_gradsteps_1 |  | 0.9 ± 0.1 | measured |" in rendered(comparison)
 
 
 def test_unfinished_run_with_the_papers_very_number_is_reduced_budget(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.67, done=69_999, status="interrupted")
     comparison = compared(tmp_path)
     assert comparison.status == "reduced budget"
-    assert "| 0.670 ± 0.100 (69,999 of 70,000 iterations) | reduced budget |" in table_markdown("T", [comparison])
+    assert "| 0.670 ± 0.100 (69,999 of 70,000 iterations) | [reduced budget](../notes.md#reduced-budget) |" in rendered(
+        comparison
+    )
 
 
 def test_status_without_a_number(tmp_path: Path) -> None:
     assert compared(tmp_path).status == "not run"
     assert compared(tmp_path, quoted=True).status == "quoted"
     make_run(tmp_path, evaluated=False, done=500, status="interrupted")
-    assert "| 500 of 70,000 iterations | not run |" in table_markdown("T", [compared(tmp_path)])
+    assert "| 500 of 70,000 iterations | not run |" in rendered(compared(tmp_path))
 
 
 def test_several_seeds_show_the_lowest_and_the_spread(tmp_path: Path) -> None:
     for seed, mean in enumerate([0.7, 0.61, 0.75]):
         make_run(tmp_path, mean=mean, seed=seed)
     comparison = compared(tmp_path)
-    assert "| 0.700 ± 0.100 | reproduced | 0, 1, 2 (3: 0.610 to 0.750) | 2 |" in table_markdown("T", [comparison])
+    assert "| 0.700 ± 0.100 | reproduced | 0, 1, 2 (3: 0.610 to 0.750) | 2 |" in rendered(comparison)
     (row,) = table_rows([comparison])
     assert (row["ours"], row["lowest_seed_mean"], row["highest_seed_mean"], row["seeds"]) == (0.7, 0.61, 0.75, "0 1 2")
     assert row["command"] == "python train.py -m +experiment=sinusoid_10shot seed=0,1,2"
@@ -101,28 +121,28 @@ def test_several_seeds_show_the_lowest_and_the_spread(tmp_path: Path) -> None:
 
 def test_a_run_that_diverged_is_worse_and_shows_in_the_spread(tmp_path: Path) -> None:
     make_run(tmp_path, mean=None)
-    assert "| 0.67 | diverged | worse |" in table_markdown("T", [compared(tmp_path)])
+    assert f"| 0.67 | diverged | worse, {NO_REASON} |" in rendered(compared(tmp_path))
     make_run(tmp_path, mean=0.6, seed=1)
-    assert "(2: nan to nan)" in table_markdown("T", [compared(tmp_path)])
+    assert "(2: nan to nan)" in rendered(compared(tmp_path))
 
 
 def test_summary_counts_every_cell_once(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.67)
     make_run(tmp_path / "later", mean=0.67, done=1000, status="interrupted")
     comparisons = [compared(tmp_path), compared(tmp_path / "later"), compared(tmp_path, quoted=True)]
-    assert summary(comparisons) == (
-        "1 of 3 cells reproduced, 0 better, 0 worse, 0 measured, 1 reduced budget, 0 running, 0 not run, 1 quoted"
-    )
+    assert summary(comparisons) == ("1 of 3 cells reproduced, 0 better, 0 worse, 1 reduced budget, 1 quoted, 0 not run")
 
 
 def test_fresh_clone_renders_all_cells_as_not_run_or_quoted() -> None:
     tables = load_tables(RESULTS)
     comparisons = compare(tables, lambda source: Evidence())
     everything = [comparison for group in comparisons.values() for comparison in group]
-    assert summary(everything).startswith("0 of 105 cells reproduced,")
+    assert summary(everything) == (
+        "0 of 105 cells reproduced, 0 better, 0 worse, 0 reduced budget, 22 quoted, 83 not run"
+    )
     assert {comparison.status for comparison in everything} == {"not run", "quoted"}
     for table in tables:
-        lines = table_markdown(table.title, comparisons[table.name]).splitlines()
+        lines = table_markdown(table, comparisons[table.name]).splitlines()
         for cell in table.cells:
             status = "quoted" if cell.quoted else "not run"
             (line,) = (line for line in lines if line.startswith(f"| {cell.row} | {cell.column} | {cell.value}"))
@@ -136,7 +156,12 @@ def test_script_renders_runs_and_names_a_corrupt_one(tmp_path: Path, capsys: pyt
     make_run(runs, mean=0.67, ci95=0.1)
     assert main(["--runs-dir", str(runs), "--out", str(out)]) == 0
     overview = (out / "tables.md").read_text()
-    assert capsys.readouterr().out.splitlines()[0] + "." in overview
+    counted, beside, _ = capsys.readouterr().out.splitlines()
+    assert counted == "1 of 71 cells reproduced, 0 better, 2 worse, 0 reduced budget, 22 quoted, 46 not run"
+    assert beside == (
+        "Not in the paper and counted apart: 0 of 34 cells reproduced, 0 better, 0 worse, 0 reduced budget, 34 not run"
+    )
+    assert f"{counted}.\n\n{beside}." in overview
     with open(out / "table2_multitask" / "table2_multitask.csv", newline="") as file:
         rows = {row["column"]: row for row in csv.DictReader(file) if row["row"] == "MAML"}
     assert [(row["ours"], row["status"]) for row in rows.values()] == [
@@ -156,5 +181,102 @@ def test_headline_shows_a_number_once_though_two_tables_print_it(tmp_path: Path)
     comparison = compared(tmp_path)
     again = Comparison(replace(comparison.cell, table="another"), comparison.evidence)
     later = Comparison(replace(comparison.cell, step=5), comparison.evidence)
-    lines = headline_markdown([comparison, again, later]).splitlines()[2:]
+    lines = headline_markdown([comparison, again, later], "notes.md").splitlines()[2:]
     assert [line.split(" |")[0] for line in lines] == ["| table2_multitask/MAML/K5_gradsteps_1"] * 2
+
+
+# Of the numbers of the paper's own method, all but two are printed in bold; of the others none.
+OWN = {
+    "table1_omniglot": {"MAML_noconv", "MAML_conv"},
+    "table1_miniimagenet": {"FOMAML", "MAML"},
+    "table2_multitask": {"MAML"},
+    "table3_context_omniglot": {"MAML"},
+    "table4_pointmass": {"MAML"},
+    "table5_cheetah_dir": {"MAML"},
+}
+NOT_BOLD = {("table4_pointmass", "MAML", "gradsteps_3"), ("table5_cheetah_dir", "MAML", "gradsteps_0")}
+
+
+def test_bold_is_what_the_paper_prints_in_bold() -> None:
+    for table in load_tables(RESULTS):
+        own = {(cell.row, cell.column) for cell in table.cells if cell.row in OWN.get(table.name, ())}
+        assert table.layout.own == frozenset(OWN.get(table.name, ()))
+        assert bold_cells(table) == {place for place in own if (table.name, *place) not in NOT_BOLD}
+
+
+def test_layout_has_every_row_and_column_of_the_printed_table() -> None:
+    for table in load_tables(RESULTS):
+        rows = [row for group in table.layout.groups for row in group]
+        assert rows == sorted(rows, key=rows.index)
+        assert set(rows) == {cell.row for cell in table.cells}
+        assert len(rows) == len(set(rows))
+        assert set(table.layout.columns) == {cell.column for cell in table.cells}
+        assert len({len(words) for words in table.layout.columns.values()}) == 1
+
+
+def test_markdown_has_the_papers_layout_with_ours_and_the_verdict_below_each_row() -> None:
+    (table,) = (table for table in load_tables(RESULTS) if table.name == "table1_omniglot")
+    lines = table_markdown(table, compare([table], lambda source: Evidence())[table.name]).splitlines()
+    assert lines[4:9] == [
+        "| Omniglot (Lake et al., 2011) | 5-way Accuracy 1-shot | 5-way Accuracy 5-shot | 20-way Accuracy 1-shot "
+        "| 20-way Accuracy 5-shot |",
+        "| --- | --- | --- | --- | --- |",
+        "| MANN, no conv (Santoro et al., 2016) † | 82.8 | 94.9 | – | – |",  # noqa: RUF001 - the paper's dash
+        "| **MAML, no conv** | **89.7 ± 1.1** | **97.5 ± 0.6** | – | – |",  # noqa: RUF001
+        "| ours | not run | not run |  |  |",
+    ]
+
+
+def test_layout_shows_symbol_seeds_and_their_spread(tmp_path: Path) -> None:
+    for seed, mean in enumerate([0.7, 0.61]):
+        make_run(tmp_path, mean=mean, seed=seed)
+    text = rendered(compared(tmp_path))
+    assert "| ours | 0.700 ± 0.100 = |\n| seeds | 2: 0.610 to 0.700 |" in text
+
+
+def test_an_interval_that_only_the_figure_has_is_not_printed_in_the_layout() -> None:
+    (table,) = (table for table in load_tables(RESULTS) if table.name == "table4_pointmass")
+    text = table_markdown(table, compare([table], lambda source: Evidence())[table.name])
+    assert "| **MAML** | **-40.41** | **-11.68** | **-3.33** | -3.23 |" in text
+    assert "| MAML | gradsteps_0 | -40.41 ± 4.0564 |" in text
+
+
+def test_a_miss_has_its_note_or_says_that_no_reason_is_known() -> None:
+    for status in ("reproduced", "measured", "quoted", "running", "not run"):
+        assert reason_for(status, "anchor") == ""
+        assert status_markdown(status, "", "notes.md") == status
+    assert reason_for("reduced budget", "anchor") == "reduced-budget"
+    for status in ("better", "worse"):
+        assert status_markdown(status, reason_for(status, "anchor"), "../notes.md") == f"[{status}](../notes.md#anchor)"
+        assert status_markdown(status, reason_for(status, ""), "notes.md") == f"{status}, no reason known yet"
+
+
+def test_every_note_is_a_section() -> None:
+    anchors = re.findall(r'<a id="([a-z0-9-]+)"></a>\n\n## ', (RESULTS / "notes.md").read_text())
+    assert len(anchors) == len(set(anchors)) == (RESULTS / "notes.md").read_text().count("\n## ")
+    cells = [cell.note for table in load_tables(RESULTS) for cell in table.cells]
+    curves = [curve.note for figure in load_figures(RESULTS) for curve in figure.curves]
+    assert {*cells, *curves, "reduced-budget"} - {""} <= set(anchors)
+
+
+def test_every_miss_among_the_committed_runs_has_a_reason() -> None:
+    runs, damaged = find_runs(RESULTS / "runs")
+    assert not damaged
+    tables = compare(load_tables(RESULTS), lambda source: find_evidence(source, runs))
+    judged: list[Comparison | CurveComparison] = [item for group in tables.values() for item in group]
+    for figure in load_figures(RESULTS):
+        judged += [CurveComparison(curve, find_evidence(curve.source, runs)) for curve in figure.curves]
+    misses = [item for item in judged if item.status in ("better", "worse", "reduced budget")]
+    assert misses
+    assert all(item.reason for item in misses)
+
+
+def test_rendering_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", mean=0.67)
+    for name in ("one", "two"):
+        assert main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / name)]) == 0
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.*") if p.is_file()} for n in ("one", "two"))
+    assert one == two
+    assert {Path(name).suffix for name in one} == {".md", ".csv", ".tex"}
+    assert len(one) == 3 * 8 + 2
+    assert set(SYMBOLS) == {"reproduced", "better", "worse", "reduced budget", "quoted"}

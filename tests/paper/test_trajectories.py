@@ -98,7 +98,7 @@ def test_the_picture_has_the_published_over_ours_and_says_what_is_not_run(
         (panel, runs, panel_rows(PICTURE, panel, runs)) for panel, runs in [(PANEL, found), (missing, Evidence())]
     ]
     plot_picture(PICTURE, panels, tmp_path / "unused.png")
-    (canvas,) = canvases
+    canvas, _ = canvases  # as PNG and as PDF
     titles = ["MAML, paper", "pretrained, paper", "MAML, ours", "pretrained, ours"]
     assert [axes.get_title() for axes in canvas.axes] == titles
     for axes, (_, _, rows), by in zip(canvas.axes, [*panels, *panels], ["paper"] * 2 + ["ours"] * 2, strict=True):

@@ -1,0 +1,375 @@
+"""Trained networks in Python: load one, adapt it to labelled data of your own, predict.
+
+network = maml.load("omniglot_5way_1shot")
+predictor = network.adapt(images, labels)
+predictor(more_images)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor
+
+from maml import checkpoint
+from maml.algorithm.base import Algorithm
+from maml.config import build, digest, near_miss, training_config
+from maml.data.cache import ImageSet
+from maml.domain.base import Role, SupervisedDomain
+from maml.domain.classification import FewShotClassification
+from maml.errors import Diverged, MamlError
+from maml.evaluation import Evaluation
+from maml.experiment import build_algorithm
+from maml.hardware import Hardware
+from maml.model.base import Model
+from maml.paper.checkpoints import FOLDER, State, read_index, restore, unpack
+from maml.paper.runs import CONF, composed
+from maml.run import read_json
+from maml.types import Count, Examples, Params, Tasks
+
+# Of the image sets that need not be there: shape of an image, the pixel value that becomes 1, training classes.
+_IMAGE_SETS = {
+    "maml.domain.omniglot.Omniglot": ((28, 28, 1), 1.0, 1100),
+    "maml.domain.mini_imagenet.MiniImagenet": ((84, 84, 3), 255.0, 64),
+    "maml.domain.cifar_fs.CifarFS": ((32, 32, 3), 255.0, 64),
+}
+
+Inputs = ArrayLike | Tensor
+
+
+def load(source: str | Path) -> Network:
+    """Loads a trained network, onto the CPU.
+
+    Args:
+        source: an experiment that has a committed checkpoint, such as ``omniglot_5way_1shot``; or a run folder, a
+            ``checkpoint.pt`` in one, or an exported ``.safetensors`` file with its ``index.json`` beside it. The data
+            set that it was trained on is not needed.
+
+    Raises:
+        MamlError: if there is no such thing, or it is damaged.
+    """
+    index, path = read_index(FOLDER), Path(source)
+    if any(entry.experiment == source for entry in index.cells.values()):
+        return _exported(FOLDER, experiment=str(source))
+    if path.suffix == ".safetensors":
+        return _exported(path.parent, file=path.name)
+    if path.exists():
+        return _trained(path)
+    experiments = sorted({entry.experiment for entry in index.cells.values()})
+    if (CONF / "experiment" / f"{source}.yaml").exists():
+        raise MamlError(
+            f"{source} has no committed checkpoint: train it (python train.py +experiment={source}) and load its run "
+            f"folder. There are {', '.join(experiments)}"
+        )
+    raise MamlError(f"{source} is neither a file or folder nor an experiment{near_miss(str(source), experiments)}")
+
+
+def _exported(folder: Path, experiment: str | None = None, file: str | None = None) -> Network:
+    """Loads the file of an experiment, or the one given."""
+    index = read_index(folder)
+    entries = [entry for entry in index.cells.values() if experiment == entry.experiment or file == entry.file]
+    entries.sort(key=lambda entry: len(entry.overrides))  # as the experiment is, if both were run
+    if not entries:
+        raise MamlError(f"{folder / 'index.json'} does not say what {file} is of; keep the two together")
+    first = entries[0]
+    entries = [
+        e for e in entries if (e.file, e.experiment, e.overrides) == (first.file, first.experiment, first.overrides)
+    ]
+    about = index.files[first.file]
+    config = composed(first.experiment, (*first.overrides, f"seed={about.seed}"))
+    state = unpack(folder / first.file, about.sha256)
+    sizes = {entry.num_shots: entry.step_sizes for entry in entries}
+    return _network(first.experiment, about.run_id, about.iteration, config, state, sizes)
+
+
+def _trained(path: Path) -> Network:
+    """Loads a run folder, or a checkpoint in one."""
+    folder = path if path.is_dir() else path.parent
+    file = checkpoint.newest(folder / "checkpoint.pt") if path.is_dir() else path
+    if file is None or not (folder / "config.yaml").exists():
+        raise MamlError(f"{folder} is no run folder: it has no checkpoint.pt and config.yaml")
+    saved = checkpoint.load(file)
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    report = read_json(folder / "report.json") or {}
+    sizes = {int(num_shots): chosen for num_shots, chosen in report.get("step_sizes", {}).items()}
+    return _network(saved["experiment"], saved["run_id"], saved["iteration"], config, saved["state"], sizes)
+
+
+def _network(
+    experiment: str,
+    run_id: str,
+    iteration: int,
+    config: Mapping[str, Any],
+    state: State,
+    step_sizes: Mapping[int, list[float] | None],
+) -> Network:
+    if digest(training_config(config)) != run_id:
+        raise MamlError(f"the parameters are of run {run_id}, but its config ({experiment}) is another by now")
+    domain = config["domain"]
+    if domain["_target_"] in _IMAGE_SETS:
+        kept = {key: domain[key] for key in ("num_ways", "num_shots", "num_query") if key in domain}
+        domain = {"_target_": f"{__name__}.{_WithoutImages.__name__}", "stands_for": domain["_target_"], **kept}
+    algorithm = build_algorithm({**config, "domain": domain}, Hardware("cpu"))
+    restore(algorithm, state)
+    return Network(experiment, iteration, config["num_iterations"], algorithm, build(config["evaluation"]), step_sizes)
+
+
+class _WithoutImages(FewShotClassification):
+    """Stands for an image set whose images are not needed, because a task's are given."""
+
+    def __init__(self, stands_for: str, num_ways: Count, num_shots: Count, num_query: Count | None = None) -> None:
+        shape, scale, num_classes = _IMAGE_SETS[stands_for]
+        none = torch.zeros((), dtype=torch.uint8).expand(1, num_shots + (num_query or num_shots), *shape)
+        data, classes = ImageSet(none, [], ""), torch.arange(num_classes)
+        super().__init__(data, {"train": classes}, num_ways, num_shots, num_query, scale, rotate=False)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Network:
+    """A trained network.
+
+    Attributes:
+        experiment: that it was trained in.
+        iteration: so many meta-updates were made,
+        num_iterations: of so many; a network that is not `complete` gives no number of the paper.
+        algorithm: with all of its state.
+        evaluation: the settings of meta-test.
+        step_sizes: those of meta-test, by K, where any were recorded; None is the inner optimizer's own.
+    """
+
+    experiment: str
+    iteration: int
+    num_iterations: int
+    algorithm: Algorithm
+    evaluation: Evaluation
+    step_sizes: Mapping[int, list[float] | None]
+
+    def __repr__(self) -> str:
+        return f"<{self.experiment}, iteration {self.iteration:,} of {self.num_iterations:,}>"
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was trained to the end."""
+        return self.iteration == self.num_iterations
+
+    @property
+    def model(self) -> Model:
+        """f_theta: ``model(params, x)`` with a task axis in front of both."""
+        return self.algorithm.model
+
+    @property
+    def theta(self) -> Params:
+        """What was meta-learnt, as it is evaluated."""
+        return self.evaluation.choose_theta(self.algorithm)
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Of one input; an image's is ``(H, W, C)``."""
+        return self.algorithm.domain.in_shape
+
+    def read(self, pictures: Iterable[str | Path | Image.Image]) -> Tensor:
+        """Brings pictures to the form of the training images.
+
+        Drawings (one channel) become black and white, and their dark pixels 1; like Omniglot's they should have strokes
+        of about 1/35 of their width, dark on light. Photos become RGB in 0 to 1.
+
+        Args:
+            pictures: files, or opened with Pillow; of any size, which is changed to ``in_shape``.
+
+        Returns:
+            ``(S, H, W, C)``.
+
+        Raises:
+            MamlError: if the network takes no images, or a file cannot be read.
+        """
+        if len(self.in_shape) != 3:
+            raise MamlError(f"{self.experiment} takes inputs of shape {self.in_shape}, which are no images")
+        return torch.stack([self._read(picture) for picture in pictures])
+
+    def _read(self, picture: str | Path | Image.Image) -> Tensor:
+        height, width, channels = self.in_shape
+        try:
+            image = picture if isinstance(picture, Image.Image) else Image.open(picture)
+            if channels == 1:  # as the training drawings were prepared
+                black = image.convert("1", dither=Image.Dither.NONE).resize((width, height), Image.Resampling.NEAREST)
+                pixels = ~np.asarray(black)
+            else:
+                pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)) / 255
+        except OSError as error:
+            raise MamlError(f"{picture} cannot be read as a picture ({error})") from error
+        return torch.tensor(pixels, dtype=torch.get_default_dtype()).reshape(self.in_shape)
+
+    @torch.no_grad()
+    def adapt(self, x: Inputs, y: Sequence[Hashable] | Inputs, num_steps: int | None = None) -> Predictor:
+        """Adapts to the support data of one task, as meta-test does.
+
+        Args:
+            x: S inputs. Images ``(S, H, W, C)``, or ``(S, H, W)`` if C = 1: floats from 0 to 1, or the integers of the
+                data set (Omniglot: paper 0, ink 1; photos: 0 to 255). Else ``(S, *in_shape)``.
+            y: the label of each, anything hashable, of N classes with K examples each in any order; or, in regression,
+                the targets, ``(S, D)``.
+            num_steps: gradient steps; None is as many as in meta-test. Step sizes are those of meta-test too (where
+                every K has its own, those of the nearest K).
+
+        Raises:
+            MamlError: if shapes or labels do not fit the network, or it is a policy, which learns from rollouts.
+            Diverged: if the parameters are not finite any more.
+        """
+        domain = self.algorithm.domain
+        if not isinstance(domain, SupervisedDomain):
+            raise MamlError(
+                f"{self.experiment} is a policy, which adapts to rollouts and not to examples; look at what it does "
+                f"with python scripts/render.py +experiment={self.experiment}"
+            )
+        inputs, classes = self.prepare(x), None
+        if isinstance(domain, FewShotClassification):
+            classes, targets, order = _in_blocks(y, len(inputs), domain.num_ways)
+            inputs, num_shots = inputs[order], len(inputs) // domain.num_ways
+        else:
+            targets, num_shots = _floats(_tensor(y), "y"), len(inputs)
+            wanted = (len(inputs), domain.out_dim)
+            if targets.shape != wanted:
+                raise MamlError(f"y has shape {tuple(targets.shape)}; the targets of x have shape {wanted}")
+        num_steps = self.evaluation.num_steps if num_steps is None else num_steps
+        tasks = {"x": inputs.unsqueeze(0), "y": targets.unsqueeze(0)}
+
+        def given(tasks: Tasks, role: Role, step: int = 0) -> Examples:
+            return Examples(tasks["x"], tasks["y"], num_shots)
+
+        domain.data = given  # type: ignore[method-assign]  # examples are given here, not drawn
+        sizes = self._step_sizes(num_shots, num_steps)
+        *_, params = self.algorithm.adapt(self.theta, tasks, num_steps, sizes)
+        params = {name: value.detach() for name, value in params.items()}
+        if not all(value.isfinite().all() for value in params.values()):
+            raise Diverged(f"{num_steps} gradient steps on these examples diverge; take fewer")
+        return Predictor(self, params, inputs, classes)
+
+    def _step_sizes(self, num_shots: int, num_steps: int) -> list[float] | None:
+        """Returns one size per step, the last of them again for steps that meta-test does not make."""
+        if self.step_sizes:
+            sizes = self.step_sizes[min(self.step_sizes, key=lambda known: abs(known - num_shots))]
+        else:
+            sizes = self.evaluation.step_sizes(num_shots)
+        return sizes and [*sizes, *sizes[-1:] * (num_steps - len(sizes))]
+
+    def prepare(self, x: Inputs) -> Tensor:
+        """Checks inputs and returns them as the network takes them, ``(S, *in_shape)``; x is as in `adapt`.
+
+        Raises:
+            MamlError: if shape or values are not those of the network's inputs.
+        """
+        domain = self.algorithm.domain
+        given = _tensor(x)
+        inputs = _floats(given, "x")
+        if self.in_shape[-1] == 1 and inputs.shape[1:] == self.in_shape[:-1]:
+            inputs = inputs.unsqueeze(-1)
+        if inputs.shape[1:] != self.in_shape or not len(inputs):
+            raise MamlError(
+                f"x has shape {tuple(given.shape)}; {self.experiment} takes inputs of shape {('S', *self.in_shape)}"
+            )
+        if isinstance(domain, FewShotClassification):
+            scale = 1.0 if given.dtype.is_floating_point or given.dtype == torch.bool else domain.scale
+            if inputs.min() < 0 or inputs.max() > scale:
+                low, high, kind = inputs.min().item(), inputs.max().item(), str(given.dtype).removeprefix("torch.")
+                raise MamlError(
+                    f"pixels of x go from {low:g} to {high:g}; as {kind} they have to lie in "
+                    f"0 to {scale:g}. `read` makes them of pictures"
+                )
+            inputs = inputs.div(scale)
+        return inputs
+
+
+def _tensor(values: Any) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.as_tensor(np.ascontiguousarray(values))
+
+
+def _floats(values: Tensor, name: str) -> Tensor:
+    """Returns finite floats."""
+    floats = values.detach().to("cpu", torch.get_default_dtype())
+    if not floats.isfinite().all():
+        raise MamlError(f"{name} has values that are not finite")
+    return floats
+
+
+def _in_blocks(labels: Any, count: int, num_ways: int) -> tuple[list[Hashable], Tensor, Tensor]:
+    """Sorts examples into K blocks of N, which is how tasks are drawn; what is in this order already stays in it.
+
+    Returns:
+        The classes, in the order in which they turn up; the label of each sorted example, ``(S,)``; and the order.
+
+    Raises:
+        MamlError: if there are not N classes with K examples each.
+    """
+    labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    if len(labels) != count:
+        raise MamlError(f"there are {count} inputs, but {len(labels)} labels")
+    examples: dict[Hashable, list[int]] = {}
+    for example, label in enumerate(labels):
+        examples.setdefault(label, []).append(example)
+    if len(examples) != num_ways:
+        raise MamlError(f"this network tells {num_ways} classes apart, the labels have {len(examples)}")
+    if len({len(mine) for mine in examples.values()}) > 1:
+        counts = ", ".join(f"{len(mine)} of {label!r}" for label, mine in examples.items())
+        raise MamlError(f"every class needs as many examples as the others; there are {counts}")
+    order = torch.tensor(list(examples.values())).T.flatten()
+    return list(examples), torch.arange(num_ways).repeat(count // num_ways), order
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Predictor:
+    """A network adapted to one task: call it with inputs.
+
+    Attributes:
+        network: that was adapted.
+        params: its parameters now, name -> ``(1, ...)``.
+        support: what it was adapted to, ``(S, *in_shape)``.
+        classes: their labels, in the order of the probabilities; None in regression.
+    """
+
+    network: Network
+    params: Params
+    support: Tensor
+    classes: list[Hashable] | None
+
+    def __call__(self, x: Inputs, transductive: bool = False) -> Any:
+        """Returns the label of each input, as a list; in regression the values, a tensor ``(Q, D)``.
+
+        Args:
+            x: Q inputs, as in `Network.adapt`.
+            transductive: normalises the inputs by their own common statistics, as the paper does when it measures
+                accuracy: better where x has about as many examples of one class as of another, and worse where it has
+                few. Otherwise by those of the support data, and no input matters to what is predicted for another.
+
+        Raises:
+            MamlError: if x does not fit the network.
+        """
+        outputs = self.outputs(x, transductive)
+        return outputs if self.classes is None else [self.classes[best] for best in outputs.argmax(-1).tolist()]
+
+    def probabilities(self, x: Inputs, transductive: bool = False) -> Tensor:
+        """Returns the probability of each class for each input, ``(Q, N)``, in the order of `classes`.
+
+        Raises:
+            MamlError: in regression, or if x does not fit the network.
+        """
+        if self.classes is None:
+            raise MamlError(f"{self.network.experiment} predicts values, which have no probabilities")
+        return self.outputs(x, transductive).softmax(-1)
+
+    @torch.no_grad()
+    def outputs(self, x: Inputs, transductive: bool = False) -> Tensor:
+        """Returns what the network computes, ``(Q, out_dim)``; in regression always transductive, as it is measured."""
+        inputs = self.network.prepare(x)
+        if transductive or self.classes is None:
+            return self.network.model(self.params, inputs.unsqueeze(0))[0]
+        both = torch.cat([self.support, inputs]).unsqueeze(0)
+        count = len(self.support)
+        return self.network.model(self.params, both, num_reference=count)[0, count:]

@@ -1,0 +1,151 @@
+"""Exports the parameters behind every number that has been run: results/checkpoints/*.safetensors and index.json.
+
+    python scripts/export_checkpoints.py
+
+A cell or curve is given by its complete run of the lowest seed, or by the one that is furthest, as in the tables; the
+index says at which iteration. Equal runs give equal bytes. A file that was exported before is kept where the run's
+checkpoint.pt is not there any more; files that no number needs are deleted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from maml import checkpoint
+from maml.errors import MamlError
+from maml.paper.cells import Source
+from maml.paper.checkpoints import (
+    FOLDER,
+    Entry,
+    Exported,
+    Index,
+    Reading,
+    named_sources,
+    pack,
+    read_index,
+    unpack,
+    write_index,
+)
+from maml.paper.runs import Evidence, Report, Run, find_evidence, find_runs
+from maml.run import read_json
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+MAX_BYTES = 1_500_000  # of a file: all of them are committed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exports all that can be; returns 1 if some number that has been run has no file, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--runs-dir",
+        type=Path,
+        nargs="+",
+        default=[RESULTS / "runs"],
+        help="where run folders are; a checkpoint that one lacks may be in the next (default: results/runs)",
+    )
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where to write (default: results/checkpoints)")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    runs, problems = find_runs(*options.runs_dir)
+    before, index = read_index(options.out), Index()
+
+    @cache
+    def find(source: Source) -> Evidence:
+        return find_evidence(source, runs)
+
+    for name, (source, steps) in named_sources(RESULTS).items():
+        evidence = find(source)
+        if not evidence.evaluated:
+            continue
+        run, report = evidence.evaluated[0]
+        file = f"{run.path.parent.name}_{report.run_id}.safetensors"
+        try:
+            if file not in index.files:
+                index.files[file] = export(runs, run, report, options.out / file, before.files.get(file))
+        except MamlError as error:
+            problems.append(f"{name}: {error}")
+        else:
+            index.cells[name] = entry(source, steps, report, file)
+    write_index(options.out, index)
+    for path in options.out.glob("*.safetensors"):
+        if path.name not in index.files:
+            path.unlink()
+    for problem in problems:
+        print(f"ERROR, left out: {problem}", file=sys.stderr)
+    size = sum((options.out / file).stat().st_size for file in index.files)
+    print(f"{len(index.cells)} cells and curves of {len(index.files)} runs, {size / 1e6:.1f} MB, in {options.out}")
+    return 1 if problems else 0
+
+
+def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Exported | None) -> Exported:
+    """Writes the parameters that a report is of, and returns what they are of.
+
+    Args:
+        runs: all that were found.
+        run: of the report.
+        report: of the number.
+        path: of the file.
+        before: what the index said of it.
+
+    Raises:
+        MamlError: if there is no checkpoint of the report's iteration, or it is too large.
+    """
+    for folder in (other.path for other in runs if other.record.run_id == report.run_id):
+        if not (folder / "checkpoint.pt").exists():
+            continue
+        saved = checkpoint.load(folder / "checkpoint.pt")
+        if (saved["run_id"], saved["iteration"]) == (report.run_id, report.iteration):
+            break
+    else:
+        if before is not None and before.iteration == report.iteration:
+            unpack(path, before.sha256)  # makes sure that it is still that file
+            return before
+        raise MamlError(
+            f"no checkpoint.pt of run {report.run_id} at iteration {report.iteration} is in {run.path}, or in the "
+            "other --runs-dir"
+        )
+    content = pack(saved["state"], f"{run.path.parent.name} {report.run_id}, iteration {report.iteration}")
+    if len(content) > MAX_BYTES:
+        raise MamlError(f"{path.name} would have {len(content):,} bytes, more than {MAX_BYTES:,}")
+    checkpoint.write_whole(path, lambda file: file.write(content))
+    record = read_json(run.path / "run.json") or {}
+    return Exported(
+        sha256=hashlib.sha256(content).hexdigest(),
+        run_id=report.run_id,
+        seed=report.seed,
+        iteration=report.iteration,
+        num_iterations=report.num_iterations,
+        execution=saved["execution"],
+        versions=record["segments"][-1]["versions"],
+        hardware=record["segments"][-1]["hardware"],
+    )
+
+
+def entry(source: Source, steps: Sequence[int], report: Report, file: str) -> Entry:
+    """Returns what the index says of one cell or curve."""
+    (curve,) = (
+        curve for curve in report.curves if (curve.metric, curve.num_shots) == (source.metric, source.num_shots)
+    )
+    return Entry(
+        file=file,
+        experiment=source.experiment,
+        overrides=list(source.overrides),
+        evaluation=report.evaluation,
+        metric=source.metric,
+        num_shots=source.num_shots,
+        step_sizes=report.step_sizes.get(str(source.num_shots)),
+        bank=report.banks[str(source.num_shots)],
+        readings={step: Reading(mean=curve.steps[step].mean, ci95=curve.steps[step].ci95) for step in steps},
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MamlError as error:
+        sys.exit(str(error))

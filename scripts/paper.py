@@ -1,0 +1,375 @@
+"""Runs what is missing or cut off for the paper's tables and figures, several at a time, and renders them.
+
+    python scripts/paper.py                               # everything
+    python scripts/paper.py --only table2,figure3         # what these need; table2/MAML is one row
+    python scripts/paper.py --plan                        # what would run, and how long it would take
+    python scripts/paper.py --smoke                       # all of the path in minutes; its numbers mean nothing
+
+Stop it when you like, in any way: the same command goes on from what is saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from maml.errors import MamlError
+from maml.paper.plan import WATERMARK, Job, estimate, list_needs, plan, select, write_smoke_cells
+from maml.paper.runs import Run, find_runs
+from maml.progress import LINE_SECONDS, REDRAW_SECONDS
+from maml.run import command_line
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+RENDERERS = {
+    "paper_tables.py": "",
+    "paper_figures.py": "",
+    "report.py": "report.html",
+}  # and what they write in results/
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plans, runs and renders; returns 1 if something failed or a damaged run was left out, 128 + n on signal n."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", metavar="NAMES", type=_names, help="what to run, as artifact[/row[/column]], comma-separated"
+    )
+    parser.add_argument("--plan", action="store_true", help="print what would run, and how long it would take")
+    parser.add_argument("--smoke", action="store_true", help="tiny runs, kept apart; their numbers mean nothing")
+    parser.add_argument("--wandb", action="store_true", help="mirror runs to Weights & Biases, grouped by table")
+    parser.add_argument(
+        "--jobs", type=int, help="how many run at once (default: one per GPU; else as many as fit on the cores)"
+    )
+    parser.add_argument("--seeds", type=_seeds, default=[0], help="of each experiment, comma-separated (default: 0)")
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), help="where run folders are made (default: runs)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="the folder of cells.yaml, where to write (default: results)"
+    )
+    options = parser.parse_args(arguments)
+    if options.jobs is not None and options.jobs < 1:
+        parser.error("--jobs: give 1 or more")
+    runs_dir, results, roots = options.runs_dir, options.results, [options.runs_dir, options.results / "runs"]
+    if options.smoke:
+        print(WATERMARK)
+        runs_dir = runs_dir.with_name(f"{runs_dir.name}_smoke")
+        results, roots = runs_dir / "results", [runs_dir]
+        write_smoke_cells(options.results, results)
+    needs = list_needs(results)
+    if options.only:
+        needs = select(needs, options.only)
+    if options.plan:
+        runs, damaged = find_runs(*roots)
+        print_plan(plan(needs, options.seeds, runs, runs_dir), runs)
+        return _name_damaged(damaged)
+    with _alone(runs_dir):
+        runs, damaged = find_runs(*roots)
+        jobs = plan(needs, options.seeds, runs, runs_dir, options.wandb)
+        if options.smoke:
+            refuse_mixing(jobs, plan(list_needs(options.results), options.seeds, [], options.runs_dir))
+        failed = _name_damaged(damaged)
+        stopped_by, is_whole = run_jobs(jobs, options.jobs)
+    if stopped_by:
+        print(f"stopped by {signal.Signals(stopped_by).name}; all that was done is saved: {command_line()} goes on")
+        return 128 + stopped_by
+    rendered = render(roots, results, options.smoke)
+    return int(bool(failed) or not is_whole or not rendered)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(seed) for seed in text.split(",")]
+
+
+def _name_damaged(messages: Sequence[str]) -> int:
+    for message in messages:
+        print(f"ERROR, left out: {message}", file=sys.stderr)
+    return int(bool(messages))
+
+
+@contextmanager
+def _alone(runs_dir: Path) -> Iterator[None]:
+    """Refuses to run beside another process of this script: each would start what the other is about to start."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    with open(runs_dir / ".paper.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise MamlError(f"another `make paper` is at work in {runs_dir}; wait for it, or stop it") from error
+        yield
+
+
+def refuse_mixing(smoke: Sequence[Job], real: Sequence[Job]) -> None:
+    """Makes sure that no smoke test would be found as a real run.
+
+    Raises:
+        MamlError: if one trains what a real experiment trains.
+    """
+    mixed = {job.run_id: job.name for job in smoke}.keys() & {job.run_id for job in real}
+    if mixed:
+        names = ", ".join(job.name for job in real if job.run_id in mixed)
+        raise MamlError(
+            f"a smoke test of {names} would be the real thing; make its experiment longer than a smoke test"
+        )
+
+
+def print_plan(jobs: Sequence[Job], runs: Sequence[Run]) -> None:
+    """Prints a table of all jobs, with what they will take."""
+    rows, hours, size, unknown = [], 0.0, 0, 0
+    for job in jobs:
+        expected = estimate(job, runs) if job.state not in ("done", "cannot") else None
+        if expected is not None:
+            hours, size = hours + (expected.hours or 0), size + (expected.size or 0)
+            unknown += expected.hours is None or expected.size is None
+        rows.append(
+            (
+                job.name,
+                job.state,
+                f"{job.left:,}" if expected else "",
+                _hours(expected.hours) + (f" (on {expected.machine})" if expected.machine else "") if expected else "",
+                _megabytes(expected.size) if expected else "",
+                ", ".join(job.artifacts),
+            )
+        )
+    header = ("job", "state", "iterations left", "hours", "disk", "for")
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(5)]
+    for row in [header, *rows]:
+        print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+    print(f"\n{_counts(jobs)}")
+    more = f", and {unknown} jobs of unknown length or size" if unknown else ""
+    print(f"{_hours(hours)} hours one after another, {_megabytes(size)}{more}")
+    for reason in dict.fromkeys(job.impossible for job in jobs if job.state == "cannot"):
+        print(f"cannot run here: {reason}")
+
+
+def _counts(jobs: Sequence[Job]) -> str:
+    counts = Counter(job.state.partition(" ")[0] for job in jobs)
+    return (
+        f"{len(jobs)} job{'s' * (len(jobs) != 1)}: {', '.join(f'{count} {state}' for state, count in counts.items())}"
+    )
+
+
+def _hours(hours: float | None) -> str:
+    return "unknown" if hours is None else f"{hours:.2f}" if hours < 10 else f"{hours:,.0f}"
+
+
+def _megabytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e6:,.1f} MB"
+
+
+class Worker:
+    """A job that runs: one process of ``train.py`` after the other, with their output in a log beside the run folder.
+
+    Args:
+        job: what to run.
+        slot: which of those that run at once it is.
+        environment: of the processes.
+    """
+
+    def __init__(self, job: Job, slot: int, environment: dict[str, str]) -> None:
+        self.job, self.slot, self.environment = job, slot, environment
+        self.log = job.folder.with_suffix(".log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.commands = deque(job.commands)
+        self.shown, self.shown_at = "", time.monotonic()
+        self.start()
+
+    def start(self) -> None:
+        """Starts the next process."""
+        self.arguments = self.commands.popleft()
+        with open(self.log, "ab") as log:
+            self.begin = log.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                start_new_session=True,  # so that Ctrl-C in a terminal reaches it once, through us
+            )
+
+    @property
+    def lines(self) -> list[str]:
+        """What the process has said so far."""
+        with open(self.log, errors="replace") as log:
+            log.seek(self.begin)
+            return [line.strip() for line in log if line.strip()]
+
+
+def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
+    """Runs all that can be run and is not done; what fails does not keep the rest from running.
+
+    Args:
+        jobs: what is needed.
+        limit: how many run at once; None is one per GPU, and without one as many as the cores have threads for.
+
+    Returns:
+        The signal that stopped it, if one did, and whether nothing failed.
+    """
+    print(f"{_counts(jobs)}")
+    impossible = {job.name: job.impossible for job in jobs if job.state == "cannot"}
+    failed: list[str] = []
+    waiting = [job for job in jobs if job.state not in ("done", "cannot")]
+    workers: list[Worker] = []
+    gpus = _gpus()
+    room = limit or len(gpus) or os.cpu_count() or 1
+
+    def takes(job: Job) -> int:
+        return 1 if limit or gpus else min(job.num_threads, room)
+
+    foreign: set[str] = set()
+    with _signals() as received, _Display() as display:
+        passed_on = 0
+        while workers or (waiting and not received):
+            for job in () if received else tuple(waiting):
+                if sum(takes(worker.job) for worker in workers) + takes(job) > room:
+                    break
+                if job.alive:  # perhaps left behind by a `make paper` that was killed; it is continued when it ends
+                    if job.name not in foreign:
+                        display.say(f"waiting for {job.name}: another process is training it")
+                    foreign.add(job.name)
+                    continue
+                waiting.remove(job)
+                slot = min(set(range(room)) - {worker.slot for worker in workers})
+                workers.append(_start(job, slot, gpus, display))
+            for number in received[passed_on:]:
+                passed_on += 1
+                for worker in workers:
+                    worker.process.send_signal(number)
+            for worker in tuple(workers):
+                status = worker.process.poll()
+                if status is None:
+                    continue
+                if status == 0 and worker.commands and not received:
+                    worker.start()
+                    continue
+                workers.remove(worker)
+                name, said = worker.job.name, worker.lines
+                if status == 0 and not worker.commands:
+                    display.say(f"finished {name}")
+                elif received:
+                    display.say(f"stopped {name}: {said[-1] if said else 'before it began'}")
+                elif status == os.EX_UNAVAILABLE:
+                    impossible[name] = said[-1]
+                    display.say(f"cannot run here: {name}")
+                else:
+                    display.say(f"FAILED {name}")
+                    command = shlex.join(["python", "train.py", *worker.arguments])
+                    failed.append(
+                        "\n    ".join([f"FAILED {name} (status {status}): {command}", *said[-5:], f"log: {worker.log}"])
+                    )
+            display.show(workers)
+            time.sleep(REDRAW_SECONDS)
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in impossible.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        print(f"cannot run here: {', '.join(names)}: {reason}")
+    for message in failed:
+        print(message, file=sys.stderr)
+    return (received[0] if received else None), not failed
+
+
+def _gpus() -> list[str]:
+    """Returns the names by which a process can be given one GPU of those that we see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+
+
+def _start(job: Job, slot: int, gpus: Sequence[str], display: _Display) -> Worker:
+    if job.committed and not job.folder.exists():
+        display.say(
+            f"{job.name} goes on from {job.committed}: copied to {job.folder}, what is committed stays as it is"
+        )
+    job.prepare()
+    environment = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
+    worker = Worker(job, slot, os.environ | environment)
+    display.say(f"started {job.name} ({job.state}); its output: {worker.log}")
+    return worker
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects the signals that ask to stop; a terminal that is closed asks as SIGTERM does."""
+    received: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Display:
+    """One line per running job: live on a terminal, and now and then anywhere else."""
+
+    def __init__(self) -> None:
+        self.console = Console(soft_wrap=True, highlight=False, markup=False)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> _Display:
+        if self.console.is_interactive:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self.console.print(text)
+
+    def show(self, workers: Sequence[Worker]) -> None:
+        """Shows what each job said last."""
+        status = {worker: f"{worker.job.name}: {(worker.lines or ['starting'])[-1]}" for worker in workers}
+        if self.console.is_interactive:
+            self.live.update(Text("\n".join(status.values()), no_wrap=True, overflow="ellipsis"), refresh=True)
+            return
+        for worker, line in status.items():
+            if line != worker.shown and time.monotonic() - worker.shown_at >= LINE_SECONDS:
+                worker.shown, worker.shown_at = line, time.monotonic()
+                self.say(line)
+
+
+def render(roots: Sequence[Path], results: Path, smoke: bool) -> bool:
+    """Renders tables, figures and the report; returns whether all of them succeeded."""
+    places = ["--runs-dir", *map(str, roots), "--results", str(results)]
+    statuses = [
+        subprocess.run([sys.executable, str(ROOT / "scripts" / name), *places, "--out", str(results / out)]).returncode
+        for name, out in RENDERERS.items()
+    ]
+    for path in results.rglob("*.md") if smoke else ():
+        path.write_text(f"**{WATERMARK}**\n\n{path.read_text()}")
+    return not any(statuses)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MamlError as error:
+        sys.exit(str(error))

@@ -1,0 +1,52 @@
+"""Makes results/report.html: every table, figure and departure, and the evidence behind each number, on one page.
+
+    python scripts/report.py
+
+Reads results/cells.yaml, results/departures.yaml, results/notes.md, the rendered figures, the run folders and the
+committed runs in results/runs/; trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from maml.paper.report import render
+from maml.paper.runs import find_runs
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the page; returns 1 if something damaged had to be left out, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--runs-dir",
+        type=Path,
+        nargs="+",
+        default=[Path("runs"), RESULTS / "runs"],
+        help="where run folders are; of equal runs the first counts (default: runs, then results/runs)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "report.html", help="the file to write (default: results/report.html)"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        help="the folder of cells.yaml and what was rendered (default: results)",
+    )
+    options = parser.parse_args(arguments)
+    page, problems = render(options.results, *find_runs(*options.runs_dir))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(page)
+    for problem in problems:
+        print(f"ERROR, left out: {problem}", file=sys.stderr)
+    print(f"written to {options.out}, {len(page.encode()) / 1e6:.1f} MB")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

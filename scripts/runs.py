@@ -1,0 +1,535 @@
+"""Lists, shows, compares and tidies what has been run: the folders below runs/ and the committed ones in results/runs/.
+
+    python scripts/runs.py list 'sinusoid_*' --set inner.step_size=0.001 --by-seed
+
+Nothing is written but a mark in the folder of a superseded run, and nothing deleted but by `prune --yes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from functools import cache
+from inspect import Parameter, signature
+from math import isnan, nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.utils import get_class
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from maml import checkpoint
+from maml.config import Root, digest, evaluation_config, near_miss, training_config
+from maml.errors import MamlError
+from maml.paper.cells import Source, load_figures, load_pictures, load_tables
+from maml.paper.runs import CONF, SUPERSEDED, CurveRecord, Run, composed, find_evidence, read_run, read_runs, supersede
+
+RESULTS = CONF.parent / "results"
+RESAMPLES = 10_000
+UNKNOWN = Parameter.empty
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns 1 if it could not, or if `list` had to leave out a run folder, else 0."""
+    options = _parser().parse_args(arguments)
+    runs, problems = read_runs(*options.runs_dir)
+    try:
+        options.act(options, runs)
+    except MamlError as error:
+        problems = [str(error)]
+    else:
+        problems = [f"left out: {problem}" for problem in problems] if options.act is list_runs else []
+    for problem in problems:
+        print(f"ERROR, {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--runs-dir",
+        type=Path,
+        nargs="+",
+        default=[Path("runs"), RESULTS / "runs"],
+        help="where run folders are; of equal runs the first counts (default: runs, then results/runs)",
+    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, act: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=[shared], help=text, description=text)
+        added.set_defaults(act=act)
+        return added
+
+    found = command("list", list_runs, "one line per run")
+    found.add_argument("experiment", nargs="?", default="*", help="only these, as in 'sinusoid_*'")
+    found.add_argument("--status", help="finished, running, interrupted, failed, killed, superseded or conflict")
+    found.add_argument("--seed", type=int, help="only this one")
+    found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="only what was trained with it")
+    ended = found.add_mutually_exclusive_group()
+    ended.add_argument("--finished", action="store_true", default=None, help="only what was trained to the end")
+    ended.add_argument("--unfinished", dest="finished", action="store_false", default=None, help="only what was not")
+    found.add_argument(
+        "--by-seed",
+        action="store_true",
+        help="one line per group of runs that differ in seed only; of finished ones that are neither superseded nor in "
+        "conflict with an equal one",
+    )
+    found.add_argument("--csv", action="store_true", help="more columns, in full precision")
+
+    shown = command("show", show_run, "a run's settings, segments and evaluations, and the cells that it serves")
+    shown.add_argument("run", help="its folder, or the beginning of its id")
+
+    compared = command("compare", compare_runs, "what differs between two runs: settings, and numbers task by task")
+    compared.add_argument("a", help="a run's folder, or the beginning of its id")
+    compared.add_argument("b", help="the same of another")
+
+    marked = command("supersede", supersede_run, "mark a run, in its own folder, as no evidence any more")
+    marked.add_argument("run", help="its folder, or the beginning of its id")
+    marked.add_argument("--by", metavar="RUN", help="the run that takes its place")
+    marked.add_argument("--reason", default="", metavar="TEXT", help="why")
+    marked.add_argument("--undo", action="store_true", help="remove the mark")
+
+    pruned = command("prune", prune_runs, "delete superseded runs, and failed ones in which nothing was saved")
+    pruned.add_argument("--days", type=float, default=7, help="how old a failed run has to be (default: 7)")
+    pruned.add_argument("--yes", action="store_true", help="do it, instead of only saying what would be deleted")
+    return parser
+
+
+def find(name: str, runs: Sequence[Run]) -> Run:
+    """Returns the run of a folder, or the one whose id begins so.
+
+    Raises:
+        MamlError: if there is none, or several, or the folder is damaged.
+    """
+    if Path(name).is_dir():
+        run = next((run for run in runs if run.path.samefile(name)), None) or read_run(Path(name))
+        if run is None:
+            raise MamlError(f"{name} is no run folder: it has no run.json")
+        return run
+    matches = [run for run in runs if run.record.run_id.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if not matches:
+        raise MamlError(f"there is no run {name}; `python scripts/runs.py list` shows those that there are")
+    folders = "\n  ".join(str(run.path) for run in matches)
+    raise MamlError(f"{name} may be any of {len(matches)} runs; give more of the id, or a folder:\n  {folders}")
+
+
+def print_table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Prints a table with lines on a terminal, without them elsewhere."""
+    if not rows:
+        print("none")
+        return
+    console = Console()
+    if console.is_terminal:
+        table = Table(*(Column(name, overflow="fold") for name in rows[0]))
+        for row in rows:
+            table.add_row(*map(Text, row.values()))
+        console.print(table)
+        return
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+# List.
+
+
+def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Prints the runs that pass all filters."""
+    wanted = [_wanted(text, runs) for text in options.set]
+    chosen = [
+        run
+        for run in sorted(runs, key=lambda run: (run.experiment, run.record.seed, run.record.run_id))
+        if fnmatch(run.experiment, options.experiment)
+        and options.status in (None, run.status)
+        and options.seed in (None, run.record.seed)
+        and options.finished in (None, run.iteration == run.num_iterations)
+        and all(setting(run.record.training, key) == value for key, value in wanted)
+    ]
+    rows = _by_seed(chosen) if options.by_seed else [_row(run) for run in chosen]
+    if options.csv:
+        writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    print_table([(_group_text if options.by_seed else _row_text)(row) for row in rows])
+    for run in chosen:
+        if run.superseded and not options.by_seed:
+            print(f"left out, {run.superseded}: {run.path}")
+
+
+def _wanted(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
+    """Returns key and value of a setting that is written as for train.py."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise MamlError(f"--set {text} is no setting; give KEY=VALUE, as in --set inner.step_size=0.4") from error
+    key = override.key_or_group
+    if runs and all(setting(run.record.training, key) is UNKNOWN for run in runs):
+        known = sorted({name for run in runs for name in run.record.training})
+        raise MamlError(f"--set {text}: no run was trained with {key}{near_miss(key, known)}")
+    return key, override.value()
+
+
+def setting(settings: Mapping[str, Any], key: str) -> Any:
+    """Returns a setting, or its default where that was left out; `UNKNOWN` if there is neither."""
+    if key in settings:
+        return settings[key]
+    part, _, name = key.rpartition(".")
+    target = settings.get(f"{part}._target_") if part else f"{Root.__module__}.{Root.__name__}"
+    return _default(target, name) if target else UNKNOWN
+
+
+@cache
+def _default(target: str, name: str) -> Any:
+    try:
+        parameter = signature(get_class(target)).parameters.get(name)
+    except (ImportError, ValueError):  # of a run from before a class was renamed, or of a user's own
+        return UNKNOWN
+    return parameter.default if parameter else UNKNOWN
+
+
+def _row(run: Run) -> dict[str, Any]:
+    numbers = dict.fromkeys(("evaluated_at", "metric", "num_shots", "step", "mean", "ci95", "num_tasks"))
+    if run.report and run.headline:
+        curve, last = run.headline
+        numbers |= {"evaluated_at": run.report.iteration, "metric": curve.metric, "num_shots": curve.num_shots}
+        numbers |= {"step": last.step, "mean": last.mean, "ci95": last.ci95, "num_tasks": last.num_tasks}
+    return {
+        "run": run.record.run_id,
+        "experiment": run.experiment,
+        "seed": run.record.seed,
+        "iteration": run.iteration,
+        "num_iterations": run.num_iterations,
+        "status": run.status,
+        **numbers,
+        "seconds": run.record.seconds,
+        "commit": run.commits,
+        "hardware": run.hardware,
+        "folder": str(run.path),
+    }
+
+
+def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
+    headline = ""
+    if row["metric"]:
+        headline = f"{row['metric']} {reading_text(row['mean'], row['ci95'])} ({_where(row)}, n={row['num_tasks']})"
+        if row["evaluated_at"] != row["iteration"]:
+            headline += f" at {row['evaluated_at']:,}"
+    return {
+        "run": row["run"],
+        "experiment": row["experiment"],
+        "seed": str(row["seed"]),
+        "iteration": f"{row['iteration']:,} of {row['num_iterations']:,}",
+        "status": row["status"],
+        "headline ± 95 % over n tasks": headline,
+        "seconds": f"{row['seconds']:,.0f}",
+        "commit": row["commit"],
+        "hardware": row["hardware"],
+    }
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    return f"K={row['num_shots']}, step {row['step']}"
+
+
+def reading_text(mean: float | None, ci95: float | None) -> str:
+    """Returns mean and half-width of its 95 % interval over tasks."""
+    return "diverged" if mean is None or ci95 is None else f"{mean:.4g} ± {ci95:.2g}"
+
+
+def _by_seed(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Joins the rows of runs that differ in seed only; a seed on which adaptation diverged leaves no mean over them."""
+    groups: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        if run.report and run.report.complete and not run.superseded and not run.conflict:
+            training = {key: value for key, value in run.record.training.items() if key != "seed"}
+            settings = digest({"training": training, "evaluation": run.report.evaluation})
+            groups.setdefault(settings, {}).setdefault(run.record.seed, run)  # of equal runs the first counts
+    rows = []
+    for group in groups.values():
+        row, *others = [_row(group[seed]) for seed in sorted(group)]
+        means = np.array([one["mean"] for one in (row, *others)], dtype=float)
+        beside = ("metric", "num_shots", "step", "mean", "ci95", "num_tasks")
+        rows.append(
+            {
+                "experiment": row["experiment"],
+                "lowest_seed_run": row["run"],
+                **{name: row[name] for name in beside},
+                "seeds": " ".join(map(str, sorted(group))),
+                "num_seeds": len(group),
+                "seeds_mean": means.mean(),
+                "seeds_sd": means.std(ddof=1) if others else nan,
+                "lowest_mean": means.min(),
+                "highest_mean": means.max(),
+            }
+        )
+    return rows
+
+
+def _group_text(row: Mapping[str, Any]) -> dict[str, str]:
+    has_spread = not isnan(row["seeds_sd"])
+    return {
+        "experiment": row["experiment"],
+        "lowest seed's run": row["lowest_seed_run"],
+        "headline": f"{row['metric']} ({_where(row)})",
+        "lowest seed ± 95 % over n tasks": f"{reading_text(row['mean'], row['ci95'])} (n={row['num_tasks']})",
+        "seeds": f"{row['seeds']} (n={row['num_seeds']})",
+        "mean over seeds": "diverged" if isnan(row["seeds_mean"]) else f"{row['seeds_mean']:.4g}",
+        "sd over seeds": f"{row['seeds_sd']:.2g}" if has_spread else "",
+        "range over seeds": f"{row['lowest_mean']:.4g} to {row['highest_mean']:.4g}" if has_spread else "",
+    }
+
+
+# Show.
+
+
+def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Prints all that is known of one run."""
+    run = find(options.run, runs)
+    print_table([{"run": name, run.record.run_id: value} for name, value in _row_text(_row(run)).items()][1:])
+    print(f"\nin {run.path}")
+    if run.superseded:
+        print(f"left out of tables and figures: {run.superseded}")
+    if run.conflict:
+        print(f"left out of tables and figures: {run.conflict}")
+    training, evaluation = _settings_of(run.experiment)
+    print("\nTraining settings that differ from the experiment's:" if training else "\nTraining settings:")
+    print_differences(run.record.training, training, "run", "experiment")
+    print("\nSegments:")
+    print_table(
+        [
+            {
+                "started": part.started,
+                "iterations": f"{part.first_iteration:,} to {part.last_iteration:,}",
+                "seconds": f"{part.seconds:,.0f}",
+                "iterations/s": f"{(part.last_iteration - part.first_iteration) / (part.seconds or nan):.3g}",
+                "commit": part.commit_name,
+                "hardware": part.machine,
+            }
+            for part in run.record.segments
+        ]
+    )
+    print("\nEvaluations, mean ± 95 % over n tasks:")
+    print_table(
+        [
+            {
+                "folder": str(report.folder.relative_to(run.path)),
+                "iteration": f"{report.iteration:,}",
+                "curve": f"{curve.metric}, K={curve.num_shots}",
+                "n": str(curve.steps[0].num_tasks),
+                "step 0": reading_text(curve.steps[0].mean, curve.steps[0].ci95),
+                "last step": f"{curve.steps[-1].step}: {reading_text(curve.steps[-1].mean, curve.steps[-1].ci95)}",
+            }
+            for report in run.reports
+            for curve in report.curves
+        ]
+    )
+    for report in run.reports:
+        if evaluation and report.evaluation != evaluation:
+            print(f"\nEvaluation settings of {report.folder.relative_to(run.path)} that differ from the experiment's:")
+            print_differences(report.evaluation, evaluation, "run", "experiment")
+    print("\nServes:")
+    print("\n".join(_served(run, [other for other in runs if not other.superseded and not other.conflict])) or "none")
+
+
+def _settings_of(experiment: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the training and evaluation settings of an experiment; empty if there is none of that name any more."""
+    if not (CONF / "experiment" / f"{experiment}.yaml").is_file():
+        return {}, {}
+    config = composed(experiment)
+    return training_config(config), evaluation_config(config)
+
+
+def _served(run: Run, runs: Sequence[Run]) -> list[str]:
+    """Returns every cell, curve and panel that shows the run."""
+    has = {(curve.metric, curve.num_shots) for report in run.reports for curve in report.curves}
+    sources: dict[Source, list[str]] = {}
+    for table in load_tables(RESULTS):
+        for cell in table.cells:
+            if cell.source:
+                sources.setdefault(cell.source, []).append(f"{cell.table}/{cell.row}/{cell.column}")
+    for figure in load_figures(RESULTS):
+        for curve in figure.curves:
+            sources.setdefault(curve.source, []).append(f"{figure.name}: {curve.label}")
+    for picture in load_pictures(RESULTS):
+        for panel in picture.panels:
+            sources.setdefault(panel.source, []).append(f"{picture.name}: {panel.label}")
+    return [
+        name
+        for source, names in sources.items()
+        if (source.metric, source.num_shots) in has  # composing an experiment takes a tenth of a second
+        and any(evaluated.path.samefile(run.path) for evaluated, _ in find_evidence(source, runs).evaluated)
+        for name in dict.fromkeys(names)
+    ]
+
+
+def print_differences(mine: Mapping[str, Any], other: Mapping[str, Any], my_name: str, other_name: str) -> None:
+    """Prints the settings in which two differ, with the defaults that were left out."""
+    keys = [key for key in sorted(mine.keys() | other.keys()) if mine.get(key, UNKNOWN) != other.get(key, UNKNOWN)]
+    print_table(
+        [{"setting": key, my_name: _value_text(mine, key), other_name: _value_text(other, key)} for key in keys]
+    )
+
+
+def _value_text(settings: Mapping[str, Any], key: str) -> str:
+    value = setting(settings, key)
+    return "" if value is UNKNOWN else str(value)
+
+
+# Compare.
+
+
+def compare_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Prints in what two runs differ."""
+    a, b = find(options.a, runs), find(options.b, runs)
+    rows = _row_text(_row(a)) | {"folder": str(a.path)}, _row_text(_row(b)) | {"folder": str(b.path)}
+    print_table([{"": name, "A": rows[0][name], "B": rows[1][name]} for name in rows[0]])
+    print("\nSettings that differ:")
+    evaluations = [run.report.evaluation if run.report else {} for run in (a, b)]
+    print_differences(a.record.training | evaluations[0], b.record.training | evaluations[1], "A", "B")
+    if a.report is None or b.report is None:
+        raise MamlError(f"{(a if a.report is None else b).path} has no evaluation, so no numbers can be compared")
+    direction = "larger" if a.report.larger_is_better else "smaller"
+    print(f"\nB - A ({direction} is better), paired task by task: 95 % bootstrap, {RESAMPLES:,} resamples of n tasks")
+    theirs = {(curve.metric, curve.num_shots): curve for curve in b.report.curves}
+    compared = []
+    for curve in a.report.curves:
+        other = theirs.pop((curve.metric, curve.num_shots), None)
+        compared += _difference_rows(a, b, curve, other) if other else [_only("A", curve)]
+    print_table(compared + [_only("B", curve) for curve in theirs.values()])
+
+
+def _only(name: str, curve: CurveRecord) -> dict[str, str]:
+    columns = dict.fromkeys(("curve", "step", "A", "B", "B - A", "95 % interval", "n"), "")
+    return columns | {"curve": f"{curve.metric}, K={curve.num_shots}", "95 % interval": f"only {name} has this curve"}
+
+
+def _difference_rows(a: Run, b: Run, mine: CurveRecord, other: CurveRecord) -> list[dict[str, str]]:
+    """Returns a line per step that both have: their means, and the difference with its interval or why it has none."""
+    assert a.report is not None
+    assert b.report is not None
+    bank = str(mine.num_shots)
+    source = Source(a.experiment, mine.metric, mine.num_shots)
+    rows = []
+    for first, second in zip(mine.steps, other.steps, strict=False):
+        row = {
+            "curve": f"{mine.metric}, K={mine.num_shots}",
+            "step": str(first.step),
+            "A": reading_text(first.mean, first.ci95),
+            "B": reading_text(second.mean, second.ci95),
+            "B - A": "",
+            "95 % interval": "diverged",
+            "n": str(first.num_tasks),
+        }
+        if first.mean is not None and second.mean is not None:
+            row["B - A"] = f"{second.mean - first.mean:+.4g}"
+            try:
+                if a.report.banks[bank] != b.report.banks[bank]:
+                    raise MamlError("they have other task banks")
+                low, high = paired_interval(*(run.per_task(source, first.step) for run in (a.report, b.report)))
+                row["95 % interval"] = f"{low:+.4g} to {high:+.4g}"
+            except MamlError as error:
+                row["95 % interval"] = f"not paired: {error}"
+        rows.append(row)
+    return rows
+
+
+def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Returns the 95 % percentile bootstrap interval of the mean of b - a over tasks.
+
+    Args:
+        a: one value per task, ``(tasks,)``.
+        b: the same of the same tasks.
+    """
+    low, high = np.percentile(_draws(len(a)) @ (b - a), (2.5, 97.5))
+    return float(low), float(high)
+
+
+@cache
+def _draws(count: int) -> np.ndarray:
+    """Returns the weight of each task in each resample, ``(RESAMPLES, count)``."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+
+
+# Supersede and prune.
+
+
+def supersede_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Marks a run, or removes the mark."""
+    run = find(options.run, runs)
+    if options.undo:
+        (run.path / SUPERSEDED).unlink(missing_ok=True)
+        print(f"{run.path} is evidence again")
+        return
+    if not (options.by or options.reason):
+        raise MamlError("say which run takes its place, with --by RUN, or why it is no evidence, with --reason TEXT")
+    other = find(options.by, runs) if options.by else None
+    if other and other.path.samefile(run.path):
+        raise MamlError(f"{run.path} cannot take its own place; --by names another run")
+    if other and other.superseded:
+        raise MamlError(f"{other.path} is no evidence itself: {other.superseded}; name another run with --by")
+    supersede(run, other, options.reason)
+    print(
+        f"{run.path} is left out from now on. Its command would still find it finished: to run that anew, delete the "
+        "folder, or let `prune --yes` do it. To undo: supersede --undo"
+    )
+
+
+def prune_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Deletes, or only names, what no table or figure can use; never what is in results/ or has a process in it."""
+    expendable = [(run, reason) for run in runs if (reason := _expendable(run, options.days))]
+    for run, reason in expendable:
+        outcome = "would delete" if not options.yes else "deleted" if _delete(run) else "left, a process is in it:"
+        print(f"{outcome} {run.path} ({reason})")
+    if not expendable:
+        print("nothing to delete")
+    elif not options.yes:
+        print("nothing is deleted without --yes")
+
+
+def _expendable(run: Run, days: float) -> str:
+    """Returns why a run can be deleted; empty if it cannot."""
+    if run.alive or run.path.resolve().is_relative_to(RESULTS):
+        return ""
+    if run.superseded:
+        return str(run.superseded)
+    age = (time.time() - (run.path / "run.json").stat().st_mtime) / 86_400
+    if run.status not in ("failed", "killed") or age < days:
+        return ""
+    is_empty = not run.reports and checkpoint.newest(run.path / "checkpoint.pt") is None
+    return f"{run.status} {age:.0f} days ago, and nothing was saved" if is_empty else ""
+
+
+def _delete(run: Run) -> bool:
+    """Deletes a run folder; false if a process holds its lock."""
+    with open(run.path / "lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        # Away at once and as a whole: what is left if this is cut short is no run.
+        trash = run.path.rename(run.path.parents[1] / f".deleted-{run.path.name}-{os.getpid()}")
+    shutil.rmtree(trash)
+    return True
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    sys.exit(main())

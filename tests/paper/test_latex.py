@@ -1,0 +1,205 @@
+"""The tables in LaTeX: well formed, and, where there is a compiler, compiled."""
+
+import re
+import runpy
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from maml.paper.cells import Cell, Layout, Table, load_tables
+from maml.paper.latex import document, escape, table_latex
+from maml.paper.runs import Evidence, find_evidence, find_runs
+from maml.paper.tables import Comparison, bold_cells, compare
+from tests.paper.made_up import SINUSOID, make_run
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
+TABLES = load_tables(RESULTS)
+main = runpy.run_path(str(ROOT / "scripts" / "paper_tables.py"))["main"]
+
+COMMANDS = re.compile(
+    r"begin|end|documentclass|usepackage|noindent|input|centering|caption|label|footnotesize|scriptsize|setlength"
+    r"|tabcolsep|par|medskip|linewidth|(top|mid|bottom|cmid)rule|multicolumn|textbf|quad|textbackslash|textasciitilde"
+    r"|textasciicircum|pm|theta|bigtriangleup|bigtriangledown|circ|dagger"
+)
+
+
+def assert_well_formed(text: str) -> None:
+    """A small strict reading of LaTeX: ASCII, known commands, braces, mathematics, environments, widths of rows."""
+    assert text.isascii()
+    assert all(COMMANDS.fullmatch(name) for name in re.findall(r"\\([A-Za-z]+)", text))
+    bare = re.sub(r"\\(\\|[&%$#_{}])", "", text)  # without line breaks and escaped characters
+    assert not re.search(r"\\[^A-Za-z]", bare)
+    depth = 0
+    for character in bare:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        assert depth >= 0
+    assert depth == 0
+    assert bare.count("$") % 2 == 0
+    words = re.sub(r"\\(input|label|begin|end)\{[^}]*\}", "", bare)  # file names and the like are no text
+    outside = "".join(words.split("$")[::2])
+    assert not set("%#_^~") & set(outside)
+    opened: list[str] = []
+    for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", text):
+        if kind == "begin":
+            opened.append(name)
+        else:
+            assert opened.pop() == name
+    assert not opened
+    assert_rows_have_their_columns(text)
+
+
+def assert_rows_have_their_columns(text: str) -> None:
+    inside = re.findall(r"\\begin\{tabular\}\{(l?c*)\}(.*?)\\end\{tabular\}", text, re.DOTALL)
+    assert len(inside) == text.count(r"\begin{tabular}")
+    for columns, body in inside:
+        rows = re.sub(r"\\(top|mid|bottom)rule|\\cmidrule\(lr\)\{\d+-\d+\}", "", body).split(r"\\")
+        assert not rows.pop().strip()
+        for row in rows:
+            cells = re.split(r"(?<!\\)&", row)
+            wide = sum(int(width) - 1 for width in re.findall(r"\\multicolumn\{(\d+)\}", row))
+            assert len(cells) + wide == len(columns), row
+        for first, last in re.findall(r"\\cmidrule\(lr\)\{(\d+)-(\d+)\}", body):
+            assert 2 <= int(first) <= int(last) <= len(columns)
+    assert text.replace(r"\&", "").count("&") == sum(body.replace(r"\&", "").count("&") for _, body in inside)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "θ",
+        r"\foo",
+        "{",
+        "}{",
+        "$",
+        "5 %",
+        "a_b",
+        "a & b",
+        r"\begin{table}",
+        r"\begin{table}\begin{minipage}\end{table}\end{minipage}",
+        r"\begin{tabular}{lc}a & b & c \\ \end{tabular}",
+        r"\begin{tabular}{lc}a & b \end{tabular}",
+        r"\begin{tabular}{lc}& \multicolumn{2}{c}{a} \\ \end{tabular}",
+        r"\begin{tabular}{lc}a & b \\ \cmidrule(lr){2-3} \end{tabular}",
+    ],
+)
+def test_the_reader_refuses_what_latex_would(wrong: str) -> None:
+    with pytest.raises(AssertionError):
+        assert_well_formed(wrong)
+
+
+def test_escape_leaves_no_special_character() -> None:
+    assert escape(r"50 % & a_b #1 {x} $ ^~\ ±") == (
+        r"50 \% \& a\_b \#1 \{x\} \$ \textasciicircum{}\textasciitilde{}\textbackslash{} $\pm$"
+    )
+
+
+def numbers(text: str) -> list[list[str]]:
+    r"""Returns the cells of each row, as plain text: ``*`` in front of bold ones."""
+    body = text[text.index(r"\midrule") : text.index(r"\bottomrule")]
+    rows = []
+    for line in body.splitlines():
+        if line.endswith(r"\\"):
+            cells = re.split(r"(?<!\\)&", line.removesuffix(r"\\"))
+            plain = (re.sub(r"\\textbf\{(.*)\}", r"*\1", cell.strip()) for cell in cells)
+            rows.append([cell.replace(r"$\pm$", "±").replace("$-$", "-").replace(r"\&", "&") for cell in plain])
+    return rows
+
+
+@pytest.mark.parametrize("table", [pytest.param(table, id=table.name) for table in TABLES])
+def test_without_runs_each_table_has_the_papers_rows_numbers_and_bold(table: Table) -> None:
+    text = table_latex(table, compare([table], lambda source: Evidence())[table.name])
+    assert_well_formed(text)
+    rows, bold = numbers(text), bold_cells(table)
+    cells = {(cell.row, cell.column): cell for cell in table.cells}
+    for row, name in (item for group in table.layout.groups for item in group.items()):
+        printed, *ours = rows[: 1 if any(cell.quoted for cell in table.cells if cell.row == row) else 2]
+        rows = rows[1 + len(ours) :]
+        expected = []
+        for column in table.layout.columns:
+            cell = cells.get((row, column))
+            ci = f" ± {cell.ci}" if cell and cell.ci and cell.ci_is_printed else ""
+            expected.append("*" * ((row, column) in bold) + (f"{cell.value}{ci}" if cell and cell.value else "--"))
+        title = name.replace("θ", r"$\theta$") + ("" if ours else r" $\dagger$")
+        assert printed == ["*" * (row in table.layout.own) + title, *expected]
+        if ours:
+            assert ours[0][0] == r"\quad ours"
+            assert set(ours[0][1:]) <= {"not run", ""}
+    assert not rows
+
+
+def cell_of(row: str = "MAML", note: str = "") -> Cell:
+    return Cell("table2_multitask", row, "K5_gradsteps_1", "0.67", "", False, SINUSOID, 1, note=note)
+
+
+def one_row(comparison: Comparison) -> str:
+    layout = Layout("", {comparison.cell.column: ["1"]}, [{comparison.cell.row: "name"}])
+    return table_latex(Table("table9_x", "T", (comparison.cell,), layout), [comparison])
+
+
+@pytest.mark.parametrize(
+    ("mean", "note", "ours", "footnote"),
+    [
+        (0.6, "a-note", "0.600 ± 0.100 $=$", ""),
+        (0.5, "a-note", r"0.500 ± 0.100 $\bigtriangleup$$^{1}$", r" 1: see results/notes.md\#a-note."),
+        (0.9, "", r"0.900 ± 0.100 $\bigtriangledown$$^{1}$", " 1: no reason known yet."),
+        (None, "", r"diverged $\bigtriangledown$$^{1}$", " 1: no reason known yet."),
+    ],
+)
+def test_a_miss_has_a_footnote_with_its_reason(
+    mean: float | None, note: str, ours: str, footnote: str, tmp_path: Path
+) -> None:
+    make_run(tmp_path, mean=mean)
+    text = one_row(Comparison(cell_of(note=note), find_evidence(SINUSOID, find_runs(tmp_path)[0])))
+    assert_well_formed(text)
+    assert numbers(text)[1] == [r"\quad ours", ours]
+    assert text.endswith(f"printed beside it.{footnote}\n\\end{{minipage}}\n\\end{{table}}\n")
+
+
+def test_a_reduced_budget_has_its_iterations_in_the_footnote_and_seeds_a_row(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", mean=0.67, done=69_999, status="interrupted")
+    comparison = Comparison(cell_of(), find_evidence(SINUSOID, find_runs(tmp_path / "a")[0]))
+    assert numbers(one_row(comparison))[1] == [r"\quad ours", r"0.670 ± 0.100 $\circ$$^{1}$"]
+    assert r" 1: 69,999 of 70,000 iterations; see results/notes.md\#reduced-budget." in one_row(comparison)
+    for seed in (0, 1):
+        make_run(tmp_path / "b", mean=0.6 + seed, seed=seed)
+    comparison = Comparison(cell_of(), find_evidence(SINUSOID, find_runs(tmp_path / "b")[0]))
+    assert numbers(one_row(comparison))[2] == [r"\quad seeds", "2: 0.600 to 1.600"]
+
+
+def test_equal_footnotes_are_one(tmp_path: Path) -> None:
+    make_run(tmp_path, mean=0.9)
+    evidence = find_evidence(SINUSOID, find_runs(tmp_path)[0])
+    later = [Comparison(replace(cell_of(), column=f"{step}", step=step), evidence) for step in (1, 5)]
+    layout = Layout("", {"1": ["a", "1"], "5": ["a", "5"]}, [{"MAML": "MAML"}])
+    text = table_latex(Table("x", "T", tuple(item.cell for item in later), layout), later)
+    assert_well_formed(text)
+    assert text.count("$^{1}$") == 2
+    assert "$^{2}$" not in text
+    assert r" & \multicolumn{2}{c}{a} \\" + "\n" + r"\cmidrule(lr){2-3}" in text
+
+
+def test_document_of_all_tables_is_well_formed_and_names_each() -> None:
+    names = [table.name for table in TABLES]
+    text = document("1 of 71 cells, 100 %.", names)
+    assert_well_formed(text)
+    assert re.findall(r"\\input\{([^}]*)\}", text) == [f"{name}/{name}" for name in names]
+
+
+def test_the_document_compiles_and_no_table_is_too_wide(tmp_path: Path) -> None:
+    compiler = shutil.which("pdflatex") or shutil.which("tectonic")
+    if compiler is None:
+        pytest.skip("neither pdflatex nor tectonic is installed")
+    assert main(["--runs-dir", str(RESULTS / "runs"), "--out", str(tmp_path)]) == 0
+    options = ["-interaction=nonstopmode", "-halt-on-error"] if compiler.endswith("pdflatex") else []
+    done = subprocess.run(
+        [compiler, *options, "tables.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=300
+    )
+    if "tectonic" in compiler and "network" in done.stderr.lower():
+        pytest.skip("tectonic cannot fetch its packages")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert (tmp_path / "tables.pdf").read_bytes().startswith(b"%PDF")
+    assert "Overfull" not in done.stdout

@@ -1,0 +1,198 @@
+"""What is missing, where it goes on, and what it will take: jobs of made-up runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from maml.errors import MamlError
+from maml.paper.cells import Source
+from maml.paper.plan import SMOKE, WATERMARK, Job, Need, estimate, list_needs, plan, select, write_smoke_cells
+from maml.paper.runs import find_runs
+from tests.paper.made_up import SINUSOID, edit, make_run, make_run_with_checkpoint
+from tests.runs import files
+
+RESULTS = Path(__file__).parents[2] / "results"
+NEEDS = list_needs(RESULTS)
+NOWHERE = ("data_dir=/nowhere", "cache_dir=/nowhere")
+
+
+def jobs(root: Path, *sources: Source, seeds: Sequence[int] = (0,), wandb: bool = False) -> list[Job]:
+    """Plans in ``runs``, beside what is committed in ``committed``."""
+    needs = [Need(f"table{number}", "row", "column", source) for number, source in enumerate(sources)]
+    runs, _ = find_runs(root / "runs", root / "committed")
+    return plan(needs, seeds, runs, root / "runs", wandb)
+
+
+@pytest.mark.parametrize(
+    ("name", "artifacts", "rows"),
+    [
+        ("table2", {"table2_multitask"}, 5),
+        ("Table 2", {"table2_multitask"}, 5),
+        ("table2/maml", {"table2_multitask"}, 1),
+        ("table1", {"table1_omniglot", "table1_miniimagenet"}, 13),
+        ("table1_omniglot/MAML", {"table1_omniglot"}, 2),
+        ("table1_omniglot/MAML_conv/5way_1shot", {"table1_omniglot"}, 1),
+        ("figure4", {"figure4", "figure4_trajectories"}, 4),
+        ("figure-6/oracle", {"figure6"}, 1),
+    ],
+)
+def test_name_stands_for_what_begins_with_it(name: str, artifacts: set[str], rows: int) -> None:
+    chosen = select(NEEDS, [name])
+    assert {need.artifact for need in chosen} == artifacts
+    assert len({(need.artifact.partition("_t")[0], need.row) for need in chosen}) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tabel2", "has no tabel2; did you mean table2"),
+        ("figure9", "has no figure9; did you mean figure"),
+        ("table2/MAMI", "has no table2/MAMI; did you mean table2_multitask/MAML"),
+        ("x", "has no x; there is table1_omniglot, "),
+        ("table1/MANN", "no experiment for table1/MANN"),
+    ],
+)
+def test_unknown_name_is_refused_with_what_was_probably_meant(name: str, message: str) -> None:
+    with pytest.raises(MamlError, match=message):
+        select(NEEDS, ["table2", name])
+
+
+def test_source_of_several_artifacts_is_one_job(tmp_path: Path) -> None:
+    found = jobs(tmp_path, SINUSOID, replace(SINUSOID, num_shots=10), seeds=(0, 2))
+    assert [(job.name, job.state, job.artifacts) for job in found] == [
+        ("sinusoid_10shot", "run", ("table0", "table1")),
+        ("sinusoid_10shot seed=2", "run", ("table0", "table1")),
+    ]
+    place = f"runs_dir={tmp_path / 'runs'}"
+    assert [job.commands for job in found] == [
+        (("+experiment=sinusoid_10shot", place),),
+        (("+experiment=sinusoid_10shot", "seed=2", place),),
+    ]
+    assert [job.left for job in found] == [70_000, 70_000]
+
+
+def test_experiments_that_train_the_same_are_one_job(tmp_path: Path) -> None:
+    names = ("cifar_fs_5way_1shot_finetune", "cifar_fs_5way_5shot_nearest_neighbor")
+    (job,) = jobs(tmp_path, *(Source(name, "accuracy_transductive", 1) for name in names))
+    assert [command[0] for command in job.commands] == [f"+experiment={name}" for name in names]
+    assert job.name == "cifar_fs_5way_1shot_finetune and 1 more evaluations of it"
+
+
+@pytest.mark.parametrize("where", ["runs", "committed"])
+def test_complete_and_evaluated_run_is_done_for_its_own_seed(where: str, tmp_path: Path) -> None:
+    make_run(tmp_path / where, seed=1)
+    found = jobs(tmp_path, SINUSOID, seeds=(0, 1))
+    assert [(job.state, job.left) for job in found] == [("run", 70_000), ("done", 0)]
+    assert found[1].commands == ()
+
+
+def test_complete_run_of_another_evaluation_is_evaluated(tmp_path: Path) -> None:
+    make_run_with_checkpoint(tmp_path / "runs")
+    (job,) = jobs(tmp_path, replace(SINUSOID, overrides=("evaluation.num_steps=3",)))
+    assert (job.state, job.left, len(job.commands)) == ("evaluate", 0, 1)
+
+
+def test_unfinished_run_is_continued_where_it_is(tmp_path: Path) -> None:
+    folder = make_run_with_checkpoint(tmp_path / "runs", done=20_000, evaluated=False, status="interrupted")
+    make_run_with_checkpoint(tmp_path / "committed", done=30_000, status="interrupted")
+    (job,) = jobs(tmp_path, SINUSOID)
+    assert (job.state, job.left, job.folder, job.committed) == ("continue from 20,000", 50_000, folder, None)
+    (folder / "checkpoint.pt").unlink()
+    assert jobs(tmp_path, SINUSOID)[0].state == "run", "there is nothing to go on from"
+
+
+def test_unfinished_committed_run_is_copied_whole_and_stays_as_it_is(tmp_path: Path) -> None:
+    committed = make_run_with_checkpoint(tmp_path / "committed", done=30_000, status="interrupted")
+    before = files(committed)
+    (job,) = jobs(tmp_path, SINUSOID)
+    assert (job.state, job.committed) == ("continue from 30,000", committed)
+    half = tmp_path / "runs" / ".copying" / "sinusoid_10shot" / job.run_id  # of a copy that was killed
+    shutil.copytree(committed, half)
+    (half / "checkpoint.pt").write_bytes(b"half")
+    assert find_runs(tmp_path / "runs") == ([], [])
+    job.folder.mkdir(parents=True)
+    (job.folder / "lock").touch()  # of a process that was killed before it recorded anything
+    job.prepare()
+    assert files(job.folder) == files(committed) == before
+    assert not half.exists()
+
+    (job.folder / "metrics.jsonl").write_text("gone on")
+    job.prepare()
+    assert (job.folder / "metrics.jsonl").read_text() == "gone on"
+    (job,) = jobs(tmp_path, SINUSOID)
+    assert job.committed is None
+
+
+def test_missing_photos_and_superseded_runs_cannot_be_run(tmp_path: Path) -> None:
+    photos = Source("mini_imagenet_5way_1shot", "accuracy_transductive", 1, overrides=NOWHERE)
+    folder = make_run(tmp_path / "runs")
+    (folder / "superseded.json").write_text('{"by": "", "reason": "a bug", "since": "today"}')
+    impossible, superseded = jobs(tmp_path, photos, SINUSOID)
+    assert (impossible.state, superseded.state) == ("cannot", "cannot")
+    assert impossible.impossible.startswith("mini-ImageNet not found in data_dir=/nowhere")
+    assert "superseded; delete it" in superseded.impossible
+    for extension in ("images", "train"):
+        place = tmp_path / extension / "mini-imagenet" / extension
+        place.mkdir(parents=True)
+        (job,) = jobs(tmp_path, replace(photos, overrides=(f"data_dir={place.parents[1]}", "cache_dir=/nowhere")))
+        assert job.state == "run", "whether the photos are complete, train.py will say"
+
+
+def test_wandb_groups_by_the_first_artifact_and_tags_with_all(tmp_path: Path) -> None:
+    (job,) = jobs(tmp_path, SINUSOID, SINUSOID, wandb=True)
+    assert job.commands[0][-3:] == ("logger=wandb", "logger.group=table0", "logger.tags=[table0,table1]")
+
+
+def test_threads_are_those_of_the_hardware_asked_for_or_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    photos = Source("cifar_fs_5way_1shot", "accuracy_transductive", 1)
+    three = replace(SINUSOID, overrides=("hardware.num_threads=3", "num_iterations=1"))
+    assert [job.num_threads for job in jobs(tmp_path, SINUSOID, photos, three)] == [1, 8, 3]
+
+
+def test_estimate_is_of_the_newest_run_on_this_machine_or_names_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = jobs(tmp_path, SINUSOID, seeds=(5,))
+    unknown = estimate(job, [])
+    assert (unknown.hours, unknown.size, unknown.machine) == (None, None, "")
+
+    other = make_run_with_checkpoint(tmp_path / "runs", seed=1)  # 70,000 iterations in 50 seconds
+    found = estimate(job, find_runs(tmp_path / "runs")[0])
+    assert (found.hours, found.machine) == (pytest.approx(50 / 3600), "Abacus")
+    sizes = {path.name: path.stat().st_size for path in other.iterdir()}
+    assert found.size == sum(sizes.values()) + sizes["checkpoint.pt"]
+
+    monkeypatch.setattr("maml.hardware._cpu_name", lambda: "Mine")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    mine = make_run(tmp_path / "runs", seed=2)
+    (segment,) = json.loads((mine / "run.json").read_text())["segments"]
+    parts = [segment | {"hardware": {"cpu": "Mine"}, "started": "2020", "first_iteration": at} for at in (0, 35_000)]
+    parts += [segment | {"hardware": {"cpu": "Mine"}, "seconds": 0.0, "first_iteration": 70_000}]
+    edit(mine / "run.json", segments=parts)
+    make_run(tmp_path / "runs", seed=3, num_iterations=10)
+    found = estimate(job, find_runs(tmp_path / "runs")[0])
+    assert (found.hours, found.machine) == (pytest.approx(70_000 * 100 / 105_000 / 3600), "")
+    assert estimate(replace(job, commands=()), []).hours == 0
+
+
+def test_smoke_cells_are_smoke_tests_and_say_so(tmp_path: Path) -> None:
+    write_smoke_cells(RESULTS, tmp_path)
+    write_smoke_cells(RESULTS, tmp_path)
+    real, smoke = NEEDS, list_needs(tmp_path)
+    assert [need.path for need in smoke] == [need.path for need in real]
+    for need, one in zip(real, smoke, strict=True):
+        assert (need.source is None) == (one.source is None)
+        if need.source and one.source:
+            assert one.source == replace(need.source, overrides=(*need.source.overrides, SMOKE))
+    entries = OmegaConf.load(tmp_path / "cells.yaml")
+    assert all(entry.title.startswith(WATERMARK) for kind in entries.values() for entry in kind.values())
+    (mine,), (theirs,) = (plan(select(needs, ["figure3/oracle"]), [0], [], tmp_path) for needs in (real, smoke))
+    assert mine.run_id != theirs.run_id
