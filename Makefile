@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check paper paper-tables report paper-figures verify checkpoints claims bench
+.PHONY: help setup demo test test-slow check paper paper-tables paper-report paper-figures verify checkpoints claims bench
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ paper-tables: setup  ## render the paper's tables from what has been run
 paper-figures: setup  ## render the paper's figures from what has been run
 	$(RUN) scripts/paper_figures.py
 
-report: setup  ## render all of it with its evidence as one page, results/report.html
+paper-report: paper-figures  ## render one page with every number and the evidence behind it, results/report.html
 	$(RUN) scripts/report.py
 
 verify: setup  ## evaluate a committed checkpoint again: CELL=table2_multitask/MAML/K5_gradsteps_1, or all of them

@@ -102,12 +102,10 @@ class Browser:
         return answer["result"].get("value")
 
     def click(self, selector: str) -> None:
-        """Clicks with the mouse on the middle of an element."""
+        """Clicks with the mouse on the middle of an element, or of its first line."""
         place = f"document.querySelector({json.dumps(selector)})"
         self.run(f"{place}.scrollIntoView({{block: 'center', inline: 'center', behavior: 'instant'}})")
-        box = self.run(
-            f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({place}.getBoundingClientRect())"
-        )
+        box = self.run(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({place}.getClientRects()[0])")
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 

@@ -198,8 +198,14 @@ def test_address_of_a_cell_opens_it_and_its_reason_leads_to_the_note(browser: Br
 def test_copy_button_takes_the_command(browser: Browser, page: Path) -> None:
     browser.load(page, 1280, 900)
     browser.click(f'[data-opens="{CELL}"]')
+    browser.run(
+        "button = document.querySelector('dialog[open] .command button');"
+        "said = new Promise(done => new MutationObserver(() => done(button.textContent))"
+        ".observe(button, {childList: true}));"
+        "null"
+    )
     browser.click("dialog[open] .command button")
-    assert browser.run("document.querySelector('dialog[open] .command button').textContent") in ("Copied", "Selected")
+    assert browser.run("said") in ("Copied", "Selected")
 
 
 def test_column_sorts_both_ways_and_back(browser: Browser, page: Path) -> None:

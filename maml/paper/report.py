@@ -84,7 +84,9 @@ def render(results: Path, runs: Sequence[Run], problems: Sequence[str]) -> tuple
         element("p", WATERMARK, class_="watermark") if tables[0].title.startswith(WATERMARK) else "",
         _header(of_paper, list(sections), problems),
         element("main", [_section(title, content) for title, content in sections.items()]),
-        element("footer", "Made by make report from the run folders, results/cells.yaml and results/departures.yaml."),
+        element(
+            "footer", "Made by make paper-report from the run folders, results/cells.yaml and results/departures.yaml."
+        ),
     ]
     return _document(body), problems
 
