@@ -252,10 +252,16 @@ def compose(overrides: Sequence[str], config_dir: Path) -> tuple[dict[str, Any],
     """Composes and checks a config as ``train.py`` does; returns it with the experiment's name."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
     check_order(overrides)
-    with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
-        cfg = hydra_compose("config", list(overrides), return_hydra_config=True)
+    running = GlobalHydra.instance().hydra  # of train.py, which composes another config when it judges its numbers
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
+            cfg = hydra_compose("config", list(overrides), return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = running
     experiment = experiment_name(cfg.hydra.runtime.choices)
     config = plain(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
     check(config)

@@ -19,6 +19,7 @@ from maml.figures import plot_report
 from maml.hardware import Execution, Hardware
 from maml.logger.base import Logger
 from maml.model.base import Model
+from maml.paper.verdicts import cell_verdicts
 from maml.run import RunFolder, command_line
 from maml.seeding import Stream
 from maml.training import train
@@ -95,7 +96,7 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
             config["checkpoint_every"],
         )
         report, picture = _evaluate(config, run, algorithm, evaluation, config["num_iterations"])
-        logger.report(report, {"adaptation": picture})
+        logger.report(report | {"cells": cell_verdicts(config, report)}, {"adaptation": picture})
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -177,6 +178,8 @@ def _evaluate(
     folder = run.save_report(report, per_task_rows(curves), beside)
     picture = plot_report(report, folder / "report.png")
     print_report(report)
+    for cell, judged in cell_verdicts(config, report).items():
+        print(f"  {cell}: {judged}")
     print(f"written to {folder}")
     return report, picture
 

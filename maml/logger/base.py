@@ -33,7 +33,7 @@ class Logger:
         """Adds the training metrics of one iteration."""
 
     def report(self, report: dict[str, Any], pictures: Mapping[str, Path]) -> None:
-        """Adds the evaluation: the content of ``report.json``, and image files by name."""
+        """Adds the evaluation: the content of ``report.json`` with verdicts by cell (``cells``), and images by name."""
 
     def finish(self, status: str) -> None:
         """Closes the mirror; ``status`` is "finished", "interrupted" or "failed"."""

@@ -42,6 +42,7 @@ class WandB(Mirror):
     def _start(self, run_dir: Path, experiment: str, run_id: str, config: dict[str, Any], resumed: bool) -> None:
         import wandb  # takes most of a second, and may be missing
 
+        self._run_dir = run_dir
         session = wandb.setup(wandb.Settings(silent=True)).settings
         login = partial(wandb.login, prompt=False, verify=False)  # looks for credentials; never asks the user
         mode: Any = self.mode
@@ -96,6 +97,8 @@ class WandB(Mirror):
         for curve in report["curves"]:
             key = f"{curve['metric']}_{curve['num_shots']}shot"
             self._run.summary[key], self._run.summary[f"{key}_ci95"] = (curve["steps"][-1][c] for c in ("mean", "ci95"))
+        for cell, judged in report.get("cells", {}).items():
+            self._run.summary[f"cells/{cell}"] = judged
         columns = ["step", "mean", "ci95", "num_tasks"]
         rows: list[Iterable[Any]] = [
             [curve["metric"], curve["num_shots"], *(step[column] for column in columns)]
@@ -105,6 +108,11 @@ class WandB(Mirror):
         table = wandb.Table(columns=["metric", "num_shots", *columns], data=rows)
         images = {f"pictures/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
         self._run.log({"evaluation": table, **images, "iteration": report["iteration"]})
+        checkpoint = self._run_dir / "checkpoint.pt"
+        if checkpoint.exists():
+            artifact = wandb.Artifact(self._run.id, type="checkpoint", metadata={"iteration": report["iteration"]})
+            artifact.add_file(str(checkpoint))
+            self._run.log_artifact(artifact)
 
     def _finish(self, status: str) -> None:
         self._run.summary["status"] = status

@@ -61,7 +61,7 @@ def read_run(run_dir: Path, part: int = 0) -> dict[str, Any]:
     wandb.teardown()  # the last of a file is written after its run finished
     file = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))[part]
     data = file.read_bytes()
-    content: dict[str, Any] = {"file": file, "config": {}, "history": [], "summary": {}, "metrics": {}}
+    content: dict[str, Any] = {"file": file, "config": {}, "history": [], "summary": {}, "metrics": {}, "artifacts": []}
     at, payload = 7, b""
     while at + 7 <= len(data):
         if (room := 32768 - at % 32768) < 7:
@@ -79,6 +79,9 @@ def read_run(run_dir: Path, part: int = 0) -> dict[str, Any]:
             content["history"] += [fold(record.history.item)] if record.HasField("history") else []
             content["summary"] |= fold(record.summary.update)
             content["metrics"] |= {record.metric.name or record.metric.glob_name: record.metric.step_metric}
+            content["artifacts"] += [record.artifact] if record.HasField("artifact") else []
+            if record.request.HasField("log_artifact"):
+                content["artifacts"].append(record.request.log_artifact.artifact)
             if record.HasField("exit"):
                 content["exit_code"] = record.exit.exit_code
     return content
@@ -102,7 +105,10 @@ def test_offline_run_holds_config_metrics_and_evaluation(
     Image.new("RGB", (4, 3)).save(picture)
     logger = WandB(project="project", tags=["tag"], mode="offline")
     mirror(logger, tmp_path / "run", range(0, 30, 10))
-    logger.report(REPORT, {"curve": picture})
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"theta")
+    logger.report(
+        REPORT | {"cells": {"table2_multitask/MAML/K5_gradsteps_1": "0.50 (paper 0.67): better"}}, {"curve": picture}
+    )
     logger.finish("finished")
 
     content = read_run(tmp_path / "run")
@@ -115,6 +121,9 @@ def test_offline_run_holds_config_metrics_and_evaluation(
     assert rows == [(0, 1.0), (10, 1 / 11), (20, 1 / 21)]
     assert content["history"][-1]["iteration"] == 30
     assert content["summary"]["headline"] == 0.5
+    assert content["summary"]["cells/table2_multitask/MAML/K5_gradsteps_1"] == "0.50 (paper 0.67): better"
+    (artifact,) = (one for one in content["artifacts"] if one.type == "checkpoint")
+    assert [file.path for file in artifact.manifest.contents] == ["checkpoint.pt"]
     assert (content["summary"]["mse_10shot"], content["summary"]["mse_10shot_ci95"]) == (0.5, 0.0625)
     assert (content["summary"]["status"], content["exit_code"]) == ("finished", 0)
 

@@ -1,0 +1,50 @@
+"""What a report says of the paper's cells, judged as soon as it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from maml.config import evaluation_config, training_config
+from maml.paper.cells import Source, load_tables
+from maml.paper.runs import Report, composed
+from maml.paper.tables import reading_text, verdict
+
+_RESULTS = Path(__file__).resolve().parents[2] / "results"
+
+
+def cell_verdicts(config: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]:
+    """Judges each cell that the report of an experiment gives.
+
+    Args:
+        config: of the run; with other settings than the experiment's own (but for the seed), no cell is its.
+        report: as in ``report.json``.
+
+    Returns:
+        Number and verdict by ``table/row/column``; nothing outside the repository, where no cells are listed.
+    """
+    if not (_RESULTS / "cells.yaml").exists():
+        return {}
+    read = Report.model_validate(report)
+    verdicts = {}
+    for table in load_tables(_RESULTS):
+        for cell in table.cells:
+            source = cell.source
+            if source is None or source.experiment != report["experiment"] or not _is_of(config, source):
+                continue
+            ours, ci95 = read.reading(source, cell.step)
+            status = "reduced budget"
+            if read.complete:
+                published = (float(cell.value), float(cell.ci or 0)) if cell.value else None
+                status = verdict(ours, ci95, *published, read.larger_is_better) if published else "measured"
+            decimals = len(cell.value.partition(".")[2]) + 1
+            numbers = f"{reading_text(ours, ci95, decimals)} (paper {cell.value or 'has none'})"
+            verdicts[f"{table.name}/{cell.row}/{cell.column}"] = f"{numbers}: {status}"
+    return verdicts
+
+
+def _is_of(config: Mapping[str, Any], source: Source) -> bool:
+    own = composed(source.experiment, source.overrides)
+    trained, wanted = (training_config(one) | {"seed": 0} for one in (config, own))
+    return trained == wanted and evaluation_config(config) == evaluation_config(own)

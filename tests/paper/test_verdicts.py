@@ -1,0 +1,45 @@
+"""What a run says of the paper's cells when it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maml.config import compose
+from maml.paper import verdicts
+from maml.paper.verdicts import cell_verdicts
+from tests.paper.made_up import make_run
+from tests.runs import ROOT
+
+CELL = "table2_multitask/MAML/K5_gradsteps_1"
+
+
+def judged(tmp_path: Path, *overrides: str, **made: Any) -> dict[str, str]:
+    config, _ = compose(["+experiment=sinusoid_10shot", *overrides], ROOT / "conf")
+    (path,) = make_run(tmp_path, **made).rglob("report.json")
+    report = json.loads(path.read_text())
+    return cell_verdicts(config, report | {"experiment": "sinusoid_10shot"})
+
+
+def test_finished_run_is_judged_as_the_tables_do(tmp_path: Path) -> None:
+    assert judged(tmp_path, mean=0.6, ci95=0.1)[CELL] == "0.600 ± 0.100 (paper 0.67): reproduced"
+    assert judged(tmp_path, mean=0.9, ci95=0.1)[CELL] == "0.900 ± 0.100 (paper 0.67): worse"
+    assert judged(tmp_path, "seed=3", mean=0.5, ci95=0.1)[CELL].endswith(": better")
+    assert len(judged(tmp_path)) == 3
+
+
+def test_unfinished_run_is_no_reproduction(tmp_path: Path) -> None:
+    assert judged(tmp_path, mean=0.67, done=10)[CELL].endswith(": reduced budget")
+
+
+@pytest.mark.parametrize("change", ["inner.step_size=0.02", "evaluation.num_steps=11"])
+def test_run_of_other_settings_is_of_no_cell(change: str, tmp_path: Path) -> None:
+    assert judged(tmp_path, change) == {}
+
+
+def test_without_a_list_of_cells_there_is_nothing_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "_RESULTS", tmp_path)
+    assert judged(tmp_path) == {}
