@@ -72,6 +72,7 @@ def restored(source: Source, evidence: Evidence) -> Algorithm:
     saved = checkpoint.load(run.path / "checkpoint.pt")
     if (saved["run_id"], saved["iteration"]) != (report.run_id, report.iteration):
         raise MamlError(f"{run.path / 'checkpoint.pt'} is not what the report beside it is of; restore it")
+    torch.set_num_threads(1)  # or the last digits would hang on the number of cores
     algorithm = build_algorithm(composed(source.experiment, source.overrides), Hardware("cpu"))
     algorithm.load_state_dict(saved["state"])
     return algorithm
