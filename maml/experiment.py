@@ -96,7 +96,7 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
             config["checkpoint_every"],
         )
         report, picture = _evaluate(config, run, algorithm, evaluation, config["num_iterations"])
-        logger.report(report | {"cells": cell_verdicts(config, report)}, {"adaptation": picture})
+        logger.report(report | {"cells": cell_verdicts(experiment, config, report)}, {"adaptation": picture})
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -178,7 +178,7 @@ def _evaluate(
     folder = run.save_report(report, per_task_rows(curves), beside)
     picture = plot_report(report, folder / "report.png")
     print_report(report)
-    for cell, judged in cell_verdicts(config, report).items():
+    for cell, judged in cell_verdicts(run.experiment, config, report).items():
         print(f"  {cell}: {judged}")
     print(f"written to {folder}")
     return report, picture

@@ -14,10 +14,11 @@ from maml.paper.tables import reading_text, verdict
 _RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
-def cell_verdicts(config: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]:
+def cell_verdicts(experiment: str, config: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]:
     """Judges each cell that the report of an experiment gives.
 
     Args:
+        experiment: its name.
         config: of the run; with other settings than the experiment's own (but for the seed), no cell is its.
         report: as in ``report.json``.
 
@@ -26,13 +27,13 @@ def cell_verdicts(config: Mapping[str, Any], report: Mapping[str, Any]) -> dict[
     """
     if not (_RESULTS / "cells.yaml").exists():
         return {}
-    read = Report.model_validate(report)
     verdicts = {}
     for table in load_tables(_RESULTS):
         for cell in table.cells:
             source = cell.source
-            if source is None or source.experiment != report["experiment"] or not _is_of(config, source):
+            if source is None or source.experiment != experiment or not _is_of(config, source):
                 continue
+            read = Report.model_validate(report)
             ours, ci95 = read.reading(source, cell.step)
             status = "reduced budget"
             if read.complete:

@@ -21,7 +21,7 @@ def judged(tmp_path: Path, *overrides: str, **made: Any) -> dict[str, str]:
     config, _ = compose(["+experiment=sinusoid_10shot", *overrides], ROOT / "conf")
     (path,) = make_run(tmp_path, **made).rglob("report.json")
     report = json.loads(path.read_text())
-    return cell_verdicts(config, report | {"experiment": "sinusoid_10shot"})
+    return cell_verdicts("sinusoid_10shot", config, report)
 
 
 def test_finished_run_is_judged_as_the_tables_do(tmp_path: Path) -> None:
