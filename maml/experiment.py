@@ -96,7 +96,7 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
             config["checkpoint_every"],
         )
         report, picture = _evaluate(config, run, algorithm, evaluation, config["num_iterations"])
-        logger.report(report | {"cells": cell_verdicts(experiment, config, report)}, {"adaptation": picture})
+        logger.report(report, {"adaptation": picture})
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -177,11 +177,12 @@ def _evaluate(
     }
     folder = run.save_report(report, per_task_rows(curves), beside)
     picture = plot_report(report, folder / "report.png")
+    verdicts = cell_verdicts(run.experiment, config, report)
     print_report(report)
-    for cell, judged in cell_verdicts(run.experiment, config, report).items():
+    for cell, judged in verdicts.items():
         print(f"  {cell}: {judged}")
     print(f"written to {folder}")
-    return report, picture
+    return report | {"cells": verdicts}, picture
 
 
 def print_report(report: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ S support and Q query examples per task, N ways, K shots, D features, R rollouts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -15,6 +15,9 @@ from torch import Tensor
 
 Params = dict[str, Tensor]
 """Parameters by name: as the model lists them, or with a leading task axis, ``(T, ...)``."""
+
+Product = Callable[[Params], Params]
+"""A matrix over parameters, as what it makes of a vector; with a task axis, one matrix per task."""
 
 Tasks = dict[str, Tensor]
 """All that was drawn to define T tasks and their data, by name, each ``(T, ...)``: a task is a pure function of it."""

@@ -32,12 +32,12 @@ from torch import Tensor
 from maml.algorithm.base import Algorithm
 from maml.config import compose
 from maml.domain import reinforcement
-from maml.domain.reinforcement import Product, Reinforcement
+from maml.domain.reinforcement import Reinforcement
 from maml.experiment import build_algorithm
 from maml.hardware import Hardware
 from maml.rl.rollouts import collect_episodes
 from maml.seeding import Stream
-from maml.types import Params, Tasks
+from maml.types import Params, Product, Tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_THREADS = 1

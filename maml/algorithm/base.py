@@ -15,9 +15,9 @@ from maml.domain.base import Domain, Metrics
 from maml.errors import MamlError
 from maml.inner.base import Inner
 from maml.model.base import Model
-from maml.outer.base import Objective, Outer, OuterState, Product
+from maml.outer.base import Objective, Outer, OuterState
 from maml.seeding import Stream
-from maml.types import Params, Tasks, expand, num_tasks, take
+from maml.types import Params, Product, Tasks, expand, num_tasks, take
 
 # Beside the parameters in `Algorithm.best`: its score, and the scores of the last iterations.
 _SCORE, _RECENT = "score", "recent"
@@ -123,7 +123,8 @@ class Algorithm(ABC):
 
     def step(self, tasks: Tasks) -> dict[str, Tensor]:
         """Makes one meta-update on a meta-batch; returns its mean metrics as 0-dim tensors."""
-        self.collect(tasks)
+        if self.domain.on_policy:
+            self.collect(tasks)
         summary = self.domain.summary(tasks)
         if self.best:
             self._keep_best(summary)
@@ -137,9 +138,8 @@ class Algorithm(ABC):
         return self.outer.step(_Objective(self, tasks), self.theta, self.outer_state)
 
     def collect(self, tasks: Tasks) -> None:
-        """Adds to a meta-batch the data that depend on theta, where any do."""
-        if self.domain.on_policy:
-            self.domain.collect(tasks, self.model, expand(self.theta, num_tasks(tasks)), 0)
+        """Adds to a meta-batch the data that depend on theta, of an on-policy domain."""
+        self.domain.collect(tasks, self.model, expand(self.theta, num_tasks(tasks)), 0)
 
     def _keep_best(self, summary: dict[str, Tensor]) -> None:
         """Section 5.3: the evaluated policy is the one with the best average training return.

@@ -8,8 +8,7 @@ from torch import Tensor
 from maml.algorithm.base import Algorithm
 from maml.domain.base import Metrics, Role
 from maml.domain.reinforcement import Reinforcement
-from maml.outer.base import Product
-from maml.types import Params, Tasks, expand, num_tasks
+from maml.types import Params, Product, Tasks, expand, num_tasks
 
 
 class MAML(Algorithm):
@@ -26,9 +25,8 @@ class MAML(Algorithm):
         return self.inner.num_steps
 
     def collect(self, tasks: Tasks) -> None:
-        if self.domain.on_policy:
-            for _ in self.adapt(self.theta, tasks, self.num_steps):
-                pass
+        for _ in self.adapt(self.theta, tasks, self.num_steps):
+            pass
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """L_i(f_theta'_i, D'_i) with theta'_i = theta - alpha * grad L_i(f_theta, D_i) (eq. 1).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium
 import numpy as np
 import torch
@@ -15,11 +17,33 @@ from maml.seeding import Stream
 from maml.types import Count, Discount, Interval
 
 
-class Velocity(Reinforcement):
-    """Running forward at a speed; a subclass says who runs.
+class Running(Reinforcement):
+    """Some task of running; a subclass says who runs, and what the goal is.
 
     Class attributes:
         environment: of the runner.
+        goal_name: its keyword for the goal.
+
+    Args:
+        physics: of the environment.
+        options: of every RL domain.
+    """
+
+    environment: type[Locomotion]
+    goal_name: str
+
+    def __init__(self, physics: Physics, **options: Any) -> None:
+        super().__init__(MujocoEnvironments(self.environment, physics), **options)
+        self.physics = physics
+
+    def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
+        keywords: dict[str, Any] = {self.goal_name: goal.item(), "physics": self.physics}
+        name, horizon = f"maml/{self.environment.__name__}-v0", self.horizon
+        return gymnasium.make(name, render_mode=render_mode, max_episode_steps=horizon, **keywords)
+
+
+class Velocity(Running):
+    """Running forward at a speed; a subclass says who runs.
 
     Args:
         goal_range: of the speed, in metres per second.
@@ -32,7 +56,7 @@ class Velocity(Reinforcement):
         num_goals: in training, so many goals drawn once; None draws fresh ones.
     """
 
-    environment: type[Locomotion]
+    goal_name = "goal_velocity"
 
     def __init__(
         self,
@@ -45,9 +69,16 @@ class Velocity(Reinforcement):
         pooled: bool = False,
         num_goals: Count | None = None,
     ) -> None:
-        environments = MujocoEnvironments(self.environment, physics)
-        super().__init__(environments, num_shots, horizon, discount, oracle, pooled, num_goals)
-        self.goal_range, self.physics = goal_range, physics
+        super().__init__(
+            physics,
+            num_shots=num_shots,
+            horizon=horizon,
+            discount=discount,
+            oracle=oracle,
+            pooled=pooled,
+            num_goals=num_goals,
+        )
+        self.goal_range = goal_range
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         return stream.uniform((count, 1), *self.goal_range)
@@ -55,15 +86,6 @@ class Velocity(Reinforcement):
     def test_goals(self, count: int) -> Tensor:
         """NumPy's generator with seed 1, as in the authors' test scripts (protocol 6.8)."""
         return torch.from_numpy(np.random.RandomState(1).uniform(*self.goal_range, size=(count, 1))).float()
-
-    def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
-        return gymnasium.make(
-            f"maml/{self.environment.__name__}-v0",
-            goal_velocity=goal.item(),
-            physics=self.physics,
-            render_mode=render_mode,
-            max_episode_steps=self.horizon,
-        )
 
 
 class CheetahVelocity(Velocity):
@@ -78,11 +100,10 @@ class AntVelocity(Velocity):
     environment = locomotion.AntVelocity
 
 
-class Direction(Reinforcement):
+class Direction(Running):
     """Running as fast as possible, forward or backward; a subclass says who runs.
 
     Class attributes:
-        environment: of the runner.
         test_draw: seed, lower and upper end, and threshold, from which on it is forward, of the authors' test goals.
 
     Args:
@@ -95,7 +116,7 @@ class Direction(Reinforcement):
         num_goals: in training, so many goals drawn once; None draws fresh ones.
     """
 
-    environment: type[Locomotion]
+    goal_name = "goal_direction"
     test_draw: tuple[int, float, float, float]
 
     def __init__(
@@ -108,9 +129,15 @@ class Direction(Reinforcement):
         pooled: bool = False,
         num_goals: Count | None = None,
     ) -> None:
-        environments = MujocoEnvironments(self.environment, physics)
-        super().__init__(environments, num_shots, horizon, discount, oracle, pooled, num_goals)
-        self.physics = physics
+        super().__init__(
+            physics,
+            num_shots=num_shots,
+            horizon=horizon,
+            discount=discount,
+            oracle=oracle,
+            pooled=pooled,
+            num_goals=num_goals,
+        )
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         return 2.0 * stream.integers((count, 1), 2) - 1
@@ -120,15 +147,6 @@ class Direction(Reinforcement):
         seed, low, high, threshold = self.test_draw
         numbers = np.random.RandomState(seed).uniform(low, high, size=(count, 1))
         return torch.from_numpy(np.where(numbers >= threshold, 1.0, -1.0)).float()
-
-    def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
-        return gymnasium.make(
-            f"maml/{self.environment.__name__}-v0",
-            goal_direction=goal.item(),
-            physics=self.physics,
-            render_mode=render_mode,
-            max_episode_steps=self.horizon,
-        )
 
 
 class CheetahDirection(Direction):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import NamedTuple
 
 import gymnasium
@@ -17,10 +16,7 @@ from maml.model.base import Model
 from maml.rl.advantages import advantages
 from maml.rl.rollouts import collect_episodes
 from maml.seeding import Stream
-from maml.types import Params, Tasks
-
-Product = Callable[[Params], Params]
-"""A matrix over the parameters of T tasks, ``(T, ...)``, as what it makes of a vector."""
+from maml.types import Params, Product, Tasks
 
 
 class Rollouts(NamedTuple):

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 from torch import Tensor
 
-from maml.types import Params
+from maml.types import Params, Product
 
 OuterState = dict[str, Tensor]
 """All that an optimizer carries from one iteration to the next, as named tensors; it is saved and restored whole."""
-
-Product = Callable[[Params], Params]
-"""A matrix over theta, as what it makes of a vector."""
 
 
 class Objective(ABC):

@@ -116,6 +116,8 @@ class Report(BaseModel):
         path, curve = self.folder / "tasks.csv", (str(source.num_shots), source.metric)
         try:
             lines = [line for line in self.task_lines if (line["num_shots"], line["metric"]) == curve]
+            if not lines:
+                raise ValueError(f"it has no lines of {source.metric} at K={source.num_shots}")
             values = source.scale * np.array([float(line[f"step_{step}"]) for line in lines])
             mean, _ = self.reading(source, step)
             with np.errstate(over="ignore", invalid="ignore"):

@@ -111,11 +111,9 @@ def test_curvature_of_every_second_timestep_is_that_of_thinned_rollouts() -> Non
     assert torch.equal(flat(ours), flat(expected))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fomaml"])  # whose gradient is not the loss's
 def test_meta_gradient_equals_finite_differences(kind: str) -> None:
     algorithm, tasks = made(kind, "tanh", 1, task_chunk=2)
-    if kind == "fomaml":
-        pytest.skip("its gradient is not that of the loss")
     gradient = flat(algorithm.gradient(algorithm.theta, tasks)[0])
     theta = flat(algorithm.theta)
     for seed in range(3):

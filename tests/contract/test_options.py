@@ -14,9 +14,9 @@ from maml.experiment import build_algorithm
 from maml.inner.base import Inner
 from maml.logger.base import Logger
 from maml.model.base import Model
-from maml.outer.base import Objective, Outer, Product
+from maml.outer.base import Objective, Outer
 from maml.seeding import Stream
-from maml.types import Params
+from maml.types import Params, Product
 from tests.runs import ROOT
 
 CONF = ROOT / "conf"
