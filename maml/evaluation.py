@@ -12,6 +12,7 @@ import torch
 from annotated_types import Ge, MinLen
 from torch import Tensor
 
+from maml import ranks
 from maml.algorithm.base import Algorithm
 from maml.domain.base import Domain, Split
 from maml.errors import Diverged, MamlError
@@ -205,7 +206,26 @@ class Evaluation:
 
     @torch.no_grad()
     def curves(self, algorithm: Algorithm, num_shots: int, bank: Tasks, step_sizes: list[float] | None) -> list[Curve]:
-        """Adapts to the tasks of a bank and measures after each step."""
+        """Adapts to the tasks of a bank and measures after each step.
+
+        The processes of a run share the tasks; each gets the values of all.
+
+        Raises:
+            Diverged: if adaptation did, in a domain where nothing more can be measured then.
+        """
+        shared = num_tasks(bank) >= ranks.size()
+        failed, parts = None, dict[str, Tensor]()
+        try:
+            parts = self._measure(algorithm, ranks.share(bank) if shared else bank, step_sizes)
+        except Diverged as error:
+            failed = error
+        if ranks.largest(failed is not None):
+            raise failed or Diverged("adaptation diverged in another process of this run")
+        values = {name: ranks.gather(part) if shared else part for name, part in parts.items()}
+        return [Curve(num_shots, name, value.T.contiguous()) for name, value in values.items()]
+
+    def _measure(self, algorithm: Algorithm, bank: Tasks, step_sizes: list[float] | None) -> dict[str, Tensor]:
+        """Returns each metric per task and step, ``(T, num_steps + 1)``, float64."""
         domain, model = algorithm.domain, algorithm.model
         device = next(iter(algorithm.theta.values())).device
         theta = self.choose_theta(algorithm)
@@ -222,8 +242,8 @@ class Evaluation:
                 for name, value in domain.measure(model, params, support, query, step).items():
                     steps.setdefault(name, []).append(value)
             for name, values in steps.items():
-                parts.setdefault(name, []).append(torch.stack(values).double().cpu())
-        return [Curve(num_shots, name, torch.cat(values, dim=1)) for name, values in parts.items()]
+                parts.setdefault(name, []).append(torch.stack(values, dim=1).double())
+        return {name: torch.cat(values).cpu() for name, values in parts.items()}
 
 
 def bank_hash(tasks: Tasks) -> str:

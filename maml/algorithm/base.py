@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maml import ranks
 from maml.compiling import ChunkGradient
 from maml.domain.base import Domain, Metrics
 from maml.errors import MamlError
@@ -56,6 +57,8 @@ class Algorithm(ABC):
             ``inner.order`` matters and step sizes can be learnt.
         trained_as: the class that this one is in training, where it differs in meta-test only; their runs are shared.
         learns_from_rollouts: whether it knows data that depends on theta, as RL's do.
+        sums_over_tasks: whether its meta-update follows from a sum over the tasks of a meta-batch, so that processes can
+            share them, and several seeds be computed side by side.
 
     Attributes:
         theta: what is meta-learnt: the model's parameters and what the inner optimizer adds to them.
@@ -63,11 +66,14 @@ class Algorithm(ABC):
         best: the theta at which the metric ``domain.selected_by``, averaged over recent iterations, was best in
             training, and what is needed to go on choosing; else empty.
         chunk_gradient: `_chunk_gradient`, or its compiled form.
+        num_seeds: None; or theta has a leading axis of so many seeds, and a meta-batch is theirs, one behind the other.
     """
 
     differentiates_adaptation = False
     trained_as: str | None = None
     learns_from_rollouts = False
+    sums_over_tasks = True
+    num_seeds: int | None = None
 
     def __init__(self, parts: Parts) -> None:
         self.domain, self.inner, self.outer = parts.domain, parts.inner, parts.outer
@@ -125,21 +131,37 @@ class Algorithm(ABC):
         """Makes one meta-update on a meta-batch; returns its mean metrics as 0-dim tensors."""
         if self.domain.on_policy:
             self.collect(tasks)
-        summary = self.domain.summary(tasks)
+        summary = self._summary(tasks)
         if self.best:
             self._keep_best(summary)
-        metrics = self._update(tasks)
+        return self.update(_Objective(self, tasks)) | summary
+
+    def update(self, objective: Objective) -> dict[str, Tensor]:
+        """Moves theta, and what is carried, by the objective of a meta-batch; returns the metrics."""
+        metrics = self.outer.step(objective, self.theta, self.outer_state)
         for name, value in self.carried.items():
             value.copy_(metrics.pop(name))
-        return metrics | summary
-
-    def _update(self, tasks: Tasks) -> dict[str, Tensor]:
-        """Moves theta, by a meta-batch that has all its data; returns the metrics."""
-        return self.outer.step(_Objective(self, tasks), self.theta, self.outer_state)
+        return metrics
 
     def collect(self, tasks: Tasks) -> None:
         """Adds to a meta-batch the data that depend on theta, of an on-policy domain."""
-        self.domain.collect(tasks, self.model, expand(self.theta, num_tasks(tasks)), 0)
+        self.domain.collect(tasks, self.model, self.per_task(self.theta, num_tasks(tasks)), 0)
+
+    def per_task(self, params: Params, count: int) -> Params:
+        """Returns theta once for each of ``count`` tasks: every task starts at it, or at that of its seed."""
+        if self.num_seeds is None:
+            return expand(params, count)
+        each = (-1, count // self.num_seeds)
+        return {name: value.unsqueeze(1).expand(*each, *value.shape[1:]).flatten(0, 1) for name, value in params.items()}
+
+    def _summary(self, tasks: Tasks) -> dict[str, Tensor]:
+        means, counts = self.domain.summary(tasks)
+        if not means:
+            return {}
+        sums = [value.sum() for value in (*means.values(), *counts.values())]
+        *sums, count = ranks.total([*sums, torch.full_like(sums[0], num_tasks(tasks))])
+        summary = dict(zip((*means, *counts), sums, strict=True))
+        return {name: value / count if name in means else value for name, value in summary.items()}
 
     def _keep_best(self, summary: dict[str, Tensor]) -> None:
         """Section 5.3: the evaluated policy is the one with the best average training return.
@@ -167,7 +189,8 @@ class Algorithm(ABC):
             gradients, metrics = self.chunk_gradient(theta | self.carried, chunk)
             part = [*gradients.values(), *metrics.values()]
             total = list(torch._foreach_add(total, part)) if total else part
-        means = torch._foreach_div(total, num_tasks(tasks))
+        *total, count = ranks.total([*total, self._count(tasks)])
+        means = torch._foreach_div(total, count)
         return (
             dict(zip(gradients, means[: len(gradients)], strict=True)),
             dict(zip(metrics, means[len(gradients) :], strict=True)),
@@ -179,8 +202,10 @@ class Algorithm(ABC):
         sums = []
         for chunk in self._chunks(tasks):
             losses, metrics = self.task_losses(theta | self.carried, chunk)
-            sums.append(_summed({"loss": losses} | metrics))
-        return {name: torch.stack([part[name] for part in sums]).sum(0) / num_tasks(tasks) for name in sums[0]}
+            sums.append(self._summed({"loss": losses} | metrics))
+        own = [torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]]
+        *total, count = ranks.total([*own, self._count(tasks)])
+        return {name: value / count for name, value in zip(sums[0], total, strict=True)}
 
     def curvature(self, theta: Params, tasks: Tasks, every: int = 1) -> Product:
         """Returns the Hessian of the mean KL divergence from the policies of theta, at theta.
@@ -191,14 +216,15 @@ class Algorithm(ABC):
             every: takes every so many-th timestep of them.
         """
         products = [self.chunk_curvature(theta, self.domain.thin(chunk, every)) for chunk in self._chunks(tasks)]
-        count = num_tasks(tasks)
+        own_count = self._count(tasks)
 
         def product(vector: Params) -> Params:
-            total: Params = {}
+            own: Params = {}
             for part in products:
                 added = part(vector)
-                total = {name: total[name] + value for name, value in added.items()} if total else added
-            return {name: total[name] / count for name in theta}
+                own = {name: own[name] + value for name, value in added.items()} if own else added
+            *total, count = ranks.total([*(own[name] for name in theta), own_count])
+            return {name: value / count for name, value in zip(theta, total, strict=True)}
 
         return product
 
@@ -207,10 +233,20 @@ class Algorithm(ABC):
         raise MamlError(f"{type(self).__name__} does not know how far a policy moves; choose outer=adam")
 
     def _chunks(self, tasks: Tasks) -> Iterator[Tasks]:
-        count = num_tasks(tasks)
-        chunk = self.task_chunk or count
-        for start in range(0, count, chunk):
-            yield take(tasks, start, start + chunk)
+        count, seeds = num_tasks(tasks), self.num_seeds or 1
+        chunk = max(1, (self.task_chunk or count) // seeds)
+        if seeds == 1 or seeds * chunk >= count:
+            for start in range(0, count, chunk * seeds):
+                yield take(tasks, start, start + chunk * seeds)
+            return
+        each = {name: value.unflatten(0, (seeds, -1)) for name, value in tasks.items()}
+        for start in range(0, count // seeds, chunk):
+            yield {name: value[:, start : start + chunk].flatten(0, 1) for name, value in each.items()}
+
+    def _count(self, tasks: Tasks) -> Tensor:
+        """Returns how many tasks each gradient is a sum over, as a tensor that can be added to those of others."""
+        some = next(iter(self.theta.values()))
+        return torch.full((), num_tasks(tasks) // (self.num_seeds or 1), dtype=some.dtype, device=some.device)
 
     def _chunk_gradient(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
         """Returns sums over tasks: of the gradient with respect to theta, and of the metrics."""
@@ -218,7 +254,13 @@ class Algorithm(ABC):
         with torch.enable_grad():
             losses, metrics = self.task_losses(params | theta, tasks)
             gradients = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
-        return dict(zip(theta, gradients, strict=True)), _summed({"loss": losses} | metrics)
+        return dict(zip(theta, gradients, strict=True)), self._summed({"loss": losses} | metrics)
+
+    def _summed(self, metrics: Metrics) -> Metrics:
+        """Returns sums over tasks, or over those of each seed."""
+        if self.num_seeds is None:
+            return {name: value.detach().sum(0) for name, value in metrics.items()}
+        return {name: value.detach().unflatten(0, (self.num_seeds, -1)).sum(1) for name, value in metrics.items()}
 
     def adapt(
         self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
@@ -238,7 +280,7 @@ class Algorithm(ABC):
             data = self.domain.data(tasks, "support", step)
             return self.domain.inner_loss(self.model, params, data)
 
-        start = expand(theta, num_tasks(tasks))
+        start = self.per_task(theta, num_tasks(tasks))
         for params, _ in self.inner.adapt(support_loss, start, num_steps, create_graph, step_sizes):
             yield params
 
@@ -268,10 +310,6 @@ class Algorithm(ABC):
                     f"{tuple(value.shape)}: the inputs or outputs of the domain are others than those it was trained on"
                 )
             value.copy_(saved[name])
-
-
-def _summed(metrics: Metrics) -> Metrics:
-    return {name: value.detach().sum(0) for name, value in metrics.items()}
 
 
 def _flat(state: Mapping[str, Params]) -> Params:

@@ -33,6 +33,8 @@ class MultitaskAverage(Algorithm):
         max_attempts: how often; then it is an error.
     """
 
+    sums_over_tasks = False
+
     def __init__(
         self,
         parts: Parts,

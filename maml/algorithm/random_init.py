@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from maml.algorithm.pretrain import Pretrain
-from maml.types import Tasks
+from maml.outer.base import Objective
 
 
 class RandomInit(Pretrain):
     """Leaves theta alone, however many iterations it is given."""
 
-    def _update(self, tasks: Tasks) -> dict[str, Tensor]:
-        return self.evaluate(self.theta, tasks)
+    def update(self, objective: Objective) -> dict[str, Tensor]:
+        return objective.evaluate(self.theta)

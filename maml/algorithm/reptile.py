@@ -54,9 +54,9 @@ class Reptile(Algorithm):
         The loss that is logged is the query loss of theta'_i.
         """
         count = num_tasks(tasks)
-        theta = expand({name: params[name] for name in self.theta}, count)
+        theta = self.per_task({name: params[name] for name in self.theta}, count)
         start = {name: value.detach() for name, value in theta.items()}
-        state = expand({name: params[name] for name in self.carried}, count)
+        state = self.per_task({name: params[name] for name in self.carried}, count)
         *_, (adapted, state) = self._on_minibatches(start, tasks, tasks["minibatches"], None, state)
         adapted = {name: value.detach() for name, value in adapted.items()}
         query = self.domain.data(tasks, "query")

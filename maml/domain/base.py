@@ -81,9 +81,9 @@ class Domain(ABC, Generic[Data]):
         """Returns the tasks with every so many-th timestep of their rollouts."""
         return tasks
 
-    def summary(self, tasks: Tasks) -> dict[str, Tensor]:
-        """Returns what is logged of a meta-batch beside the losses, as 0-dim tensors."""
-        return {}
+    def summary(self, tasks: Tasks) -> tuple[Metrics, Metrics]:
+        """Returns what is logged of a meta-batch beside the losses: numbers whose mean is, and whose sum."""
+        return {}, {}
 
     @abstractmethod
     def inner_loss(self, model: Model, params: Params, data: Data) -> Tensor:

@@ -157,17 +157,16 @@ class Reinforcement(Domain[Rollouts]):
                 thinned[name] = value / value.sum(1, keepdim=True)
         return thinned
 
-    def summary(self, tasks: Tasks) -> dict[str, Tensor]:
-        """Returns the mean ``return`` after the last gradient step, and that of each step before."""
+    def summary(self, tasks: Tasks) -> tuple[Metrics, Metrics]:
+        """Returns the ``return`` after the last gradient step, and that of each step before."""
         last = max(int(name.split(".")[0].removeprefix("step_")) for name in tasks if name.endswith(".returns"))
-        before = {f"return_step_{step}": tasks[f"step_{step}.returns"].mean() for step in range(last)}
+        before = {f"return_step_{step}": tasks[f"step_{step}.returns"] for step in range(last)}
         rollouts = self.data(tasks, "query", last)
-        unstable = [tasks[f"step_{step}.num_unstable"].sum() for step in range(last + 1)]
-        return before | {
-            "return": rollouts.returns.mean(),
-            "episode_length": rollouts.lengths.mean(),
-            "num_unstable": torch.stack(unstable).sum(),
-        }
+        unstable = [tasks[f"step_{step}.num_unstable"] for step in range(last + 1)]
+        return (
+            before | {"return": rollouts.returns, "episode_length": rollouts.lengths},
+            {"num_unstable": torch.stack(unstable).sum(0)},
+        )
 
     def inner_loss(self, model: Model, params: Params, data: Rollouts) -> Tensor:
         """-mean over timesteps of log pi(a|o) * A (eq. 4, with the advantage in place of the reward)."""

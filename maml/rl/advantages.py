@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maml import ranks
 from maml.rl.rollouts import Episodes
 
 _MAX_OBSERVATION = 10.0
@@ -28,11 +29,16 @@ def advantages(episodes: Episodes, pooled: bool) -> Tensor:
     result = torch.zeros_like(episodes.returns_to_go)
     each = torch.eye(len(taken), dtype=torch.bool, device=taken.device).unsqueeze(-1)
     groups = [taken] if pooled else [taken & task for task in each]
+    total = ranks.total if pooled else list  # all tasks are those of all processes
     for group in groups:
         inputs = features(episodes.observations[group], episodes.times[group])
         returns = episodes.returns_to_go[group].double()
-        advantage = returns - inputs @ fit_baseline(inputs, returns)
-        advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+        gram, moments = total([inputs.T @ inputs, inputs.T @ returns])
+        advantage = returns - inputs @ fit_baseline(gram, moments)
+        count, added = total([torch.full_like(moments[0], len(advantage)), advantage.sum()])
+        advantage = advantage - added / count
+        (squares,) = total([advantage.square().sum()])
+        advantage = advantage / ((squares / count).sqrt() + 1e-8)
         result[group] = advantage.to(result.dtype)
     return result
 
@@ -44,9 +50,13 @@ def features(observations: Tensor, times: Tensor) -> Tensor:
     return torch.cat([clipped, clipped.square(), time, time**2, time**3, torch.ones_like(time)], dim=-1)
 
 
-def fit_baseline(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Returns the coefficients of the least-squares fit of ``(N,)`` to ``(N, F)``, with as little ridge as will do."""
-    gram, moments = inputs.T @ inputs, inputs.T @ targets
+def fit_baseline(gram: Tensor, moments: Tensor) -> Tensor:
+    """Returns the coefficients of a least-squares fit, with as little ridge as will do.
+
+    Args:
+        gram: X^T X of the inputs, ``(F, F)``.
+        moments: X^T y, ``(F,)``.
+    """
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for attempt in range(_MAX_FITS):
         # Not lstsq: its pivots on a CPU depend on what lay in memory before, and it has no answer to a NaN but a crash.

@@ -73,13 +73,14 @@ def test_baseline_is_the_ridge_regression() -> None:
     targets = torch.randn(50, generator=generator, dtype=torch.float64)
     x, y = inputs.numpy(), targets.numpy()
     expected = np.linalg.solve(x.T @ x + 1e-5 * np.eye(6), x.T @ y)
-    assert np.allclose(fit_baseline(inputs, targets).numpy(), expected, rtol=1e-10, atol=1e-12)
+    assert np.allclose(fit_baseline(inputs.T @ inputs, inputs.T @ targets).numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_baseline_of_inputs_that_say_the_same_is_finite() -> None:
     inputs = torch.ones(20, 5, dtype=torch.float64)
-    coefficients = fit_baseline(inputs, torch.full((20,), 3.0, dtype=torch.float64))
-    assert torch.allclose(inputs @ coefficients, torch.full((20,), 3.0, dtype=torch.float64), rtol=1e-6)
+    targets = torch.full((20,), 3.0, dtype=torch.float64)
+    coefficients = fit_baseline(inputs.T @ inputs, inputs.T @ targets)
+    assert torch.allclose(inputs @ coefficients, targets, rtol=1e-6)
     assert coefficients.abs().max() < 1
 
 
@@ -93,7 +94,8 @@ def test_ridge_grows_where_the_fit_is_not_finite(failures: int, monkeypatch: pyt
 
     monkeypatch.setattr(torch.linalg, "solve_ex", failing)
     inputs = torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=torch.float64)  # so that the ridge stands there alone
-    coefficients = fit_baseline(inputs, torch.tensor([1.0, 2.0], dtype=torch.float64))
+    targets = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    coefficients = fit_baseline(inputs.T @ inputs, inputs.T @ targets)
     assert np.allclose(ridges, [1e-5 * 10**attempt for attempt in range(min(failures + 1, 5))])
     assert bool(coefficients.isfinite().all()) == (failures < 5), "after five tries it is given up"
 

@@ -1,0 +1,123 @@
+"""The processes of one run, as torchrun starts them: each takes its share of the tasks; sums are taken over all.
+
+A process that was started alone is the first of one, and every function here is then as good as absent.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from maml.errors import MamlError
+from maml.types import Tasks, num_tasks, take
+
+Result = TypeVar("Result")
+
+
+def start() -> None:
+    """Joins the other processes that torchrun has started, if it has: over NCCL between GPUs, and Gloo."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        with _in_contact():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
+
+
+def rank() -> int:
+    """Returns this process's number; the first, 0, is the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """Returns how many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_this_machine() -> int:
+    """Returns how many of them share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def share(tasks: Tasks) -> Tasks:
+    """Returns this process's part of a batch, whose tasks follow each other in the order of the processes.
+
+    Raises:
+        MamlError: if there are fewer tasks than processes.
+    """
+    count, own, others = num_tasks(tasks), rank(), size()
+    if count < others:
+        raise MamlError(
+            f"{count} task{'s' * (count > 1)} cannot be shared by {others} processes; "
+            "start fewer (torchrun --nproc-per-node), or raise meta_batch_size"
+        )
+    return take(tasks, own * count // others, (own + 1) * count // others)
+
+
+def total(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the sums of tensors over all processes: one exchange for each type of number."""
+    if size() == 1:
+        return list(tensors)
+    summed: list[Tensor] = list(tensors)
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = torch.cat([tensors[place].flatten() for place in places])
+        with _in_contact():
+            dist.all_reduce(flat)
+        parts = flat.split([tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            summed[place] = part.view_as(tensors[place])
+    return summed
+
+
+def gather(part: Tensor) -> Tensor:
+    """Returns the parts of all processes, one behind the other along the first axis."""
+    if size() == 1:
+        return part
+    parts: list[Any] = [None] * size()
+    with _in_contact():
+        dist.all_gather_object(parts, part)
+    return torch.cat(parts)
+
+
+def largest(number: int) -> int:
+    """Returns the largest of the numbers that the processes give."""
+    if size() == 1:
+        return number
+    value = torch.tensor(number)
+    with _in_contact():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
+def first(act: Callable[[], Result]) -> Result:
+    """Has the first process act; returns the result to all, or raises what it raised."""
+    if size() == 1:
+        return act()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = act()
+        except MamlError as error:
+            outcome[1] = error
+    with _in_contact():
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+@contextmanager
+def _in_contact() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise MamlError(
+            f"another process of this run has ended, or cannot be reached ({str(error).splitlines()[0]}); its own message "
+            "says why. The last checkpoint is intact: the same command resumes, on any number of processes"
+        ) from error
