@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from maml.errors import MamlError
+from maml.precision import Precision
 from maml.types import Count, NonNegativeInt
 
 # What the project itself passes to a part's constructor.
@@ -40,8 +41,10 @@ class Root:
 
     Args:
         seed: of initial parameters and of everything drawn in training.
+        seeds: how many seeds, from ``seed`` on, are computed side by side; each is a run of its own.
         num_iterations: meta-updates.
         meta_batch_size: B, tasks per meta-update.
+        precision: of the numbers that it computes with.
         mode: ``train`` trains (or resumes) and evaluates; ``eval`` evaluates what has been trained so far.
         checkpoint: a checkpoint file to evaluate instead of the run folder's own.
         run_dir: the run's folder; None is ``runs_dir/<experiment>/<run id>``.
@@ -62,6 +65,8 @@ class Root:
         data_dir: str,
         cache_dir: str,
         seed: NonNegativeInt = 0,
+        seeds: Count = 1,
+        precision: Precision = "float32",
         mode: Literal["train", "eval"] = "train",
         checkpoint: str | None = None,
         run_dir: str | None = None,
@@ -69,7 +74,7 @@ class Root:
 
 
 # The keys of the root on which trained numbers depend.
-_TRAINING_KEYS = ("seed", "num_iterations", "meta_batch_size")
+_TRAINING_KEYS = ("seed", "num_iterations", "meta_batch_size", "precision")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from maml import ranks
 from maml.algorithm.base import Algorithm
 from maml.domain.base import Domain, Split
 from maml.errors import Diverged, MamlError
+from maml.memory import within_memory
 from maml.seeding import Stream
 from maml.types import Count, NonNegativeFloat, NonNegativeInt, Params, PositiveFloat, Tasks, num_tasks, take
 
@@ -215,8 +216,11 @@ class Evaluation:
         """
         shared = num_tasks(bank) >= ranks.size()
         failed, parts = None, dict[str, Tensor]()
+        own = ranks.share(bank) if shared else bank
+        # Environments are stepped together: the more at once, the faster.
+        together = num_tasks(own) if algorithm.domain.on_policy else algorithm.task_chunk or _DEFAULT_CHUNK
         try:
-            parts = self._measure(algorithm, ranks.share(bank) if shared else bank, step_sizes)
+            parts, _ = within_memory(lambda chunk: self._measure(algorithm, own, step_sizes, chunk), together)
         except Diverged as error:
             failed = error
         if ranks.largest(failed is not None):
@@ -224,13 +228,13 @@ class Evaluation:
         values = {name: ranks.gather(part) if shared else part for name, part in parts.items()}
         return [Curve(num_shots, name, value.T.contiguous()) for name, value in values.items()]
 
-    def _measure(self, algorithm: Algorithm, bank: Tasks, step_sizes: list[float] | None) -> dict[str, Tensor]:
-        """Returns each metric per task and step, ``(T, num_steps + 1)``, float64."""
+    def _measure(
+        self, algorithm: Algorithm, bank: Tasks, step_sizes: list[float] | None, chunk: int
+    ) -> dict[str, Tensor]:
+        """Returns each metric per task and step, ``(T, num_steps + 1)``, float64; of so many tasks at once."""
         domain, model = algorithm.domain, algorithm.model
         device = next(iter(algorithm.theta.values())).device
         theta = self.choose_theta(algorithm)
-        # Environments are stepped together: the more at once, the faster.
-        chunk = num_tasks(bank) if domain.on_policy else algorithm.task_chunk or _DEFAULT_CHUNK
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, num_tasks(bank), chunk):
             tasks = {name: value.to(device) for name, value in take(bank, start, start + chunk).items()}

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from maml import ranks
 from maml.algorithm.base import Algorithm, Parts
-from maml.compiling import compiled
 from maml.config import build, evaluation_config
 from maml.errors import Interrupted, MamlError
 from maml.evaluation import Evaluation, per_task_rows
 from maml.figures import plot_report
-from maml.hardware import Execution, Hardware
+from maml.hardware import Hardware
+from maml.iteration import check_shared
 from maml.logger.base import Logger
 from maml.model.base import Model
 from maml.paper.verdicts import cell_verdicts
-from maml.run import RunFolder, command_line
+from maml.precision import check as check_precision
+from maml.precision import computing_in
+from maml.run import Follower, RunFolder, command_line
 from maml.seeding import Stream
-from maml.training import train
+from maml.training import Learner, train
 
 
 def build_algorithm(config: Mapping[str, Any], hardware: Hardware) -> Algorithm:
@@ -47,104 +50,150 @@ def build_algorithm(config: Mapping[str, Any], hardware: Hardware) -> Algorithm:
 
 
 def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
-    """Trains (or resumes), evaluates and records one run.
+    """Trains (or resumes), evaluates and records one run, or one for each of several seeds.
 
     Args:
         config: a checked, plain config.
         experiment: its name, which is the first folder under ``runs_dir``.
 
     Returns:
-        The headline number: the domain's metric at its own K after the last gradient step.
+        The headline number: the domain's metric at its own K after the last gradient step, of several seeds the mean.
 
     Raises:
         MamlError: for anything the user can mend; what was saved before is intact.
         Interrupted: on SIGTERM or SIGINT, after a checkpoint.
     """
+    if config["checkpoint"] is not None and config["mode"] == "train":
+        raise MamlError("checkpoint= is for mode=eval; training resumes from its own run folder by itself")
+    ranks.start()
+    with computing_in(config["precision"]):
+        return _run_seeds(config, experiment)
+
+
+def _run_seeds(config: Mapping[str, Any], experiment: str) -> float:
     hardware: Hardware = build(config["hardware"])
     evaluation: Evaluation = build(config["evaluation"])
-    logger: Logger = build(config["logger"])
-    algorithm = build_algorithm(config, hardware)
-    evaluation.check(algorithm.domain)
-    run = RunFolder(config, experiment)
-    if config["mode"] == "eval":
-        return _evaluate_saved(config, run, algorithm, evaluation, hardware)
-    if config["checkpoint"] is not None:
-        raise MamlError("checkpoint= is for mode=eval; training resumes from its own run folder by itself")
-    done = run.finished_report()
-    if done is not None:
-        print(f"already finished: {run.path} (delete the folder to run it again)")
-        return _number(done["headline"])
+    runs, headlines = [], []
+    for seed in range(config["seed"], config["seed"] + config["seeds"]):
+        run = _Run({**config, "seed": seed, "seeds": 1}, experiment, hardware, evaluation)
+        if config["mode"] == "eval":
+            headlines.append(run.evaluate_saved())
+        elif (done := ranks.first(run.folder.finished_report)) is not None:
+            _say(f"already finished: {run.folder.path} (delete the folder to run it again)")
+            headlines.append(done["headline"])
+        else:
+            runs.append(run)
+    if runs:
+        check_precision(config["precision"], runs[0].algorithm.domain, hardware.device)
+        check_shared(runs[0].algorithm, len(runs), config["meta_batch_size"])
+        _train(runs, config, hardware)
+        headlines += [run.headline for run in runs]
+    # A sweep needs a number where a report says that adaptation diverged.
+    return sum(math.nan if headline is None else headline for headline in headlines) / len(headlines)
 
-    saved = run.open(hardware.describe(), command_line())
-    status = "failed"
-    before = signal.getsignal(signal.SIGTERM)
-    with suppress(ValueError):  # not the main thread, where no signal arrives
-        signal.signal(signal.SIGTERM, _stop)  # outside the training loop, which has its own way to stop
-    try:
-        execution = _execution(saved, hardware, algorithm, config)
-        logger.start(run.path, experiment, run.run_id, dict(config), resumed=saved is not None)
+
+class _Run:
+    """One seed's run: its parts, built and checked before anything is written.
+
+    Attributes:
+        folder: of the run.
+        algorithm: what learns.
+        headline: of its report, once there is one.
+    """
+
+    def __init__(self, config: Mapping[str, Any], experiment: str, hardware: Hardware, evaluation: Evaluation) -> None:
+        self.config, self.hardware, self.evaluation = config, hardware, evaluation
+        is_first = ranks.rank() == 0
+        self.logger: Logger = build(config["logger"]) if is_first else Logger()
+        self.algorithm = build_algorithm(config, hardware)
+        evaluation.check(self.algorithm.domain)
+        self.folder = RunFolder(config, experiment) if is_first else Follower(config, experiment)
+        self.headline: float | None = None
+        self._is_reported = False
+
+    @contextmanager
+    def opened(self) -> Iterator[dict[str, Any] | None]:
+        """Holds the folder and the mirror; yields the checkpoint to resume from, and records how it ends."""
+        hardware, command = self.hardware.describe(), command_line()
+        saved = ranks.first(lambda: self.folder.open(hardware, command))
+        status = "failed"
+        try:
+            resumed = saved is not None
+            self.logger.start(self.folder.path, self.folder.experiment, self.folder.run_id, dict(self.config), resumed)
+            yield saved
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            status = "finished" if self._is_reported else status
+            self.folder.close(status)  # first: a mirror may take its time
+            self.logger.finish(status)
+
+    def evaluate(self) -> None:
+        """Evaluates what has been trained, as the run's own report."""
+        report, picture = _evaluate(
+            self.config, self.folder, self.algorithm, self.evaluation, self.config["num_iterations"]
+        )
+        self.logger.report(report, {"adaptation": picture})
+        self.headline, self._is_reported = report["headline"], True
+
+    def evaluate_saved(self) -> float | None:
+        """Evaluates the newest checkpoint, or the one given, beside the run's own report; returns the headline."""
+        given, config = self.config["checkpoint"], self.config
+        saved = self.folder.load_checkpoint(Path(given) if given else None)
+        if saved is None:
+            raise MamlError(
+                f"there is nothing to evaluate in {self.folder.path}: train first (the same command without "
+                "mode=eval), or name a file with checkpoint="
+            )
+        execution = self.hardware.choose(self.algorithm.domain, config["num_iterations"], saved["execution"])
+        self.hardware.apply(execution)
+        self.algorithm.task_chunk = execution.task_chunk
+        self.algorithm.load_state_dict(saved["state"])
+        beside = Path(given).parent if given else self.folder.path
+        report, _ = _evaluate(config, self.folder, self.algorithm, self.evaluation, saved["iteration"], beside)
+        return report["headline"]
+
+
+def _train(runs: Sequence[_Run], config: Mapping[str, Any], hardware: Hardware) -> None:
+    """Trains runs that differ in their seeds alone, side by side, then evaluates each."""
+    with ExitStack() as stack:
+        before = signal.getsignal(signal.SIGTERM)
+        with suppress(ValueError):  # not the main thread, where no signal arrives
+            signal.signal(signal.SIGTERM, _stop)  # outside the training loop, which has its own way to stop
+            stack.callback(signal.signal, signal.SIGTERM, before)
+        saved = [stack.enter_context(run.opened()) for run in runs]
+        earlier: Mapping[str, Any] = next((each["execution"] for each in saved if each), {})
+        # What a checkpoint was made with is kept, so that it goes on exactly.
+        execution = hardware.choose(runs[0].algorithm.domain, config["num_iterations"], earlier)
+        hardware.apply(execution)
+        learners = []
+        for run, its in zip(runs, saved, strict=True):
+            run.algorithm.task_chunk = execution.task_chunk
+            if its is not None:
+                run.algorithm.load_state_dict(its["state"])
+            stream = Stream(run.config["seed"], hardware.device)
+            start = its["iteration"] if its else 0
+            learners.append(Learner(run.algorithm, stream, run.folder, run.logger, start))
         train(
-            algorithm,
-            run,
-            logger,
+            learners,
             execution,
-            saved,
-            Stream(config["seed"], hardware.device),
             config["num_iterations"],
             config["meta_batch_size"],
             config["log_every"],
             config["checkpoint_every"],
         )
-        report, picture = _evaluate(config, run, algorithm, evaluation, config["num_iterations"])
-        logger.report(report, {"adaptation": picture})
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, before)
-        run.close(status)  # first: a mirror may take its time
-        logger.finish(status)
-    return _number(report["headline"])
+        for run in runs:
+            run.evaluate()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Interrupted("stopped by SIGTERM; training so far is saved: the same command goes on", number)
 
 
-def _number(headline: float | None) -> float:
-    """A sweep needs a number where a report says that adaptation diverged."""
-    return math.nan if headline is None else headline
-
-
-def _execution(
-    saved: Mapping[str, Any] | None, hardware: Hardware, algorithm: Algorithm, config: Mapping[str, Any]
-) -> Execution:
-    """Settles threads, chunk and compilation; what a checkpoint was made with is kept, so that it goes on exactly."""
-    execution = hardware.choose(algorithm.domain, config["num_iterations"], saved["execution"] if saved else {})
-    hardware.apply(execution)
-    algorithm.task_chunk = execution.task_chunk
-    if execution.compile:
-        algorithm.chunk_gradient = compiled(algorithm.chunk_gradient)
-    return execution
-
-
-def _evaluate_saved(
-    config: Mapping[str, Any], run: RunFolder, algorithm: Algorithm, evaluation: Evaluation, hardware: Hardware
-) -> float:
-    given = config["checkpoint"]
-    saved = run.load_checkpoint(Path(given) if given else None)
-    if saved is None:
-        raise MamlError(
-            f"there is nothing to evaluate in {run.path}: train first (the same command without mode=eval), "
-            "or name a file with checkpoint="
-        )
-    _execution(saved, hardware, algorithm, config)
-    algorithm.load_state_dict(saved["state"])
-    beside = Path(given).parent if given else run.path
-    report, _ = _evaluate(config, run, algorithm, evaluation, saved["iteration"], beside)
-    return _number(report["headline"])
+def _say(text: str) -> None:
+    if ranks.rank() == 0:
+        print(text)
 
 
 def _evaluate(
@@ -175,6 +224,8 @@ def _evaluate(
         "headline": own_k["steps"][-1]["mean"],
         "curves": summaries,
     }
+    if ranks.rank():
+        return report, run.path
     folder = run.save_report(report, per_task_rows(curves), beside)
     picture = plot_report(report, folder / "report.png")
     verdicts = cell_verdicts(run.experiment, config, report)

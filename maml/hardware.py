@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from maml import ranks
 from maml.domain.base import Domain
 from maml.domain.reinforcement import Reinforcement
 from maml.errors import MamlError, Unavailable
@@ -31,12 +32,14 @@ class Execution:
         num_threads: of the CPU.
         task_chunk: tasks batched at once; None is all of them.
         compile: whether the meta-gradient is compiled.
+        cuda_graph: whether the whole meta-iteration is launched as one graph.
         device: what it was chosen for.
     """
 
     num_threads: int
     task_chunk: int | None
     compile: bool
+    cuda_graph: bool = False
     device: str = "cpu"
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,10 +56,15 @@ class Hardware:
             small vectors would lose by more.
         task_chunk: tasks batched at once; ``all``, or ``auto``: all on a GPU, a cache-sized part on a CPU.
         compile: compile the meta-gradient; ``auto`` does so for long CPU runs of small networks.
+        cuda_graph: capture the whole meta-iteration, from the draw of its tasks to the outer optimizer, and launch it
+            as one; ``auto`` does so on a GPU, but for RL.
+        recompute: forget what an inner step computed on its way, and compute it again for the meta-gradient: about a
+            third more time for memory that does not grow with the number of steps.
         deterministic: only kernels that give the same bits every time; a resumed GPU run is then exact too.
+        min_processes: fewer are an error: a run that was meant for several GPUs shall not start on one.
 
     Raises:
-        MamlError: if CUDA is asked for and absent.
+        MamlError: if CUDA is asked for and absent, or processes are missing.
     """
 
     def __init__(
@@ -65,8 +73,16 @@ class Hardware:
         num_threads: Count | Literal["auto"] = "auto",
         task_chunk: Count | Literal["auto", "all"] = "auto",
         compile: bool | Literal["auto"] = "auto",
+        cuda_graph: bool | Literal["auto"] = "auto",
+        recompute: bool = False,
         deterministic: bool = False,
+        min_processes: Count = 1,
     ) -> None:
+        if ranks.size() < min_processes:
+            raise MamlError(
+                f"{ranks.size()} process{'es' * (ranks.size() > 1)} for hardware.min_processes={min_processes}: start "
+                "torchrun --nproc-per-node=NUMBER_OF_GPUS train.py ..., or choose hardware=gpu"
+            )
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable(
                 f"hardware.device=cuda, but torch {torch.__version__} sees no CUDA device: use hardware=cpu (or auto), "
@@ -74,9 +90,12 @@ class Hardware:
             )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        if device == "cpu" and cuda_graph is True:
+            raise MamlError("hardware.cuda_graph=true needs a GPU; leave it to auto")
+        # Each process of a machine has a GPU of its own.
+        self.device = torch.device(device, ranks.place()) if device == "cuda" else torch.device(device)
         self.num_threads, self.task_chunk, self.compile = num_threads, task_chunk, compile
-        self.deterministic = deterministic
+        self.cuda_graph, self.recompute, self.deterministic = cuda_graph, recompute, deterministic
 
     def choose(self, domain: Domain[Any], num_iterations: int, earlier: Mapping[str, Any]) -> Execution:
         """Settles what is left to ``auto``.
@@ -90,11 +109,13 @@ class Hardware:
         is_image = len(domain.in_shape) == 3
         on_cpu = self.device.type == "cpu"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = max(1, cores // ranks.on_this_machine())
         pixels = product(domain.in_shape) * domain.out_dim * (domain.num_shots + (domain.num_query or domain.num_shots))
         automatic = {
             "num_threads": cores if is_image else 1,
             "task_chunk": max(1, 2 * _CHUNK_PIXELS // pixels) if on_cpu and is_image else None,
             "compile": on_cpu and not is_image and num_iterations >= _MIN_ITERATIONS_TO_COMPILE,
+            "cuda_graph": not on_cpu,
         }
         if isinstance(domain, Reinforcement):
             if self.compile is True:
@@ -106,6 +127,7 @@ class Hardware:
             # Beside a GPU the cores have nothing to do but simulate.
             threads = 1 if on_cpu else cores
             automatic |= {"num_threads": threads, "task_chunk": chunk if on_cpu else None, "compile": False}
+            automatic["cuda_graph"] = False  # simulation is the host's, and no episode is as long as the next
         chosen: dict[str, Any] = {"device": self.device.type}
         kept = earlier if earlier.get("device", self.device.type) == self.device.type else {}
         for name, value in (automatic | {name: kept[name] for name in automatic.keys() & kept.keys()}).items():
@@ -116,9 +138,6 @@ class Hardware:
     def apply(self, execution: Execution) -> None:
         """Sets the process-wide switches."""
         torch.set_num_threads(execution.num_threads)
-        # Float32 means float32: by default some CUDA kernels would round their inputs to TF32.
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch's compiler
@@ -129,6 +148,8 @@ class Hardware:
         described: dict[str, Any] = {"device": str(self.device), "cpu": _cpu_name(), "cores": os.cpu_count()}
         if self.device.type == "cuda":
             described["gpu"] = torch.cuda.get_device_name(self.device)
+        if ranks.size() > 1:
+            described["processes"] = ranks.size()
         return described
 
 

@@ -25,6 +25,8 @@ def start() -> None:
     """Joins the other processes that torchrun has started, if it has: over NCCL between GPUs, and Gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         with _in_contact():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(place())
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
 
@@ -37,6 +39,11 @@ def rank() -> int:
 def size() -> int:
     """Returns how many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def place() -> int:
+    """Returns this process's number among those on this machine: that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def on_this_machine() -> int:
@@ -118,6 +125,6 @@ def _in_contact() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise MamlError(
-            f"another process of this run has ended, or cannot be reached ({str(error).splitlines()[0]}); its own message "
-            "says why. The last checkpoint is intact: the same command resumes, on any number of processes"
+            "another process of this run has ended, or cannot be reached; its own message says why. The last "
+            "checkpoint is intact: the same command resumes, on any number of processes"
         ) from error

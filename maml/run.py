@@ -22,7 +22,7 @@ from typing import IO, Any
 import torch
 from omegaconf import OmegaConf
 
-from maml import checkpoint
+from maml import checkpoint, ranks
 from maml.config import differences, digest, evaluation_config, training_config
 from maml.errors import MamlError
 
@@ -260,6 +260,16 @@ class RunFolder:
         checkpoint.write_whole(path, lambda file: file.write("".join(kept).encode()))
 
 
+class Follower(RunFolder):
+    """The same folder in the other processes of a run, which leave all writing to the first."""
+
+    def log(self, iteration: int, metrics: Mapping[str, float]) -> None: ...
+
+    def save_checkpoint(self, iteration: int, state: Mapping[str, Any], execution: Mapping[str, Any]) -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """Reads a JSON file; None if there is none.
 
@@ -290,7 +300,8 @@ def command_line() -> str:
     """Returns the command that started this process, as one would type it."""
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(_ROOT) if script.is_relative_to(_ROOT) else script.name
-    return shlex.join(["python", str(shown), *sys.argv[1:]])
+    start = ["torchrun", f"--nproc-per-node={ranks.on_this_machine()}"] if ranks.size() > 1 else ["python"]
+    return shlex.join([*start, str(shown), *sys.argv[1:]])
 
 
 def _commit() -> dict[str, Any]:

@@ -63,19 +63,23 @@ class Stream:
         return _mix(counters + self.key).reshape(tuple(shape))
 
     def uniform(
-        self, shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float32
+        self, shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Returns numbers uniform on ``[low, high)``, of 24 random bits each (53 in float64)."""
+        """Returns numbers uniform on ``[low, high)``, of 24 random bits each; of 53, where float64 is asked for.
+
+        Without ``dtype`` they are of the default type, and the same draws in any: a run in float64 sees the same tasks.
+        """
         digits = 53 if dtype == torch.float64 else 24
-        unit = ((self.bits(shape) >> (64 - digits)) & ((1 << digits) - 1)).to(dtype) * 2.0**-digits
+        unit = (self.bits(shape) >> (64 - digits)) & ((1 << digits) - 1)
+        unit = unit.to(dtype or torch.get_default_dtype()) * 2.0**-digits
         return unit * (high - low) + low
 
     def normal(self, shape: Sequence[int], std: float = 1.0, bound: float | None = None) -> Tensor:
-        """Returns float32 normal numbers of mean 0, cut (redrawn, in effect) at ``bound`` standard deviations."""
+        """Returns normal numbers of mean 0, cut (redrawn, in effect) at ``bound`` standard deviations."""
         mass = 1.0 if bound is None else math.erf(bound / math.sqrt(2))
         # Centres of the cells, so that neither end of the inverse error function is reached.
         unit = self.uniform(shape, dtype=torch.float64) + 2.0**-54
-        return (torch.erfinv((2 * unit - 1) * mass) * math.sqrt(2) * std).to(torch.float32)
+        return (torch.erfinv((2 * unit - 1) * mass) * math.sqrt(2) * std).to(torch.get_default_dtype())
 
     def integers(self, shape: Sequence[int], count: int) -> Tensor:
         """Returns integers uniform on ``0 .. count - 1``."""

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from types import FrameType
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from maml import checkpoint, ranks
 from maml.algorithm.base import Algorithm
 from maml.errors import Interrupted, MamlError
 from maml.hardware import Execution
+from maml.iteration import Iteration
 from maml.logger.base import Logger
 from maml.progress import Progress
 from maml.run import RunFolder
@@ -22,29 +27,40 @@ from maml.seeding import Stream
 from maml.types import Params
 
 
+@dataclass(frozen=True)
+class Learner:
+    """One seed of a run.
+
+    Attributes:
+        algorithm: what learns; its state is updated in place.
+        stream: of the seed.
+        run: its open run folder.
+        logger: a mirror of its metrics.
+        start: the iterations that its state has behind it.
+    """
+
+    algorithm: Algorithm
+    stream: Stream
+    run: RunFolder
+    logger: Logger
+    start: int = 0
+
+
 def train(
-    algorithm: Algorithm,
-    run: RunFolder,
-    logger: Logger,
+    learners: Sequence[Learner],
     execution: Execution,
-    saved: Mapping[str, Any] | None,
-    stream: Stream,
     num_iterations: int,
     meta_batch_size: int,
     log_every: int,
     checkpoint_every: int,
 ) -> None:
-    """Meta-trains from the saved state, or from the start, to ``num_iterations``.
+    """Meta-trains to ``num_iterations``; what iteration t sees depends only on the stream and t.
 
-    What iteration t sees depends only on the stream and t.
+    Several seeds go side by side; one that an interruption left behind first catches up.
 
     Args:
-        algorithm: what learns; its state is updated in place.
-        run: an open run folder.
-        logger: a mirror of the metrics.
-        execution: stored with the state.
-        saved: the checkpoint to resume from, or None.
-        stream: of the run's seed.
+        learners: one for each seed.
+        execution: how the computation is cut; stored with the state.
         num_iterations: meta-updates in all.
         meta_batch_size: B.
         log_every: iterations between two lines of metrics.
@@ -54,34 +70,78 @@ def train(
         MamlError: if the loss is not finite or a file cannot be written; the last checkpoint is intact.
         Interrupted: on SIGTERM or SIGINT, after a checkpoint.
     """
-    start = 0
-    if saved is not None:
-        algorithm.load_state_dict(saved["state"])
-        start = saved["iteration"]
-    elif num_iterations == 0:  # theta as it was drawn is all there is to keep
-        run.save_checkpoint(0, algorithm.state_dict(), execution.as_dict())
-    with Progress(run.experiment, num_iterations, start) as progress, _stop_signals() as stopped:
-        for iteration in range(start + 1, num_iterations + 1):
-            tasks = algorithm.sample_tasks(meta_batch_size, stream.child("train").child(iteration))
-            metrics = algorithm.step(tasks)
-            progress.update(iteration, lambda metrics=metrics: _floats(metrics))  # type: ignore[misc]
-            last = iteration == num_iterations or bool(stopped)
-            if iteration % log_every == 0 or last:
-                values = _finite(metrics, iteration, run)
-                if iteration % log_every == 0 or iteration == num_iterations:
-                    run.log(iteration, values)
-                    logger.log(values, iteration)
-            if iteration % checkpoint_every == 0 or last:
-                state = algorithm.state_dict()
-                # The loss is that of theta before this update; a theta that has just diverged does not show in it.
-                _finite(metrics | _largest(state), iteration, run)
-                run.save_checkpoint(iteration, state, execution.as_dict())
-            if stopped:
-                raise Interrupted(
-                    f"stopped by {signal.Signals(stopped[0]).name} after iteration {iteration} of {num_iterations}; "
-                    f"saved in {run.path}: the same command resumes",
-                    stopped[0],
-                )
+    starts = sorted({learner.start for learner in learners} | {num_iterations})
+    if num_iterations == 0:  # theta as it was drawn is all there is to keep
+        for learner in learners:
+            if checkpoint.newest(learner.run.checkpoint_path) is None:
+                learner.run.save_checkpoint(0, learner.algorithm.state_dict(), execution.as_dict())
+    console = Console(quiet=True) if ranks.rank() else None
+    title = learners[0].run.experiment
+    with Progress(title, num_iterations, starts[0], console) as progress, _stop_signals() as stopped:
+        for start, end in pairwise(starts):
+            together = [learner for learner in learners if learner.start <= start]
+            algorithms, streams = [each.algorithm for each in together], [each.stream for each in together]
+            iterate = Iteration(algorithms, streams, meta_batch_size, execution)
+            waiting = _Waiting(together)
+            for number in range(start + 1, end + 1):
+                metrics = iterate(number)
+                progress.update(number, lambda metrics=metrics: _floats(metrics[0]))  # type: ignore[misc]
+                signal_number = ranks.largest(stopped[0] if stopped else 0)
+                last = number == end or bool(signal_number)
+                if number % log_every == 0 or number == num_iterations:
+                    waiting.add(number, metrics)
+                if number % checkpoint_every == 0 or last:
+                    waiting.write()
+                    for learner, its in zip(together, metrics, strict=True):
+                        state = learner.algorithm.state_dict()
+                        # The loss is that of theta before this update; a theta that has just diverged does not show
+                        # in it.
+                        _finite(_floats(its | _largest(state)), number, learner.run)
+                        learner.run.save_checkpoint(number, state, iterate.execution.as_dict())
+                waiting.write(if_ready=True)
+                if signal_number:
+                    raise Interrupted(
+                        f"stopped by {signal.Signals(signal_number).name} after iteration {number} of "
+                        f"{num_iterations}; saved in {', '.join(str(each.run.path) for each in together)}: "
+                        "the same command resumes",
+                        signal_number,
+                    )
+
+
+class _Waiting:
+    """Metrics on their way from the device to the logs: nothing waits for them, the training loop least of all."""
+
+    def __init__(self, learners: Sequence[Learner]) -> None:
+        self.learners = learners
+        self.due: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
+
+    def add(self, number: int, metrics: Sequence[Mapping[str, Tensor]]) -> None:
+        """Sends for the metrics of an iteration, of each learner; `write` logs what has arrived."""
+        values = torch.stack([torch.stack(list(its.values())) for its in metrics])
+        arrived = None
+        if values.is_cuda:
+            values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.due.append((number, list(metrics[0]), values, arrived))
+
+    def write(self, if_ready: bool = False) -> None:
+        """Logs all that was sent for, or as far as it has arrived.
+
+        Raises:
+            MamlError: if a number is not finite.
+        """
+        while self.due:
+            number, names, values, arrived = self.due[0]
+            if arrived is not None:
+                if if_ready and not arrived.query():
+                    return
+                arrived.synchronize()
+            del self.due[0]
+            for learner, its in zip(self.learners, values.tolist(), strict=True):
+                found = _finite(dict(zip(names, its, strict=True)), number, learner.run)
+                learner.run.log(number, found)
+                learner.logger.log(found, number)
 
 
 def _floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
@@ -98,8 +158,7 @@ def _largest(state: Mapping[str, Params]) -> dict[str, Tensor]:
     }
 
 
-def _finite(metrics: Mapping[str, Tensor], iteration: int, run: RunFolder) -> dict[str, float]:
-    values = _floats(metrics)
+def _finite(values: dict[str, float], iteration: int, run: RunFolder) -> dict[str, float]:
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
     if wrong:
         raise MamlError(

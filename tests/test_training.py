@@ -20,7 +20,7 @@ from maml.hardware import Execution
 from maml.logger.base import Logger
 from maml.run import RunFolder
 from maml.seeding import Stream
-from maml.training import train
+from maml.training import Learner, train
 from tests.runs import TinyRuns
 
 STREAM = Stream(5)
@@ -71,8 +71,12 @@ class Loop:
 
     def __call__(self) -> None:
         saved = self.run.open({}, "")
+        if saved:
+            self.algorithm.load_state_dict(saved["state"])
+        start = saved["iteration"] if saved else 0
+        learner = Learner(self.algorithm, STREAM, self.run, self.logger, start)
         try:
-            train(self.algorithm, self.run, self.logger, Execution(1, None, False), saved, STREAM, *self.settings)
+            train([learner], Execution(1, None, False), *self.settings)
         finally:
             self.run.close("finished")
 

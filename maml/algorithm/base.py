@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from maml.compiling import ChunkGradient
 from maml.domain.base import Domain, Metrics
 from maml.errors import MamlError
 from maml.inner.base import Inner
+from maml.memory import within_memory
 from maml.model.base import Model
 from maml.outer.base import Objective, Outer, OuterState
 from maml.seeding import Stream
@@ -23,6 +24,8 @@ from maml.types import Params, Product, Tasks, expand, num_tasks, take
 # Beside the parameters in `Algorithm.best`: its score, and the scores of the last iterations.
 _SCORE, _RECENT = "score", "recent"
 _NUM_RECENT = 10
+
+Computed = TypeVar("Computed")
 
 MakeModel = Callable[[Sequence[int], int], Model]
 """Makes f_theta for inputs of a shape and a number of outputs."""
@@ -57,8 +60,8 @@ class Algorithm(ABC):
             ``inner.order`` matters and step sizes can be learnt.
         trained_as: the class that this one is in training, where it differs in meta-test only; their runs are shared.
         learns_from_rollouts: whether it knows data that depends on theta, as RL's do.
-        sums_over_tasks: whether its meta-update follows from a sum over the tasks of a meta-batch, so that processes can
-            share them, and several seeds be computed side by side.
+        sums_over_tasks: whether its meta-update follows from a sum over the tasks of a meta-batch: processes can then
+            share them, and several seeds go side by side.
 
     Attributes:
         theta: what is meta-learnt: the model's parameters and what the inner optimizer adds to them.
@@ -152,7 +155,9 @@ class Algorithm(ABC):
         if self.num_seeds is None:
             return expand(params, count)
         each = (-1, count // self.num_seeds)
-        return {name: value.unsqueeze(1).expand(*each, *value.shape[1:]).flatten(0, 1) for name, value in params.items()}
+        return {
+            name: value.unsqueeze(1).expand(*each, *value.shape[1:]).flatten(0, 1) for name, value in params.items()
+        }
 
     def _summary(self, tasks: Tasks) -> dict[str, Tensor]:
         means, counts = self.domain.summary(tasks)
@@ -184,28 +189,48 @@ class Algorithm(ABC):
             theta: parameters without a task axis.
             tasks: a meta-batch.
         """
-        total: list[Tensor] = []
-        for chunk in self._chunks(tasks):
-            gradients, metrics = self.chunk_gradient(theta | self.carried, chunk)
-            part = [*gradients.values(), *metrics.values()]
-            total = list(torch._foreach_add(total, part)) if total else part
-        *total, count = ranks.total([*total, self._count(tasks)])
+        gradients, metrics = self._within_memory(lambda chunk: self.gradient_sums(theta, tasks, chunk), tasks)
+        *total, count = ranks.total([*gradients.values(), *metrics.values(), self._count(tasks)])
         means = torch._foreach_div(total, count)
         return (
             dict(zip(gradients, means[: len(gradients)], strict=True)),
             dict(zip(metrics, means[len(gradients) :], strict=True)),
         )
 
+    def gradient_sums(self, theta: Params, tasks: Tasks, task_chunk: int) -> tuple[Params, Metrics]:
+        """Returns sums over the tasks that this process has: of the gradient with respect to theta, and of metrics."""
+        total: list[Tensor] = []
+        for chunk in self._chunks(tasks, task_chunk):
+            gradients, metrics = self.chunk_gradient(theta | self.carried, chunk)
+            part = [*gradients.values(), *metrics.values()]
+            total = list(torch._foreach_add(total, part)) if total else part
+        return (
+            dict(zip(gradients, total[: len(gradients)], strict=True)),
+            dict(zip(metrics, total[len(gradients) :], strict=True)),
+        )
+
+    def _within_memory(self, compute: Callable[[int], Computed], tasks: Tasks) -> Computed:
+        """Returns what is computed in chunks; where they had to shrink, the run goes on with the smaller ones."""
+        chunk = self._chunk_of(tasks)
+        computed, used = within_memory(compute, chunk, smallest=self.num_seeds or 1)
+        if used < chunk:
+            self.task_chunk = used
+        return computed
+
     @torch.no_grad()
     def evaluate(self, theta: Params, tasks: Tasks) -> dict[str, Tensor]:
         """Returns the mean metrics at theta, without its gradient."""
-        sums = []
-        for chunk in self._chunks(tasks):
-            losses, metrics = self.task_losses(theta | self.carried, chunk)
-            sums.append(self._summed({"loss": losses} | metrics))
-        own = [torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]]
-        *total, count = ranks.total([*own, self._count(tasks)])
-        return {name: value / count for name, value in zip(sums[0], total, strict=True)}
+
+        def compute(task_chunk: int) -> Metrics:
+            sums = []
+            for chunk in self._chunks(tasks, task_chunk):
+                losses, metrics = self.task_losses(theta | self.carried, chunk)
+                sums.append(self._summed({"loss": losses} | metrics))
+            return {name: torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]}
+
+        own = self._within_memory(compute, tasks)
+        *total, count = ranks.total([*own.values(), self._count(tasks)])
+        return {name: value / count for name, value in zip(own, total, strict=True)}
 
     def curvature(self, theta: Params, tasks: Tasks, every: int = 1) -> Product:
         """Returns the Hessian of the mean KL divergence from the policies of theta, at theta.
@@ -215,7 +240,10 @@ class Algorithm(ABC):
             tasks: a meta-batch with its rollouts.
             every: takes every so many-th timestep of them.
         """
-        products = [self.chunk_curvature(theta, self.domain.thin(chunk, every)) for chunk in self._chunks(tasks)]
+        products = [
+            self.chunk_curvature(theta, self.domain.thin(chunk, every))
+            for chunk in self._chunks(tasks, self._chunk_of(tasks))
+        ]
         own_count = self._count(tasks)
 
         def product(vector: Params) -> Params:
@@ -232,15 +260,19 @@ class Algorithm(ABC):
         """Returns the same, summed over the tasks of a chunk."""
         raise MamlError(f"{type(self).__name__} does not know how far a policy moves; choose outer=adam")
 
-    def _chunks(self, tasks: Tasks) -> Iterator[Tasks]:
+    def _chunk_of(self, tasks: Tasks) -> int:
+        """Returns how many tasks are batched at once; of several seeds, as many of each."""
         count, seeds = num_tasks(tasks), self.num_seeds or 1
-        chunk = max(1, (self.task_chunk or count) // seeds)
-        if seeds == 1 or seeds * chunk >= count:
-            for start in range(0, count, chunk * seeds):
-                yield take(tasks, start, start + chunk * seeds)
+        return max(seeds, min(self.task_chunk or count, count) // seeds * seeds)
+
+    def _chunks(self, tasks: Tasks, task_chunk: int) -> Iterator[Tasks]:
+        if self.num_seeds is None:
+            for start in range(0, num_tasks(tasks), task_chunk):
+                yield take(tasks, start, start + task_chunk)
             return
-        each = {name: value.unflatten(0, (seeds, -1)) for name, value in tasks.items()}
-        for start in range(0, count // seeds, chunk):
+        each = {name: value.unflatten(0, (self.num_seeds, -1)) for name, value in tasks.items()}
+        chunk = task_chunk // self.num_seeds
+        for start in range(0, num_tasks(tasks) // self.num_seeds, chunk):
             yield {name: value[:, start : start + chunk].flatten(0, 1) for name, value in each.items()}
 
     def _count(self, tasks: Tasks) -> Tensor:

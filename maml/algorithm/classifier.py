@@ -35,6 +35,7 @@ class Classifier(Algorithm):
     """
 
     trained_as = "maml.algorithm.classifier.Classifier"
+    sums_over_tasks = False  # a batch is one task, normalised as a whole
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)

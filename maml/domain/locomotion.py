@@ -85,7 +85,9 @@ class Velocity(Running):
 
     def test_goals(self, count: int) -> Tensor:
         """NumPy's generator with seed 1, as in the authors' test scripts (protocol 6.8)."""
-        return torch.from_numpy(np.random.RandomState(1).uniform(*self.goal_range, size=(count, 1))).float()
+        return torch.from_numpy(np.random.RandomState(1).uniform(*self.goal_range, size=(count, 1))).to(
+            torch.get_default_dtype()
+        )
 
 
 class CheetahVelocity(Velocity):
@@ -146,7 +148,7 @@ class Direction(Running):
         """The authors' 40: 18 forward and 22 backward of the cheetah, 20 and 20 of the ant (protocol 6.8)."""
         seed, low, high, threshold = self.test_draw
         numbers = np.random.RandomState(seed).uniform(low, high, size=(count, 1))
-        return torch.from_numpy(np.where(numbers >= threshold, 1.0, -1.0)).float()
+        return torch.from_numpy(np.where(numbers >= threshold, 1.0, -1.0)).to(torch.get_default_dtype())
 
 
 class CheetahDirection(Direction):

@@ -50,7 +50,7 @@ class PointNavigation(Reinforcement):
 
     def test_goals(self, count: int) -> Tensor:
         goals = np.random.RandomState(_TEST_SEED).uniform(*self.goal_range, size=(count, 2))
-        return torch.from_numpy(goals).float()
+        return torch.from_numpy(goals).to(torch.get_default_dtype())
 
     def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
         return gymnasium.make(

@@ -134,10 +134,10 @@ class Reinforcement(Domain[Rollouts]):
             actions=episodes.actions,
             outputs=episodes.outputs,
             advantages=advantages(episodes, pooled=bool(tasks["pooled"][0])),
-            weights=(times < lengths) / lengths.float(),
+            weights=(times < lengths) / lengths,
             returns=episodes.total_reward / episodes.num_episodes,
             lengths=episodes.lengths / episodes.num_episodes,
-            num_unstable=episodes.num_unstable.float(),
+            num_unstable=episodes.num_unstable.to(episodes.total_reward.dtype),
         )
         tasks |= {f"step_{step}.{name}": value for name, value in rollouts._asdict().items()}
 

@@ -86,7 +86,7 @@ class VectorizedEnvironments(Environments):
             if not np.isfinite(observation).all():
                 raise MamlError(f"{self._name} begins at {observation} for {self._keywords(goal)}; mend its reset")
             observations.append(observation)
-        return torch.as_tensor(np.stack(observations), dtype=torch.float32, device=goals.device)
+        return torch.as_tensor(np.stack(observations), dtype=torch.get_default_dtype(), device=goals.device)
 
     def step(self, actions: Tensor, living: Tensor) -> Transition:
         taken = []
@@ -95,7 +95,7 @@ class VectorizedEnvironments(Environments):
             space: Any = environment.action_space
             taken.append(environment.step(np.clip(action, space.low, space.high).astype(space.dtype)))
         seen, received, terminated, truncated, _ = zip(*taken, strict=True)
-        observations = torch.as_tensor(np.stack(seen), dtype=torch.float32, device=actions.device)
+        observations = torch.as_tensor(np.stack(seen), dtype=torch.get_default_dtype(), device=actions.device)
         rewards = torch.tensor([float(reward) for reward in received], device=actions.device)
         over = torch.tensor(np.logical_or(terminated, truncated), device=actions.device)
         stable = observations.isfinite().all(-1) & rewards.isfinite()

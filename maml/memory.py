@@ -1,0 +1,44 @@
+"""Where memory does not suffice for all tasks of a chunk at once, smaller chunks do the same, more slowly."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from maml.errors import MamlError
+
+Computed = TypeVar("Computed")
+_log = logging.getLogger(__name__)
+
+
+def within_memory(compute: Callable[[int], Computed], chunk: int, smallest: int = 1) -> tuple[Computed, int]:
+    """Returns what is computed in chunks of tasks, and their size: ``chunk``, halved as often as was needed.
+
+    Args:
+        compute: a function of the chunk's size, whose result does not depend on it but for rounding.
+        chunk: tasks batched at once.
+        smallest: cannot be divided.
+
+    Raises:
+        MamlError: if the smallest chunk is too much.
+    """
+    while True:
+        try:
+            return compute(chunk), chunk
+        except torch.OutOfMemoryError as error:
+            said = str(error).splitlines()[0]
+        # Outside the handler, which would keep alive all that the failed computation holds.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if chunk <= smallest:
+            raise MamlError(
+                f"one task alone does not fit into memory ({said}). Choose hardware.recompute=true, precision=bf16, a "
+                "smaller model, fewer gradient steps, or less support and query data per task"
+            )
+        chunk = max(smallest, chunk // 2)
+        _log.warning("memory does not suffice (%s): going on with hardware.task_chunk=%d", said, chunk)
