@@ -33,6 +33,7 @@ class Execution:
         task_chunk: tasks batched at once; None is all of them.
         compile: whether the meta-gradient is compiled.
         cuda_graph: whether the whole meta-iteration is launched as one graph.
+        recompute: whether inner steps are computed again for the meta-gradient.
         device: what it was chosen for.
     """
 
@@ -40,6 +41,7 @@ class Execution:
     task_chunk: int | None
     compile: bool
     cuda_graph: bool = False
+    recompute: bool = False
     device: str = "cpu"
 
     def as_dict(self) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class Hardware:
             threads = 1 if on_cpu else cores
             automatic |= {"num_threads": threads, "task_chunk": chunk if on_cpu else None, "compile": False}
             automatic["cuda_graph"] = False  # simulation is the host's, and no episode is as long as the next
-        chosen: dict[str, Any] = {"device": self.device.type}
+        chosen: dict[str, Any] = {"device": self.device.type, "recompute": self.recompute}
         kept = earlier if earlier.get("device", self.device.type) == self.device.type else {}
         for name, value in (automatic | {name: kept[name] for name in automatic.keys() & kept.keys()}).items():
             asked = getattr(self, name)

@@ -47,6 +47,7 @@ class Iteration:
             self.computing.chunk_gradient = self.computing._chunk_gradient
         self._execution = execution
         self.computing.task_chunk = execution.task_chunk
+        self.computing.inner.recompute = execution.recompute
         if execution.compile:
             self.computing.chunk_gradient = compiled(self.computing.chunk_gradient)
 

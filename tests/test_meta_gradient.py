@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -162,6 +163,48 @@ def test_meta_gradient_equals_the_plain_loop(case: str, order: int, num_steps: i
     assert metrics["loss"].item() == pytest.approx(loss.item(), rel=1e-9)
     for name, value in zip(leaves, expected, strict=True):
         torch.testing.assert_close(gradient[name], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recomputed_steps_give_the_same_meta_gradient(case: str) -> None:
+    in_shape, classes, make_model, _ = CASES[case]
+    algorithm, theta, tasks = make(in_shape, classes, make_model(), num_steps=3, order=2)
+    expected, _ = algorithm.gradient(theta, tasks)
+    algorithm.inner.recompute = True
+    gradient, _ = algorithm.gradient(theta, tasks)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, rtol=1e-10, atol=1e-12)
+
+
+class Held:
+    """What autograd keeps for as long as it keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_recomputed_steps_keep_no_more_of_five_steps_than_of_one() -> None:
+    """Counts what autograd holds for the outer gradient, in numbers."""
+    held = {}
+    for recompute in (False, True):
+        for num_steps in (1, 5):
+            model = Conv4(SMALL, NUM_WAYS, 6, "stride")
+            algorithm, theta, tasks = make(SMALL, True, model, num_steps, order=2)
+            algorithm.inner.recompute = recompute
+            alive: WeakSet[Held] = WeakSet()
+
+            def pack(tensor: Tensor, alive: WeakSet[Held] = alive) -> Held:
+                alive.add(held_tensor := Held(tensor))
+                return held_tensor
+
+            leaves = {name: value.requires_grad_() for name, value in theta.items()}
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda held_tensor: held_tensor.tensor):
+                losses, _ = algorithm.task_losses(leaves, tasks)
+            held[recompute, num_steps] = sum({each.tensor.data_ptr(): each.tensor.numel() for each in alive}.values())
+            del losses
+    parameters = NUM_TASKS * sum(value.numel() for value in theta.values())
+    assert held[True, 5] <= held[True, 1] + 5 * parameters
+    assert held[True, 5] < 0.5 * held[False, 5]
 
 
 @pytest.mark.parametrize("chunk", [None, 1])

@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from maml.errors import MamlError
 from maml.types import Params
@@ -26,6 +29,9 @@ class Inner(ABC):
     Class attributes:
         is_plain: whether a step is theta - step_size * gradient and no more.
 
+    Attributes:
+        recompute: whether a step is computed once more for the meta-gradient, rather than kept in memory.
+
     Args:
         step_size: of every step, or where it starts.
         num_steps: gradient steps in training (evaluation has its own number).
@@ -34,6 +40,7 @@ class Inner(ABC):
     """
 
     is_plain = False
+    recompute = False
 
     def __init__(self, step_size: float, num_steps: int, order: Literal[1, 2], adapt: list[str]) -> None:
         self.step_size = step_size
@@ -109,19 +116,69 @@ class Inner(ABC):
         if state is None:
             state = self.start({name: params[name] for name in names})
         yield params, state
+
+        def take_step(params: Params, state: Params, step: int, create_graph: bool) -> tuple[Params, Params]:
+            gradients = torch.autograd.grad(
+                loss(params, step).sum(), [params[name] for name in names], create_graph=create_graph
+            )
+            size = None if step_sizes is None else step_sizes[step]
+            return self.update(params, dict(zip(names, gradients, strict=True)), state, step, size)
+
         for step in range(num_steps):
             with torch.enable_grad():
                 if not params[names[0]].requires_grad:  # evaluation: nothing upstream wants a gradient
                     params = params | {name: params[name].detach().requires_grad_() for name in names}
-                gradients = torch.autograd.grad(
-                    loss(params, step).sum(), [params[name] for name in names], create_graph=create_graph
-                )
-                adapted, state = self.update(
-                    params,
-                    dict(zip(names, gradients, strict=True)),
-                    state,
-                    step,
-                    None if step_sizes is None else step_sizes[step],
-                )
+                if create_graph and self.recompute:
+                    adapted, state = _recomputed(partial(take_step, step=step), params, state)
+                else:
+                    adapted, state = take_step(params, state, step, create_graph)
             params = params | adapted
             yield params, state
+
+
+class _Step(Protocol):
+    def __call__(self, params: Params, state: Params, *, create_graph: bool) -> tuple[Params, Params]: ...
+
+
+def _recomputed(step: _Step, params: Params, state: Params) -> tuple[Params, Params]:
+    """Returns what a step returns, keeping nothing for its derivative but what it started from."""
+    names: list[list[str]] = []
+
+    def flat(values: Sequence[Tensor], create_graph: bool) -> tuple[Tensor, ...]:
+        inputs = dict(zip(params, values[: len(params)], strict=True))
+        kept = dict(zip(state, values[len(params) :], strict=True))
+        returned = step(inputs, kept, create_graph=create_graph)
+        names[:] = [list(group) for group in returned]
+        return tuple(value for group in returned for value in group.values())
+
+    values = _Recomputed.apply(flat, *params.values(), *state.values())
+    adapted, new = names
+    return dict(zip(adapted, values, strict=False)), dict(zip(new, values[len(adapted) :], strict=True))
+
+
+class _Recomputed(Function):
+    """A function of tensors that is computed once more when its derivative is asked for; once differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.function = function
+        ctx.save_for_backward(*values)
+        with torch.enable_grad():
+            started = [_leaf(value) for value in values]
+            return tuple(value.detach() for value in function(started, create_graph=False))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            started = [_leaf(value) for value in ctx.saved_tensors]
+            ended = ctx.function(started, create_graph=True)
+            kept = [(value, gradient) for value, gradient in zip(ended, gradients, strict=True) if value.requires_grad]
+            wanted = [value for value in started if value.requires_grad]
+            outputs, their_gradients = zip(*kept, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, their_gradients, materialize_grads=True))
+        return None, *(next(found) if value.requires_grad else None for value in started)
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_(value.is_floating_point())
