@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maml import checkpoint, ranks
 from maml.algorithm.base import Algorithm
+from maml.capture import Captured
 from maml.errors import Interrupted, MamlError
 from maml.hardware import Execution
 from maml.iteration import Iteration
@@ -81,7 +82,8 @@ def train(
         for start, end in pairwise(starts):
             together = [learner for learner in learners if learner.start <= start]
             algorithms, streams = [each.algorithm for each in together], [each.stream for each in together]
-            iterate = Iteration(algorithms, streams, meta_batch_size, execution)
+            plain = Iteration(algorithms, streams, meta_batch_size, execution)
+            iterate = Captured(plain) if execution.cuda_graph else plain
             waiting = _Waiting(together)
             for number in range(start + 1, end + 1):
                 metrics = iterate(number)

@@ -75,6 +75,7 @@ class FewShotClassification(SupervisedDomain):
     def to(self, device: torch.device) -> None:
         self.images = self.images.to(device)
         self.turned = self.turned.to(device)
+        self.splits = {split: classes.to(device) for split, classes in self.splits.items()}
 
     def sample_tasks(
         self,

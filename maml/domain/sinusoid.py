@@ -48,11 +48,12 @@ class Sinusoid(SupervisedDomain):
         num_shots = num_shots or self.num_shots
         num_query = num_query or self.num_query or num_shots
         # One hash call for all of a batch: on a CPU the sampling would otherwise cost as much as the gradient.
-        ranges = torch.tensor([_AMPLITUDE, _PHASE, *[_INPUT] * (num_shots + num_query)], device=stream.device)
-        low, high = ranges.unsqueeze(-1).unbind(1)
-        drawn = stream.child(split).uniform((num_tasks, 2 + num_shots + num_query, 1)) * (high - low) + low
-        names = ["amplitude", "phase", "support_x", "query_x"]
-        return dict(zip(names, drawn.split([1, 1, num_shots, num_query], dim=1), strict=True))
+        drawn = stream.child(split).uniform((num_tasks, 2 + num_shots + num_query, 1))
+        ranges = {"amplitude": _AMPLITUDE, "phase": _PHASE, "support_x": _INPUT, "query_x": _INPUT}
+        parts = drawn.split([1, 1, num_shots, num_query], dim=1)
+        return {
+            name: part * (high - low) + low for (name, (low, high)), part in zip(ranges.items(), parts, strict=True)
+        }
 
     def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
         x = tasks[f"{role}_x"]
