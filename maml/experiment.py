@@ -17,7 +17,7 @@ from maml.errors import Interrupted, MamlError
 from maml.evaluation import Evaluation, per_task_rows
 from maml.figures import plot_report
 from maml.hardware import Hardware
-from maml.iteration import check_shared
+from maml.iteration import Iteration, check_shared
 from maml.logger.base import Logger
 from maml.model.base import Model
 from maml.paper.verdicts import cell_verdicts
@@ -26,6 +26,7 @@ from maml.precision import computing_in
 from maml.run import Follower, RunFolder, command_line
 from maml.seeding import Stream
 from maml.training import Learner, train
+from maml.tuning import tuned
 
 
 def build_algorithm(config: Mapping[str, Any], hardware: Hardware) -> Algorithm:
@@ -175,6 +176,12 @@ def _train(runs: Sequence[_Run], config: Mapping[str, Any], hardware: Hardware) 
             stream = Stream(run.config["seed"], hardware.device)
             start = its["iteration"] if its else 0
             learners.append(Learner(run.algorithm, stream, run.folder, run.logger, start))
+        if not any(saved):
+            algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
+            iterate = Iteration(algorithms, streams, config["meta_batch_size"], execution)
+            execution = ranks.first(lambda: tuned(iterate, execution, hardware, runs[0].config))
+            for algorithm in algorithms:
+                algorithm.task_chunk = execution.task_chunk
         train(
             learners,
             execution,

@@ -65,12 +65,18 @@ class Iteration:
         tasks = self.sample_tasks(number)
         if len(self.algorithms) == 1:
             return [self.computing.step(tasks)]
-        self.computing.carried = _stack([algorithm.carried for algorithm in self.algorithms])
-        gradients, metrics = self.computing.gradient(_stack([each.theta for each in self.algorithms]), tasks)
+        gradients, metrics = self.computing.gradient(self.theta(), tasks)
         return [
             algorithm.update(_Given(_at(gradients, seed), _at(metrics, seed)))
             for seed, algorithm in enumerate(self.algorithms)
         ]
+
+    def theta(self) -> Params:
+        """Returns theta as the computation takes it: of several seeds, stacked, with what is carried beside it."""
+        if len(self.algorithms) == 1:
+            return self.computing.theta
+        self.computing.carried = _stack([algorithm.carried for algorithm in self.algorithms])
+        return _stack([algorithm.theta for algorithm in self.algorithms])
 
     def sample_tasks(self, number: int | Tensor) -> Tasks:
         """Draws the meta-batch of an iteration, this process's share of it; seed by seed."""

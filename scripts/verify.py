@@ -18,7 +18,7 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,8 +30,20 @@ from maml.evaluation import Curve, Evaluation, bank_hash
 from maml.experiment import build_algorithm
 from maml.hardware import Hardware
 from maml.paper.cells import load_tables
-from maml.paper.checkpoints import FOLDER, Entry, Exported, Index, Reading, named_sources, read_index, restore, unpack
+from maml.paper.checkpoints import (
+    FOLDER,
+    Entry,
+    Exported,
+    Index,
+    Reading,
+    State,
+    named_sources,
+    read_index,
+    restore,
+    unpack,
+)
 from maml.paper.runs import composed
+from maml.precision import computing_in
 from maml.run import versions
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -136,6 +148,11 @@ def evaluate(entry: Entry, exported: Exported, folder: Path) -> Repeated:
     if evaluation_config(config) != entry.evaluation:
         changed = differences(evaluation_config(config), entry.evaluation)
         raise MamlError(f"{entry.experiment} is evaluated otherwise now:\n{changed}")
+    with computing_in(config["precision"]):
+        return _evaluate(config, state, entry, exported)
+
+
+def _evaluate(config: Mapping[str, Any], state: State, entry: Entry, exported: Exported) -> Repeated:
     recorded = exported.hardware["device"]
     hardware = Hardware("cuda" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu")
     algorithm = build_algorithm(config, hardware)

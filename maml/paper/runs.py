@@ -161,6 +161,7 @@ class HardwareRecord(BaseModel):
 
     cpu: str
     gpu: str | None = None
+    processes: int = 1
 
 
 class Segment(BaseModel):
@@ -181,8 +182,9 @@ class Segment(BaseModel):
 
     @property
     def machine(self) -> str:
-        """The device."""
-        return self.hardware.gpu or f"CPU, {self.hardware.cpu}"
+        """The device, and how many processes had one each."""
+        name = self.hardware.gpu or f"CPU, {self.hardware.cpu}"
+        return f"{self.hardware.processes} x {name}" if self.hardware.processes > 1 else name
 
 
 class RunRecord(BaseModel):

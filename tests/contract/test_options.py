@@ -10,6 +10,7 @@ import torch
 
 from maml.config import build, check, compose, training_config
 from maml.domain.base import Domain
+from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.inner.base import Inner
 from maml.logger.base import Logger
@@ -45,7 +46,10 @@ def test_option_composes_and_passes_the_check(part: str, option: str, cache_dir:
     config, _ = compose(overrides(part, option, cache_dir), CONF)
     check(config)
     assert training_config(config)
-    if part not in ("model", "algorithm"):  # those two are built from the others, as the experiments' tests do
+    if option == "multi_gpu":
+        with pytest.raises(MamlError, match="1 process for hardware"):
+            build(config[part])
+    elif part not in ("model", "algorithm"):  # those two are built from the others, as the experiments' tests do
         assert build(config[part]) is not None
 
 
