@@ -77,7 +77,7 @@ def train(
             if checkpoint.newest(learner.run.checkpoint_path) is None:
                 learner.run.save_checkpoint(0, learner.algorithm.state_dict(), execution.as_dict())
     console = Console(quiet=True) if ranks.rank() else None
-    title = learners[0].run.experiment
+    title = learners[0].run.experiment + (f", {len(learners)} seeds" if len(learners) > 1 else "")
     with Progress(title, num_iterations, starts[0], console) as progress, _stop_signals() as stopped:
         for start, end in pairwise(starts):
             together = [learner for learner in learners if learner.start <= start]

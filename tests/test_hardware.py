@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from maml import checkpoint
+from maml.domain.point_navigation import PointNavigation
 from maml.errors import Interrupted, MamlError
 from maml.hardware import Execution, Hardware
 from tests.runs import TinyRuns, before_iteration, state
@@ -98,6 +99,31 @@ def test_present_gpu_is_taken_by_auto_and_left_alone_by_cpu(monkeypatch: pytest.
     assert not Hardware().choose(VECTORS, 60_000, {}).compile
 
 
+def test_iterations_on_a_gpu_are_launched_as_graphs_but_for_rl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Hardware().choose(images(5, 1), 60_000, {}).cuda_graph
+    assert not Hardware(cuda_graph=False).choose(images(5, 1), 60_000, {}).cuda_graph
+    assert not Hardware().choose(PointNavigation(num_shots=5, horizon=20), 100, {}).cuda_graph
+    assert not Hardware(device="cpu").choose(images(5, 1), 60_000, {}).cuda_graph
+    with pytest.raises(MamlError, match=r"hardware.cuda_graph=true needs a GPU"):
+        Hardware(device="cpu", cuda_graph=True)
+
+
+def test_processes_of_a_machine_share_its_cores_and_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert Hardware(device="cpu").choose(images(5, 1), 60_000, {}).num_threads == 2
+    assert Hardware().device == torch.device("cuda", 3)
+
+
+def test_recomputing_is_as_the_user_says_also_of_a_resumed_run() -> None:
+    earlier = Hardware(device="cpu").choose(VECTORS, 100, {}).as_dict()
+    assert not earlier["recompute"]
+    assert Hardware(device="cpu", recompute=True).choose(VECTORS, 100, earlier).recompute
+
+
 def test_switches_are_set_and_reset() -> None:
     Hardware(device="cpu", deterministic=True).apply(Execution(2, None, False))
     assert torch.get_num_threads() == 2
@@ -114,7 +140,9 @@ def test_description_names_the_machine() -> None:
     assert described["cores"] >= 1
 
 
-@pytest.mark.parametrize("setting", ["hardware.task_chunk=1", "hardware.task_chunk=2", "hardware.num_threads=2"])
+@pytest.mark.parametrize(
+    "setting", ["hardware.task_chunk=1", "hardware.task_chunk=2", "hardware.num_threads=2", "hardware.recompute=true"]
+)
 def test_hardware_changes_no_gradient(each_domain: TinyRuns, setting: str) -> None:
     """After one iteration, Adam's running mean is a tenth of the meta-gradient."""
     few = ("num_iterations=1", "evaluation.num_tasks=2")
