@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -57,6 +58,6 @@ class OneGpuPerJob(Callback):
         # One pool for all sweeps of this user on this machine.
         self._lock = lease_gpu(Path(tempfile.gettempdir()) / f"maml_gpus_{os.getuid()}")
 
-    def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if self._lock is not None:
             self._lock.close()

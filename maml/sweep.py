@@ -8,11 +8,13 @@ import io
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -25,14 +27,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from maml.checkpoint import write_whole
 from maml.config import compose, digest
-from maml.errors import MamlError
+from maml.errors import Interrupted, MamlError
 from maml.paper.runs import CONF, read_run
 from maml.run import RunFolder, command_line, read_json
 
-# In which direction a sweeper looks for a domain's headline.
-OmegaConf.register_new_resolver(
-    "direction", lambda domain: "maximize" if get_class(domain).larger_is_better else "minimize", replace=True
-)
+
+def _direction(domain: str) -> str:
+    """Returns where a sweeper is to look for a domain's headline."""
+    target: Any = get_class(domain)
+    return "maximize" if target.larger_is_better else "minimize"
+
+
+OmegaConf.register_new_resolver("direction", _direction, replace=True)
 
 
 class Sweep(Callback):
@@ -48,8 +54,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         swept = list(config.hydra.overrides.task)
-        name = digest({"overrides": [override for override in swept if not override.startswith("launcher=")]})
-        self.folder = Path(config.runs_dir).resolve() / "sweeps" / name
+        self.folder = Path(config.runs_dir).resolve() / "sweeps" / _name(swept)
         self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
         (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
         if get_class(config.hydra.sweeper._target_) is BasicSweeper:  # any other knows only one by one what to try
@@ -57,6 +62,7 @@ class Sweep(Callback):
             for overrides in jobs:
                 if not self._path(overrides).exists():
                     self._record(overrides)
+        signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C does, so that a launcher stops its processes too
         atexit.register(summarise, self.folder)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -72,12 +78,25 @@ class Sweep(Callback):
             self._record(config.hydra.overrides.task, str(error) if known else f"{type(error).__name__}: {error}")
 
     def _record(self, overrides: Iterable[str], error: str | None = None) -> None:
-        content = json.dumps({"overrides": list(overrides), "error": error}, indent=2) + "\n"
+        content = json.dumps({"overrides": _named(overrides), "error": error}, indent=2) + "\n"
         write_whole(self._path(overrides), lambda file: file.write(content.encode()))
 
     def _path(self, overrides: Iterable[str]) -> Path:
         assert self.folder
-        return self.folder / "jobs" / f"{digest({'overrides': list(overrides)})}.json"
+        return self.folder / "jobs" / f"{_name(overrides)}.json"
+
+
+def _named(overrides: Iterable[str]) -> list[str]:
+    """Returns what makes a sweep or a job another one: all but how it is started."""
+    return [override for override in overrides if not override.startswith("launcher=")]
+
+
+def _name(overrides: Iterable[str]) -> str:
+    return digest({"overrides": _named(overrides)})
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("stopped by SIGTERM; the same command goes on from what is saved", number)
 
 
 @dataclass(frozen=True)
@@ -135,30 +154,31 @@ def tabulate(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     ``ci95`` is the half-width of the interval over test tasks, on average over seeds, which share their tasks;
     ``std`` is the standard deviation over seeds.
     """
-    values: dict[str, dict[str | None, None]] = {}
-    for key in dict.fromkeys(key for job in jobs for key in job.settings):
-        values[key] = dict.fromkeys(job.settings.get(key) for job in jobs)
-    axes = [key for key, different in values.items() if len(different) > 1 and key != "seed"]
+    axes = [key for key in _differing(jobs) if key != "seed"]
     groups: dict[tuple[str, ...], list[Job]] = {}
     for job in jobs:
         groups.setdefault(tuple(job.settings.get(axis, "") for axis in axes), []).append(job)
     rows = []
     for point, group in groups.items():
         reports = [job.report for job in group if job.report]
-        if not reports:
-            continue
-        means, intervals = zip(*(job.headline for job in group if job.report), strict=True)
-        mean = statistics.fmean(means)
+        headlines = [job.headline for job in group if job.report]
+        mean, ci95 = (statistics.fmean(values) for values in zip(*headlines or [(math.nan, math.nan)], strict=True))
         row = dict(zip(axes, point, strict=True)) | {
-            "metric": reports[0]["headline_metric"],
+            "metric": reports[0]["headline_metric"] if reports else "",
             "mean": mean,
-            "ci95": statistics.fmean(intervals),
-            "std": statistics.stdev(means) if len(means) > 1 else math.nan,
+            "ci95": ci95,
+            "std": statistics.stdev(mean for mean, _ in headlines) if len(headlines) > 1 else math.nan,
             "seeds": f"{len(reports)} of {len(group)}",
         }
-        worse = math.isnan(mean), -mean if reports[0]["larger_is_better"] else mean
-        rows.append((row["metric"], worse, row))
-    return [row for *_, row in sorted(rows, key=lambda entry: entry[:2])]
+        worse = math.isnan(mean), -mean if reports and reports[0]["larger_is_better"] else mean
+        rows.append((not reports, row["metric"], worse, row))
+    return [row for *_, row in sorted(rows, key=lambda entry: entry[:-1])]
+
+
+def _differing(jobs: Sequence[Job]) -> list[str]:
+    """Returns the keys whose values are not the same in all jobs."""
+    keys = dict.fromkeys(key for job in jobs for key in job.settings)
+    return [key for key in keys if len({job.settings.get(key) for job in jobs}) > 1]
 
 
 def summarise(folder: Path) -> None:
@@ -168,7 +188,10 @@ def summarise(folder: Path) -> None:
     lines = _markdown(rows)
     missing = [job for job in jobs if not job.report]
     lines += ["", f"{len(jobs) - len(missing)} of {len(jobs)} jobs are finished"]
-    lines += [f"- {' '.join(job.overrides)}: {job.problem}" for job in missing]
+    named = _differing(jobs) or ["experiment"]
+    for job in missing:
+        settings = " ".join(f"{key}={job.settings[key]}" for key in named if key in job.settings)
+        lines.append(f"- {settings}: {job.problem}")
     lines += ["", f"The same command goes on with these: `{command_line()}`"] if missing else []
     table = io.StringIO()
     if rows:
@@ -187,9 +210,7 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
     cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
-    return [
-        f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |" for row in cells
-    ]
+    return [f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |" for row in cells]
 
 
 def _shown(value: Any) -> str:
