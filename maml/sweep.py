@@ -188,10 +188,10 @@ def summarise(folder: Path) -> None:
     lines = _markdown(rows)
     missing = [job for job in jobs if not job.report]
     lines += ["", f"{len(jobs) - len(missing)} of {len(jobs)} jobs are finished"]
-    named = _differing(jobs) or ["experiment"]
+    named = _differing(jobs)
     for job in missing:
         settings = " ".join(f"{key}={job.settings[key]}" for key in named if key in job.settings)
-        lines.append(f"- {settings}: {job.problem}")
+        lines.append(f"- {settings or ' '.join(job.overrides)}: {job.problem}")
     lines += ["", f"The same command goes on with these: `{command_line()}`"] if missing else []
     table = io.StringIO()
     if rows:
