@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> float:
         return run_experiment(config, experiment_name(job.runtime.choices))
     except Interrupted as stop:
         requeue = signal.getsignal(stop.signal_number)
-        if job.mode is RunMode.MULTIRUN and callable(requeue):  # a launcher's, which waited for the run to be saved
+        if stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):  # the launcher's
             requeue(stop.signal_number, None)
         raise
     except MamlError as error:

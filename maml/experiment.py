@@ -98,7 +98,7 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
         report, picture = _evaluate(config, run, algorithm, evaluation, config["num_iterations"])
         logger.report(report, {"adaptation": picture})
         status = "finished"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter of a launcher that requeues
         status = "interrupted"
         raise
     finally:

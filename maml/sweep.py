@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from maml.checkpoint import write_whole
 from maml.config import compose, digest
 from maml.errors import Interrupted, MamlError
+from maml.gpus import visible_gpus
 from maml.paper.runs import CONF, read_run
 from maml.run import RunFolder, command_line, read_json
 
@@ -39,6 +40,7 @@ def _direction(domain: str) -> str:
 
 
 OmegaConf.register_new_resolver("direction", _direction, replace=True)
+OmegaConf.register_new_resolver("gpus_per_job", lambda: min(1, len(visible_gpus())), replace=True)
 
 
 class Sweep(Callback):

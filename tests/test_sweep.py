@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,9 @@ def test_preempted_job_is_saved_before_its_launcher_requeues_it(tiny: TinyRuns, 
 @pytest.mark.slow
 def test_preempted_job_of_submitit_goes_on(tiny: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
     skip_without_plugin("launcher=slurm_local", capsys)
-    process = tiny.start("launcher=slurm_local", "seed=0,1", "num_iterations=3000", "checkpoint_every=3000")
-    folder = tiny.folder("num_iterations=3000", "checkpoint_every=3000")
+    longer = replace(tiny, base=(*tiny.base, "num_iterations=3000", "checkpoint_every=3000"))
+    process = longer.start("launcher=slurm_local", "seed=0,1")
+    folder = longer.folder()
     while not (folder / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.01)
