@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from maml.config import compose, digest, explain_override_error, training_config
 from maml.experiment import run_experiment
@@ -114,10 +115,19 @@ def test_missing_plugin_is_named_with_its_extra(
     assert f"hydra-{extra}-" in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "slurm_local", "ray"])
-def test_launcher_runs_two_jobs(launcher: str, tiny: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "more"),
+    [
+        ("joblib", []),
+        ("slurm_local", []),
+        ("ray", ["hydra.launcher.ray.init.address=local"]),
+    ],  # not on a user's cluster
+)
+def test_launcher_runs_two_jobs(
+    launcher: str, more: list[str], tiny: TinyRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
     skip_without_plugin(f"launcher={launcher}", capsys)
-    process = tiny.start(f"launcher={launcher}", "seed=0,1", "+debug=smoke")
+    process = tiny.start(f"launcher={launcher}", *more, "seed=0,1", "+debug=smoke")
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert "2 of 2 jobs are finished" in stdout
@@ -199,9 +209,13 @@ def test_direction_is_that_of_the_domain(domain: str, direction: str) -> None:
 def test_wandb_sweep_drives_the_same_command(path: Path) -> None:
     sweep: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     python, script, *overrides = sweep["command"]
-    assert (python, script, overrides.pop()) == ("python", "train.py", "${args_no_hyphens}")
-    for key, choice in sweep["parameters"].items():
-        overrides += [f"{key}={value}" for value in choice.get("values", [choice.get("min"), choice.get("max")])]
+    assert (python, script, overrides.pop()) == ("python", "${program}", "${args_no_hyphens}")
+    assert sweep["program"] == "train.py"
+    values = {
+        key: {"value": choice["min"] if "min" in choice else choice["values"][0]}
+        for key, choice in sweep["parameters"].items()
+    }
+    overrides += create_sweep_command_args({"args": values})["args_no_hyphens"]  # as W&B's agent fills it in
     config, experiment = compose(overrides, CONF)
     assert experiment != "custom"
     assert config["logger"]["_target_"] == "maml.logger.wandb.WandB"
