@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import math
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from maml.config import compose, digest, explain_override_error, training_config
+from maml.errors import Interrupted
 from maml.experiment import run_experiment
 from maml.run import read_json
 from maml.sweep import Job, tabulate
@@ -172,6 +174,11 @@ def test_preempted_job_is_saved_before_its_launcher_requeues_it(tiny: TinyRuns, 
     assert [part["first_iteration"] for part in record["segments"]] == [0, 5]
 
 
+def test_interruption_passes_from_process_to_process() -> None:
+    passed = pickle.loads(pickle.dumps(Interrupted("why", signal.SIGTERM)))
+    assert (str(passed), passed.signal_number) == ("why", signal.SIGTERM)
+
+
 @pytest.mark.slow
 def test_preempted_job_of_submitit_goes_on(tiny: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
     skip_without_plugin("launcher=slurm_local", capsys)
@@ -181,8 +188,8 @@ def test_preempted_job_of_submitit_goes_on(tiny: TinyRuns, capsys: pytest.Captur
     while not (folder / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    for pickle in tiny.runs_dir.glob("sweeps/.submitit/*/*_submitted.pkl"):
-        controller = pickle.parent.name
+    for submitted in tiny.runs_dir.glob("sweeps/.submitit/*/*_submitted.pkl"):
+        controller = submitted.parent.name
         (child,) = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
         subprocess.run(["kill", f"-{signal.SIGUSR2}", child], check=True)
     stdout, _ = process.communicate(timeout=300)
