@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import hydra
@@ -25,6 +26,11 @@ def main(cfg: DictConfig) -> float:
         config = plain(cfg)
         check(config)
         return run_experiment(config, experiment_name(job.runtime.choices))
+    except Interrupted as stop:
+        requeue = signal.getsignal(stop.signal_number)
+        if stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):  # the launcher's
+            requeue(stop.signal_number, None)
+        raise
     except MamlError as error:
         if job.mode is RunMode.MULTIRUN:  # of several jobs that fail, Hydra reports only the first, and at the end
             print(f"{' '.join(job.overrides.task)}: {error}", file=sys.stderr)

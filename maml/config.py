@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import sys
@@ -278,6 +279,19 @@ def experiment_name(choices: Mapping[str, str]) -> str:
     return choices.get("experiment") or "custom"
 
 
+def _explain_missing_plugin(option: Path) -> None:
+    """Says what to install, if the plugin of Hydra that a launcher or sweeper overrides is missing."""
+    (plugin,) = OmegaConf.load(option).defaults[0].values()
+    extra, group = plugin.partition("_")[0], option.parent.name
+    try:
+        importlib.metadata.version(f"hydra-{extra}-{group}")
+    except importlib.metadata.PackageNotFoundError:
+        print(
+            f"{group}={option.stem} needs hydra-{extra}-{group}, which is not installed: pip install -e '.[{extra}]'",
+            file=sys.stderr,
+        )
+
+
 def explain_override_error(arguments: Sequence[str]) -> None:
     """Adds what Hydra's own message lacks when an override names no key or no file: what was probably meant."""
     from hydra import compose as hydra_compose
@@ -299,6 +313,8 @@ def explain_override_error(arguments: Sequence[str]) -> None:
             options = sorted(path.stem for path in group.glob("*.yaml"))
             if value not in options and "," not in value:
                 print(f"{override}: no such file in conf/{group.name}/{near_miss(value, options)}", file=sys.stderr)
+            elif group.name in ("launcher", "sweeper") and value in options:
+                _explain_missing_plugin(group / f"{value}.yaml")
         elif known is not None and not name.startswith(("+", "~", "hydra")):
             *parents, last = name.split(".")
             if last.startswith("_"):

@@ -17,5 +17,8 @@ class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop; its state is saved and the same command resumes it."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+        super().__init__(message, signal_number)  # both, so that it can pass from a sweep's process to another
         self.signal_number = signal_number
+
+    def __str__(self) -> str:
+        return self.args[0]

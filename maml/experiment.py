@@ -122,7 +122,7 @@ class _Run:
             resumed = saved is not None
             self.logger.start(self.folder.path, self.folder.experiment, self.folder.run_id, dict(self.config), resumed)
             yield saved
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # the latter of a launcher that requeues
             status = "interrupted"
             raise
         finally:

@@ -182,7 +182,7 @@ def _stop_signals() -> Iterator[list[int]]:
         signal.signal(number, before[number])
 
     try:
-        for name in (signal.SIGTERM, signal.SIGINT):
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the latter from SLURM
             before[name] = signal.signal(name, remember)
     except ValueError:
         pass  # not the main thread, where signals cannot be handled and do not arrive

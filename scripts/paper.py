@@ -24,12 +24,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from maml.errors import MamlError
+from maml.gpus import visible_gpus
 from maml.paper.plan import WATERMARK, Job, estimate, list_needs, plan, select, write_smoke_cells
 from maml.paper.runs import Run, find_runs
 from maml.progress import LINE_SECONDS, REDRAW_SECONDS
@@ -231,7 +231,7 @@ def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
     failed: list[str] = []
     waiting = [job for job in jobs if job.state not in ("done", "cannot")]
     workers: list[Worker] = []
-    gpus = _gpus()
+    gpus = visible_gpus()
     room = limit or len(gpus) or os.cpu_count() or 1
 
     def takes(job: Job) -> int:
@@ -288,13 +288,6 @@ def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
     for message in failed:
         print(message, file=sys.stderr)
     return (received[0] if received else None), not failed
-
-
-def _gpus() -> list[str]:
-    """Returns the names by which a process can be given one GPU of those that we see."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
 def _start(job: Job, slot: int, gpus: Sequence[str], display: _Display) -> Worker:
