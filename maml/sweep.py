@@ -137,17 +137,26 @@ def read_jobs(folder: Path) -> list[Job]:
     for path in sorted((folder / "jobs").glob("*.json")):
         record = read_json(path)
         assert record
-        report, problem = None, record["error"]
+        overrides, error = tuple(record["overrides"]), record["error"]
         try:
-            run = RunFolder(*compose(record["overrides"], CONF))
-            report = None if problem else run.finished_report()
-            if not report and not problem:
-                begun = read_run(run.path)
-                problem = f"{begun.status} at iteration {begun.iteration:,}" if begun else "not started"
-        except (MamlError, HydraException) as error:
-            problem = problem or str(error)
-        jobs.append(Job(tuple(record["overrides"]), report, problem or ""))
+            config, experiment = compose(overrides, CONF)
+        except (MamlError, HydraException) as reason:
+            jobs.append(Job(overrides, None, error or str(reason)))
+            continue
+        for seed in range(config["seed"], config["seed"] + config["seeds"]):
+            own = overrides if config["seeds"] == 1 else (*overrides, f"seed={seed}")
+            jobs.append(_read_job(own, RunFolder({**config, "seed": seed, "seeds": 1}, experiment), error))
     return sorted(jobs, key=lambda job: job.overrides)
+
+
+def _read_job(overrides: tuple[str, ...], run: RunFolder, error: str | None) -> Job:
+    try:
+        report = None if error else run.finished_report()
+        begun = None if error or report else read_run(run.path)
+    except MamlError as reason:
+        return Job(overrides, None, str(reason))
+    stopped = f"{begun.status} at iteration {begun.iteration:,}" if begun else "not started"
+    return Job(overrides, report, "" if report else error or stopped)
 
 
 def tabulate(jobs: Sequence[Job]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import json
 import math
 import pickle
 import signal
@@ -22,7 +23,7 @@ from maml.config import compose, digest, explain_override_error, training_config
 from maml.errors import Interrupted
 from maml.experiment import run_experiment
 from maml.run import read_json
-from maml.sweep import Job, tabulate
+from maml.sweep import Job, read_jobs, tabulate
 from tests.runs import ROOT, TinyRuns
 
 CONF = ROOT / "conf"
@@ -94,6 +95,19 @@ def test_sweep_lists_what_failed_and_goes_on_with_that(tiny: TinyRuns) -> None:
     stdout, _ = tiny.start(*arguments).communicate(timeout=120)
     assert stdout.count("already finished") == 1
     assert sweep_folder(tiny.runs_dir) == folder
+
+
+def test_seeds_side_by_side_are_counted_one_by_one(tiny: TinyRuns) -> None:
+    overrides = [*tiny.base, "num_iterations=3", f"runs_dir={tiny.runs_dir}", "seeds=2", "inner.step_size=0.01"]
+    (tiny.runs_dir / "sweeps" / "jobs").mkdir(parents=True)
+    record = json.dumps({"overrides": overrides, "error": None})
+    (tiny.runs_dir / "sweeps" / "jobs" / "one.json").write_text(record)
+    run_experiment(compose([*overrides, "seeds=1"], CONF)[0], "custom")
+    first, second = read_jobs(tiny.runs_dir / "sweeps")
+    assert (first.settings["seed"], first.problem) == ("0", "")
+    assert (second.settings["seed"], second.problem) == ("1", "not started")
+    (row,) = tabulate([first, second])
+    assert row["seeds"] == "1 of 2"
 
 
 @pytest.mark.parametrize("option", OPTIONS)
