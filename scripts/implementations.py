@@ -185,10 +185,14 @@ class Ours(Implementation):
                 value.copy_(problem.theta[name])
         else:
             self._algorithm.theta = problem.theta
+        if compile != "false":
+            self._compile(problem.tasks)
+
+    def _compile(self, tasks: Tasks) -> None:
         refused = _Refused()
         logging.getLogger("maml").addHandler(refused)
         try:
-            self.gradient(problem.tasks)
+            self.gradient(tasks)
         finally:
             logging.getLogger("maml").removeHandler(refused)
         if refused.reason:
