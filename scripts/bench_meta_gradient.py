@@ -42,9 +42,9 @@ BARS: dict[str, dict[str, float]] = {
 MAX_MEMORY_RATIO = 2.0
 
 TEXT = """
-A ratio says how many times as fast an implementation is: the median over rounds of (other's time / its time in the same
-round), least and most in brackets. Each gave the loop's gradient before it was timed; `error` is the relative difference
-in float64 and in float32. Peak memory is what stays resident beyond libraries, theta and data.
+A ratio says how many times as fast an implementation is: the median over rounds of (other's time / its time in the
+same round), least and most in brackets. Each gave the loop's gradient before it was timed; `error` is the relative
+difference in float64 and in float32. Peak memory is what stays resident beyond libraries, theta and data.
 """.strip()
 
 
@@ -84,8 +84,11 @@ def measure(
     rows: list[dict[str, Any]] = []
     for name in names:
         spread = Spread.of(seconds.get(name, []))
-        speeds = {other: times_as_fast(seconds[name], seconds[other]) for other in ("loop", "learn2learn")
-                  if spread and other in seconds}
+        speeds = {
+            other: times_as_fast(seconds[name], seconds[other])
+            for other in ("loop", "learn2learn")
+            if spread and other in seconds
+        }
         against = speeds.get("loop")
         shown.append(
             {
@@ -130,11 +133,13 @@ def _cells(name: str, spread: Spread | None) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and writes; the files are rewritten after each experiment, so that a run cut short leaves what it has."""
+    """Measures and writes; files are rewritten after each experiment, so that a run cut short leaves what it has."""
     options = parser(__doc__, "meta_gradient", rounds=10)
     options.add_argument("--experiments", nargs="+", default=list(BARS))
     options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries beside the loop")
-    options.add_argument("--compile", action="store_true", help="also time ours compiled (takes minutes per experiment)")
+    options.add_argument(
+        "--compile", action="store_true", help="also time ours compiled (takes minutes per experiment)"
+    )
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)

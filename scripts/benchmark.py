@@ -35,12 +35,13 @@ class Unavailable(Exception):
 # Conditions.
 
 
-def parser(description: str | None, name: str, rounds: int) -> argparse.ArgumentParser:
-    """Returns a parser of what every benchmark can be told."""
+def parser(description: str | None, name: str, rounds: int, only_one_core: bool = False) -> argparse.ArgumentParser:
+    """Returns a parser of what every benchmark can be told; without a choice of device if there is none."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=rounds, help="turns of each (default %(default)s)")
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s; bars need 1)")
+    if not only_one_core:
+        options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        options.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s; bars need 1)")
     folder = ROOT / "results" / "benchmarks"
     options.add_argument("--out", type=Path, default=folder, help="folder (default results/benchmarks)")
     options.add_argument("--name", default=name, help="of the files in it (default %(default)s)")
@@ -157,8 +158,9 @@ def verdict(value: float, bar: float | None, unit: str = "", at_most: bool = Fal
 
 def table(rows: Sequence[Mapping[str, object]]) -> list[str]:
     """Returns the lines of a table; each row has the same columns."""
-    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *([*row.values()] for row in rows)]
-    return ["", *("| " + " | ".join(map(str, line)) + " |" for line in lines), ""]
+    lines: list[list[object]] = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)]]
+    lines += ([*row.values()] for row in rows)
+    return ["", *(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines), ""]
 
 
 def write(

@@ -40,7 +40,7 @@ class Rates:
         size, length = (8192, 2**28) if device.type == "cuda" else (1024, 2**26)
         a, x = torch.ones(size, size, device=device), torch.ones(length, device=device)
         y = torch.empty_like(x)
-        runs = lambda: a @ a, lambda: y.copy_(x)  # noqa: E731
+        runs: list[Callable[[], object]] = [lambda: a @ a, lambda: y.copy_(x)]
         product, copy = (min(seconds_per_call(run, clock) for _ in range(5)) for run in runs)
         return cls(2 * size**3 / product, 2 * x.nbytes / copy)
 

@@ -83,7 +83,7 @@ class Problem:
 
     Attributes:
         config: of the experiment, its images replaced by noise.
-        algorithm: of the sizes wanted, for what it says of them.
+        algorithm: of the sizes wanted, at theta.
         theta: not as training starts, where second derivatives may be lost in rounding.
         tasks: one meta-batch.
     """
@@ -110,6 +110,7 @@ class Problem:
             scale = math.sqrt(2 / value[0].numel()) if value.dim() > 1 else 0.1
             drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64) * scale
             self.theta[name] = drawn.to(self.device, dtype)
+        self.algorithm.theta = self.theta
         self.tasks = self.sample(0)
 
     @property
@@ -136,8 +137,12 @@ class Problem:
 
     def sample(self, iteration: int) -> Tasks:
         """Draws the tasks of one training iteration."""
-        tasks = self.algorithm.sample_tasks(self.num_tasks, Stream(0, self.device).child(iteration))
-        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in tasks.items()}
+        return self.cast(self.algorithm.sample_tasks(self.num_tasks, Stream(0, self.device).child(iteration)))
+
+    def cast(self, tasks: Tasks) -> Tasks:
+        """Moves tasks to the device, and what is no integer to the dtype."""
+        kinds = {name: self.dtype if value.is_floating_point() else value.dtype for name, value in tasks.items()}
+        return {name: value.to(self.device, kinds[name]) for name, value in tasks.items()}
 
     def data(self, tasks: Tasks) -> list[Tensor]:
         """Returns support inputs and targets, query inputs and targets of all tasks; images are channels-last."""
@@ -548,7 +553,8 @@ def relative_error(gradient: Mapping[str, Any], reference: Params) -> float:
 
 
 @contextlib.contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Makes it the dtype of images, and of whatever else is made without one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -573,7 +579,7 @@ def prepare(
     reference: Params = {}
     for dtype, tolerance in _TOLERANCE.items():
         ready: dict[str, Implementation] = {}
-        with _default(dtype):
+        with default_dtype(dtype):
             problem = Problem(experiment, overrides, device, dtype)
             if not reference:
                 reference = dict(loop(problem).gradient(problem.tasks))
@@ -588,6 +594,6 @@ def prepare(
                 if not error <= tolerance:
                     raise RuntimeError(
                         f"{name} computes another meta-gradient than the loop: relative error {error:.1e} in {dtype}, "
-                        f"allowed {tolerance:.0e}; a time for it would mean nothing, so correct it first or leave it out"
+                        f"allowed {tolerance:.0e}; its time would mean nothing, so correct it first or leave it out"
                     )
     return problem, ready, errors, missing
