@@ -8,6 +8,7 @@ no longer builds; its pure-Python part (the folders ``algorithms``, ``nn``, ``op
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import math
@@ -15,9 +16,8 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,9 +36,8 @@ from maml.model.conv4 import Conv4
 from maml.seeding import Stream
 from maml.types import Params, Tasks
 
-# Relative, of the whole gradient. In float32 a ReLU near its kink may open in one implementation and not in another,
-# which five inner steps amplify; a first-order gradient would be off by about 1.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 0.2}
+# Relative, of the whole gradient.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _BATCH_NORM_EPS = 1e-3
 # Training classes, images, height, width and channels of a data set, and whether it is turned. Of each class no more
 # images than Omniglot has: a task needs no more.
@@ -72,6 +71,18 @@ class Noise(FewShotClassification):
         )
 
 
+def as_trained(config: Mapping[str, Any]) -> Algorithm:
+    """Builds what training builds from a config, with the threads, chunks and compiling that it chooses."""
+    hardware: Hardware = build(config["hardware"])
+    algorithm = build_algorithm(config, hardware)
+    execution = hardware.choose(algorithm.domain, config["num_iterations"], {})
+    hardware.apply(execution)
+    algorithm.task_chunk = execution.task_chunk
+    if execution.compile:
+        algorithm.chunk_gradient = compiled(algorithm.chunk_gradient)
+    return algorithm
+
+
 class Problem:
     """What all compute: the meta-gradient of an experiment, at the same theta and on the same tasks.
 
@@ -103,7 +114,7 @@ class Problem:
         if images := _IMAGES.get(domain["_target_"].rpartition(".")[2]):
             sizes = {key: domain[key] for key in ("num_ways", "num_shots", "num_query")}
             self.config["domain"] = {"_target_": f"{__name__}.Noise", "sizes": images[0], "rotate": images[1], **sizes}
-        self.algorithm = self.build("false")
+        self.algorithm = self.build(compile=False)
         generator = torch.Generator().manual_seed(0)
         self.theta: Params = {}
         for name, value in self.algorithm.theta.items():
@@ -123,17 +134,9 @@ class Problem:
         """Whether the network is the convolutional one; the other is fully connected."""
         return isinstance(self.algorithm.model, Conv4)
 
-    def build(self, compile: str) -> Algorithm:
-        """Builds what training would, with ``hardware.compile`` set to ``true``, ``false`` or ``auto``."""
-        choice = {"true": True, "false": False}.get(compile, compile)
-        hardware: Hardware = build(self.config["hardware"] | {"compile": choice})
-        algorithm = build_algorithm(self.config, hardware)
-        execution = hardware.choose(algorithm.domain, self.config["num_iterations"], {})
-        hardware.apply(execution)
-        algorithm.task_chunk = execution.task_chunk
-        if execution.compile:
-            algorithm.chunk_gradient = compiled(algorithm.chunk_gradient)
-        return algorithm
+    def build(self, compile: bool | Literal["auto"]) -> Algorithm:
+        """Builds what training would, but for what ``hardware.compile`` says."""
+        return as_trained(self.config | {"hardware": self.config["hardware"] | {"compile": compile}})
 
     def sample(self, iteration: int) -> Tasks:
         """Draws the tasks of one training iteration."""
@@ -183,14 +186,14 @@ class Ours(Implementation):
         Unavailable: if it was to be compiled, and cannot be.
     """
 
-    def __init__(self, problem: Problem, compile: str = "false") -> None:
+    def __init__(self, problem: Problem, compile: bool | Literal["auto"] = False) -> None:
         self._algorithm = problem.build(compile)
         if problem.dtype == torch.float32:  # Adam's state is in float32
             for name, value in self._algorithm.theta.items():
                 value.copy_(problem.theta[name])
         else:
             self._algorithm.theta = problem.theta
-        if compile != "false":
+        if compile:
             self._compile(problem.tasks)
 
     def _compile(self, tasks: Tasks) -> None:
@@ -522,8 +525,8 @@ def _library(name: str) -> Any:
 
 IMPLEMENTATIONS: dict[str, Callable[[Problem], Implementation]] = {
     "ours": Ours,
-    "ours compiled": partial(Ours, compile="true"),
-    "ours as trained": partial(Ours, compile="auto"),
+    "ours compiled": functools.partial(Ours, compile=True),
+    "ours as trained": functools.partial(Ours, compile="auto"),
     "loop": loop,
     "loop, fused norm": fused_loop,
     "learn2learn": learn2learn,
@@ -563,10 +566,22 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _checks(problem: Problem) -> list[list[int]]:
+    """Returns the meta-batches, by indices of tasks, on which a gradient is checked; on one of them it must agree.
+
+    That is the meta-batch in float64, and in float32 one task, as often as there are tasks, after the other. Rounding
+    opens a ReLU near its kink in one implementation and not in another, which five inner steps amplify: in three of 16
+    tasks of Omniglot 20-way the loop in float32 is off from itself in float64, by up to a tenth, and by 1e-6 in each of
+    the others, where no ReLU differs. What is wrong in float32 is wrong in all of them.
+    """
+    count = problem.num_tasks
+    return [[*range(count)]] if problem.dtype == torch.float64 else [[index] * count for index in range(count)]
+
+
 def prepare(
     names: Sequence[str], experiment: str, overrides: Sequence[str] = (), device: str | torch.device = "cpu"
 ) -> tuple[Problem, dict[str, Implementation], dict[str, list[float]], dict[str, str]]:
-    """Makes implementations ready to be timed in float32, once they gave the loop's gradient in float64.
+    """Makes implementations ready to be timed in float32, once they gave the loop's gradient.
 
     Returns:
         The problem, the implementations, their relative errors in float64 and float32, and why others are missing.
@@ -574,26 +589,38 @@ def prepare(
     Raises:
         RuntimeError: if one computes another gradient.
     """
+    with default_dtype(torch.float64):
+        exact = Problem(experiment, overrides, device, torch.float64)
+
+    @functools.cache
+    def reference(*indices: int) -> Params:
+        with default_dtype(torch.float64):
+            return dict(loop(exact).gradient(chosen(exact, indices)))
+
+    def chosen(problem: Problem, indices: Sequence[int]) -> Tasks:
+        return {name: value[[*indices]] for name, value in problem.tasks.items()}
+
     errors: dict[str, list[float]] = {}
     missing: dict[str, str] = {}
-    reference: Params = {}
-    for dtype, tolerance in _TOLERANCE.items():
+    for problem in (exact, Problem(experiment, overrides, device)):
         ready: dict[str, Implementation] = {}
-        with default_dtype(dtype):
-            problem = Problem(experiment, overrides, device, dtype)
-            if not reference:
-                reference = dict(loop(problem).gradient(problem.tasks))
+        with default_dtype(problem.dtype):
             for name in names:
                 try:
                     ready[name] = IMPLEMENTATIONS[name](problem)
                 except Unavailable as reason:
                     missing[name] = str(reason)
                     continue
-                error = relative_error(ready[name].gradient(problem.tasks), reference)
-                errors.setdefault(name, []).append(error)
-                if not error <= tolerance:
+                least, allowed = math.inf, _TOLERANCE[problem.dtype]
+                for indices in _checks(problem):
+                    gradient = ready[name].gradient(chosen(problem, indices))
+                    least = min(least, relative_error(gradient, reference(*indices)))
+                    if least <= allowed:
+                        break
+                else:
                     raise RuntimeError(
-                        f"{name} computes another meta-gradient than the loop: relative error {error:.1e} in {dtype}, "
-                        f"allowed {tolerance:.0e}; its time would mean nothing, so correct it first or leave it out"
+                        f"{name} computes another meta-gradient than the loop: relative error {least:.1e} in "
+                        f"{problem.dtype}, allowed {allowed:.0e}; its time would mean nothing, so correct it first"
                     )
+                errors.setdefault(name, []).append(least)
     return problem, ready, errors, missing
