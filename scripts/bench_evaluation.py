@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark import Spread, choose_clock, describe, parser, table, take_turns, times_as_fast, write
+from benchmark import Spread, choose_clock, describe, parser, table, take_turns, target, times_as_fast, write
 from implementations import Problem, batch_norm, default_dtype, network
 from torch import Tensor
 
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shown += cells
         rows += found
         write(args, "Evaluation", describe(device, args.threads), [f"Of {args.tasks} tasks.", *table(shown)], rows)
-    print((args.out / f"{args.name}.md").read_text())
+    print(target(args).read_text())
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from benchmark import (
     resident_mib,
     table,
     take_turns,
+    target,
     times_as_fast,
     verdict,
     write,
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text += lines
         rows += found
         write(args, "Time and memory of one second-order meta-gradient", conditions, text, rows)
-    print((args.out / f"{args.name}.md").read_text())
+    print(target(args).read_text())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmark import ROOT, Spread, choose_clock, describe, parser, resident_mib, table, times_as_fast, verdict, write
+from benchmark import (
+    ROOT,
+    Spread,
+    choose_clock,
+    describe,
+    parser,
+    resident_mib,
+    table,
+    target,
+    times_as_fast,
+    verdict,
+    write,
+)
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
@@ -350,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text += [META_ITERATIONS, *table([iterating(result, with_bars) for result in results])]
         rows = [row for result in results for row in numbers(result)]
         write(options, "Time and memory of meta-RL on one core", conditions, text, rows)
-    print((options.out / f"{options.name}.md").read_text())
+    print(target(options).read_text())
 
 
 if __name__ == "__main__":

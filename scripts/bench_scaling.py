@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import Spread, choose_clock, describe, parser, table, take_turns, write
+from benchmark import Spread, choose_clock, describe, parser, table, take_turns, target, write
 from implementations import IMPLEMENTATIONS, Problem
 
 from maml.checkpoint import write_whole
@@ -122,10 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     rows.append(varied | {"value": value, "rounds": args.rounds, "seconds": spread.median})
                     rows[-1] |= {"min": spread.low, "max": spread.high, "exponent": exponent(medians)}
             text = ["Each is varied on its own; an exponent of 1 is a cost in proportion. On images, all but the tasks"]
-            text += [f"are varied at {', '.join(FEWER_TASKS.values())}.", *table(shown), f"![plot]({args.name}.png)"]
+            text += [
+                f"are varied at {', '.join(FEWER_TASKS.values())}.",
+                *table(shown),
+                f"![plot]({target(args, 'png').name})",
+            ]
             write(args, "How the cost of one meta-gradient grows", conditions, text, rows)
-            plot(panels, args.out / f"{args.name}.png")
-    print((args.out / f"{args.name}.md").read_text())
+            plot(panels, target(args, "png"))
+    print(target(args).read_text())
 
 
 if __name__ == "__main__":

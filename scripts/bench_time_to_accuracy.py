@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import ROOT, choose_clock, describe, parser, table, write
+from benchmark import ROOT, choose_clock, describe, parser, table, target, write
 from implementations import as_trained
 
 from maml import checkpoint
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.state.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(args.state, {"same": same, "points": points, "state": algorithm.state_dict()})
         write(args, f"Time to {args.accuracy:.0%} on {args.experiment}", conditions, _text(points, args), points)
-    print((args.out / f"{args.name}.md").read_text() if points else "no time to train")
+    print(target(args).read_text() if points else "no time to train")
 
 
 def _text(points: Sequence[dict[str, Any]], args: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """Times whole training steps, as `python train.py` makes them, against a plain loop and other libraries.
 
     python scripts/bench_training.py --rounds 5
-    python scripts/bench_training.py --device cuda --name training_gpu
+    python scripts/bench_training.py --device cuda --suffix _cuda
 
 A step draws the tasks, gathers their data, computes the meta-gradient and makes Adam's update; drawing and gathering
 are ours for all. Ours is built from the experiment's config and does what training does on this hardware, compiling
@@ -15,7 +15,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from benchmark import PEERS, Spread, choose_clock, describe, parser, table, take_turns, times_as_fast, verdict, write
+from benchmark import (
+    PEERS,
+    Spread,
+    choose_clock,
+    describe,
+    parser,
+    table,
+    take_turns,
+    target,
+    times_as_fast,
+    verdict,
+    write,
+)
 from floor import NOTES, Cost, Rates, kernels, where_time_goes
 from implementations import Implementation, Problem, prepare
 
@@ -102,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text += [*lines, ""]
         rows += found
         write(args, "Whole training steps", conditions, text, rows)
-    print((args.out / f"{args.name}.md").read_text())
+    print(target(args).read_text())
 
 
 if __name__ == "__main__":

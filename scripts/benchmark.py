@@ -44,7 +44,8 @@ def parser(description: str | None, name: str, rounds: int, only_one_core: bool 
         options.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s; bars need 1)")
     folder = ROOT / "results" / "benchmarks"
     options.add_argument("--out", type=Path, default=folder, help="folder (default results/benchmarks)")
-    options.add_argument("--name", default=name, help="of the files in it (default %(default)s)")
+    options.add_argument("--suffix", default="", help=f"of the files in it, {name}.md and .csv")
+    options.set_defaults(name=name)
     return options
 
 
@@ -163,6 +164,11 @@ def table(rows: Sequence[Mapping[str, object]]) -> list[str]:
     return ["", *(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines), ""]
 
 
+def target(options: argparse.Namespace, kind: str = "md") -> Path:
+    """Returns the benchmark's file of one kind: ``md``, ``csv`` or ``png``."""
+    return options.out / f"{options.name}{options.suffix}.{kind}"
+
+
 def write(
     options: argparse.Namespace,
     title: str,
@@ -170,11 +176,11 @@ def write(
     text: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes ``NAME.md``, and ``NAME.csv`` with the conditions in every row."""
+    """Writes the page, and the numbers with the conditions in every row."""
     options.out.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in conditions.items()), "", *text]
-    (options.out / f"{options.name}.md").write_text("\n".join(lines).rstrip() + "\n")
-    with (options.out / f"{options.name}.csv").open("w", newline="") as file:
+    target(options).write_text("\n".join(lines).rstrip() + "\n")
+    with target(options, "csv").open("w", newline="") as file:
         columns = dict.fromkeys(key for row in rows for key in (*row, *conditions))
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
