@@ -1,6 +1,6 @@
 """Times one second-order meta-gradient against a plain loop and other libraries, after checking that all of them agree.
 
-    python scripts/bench_meta_gradient.py --experiments sinusoid_10shot omniglot_5way_1shot --rounds 20 --compile
+    python scripts/bench_meta_gradient.py --experiments sinusoid_10shot omniglot_5way_1shot --rounds 20
 
 An implementation computes everything from theta and the drawn tasks to the gradient of the mean query loss. All run in
 one process and take turns, so that a ratio compares neighbours in time; the reported ratio is the median over rounds.
@@ -144,12 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    names = ["ours", *["ours compiled"] * args.compile, "loop", "loop, fused norm", *args.peers]
     rates = Rates.measure(device)
     conditions = describe(device, args.threads) | {"rates": str(rates)}
     text, rows = [TEXT, "", NOTES, ""], []
     with_bars = device.type == "cpu" and args.threads == 1
     for experiment in args.experiments:
+        also = ["ours compiled"] if experiment in args.compile else []
+        names = ["ours", *also, "loop", "loop, fused norm", *args.peers]
         lines, found = measure(experiment, names, args.rounds, device, rates, with_bars)
         text += lines
         rows += found

@@ -88,7 +88,9 @@ def measure(
     rows[0] |= {"operations": cost.operations, "bytes": cost.bytes, "floor_seconds": floor}
     lines = [f"## {experiment}", *table(shown)]
     lines += [f"Floor: {', '.join(f'{key} {value}' for key, value in cost.row(rates).items())}: {1 / floor:,.0f} it/s."]
-    if on_gpu and OURS in ready:
+    if OURS not in ready:
+        return lines, rows
+    if on_gpu:
         computing, count = kernels(runs[OURS], device)
         busy = 100 * computing / Spread.of(seconds[OURS]).median  # type: ignore[union-attr] # it ran
         rows[0] |= {"busy_percent": busy, "kernels": count}

@@ -123,7 +123,8 @@ def where_time_goes(run: Callable[[], object], device: torch.device, count: int 
 
 def kernels(run: Callable[[], object], device: torch.device) -> tuple[float, int]:
     """Returns the seconds in which at least one kernel runs on the GPU, and how many kernels there are."""
-    events = [event for event in _profiled(run, device).events() if event.device_type.name == "CUDA"]
+    events = _profiled(run, device).events() or []
+    events = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
     return covered((event.time_range.start, event.time_range.end) for event in events) / 1e6, len(events)
 
 
