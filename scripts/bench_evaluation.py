@@ -22,7 +22,7 @@ from maml.config import build
 from maml.evaluation import Evaluation
 from maml.types import Params, Tasks
 
-EXPERIMENTS = ("sinusoid_10shot", "omniglot_5way_1shot", "mini_imagenet_5way_1shot")
+EXPERIMENTS = ("sinusoid_10shot", "omniglot_5way_1shot")
 
 
 def ours(problem: Problem, evaluation: Evaluation, bank: Tasks) -> dict[str, Tensor]:
