@@ -95,7 +95,10 @@ def measure(
         busy = 100 * computing / Spread.of(seconds[OURS]).median  # type: ignore[union-attr] # it ran
         rows[0] |= {"busy_percent": busy, "kernels": count}
         judged = verdict(busy, BUSY_BARS.get(experiment), " %")
-        lines += ["", f"The GPU computes {busy:.0f} % of the time of ours, {count} kernels per iteration. {judged}"]
+        lines += [
+            "",
+            f"The GPU computes {busy:.0f} % of the time of ours, {count:,.0f} kernels per iteration. {judged}",
+        ]
     lines += ["", "Where the time of ours goes:", *table(where_time_goes(runs[OURS], device))]
     return lines, rows
 

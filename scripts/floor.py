@@ -100,11 +100,12 @@ class _Counting(TorchDispatchMode):
         return result
 
 
-def _profiled(run: Callable[[], object], device: torch.device) -> profile:
+def _profiled(run: Callable[[], object], device: torch.device, times: int = 1) -> profile:
     run()
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
-        run()
+        for _ in range(times):
+            run()
         if cuda:
             torch.cuda.synchronize()
     return profiler
@@ -121,11 +122,12 @@ def where_time_goes(run: Callable[[], object], device: torch.device, count: int 
     ]
 
 
-def kernels(run: Callable[[], object], device: torch.device) -> tuple[float, int]:
-    """Returns the seconds in which at least one kernel runs on the GPU, and how many kernels there are."""
-    events = _profiled(run, device).events() or []
+def kernels(run: Callable[[], object], device: torch.device, times: int = 20) -> tuple[float, float]:
+    """Returns, per call, the seconds in which at least one kernel runs on the GPU, and how many kernels there are."""
+    events = _profiled(run, device, times).events() or []
     events = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
-    return covered((event.time_range.start, event.time_range.end) for event in events) / 1e6, len(events)
+    seconds = covered((event.time_range.start, event.time_range.end) for event in events) / 1e6
+    return seconds / times, len(events) / times
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
