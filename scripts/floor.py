@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+_MIN_PROFILED_SECONDS = 0.5
 NOTES = """
 The floor is what the machine would need for the loop's matrix products and convolutions alone: the larger of their
 operations over the measured rate of a large matrix product, and of the bytes of their operands and results, each moved
@@ -113,11 +115,17 @@ def _profiled(run: Callable[[], object], device: torch.device, times: int = 1) -
 
 def where_time_goes(run: Callable[[], object], device: torch.device, count: int = 6) -> list[dict[str, str]]:
     """Returns a table of the operations that take the most of its time, on the device that computes."""
-    kind = f"self_{device.type}_time_total" if device.type == "cpu" else "self_device_time_total"
-    events = sorted(_profiled(run, device).key_averages(), key=lambda event: getattr(event, kind), reverse=True)
+    run()
+    start = time.perf_counter()
+    run()
+    # Of a single short call, one interruption by another process would be the largest part.
+    times = max(1, min(100, int(_MIN_PROFILED_SECONDS / (time.perf_counter() - start))))
+    kind = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    averages = _profiled(run, device, times).key_averages()
+    events = sorted(averages, key=lambda event: getattr(event, kind), reverse=True)
     total = sum(getattr(event, kind) for event in events) or 1.0
     return [
-        {"operation": event.key, "share": f"{getattr(event, kind) / total:.0%}", "calls": str(event.count)}
+        {"operation": event.key, "share": f"{getattr(event, kind) / total:.0%}", "calls": f"{event.count / times:g}"}
         for event in events[:count]
     ]
 
