@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
+# A GPU's tables stand beside the CPU's.
+BENCH = $(if $(DEVICE),--device $(DEVICE) --suffix _$(DEVICE))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check paper paper-tables paper-report paper-figures verify checkpoints claims bench
 
@@ -53,6 +56,10 @@ checkpoints: setup  ## export the parameters behind every number to results/chec
 claims: setup  ## measure what section 5.2 says in prose: FOMAML's speed-up, the number of parameters
 	$(RUN) scripts/claims.py
 
-bench: setup  ## time the meta-gradient against a plain loop and whatever peers are installed, and meta-RL
-	$(RUN) scripts/bench_meta_gradient.py
+bench: setup  ## time all there is to time (an hour on one CPU core), DEVICE=cuda on a GPU: tables and plots in results/benchmarks
+	$(RUN) scripts/bench_meta_gradient.py $(BENCH)
+	$(RUN) scripts/bench_training.py $(BENCH)
+	$(RUN) scripts/bench_scaling.py $(BENCH)
+	$(RUN) scripts/bench_evaluation.py $(BENCH)
+	$(RUN) scripts/bench_time_to_accuracy.py $(BENCH)
 	$(RUN) scripts/bench_meta_rl.py

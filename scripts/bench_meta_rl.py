@@ -10,22 +10,30 @@ updates of theta, at the sizes of section 5.3, in a process of its own whose pea
 
 from __future__ import annotations
 
-import argparse
-import csv
 import multiprocessing
 import os
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_meta_gradient import choose_clock, describe
+from benchmark import (
+    ROOT,
+    Spread,
+    choose_clock,
+    describe,
+    parser,
+    resident_mib,
+    table,
+    target,
+    times_as_fast,
+    verdict,
+    write,
+)
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
@@ -39,7 +47,6 @@ from maml.rl.rollouts import collect_episodes
 from maml.seeding import Stream
 from maml.types import Params, Product, Tasks
 
-ROOT = Path(__file__).resolve().parents[1]
 NUM_THREADS = 1
 PHASES = ("sampling", "advantages and adaptation", "gradient", "curvature", "conjugate gradient", "line search", "rest")
 TURN_SECONDS = 0.5
@@ -105,11 +112,6 @@ class Result:
     seconds: Sequence[float]
     phases: Mapping[str, float]
     peak_mib: tuple[float, float]
-
-    def times(self, other: str) -> tuple[float, float, float]:
-        """Returns how many times as fast as another the sampler is: median, least and most over the rounds."""
-        ratios = [ours / theirs for ours, theirs in zip(self.speeds["ours"], self.speeds[other], strict=True)]
-        return statistics.median(ratios), min(ratios), max(ratios)
 
 
 # Sampling.
@@ -245,7 +247,7 @@ def meta_iterations(shape: Shape, count: int) -> tuple[list[float], dict[str, fl
     torch.set_num_threads(NUM_THREADS)
     clock, _ = choose_clock(torch.device("cpu"), NUM_THREADS)
     algorithm = shape.build()
-    before = _resident_mib("VmRSS")
+    before = resident_mib("VmRSS")
     stopwatch = Stopwatch(clock)
     watch(algorithm, stopwatch)
     seconds = []
@@ -258,12 +260,7 @@ def meta_iterations(shape: Shape, count: int) -> tuple[list[float], dict[str, fl
         seconds.append(clock() - start)
     stopwatch.enter("rest")
     phases = {phase: stopwatch.seconds[phase] / count for phase in PHASES}
-    return seconds[1:], phases, (_resident_mib("VmHWM"), before)
-
-
-def _resident_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(f"{field}:"))
+    return seconds[1:], phases, (resident_mib("VmHWM"), before)
 
 
 def measure(name: str, shape: Shape, rounds: int, turn_seconds: float, iterations: int) -> Result:
@@ -275,104 +272,97 @@ def measure(name: str, shape: Shape, rounds: int, turn_seconds: float, iteration
 
 # Writing.
 
+SAMPLING = """
+## Sampling
 
-def write_csv(path: Path, results: Sequence[Result], conditions: Mapping[str, str]) -> None:
-    """Writes one line per measured number."""
-    rows = []
-    for result in results:
-        numbers = {f"{sampler}, steps per second": values for sampler, values in result.speeds.items()}
-        numbers |= {"meta-iteration, seconds": result.seconds}
-        numbers |= {f"{phase}, seconds": [value] for phase, value in result.phases.items()}
-        numbers |= {"peak memory, MiB": [result.peak_mib[0]], "memory before, MiB": [result.peak_mib[1]]}
-        for what, values in numbers.items():
-            spread = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-            row: dict[str, Any] = {"shape": result.name, "sizes": result.shape.sizes(), "what": what}
-            rows.append(row | spread | {"count": len(values)} | dict(conditions))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+Env-steps per second (wall clock), all on one core. Ours samples a whole meta-batch, `sizes` being tasks x rollouts x
+steps; Gymnasium's vector environments hold as many environments as a task has rollouts, and more would not make them
+faster. A ratio is the median over rounds of those of one round, least and most in brackets.
+""".strip()
+META_ITERATIONS = """
+## Meta-iterations
+
+Seconds of CPU time, median over iterations, least and most in brackets; of the phases the mean. `gradient` is the
+meta-gradient, `curvature` what is prepared once for its products with the vectors of `conjugate gradient`. Peak memory
+is that of the whole process, and what it adds to libraries and theta.
+""".strip()
 
 
-def write_markdown(path: Path, results: Sequence[Result], conditions: Mapping[str, str], with_bars: bool) -> None:
-    """Writes a table of samplers and one of meta-iterations, our bars beside them if they apply."""
+def numbers(result: Result) -> list[dict[str, Any]]:
+    """Returns one row per measured number."""
+    measured = {f"{sampler}, steps per second": values for sampler, values in result.speeds.items()}
+    measured |= {"meta-iteration, seconds": result.seconds}
+    measured |= {f"{phase}, seconds": [value] for phase, value in result.phases.items()}
+    measured |= {"peak memory, MiB": [result.peak_mib[0]], "memory before, MiB": [result.peak_mib[1]]}
+    rows: list[dict[str, Any]] = []
+    for what, values in measured.items():
+        median, low, high = Spread.of(values) or ("", "", "")
+        row = {"shape": result.name, "sizes": result.shape.sizes(), "what": what, "count": len(values)}
+        rows.append(row | {"median": median, "min": low, "max": high})
+    return rows
 
-    def verdict(is_met: bool, bar: str) -> str:
-        return f"{'met' if is_met else 'missed'} ({bar})" if with_bars else ""
 
-    lines = ["# Time and memory of meta-RL on one core", ""]
-    lines += [f"- {key}: {value}" for key, value in conditions.items()]
-    lines += [
-        "",
-        "## Sampling",
-        "",
-        "Env-steps per second (wall clock), all on one core. Ours samples a whole meta-batch, `sizes` being tasks x",
-        "rollouts x steps; Gymnasium's vector environments hold as many environments as a task has rollouts, and more",
-        "would not make them faster. A ratio is the median over rounds of those of one round, least and most in",
-        "brackets.",
-        "",
-        "| environment | sizes | ours | SyncVectorEnv | AsyncVectorEnv | ours / Sync | ours / Async | bar |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+def sampling(result: Result, with_bars: bool) -> dict[str, object]:
+    """Returns a row of the table of samplers, our bars beside the ratios if they apply."""
+    shape, speeds = result.shape, {name: Spread.of(values) for name, values in result.speeds.items()}
+    ours, sync, asynchronous = (result.speeds[name] for name in ("ours", "SyncVectorEnv", "AsyncVectorEnv"))
+    ratio, speed = times_as_fast(sync, ours), speeds["ours"]  # of speeds, not of seconds
+    assert ratio is not None and speed is not None
+    bars = [
+        verdict(ratio.median, shape.times_sync, " x Sync"),
+        verdict(speed.median, shape.steps_per_second, " steps/s"),
     ]
-    for result in results:
-        speeds = {sampler: statistics.median(values) for sampler, values in result.speeds.items()}
-        ratios = [result.times(other) for other in ("SyncVectorEnv", "AsyncVectorEnv")]
-        shape, bars = result.shape, []
-        if shape.times_sync is not None:
-            bars.append(verdict(ratios[0][0] >= shape.times_sync, f">= {shape.times_sync:g} x Sync"))
-        if shape.steps_per_second is not None:
-            bars.append(verdict(speeds["ours"] >= shape.steps_per_second, f">= {shape.steps_per_second:,g} steps/s"))
-        cells = [result.name, shape.sizes(), *(f"{speed:,.0f}" for speed in speeds.values())]
-        cells += [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in ratios]
-        lines.append("| " + " | ".join([*cells, ", ".join(bars)]) + " |")
-    lines += [
-        "",
-        "## Meta-iterations",
-        "",
-        "Seconds of CPU time, median over iterations, least and most in brackets; of the phases the mean. `gradient`",
-        "is the meta-gradient, `curvature` what is prepared once for its products with the vectors of",
-        "`conjugate gradient`. Peak memory is that of the whole process, and what it adds to libraries and theta.",
-        "",
-        "| environment | sizes | seconds | bar | " + " | ".join(PHASES) + " | peak MiB | added MiB |",
-        "| --- | --- | ---: | --- |" + " ---: |" * (len(PHASES) + 2),
-    ]
-    for result in results:
-        middle, bar = statistics.median(result.seconds), result.shape.max_seconds
-        cells = [result.name, result.shape.sizes()]
-        cells += [f"{middle:.3g} ({min(result.seconds):.3g} to {max(result.seconds):.3g})"]
-        cells += [verdict(middle <= bar, f"<= {bar:g} s") if bar is not None else ""]
-        cells += [f"{result.phases[phase]:.3f}" for phase in PHASES]
-        cells += [f"{result.peak_mib[0]:.0f}", f"{result.peak_mib[0] - result.peak_mib[1]:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    path.write_text("\n".join(lines) + "\n")
+    return {
+        "environment": result.name,
+        "sizes": shape.sizes(),
+        **{name: f"{spread.median:,.0f}" for name, spread in speeds.items() if spread},
+        "ours / Sync": ratio,
+        "ours / Async": times_as_fast(asynchronous, ours),
+        "bar": ", ".join(filter(None, bars)) if with_bars else "",
+    }
+
+
+def iterating(result: Result, with_bars: bool) -> dict[str, object]:
+    """Returns a row of the table of meta-iterations."""
+    seconds = Spread.of(result.seconds)
+    assert seconds is not None
+    peak, before = result.peak_mib
+    return {
+        "environment": result.name,
+        "sizes": result.shape.sizes(),
+        "seconds": seconds,
+        "bar": verdict(seconds.median, result.shape.max_seconds, " s", at_most=True) if with_bars else "",
+        **{phase: f"{result.phases[phase]:.3f}" for phase in PHASES},
+        "peak MiB": f"{peak:.0f}",
+        "added MiB": f"{peak - before:.0f}",
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and writes; the files are rewritten after each shape, so that a run cut short leaves what it has."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each sampler (default %(default)s)")
-    parser.add_argument("--iterations", type=int, default=5, help="meta-iterations (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, for tests; the numbers mean nothing")
-    folder = ROOT / "results" / "benchmarks" / "meta_rl"
-    parser.add_argument("--out", type=Path, default=folder, help="folder (default results/benchmarks/meta_rl)")
-    options = parser.parse_args(arguments)
+    own = parser(__doc__, "meta_rl", rounds=10, only_one_core=True)
+    own.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    own.add_argument("--iterations", type=int, default=5, help="meta-iterations (default %(default)s)")
+    own.add_argument("--quick", action="store_true", help="tiny sizes, for tests; the numbers mean nothing")
+    options = own.parse_args(arguments)
     if hasattr(os, "sched_setaffinity"):  # Linux: also for processes that this one starts
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(NUM_THREADS)
     conditions = describe(torch.device("cpu"), NUM_THREADS)
     conditions["clock"] = "of samplers the wall's; of meta-iterations the CPU's, which other load disturbs less"
-    options.out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
+    with_bars = not options.quick
     for name in options.shapes:
         if options.quick:
             tiny = replace(SHAPES[name], num_tasks=2, num_rollouts=2, horizon=10)
             results.append(measure(name, tiny, rounds=2, turn_seconds=0.01, iterations=2))
         else:
             results.append(measure(name, SHAPES[name], options.rounds, TURN_SECONDS, options.iterations))
-        write_csv(options.out / "meta_rl.csv", results, conditions)
-        write_markdown(options.out / "meta_rl.md", results, conditions, with_bars=not options.quick)
-    print((options.out / "meta_rl.md").read_text())
+        text = [SAMPLING, *table([sampling(result, with_bars) for result in results])]
+        text += [META_ITERATIONS, *table([iterating(result, with_bars) for result in results])]
+        rows = [row for result in results for row in numbers(result)]
+        write(options, "Time and memory of meta-RL on one core", conditions, text, rows)
+    print(target(options).read_text())
 
 
 if __name__ == "__main__":

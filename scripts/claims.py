@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_meta_gradient import choose_clock, describe, seconds_per_call
+from benchmark import choose_clock, describe, seconds_per_call
 
 from maml.algorithm.base import Algorithm, Parts
 from maml.config import build, compose

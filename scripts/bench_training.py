@@ -1,0 +1,126 @@
+"""Times whole training steps, as `python train.py` makes them, against a plain loop and other libraries.
+
+    python scripts/bench_training.py --rounds 5
+    python scripts/bench_training.py --device cuda --suffix _cuda
+
+A step draws the tasks, gathers their data, computes the meta-gradient and makes Adam's update; drawing and gathering
+are ours for all. Ours is built from the experiment's config and does what training does on this hardware, compiling
+included. All run in one process and take turns, and gave the same meta-gradient before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from benchmark import (
+    PEERS,
+    Spread,
+    choose_clock,
+    describe,
+    parser,
+    table,
+    take_turns,
+    target,
+    times_as_fast,
+    verdict,
+    write,
+)
+from floor import NOTES, Cost, Rates, kernels, where_time_goes
+from implementations import Implementation, Problem, prepare
+
+# On one GPU, in iterations per second.
+BARS = {
+    "sinusoid_10shot": 1500.0,
+    "omniglot_5way_1shot": 300.0,
+    "omniglot_20way_1shot": 60.0,
+    "cifar_fs_5way_1shot": 100.0,
+    "mini_imagenet_5way_1shot": 40.0,
+}
+LOOP_BARS = {"omniglot_5way_1shot": 20.0}  # times as fast as the loop on the same GPU
+BUSY_BARS = {"omniglot_5way_1shot": 80.0}  # per cent of the time in which the GPU computes
+OURS = "ours as trained"
+
+TEXT = """
+A ratio says how many times as fast an implementation is: the median over rounds of (other's time / its time in the
+same round), least and most in brackets.
+""".strip()
+
+
+def training(problem: Problem, implementation: Implementation) -> Callable[[], object]:
+    """Returns what makes the next iteration."""
+    iterations = itertools.count(1)
+    return lambda: implementation.step(problem.sample(next(iterations)))
+
+
+def measure(
+    experiment: str, names: Sequence[str], rounds: int, device: torch.device, rates: Rates
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Returns the section and the rows of one experiment."""
+    problem, ready, _, missing = prepare(names, experiment, device=device)
+    runs = {name: training(problem, way) for name, way in ready.items()}
+    for run in runs.values():  # Adam's state, and whatever else is made on first use
+        run()
+    seconds = take_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0])
+    on_gpu = device.type == "cuda"
+    shown, rows = [], []
+    for name in names:
+        row: dict[str, Any] = {"experiment": experiment, "implementation": name, "note": missing.get(name, "")}
+        cells = {"implementation": name, "it/s": missing.get(name, ""), "bar": "", "ratio to loop": "", "ratio bar": ""}
+        speed = Spread.of(1 / value for value in seconds.get(name, []))
+        against = times_as_fast(seconds[name], seconds["loop"]) if speed else None
+        if speed and against:
+            is_judged = on_gpu and name == OURS
+            cells |= {
+                "it/s": str(speed),
+                "bar": verdict(speed.median, BARS.get(experiment), " it/s") if is_judged else "",
+                "ratio to loop": str(against),
+                "ratio bar": verdict(against.median, LOOP_BARS.get(experiment)) if is_judged else "",
+            }
+            row |= {"rounds": rounds, "iterations_per_second": speed.median, "min": speed.low, "max": speed.high}
+            row |= {"times_loop": against.median, "times_loop_min": against.low, "times_loop_max": against.high}
+        shown.append(cells)
+        rows.append(row)
+    cost = Cost.of(lambda: ready["loop"].gradient(problem.tasks))
+    floor = cost.seconds(rates)
+    rows[0] |= {"operations": cost.operations, "bytes": cost.bytes, "floor_seconds": floor}
+    lines = [f"## {experiment}", *table(shown)]
+    lines += [f"Floor: {', '.join(f'{key} {value}' for key, value in cost.row(rates).items())}: {1 / floor:,.0f} it/s."]
+    if OURS not in ready:
+        return lines, rows
+    if on_gpu:
+        computing, count = kernels(runs[OURS], device)
+        busy = 100 * computing / Spread.of(seconds[OURS]).median  # type: ignore[union-attr] # it ran
+        rows[0] |= {"busy_percent": busy, "kernels": count}
+        judged = verdict(busy, BUSY_BARS.get(experiment), " %")
+        lines += [
+            "",
+            f"The GPU computes {busy:.0f} % of the time of ours, {count:,.0f} kernels per iteration. {judged}",
+        ]
+    lines += ["", "Where the time of ours goes:", *table(where_time_goes(runs[OURS], device))]
+    return lines, rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and writes; files are rewritten after each experiment, so that a run cut short leaves what it has."""
+    options = parser(__doc__, "training", rounds=5)
+    options.add_argument("--experiments", nargs="+", default=list(BARS))
+    options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries beside the loop")
+    args = options.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    rates = Rates.measure(device)
+    conditions = describe(device, args.threads) | {"rates": str(rates)}
+    text, rows = [TEXT, "", NOTES, ""], []
+    for experiment in args.experiments:
+        lines, found = measure(experiment, [OURS, "loop", *args.peers], args.rounds, device, rates)
+        text += [*lines, ""]
+        rows += found
+        write(args, "Whole training steps", conditions, text, rows)
+    print(target(args).read_text())
+
+
+if __name__ == "__main__":
+    main()

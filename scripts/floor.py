@@ -1,0 +1,147 @@
+"""What a computation costs at least on this machine, and where its time goes: beside a number that misses its bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from benchmark import choose_clock, seconds_per_call
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+_MIN_PROFILED_SECONDS = 0.5
+NOTES = """
+The floor is what the machine would need for the loop's matrix products and convolutions alone: the larger of their
+operations over the measured rate of a large matrix product, and of the bytes of their operands and results, each moved
+once, over the measured rate of a copy. All that is between them, and every launch, is free in it.
+""".strip()
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine does per second, measured.
+
+    Attributes:
+        operations: of a large float32 matrix product.
+        bytes: read and written by a copy that no cache holds.
+    """
+
+    operations: float
+    bytes: float
+
+    @classmethod
+    def measure(cls, device: torch.device) -> Rates:
+        """Measures both."""
+        clock, _ = choose_clock(device, torch.get_num_threads())
+        size, length = (8192, 2**28) if device.type == "cuda" else (1024, 2**26)
+        a, x = torch.ones(size, size, device=device), torch.ones(length, device=device)
+        y = torch.empty_like(x)
+        runs: list[Callable[[], object]] = [lambda: a @ a, lambda: y.copy_(x)]
+        product, copy = (min(seconds_per_call(run, clock) for _ in range(5)) for run in runs)
+        return cls(2 * size**3 / product, 2 * x.nbytes / copy)
+
+    def __str__(self) -> str:
+        return f"{self.operations / 1e9:,.0f} GFLOP/s in a matrix product, {self.bytes / 1e9:,.0f} GB/s in a copy"
+
+
+@dataclass
+class Cost:
+    """What matrix products and convolutions of a computation take.
+
+    Attributes:
+        operations: multiplications and additions.
+        bytes: of operands and results.
+        calls: how many there are.
+    """
+
+    operations: int = 0
+    bytes: int = 0
+    calls: int = 0
+
+    @classmethod
+    def of(cls, run: Callable[[], object]) -> Cost:
+        """Counts them while it runs."""
+        cost = cls()
+        with _Counting(cost):
+            run()
+        return cost
+
+    def seconds(self, rates: Rates) -> float:
+        """Returns the floor."""
+        return max(self.operations / rates.operations, self.bytes / rates.bytes)
+
+    def row(self, rates: Rates) -> dict[str, str]:
+        """Returns the cells of a table."""
+        bound = "operations" if self.operations / rates.operations > self.bytes / rates.bytes else "bytes"
+        return {
+            "GFLOP": f"{self.operations / 1e9:.3g}",
+            "MB": f"{self.bytes / 1e6:.3g}",
+            "floor, ms": f"{1e3 * self.seconds(rates):.3g}",
+            "bound by": bound,
+        }
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, cost: Cost) -> None:
+        super().__init__()
+        self.cost = cost
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func.overloadpacket):
+            tensors = [value for value in tree_leaves((args, result)) if isinstance(value, Tensor)]
+            self.cost.operations += formula(*args, **(kwargs or {}), out_val=result)
+            self.cost.bytes += sum(value.numel() * value.element_size() for value in tensors)
+            self.cost.calls += 1
+        return result
+
+
+def _profiled(run: Callable[[], object], device: torch.device, times: int = 1) -> profile:
+    run()
+    cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
+        for _ in range(times):
+            run()
+        if cuda:
+            torch.cuda.synchronize()
+    return profiler
+
+
+def where_time_goes(run: Callable[[], object], device: torch.device, count: int = 6) -> list[dict[str, str]]:
+    """Returns a table of the operations that take the most of its time, on the device that computes."""
+    run()
+    start = time.perf_counter()
+    run()
+    # Of a single short call, one interruption by another process would be the largest part.
+    times = max(1, min(100, int(_MIN_PROFILED_SECONDS / (time.perf_counter() - start))))
+    kind = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    averages = _profiled(run, device, times).key_averages()
+    events = sorted(averages, key=lambda event: getattr(event, kind), reverse=True)
+    total = sum(getattr(event, kind) for event in events) or 1.0
+    return [
+        {"operation": event.key, "share": f"{getattr(event, kind) / total:.0%}", "calls": f"{event.count / times:g}"}
+        for event in events[:count]
+    ]
+
+
+def kernels(run: Callable[[], object], device: torch.device, times: int = 20) -> tuple[float, float]:
+    """Returns, per call, the seconds in which at least one kernel runs on the GPU, and how many kernels there are."""
+    events = _profiled(run, device, times).events() or []
+    events = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
+    seconds = covered((event.time_range.start, event.time_range.end) for event in events) / 1e6
+    return seconds / times, len(events) / times
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Returns the length of a union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
