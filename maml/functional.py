@@ -67,13 +67,12 @@ def max_pool(x: Tensor, keep_odd: bool = False) -> Tensor:
     return y.unflatten(0, x.shape[:2])
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """Convolves each task's images with its own 3x3 kernels, zero padding of one pixel.
 
     Args:
         x: ``(T, S, H, W, C)``.
         weight: ``(T, O, C, 3, 3)``.
-        bias: ``(T, O)``.
         stride: 1 or 2.
 
     Returns:
@@ -83,10 +82,10 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
     if tasks == 1:  # one set of kernels: the library's convolution is at its best
         images = x.flatten(0, 1).permute(0, 3, 1, 2)
         y = _Conv.apply(images, weight[0].contiguous(memory_format=torch.channels_last), stride)
-        return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2]) + bias.reshape(1, 1, 1, 1, -1)
+        return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
     columns = _Columns.apply(x, stride)
     kernels = weight.permute(0, 3, 4, 2, 1).reshape(tasks, -1, num_out)
-    y = torch.baddbmm(bias.unsqueeze(1), columns.reshape(tasks, -1, columns.shape[-1]), kernels)
+    y = torch.bmm(columns.reshape(tasks, -1, columns.shape[-1]), kernels)
     return y.reshape(*columns.shape[:4], num_out)
 
 

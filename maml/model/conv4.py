@@ -106,21 +106,24 @@ class Conv4(Model):
         """
         for i in range(1, _NUM_MODULES + 1):
             stride = 2 if self.pooling == "stride" else 1
-            x = conv3x3(x, params[f"conv{i}.weight"], params[f"conv{i}.bias"], stride)
+            x = conv3x3(x, params[f"conv{i}.weight"], stride)
+            shape = (x.shape[0], 1, 1, 1, -1)
+            bias = params[f"conv{i}.bias"].reshape(shape)
             if f"norm{i}.mean" in params:
-                shape = (x.shape[0], 1, 1, 1, -1)
                 mean, variance = (params[f"norm{i}.{name}"].reshape(shape) for name in ("mean", "variance"))
             else:
                 mean, variance = batch_statistics(x, num_reference)
+                mean = mean + bias
             if seen is not None:
                 count = x[0, ..., 0].numel()
                 seen[f"norm{i}.mean"] = mean.flatten(1).detach()
                 seen[f"norm{i}.variance"] = variance.flatten(1).detach() * (count / max(1, count - 1))
-            x = normalize(x, mean, variance, params[f"norm{i}.shift"], params.get(f"norm{i}.scale"))
-            x = self.activation(x)
+            scale = params.get(f"norm{i}.scale")
             if self.pooling in ("max", "max_keep_odd"):
                 x = max_pool(x, keep_odd=self.pooling == "max_keep_odd")
-            elif self.pooling == "mean":
+            x = normalize(x, mean - bias, variance, params[f"norm{i}.shift"], scale)
+            x = self.activation(x)
+            if self.pooling == "mean":
                 height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
                 x = x[:, :, :height, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
         return x.mean((2, 3)) if self.head == "mean" else x.flatten(2)
