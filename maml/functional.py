@@ -29,10 +29,25 @@ def batch_statistics(x: Tensor, num_reference: int | None = None) -> tuple[Tenso
 
     ``num_reference`` is how many leading examples count; None is all of them.
     """
-    reference = x if num_reference is None else x[:, :num_reference]
-    dims = tuple(range(1, x.dim() - 1))
-    mean = reference.mean(dims, keepdim=True)
-    return mean, (reference - mean).square().mean(dims, keepdim=True)
+    return _Moments.apply(x if num_reference is None else x[:, :num_reference])
+
+
+class _Moments(Function):
+    """Mean and variance; the gradient, an affine function of x, is one pass over memory, and differentiable as such."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        dims = tuple(range(1, x.dim() - 1))
+        mean = x.mean(dims, keepdim=True)
+        ctx.save_for_backward(x, mean)
+        return mean, (x - mean).square_().mean(dims, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        count = x[0, ..., 0].numel()
+        slope = grad_variance * (2 / count)
+        return torch.addcmul(grad_mean / count - slope * mean, x, slope)
 
 
 def normalize(x: Tensor, mean: Tensor, variance: Tensor, shift: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -50,7 +65,7 @@ def normalize(x: Tensor, mean: Tensor, variance: Tensor, shift: Tensor, scale: T
     factor = torch.rsqrt(variance + _BATCH_NORM_EPS)
     if scale is not None:
         factor = factor * scale.reshape(mean.shape)
-    return (x - mean) * factor + shift.reshape(mean.shape)
+    return torch.addcmul(shift.reshape(mean.shape) - mean * factor, x, factor)
 
 
 def batch_norm(x: Tensor, shift: Tensor, num_reference: int | None = None) -> Tensor:
