@@ -94,14 +94,28 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
         ``(T, S, ceil(H / stride), ceil(W / stride), O)``.
     """
     tasks, num_out = weight.shape[:2]
-    if tasks == 1:  # one set of kernels: the library's convolution is at its best
-        images = x.flatten(0, 1).permute(0, 3, 1, 2)
-        y = _Conv.apply(images, weight[0].contiguous(memory_format=torch.channels_last), stride)
-        return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+    if tasks == 1:
+        return _convolved(x[0], weight[0], stride).unsqueeze(0)
+    if (
+        x.device.type == "cpu"
+        and x.shape[4] >= _MC
+        and x.shape[1] * _out_size(x.shape[2], stride) * _out_size(x.shape[3], stride) >= _MR
+    ):
+        return torch.stack([_convolved(a, w, stride) for a, w in zip(x, weight, strict=True)])
     columns = _Columns.apply(x, stride)
     kernels = weight.permute(0, 3, 4, 2, 1).reshape(tasks, -1, num_out)
     y = torch.bmm(columns.reshape(tasks, -1, columns.shape[-1]), kernels)
     return y.reshape(*columns.shape[:4], num_out)
+
+
+_MC = 16
+_MR = 200
+
+
+def _convolved(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """The same of one task: with one set of kernels the library's convolution is at its best."""
+    y = _Conv.apply(x.permute(0, 3, 1, 2), weight.contiguous(memory_format=torch.channels_last), stride)
+    return y.permute(0, 2, 3, 1)
 
 
 def _out_size(size: int, stride: int) -> int:
