@@ -15,6 +15,10 @@ from torch.autograd import Function
 
 _BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
 
+# From how many output pixels of a task and how many input channels a CPU convolves task by task: gathering windows for
+# one product of all tasks then costs more than it saves. Five images of Omniglot reach it in the second layer.
+_WIDE_ROWS, _WIDE_CHANNELS = 200, 16
+
 ACTIVATIONS = {"relu": torch.relu, "softplus": F.softplus, "tanh": torch.tanh}
 Activation = Literal["relu", "softplus", "tanh"]
 
@@ -53,7 +57,8 @@ class _Moments(Function):
 def normalize(x: Tensor, mean: Tensor, variance: Tensor, shift: Tensor, scale: Tensor | None = None) -> Tensor:
     """Normalises each feature of each task (protocol, fact 2).
 
-    Written out because ``F.batch_norm`` gives wrong or no second derivatives here.
+    Written out because ``F.batch_norm`` gives wrong or no second derivatives here; as an affine function of x, which
+    is one pass over memory.
 
     Args:
         x: ``(T, S, ..., C)``.
@@ -83,7 +88,7 @@ def max_pool(x: Tensor, keep_odd: bool = False) -> Tensor:
 
 
 def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
-    """Convolves each task's images with its own 3x3 kernels, zero padding of one pixel.
+    """Convolves each task's images with its own 3x3 kernels, zero padding of one pixel; there is no bias.
 
     Args:
         x: ``(T, S, H, W, C)``.
@@ -95,25 +100,18 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """
     tasks, num_out = weight.shape[:2]
     if tasks == 1:
-        return _convolved(x[0], weight[0], stride).unsqueeze(0)
-    if (
-        x.device.type == "cpu"
-        and x.shape[4] >= _MC
-        and x.shape[1] * _out_size(x.shape[2], stride) * _out_size(x.shape[3], stride) >= _MR
-    ):
-        return torch.stack([_convolved(a, w, stride) for a, w in zip(x, weight, strict=True)])
+        return _convolve(x[0], weight[0], stride).unsqueeze(0)
+    rows = x.shape[1] * _out_size(x.shape[2], stride) * _out_size(x.shape[3], stride)
+    if x.device.type == "cpu" and rows >= _WIDE_ROWS and x.shape[4] >= _WIDE_CHANNELS:
+        return torch.stack([_convolve(images, kernels, stride) for images, kernels in zip(x, weight, strict=True)])
     columns = _Columns.apply(x, stride)
     kernels = weight.permute(0, 3, 4, 2, 1).reshape(tasks, -1, num_out)
     y = torch.bmm(columns.reshape(tasks, -1, columns.shape[-1]), kernels)
     return y.reshape(*columns.shape[:4], num_out)
 
 
-_MC = 16
-_MR = 200
-
-
-def _convolved(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """The same of one task: with one set of kernels the library's convolution is at its best."""
+def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """The same of one task, ``(S, H, W, C)``: with one set of kernels the library's convolution is at its best."""
     y = _Conv.apply(x.permute(0, 3, 1, 2), weight.contiguous(memory_format=torch.channels_last), stride)
     return y.permute(0, 2, 3, 1)
 

@@ -107,6 +107,7 @@ class Conv4(Model):
         for i in range(1, _NUM_MODULES + 1):
             stride = 2 if self.pooling == "stride" else 1
             x = conv3x3(x, params[f"conv{i}.weight"], stride)
+            # The bias is taken from the mean in place of being added to every pixel; from the batch's own it cancels.
             shape = (x.shape[0], 1, 1, 1, -1)
             bias = params[f"conv{i}.bias"].reshape(shape)
             if f"norm{i}.mean" in params:
@@ -119,11 +120,16 @@ class Conv4(Model):
                 seen[f"norm{i}.mean"] = mean.flatten(1).detach()
                 seen[f"norm{i}.variance"] = variance.flatten(1).detach() * (count / max(1, count - 1))
             scale = params.get(f"norm{i}.scale")
-            if self.pooling in ("max", "max_keep_odd"):
+            # Without a scale, which might be negative, all between here and the maxima increases: they come first,
+            # and leave a quarter of the values to normalise.
+            early = scale is None
+            if self.pooling in ("max", "max_keep_odd") and early:
                 x = max_pool(x, keep_odd=self.pooling == "max_keep_odd")
             x = normalize(x, mean - bias, variance, params[f"norm{i}.shift"], scale)
             x = self.activation(x)
-            if self.pooling == "mean":
+            if self.pooling in ("max", "max_keep_odd") and not early:
+                x = max_pool(x, keep_odd=self.pooling == "max_keep_odd")
+            elif self.pooling == "mean":
                 height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
                 x = x[:, :, :height, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
         return x.mean((2, 3)) if self.head == "mean" else x.flatten(2)
