@@ -15,6 +15,10 @@ from torch.autograd import Function
 
 _BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
 
+# From how many output pixels of a task and how many input channels a CPU convolves task by task: gathering windows for
+# one product of all tasks then costs more than it saves. Five images of Omniglot reach it in the second layer.
+_WIDE_ROWS, _WIDE_CHANNELS = 200, 16
+
 ACTIVATIONS = {"relu": torch.relu, "softplus": F.softplus, "tanh": torch.tanh}
 Activation = Literal["relu", "softplus", "tanh"]
 
@@ -29,16 +33,32 @@ def batch_statistics(x: Tensor, num_reference: int | None = None) -> tuple[Tenso
 
     ``num_reference`` is how many leading examples count; None is all of them.
     """
-    reference = x if num_reference is None else x[:, :num_reference]
-    dims = tuple(range(1, x.dim() - 1))
-    mean = reference.mean(dims, keepdim=True)
-    return mean, (reference - mean).square().mean(dims, keepdim=True)
+    return _Moments.apply(x if num_reference is None else x[:, :num_reference])
+
+
+class _Moments(Function):
+    """Mean and variance; the gradient, an affine function of x, is one pass over memory, and differentiable as such."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        dims = tuple(range(1, x.dim() - 1))
+        mean = x.mean(dims, keepdim=True)
+        ctx.save_for_backward(x, mean)
+        return mean, (x - mean).square_().mean(dims, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        count = x[0, ..., 0].numel()
+        slope = grad_variance * (2 / count)
+        return torch.addcmul(grad_mean / count - slope * mean, x, slope)
 
 
 def normalize(x: Tensor, mean: Tensor, variance: Tensor, shift: Tensor, scale: Tensor | None = None) -> Tensor:
     """Normalises each feature of each task (protocol, fact 2).
 
-    Written out because ``F.batch_norm`` gives wrong or no second derivatives here.
+    Written out because ``F.batch_norm`` gives wrong or no second derivatives here; as an affine function of x, which
+    is one pass over memory.
 
     Args:
         x: ``(T, S, ..., C)``.
@@ -50,7 +70,7 @@ def normalize(x: Tensor, mean: Tensor, variance: Tensor, shift: Tensor, scale: T
     factor = torch.rsqrt(variance + _BATCH_NORM_EPS)
     if scale is not None:
         factor = factor * scale.reshape(mean.shape)
-    return (x - mean) * factor + shift.reshape(mean.shape)
+    return torch.addcmul(shift.reshape(mean.shape) - mean * factor, x, factor)
 
 
 def batch_norm(x: Tensor, shift: Tensor, num_reference: int | None = None) -> Tensor:
@@ -67,27 +87,33 @@ def max_pool(x: Tensor, keep_odd: bool = False) -> Tensor:
     return y.unflatten(0, x.shape[:2])
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
-    """Convolves each task's images with its own 3x3 kernels, zero padding of one pixel.
+def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    """Convolves each task's images with its own 3x3 kernels, zero padding of one pixel; there is no bias.
 
     Args:
         x: ``(T, S, H, W, C)``.
         weight: ``(T, O, C, 3, 3)``.
-        bias: ``(T, O)``.
         stride: 1 or 2.
 
     Returns:
         ``(T, S, ceil(H / stride), ceil(W / stride), O)``.
     """
     tasks, num_out = weight.shape[:2]
-    if tasks == 1:  # one set of kernels: the library's convolution is at its best
-        images = x.flatten(0, 1).permute(0, 3, 1, 2)
-        y = _Conv.apply(images, weight[0].contiguous(memory_format=torch.channels_last), stride)
-        return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2]) + bias.reshape(1, 1, 1, 1, -1)
+    if tasks == 1:
+        return _convolve(x[0], weight[0], stride).unsqueeze(0)
+    rows = x.shape[1] * _out_size(x.shape[2], stride) * _out_size(x.shape[3], stride)
+    if x.device.type == "cpu" and rows >= _WIDE_ROWS and x.shape[4] >= _WIDE_CHANNELS:
+        return torch.stack([_convolve(images, kernels, stride) for images, kernels in zip(x, weight, strict=True)])
     columns = _Columns.apply(x, stride)
     kernels = weight.permute(0, 3, 4, 2, 1).reshape(tasks, -1, num_out)
-    y = torch.baddbmm(bias.unsqueeze(1), columns.reshape(tasks, -1, columns.shape[-1]), kernels)
+    y = torch.bmm(columns.reshape(tasks, -1, columns.shape[-1]), kernels)
     return y.reshape(*columns.shape[:4], num_out)
+
+
+def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """The same of one task, ``(S, H, W, C)``: with one set of kernels the library's convolution is at its best."""
+    y = _Conv.apply(x.permute(0, 3, 1, 2), weight.contiguous(memory_format=torch.channels_last), stride)
+    return y.permute(0, 2, 3, 1)
 
 
 def _out_size(size: int, stride: int) -> int:

@@ -13,6 +13,7 @@ from maml import ranks
 from maml.domain.base import Domain
 from maml.domain.reinforcement import Reinforcement
 from maml.errors import MamlError, Unavailable
+from maml.memory import keep_freed_memory
 from maml.types import Count, product
 
 # Images of a chunk on a CPU, support and query on average, in pixels: 40 of Omniglot's. Half as many halve the memory,
@@ -139,6 +140,7 @@ class Hardware:
 
     def apply(self, execution: Execution) -> None:
         """Sets the process-wide switches."""
+        keep_freed_memory()
         torch.set_num_threads(execution.num_threads)
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

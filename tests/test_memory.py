@@ -1,8 +1,10 @@
-"""What happens where memory does not suffice: smaller chunks, the same gradient, a clear end."""
+"""What happens where memory does not suffice: smaller chunks, the same gradient, a clear end; and keeping it."""
 
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,23 @@ def test_run_records_the_chunk_that_it_ended_with(tiny: TinyRuns, monkeypatch: p
     assert checkpoint.load(folder / "checkpoint.pt")["execution"]["task_chunk"] == 1
     for name, value in state(whole).items():
         torch.testing.assert_close(state(folder)[name], value)
+
+
+_FAULTS = """
+import resource, torch
+from maml.memory import keep_freed_memory
+torch.set_num_threads(1)
+keep_freed_memory()
+for _ in range(10):  # until the heap has found its shape
+    torch.ones(2**24).sum()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24).sum()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_reused() -> None:
+    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 5 * 2**24 * 4 / resource.getpagesize()  # by default ten tensors' pages

@@ -88,7 +88,7 @@ def module_reference(params: Params, x: Tensor) -> Tensor:
     return torch.func.functional_call(net, params, (x.permute(0, 3, 1, 2),))
 
 
-SMALL = (16, 16, 2)
+SMALL, WIDE = (16, 16, 2), (26, 28, 1)
 CASES: dict[str, tuple[tuple[int, ...], bool, Callable[[], Model], plain_maml.Forward]] = {
     "mlp": ((1,), False, lambda: MLP((1,), 1, [12, 12]), plain_maml.mlp),
     "mlp-batch-norm": (
@@ -98,6 +98,8 @@ CASES: dict[str, tuple[tuple[int, ...], bool, Callable[[], Model], plain_maml.Fo
         plain_maml.mlp,
     ),
     "conv4-stride": (SMALL, True, lambda: Conv4(SMALL, NUM_WAYS, 6, "stride"), plain_maml.conv4("stride", "mean")),
+    # Wide enough for tasks to be convolved one by one.
+    "conv4-stride-wide": (WIDE, True, lambda: Conv4(WIDE, NUM_WAYS, 16, "stride"), plain_maml.conv4("stride", "mean")),
     "conv4-max-pool": (
         SMALL,
         True,

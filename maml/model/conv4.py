@@ -106,19 +106,28 @@ class Conv4(Model):
         """
         for i in range(1, _NUM_MODULES + 1):
             stride = 2 if self.pooling == "stride" else 1
-            x = conv3x3(x, params[f"conv{i}.weight"], params[f"conv{i}.bias"], stride)
+            x = conv3x3(x, params[f"conv{i}.weight"], stride)
+            # The bias is taken from the mean in place of being added to every pixel; from the batch's own it cancels.
+            shape = (x.shape[0], 1, 1, 1, -1)
+            bias = params[f"conv{i}.bias"].reshape(shape)
             if f"norm{i}.mean" in params:
-                shape = (x.shape[0], 1, 1, 1, -1)
                 mean, variance = (params[f"norm{i}.{name}"].reshape(shape) for name in ("mean", "variance"))
             else:
                 mean, variance = batch_statistics(x, num_reference)
+                mean = mean + bias
             if seen is not None:
                 count = x[0, ..., 0].numel()
                 seen[f"norm{i}.mean"] = mean.flatten(1).detach()
                 seen[f"norm{i}.variance"] = variance.flatten(1).detach() * (count / max(1, count - 1))
-            x = normalize(x, mean, variance, params[f"norm{i}.shift"], params.get(f"norm{i}.scale"))
+            scale = params.get(f"norm{i}.scale")
+            # Without a scale, which might be negative, all between here and the maxima increases: they come first,
+            # and leave a quarter of the values to normalise.
+            early = scale is None
+            if self.pooling in ("max", "max_keep_odd") and early:
+                x = max_pool(x, keep_odd=self.pooling == "max_keep_odd")
+            x = normalize(x, mean - bias, variance, params[f"norm{i}.shift"], scale)
             x = self.activation(x)
-            if self.pooling in ("max", "max_keep_odd"):
+            if self.pooling in ("max", "max_keep_odd") and not early:
                 x = max_pool(x, keep_odd=self.pooling == "max_keep_odd")
             elif self.pooling == "mean":
                 height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
