@@ -85,7 +85,7 @@ def _run_seeds(config: Mapping[str, Any], experiment: str) -> float:
         else:
             runs.append(run)
     if runs:
-        check_precision(config["precision"], runs[0].algorithm.domain, hardware.device)
+        check_precision(config["precision"], runs[0].algorithm.domain.on_policy, hardware.device)
         check_shared(runs[0].algorithm, len(runs), config["meta_batch_size"])
         _train(runs, config, hardware)
         headlines += [run.headline for run in runs]

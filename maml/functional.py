@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from maml.precision import rounded
+
 _BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
 
 # From how many output pixels of a task and how many input channels a CPU convolves task by task: gathering windows for
@@ -25,7 +27,12 @@ Activation = Literal["relu", "softplus", "tanh"]
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Applies one linear layer per task: ``(T, S, D)``, ``(T, O, D)``, ``(T, O)`` -> ``(T, S, O)``."""
-    return torch.bmm(x, weight.transpose(1, 2)) + bias.unsqueeze(1)
+    return matmul(x, weight.transpose(1, 2)) + bias.unsqueeze(1)
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """Multiplies a matrix by another per task, in the precision of the run."""
+    return torch.bmm(*rounded(x, y)).to(x.dtype)
 
 
 def batch_statistics(x: Tensor, num_reference: int | None = None) -> tuple[Tensor, Tensor]:
@@ -98,6 +105,11 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     Returns:
         ``(T, S, ceil(H / stride), ceil(W / stride), O)``.
     """
+    dtype, (x, weight) = x.dtype, rounded(x, weight)
+    return _conv3x3(x, weight, stride).to(dtype)
+
+
+def _conv3x3(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     tasks, num_out = weight.shape[:2]
     if tasks == 1:
         return _convolve(x[0], weight[0], stride).unsqueeze(0)

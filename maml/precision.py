@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from maml.domain.base import Domain
 from maml.errors import MamlError, Unavailable
 
 Precision = Literal["float64", "float32", "tf32", "bf16"]
@@ -21,13 +20,13 @@ To TF32, on GPUs that have it; or to bfloat16, which saves memory besides.
 _rounds = False
 
 
-def check(precision: Precision, domain: Domain, device: torch.device) -> None:
-    """Makes sure that a domain can be trained so, on a device.
+def check(precision: Precision, on_policy: bool, device: torch.device) -> None:
+    """Makes sure that a domain, on-policy or supervised, can be trained so on a device.
 
     Raises:
         MamlError: if it cannot.
     """
-    if precision == "bf16" and domain.on_policy:
+    if precision == "bf16" and on_policy:
         raise MamlError(
             "precision=bf16 is for supervised domains: a trust region is narrower than its rounding; choose float32"
         )
@@ -52,6 +51,11 @@ def computing_in(precision: Precision) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         _rounds = before[1]
+
+
+def rounding(device: torch.device) -> torch.autocast:
+    """Returns a context in which torch rounds the factors of products by itself, as a user's own module needs it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=_rounds, cache_enabled=False)
 
 
 def rounded(*factors: Tensor) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maml.functional import linear
+from maml.functional import linear, matmul
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.seeding import Stream
 from maml.types import Count, Params, product
@@ -51,7 +51,7 @@ class LSTM(Model):
         recurrent = params["hidden.weight"].transpose(1, 2)
         hidden = cell = x.new_zeros(tasks, examples, self.hidden_size)
         for gates in inputs.unflatten(1, (examples, length)).unbind(2):
-            admit, keep, candidate, emit = (gates + torch.bmm(hidden, recurrent)).chunk(4, dim=2)
+            admit, keep, candidate, emit = (gates + matmul(hidden, recurrent)).chunk(4, dim=2)
             cell = torch.sigmoid(keep) * cell + torch.sigmoid(admit) * torch.tanh(candidate)
             hidden = torch.sigmoid(emit) * torch.tanh(cell)
         return linear(hidden, params["head.weight"], params["head.bias"])

@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from maml.errors import MamlError
 from maml.model.base import Model
+from maml.precision import rounding
 from maml.seeding import Stream
 from maml.types import Params
 
@@ -86,7 +87,8 @@ class ModuleModel(Model):
         self.net.to(x.device)
 
         def run(params: Params, x: Tensor) -> Tensor:
-            return functional_call(self.net, params, (x,))
+            with rounding(x.device):
+                return functional_call(self.net, params, (x,)).to(x.dtype)
 
         if self.vectorize:
             return vmap(run)(params, self._inputs(x))
@@ -109,6 +111,7 @@ class _BatchStatistics(nn.Module):
         self.num_reference: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.float() if x.dtype == torch.bfloat16 else x
         dims = (0, *range(2, x.dim()))
         reference = x[: self.num_reference]
         mean = reference.mean(dims, keepdim=True)
