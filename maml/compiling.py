@@ -17,26 +17,35 @@ ChunkGradient = Callable[[Params, Tasks], tuple[Params, Params]]
 _log = logging.getLogger(__name__)
 
 
-def compiled(function: ChunkGradient) -> ChunkGradient:
-    """Returns ``function``, compiled for each shape of its inputs on first use.
+class Compiled:
+    """A function, compiled for each shape of its inputs on first use.
 
     The trace already holds the derivatives, so the compiler sees a plain function and differentiates nothing. Where
     compiling fails, a warning says so and the function runs as it is.
-    """
-    programs: dict[tuple[torch.Size, ...], ChunkGradient] = {}
 
-    def run(theta: Params, tasks: Tasks) -> tuple[Params, Params]:
+    Args:
+        function: to compile.
+
+    Attributes:
+        failed: whether it runs as it is.
+    """
+
+    def __init__(self, function: ChunkGradient) -> None:
+        self.function, self.failed = function, False
+        self._programs: dict[tuple[torch.Size, ...], ChunkGradient] = {}
+
+    def __call__(self, theta: Params, tasks: Tasks) -> tuple[Params, Params]:
         shapes = tuple(value.shape for value in (*theta.values(), *tasks.values()))
-        if shapes not in programs:
+        if shapes not in self._programs:
             try:
-                programs[shapes] = _compile(function, theta, tasks)
+                self._programs[shapes] = _compile(self.function, theta, tasks)
+            except torch.OutOfMemoryError:
+                raise  # smaller chunks may do
             except Exception as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 _log.warning("compiling failed, so the run goes on without it (slower, same mathematics): %s", reason)
-                programs[shapes] = function
-        return programs[shapes](theta, tasks)
-
-    return run
+                self._programs[shapes], self.failed = self.function, True
+        return self._programs[shapes](theta, tasks)
 
 
 def _compile(function: ChunkGradient, theta: Params, tasks: Tasks) -> ChunkGradient:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maml import ranks
 from maml.algorithm.base import Algorithm
-from maml.compiling import compiled
+from maml.compiling import Compiled
 from maml.errors import MamlError
 from maml.hardware import Execution
 from maml.outer.base import Objective
@@ -49,12 +49,14 @@ class Iteration:
         self.computing.task_chunk = execution.task_chunk
         self.computing.inner.recompute = execution.recompute
         if execution.compile:
-            self.computing.chunk_gradient = compiled(self.computing.chunk_gradient)
+            self.computing.chunk_gradient = Compiled(self.computing.chunk_gradient)
 
     @property
     def execution(self) -> Execution:
-        """How the computation is cut by now: memory may have been too small for what was chosen."""
-        return replace(self._execution, task_chunk=self.computing.task_chunk)
+        """How the computation is cut by now: memory, or the compiler, may have failed at what was chosen."""
+        function = self.computing.chunk_gradient
+        compiles = isinstance(function, Compiled) and not function.failed
+        return replace(self._execution, task_chunk=self.computing.task_chunk, compile=compiles)
 
     def __call__(self, number: int | Tensor) -> list[dict[str, Tensor]]:
         """Makes the meta-update of iteration ``number`` (from 1; a 0-dim tensor to be captured) of every seed.

@@ -169,6 +169,7 @@ class RunFolder:
                 "state": dict(state),
             },
         )
+        self._record["segments"][-1]["execution"] = dict(execution)
         self._update_record(iteration, "running")
 
     def close(self, status: str) -> None:

@@ -1,4 +1,4 @@
-"""How many tasks are best batched at once on this machine: measured once for each kind of run, and remembered."""
+"""How many tasks are best batched at once on this machine, and whether compiling pays: measured, and remembered."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ from maml.types import num_tasks
 
 _MIN_ITERATIONS = 1000  # of a run that is worth the seconds which measuring takes
 _REPETITIONS = 3
+# Of a CPU, in which compiling (minutes, at each start) pays: images then take two thirds of the time. The program of
+# several inner steps is too long to compile.
+_MIN_SECONDS_TO_COMPILE = 3600
 _ENOUGH_WORSE = 1.1  # times as slow as the best so far, twice in a row: larger chunks would be worse still
 _IRRELEVANT = ("outer.", "seed", "num_iterations")  # keys of training on which speed does not depend
 
 
 def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: Mapping[str, Any]) -> Execution:
-    """Returns the execution with the fastest chunk of tasks; as it was, where measuring does not pay.
+    """Returns the execution with the fastest chunk of tasks, compiled if that pays; as it was, if measuring does not.
 
     Small vectors are always batched as a whole, and rollouts in blocks that fit a cache: only images are measured.
 
@@ -47,16 +50,19 @@ def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: 
     settings |= {"execution": replace(execution, task_chunk=None).as_dict(), "versions": versions()}
     settings |= {"num_tasks": num_tasks(tasks), "num_seeds": len(iterate.algorithms)}
     path = Path(config["cache_dir"]) / "execution" / f"{digest(settings)}.json"
-    chunk = _remembered(path)
-    if chunk is None:
+    seconds = _remembered(path)
+    if seconds is None:
         seconds = measured(iterate)
-        chunk = min(seconds, key=seconds.__getitem__)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"task_chunk": chunk, "seconds_per_task": seconds, "settings": settings}, indent=2)
+        content = json.dumps({"seconds_per_task": seconds, "settings": settings}, indent=2) + "\n"
         write_whole(path, lambda file: file.write(content.encode()))
         found = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
-        print(f"hardware.task_chunk=auto: {chunk} is fastest here ({found} per task); kept in {path}", file=sys.stderr)
-    return replace(execution, task_chunk=chunk)
+        print(f"hardware.task_chunk=auto: measured by chunk, per task: {found}; kept in {path}", file=sys.stderr)
+    chunk = min(seconds, key=seconds.__getitem__)
+    needed = seconds[chunk] * num_tasks(tasks) * config["num_iterations"]
+    is_compilable = hardware.device.type == "cpu" and iterate.computing.inner.num_steps == 1
+    pays = hardware.compile == "auto" and is_compilable and needed >= _MIN_SECONDS_TO_COMPILE
+    return replace(execution, task_chunk=chunk, compile=pays)
 
 
 def measured(iterate: Iteration) -> dict[int, float]:
@@ -87,8 +93,8 @@ def measured(iterate: Iteration) -> dict[int, float]:
     return seconds or {seeds: 0.0}  # memory that does not suffice for one task is an error of the first iteration
 
 
-def _remembered(path: Path) -> int | None:
+def _remembered(path: Path) -> dict[int, float] | None:
     try:
-        return int((read_json(path) or {})["task_chunk"])
-    except (KeyError, ValueError, MamlError):  # absent or damaged: measured anew
+        return {int(size): float(value) for size, value in (read_json(path) or {})["seconds_per_task"].items()}
+    except (AttributeError, KeyError, ValueError, MamlError):  # absent or damaged: measured anew
         return None

@@ -21,7 +21,6 @@ from implementations import as_trained
 from maml import checkpoint
 from maml.config import build, compose
 from maml.evaluation import Evaluation
-from maml.seeding import Stream
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,11 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hardware = (f"hardware.device={args.device}", f"hardware.num_threads={args.threads}")
     bank_settings = ("evaluation.split=val", "evaluation.search=null", f"evaluation.num_tasks={args.tasks}")
     config, _ = compose([f"+experiment={args.experiment}", *hardware, *bank_settings, *args.overrides], ROOT / "conf")
-    algorithm = as_trained(config)
+    algorithm, iterate = as_trained(config)
     evaluation: Evaluation = build(config["evaluation"])
     domain = algorithm.domain
     bank = evaluation.bank(domain, domain.num_shots)
-    stream = Stream(config["seed"], device)
 
     conditions = describe(device, args.threads) | {"clock": "wall clock"}
     same = {key: conditions[key] for key in ("commit", "hardware", "threads", "versions")}
@@ -68,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     while last["accuracy"] < args.accuracy and time.monotonic() < end:
         start = clock()
         for iteration in range(last["iteration"] + 1, last["iteration"] + args.every + 1):
-            algorithm.step(algorithm.sample_tasks(config["meta_batch_size"], stream.child("train").child(iteration)))
+            iterate(iteration)
         between = clock()
         curves = evaluation.curves(algorithm, domain.num_shots, bank, evaluation.step_sizes(domain.num_shots))
         accuracy = next(curve.values[-1].mean().item() for curve in curves if curve.metric == domain.headline)

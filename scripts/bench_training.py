@@ -52,7 +52,7 @@ same round), least and most in brackets.
 def training(problem: Problem, implementation: Implementation) -> Callable[[], object]:
     """Returns what makes the next iteration."""
     iterations = itertools.count(1)
-    return lambda: implementation.step(problem.sample(next(iterations)))
+    return lambda: implementation.iterate(problem, next(iterations))
 
 
 def measure(

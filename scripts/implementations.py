@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import logging
 import math
 import os
 from abc import ABC, abstractmethod
@@ -26,14 +25,17 @@ from benchmark import ROOT, Unavailable
 from torch import Tensor, nn
 
 from maml.algorithm.base import Algorithm
-from maml.compiling import compiled
+from maml.capture import Captured
+from maml.compiling import Compiled
 from maml.config import build, compose
 from maml.data.cache import ImageSet
 from maml.domain.classification import FewShotClassification
 from maml.experiment import build_algorithm
 from maml.hardware import Hardware
+from maml.iteration import Iteration
 from maml.model.conv4 import Conv4
 from maml.seeding import Stream
+from maml.tuning import tuned
 from maml.types import Params, Tasks
 
 # Relative, of the whole gradient.
@@ -71,16 +73,17 @@ class Noise(FewShotClassification):
         )
 
 
-def as_trained(config: Mapping[str, Any]) -> Algorithm:
-    """Builds what training builds from a config, with the threads, chunks and compiling that it chooses."""
+def as_trained(config: Mapping[str, Any]) -> tuple[Algorithm, Iteration | Captured]:
+    """Builds what training builds from a config, cut and launched as it chooses; the second makes an iteration."""
     hardware: Hardware = build(config["hardware"])
     algorithm = build_algorithm(config, hardware)
     execution = hardware.choose(algorithm.domain, config["num_iterations"], {})
     hardware.apply(execution)
-    algorithm.task_chunk = execution.task_chunk
-    if execution.compile:
-        algorithm.chunk_gradient = compiled(algorithm.chunk_gradient)
-    return algorithm
+    streams = [Stream(config["seed"], hardware.device)]
+    iterate = Iteration([algorithm], streams, config["meta_batch_size"], execution)
+    execution = tuned(iterate, execution, hardware, config)
+    iterate = Iteration([algorithm], streams, config["meta_batch_size"], execution)
+    return algorithm, Captured(iterate) if execution.cuda_graph else iterate
 
 
 class Problem:
@@ -114,7 +117,7 @@ class Problem:
         if images := _IMAGES.get(domain["_target_"].rpartition(".")[2]):
             sizes = {key: domain[key] for key in ("num_ways", "num_shots", "num_query")}
             self.config["domain"] = {"_target_": f"{__name__}.Noise", "sizes": images[0], "rotate": images[1], **sizes}
-        self.algorithm = self.build(compile=False)
+        self.algorithm, _ = self.build(compile=False)
         generator = torch.Generator().manual_seed(0)
         self.theta: Params = {}
         for name, value in self.algorithm.theta.items():
@@ -134,7 +137,7 @@ class Problem:
         """Whether the network is the convolutional one; the other is fully connected."""
         return isinstance(self.algorithm.model, Conv4)
 
-    def build(self, compile: bool | Literal["auto"]) -> Algorithm:
+    def build(self, compile: bool | Literal["auto"]) -> tuple[Algorithm, Iteration | Captured]:
         """Builds what training would, but for what ``hardware.compile`` says."""
         return as_trained(self.config | {"hardware": self.config["hardware"] | {"compile": compile}})
 
@@ -175,6 +178,10 @@ class Implementation(ABC):
     def step(self, tasks: Tasks) -> object:
         """Makes one meta-update with Adam."""
 
+    def iterate(self, problem: Problem, number: int) -> object:
+        """Makes a training iteration: the same, from the draw of its tasks."""
+        return self.step(problem.sample(number))
+
 
 # Ours.
 
@@ -187,24 +194,17 @@ class Ours(Implementation):
     """
 
     def __init__(self, problem: Problem, compile: bool | Literal["auto"] = False) -> None:
-        self._algorithm = problem.build(compile)
+        self._algorithm, self._iterate = problem.build(compile)
         if problem.dtype == torch.float32:  # Adam's state is in float32
             for name, value in self._algorithm.theta.items():
                 value.copy_(problem.theta[name])
         else:
             self._algorithm.theta = problem.theta
-        if compile:
-            self._compile(problem.tasks)
-
-    def _compile(self, tasks: Tasks) -> None:
-        refused = _Refused()
-        logging.getLogger("maml").addHandler(refused)
-        try:
-            self.gradient(tasks)
-        finally:
-            logging.getLogger("maml").removeHandler(refused)
-        if refused.reason:
-            raise Unavailable(refused.reason)
+        function = self._algorithm.chunk_gradient
+        if isinstance(function, Compiled):
+            self.gradient(problem.tasks)
+            if function.failed:
+                raise Unavailable("does not compile here")
 
     def gradient(self, tasks: Tasks) -> Params:
         return self._algorithm.gradient(self._algorithm.theta, tasks)[0]
@@ -212,14 +212,8 @@ class Ours(Implementation):
     def step(self, tasks: Tasks) -> object:
         return self._algorithm.step(tasks)
 
-
-class _Refused(logging.Handler):
-    """Notes the warning with which compiling falls back to eager: an eager time must not pass for a compiled one."""
-
-    reason = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.reason = record.getMessage()
+    def iterate(self, problem: Problem, number: int) -> object:
+        return self._iterate(number)
 
 
 # One task after the other, as the libraries' own examples do.

@@ -24,7 +24,7 @@ def sinusoid() -> MAML:
 def test_compiled_gradient_equals_eager_on_new_tasks() -> None:
     algorithm = sinusoid()
     first, second = (algorithm.domain.sample_tasks(3, Stream(seed)) for seed in (1, 2))
-    compiled = compiling.compiled(algorithm.chunk_gradient)
+    compiled = compiling.Compiled(algorithm.chunk_gradient)
     compiled(algorithm.theta, first)
     for ours, expected in zip(
         compiled(algorithm.theta, second), algorithm.chunk_gradient(algorithm.theta, second), strict=True
@@ -42,7 +42,7 @@ def test_failing_compiler_is_announced_and_the_run_goes_on(
     monkeypatch.setattr(compiling, "make_fx", broken)
     algorithm = sinusoid()
     tasks = algorithm.domain.sample_tasks(3, Stream(1))
-    compiled = compiling.compiled(algorithm.chunk_gradient)
+    compiled = compiling.Compiled(algorithm.chunk_gradient)
     with caplog.at_level(logging.WARNING):
         results = [compiled(algorithm.theta, tasks) for _ in range(2)]
     assert [record.message for record in caplog.records] == [

@@ -12,14 +12,22 @@ import pytest
 import torch
 
 from maml import checkpoint, tuning
+from maml.config import compose
 from maml.errors import Interrupted
+from maml.hardware import Execution, Hardware
 from maml.iteration import Iteration
-from maml.tuning import measured
+from maml.tuning import measured, tuned
 from maml.types import num_tasks
-from tests.runs import TinyRuns, before_iteration
+from tests.runs import ROOT, TinyRuns, before_iteration
 from tests.test_iteration import iteration
 
-LONG = ("num_iterations=2000", "meta_batch_size=5", "hardware.task_chunk=auto", "model.num_filters=4")
+LONG = (
+    "hardware.compile=false",
+    "num_iterations=2000",
+    "meta_batch_size=5",
+    "hardware.task_chunk=auto",
+    "model.num_filters=4",
+)
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> list[int]:
@@ -87,7 +95,7 @@ def test_measuring_changes_nothing_and_is_remembered(tiny_images: TinyRuns, monk
         assert len(calls) == 1, "another seed needs no measuring"
         assert checkpoint.load(tiny.folder(*overrides) / "checkpoint.pt")["execution"]["task_chunk"] == 2, number
     (file,) = (cache_dir / "execution").iterdir()
-    assert json.loads(file.read_text())["task_chunk"] == 2
+    assert json.loads(file.read_text())["seconds_per_task"]["2"] == 0.5
     file.write_text("{")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         before_iteration(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
@@ -103,3 +111,22 @@ def test_nothing_is_measured_where_it_does_not_pay_or_is_not_asked_for(
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         before_iteration(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         tiny_images.run(*LONG, setting)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "seconds", "compile"),
+    [
+        ("omniglot_5way_1shot", 0.1, True),  # of 60,000 iterations of 2 tasks
+        ("omniglot_5way_1shot", 0.001, False),
+        ("cifar_fs_5way_1shot", 0.1, False),  # of five inner steps
+    ],
+)
+def test_long_runs_of_one_inner_step_are_compiled(
+    experiment: str, seconds: float, compile: bool, monkeypatch: pytest.MonkeyPatch, cache_dir: Path, tmp_path: Path
+) -> None:
+    iterate = iteration(experiment, 2, cache_dir, torch.device("cpu"))
+    config, _ = compose([f"+experiment={experiment}", "hardware=cpu", f"cache_dir={tmp_path}"], ROOT / "conf")
+    monkeypatch.setattr(tuning, "measured", lambda iterate: {1: seconds, 2: 2 * seconds})
+    execution = Execution(1, 2, False)
+    for asked, expected in (("auto", compile), (False, False)):
+        assert tuned(iterate, execution, Hardware("cpu", compile=asked), config) == Execution(1, 1, expected)

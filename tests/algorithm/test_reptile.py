@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maml.algorithm.reptile import Reptile
-from maml.compiling import compiled
+from maml.compiling import Compiled
 from maml.domain.base import Role
 from maml.inner.adam import Adam
 from maml.inner.base import Inner
@@ -194,7 +194,7 @@ def test_adaptation_of_a_task_depends_on_no_other() -> None:
 
 def test_compiled_gradient_equals_eager_on_new_tasks() -> None:
     algorithm, _ = make()
-    run = compiled(algorithm.chunk_gradient)
+    run = Compiled(algorithm.chunk_gradient)
     for seed in (1, 2):
         tasks = algorithm.sample_tasks(NUM_TASKS, Stream(seed))
         for ours, expected in zip(
