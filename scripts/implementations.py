@@ -113,6 +113,7 @@ class Problem:
         threads = f"hardware.num_threads={torch.get_num_threads()}"
         where = f"hardware.device={self.device.type}"
         self.config, _ = compose([f"+experiment={experiment}", where, threads, *overrides], ROOT / "conf")
+        self.config["precision"] = "float64" if dtype == torch.float64 else "float32"
         domain = self.config["domain"]
         if images := _IMAGES.get(domain["_target_"].rpartition(".")[2]):
             sizes = {key: domain[key] for key in ("num_ways", "num_shots", "num_query")}

@@ -128,5 +128,5 @@ def test_long_runs_of_one_inner_step_are_compiled(
     config, _ = compose([f"+experiment={experiment}", "hardware=cpu", f"cache_dir={tmp_path}"], ROOT / "conf")
     monkeypatch.setattr(tuning, "measured", lambda iterate: {1: seconds, 2: 2 * seconds})
     execution = Execution(1, 2, False)
-    for asked, expected in (("auto", compile), (False, False)):
-        assert tuned(iterate, execution, Hardware("cpu", compile=asked), config) == Execution(1, 1, expected)
+    assert tuned(iterate, execution, Hardware("cpu"), config) == Execution(1, 1, compile)
+    assert tuned(iterate, execution, Hardware("cpu", compile=False), config) == Execution(1, 1, False)
