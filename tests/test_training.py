@@ -31,6 +31,7 @@ class Counting:
 
     def __init__(self) -> None:
         self.domain = SimpleNamespace(sample_tasks=self.sample_tasks)
+        self.inner, self.chunk_gradient = SimpleNamespace(), None
         self.theta = {"sum": torch.zeros(())}
         self.outer_state = {"step": torch.zeros((), dtype=torch.float64)}
         self.drawn: list[tuple[int, int]] = []
