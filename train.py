@@ -23,6 +23,10 @@ def main(cfg: DictConfig) -> float:
     job = HydraConfig.get()
     try:
         check_order(job.overrides.task)
+        if job.mode is RunMode.MULTIRUN and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise MamlError(
+                "torchrun is for one run, -m for many: start a sweep with python, or each of its runs alone"
+            )
         config = plain(cfg)
         check(config)
         return run_experiment(config, experiment_name(job.runtime.choices))

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from maml import ranks
 from maml.hardware import Execution
 from maml.iteration import Iteration
 
@@ -21,16 +22,19 @@ _TOLERANCE = 0.2
 _log = logging.getLogger(__name__)
 
 Outputs = TypeVar("Outputs")
+State = dict[str, Tensor]
+"""All numbers that an iteration changes, by group, float64."""
 
 
 def record(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
     """Captures a computation on the GPU; returns tensors that hold its outputs, and what computes them anew."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on: with several GPUs, one watches over the communication.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = compute()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Other threads may go on: with several GPUs, one watches over the communication.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = compute()
+    finally:
+        torch.cuda.set_stream(stream)  # which a capture that failed does not do
     return outputs, graph.replay
 
 
@@ -74,46 +78,64 @@ class Captured:
         expected = self.iterate(number)
         after = self._state()
         self._restore(before)
-        try:
-            self.number.fill_(number)
-            metrics, replay = record(lambda: self.iterate(self.number))
+        self.number.fill_(number)
+        metrics, replay, reason = self._record()
+        # All processes or none: in a graph, too, they wait for each other.
+        if not ranks.largest(bool(reason)):
             replay()
             reason = self._difference(before, after, expected, metrics)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-        if reason:
+        if ranks.largest(bool(reason)):
             self._restore(after)
             self.is_given_up = True
-            _log.warning("the iteration is not launched as one CUDA graph (%s): slower, with the same results", reason)
+            _log.warning(
+                "the iteration is not launched as one CUDA graph (%s): slower, with the same results",
+                reason or "another process of this run cannot",
+            )
             return expected
         self.metrics, self.replay = metrics, replay
         return metrics
 
+    def _record(self) -> tuple[list[dict[str, Tensor]], Callable[[], None], str]:
+        try:
+            return *record(lambda: self.iterate(self.number)), ""
+        except RuntimeError as error:
+            cause = error.__context__ or error  # what ends a capture fails too, where the capture has failed
+            return [], lambda: None, str(cause).splitlines()[0]
+
     def _difference(
-        self,
-        before: list[Tensor],
-        after: list[Tensor],
-        expected: list[dict[str, Tensor]],
-        metrics: list[dict[str, Tensor]],
+        self, before: State, after: State, expected: list[dict[str, Tensor]], metrics: list[dict[str, Tensor]]
     ) -> str:
         """Returns in what the graph departs from the plain iteration; nothing if in rounding only."""
         for mine, theirs in zip(metrics, expected, strict=True):
             for name, value in theirs.items():
                 if not torch.allclose(mine[name], value, rtol=1e-2, atol=1e-5):
                     return f"its {name} is {mine[name].item():.6g}, not {value.item():.6g}"
-        error, length = 0.0, 0.0
-        for now, then, start in zip(self._state(), after, before, strict=True):
-            error += (now.double() - then.double()).square().sum().item()
-            length += (then.double() - start.double()).square().sum().item()
-        return "" if error <= _TOLERANCE**2 * length else "it moves theta elsewhere"
+        now = self._state()
+        for name in now:
+            change = (after[name].double() - before[name].double()).norm().item()
+            error = (now[name].double() - after[name].double()).norm().item()
+            if not error <= _TOLERANCE * change:
+                return f"it moves {name} by {error:.2g} elsewhere, of {change:.2g}"
+        return ""
 
-    def _tensors(self) -> list[Tensor]:
-        states = [algorithm.state_dict() for algorithm in self.iterate.algorithms]
-        return [value for state in states for group in state.values() for value in group.values()]
+    def _state(self) -> State:
+        """Copies what an iteration changes: of each seed, each group of tensors as one vector of numbers."""
+        return {name: torch.cat([value.flatten().double() for value in its]) for name, its in self._groups().items()}
 
-    def _state(self) -> list[Tensor]:
-        return [value.clone() for value in self._tensors()]
+    def _restore(self, saved: State) -> None:
+        for name, values in self._groups().items():
+            parts = saved[name].split([value.numel() for value in values])
+            for value, part in zip(values, parts, strict=True):
+                value.copy_(part.view_as(value))
 
-    def _restore(self, saved: list[Tensor]) -> None:
-        for value, its in zip(self._tensors(), saved, strict=True):
-            value.copy_(its)
+    def _groups(self) -> dict[str, list[Tensor]]:
+        return {
+            f"{group} of seed {number}" if len(self.iterate.algorithms) > 1 else group: list(values.values())
+            for number, algorithm in enumerate(self.iterate.algorithms)
+            for group, values in algorithm.state_dict().items()
+        }
+
+
+def launched(iterate: Iteration) -> Iteration | Captured:
+    """Returns what makes iterations in the way that was chosen; a meta-update that looks at its numbers is no graph."""
+    return Captured(iterate) if iterate.execution.cuda_graph and iterate.computing.sums_over_tasks else iterate

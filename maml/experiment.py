@@ -10,9 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from maml import ranks
 from maml.algorithm.base import Algorithm, Parts
 from maml.config import build, evaluation_config
+from maml.domain.base import Domain
 from maml.errors import Interrupted, MamlError
 from maml.evaluation import Evaluation, per_task_rows
 from maml.figures import plot_report
@@ -29,18 +32,29 @@ from maml.training import Learner, train
 from maml.tuning import tuned
 
 
-def build_algorithm(config: Mapping[str, Any], hardware: Hardware) -> Algorithm:
+def build_domain(config: Mapping[str, Any], hardware: Hardware) -> Domain[Any]:
+    """Builds a domain, with its data on the device.
+
+    Raises:
+        MamlError: if data is missing.
+    """
+    domain = build(config["domain"])
+    domain.to(hardware.device)
+    return domain
+
+
+def build_algorithm(config: Mapping[str, Any], hardware: Hardware, domain: Domain[Any] | None = None) -> Algorithm:
     """Builds domain, model, inner and outer optimizer and the algorithm that joins them.
 
     Args:
         config: a checked, plain config.
         hardware: where theta and the data live.
+        domain: if it is built already.
 
     Raises:
         MamlError: if data is missing or the parts do not fit each other.
     """
-    domain = build(config["domain"])
-    domain.to(hardware.device)
+    domain = domain or build_domain(config, hardware)
 
     def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
         return build(config["model"], in_shape=in_shape, out_dim=out_dim)
@@ -66,7 +80,9 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
     """
     if config["checkpoint"] is not None and config["mode"] == "train":
         raise MamlError("checkpoint= is for mode=eval; training resumes from its own run folder by itself")
-    ranks.start()
+    if config["seeds"] > 1 and (config["run_dir"] or config["checkpoint"]):
+        raise MamlError("run_dir= and checkpoint= name one run, seeds= makes several; give each its own command")
+    ranks.start(torch.cuda.is_available() and config["hardware"]["device"] != "cpu")
     with computing_in(config["precision"]):
         return _run_seeds(config, experiment)
 
@@ -74,9 +90,10 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
 def _run_seeds(config: Mapping[str, Any], experiment: str) -> float:
     hardware: Hardware = build(config["hardware"])
     evaluation: Evaluation = build(config["evaluation"])
+    domain = build_domain(config, hardware)
     runs, headlines = [], []
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
-        run = _Run({**config, "seed": seed, "seeds": 1}, experiment, hardware, evaluation)
+        run = _Run({**config, "seed": seed, "seeds": 1}, experiment, hardware, evaluation, domain)
         if config["mode"] == "eval":
             headlines.append(run.evaluate_saved())
         elif (done := ranks.first(run.folder.finished_report)) is not None:
@@ -102,11 +119,18 @@ class _Run:
         headline: of its report, once there is one.
     """
 
-    def __init__(self, config: Mapping[str, Any], experiment: str, hardware: Hardware, evaluation: Evaluation) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        experiment: str,
+        hardware: Hardware,
+        evaluation: Evaluation,
+        domain: Domain[Any],
+    ) -> None:
         self.config, self.hardware, self.evaluation = config, hardware, evaluation
         is_first = ranks.rank() == 0
         self.logger: Logger = build(config["logger"]) if is_first else Logger()
-        self.algorithm = build_algorithm(config, hardware)
+        self.algorithm = build_algorithm(config, hardware, domain)
         evaluation.check(self.algorithm.domain)
         self.folder = RunFolder(config, experiment) if is_first else Follower(config, experiment)
         self.headline: float | None = None

@@ -31,7 +31,7 @@ class Execution:
 
     Attributes:
         num_threads: of the CPU.
-        task_chunk: tasks batched at once; None is all of them.
+        task_chunk: tasks batched at once, of each seed; None is all of them.
         compile: whether the meta-gradient is compiled.
         cuda_graph: whether the whole meta-iteration is launched as one graph.
         recompute: whether inner steps are computed again for the meta-gradient.
@@ -57,8 +57,9 @@ class Hardware:
         device: ``auto`` takes the GPU when there is one.
         num_threads: CPU threads; ``auto`` is all cores for images, and for simulation beside a GPU; else one, because
             small vectors would lose by more.
-        task_chunk: tasks batched at once; ``all``, or ``auto``: all on a GPU, a cache-sized part on a CPU.
-        compile: compile the meta-gradient; ``auto`` does so for long CPU runs of small networks.
+        task_chunk: tasks batched at once, of each seed; ``all``; or ``auto``: images as measured (`maml.tuning`),
+            rollouts on a CPU in parts that fit its cache, else all.
+        compile: compile the meta-gradient; ``auto`` does so for long CPU runs, but for several inner steps on images.
         cuda_graph: capture the whole meta-iteration, from the draw of its tasks to the outer optimizer, and launch it
             as one; ``auto`` does so on a GPU, but for RL.
         recompute: forget what an inner step computed on its way, and compute it again for the meta-gradient: about a
@@ -126,6 +127,8 @@ class Hardware:
                     "hardware.compile=true is for supervised domains: rollouts have another length in each iteration, "
                     "so every one would be compiled anew; leave it to auto"
                 )
+            if self.recompute:
+                raise MamlError("hardware.recompute=true is for supervised domains; leave it at false")
             chunk = max(1, _CHUNK_TIMESTEPS // (domain.num_shots * domain.horizon))
             # Beside a GPU the cores have nothing to do but simulate.
             threads = 1 if on_cpu else cores

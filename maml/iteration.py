@@ -12,6 +12,7 @@ from torch import Tensor
 from maml import ranks
 from maml.algorithm.base import Algorithm
 from maml.compiling import Compiled
+from maml.domain.base import Domain
 from maml.errors import MamlError
 from maml.hardware import Execution
 from maml.outer.base import Objective
@@ -48,7 +49,7 @@ class Iteration:
         self._execution = execution
         self.computing.task_chunk = execution.task_chunk
         self.computing.inner.recompute = execution.recompute
-        if execution.compile:
+        if execution.compile and not isinstance(self.computing.chunk_gradient, Compiled):
             self.computing.chunk_gradient = Compiled(self.computing.chunk_gradient)
 
     @property
@@ -102,8 +103,9 @@ def check_shared(algorithm: Algorithm, num_seeds: int, meta_batch_size: int) -> 
         raise MamlError(
             f"meta_batch_size={meta_batch_size} cannot be shared by {ranks.size()} processes; start fewer of them"
         )
-    if num_seeds > 1 and (algorithm.domain.on_policy or not algorithm.sums_over_tasks):
-        what = domain if algorithm.domain.on_policy else name
+    sums_up = type(algorithm.domain).summary is not Domain.summary or algorithm.domain.on_policy
+    if num_seeds > 1 and (sums_up or not algorithm.sums_over_tasks):
+        what = domain if sums_up else name
         raise MamlError(f"seeds={num_seeds}: {what} cannot run side by side; sweep instead, with -m seed=0,1,2")
 
 

@@ -20,16 +20,15 @@ Computed = TypeVar("Computed")
 _log = logging.getLogger(__name__)
 
 
-def within_memory(compute: Callable[[int], Computed], chunk: int, smallest: int = 1) -> tuple[Computed, int]:
+def within_memory(compute: Callable[[int], Computed], chunk: int) -> tuple[Computed, int]:
     """Returns what is computed in chunks of tasks, and their size: ``chunk``, halved as often as was needed.
 
     Args:
         compute: a function of the chunk's size, whose result does not depend on it but for rounding.
         chunk: tasks batched at once.
-        smallest: cannot be divided.
 
     Raises:
-        MamlError: if the smallest chunk is too much.
+        MamlError: if one is too much.
     """
     while True:
         try:
@@ -40,12 +39,12 @@ def within_memory(compute: Callable[[int], Computed], chunk: int, smallest: int 
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if chunk <= smallest:
+        if chunk == 1:
             raise MamlError(
                 f"one task alone does not fit into memory ({said}). Choose hardware.recompute=true, precision=bf16, a "
-                "smaller model, fewer gradient steps, or less support and query data per task"
+                "smaller model, fewer gradient steps or seeds, or less support and query data per task"
             )
-        chunk = max(smallest, chunk // 2)
+        chunk //= 2
         _log.warning("memory does not suffice (%s): going on with hardware.task_chunk=%d", said, chunk)
 
 

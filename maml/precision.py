@@ -12,9 +12,8 @@ from torch import Tensor
 from maml.errors import MamlError, Unavailable
 
 Precision = Literal["float64", "float32", "tf32", "bf16"]
-"""Of parameters and of all else float32 (or float64); products of matrices, and convolutions, may round their inputs.
-
-To TF32, on GPUs that have it; or to bfloat16, which saves memory besides.
+"""Of parameters and of all else float32 (or float64); products of matrices, and convolutions, may round their inputs to
+TF32, on GPUs that have it; or inputs and results to bfloat16, which saves memory besides.
 """
 
 _rounds = False

@@ -21,14 +21,27 @@ from maml.types import Tasks, num_tasks, take
 Result = TypeVar("Result")
 
 
-def start() -> None:
-    """Joins the other processes that torchrun has started, if it has: over NCCL between GPUs, and Gloo."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        with _in_contact():
-            if torch.cuda.is_available():
-                torch.cuda.set_device(place())
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(dist.destroy_process_group)
+def start(on_gpus: bool) -> None:
+    """Joins the other processes that torchrun has started, if it has: over Gloo, and NCCL between GPUs.
+
+    Args:
+        on_gpus: whether each computes on a GPU of its own.
+
+    Raises:
+        MamlError: if there are fewer GPUs than processes, or the others cannot be reached.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    if on_gpus:
+        if on_this_machine() > torch.cuda.device_count():
+            raise MamlError(
+                f"{on_this_machine()} processes were started on this machine, which has {torch.cuda.device_count()} "
+                "GPUs; start one for each (torchrun --nproc-per-node), or choose hardware=cpu"
+            )
+        torch.cuda.set_device(place())
+    with _in_contact():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    atexit.register(dist.destroy_process_group)
 
 
 def rank() -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maml import checkpoint, ranks
 from maml.algorithm.base import Algorithm
-from maml.capture import Captured
+from maml.capture import launched
 from maml.errors import Interrupted, MamlError
 from maml.hardware import Execution
 from maml.iteration import Iteration
@@ -82,13 +82,13 @@ def train(
         for start, end in pairwise(starts):
             together = [learner for learner in learners if learner.start <= start]
             algorithms, streams = [each.algorithm for each in together], [each.stream for each in together]
-            plain = Iteration(algorithms, streams, meta_batch_size, execution)
-            iterate = Captured(plain) if execution.cuda_graph else plain
+            iterate = launched(Iteration(algorithms, streams, meta_batch_size, execution))
             waiting = _Waiting(together)
             for number in range(start + 1, end + 1):
                 metrics = iterate(number)
-                progress.update(number, lambda metrics=metrics: _floats(metrics[0]))  # type: ignore[misc]
                 signal_number = ranks.largest(stopped[0] if stopped else 0)
+                if ranks.rank() == 0:  # it waits for the device, now and then
+                    progress.update(number, lambda metrics=metrics: _floats(metrics[0]))  # type: ignore[misc]
                 last = number == end or bool(signal_number)
                 if number % log_every == 0 or number == num_iterations:
                     waiting.add(number, metrics)

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,12 @@ def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: 
     seconds = _remembered(path)
     if seconds is None:
         seconds = measured(iterate)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"seconds_per_task": seconds, "settings": settings}, indent=2) + "\n"
-        write_whole(path, lambda file: file.write(content.encode()))
+        with suppress(OSError, MamlError):  # a cache that cannot be written costs the next run some seconds, no more
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda file: file.write(content.encode()))
         found = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
-        print(f"hardware.task_chunk=auto: measured by chunk, per task: {found}; kept in {path}", file=sys.stderr)
+        print(f"hardware.task_chunk=auto: measured by chunk, per task: {found}", file=sys.stderr)
     chunk = min(seconds, key=seconds.__getitem__)
     needed = seconds[chunk] * num_tasks(tasks) * config["num_iterations"]
     is_compilable = hardware.device.type == "cpu" and iterate.computing.inner.num_steps == 1
@@ -66,7 +68,7 @@ def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: 
 
 
 def measured(iterate: Iteration) -> dict[int, float]:
-    """Returns the seconds that a task's meta-gradient takes, by the number of tasks that are batched at once."""
+    """Returns the seconds that a task's meta-gradient takes, by the number of tasks (of each seed) batched at once."""
     tasks, seeds = iterate.sample_tasks(1), len(iterate.algorithms)
     count = num_tasks(tasks) // seeds
     theta, on_gpu = iterate.theta(), tasks[next(iter(tasks))].is_cuda
@@ -79,18 +81,18 @@ def measured(iterate: Iteration) -> dict[int, float]:
         try:
             for _ in range(1 + _REPETITIONS):  # the first is a warm-up
                 start = time.perf_counter()
-                iterate.computing.gradient_sums(theta, chunk, seeds * size)
+                iterate.computing.gradient_sums(theta, chunk, size)
                 if on_gpu:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
         except torch.OutOfMemoryError:
             continue
-        seconds[seeds * size] = min(times[1:]) / (seeds * size)
-        num_worse = num_worse + 1 if seconds[seeds * size] > _ENOUGH_WORSE * best else 0
-        best = min(best, seconds[seeds * size])
+        seconds[size] = min(times[1:]) / (seeds * size)
+        num_worse = num_worse + 1 if seconds[size] > _ENOUGH_WORSE * best else 0
+        best = min(best, seconds[size])
         if num_worse == 2:
             break
-    return seconds or {seeds: 0.0}  # memory that does not suffice for one task is an error of the first iteration
+    return seconds or {1: 0.0}  # memory that does not suffice for one task is an error of the first iteration
 
 
 def _remembered(path: Path) -> dict[int, float] | None:

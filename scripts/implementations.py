@@ -25,7 +25,7 @@ from benchmark import ROOT, Unavailable
 from torch import Tensor, nn
 
 from maml.algorithm.base import Algorithm
-from maml.capture import Captured
+from maml.capture import Captured, launched
 from maml.compiling import Compiled
 from maml.config import build, compose
 from maml.data.cache import ImageSet
@@ -82,8 +82,7 @@ def as_trained(config: Mapping[str, Any]) -> tuple[Algorithm, Iteration | Captur
     streams = [Stream(config["seed"], hardware.device)]
     iterate = Iteration([algorithm], streams, config["meta_batch_size"], execution)
     execution = tuned(iterate, execution, hardware, config)
-    iterate = Iteration([algorithm], streams, config["meta_batch_size"], execution)
-    return algorithm, Captured(iterate) if execution.cuda_graph else iterate
+    return algorithm, launched(Iteration([algorithm], streams, config["meta_batch_size"], execution))
 
 
 class Problem:

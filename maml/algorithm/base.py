@@ -212,7 +212,7 @@ class Algorithm(ABC):
     def _within_memory(self, compute: Callable[[int], Computed], tasks: Tasks) -> Computed:
         """Returns what is computed in chunks; where they had to shrink, the run goes on with the smaller ones."""
         chunk = self._chunk_of(tasks)
-        computed, used = within_memory(compute, chunk, smallest=self.num_seeds or 1)
+        computed, used = within_memory(compute, chunk)
         if used < chunk:
             self.task_chunk = used
         return computed
@@ -240,11 +240,12 @@ class Algorithm(ABC):
             tasks: a meta-batch with its rollouts.
             every: takes every so many-th timestep of them.
         """
-        products = [
-            self.chunk_curvature(theta, self.domain.thin(chunk, every))
-            for chunk in self._chunks(tasks, self._chunk_of(tasks))
-        ]
-        own_count = self._count(tasks)
+
+        def compute(task_chunk: int) -> list[Product]:
+            chunks = self._chunks(tasks, task_chunk)
+            return [self.chunk_curvature(theta, self.domain.thin(chunk, every)) for chunk in chunks]
+
+        products, own_count = self._within_memory(compute, tasks), self._count(tasks)
 
         def product(vector: Params) -> Params:
             own: Params = {}
@@ -261,9 +262,9 @@ class Algorithm(ABC):
         raise MamlError(f"{type(self).__name__} does not know how far a policy moves; choose outer=adam")
 
     def _chunk_of(self, tasks: Tasks) -> int:
-        """Returns how many tasks are batched at once; of several seeds, as many of each."""
-        count, seeds = num_tasks(tasks), self.num_seeds or 1
-        return max(seeds, min(self.task_chunk or count, count) // seeds * seeds)
+        """Returns how many tasks, of each seed, are batched at once."""
+        count = num_tasks(tasks) // (self.num_seeds or 1)
+        return min(self.task_chunk or count, count)
 
     def _chunks(self, tasks: Tasks, task_chunk: int) -> Iterator[Tasks]:
         if self.num_seeds is None:
@@ -271,9 +272,8 @@ class Algorithm(ABC):
                 yield take(tasks, start, start + task_chunk)
             return
         each = {name: value.unflatten(0, (self.num_seeds, -1)) for name, value in tasks.items()}
-        chunk = task_chunk // self.num_seeds
-        for start in range(0, num_tasks(tasks) // self.num_seeds, chunk):
-            yield {name: value[:, start : start + chunk].flatten(0, 1) for name, value in each.items()}
+        for start in range(0, num_tasks(tasks) // self.num_seeds, task_chunk):
+            yield {name: value[:, start : start + task_chunk].flatten(0, 1) for name, value in each.items()}
 
     def _count(self, tasks: Tasks) -> Tensor:
         """Returns how many tasks each gradient is a sum over, as a tensor that can be added to those of others."""
