@@ -45,10 +45,14 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:  # until they have joined, what is wrong in one process is wrong in the first, which says it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lasts
     try:
         main()
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if is_first:
+            print(stop, file=sys.stderr)
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:  # before or after training: there is nothing to save
         print("stopped by SIGINT; the same command goes on from what is saved", file=sys.stderr)

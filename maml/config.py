@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -315,6 +316,8 @@ def explain_override_error(arguments: Sequence[str]) -> None:
                 print(f"{override}: no such file in conf/{group.name}/{near_miss(value, options)}", file=sys.stderr)
             elif group.name in ("launcher", "sweeper") and value in options:
                 _explain_missing_plugin(group / f"{value}.yaml")
+                if value == "slurm" and shutil.which("srun") is None:
+                    print("launcher=slurm: no SLURM here (no srun); launcher=slurm_local does without", file=sys.stderr)
         elif known is not None and not name.startswith(("+", "~", "hydra")):
             *parents, last = name.split(".")
             if last.startswith("_"):

@@ -13,6 +13,10 @@ class Diverged(MamlError):
     """Parameters are not finite, or what they compute is not."""
 
 
+class Disconnected(MamlError):
+    """Another process of the run is gone; nothing is wrong with this one."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop; its state is saved and the same command resumes it."""
 

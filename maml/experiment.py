@@ -16,7 +16,7 @@ from maml import ranks
 from maml.algorithm.base import Algorithm, Parts
 from maml.config import build, evaluation_config
 from maml.domain.base import Domain
-from maml.errors import Interrupted, MamlError
+from maml.errors import Disconnected, Interrupted, MamlError
 from maml.evaluation import Evaluation, per_task_rows
 from maml.figures import plot_report
 from maml.hardware import Hardware
@@ -82,7 +82,7 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
         raise MamlError("checkpoint= is for mode=eval; training resumes from its own run folder by itself")
     if config["seeds"] > 1 and (config["run_dir"] or config["checkpoint"]):
         raise MamlError("run_dir= and checkpoint= name one run, seeds= makes several; give each its own command")
-    ranks.start(torch.cuda.is_available() and config["hardware"]["device"] != "cpu")
+    ranks.start(torch.cuda.is_available() and config["hardware"].get("device") != "cpu")
     with computing_in(config["precision"]):
         return _run_seeds(config, experiment)
 
@@ -137,16 +137,18 @@ class _Run:
         self._is_reported = False
 
     @contextmanager
-    def opened(self) -> Iterator[dict[str, Any] | None]:
+    def opened(self, num_seeds: int) -> Iterator[dict[str, Any] | None]:
         """Holds the folder and the mirror; yields the checkpoint to resume from, and records how it ends."""
         hardware, command = self.hardware.describe(), command_line()
+        if num_seeds > 1:
+            hardware["seeds"] = num_seeds  # whose time this is, together
         saved = ranks.first(lambda: self.folder.open(hardware, command))
         status = "failed"
         try:
             resumed = saved is not None
             self.logger.start(self.folder.path, self.folder.experiment, self.folder.run_id, dict(self.config), resumed)
             yield saved
-        except (KeyboardInterrupt, SystemExit):  # the latter of a launcher that requeues
+        except (KeyboardInterrupt, SystemExit, Disconnected):  # the second of a launcher that requeues
             status = "interrupted"
             raise
         finally:
@@ -187,7 +189,9 @@ def _train(runs: Sequence[_Run], config: Mapping[str, Any], hardware: Hardware) 
         with suppress(ValueError):  # not the main thread, where no signal arrives
             signal.signal(signal.SIGTERM, _stop)  # outside the training loop, which has its own way to stop
             stack.callback(signal.signal, signal.SIGTERM, before)
-        saved = [stack.enter_context(run.opened()) for run in runs]
+        for run in runs:
+            ranks.first(run.folder.check_free)
+        saved = [stack.enter_context(run.opened(len(runs))) for run in runs]
         earlier: Mapping[str, Any] = next((each["execution"] for each in saved if each), {})
         # What a checkpoint was made with is kept, so that it goes on exactly.
         execution = hardware.choose(runs[0].algorithm.domain, config["num_iterations"], earlier)
@@ -271,7 +275,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     """Prints mean and 95 % interval of each curve, one column per gradient step."""
     done, planned = report["iteration"], report["num_iterations"]
     budget = "" if done == planned else f"  (reduced budget: {done} of {planned} iterations)"
-    print(f"{report['experiment']} {report['run_id']}{budget}")
+    print(f"{report['experiment']} {report['run_id']}, seed {report['seed']}{budget}")
     for curve in report["curves"]:
         print(f"  {curve['metric']}, K={curve['num_shots']}, {curve['steps'][0]['num_tasks']} tasks")
         for step in curve["steps"]:

@@ -101,12 +101,12 @@ def check_shared(algorithm: Algorithm, num_seeds: int, meta_batch_size: int) -> 
         raise MamlError(f"{name} makes no sum over tasks that processes could share; start it without torchrun")
     if ranks.size() > meta_batch_size:
         raise MamlError(
-            f"meta_batch_size={meta_batch_size} cannot be shared by {ranks.size()} processes; start fewer of them"
+            f"meta_batch_size={meta_batch_size} cannot be shared by {ranks.size()} processes; raise it, or start fewer"
         )
     sums_up = type(algorithm.domain).summary is not Domain.summary or algorithm.domain.on_policy
     if num_seeds > 1 and (sums_up or not algorithm.sums_over_tasks):
         what = domain if sums_up else name
-        raise MamlError(f"seeds={num_seeds}: {what} cannot run side by side; sweep instead, with -m seed=0,1,2")
+        raise MamlError(f"seeds={num_seeds}: {what} cannot run side by side; sweep instead, with -m seed=...")
 
 
 class _Given(Objective):

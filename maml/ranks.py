@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from maml.errors import MamlError
+from maml.errors import Disconnected, MamlError
 from maml.types import Tasks, num_tasks, take
 
 Result = TypeVar("Result")
@@ -42,6 +43,7 @@ def start(on_gpus: bool) -> None:
     with _in_contact():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     atexit.register(dist.destroy_process_group)
+    sys.stderr = sys.__stderr__  # train.py keeps all but the first silent up to here
 
 
 def rank() -> int:
@@ -137,7 +139,8 @@ def _in_contact() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise MamlError(
-            "another process of this run has ended, or cannot be reached; its own message says why. The last "
-            "checkpoint is intact: the same command resumes, on any number of processes"
+        raise Disconnected(
+            "another process of this run has ended, or cannot be reached; its own message says why, unless it was "
+            "killed (for lack of memory, say). The last checkpoint is intact: the same command resumes, on any number "
+            "of processes"
         ) from error

@@ -68,17 +68,12 @@ class RunFolder:
         self.load_checkpoint()  # refuses before anything is written
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held while the run is
         except OSError as error:
             raise MamlError(f"the run folder {self.path} cannot be made ({error.strerror}); change runs_dir") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            self._lock = None
-            raise MamlError(
-                f"another process is training in {self.path}; wait for it or stop it, or give this run another seed"
-            ) from error
+        self._lock = self._acquire()
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.flush()
         for leftover in self.path.glob(".checkpoint*"):  # of a process that was killed while it wrote
             leftover.unlink()
         saved = self.load_checkpoint()  # the process that held the lock may have gone on meanwhile
@@ -112,6 +107,31 @@ class RunFolder:
         self._truncate_metrics(iteration)
         self._clock = time.monotonic()
         return saved
+
+    def check_free(self) -> None:
+        """Makes sure, writing nothing, that no process is training here.
+
+        Raises:
+            MamlError: if one is.
+        """
+        if (self.path / "lock").exists():
+            self._acquire().close()
+
+    def _acquire(self) -> IO[str]:
+        try:
+            lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held while the run is
+        except OSError as error:
+            raise MamlError(
+                f"the run folder {self.path} cannot be written ({error.strerror}); change runs_dir"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            holder = lock.read() or "another process"
+            lock.close()
+            raise MamlError(f"{holder} is training in {self.path}; wait for it, or stop it") from error
+        return lock
 
     def load_checkpoint(self, path: Path | None = None) -> dict[str, Any] | None:
         """Reads the run's newest checkpoint, or the file given, and makes sure that it is this run's.

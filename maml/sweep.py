@@ -55,6 +55,8 @@ class Sweep(Callback):
         self.arguments: list[str] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            return  # train.py refuses
         swept = list(config.hydra.overrides.task)
         self.folder = Path(config.runs_dir).resolve() / "sweeps" / _name(swept)
         self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
@@ -204,6 +206,8 @@ def summarise(folder: Path) -> None:
         settings = " ".join(f"{key}={job.settings[key]}" for key in named if key in job.settings)
         lines.append(f"- {settings or ' '.join(job.overrides)}: {job.problem}")
     lines += ["", f"The same command goes on with these: `{command_line()}`"] if missing else []
+    if any(folder.parent.glob(".submitit/*")):
+        lines.append(f"What jobs have printed is in {folder.parent / '.submitit'}")
     table = io.StringIO()
     if rows:
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")

@@ -77,7 +77,8 @@ def train(
             if checkpoint.newest(learner.run.checkpoint_path) is None:
                 learner.run.save_checkpoint(0, learner.algorithm.state_dict(), execution.as_dict())
     console = Console(quiet=True) if ranks.rank() else None
-    title = learners[0].run.experiment + (f", {len(learners)} seeds" if len(learners) > 1 else "")
+    run = learners[0].run
+    title = f"{run.experiment} {run.run_id[:6]}" if len(learners) == 1 else f"{run.experiment}, {len(learners)} seeds"
     with Progress(title, num_iterations, starts[0], console) as progress, _stop_signals() as stopped:
         for start, end in pairwise(starts):
             together = [learner for learner in learners if learner.start <= start]
@@ -165,7 +166,7 @@ def _finite(values: dict[str, float], iteration: int, run: RunFolder) -> dict[st
     if wrong:
         raise MamlError(
             f"{', '.join(f'{name}={values[name]}' for name in wrong)} at iteration {iteration}: training has diverged. "
-            f"Nothing of it was saved; a checkpoint in {run.path} is from before. "
+            f"Nothing of it was saved; what is in {run.path} is from before. "
             "Lower inner.step_size or outer.step_size, or clip the meta-gradient (outer.clip)"
         )
     return values
@@ -173,13 +174,14 @@ def _finite(values: dict[str, float], iteration: int, run: RunFolder) -> dict[st
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in the list it yields; a second one acts as it always does."""
+    """Collects the signals that stop a run in the list it yields; a second Ctrl-C acts as it always does."""
     received: list[int] = []
     before: dict[int, Any] = {}
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:  # others may come twice, to a process and to its group, and nobody is impatient
+            signal.signal(number, before[number])
 
     try:
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the latter from SLURM

@@ -71,6 +71,29 @@ def test_graph_goes_on_where_the_plain_iterations_were(monkeypatch: pytest.Monke
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.parametrize("factor", [0.0, -1.0, 3.0])
+def test_graph_whose_theta_goes_elsewhere_is_given_up(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterate = iteration()
+    captured = Captured(iterate)
+    theta = iterate.algorithms[0].theta
+
+    def skewed(compute: Callable[[], Any]) -> Any:
+        outputs, replay = recording(iterate)(compute)
+
+        def wrong() -> None:
+            start = {name: value.clone() for name, value in theta.items()}
+            replay()
+            for name, value in theta.items():
+                value.copy_(start[name] + factor * (value - start[name]))
+
+        return outputs, wrong
+
+    monkeypatch.setattr(capture, "record", skewed)
+    for number in range(1, 6):
+        captured(number)
+    assert captured.is_given_up
+
+
 @pytest.mark.parametrize("what", ["tasks", "capture"])
 def test_graph_that_does_something_else_is_given_up_and_nothing_is_lost(
     what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -78,20 +101,22 @@ def test_graph_that_does_something_else_is_given_up_and_nothing_is_lost(
     plain, iterate = iteration(), iteration()
     captured = Captured(iterate)
 
-    def distort(calls: int) -> None:
-        if what == "capture":
+    def refuse(compute: Callable[[], Any]) -> Any:
+        try:
             raise RuntimeError("operation not permitted when stream is capturing")
-        captured.number.fill_(99)
+        except RuntimeError:
+            raise RuntimeError("the capture has failed")  # noqa: B904 - as torch does
 
-    monkeypatch.setattr(capture, "record", recording(iterate, distort))
+    record = recording(iterate, lambda calls: captured.number.fill_(99))
+    monkeypatch.setattr(capture, "record", refuse if what == "capture" else record)
     with caplog.at_level(logging.WARNING):
         for number in range(1, 8):
             plain(number)
             captured(number)
     assert captured.replay is None
     assert not captured.execution.cuda_graph, "a resumed run does not try again"
-    (record,) = caplog.records
+    (said,) = caplog.records
     expected = "operation not permitted" if what == "capture" else "its loss is"
-    assert expected in record.getMessage()
+    assert expected in said.getMessage()
     mine, theirs = _flat(plain.algorithms[0]), _flat(iterate.algorithms[0])
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -16,6 +16,7 @@ from maml.domain.point_navigation import PointNavigation
 from maml.errors import Interrupted, MamlError
 from maml.hardware import Execution, Hardware
 from tests.runs import TinyRuns, before_iteration, state
+from tests.test_ranks import metrics
 
 VECTORS: Any = SimpleNamespace(in_shape=(1,), num_shots=10, num_query=None, out_dim=1)
 
@@ -149,3 +150,18 @@ def test_hardware_changes_no_gradient(each_domain: TinyRuns, setting: str) -> No
     mine = state(each_domain.run(*few, "hardware.task_chunk=all"))["outer.mean"]
     theirs = state(each_domain.beside("other").run(*few, setting))["outer.mean"]
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * mine.abs().max().item())
+
+
+@pytest.mark.filterwarnings("default")  # of the compiler, which would give up
+def test_compiling_changes_no_result(tiny: TinyRuns) -> None:
+    few = ("num_iterations=20", "log_every=1", "evaluation.num_tasks=2")
+    mine = tiny.run(*few, "hardware.compile=false")
+    theirs = tiny.beside("other").run(*few, "hardware.compile=true")
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (mine, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert checkpoint.load(theirs / "checkpoint.pt")["execution"]["compile"], "it did not fall back"
+
+
+def test_recomputing_is_for_supervised_domains() -> None:
+    with pytest.raises(MamlError, match="recompute=true is for supervised domains"):
+        Hardware(device="cpu", recompute=True).choose(PointNavigation(num_shots=5, horizon=20), 100, {})

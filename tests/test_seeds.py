@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from maml import checkpoint
 from maml.algorithm.base import Algorithm
 from maml.errors import Interrupted, MamlError
 from maml.outer.base import Objective
-from maml.run import read_json
+from maml.run import RunFolder, read_json
 from tests.runs import TinyRuns, assert_same_run, files, state
 from tests.test_ranks import assert_alike
 
@@ -94,13 +96,49 @@ def test_seed_that_was_left_behind_catches_up_and_a_finished_one_is_not_run_agai
         assert_alike(whole.run(*few, f"seed={seed}"), tiny.folder(*few, f"seed={seed}"))
 
 
+def test_seed_that_is_being_trained_elsewhere_stops_the_others_before_they_begin(tiny: TinyRuns) -> None:
+    busy = RunFolder(tiny.config("seed=1"), "custom")
+    busy.open({}, "")
+    try:
+        with pytest.raises(MamlError, match="is training in"):
+            tiny.run("seeds=3")
+        assert not tiny.folder("seed=0").exists()
+    finally:
+        busy.close("interrupted")
+
+
+def test_seed_killed_before_its_checkpoint_catches_up_bit_exactly(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds are saved one after the other, and a kill may come in between."""
+    settings = ("seeds=2", "num_iterations=20", "hardware.task_chunk=2")
+    whole = tiny.beside("whole")
+    whole.run(*settings)
+    save = RunFolder.save_checkpoint
+
+    def killed(self: RunFolder, iteration: int, *rest: Any) -> None:
+        if iteration == 14 and self.config["seed"] == 1:
+            raise ZeroDivisionError
+        save(self, iteration, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(RunFolder, "save_checkpoint", killed)
+        tiny.run(*settings)
+    folders = [tiny.folder("num_iterations=20", f"seed={seed}") for seed in (0, 1)]
+    assert [checkpoint.load(folder / "checkpoint.pt")["iteration"] for folder in folders] == [14, 7]
+    tiny.run(*settings)
+    for folder in folders:
+        assert_same_run(folder, whole.runs_dir / folder.relative_to(tiny.runs_dir))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (("run_dir=here",), "run_dir= and checkpoint= name one run"),
         (("+experiment=sinusoid_multitask_average",), "seeds=2: MultitaskAverage cannot run side by side"),
         (
             ("+experiment=point_navigation_maml", "evaluation.num_steps=4"),
-            "seeds=2: PointNavigation cannot run side by side; sweep instead, with -m seed=0,1,2",
+            "seeds=2: PointNavigation cannot run side by side; sweep instead, with -m seed=",
         ),
     ],
 )

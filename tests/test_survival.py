@@ -127,6 +127,7 @@ def test_signal_between_two_checkpoints_saves_the_iteration_at_hand(
     assert_same_run(each_domain.folder(), uninterrupted(each_domain))
 
 
+@pytest.mark.filterwarnings("default")  # of the compiler, which would give up
 def test_compiled_run_resumes_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full runs on vectors are compiled; that they were stands in the checkpoint."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -403,7 +404,7 @@ def test_second_process_on_a_run_is_refused(tiny: TinyRuns, uninterrupted: Refer
     wait_for_metrics(tiny.folder(), 1, process)
     process.send_signal(signal.SIGSTOP)  # so that it is still there
     try:
-        with pytest.raises(MamlError, match=r"another process is training in .*; wait for it or stop it"):
+        with pytest.raises(MamlError, match=r"process \d+ on .* is training in .*; wait for it, or stop it"):
             tiny.run()
     finally:
         process.send_signal(signal.SIGCONT)

@@ -33,7 +33,7 @@ OPTIONS = [f"{path.parent.name}={path.stem}" for group in ("launcher", "sweeper"
 def skip_without_plugin(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     explain_override_error([option])
     reason = capsys.readouterr().err
-    if reason:
+    if "not installed" in reason:
         pytest.skip(reason)
 
 
@@ -126,7 +126,7 @@ def test_missing_plugin_is_named_with_its_extra(
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     explain_override_error([option, "seed=0,1"])
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[0]
     extra = line.partition(".[")[2].partition("]")[0]
     assert f"hydra-{extra}-" in (ROOT / "pyproject.toml").read_text()
 

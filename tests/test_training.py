@@ -193,6 +193,20 @@ def test_second_signal_does_not_wait(tiny: TinyRuns) -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_second_sigterm_changes_nothing(tiny: TinyRuns) -> None:
+    loop = Loop(tiny, 100)
+
+    def told_twice(tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Counting.step(loop.algorithm, tasks)
+
+    loop.algorithm.step = told_twice
+    with pytest.raises(Interrupted):
+        loop()
+    assert loop.saved["iteration"] == 1
+
+
 def test_loop_runs_outside_the_main_thread(tiny: TinyRuns) -> None:
     loop = Loop(tiny, 5)
     thread = threading.Thread(target=loop)
@@ -204,5 +218,6 @@ def test_loop_runs_outside_the_main_thread(tiny: TinyRuns) -> None:
 def test_progress_names_the_run(tiny: TinyRuns, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     Loop(tiny, 5)()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "custom 1/5  loss 1  accuracy 0.5"
-    assert lines[-1].startswith("custom 5/5  loss 5  accuracy 0.5")
+    name = f"custom {RunFolder(tiny.config(), 'custom').run_id[:6]}"
+    assert lines[0] == f"{name} 1/5  loss 1  accuracy 0.5"
+    assert lines[-1].startswith(f"{name} 5/5  loss 5  accuracy 0.5")
