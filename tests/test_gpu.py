@@ -1,20 +1,31 @@
-"""The same numbers on a GPU as on a CPU."""
+"""On a GPU: the same numbers as on a CPU, whole iterations as graphs, and what happens without memory."""
 
 from __future__ import annotations
+
+import os
+import signal
 
 import pytest
 import torch
 
+from maml import checkpoint
 from maml.algorithm.base import Parts
 from maml.algorithm.maml import MAML
+from maml.capture import Captured
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid
+from maml.errors import Interrupted
+from maml.hardware import Execution
 from maml.inner.sgd import SGD
+from maml.iteration import Iteration
+from maml.model.conv4 import Conv4
 from maml.model.gaussian_policy import GaussianPolicy
 from maml.model.mlp import MLP
 from maml.outer.adam import Adam
 from maml.outer.trpo import TRPO
 from maml.seeding import Stream
+from tests.runs import TinyRuns, assert_same_run, before_iteration, state
+from tests.test_meta_gradient import NUM_WAYS, SMALL, FixedExamples
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,3 +71,59 @@ def test_meta_rl_on_a_gpu_follows_the_cpu() -> None:
     for cpu, gpu in zip(*metrics, strict=True):
         assert cpu["return"].item() == pytest.approx(gpu["return"].item(), rel=1e-2)
         assert cpu["kl"].item() == pytest.approx(gpu["kl"].item(), rel=0.05)
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_captured_iterations_follow_the_plain_ones(images: bool, num_seeds: int) -> None:
+    device = torch.device("cuda", 0)
+
+    def make() -> Iteration:
+        streams = [Stream(seed, device) for seed in range(num_seeds)]
+        algorithms = []
+        for stream in streams:
+            domain = FixedExamples(SMALL, classes=True) if images else Sinusoid()
+            parts = Parts(
+                domain,
+                lambda *shapes: Conv4(SMALL, NUM_WAYS, 8, "stride") if images else MLP((1,), 1, [40, 40]),
+                SGD(step_size=0.01, num_steps=2, order=2, adapt=["*", "!*.shift"]),
+                Adam(),
+                stream.child("init"),
+            )
+            algorithms.append(MAML(parts))
+        return Iteration(algorithms, streams, 4, Execution(1, None, False, cuda_graph=True, device="cuda"))
+
+    plain, captured = make(), Captured(make())
+    for number in range(1, 21):
+        expected, its = plain(number), captured(number)
+        for mine, theirs in zip(its, expected, strict=True):
+            assert mine["loss"].item() == pytest.approx(theirs["loss"].item(), rel=1e-2)
+    assert captured.replay is not None, "it was given up"
+
+
+def test_run_on_a_gpu_is_captured_and_resumes(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("hardware=gpu", "hardware.deterministic=true", "hardware.num_threads=auto")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        before_iteration(patch, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.run(*settings)
+    folder = tiny.run(*settings)
+    assert checkpoint.load(folder / "checkpoint.pt")["execution"]["cuda_graph"], "it was given up"
+    assert_same_run(folder, tiny.beside("whole").run(*settings))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_run_in_less_precision_learns(precision: str, tiny_images: TinyRuns) -> None:
+    folder = tiny_images.run("hardware=gpu", f"precision={precision}")
+    assert all(torch.isfinite(value).all() for value in state(folder).values())
+
+
+def test_memory_that_does_not_suffice_halves_the_chunk(tiny_images: TinyRuns) -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(256 * 2**20 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        folder = tiny_images.run(
+            "hardware=gpu", "hardware.task_chunk=all", "meta_batch_size=64", "model.num_filters=64", "num_iterations=3"
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert checkpoint.load(folder / "checkpoint.pt")["execution"]["task_chunk"] < 64
