@@ -152,7 +152,7 @@ def test_hardware_changes_no_gradient(each_domain: TinyRuns, setting: str) -> No
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * mine.abs().max().item())
 
 
-@pytest.mark.filterwarnings("default")  # of the compiler, which would give up
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
 def test_compiling_changes_no_result(tiny: TinyRuns) -> None:
     few = ("num_iterations=20", "log_every=1", "evaluation.num_tasks=2")
     mine = tiny.run(*few, "hardware.compile=false")

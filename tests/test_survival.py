@@ -127,7 +127,7 @@ def test_signal_between_two_checkpoints_saves_the_iteration_at_hand(
     assert_same_run(each_domain.folder(), uninterrupted(each_domain))
 
 
-@pytest.mark.filterwarnings("default")  # of the compiler, which would give up
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
 def test_compiled_run_resumes_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full runs on vectors are compiled; that they were stands in the checkpoint."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
