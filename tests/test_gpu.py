@@ -12,6 +12,7 @@ from maml import checkpoint
 from maml.algorithm.base import Parts
 from maml.algorithm.maml import MAML
 from maml.capture import Captured
+from maml.domain.base import Role
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import Interrupted
@@ -24,6 +25,7 @@ from maml.model.mlp import MLP
 from maml.outer.adam import Adam
 from maml.outer.trpo import TRPO
 from maml.seeding import Stream
+from maml.types import Examples, Tasks
 from tests.runs import TinyRuns, assert_same_run, before_iteration, state
 from tests.test_meta_gradient import NUM_WAYS, SMALL, FixedExamples
 
@@ -73,6 +75,14 @@ def test_meta_rl_on_a_gpu_follows_the_cpu() -> None:
         assert cpu["kl"].item() == pytest.approx(gpu["kl"].item(), rel=0.05)
 
 
+class FixedImages(FixedExamples):
+    """The same in float32."""
+
+    def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
+        given = super().data(tasks, role, step)
+        return given._replace(x=given.x.float())
+
+
 @pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_captured_iterations_follow_the_plain_ones(images: bool, num_seeds: int) -> None:
@@ -82,7 +92,7 @@ def test_captured_iterations_follow_the_plain_ones(images: bool, num_seeds: int)
         streams = [Stream(seed, device) for seed in range(num_seeds)]
         algorithms = []
         for stream in streams:
-            domain = FixedExamples(SMALL, classes=True) if images else Sinusoid()
+            domain = FixedImages(SMALL, classes=True) if images else Sinusoid()
             parts = Parts(
                 domain,
                 lambda *shapes: Conv4(SMALL, NUM_WAYS, 8, "stride") if images else MLP((1,), 1, [40, 40]),

@@ -54,9 +54,7 @@ class FixedExamples(SupervisedDomain):
         return data("support", NUM_SUPPORT) | data("query", NUM_QUERY)
 
     def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
-        x, y = (tasks[f"{role}_{name}"] for name in "xy")
-        dtype = torch.get_default_dtype()
-        return Examples(x.to(dtype), y if self.classes else y.to(dtype), num_shots=1)
+        return Examples(tasks[f"{role}_x"], tasks[f"{role}_y"], num_shots=1)
 
     def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:
         return torch.stack([plain_loss(self.classes)(o, y) for o, y in zip(outputs, data.y, strict=True)]), {}
