@@ -97,6 +97,14 @@ def total(tensors: Sequence[Tensor]) -> list[Tensor]:
     return summed
 
 
+def mean(sums: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Returns means over the tasks of all processes, from the sums over ``count`` tasks of this one."""
+    if size() == 1:
+        return list(torch._foreach_div(list(sums), count))
+    *all_sums, all_tasks = total([*sums, torch.full((), count, dtype=sums[0].dtype, device=sums[0].device)])
+    return list(torch._foreach_div(all_sums, all_tasks))
+
+
 def gather(part: Tensor) -> Tensor:
     """Returns the parts of all processes, one behind the other along the first axis."""
     if size() == 1:

@@ -135,7 +135,7 @@ def test_missing_plugin_is_named_with_its_extra(
     ("launcher", "more"),
     [
         ("joblib", []),
-        ("slurm_local", []),
+        pytest.param("slurm_local", [], marks=pytest.mark.slow),
         ("ray", ["hydra.launcher.ray.init.address=local"]),
     ],  # not on a user's cluster
 )

@@ -163,10 +163,9 @@ class Algorithm(ABC):
         means, counts = self.domain.summary(tasks)
         if not means:
             return {}
-        sums = [value.sum() for value in (*means.values(), *counts.values())]
-        *sums, count = ranks.total([*sums, torch.full_like(sums[0], num_tasks(tasks))])
-        summary = dict(zip((*means, *counts), sums, strict=True))
-        return {name: value / count if name in means else value for name, value in summary.items()}
+        averages = ranks.mean([value.sum() for value in means.values()], num_tasks(tasks))
+        sums = ranks.total([value.sum() for value in counts.values()])
+        return dict(zip((*means, *counts), (*averages, *sums), strict=True))
 
     def _keep_best(self, summary: dict[str, Tensor]) -> None:
         """Section 5.3: the evaluated policy is the one with the best average training return.
@@ -190,8 +189,7 @@ class Algorithm(ABC):
             tasks: a meta-batch.
         """
         gradients, metrics = self._within_memory(lambda chunk: self.gradient_sums(theta, tasks, chunk), tasks)
-        *total, count = ranks.total([*gradients.values(), *metrics.values(), self._count(tasks)])
-        means = torch._foreach_div(total, count)
+        means = ranks.mean([*gradients.values(), *metrics.values()], self._num_tasks(tasks))
         return (
             dict(zip(gradients, means[: len(gradients)], strict=True)),
             dict(zip(metrics, means[len(gradients) :], strict=True)),
@@ -229,8 +227,7 @@ class Algorithm(ABC):
             return {name: torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]}
 
         own = self._within_memory(compute, tasks)
-        *total, count = ranks.total([*own.values(), self._count(tasks)])
-        return {name: value / count for name, value in zip(own, total, strict=True)}
+        return dict(zip(own, ranks.mean(list(own.values()), self._num_tasks(tasks)), strict=True))
 
     def curvature(self, theta: Params, tasks: Tasks, every: int = 1) -> Product:
         """Returns the Hessian of the mean KL divergence from the policies of theta, at theta.
@@ -245,15 +242,14 @@ class Algorithm(ABC):
             chunks = self._chunks(tasks, task_chunk)
             return [self.chunk_curvature(theta, self.domain.thin(chunk, every)) for chunk in chunks]
 
-        products, own_count = self._within_memory(compute, tasks), self._count(tasks)
+        products, count = self._within_memory(compute, tasks), self._num_tasks(tasks)
 
         def product(vector: Params) -> Params:
             own: Params = {}
             for part in products:
                 added = part(vector)
                 own = {name: own[name] + value for name, value in added.items()} if own else added
-            *total, count = ranks.total([*(own[name] for name in theta), own_count])
-            return {name: value / count for name, value in zip(theta, total, strict=True)}
+            return dict(zip(theta, ranks.mean([own[name] for name in theta], count), strict=True))
 
         return product
 
@@ -263,7 +259,7 @@ class Algorithm(ABC):
 
     def _chunk_of(self, tasks: Tasks) -> int:
         """Returns how many tasks, of each seed, are batched at once."""
-        count = num_tasks(tasks) // (self.num_seeds or 1)
+        count = self._num_tasks(tasks)
         return min(self.task_chunk or count, count)
 
     def _chunks(self, tasks: Tasks, task_chunk: int) -> Iterator[Tasks]:
@@ -272,13 +268,12 @@ class Algorithm(ABC):
                 yield take(tasks, start, start + task_chunk)
             return
         each = {name: value.unflatten(0, (self.num_seeds, -1)) for name, value in tasks.items()}
-        for start in range(0, num_tasks(tasks) // self.num_seeds, task_chunk):
+        for start in range(0, self._num_tasks(tasks), task_chunk):
             yield {name: value[:, start : start + task_chunk].flatten(0, 1) for name, value in each.items()}
 
-    def _count(self, tasks: Tasks) -> Tensor:
-        """Returns how many tasks each gradient is a sum over, as a tensor that can be added to those of others."""
-        some = next(iter(self.theta.values()))
-        return torch.full((), num_tasks(tasks) // (self.num_seeds or 1), dtype=some.dtype, device=some.device)
+    def _num_tasks(self, tasks: Tasks) -> int:
+        """Returns over how many tasks a gradient is a sum: all that this process has, or those of each seed."""
+        return num_tasks(tasks) // (self.num_seeds or 1)
 
     def _chunk_gradient(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
         """Returns sums over tasks: of the gradient with respect to theta, and of the metrics."""
