@@ -12,9 +12,12 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from maml.config import check, check_order, experiment_name, explain_override_error, plain
+from maml.config.compose import check_order, experiment_name, plain
+from maml.config.hints import explain_override_error
+from maml.config.schema import check
 from maml.errors import Interrupted, MamlError, Unavailable
 from maml.experiment import run_experiment
+from maml.paper.verdicts import cell_verdicts
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -27,9 +30,7 @@ def main(cfg: DictConfig) -> float:
             raise MamlError(
                 "torchrun is for one run, -m for many: start a sweep with python, or each of its runs alone"
             )
-        config = plain(cfg)
-        check(config)
-        return run_experiment(config, experiment_name(job.runtime.choices))
+        return run_experiment(check(plain(cfg)), experiment_name(job.runtime.choices), cell_verdicts)
     except Interrupted as stop:
         requeue = signal.getsignal(stop.signal_number)
         if stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):  # the launcher's

@@ -8,7 +8,7 @@ predictor(more_images)
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,23 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from maml import checkpoint
 from maml.algorithm.base import Algorithm
-from maml.config import build, digest, near_miss, training_config
+from maml.config.compose import composed
+from maml.config.hints import near_miss
+from maml.config.identity import digest, training_config
+from maml.config.paths import CHECKPOINTS, CONF
+from maml.config.schema import Settings, build
 from maml.data.cache import ImageSet
 from maml.domain.base import Role, SupervisedDomain
 from maml.domain.classification import FewShotClassification
 from maml.errors import Diverged, MamlError
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
-from maml.hardware import Hardware
+from maml.hardware.base import Hardware
 from maml.model.base import Model
-from maml.paper.checkpoints import FOLDER, State, read_index, restore, unpack
-from maml.paper.runs import CONF, composed
-from maml.run import read_json
+from maml.record import checkpoint
+from maml.record.exported import State, read_index, restore, unpack
+from maml.record.run_folder import read_json
 from maml.types import Count, Examples, Params, Tasks
 
 # Of the image sets that need not be there: shape of an image, the pixel value that becomes 1, training classes.
@@ -56,9 +59,9 @@ def load(source: str | Path) -> Network:
     Raises:
         MamlError: if there is no such thing, or it is damaged.
     """
-    index, path = read_index(FOLDER), Path(source)
+    index, path = read_index(CHECKPOINTS), Path(source)
     if any(entry.experiment == source for entry in index.cells.values()):
-        return _exported(FOLDER, experiment=str(source))
+        return _exported(CHECKPOINTS, experiment=str(source))
     if path.suffix == ".safetensors":
         return _exported(path.parent, file=path.name)
     if path.exists():
@@ -107,19 +110,19 @@ def _network(
     experiment: str,
     run_id: str,
     iteration: int,
-    config: Mapping[str, Any],
+    config: Settings,
     state: State,
     step_sizes: Mapping[int, list[float] | None],
 ) -> Network:
     if digest(training_config(config)) != run_id:
         raise MamlError(f"the parameters are of run {run_id}, but its config ({experiment}) is another by now")
-    domain = config["domain"]
+    domain = config.domain
     if domain["_target_"] in _IMAGE_SETS:
         kept = {key: domain[key] for key in ("num_ways", "num_shots", "num_query") if key in domain}
         domain = {"_target_": f"{__name__}.{_WithoutImages.__name__}", "stands_for": domain["_target_"], **kept}
-    algorithm = build_algorithm({**config, "domain": domain}, Hardware("cpu"))
+    algorithm = build_algorithm(replace(config, domain=domain), Hardware("cpu"))
     restore(algorithm, state)
-    return Network(experiment, iteration, config["num_iterations"], algorithm, build(config["evaluation"]), step_sizes)
+    return Network(experiment, iteration, config.num_iterations, algorithm, build(config.evaluation), step_sizes)
 
 
 class _WithoutImages(FewShotClassification):

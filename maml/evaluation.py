@@ -12,11 +12,11 @@ import torch
 from annotated_types import Ge, MinLen
 from torch import Tensor
 
-from maml import ranks
 from maml.algorithm.base import Algorithm
 from maml.domain.base import Domain, Split
 from maml.errors import Diverged, MamlError
-from maml.memory import within_memory
+from maml.hardware import distributed
+from maml.hardware.memory import within_memory
 from maml.seeding import Stream
 from maml.types import Count, NonNegativeFloat, NonNegativeInt, Params, PositiveFloat, Tasks, num_tasks, take
 
@@ -214,18 +214,18 @@ class Evaluation:
         Raises:
             Diverged: if adaptation did, in a domain where nothing more can be measured then.
         """
-        shared = num_tasks(bank) >= ranks.size()
+        shared = num_tasks(bank) >= distributed.world_size()
         failed, parts = None, dict[str, Tensor]()
-        own = ranks.share(bank) if shared else bank
+        own = distributed.share(bank) if shared else bank
         # Environments are stepped together: the more at once, the faster.
         together = num_tasks(own) if algorithm.domain.on_policy else algorithm.task_chunk or _DEFAULT_CHUNK
         try:
             parts, _ = within_memory(lambda chunk: self._measure(algorithm, own, step_sizes, chunk), together)
         except Diverged as error:
             failed = error
-        if ranks.largest(failed is not None):
+        if distributed.all_reduce_max(failed is not None):
             raise failed or Diverged("adaptation diverged in another process of this run")
-        values = {name: ranks.gather(part) if shared else part for name, part in parts.items()}
+        values = {name: distributed.all_gather(part) if shared else part for name, part in parts.items()}
         return [Curve(num_shots, name, value.T.contiguous()) for name, value in values.items()]
 
     def _measure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -12,38 +12,38 @@ from typing import Any
 
 import torch
 
-from maml import ranks
 from maml.algorithm.base import Algorithm, Parts
-from maml.config import build, evaluation_config
+from maml.config.identity import evaluation_config
+from maml.config.schema import Settings, build
 from maml.domain.base import Domain
 from maml.errors import Disconnected, Interrupted, MamlError
 from maml.evaluation import Evaluation, per_task_rows
-from maml.figures import plot_report
-from maml.hardware import Hardware
-from maml.iteration import Iteration, check_shared
+from maml.hardware import distributed
+from maml.hardware.base import Hardware
+from maml.hardware.precision import check as check_precision
+from maml.hardware.precision import computing_in
 from maml.logger.base import Logger
 from maml.model.base import Model
-from maml.paper.verdicts import cell_verdicts
-from maml.precision import check as check_precision
-from maml.precision import computing_in
-from maml.run import Follower, RunFolder, command_line
+from maml.record.plot import plot_report
+from maml.record.run_folder import Follower, RunFolder, command_line
 from maml.seeding import Stream
-from maml.training import Learner, train
-from maml.tuning import tuned
+from maml.training.autotune import tuned
+from maml.training.iteration import Iteration, check_shared
+from maml.training.loop import Learner, train
 
 
-def build_domain(config: Mapping[str, Any], hardware: Hardware) -> Domain[Any]:
+def build_domain(config: Settings, hardware: Hardware) -> Domain[Any]:
     """Builds a domain, with its data on the device.
 
     Raises:
         MamlError: if data is missing.
     """
-    domain = build(config["domain"])
+    domain = build(config.domain)
     domain.to(hardware.device)
     return domain
 
 
-def build_algorithm(config: Mapping[str, Any], hardware: Hardware, domain: Domain[Any] | None = None) -> Algorithm:
+def build_algorithm(config: Settings, hardware: Hardware, domain: Domain[Any] | None = None) -> Algorithm:
     """Builds domain, model, inner and outer optimizer and the algorithm that joins them.
 
     Args:
@@ -57,19 +57,24 @@ def build_algorithm(config: Mapping[str, Any], hardware: Hardware, domain: Domai
     domain = domain or build_domain(config, hardware)
 
     def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
-        return build(config["model"], in_shape=in_shape, out_dim=out_dim)
+        return build(config.model, in_shape=in_shape, out_dim=out_dim)
 
-    stream = Stream(config["seed"], hardware.device).child("init")
-    parts = Parts(domain, make_model, build(config["inner"]), build(config["outer"]), stream)
-    return build(config["algorithm"], parts=parts)
+    stream = Stream(config.seed, hardware.device).child("init")
+    parts = Parts(domain, make_model, build(config.inner), build(config.outer), stream)
+    return build(config.algorithm, parts=parts)
 
 
-def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
+Judge = Callable[[str, Settings, Mapping[str, Any]], Mapping[str, str]]
+"""Says what a report means: from an experiment's name, its settings and its report to lines of text by name."""
+
+
+def run_experiment(config: Settings, experiment: str, judge: Judge | None = None) -> float:
     """Trains (or resumes), evaluates and records one run, or one for each of several seeds.
 
     Args:
         config: a checked, plain config.
         experiment: its name, which is the first folder under ``runs_dir``.
+        judge: what it says of the report is printed under it and sent to the logger.
 
     Returns:
         The headline number: the domain's metric at its own K after the last gradient step, of several seeds the mean.
@@ -78,32 +83,32 @@ def run_experiment(config: Mapping[str, Any], experiment: str) -> float:
         MamlError: for anything the user can mend; what was saved before is intact.
         Interrupted: on SIGTERM or SIGINT, after a checkpoint.
     """
-    if config["checkpoint"] is not None and config["mode"] == "train":
+    if config.checkpoint is not None and config.mode == "train":
         raise MamlError("checkpoint= is for mode=eval; training resumes from its own run folder by itself")
-    if config["seeds"] > 1 and (config["run_dir"] or config["checkpoint"]):
+    if config.seeds > 1 and (config.run_dir or config.checkpoint):
         raise MamlError("run_dir= and checkpoint= name one run, seeds= makes several; give each its own command")
-    ranks.start(torch.cuda.is_available() and config["hardware"].get("device") != "cpu")
-    with computing_in(config["precision"]):
-        return _run_seeds(config, experiment)
+    distributed.start(torch.cuda.is_available() and config.hardware.get("device") != "cpu")
+    with computing_in(config.precision):
+        return _run_seeds(config, experiment, judge)
 
 
-def _run_seeds(config: Mapping[str, Any], experiment: str) -> float:
-    hardware: Hardware = build(config["hardware"])
-    evaluation: Evaluation = build(config["evaluation"])
+def _run_seeds(config: Settings, experiment: str, judge: Judge | None) -> float:
+    hardware: Hardware = build(config.hardware)
+    evaluation: Evaluation = build(config.evaluation)
     domain = build_domain(config, hardware)
     runs, headlines = [], []
-    for seed in range(config["seed"], config["seed"] + config["seeds"]):
-        run = _Run({**config, "seed": seed, "seeds": 1}, experiment, hardware, evaluation, domain)
-        if config["mode"] == "eval":
+    for seed in range(config.seed, config.seed + config.seeds):
+        run = _Run(config.for_seed(seed), experiment, hardware, evaluation, domain, judge)
+        if config.mode == "eval":
             headlines.append(run.evaluate_saved())
-        elif (done := ranks.first(run.folder.finished_report)) is not None:
+        elif (done := distributed.on_rank_zero(run.folder.finished_report)) is not None:
             _say(f"already finished: {run.folder.path} (delete the folder to run it again)")
             headlines.append(done["headline"])
         else:
             runs.append(run)
     if runs:
-        check_precision(config["precision"], runs[0].algorithm.domain.on_policy, hardware.device)
-        check_shared(runs[0].algorithm, len(runs), config["meta_batch_size"])
+        check_precision(config.precision, runs[0].algorithm.domain.on_policy, hardware.device)
+        check_shared(runs[0].algorithm, len(runs), config.meta_batch_size)
         _train(runs, config, hardware)
         headlines += [run.headline for run in runs]
     # A sweep needs a number where a report says that adaptation diverged.
@@ -121,15 +126,16 @@ class _Run:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: Settings,
         experiment: str,
         hardware: Hardware,
         evaluation: Evaluation,
         domain: Domain[Any],
+        judge: Judge | None,
     ) -> None:
-        self.config, self.hardware, self.evaluation = config, hardware, evaluation
-        is_first = ranks.rank() == 0
-        self.logger: Logger = build(config["logger"]) if is_first else Logger()
+        self.config, self.hardware, self.evaluation, self.judge = config, hardware, evaluation, judge
+        is_first = distributed.rank() == 0
+        self.logger: Logger = build(config.logger) if is_first else Logger()
         self.algorithm = build_algorithm(config, hardware, domain)
         evaluation.check(self.algorithm.domain)
         self.folder = RunFolder(config, experiment) if is_first else Follower(config, experiment)
@@ -142,11 +148,11 @@ class _Run:
         hardware, command = self.hardware.describe(), command_line()
         if num_seeds > 1:
             hardware["seeds"] = num_seeds  # whose time this is, together
-        saved = ranks.first(lambda: self.folder.open(hardware, command))
+        saved = distributed.on_rank_zero(lambda: self.folder.open(hardware, command))
         status = "failed"
         try:
-            resumed = saved is not None
-            self.logger.start(self.folder.path, self.folder.experiment, self.folder.run_id, dict(self.config), resumed)
+            folder, settings = self.folder, self.config.as_dict()
+            self.logger.start(folder.path, folder.experiment, folder.run_id, settings, saved is not None)
             yield saved
         except (KeyboardInterrupt, SystemExit, Disconnected):  # the second of a launcher that requeues
             status = "interrupted"
@@ -159,30 +165,32 @@ class _Run:
     def evaluate(self) -> None:
         """Evaluates what has been trained, as the run's own report."""
         report, picture = _evaluate(
-            self.config, self.folder, self.algorithm, self.evaluation, self.config["num_iterations"]
+            self.config, self.folder, self.algorithm, self.evaluation, self.config.num_iterations, self.judge
         )
         self.logger.report(report, {"adaptation": picture})
         self.headline, self._is_reported = report["headline"], True
 
     def evaluate_saved(self) -> float | None:
         """Evaluates the newest checkpoint, or the one given, beside the run's own report; returns the headline."""
-        given, config = self.config["checkpoint"], self.config
+        given, config = self.config.checkpoint, self.config
         saved = self.folder.load_checkpoint(Path(given) if given else None)
         if saved is None:
             raise MamlError(
                 f"there is nothing to evaluate in {self.folder.path}: train first (the same command without "
                 "mode=eval), or name a file with checkpoint="
             )
-        execution = self.hardware.choose(self.algorithm.domain, config["num_iterations"], saved["execution"])
+        execution = self.hardware.choose(self.algorithm.domain, config.num_iterations, saved["execution"])
         self.hardware.apply(execution)
         self.algorithm.task_chunk = execution.task_chunk
         self.algorithm.load_state_dict(saved["state"])
         beside = Path(given).parent if given else self.folder.path
-        report, _ = _evaluate(config, self.folder, self.algorithm, self.evaluation, saved["iteration"], beside)
+        report, _ = _evaluate(
+            config, self.folder, self.algorithm, self.evaluation, saved["iteration"], self.judge, beside
+        )
         return report["headline"]
 
 
-def _train(runs: Sequence[_Run], config: Mapping[str, Any], hardware: Hardware) -> None:
+def _train(runs: Sequence[_Run], config: Settings, hardware: Hardware) -> None:
     """Trains runs that differ in their seeds alone, side by side, then evaluates each."""
     with ExitStack() as stack:
         before = signal.getsignal(signal.SIGTERM)
@@ -190,33 +198,33 @@ def _train(runs: Sequence[_Run], config: Mapping[str, Any], hardware: Hardware) 
             signal.signal(signal.SIGTERM, _stop)  # outside the training loop, which has its own way to stop
             stack.callback(signal.signal, signal.SIGTERM, before)
         for run in runs:
-            ranks.first(run.folder.check_free)
+            distributed.on_rank_zero(run.folder.check_free)
         saved = [stack.enter_context(run.opened(len(runs))) for run in runs]
         earlier: Mapping[str, Any] = next((each["execution"] for each in saved if each), {})
         # What a checkpoint was made with is kept, so that it goes on exactly.
-        execution = hardware.choose(runs[0].algorithm.domain, config["num_iterations"], earlier)
+        execution = hardware.choose(runs[0].algorithm.domain, config.num_iterations, earlier)
         hardware.apply(execution)
         learners = []
         for run, its in zip(runs, saved, strict=True):
             run.algorithm.task_chunk = execution.task_chunk
             if its is not None:
                 run.algorithm.load_state_dict(its["state"])
-            stream = Stream(run.config["seed"], hardware.device)
+            stream = Stream(run.config.seed, hardware.device)
             start = its["iteration"] if its else 0
             learners.append(Learner(run.algorithm, stream, run.folder, run.logger, start))
         if not any(saved):
             algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
-            iterate = Iteration(algorithms, streams, config["meta_batch_size"], execution)
-            execution = ranks.first(lambda: tuned(iterate, execution, hardware, runs[0].config))
+            iterate = Iteration(algorithms, streams, config.meta_batch_size, execution)
+            execution = distributed.on_rank_zero(lambda: tuned(iterate, execution, hardware, runs[0].config))
             for algorithm in algorithms:
                 algorithm.task_chunk = execution.task_chunk
         train(
             learners,
             execution,
-            config["num_iterations"],
-            config["meta_batch_size"],
-            config["log_every"],
-            config["checkpoint_every"],
+            config.num_iterations,
+            config.meta_batch_size,
+            config.log_every,
+            config.checkpoint_every,
         )
         for run in runs:
             run.evaluate()
@@ -227,16 +235,17 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _say(text: str) -> None:
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         print(text)
 
 
 def _evaluate(
-    config: Mapping[str, Any],
+    config: Settings,
     run: RunFolder,
     algorithm: Algorithm,
     evaluation: Evaluation,
     iteration: int,
+    judge: Judge | None,
     beside: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluates, writes report, per-task values and picture, and prints the table."""
@@ -248,9 +257,9 @@ def _evaluate(
     report = {
         "experiment": run.experiment,
         "run_id": run.run_id,
-        "seed": config["seed"],
+        "seed": config.seed,
         "iteration": iteration,
-        "num_iterations": config["num_iterations"],
+        "num_iterations": config.num_iterations,
         "evaluation": evaluation_config(config),
         "banks": banks,
         "step_sizes": step_sizes,
@@ -259,11 +268,11 @@ def _evaluate(
         "headline": own_k["steps"][-1]["mean"],
         "curves": summaries,
     }
-    if ranks.rank():
+    if distributed.rank():
         return report, run.path
     folder = run.save_report(report, per_task_rows(curves), beside)
     picture = plot_report(report, folder / "report.png")
-    verdicts = cell_verdicts(run.experiment, config, report)
+    verdicts = judge(run.experiment, config, report) if judge else {}
     print_report(report)
     for cell, judged in verdicts.items():
         print(f"  {cell}: {judged}")

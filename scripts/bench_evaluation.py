@@ -18,7 +18,7 @@ from benchmark import Spread, choose_clock, describe, parser, table, take_turns,
 from implementations import Problem, batch_norm, default_dtype, network
 from torch import Tensor
 
-from maml.config import build
+from maml.config.schema import build
 from maml.evaluation import Evaluation
 from maml.types import Params, Tasks
 
@@ -70,7 +70,7 @@ def make(
 ) -> tuple[Problem, Evaluation, Tasks]:
     """Returns what is evaluated, how, and the bank, at the K of training."""
     problem = Problem(experiment, [f"evaluation.num_tasks={num_tasks}", "evaluation.num_shots=null"], device, dtype)
-    evaluation: Evaluation = build(problem.config["evaluation"])
+    evaluation: Evaluation = build(problem.config.evaluation)
     return (
         problem,
         evaluation,

@@ -38,12 +38,12 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
-from maml.config import compose
+from maml.config.compose import compose
 from maml.domain import reinforcement
 from maml.domain.reinforcement import Reinforcement
+from maml.environment.rollouts import collect_episodes
 from maml.experiment import build_algorithm
-from maml.hardware import Hardware
-from maml.rl.rollouts import collect_episodes
+from maml.hardware.base import Hardware
 from maml.seeding import Stream
 from maml.types import Params, Product, Tasks
 

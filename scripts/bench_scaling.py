@@ -18,7 +18,7 @@ import torch
 from benchmark import Spread, choose_clock, describe, parser, table, take_turns, target, write
 from implementations import IMPLEMENTATIONS, Problem
 
-from maml.checkpoint import write_whole
+from maml.record.checkpoint import write_whole
 
 NAMES = ("ours", "loop")
 # What is varied, by experiment: its override, and the values.

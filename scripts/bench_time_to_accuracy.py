@@ -18,9 +18,10 @@ import torch
 from benchmark import ROOT, choose_clock, describe, parser, table, target, write
 from implementations import as_trained
 
-from maml import checkpoint
-from maml.config import build, compose
+from maml.config.compose import compose
+from maml.config.schema import build
 from maml.evaluation import Evaluation
+from maml.record import checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bank_settings = ("evaluation.split=val", "evaluation.search=null", f"evaluation.num_tasks={args.tasks}")
     config, _ = compose([f"+experiment={args.experiment}", *hardware, *bank_settings, *args.overrides], ROOT / "conf")
     algorithm, iterate = as_trained(config)
-    evaluation: Evaluation = build(config["evaluation"])
+    evaluation: Evaluation = build(config.evaluation)
     domain = algorithm.domain
     bank = evaluation.bank(domain, domain.num_shots)
 

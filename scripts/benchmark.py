@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from maml.hardware import Hardware
-from maml.run import versions
+from maml.hardware.base import Hardware
+from maml.record.run_folder import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("learn2learn", "higher", "torchopt", "jax")

@@ -21,10 +21,11 @@ import torch
 from benchmark import choose_clock, describe, seconds_per_call
 
 from maml.algorithm.base import Algorithm, Parts
-from maml.config import build, compose
+from maml.config.compose import compose
+from maml.config.schema import build
 from maml.data.cache import ImageSet
 from maml.domain.classification import FewShotClassification
-from maml.hardware import Hardware
+from maml.hardware.base import Hardware
 from maml.model.base import Model
 from maml.seeding import Stream
 
@@ -58,17 +59,17 @@ class Measurement:
 def learner(experiment: str, algorithm: str, in_shape: tuple[int, ...]) -> tuple[Algorithm, int]:
     """Builds what an experiment trains, and its meta-batch size. Pixels are noise: the time does not depend on them."""
     config, _ = compose([f"+experiment={experiment}", f"algorithm={algorithm}"], ROOT / "conf")
-    ways, shots, query = (config["domain"][key] for key in ("num_ways", "num_shots", "num_query"))
+    ways, shots, query = (config.domain[key] for key in ("num_ways", "num_shots", "num_query"))
     pixels = Stream(0).integers((ways, shots + (query or shots), *in_shape), 256).to(torch.uint8)
     images = ImageSet(pixels, classes=[], digest="")
     domain = FewShotClassification(images, {"train": torch.arange(ways)}, ways, shots, query, scale=255.0, rotate=False)
 
     def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
-        return build(config["model"], in_shape=in_shape, out_dim=out_dim)
+        return build(config.model, in_shape=in_shape, out_dim=out_dim)
 
     chunk = Hardware("cpu").choose(domain, num_iterations=1, earlier={}).task_chunk
-    parts = Parts(domain, make_model, build(config["inner"]), build(config["outer"]), Stream(0), chunk)
-    return build(config["algorithm"], parts=parts), config["meta_batch_size"]
+    parts = Parts(domain, make_model, build(config.inner), build(config.outer), Stream(0), chunk)
+    return build(config.algorithm, parts=parts), config.meta_batch_size
 
 
 def speed_up(experiment: str, in_shape: tuple[int, ...], rounds: int) -> list[Measurement]:

@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from maml.config import compose
+from maml.config.compose import compose
 from maml.errors import Interrupted, MamlError
 from maml.experiment import run_experiment
 from maml.paper.cells import Source, load_figures, load_levels, load_tables
 from maml.paper.figures import Drawn, curve_readings, plot_figure
-from maml.paper.runs import CONF, Report
 from maml.paper.tables import reading_text, verdict
-from maml.run import RunFolder
+from maml.record.index import Report
+from maml.record.run_folder import RunFolder
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 EXPERIMENT = "sinusoid_10shot"
@@ -33,9 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs-dir", default="runs", help="where run folders are made (default: runs)")
     options = parser.parse_args(arguments)
     smoke = ["+debug=smoke"] if options.smoke else []
-    config, experiment = compose([f"+experiment={EXPERIMENT}", *smoke], CONF)
-    config["runs_dir"] = options.runs_dir
-    print(f"{experiment}: {config['num_iterations']:,} iterations. Stop it when you like: the same command goes on.")
+    config, experiment = compose([f"+experiment={EXPERIMENT}", f"runs_dir={options.runs_dir}", *smoke])
+    print(f"{experiment}: {config.num_iterations:,} iterations. Stop it when you like: the same command goes on.")
     run_experiment(config, experiment)
     run = RunFolder(config, experiment)
     report = Report.model_validate(run.finished_report())

@@ -16,23 +16,13 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from maml import checkpoint
+from maml.config.paths import CHECKPOINTS
 from maml.errors import MamlError
-from maml.paper.cells import Source
-from maml.paper.checkpoints import (
-    FOLDER,
-    Entry,
-    Exported,
-    Index,
-    Reading,
-    named_sources,
-    pack,
-    read_index,
-    unpack,
-    write_index,
-)
-from maml.paper.runs import Evidence, Report, Run, find_evidence, find_runs
-from maml.run import read_json
+from maml.paper.cells import Source, named_sources
+from maml.record import checkpoint
+from maml.record.exported import Entry, Exported, Index, Reading, pack, read_index, unpack, write_index
+from maml.record.index import Evidence, Report, Run, find_evidence, find_runs
+from maml.record.run_folder import read_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MAX_BYTES = 1_500_000  # of a file: all of them are committed
@@ -48,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[RESULTS / "runs"],
         help="where run folders are; a checkpoint that one lacks may be in the next (default: results/runs)",
     )
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where to write (default: results/checkpoints)")
+    parser.add_argument("--out", type=Path, default=CHECKPOINTS, help="where to write (default: results/checkpoints)")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     runs, problems = find_runs(*options.runs_dir)

@@ -15,27 +15,29 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmark import ROOT, Unavailable
+from benchmark import Unavailable
 from torch import Tensor, nn
 
 from maml.algorithm.base import Algorithm
-from maml.capture import Captured, launched
-from maml.compiling import Compiled
-from maml.config import build, compose
+from maml.config.compose import compose
+from maml.config.schema import Settings, build
 from maml.data.cache import ImageSet
 from maml.domain.classification import FewShotClassification
 from maml.experiment import build_algorithm
-from maml.hardware import Hardware
-from maml.iteration import Iteration
+from maml.hardware.base import Hardware
+from maml.hardware.compile import Compiled
 from maml.model.conv4 import Conv4
 from maml.seeding import Stream
-from maml.tuning import tuned
+from maml.training.autotune import tuned
+from maml.training.cuda_graph import Captured, launched
+from maml.training.iteration import Iteration
 from maml.types import Params, Tasks
 
 # Relative, of the whole gradient.
@@ -73,16 +75,16 @@ class Noise(FewShotClassification):
         )
 
 
-def as_trained(config: Mapping[str, Any]) -> tuple[Algorithm, Iteration | Captured]:
+def as_trained(config: Settings) -> tuple[Algorithm, Iteration | Captured]:
     """Builds what training builds from a config, cut and launched as it chooses; the second makes an iteration."""
-    hardware: Hardware = build(config["hardware"])
+    hardware: Hardware = build(config.hardware)
     algorithm = build_algorithm(config, hardware)
-    execution = hardware.choose(algorithm.domain, config["num_iterations"], {})
+    execution = hardware.choose(algorithm.domain, config.num_iterations, {})
     hardware.apply(execution)
-    streams = [Stream(config["seed"], hardware.device)]
-    iterate = Iteration([algorithm], streams, config["meta_batch_size"], execution)
+    streams = [Stream(config.seed, hardware.device)]
+    iterate = Iteration([algorithm], streams, config.meta_batch_size, execution)
     execution = tuned(iterate, execution, hardware, config)
-    return algorithm, launched(Iteration([algorithm], streams, config["meta_batch_size"], execution))
+    return algorithm, launched(Iteration([algorithm], streams, config.meta_batch_size, execution))
 
 
 class Problem:
@@ -111,12 +113,13 @@ class Problem:
         self.experiment, self.device, self.dtype = experiment, torch.device(device), dtype
         threads = f"hardware.num_threads={torch.get_num_threads()}"
         where = f"hardware.device={self.device.type}"
-        self.config, _ = compose([f"+experiment={experiment}", where, threads, *overrides], ROOT / "conf")
-        self.config["precision"] = "float64" if dtype == torch.float64 else "float32"
-        domain = self.config["domain"]
+        self.config, _ = compose([f"+experiment={experiment}", where, threads, *overrides])
+        self.config = replace(self.config, precision="float64" if dtype == torch.float64 else "float32")
+        domain = self.config.domain
         if images := _IMAGES.get(domain["_target_"].rpartition(".")[2]):
             sizes = {key: domain[key] for key in ("num_ways", "num_shots", "num_query")}
-            self.config["domain"] = {"_target_": f"{__name__}.Noise", "sizes": images[0], "rotate": images[1], **sizes}
+            noise = {"_target_": f"{__name__}.Noise", "sizes": images[0], "rotate": images[1], **sizes}
+            self.config = replace(self.config, domain=noise)
         self.algorithm, _ = self.build(compile=False)
         generator = torch.Generator().manual_seed(0)
         self.theta: Params = {}
@@ -130,7 +133,7 @@ class Problem:
     @property
     def num_tasks(self) -> int:
         """B."""
-        return self.config["meta_batch_size"]
+        return self.config.meta_batch_size
 
     @property
     def is_image(self) -> bool:
@@ -139,7 +142,7 @@ class Problem:
 
     def build(self, compile: bool | Literal["auto"]) -> tuple[Algorithm, Iteration | Captured]:
         """Builds what training would, but for what ``hardware.compile`` says."""
-        return as_trained(self.config | {"hardware": self.config["hardware"] | {"compile": compile}})
+        return as_trained(replace(self.config, hardware={**self.config.hardware, "compile": compile}))
 
     def sample(self, iteration: int) -> Tasks:
         """Draws the tasks of one training iteration."""
@@ -230,7 +233,7 @@ class OneByOne(Implementation):
 
     def __init__(self, problem: Problem, theta: Params, backward: Callable[[Episode], None]) -> None:
         self._problem, self._theta, self._backward = problem, theta, backward
-        outer = problem.config["outer"]
+        outer = problem.config.outer
         self._clip = outer["clip"]
         self._adam = torch.optim.Adam([*theta.values()], outer["step_size"])
 
@@ -445,7 +448,7 @@ class Jax(Implementation):
         return [self._jax.dlpack.from_dlpack(value.contiguous()) for value in tensors]
 
     def _adam(self, theta: Any, state: Any, data: Any) -> Any:
-        jnp, outer = self._jax.numpy, self._problem.config["outer"]
+        jnp, outer = self._jax.numpy, self._problem.config.outer
         gradients, (moments, count), clip = self._meta_gradient(theta, data), state, outer["clip"]
         count = count + 1
         rate = outer["step_size"] * jnp.sqrt(1 - 0.999**count) / (1 - 0.9**count)

@@ -29,11 +29,11 @@ from rich.live import Live
 from rich.text import Text
 
 from maml.errors import MamlError
-from maml.gpus import visible_gpus
 from maml.paper.plan import WATERMARK, Job, estimate, list_needs, plan, select, write_smoke_cells
-from maml.paper.runs import Run, find_runs
-from maml.progress import LINE_SECONDS, REDRAW_SECONDS
-from maml.run import command_line
+from maml.record.index import Run, find_runs
+from maml.record.run_folder import command_line
+from maml.sweep.gpu_lease import visible_gpus
+from maml.training.progress import LINE_SECONDS, REDRAW_SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

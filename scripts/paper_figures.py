@@ -18,8 +18,8 @@ from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures
 from maml.paper.figures import CurveComparison, drawn, figure_rows, plot_figure
-from maml.paper.runs import Evidence, find_evidence, find_runs, provenance
 from maml.paper.tables import summary
+from maml.record.index import Evidence, find_evidence, find_runs, provenance
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NOTE = (

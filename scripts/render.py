@@ -14,7 +14,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -27,16 +27,18 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
-from maml.config import build, compose, explain_override_error
+from maml.config.compose import compose
+from maml.config.hints import explain_override_error
+from maml.config.paths import CONF
+from maml.config.schema import Settings, build
 from maml.domain.reinforcement import Reinforcement
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
-from maml.hardware import Hardware
+from maml.hardware.base import Hardware
 from maml.logger.base import Logger, Mirror
 from maml.model.base import Model
-from maml.paper.runs import CONF
-from maml.run import RunFolder
+from maml.record.run_folder import RunFolder
 from maml.seeding import Stream
 from maml.types import Params, take
 
@@ -92,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides = [word for word in given if "=" in word and not word.startswith("-")]  # wherever they stand
     options = parser.parse_args([word for word in given if word not in overrides])
     config, experiment = compose(overrides, CONF)
-    evaluation: Evaluation = build(config["evaluation"])
+    evaluation: Evaluation = build(config.evaluation)
     backend = os.environ.pop("MUJOCO_GL", None)  # else importing MuJoCo would fail wherever this backend does
     algorithm = build_algorithm(config, Hardware("cpu"))
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
@@ -108,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     heading = f"{experiment}, goal {options.goal}: {numbers}"
     path = options.output or run.path / f"policy_goal_{options.goal}.gif"
     save(path, heading, episodes)
-    print(f"{heading}, iteration {iteration} of {config['num_iterations']}")
+    print(f"{heading}, iteration {iteration} of {config.num_iterations}")
     for episode in episodes:
         last = episode.frames[-1]
         print(f"  {caption(episode)}: return {last.total_reward:.1f} in {last.time} steps")
@@ -145,7 +147,7 @@ def restore(algorithm: Algorithm, run: RunFolder) -> int:
     Raises:
         MamlError: if there is none.
     """
-    given = run.config["checkpoint"]
+    given = run.config.checkpoint
     saved = run.load_checkpoint(Path(given) if given else None)
     if saved is None:
         raise MamlError(
@@ -289,12 +291,12 @@ def draw(heading: str, panels: Sequence[tuple[str, Frame]]) -> Image.Image:
     return page
 
 
-def mirror(config: Mapping[str, Any], run: RunFolder, path: Path) -> None:
+def mirror(config: Settings, run: RunFolder, path: Path) -> None:
     """Adds the picture, beside the report again, to where the config's logger shows the run."""
-    logger: Logger = build(config["logger"])
+    logger: Logger = build(config.logger)
     report = run.finished_report()
     if report is not None:
-        logger.start(run.path, run.experiment, run.run_id, dict(config), resumed=True)
+        logger.start(run.path, run.experiment, run.run_id, config.as_dict(), resumed=True)
         logger.report(report, {path.stem: path})
         logger.finish("finished")
     elif isinstance(logger, Mirror):

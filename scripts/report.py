@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maml.paper.report import render
-from maml.paper.runs import find_runs
+from maml.record.index import find_runs
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

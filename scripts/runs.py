@@ -31,11 +31,15 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from maml import checkpoint
-from maml.config import Root, digest, evaluation_config, near_miss, training_config
+from maml.config.compose import composed
+from maml.config.hints import near_miss
+from maml.config.identity import digest, evaluation_config, training_config
+from maml.config.paths import CONF
+from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
-from maml.paper.runs import CONF, SUPERSEDED, CurveRecord, Run, composed, find_evidence, read_run, read_runs, supersede
+from maml.record import checkpoint
+from maml.record.index import SUPERSEDED, CurveRecord, Run, find_evidence, read_run, read_runs, supersede
 
 RESULTS = CONF.parent / "results"
 RESAMPLES = 10_000
@@ -192,7 +196,7 @@ def setting(settings: Mapping[str, Any], key: str) -> Any:
     if key in settings:
         return settings[key]
     part, _, name = key.rpartition(".")
-    target = settings.get(f"{part}._target_") if part else f"{Root.__module__}.{Root.__name__}"
+    target = settings.get(f"{part}._target_") if part else f"{Settings.__module__}.{Settings.__name__}"
     return _default(target, name) if target else UNKNOWN
 
 

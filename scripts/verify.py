@@ -18,33 +18,24 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from maml.algorithm.base import Algorithm
-from maml.config import build, differences, digest, evaluation_config, training_config
+from maml.config.compose import composed
+from maml.config.identity import differences, digest, evaluation_config, training_config
+from maml.config.paths import CHECKPOINTS
+from maml.config.schema import Settings, build
 from maml.domain.classification import FewShotClassification
 from maml.errors import MamlError
 from maml.evaluation import Curve, Evaluation, bank_hash
 from maml.experiment import build_algorithm
-from maml.hardware import Hardware
-from maml.paper.cells import load_tables
-from maml.paper.checkpoints import (
-    FOLDER,
-    Entry,
-    Exported,
-    Index,
-    Reading,
-    State,
-    named_sources,
-    read_index,
-    restore,
-    unpack,
-)
-from maml.paper.runs import composed
-from maml.precision import computing_in
-from maml.run import versions
+from maml.hardware.base import Hardware
+from maml.hardware.precision import computing_in
+from maml.paper.cells import load_tables, named_sources
+from maml.record.exported import Entry, Exported, Index, Reading, State, read_index, restore, unpack
+from maml.record.run_folder import versions
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 _RELATIVE = 1e-4  # of a mean squared error on another machine
@@ -78,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--elsewhere", action="store_true", help="judge as on another machine; some processors share a name"
     )
     parser.add_argument(
-        "--checkpoints", type=Path, default=FOLDER, help="where they are (default: results/checkpoints)"
+        "--checkpoints", type=Path, default=CHECKPOINTS, help="where they are (default: results/checkpoints)"
     )
     options = parser.parse_args(arguments)
     if bool(options.cells) == options.all:
@@ -148,19 +139,19 @@ def evaluate(entry: Entry, exported: Exported, folder: Path) -> Repeated:
     if evaluation_config(config) != entry.evaluation:
         changed = differences(evaluation_config(config), entry.evaluation)
         raise MamlError(f"{entry.experiment} is evaluated otherwise now:\n{changed}")
-    with computing_in(config["precision"]):
+    with computing_in(config.precision):
         return _evaluate(config, state, entry, exported)
 
 
-def _evaluate(config: Mapping[str, Any], state: State, entry: Entry, exported: Exported) -> Repeated:
+def _evaluate(config: Settings, state: State, entry: Entry, exported: Exported) -> Repeated:
     recorded = exported.hardware["device"]
     hardware = Hardware("cuda" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu")
     algorithm = build_algorithm(config, hardware)
     restore(algorithm, state)
-    execution = hardware.choose(algorithm.domain, config["num_iterations"], exported.execution)
+    execution = hardware.choose(algorithm.domain, config.num_iterations, exported.execution)
     hardware.apply(execution)
     algorithm.task_chunk = execution.task_chunk
-    evaluation: Evaluation = build(config["evaluation"])
+    evaluation: Evaluation = build(config.evaluation)
     bank = evaluation.bank(algorithm.domain, entry.num_shots)
     if bank_hash(bank) != entry.bank:
         raise MamlError(

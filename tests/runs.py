@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from maml import checkpoint
 from maml.algorithm.maml import MAML
-from maml.config import compose
+from maml.config.compose import compose
+from maml.config.schema import Settings
 from maml.experiment import run_experiment
-from maml.run import RunFolder
+from maml.record import checkpoint
+from maml.record.run_folder import RunFolder
 from maml.types import Tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,8 +48,8 @@ DOMAINS = {
 
 
 @functools.cache
-def _composed(overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    return compose(overrides, ROOT / "conf")
+def _composed(overrides: tuple[str, ...]) -> tuple[Settings, str]:
+    return compose(overrides)
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,10 @@ class TinyRuns:
         """Returns the same below another folder."""
         return replace(self, runs_dir=self.runs_dir.with_name(name))
 
-    def config(self, *overrides: str) -> dict[str, Any]:
+    def config(self, *overrides: str) -> Settings:
         """Composes and checks, as train.py does."""
         config, _ = _composed((*self.base, f"cache_dir={self.cache_dir}", *overrides))
-        return copy.deepcopy(config) | {"runs_dir": str(self.runs_dir)}
+        return replace(config, runs_dir=str(self.runs_dir))
 
     def folder(self, *overrides: str) -> Path:
         """Returns where a run is, or would be."""
@@ -96,7 +95,7 @@ class TinyRuns:
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run_in_child(config: dict[str, Any]) -> None:
+def run_in_child(config: Settings) -> None:
     """What a process forked for a test does."""
     torch.set_num_threads(1)
     run_experiment(config, "custom")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,29 @@ from torch import Tensor
 
 import maml
 from maml import api
-from maml.config import build
+from maml.config.compose import composed
+from maml.config.schema import Settings, build
 from maml.data.omniglot import load_omniglot
 from maml.domain.classification import FewShotClassification
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
-from maml.hardware import Hardware
-from maml.paper.runs import composed
+from maml.hardware.base import Hardware
 from maml.types import Params, take
 from tests.runs import TinyRuns
-from tests.test_render import trained
+from tests.scripts.test_render import trained
 
 OMNIGLOT = "omniglot_5way_1shot"
 SINUSOID = "sinusoid_10shot"
 
 
 @torch.no_grad()
-def by_the_framework(
-    network: api.Network, config: dict[str, Any], task: int, num_shots: int
-) -> tuple[Any, dict[str, Any]]:
+def by_the_framework(network: api.Network, config: Settings, task: int, num_shots: int) -> tuple[Any, dict[str, Any]]:
     """Evaluates one task of the bank, by the algorithm built with its real domain; returns its data and results."""
     algorithm = build_algorithm(config, Hardware("cpu"))
     algorithm.load_state_dict(network.algorithm.state_dict())
-    evaluation: Evaluation = build(config["evaluation"])
+    evaluation: Evaluation = build(config.evaluation)
     domain = algorithm.domain
     tasks = take(evaluation.bank(domain, num_shots), task, task + 1)
     *_, params = algorithm.adapt(algorithm.theta, tasks, evaluation.num_steps, evaluation.step_sizes(num_shots))
@@ -68,9 +67,8 @@ def test_sinusoid_adapts_and_predicts_as_the_framework() -> None:
 @pytest.mark.parametrize("experiment", [OMNIGLOT, "omniglot_5way_1shot_context_vector"])
 def test_omniglot_adapts_and_predicts_as_the_framework(tiny_images: TinyRuns, experiment: str) -> None:
     network = maml.load(experiment)
-    config = composed(experiment) | {
-        "domain": composed(experiment)["domain"] | {"cache_dir": str(tiny_images.cache_dir)}
-    }
+    config = composed(experiment)
+    config = replace(config, domain={**config.domain, "cache_dir": str(tiny_images.cache_dir)})
     domain, found = by_the_framework(network, config, task=1, num_shots=1)
     raw = (found["support"].x[0, ..., 0] * domain.scale).to(torch.uint8)
     predictor = network.adapt(raw.numpy(), list("abcde"))
@@ -113,7 +111,7 @@ def test_tiny_run_is_loaded_from_folder_and_file(tiny: TinyRuns) -> None:
 @pytest.mark.parametrize("experiment", ["sinusoid_pretrain", SINUSOID])
 def test_step_sizes_are_those_of_meta_test_and_of_the_nearest_k(experiment: str) -> None:
     network = maml.load(experiment)
-    evaluation: Evaluation = build(composed(experiment)["evaluation"])
+    evaluation: Evaluation = build(composed(experiment).evaluation)
     for given, known in {5: 5, 1: 5, 9: 10, 100: 20}.items():
         sizes = evaluation.step_sizes(known)
         assert network._step_sizes(given, 10) == sizes
@@ -123,7 +121,7 @@ def test_step_sizes_are_those_of_meta_test_and_of_the_nearest_k(experiment: str)
 @pytest.mark.parametrize("name", api._IMAGE_SETS)
 def test_facts_of_image_sets_are_those_of_their_domains(name: str, tiny_images: TinyRuns) -> None:
     folder = name.split(".")[2]
-    config = tiny_images.config(f"domain={folder}")["domain"]
+    config = tiny_images.config(f"domain={folder}").domain
     try:
         domain: FewShotClassification = build(config)
     except MamlError as error:
@@ -134,17 +132,17 @@ def test_facts_of_image_sets_are_those_of_their_domains(name: str, tiny_images: 
 @pytest.mark.parametrize("baseline", ["finetune", "nearest_neighbor"])
 def test_baselines_adapt_without_the_images_they_were_trained_on(baseline: str, tmp_path: Path) -> None:
     config = composed(f"mini_imagenet_5way_1shot_{baseline}")
-    config = config | {"domain": {**config["domain"], "data_dir": str(tmp_path), "cache_dir": str(tmp_path)}}
-    stands_for = {"_target_": "maml.api._WithoutImages", "stands_for": config["domain"]["_target_"]}
-    algorithm = build_algorithm(config | {"domain": {**stands_for, "num_ways": 5, "num_shots": 1}}, Hardware("cpu"))
-    network = api.Network("it", 0, 0, algorithm, build(config["evaluation"]), {})
+    config = replace(config, domain={**config.domain, "data_dir": str(tmp_path), "cache_dir": str(tmp_path)})
+    stands_for = {"_target_": "maml.api._WithoutImages", "stands_for": config.domain["_target_"]}
+    algorithm = build_algorithm(replace(config, domain={**stands_for, "num_ways": 5, "num_shots": 1}), Hardware("cpu"))
+    network = api.Network("it", 0, 0, algorithm, build(config.evaluation), {})
     images = torch.rand(5, 84, 84, 3, generator=torch.Generator().manual_seed(0))
     labels = network.adapt(images, list("abcde"), num_steps=2)(images)
     assert set(labels) <= set("abcde") if baseline == "finetune" else labels == list("abcde")
 
 
 def test_pictures_become_what_the_domain_has(tiny_images: TinyRuns, tmp_path: Path) -> None:
-    data = load_omniglot(Path(tiny_images.config()["domain"]["data_dir"]), tiny_images.cache_dir)
+    data = load_omniglot(Path(tiny_images.config().domain["data_dir"]), tiny_images.cache_dir)
     drawing = data.images[7, 3]
     large = Image.fromarray((1 - drawing.numpy()) * np.uint8(255)).resize((105, 105), Image.Resampling.NEAREST)
     large.convert("RGBA").save(tmp_path / "drawing.png")

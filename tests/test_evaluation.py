@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from maml.algorithm.maml import MAML
-from maml.config import build, digest, evaluation_config
+from maml.config.identity import digest, evaluation_config
+from maml.config.schema import build
 from maml.domain.base import Split
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
@@ -18,7 +19,7 @@ from maml.experiment import build_algorithm
 from maml.inner.sgd import SGD
 from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
-from maml.run import read_json
+from maml.record.run_folder import read_json
 from maml.seeding import Stream
 from maml.types import Tasks
 from tests.build import build_from
@@ -125,7 +126,7 @@ def test_inductive_predictions_depend_on_no_other_query_image() -> None:
 @pytest.mark.parametrize("step", [0, 1])
 def test_both_accuracies_are_counted_from_those_predictions(step: int, tiny_images: TinyRuns) -> None:
     config = tiny_images.config()
-    algorithm = build_algorithm(config, build(config["hardware"]))
+    algorithm = build_algorithm(config, build(config.hardware))
     domain, model = algorithm.domain, algorithm.model
     tasks = domain.sample_tasks(6, Stream(4), "test")
     *_, params = algorithm.adapt(algorithm.theta, tasks, step)
@@ -149,7 +150,7 @@ def test_both_accuracies_are_counted_from_those_predictions(step: int, tiny_imag
 
 
 def test_bank_of_images_is_frozen(tiny_images: TinyRuns) -> None:
-    domain = build(tiny_images.config()["domain"])
+    domain = build(tiny_images.config().domain)
     assert bank_hash(Evaluation(num_tasks=600, num_steps=0).bank(domain, 1)) == "a45e59428ad2566f"
 
 
@@ -196,8 +197,8 @@ def test_k_without_a_step_size_is_named_before_any_training(tiny: TinyRuns) -> N
 
 def test_step_sizes_per_k_are_the_same_however_they_are_written(tiny: TinyRuns) -> None:
     of_file = tiny.config("+experiment=sinusoid_pretrain")
-    assert of_file["evaluation"]["step_size"] == {5: 0.01, 10: 0.02, 20: 0.02}
-    assert build(of_file["evaluation"]).step_sizes(20) == [0.02] * 2
+    assert of_file.evaluation["step_size"] == {5: 0.01, 10: 0.02, 20: 0.02}
+    assert build(of_file.evaluation).step_sizes(20) == [0.02] * 2
     written = [
         ("evaluation.step_size={5: 1.0, 10: 2.5}",),
         ("evaluation.step_size={10: 2.5, 5: 1}",),

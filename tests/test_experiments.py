@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +15,9 @@ from maml.algorithm.nearest_neighbor import NearestNeighbor
 from maml.algorithm.pretrain import Pretrain
 from maml.algorithm.random_init import RandomInit
 from maml.algorithm.reptile import Reptile
-from maml.config import build, compose, digest, training_config
+from maml.config.compose import compose
+from maml.config.identity import digest, training_config
+from maml.config.schema import Settings, build
 from maml.domain.classification import FewShotClassification
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.reinforcement import Reinforcement
@@ -24,11 +25,11 @@ from maml.environment.base import TellGoal
 from maml.environment.point import PointEnvironments
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm, run_experiment
-from maml.hardware import Hardware
+from maml.hardware.base import Hardware
 from maml.outer.adam import Adam
 from maml.outer.sgd import SGD
 from maml.outer.trpo import TRPO
-from maml.run import RunFolder, read_json
+from maml.record.run_folder import RunFolder, read_json
 from maml.seeding import Stream
 from tests.runs import ROOT, TinyRuns, assert_same_run
 
@@ -40,7 +41,7 @@ def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -
     places = [f"runs_dir={tmp_path}", f"cache_dir={cache_dir}", "hardware=cpu", "hardware.num_threads=1"]
     # Rollouts are what an RL experiment's time goes into.
     few = ["domain.num_shots=2", "evaluation.num_shots=[2]"] if name.startswith(("point", "cheetah", "ant")) else []
-    config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places], ROOT / "conf")
+    config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
     headline = run_experiment(config, experiment)
     folder = RunFolder(config, experiment).path
     assert folder.parent == tmp_path / name
@@ -60,15 +61,15 @@ def test_experiment_opens_with_the_number_it_reproduces(name: str) -> None:
 def test_fomaml_is_first_order_in_config_and_in_the_built_object(experiment: list[str], cache_dir: Path) -> None:
     for algorithm, order in (("maml", 2), ("fomaml", 1)):
         overrides = [*experiment, f"algorithm={algorithm}", f"cache_dir={cache_dir}"]
-        config, _ = compose(overrides, ROOT / "conf")
-        assert config["inner"]["order"] == order
-        assert build(config["inner"]).order == order
+        config, _ = compose(overrides)
+        assert config.inner["order"] == order
+        assert build(config.inner).order == order
         assert build_algorithm(config, Hardware("cpu")).inner.order == order
 
 
-def built(name: str, cache_dir: Path) -> tuple[dict[str, Any], Algorithm, Evaluation]:
-    config, _ = compose([f"+experiment={name}", f"cache_dir={cache_dir}"], ROOT / "conf")
-    return config, build_algorithm(config, Hardware("cpu")), build(config["evaluation"])
+def built(name: str, cache_dir: Path) -> tuple[Settings, Algorithm, Evaluation]:
+    config, _ = compose([f"+experiment={name}", f"cache_dir={cache_dir}"])
+    return config, build_algorithm(config, Hardware("cpu")), build(config.evaluation)
 
 
 def size(algorithm: Algorithm) -> int:
@@ -115,7 +116,7 @@ def test_classification_is_the_papers(
 ) -> None:
     config, algorithm, evaluation = built(name + "_fomaml" * first_order, cache_dir)
     inner, domain, is_omniglot = algorithm.inner, algorithm.domain, name.startswith("omniglot")
-    assert (config["meta_batch_size"], config["num_iterations"]) == (batch, 60_000)
+    assert (config.meta_batch_size, config.num_iterations) == (batch, 60_000)
     assert (inner.step_size, inner.num_steps, inner.order) == (step_size, steps, 1 if first_order else 2)
     assert isinstance(algorithm.outer, Adam)
     assert (algorithm.outer.step_size, algorithm.outer.clip) == (0.001, None if is_omniglot else 10.0)
@@ -151,7 +152,7 @@ def test_context_vector_adapts_three_channels_alone(shots: int, cache_dir: Path)
     assert algorithm.inner.adapted_names(list(algorithm.theta)) == ["context"]
     assert algorithm.theta["context"].shape == (28, 28, 3)
     assert algorithm.theta["conv1.weight"].shape == (64, 4, 3, 3)
-    assert (config["meta_batch_size"], config["num_iterations"], evaluation.num_steps) == (32, 60_000, 3)
+    assert (config.meta_batch_size, config.num_iterations, evaluation.num_steps) == (32, 60_000, 3)
     assert (algorithm.domain.num_shots, algorithm.inner.num_steps, algorithm.inner.order) == (shots, 1, 2)
 
 
@@ -162,7 +163,7 @@ def test_baselines_on_images_are_ravis_and_share_one_training(domain: str, cache
         config, algorithm, evaluation = built(f"{domain}_5way_{shots}shot_finetune", cache_dir)
         ids.add(digest(training_config(config)))
         assert isinstance(algorithm, FineTune)
-        assert (config["meta_batch_size"], config["num_iterations"]) == (64, 30_000)
+        assert (config.meta_batch_size, config.num_iterations) == (64, 30_000)
         features = 1600 if domain == "mini_imagenet" else 256
         assert algorithm.theta["head.weight"].shape == (64, features)
         assert algorithm.inner.adapted_names(list(algorithm.theta)) == list(algorithm.theta)
@@ -198,7 +199,7 @@ def test_reptile_is_its_authors(name: str, cache_dir: Path) -> None:
         step_size,
         shots,
     )
-    assert (config["num_iterations"], config["meta_batch_size"]) == (num_iterations, 5)
+    assert (config.num_iterations, config.meta_batch_size) == (num_iterations, 5)
     assert (algorithm.outer.step_size, algorithm.outer.final_step_size) == (1.0, 0.0)
     assert algorithm.outer.num_iterations == num_iterations
     assert (evaluation.num_steps, evaluation.num_query, evaluation.num_shots) == (50, 1, [1, 5])
@@ -214,7 +215,7 @@ def test_reptile_is_its_authors(name: str, cache_dir: Path) -> None:
 
 def test_sinusoid_10shot_is_the_papers(cache_dir: Path) -> None:
     config, algorithm, evaluation = built("sinusoid_10shot", cache_dir)
-    assert (config["meta_batch_size"], config["num_iterations"]) == (25, 70_000)
+    assert (config.meta_batch_size, config.num_iterations) == (25, 70_000)
     assert (algorithm.inner.step_size, algorithm.inner.num_steps, algorithm.domain.num_shots) == (0.001, 1, 10)
     assert evaluation.num_shots == [5, 10, 20]
     assert size(algorithm) == 1761
@@ -222,22 +223,22 @@ def test_sinusoid_10shot_is_the_papers(cache_dir: Path) -> None:
 
 def test_sinusoid_baselines_are_the_papers(cache_dir: Path) -> None:
     config, algorithm, evaluation = built("sinusoid_pretrain", cache_dir)
-    assert (config["meta_batch_size"], config["num_iterations"]) == (25, 70_000)
+    assert (config.meta_batch_size, config.num_iterations) == (25, 70_000)
     assert [evaluation.step_sizes(shots) for shots in (5, 10, 20)] == [[0.01] * 10, [0.02] * 10, [0.02] * 10]
     assert isinstance(algorithm, Pretrain)
     config, algorithm, evaluation = built("sinusoid_oracle", cache_dir)
-    assert (config["num_iterations"], evaluation.num_steps, algorithm.domain.in_shape) == (70_000, 0, (3,))
+    assert (config.num_iterations, evaluation.num_steps, algorithm.domain.in_shape) == (70_000, 0, (3,))
     assert isinstance(algorithm, Pretrain)
     config, algorithm, _ = built("sinusoid_random_init", cache_dir)
-    assert (config["num_iterations"], type(algorithm)) == (0, RandomInit)
+    assert (config.num_iterations, type(algorithm)) == (0, RandomInit)
 
 
 @pytest.mark.parametrize("variant", ["", "_l2", "_to_mean"])
 def test_multitask_average_is_of_500_regressors(variant: str, cache_dir: Path) -> None:
     config, algorithm, evaluation = built(f"sinusoid_multitask_average{variant}", cache_dir)
     assert isinstance(algorithm, MultitaskAverage)
-    assert config["meta_batch_size"] * config["num_iterations"] == 500
-    assert (config["meta_batch_size"] == 1) == (variant == "_to_mean"), "that one is sequential by definition"
+    assert config.meta_batch_size * config.num_iterations == 500
+    assert (config.meta_batch_size == 1) == (variant == "_to_mean"), "that one is sequential by definition"
     assert (algorithm.max_error, algorithm.pull) == (0.02, "mean" if variant == "_to_mean" else "zero")
     assert (algorithm.weight > 0) == bool(variant)
     assert size(algorithm) == 1761
@@ -273,12 +274,12 @@ def test_rl_experiments_are_the_papers(domain_name: str, method: str, cache_dir:
     kind = {"maml": MAML, "pretrain": Pretrain, "oracle": Pretrain, "random_init": RandomInit}
     assert type(algorithm) is kind.get(method, ContextVector)
     row = {"maml": 0, "context_vector": 0, "pretrain": 1, "oracle": 2}
-    assert config["num_iterations"] == (iterations[row[method]] if method in row else 0)
+    assert config.num_iterations == (iterations[row[method]] if method in row else 0)
     if meta_learns or (method == "pretrain" and is_point):
-        assert (config["meta_batch_size"], domain.num_shots) == (20 if is_point else 40, shots)
+        assert (config.meta_batch_size, domain.num_shots) == (20 if is_point else 40, shots)
     elif method != "random_init":
         # One rollout to each goal: 1,000 timesteps of the point, 20,000 of the others.
-        assert config["meta_batch_size"] * domain.num_shots * domain.horizon == (1000 if is_point else 20_000)
+        assert config.meta_batch_size * domain.num_shots * domain.horizon == (1000 if is_point else 20_000)
         assert domain.num_shots == 1
     if meta_learns:
         assert (inner.step_size, inner.num_steps, inner.order) == (alpha, 1, 2)
@@ -306,7 +307,7 @@ def test_rl_experiments_are_the_papers(domain_name: str, method: str, cache_dir:
     context = observed if method == "context_vector" else 0
     policy = 101 * 100 + 101 * actions + actions + (wide + 1) * 100
     assert size(algorithm) == policy + context
-    assert config["model"]["activation"] == ("tanh" if method == "random_init" and is_point else "relu")
+    assert config.model["activation"] == ("tanh" if method == "random_init" and is_point else "relu")
     if context:
         assert algorithm.theta["context"].tolist() == [0.0] * observed
 

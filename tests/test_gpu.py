@@ -8,26 +8,26 @@ import signal
 import pytest
 import torch
 
-from maml import checkpoint
 from maml.algorithm.base import Parts
 from maml.algorithm.maml import MAML
-from maml.capture import Captured
 from maml.domain.base import Role
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import Interrupted
-from maml.hardware import Execution
+from maml.hardware.base import Execution
 from maml.inner.sgd import SGD
-from maml.iteration import Iteration
 from maml.model.conv4 import Conv4
 from maml.model.gaussian_policy import GaussianPolicy
 from maml.model.mlp import MLP
 from maml.outer.adam import Adam
 from maml.outer.trpo import TRPO
+from maml.record import checkpoint
 from maml.seeding import Stream
+from maml.training.cuda_graph import Captured
+from maml.training.iteration import Iteration
 from maml.types import Examples, Tasks
 from tests.runs import TinyRuns, assert_same_run, before_iteration, state
-from tests.test_meta_gradient import NUM_WAYS, SMALL, FixedExamples
+from tests.training.test_meta_gradient import NUM_WAYS, SMALL, FixedExamples
 
 pytestmark = [
     pytest.mark.gpu,

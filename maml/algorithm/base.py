@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from maml import ranks
-from maml.compiling import ChunkGradient
 from maml.domain.base import Domain, Metrics
 from maml.errors import MamlError
+from maml.hardware import distributed
+from maml.hardware.compile import ChunkGradient
+from maml.hardware.memory import within_memory
 from maml.inner.base import Inner
-from maml.memory import within_memory
 from maml.model.base import Model
 from maml.outer.base import Objective, Outer, OuterState
 from maml.seeding import Stream
@@ -163,8 +163,8 @@ class Algorithm(ABC):
         means, counts = self.domain.summary(tasks)
         if not means:
             return {}
-        averages = ranks.mean([value.sum() for value in means.values()], num_tasks(tasks))
-        sums = ranks.total([value.sum() for value in counts.values()])
+        averages = distributed.all_reduce_mean([value.sum() for value in means.values()], num_tasks(tasks))
+        sums = distributed.all_reduce_sum([value.sum() for value in counts.values()])
         return dict(zip((*means, *counts), (*averages, *sums), strict=True))
 
     def _keep_best(self, summary: dict[str, Tensor]) -> None:
@@ -189,7 +189,7 @@ class Algorithm(ABC):
             tasks: a meta-batch.
         """
         gradients, metrics = self._within_memory(lambda chunk: self.gradient_sums(theta, tasks, chunk), tasks)
-        means = ranks.mean([*gradients.values(), *metrics.values()], self._num_tasks(tasks))
+        means = distributed.all_reduce_mean([*gradients.values(), *metrics.values()], self._num_tasks(tasks))
         return (
             dict(zip(gradients, means[: len(gradients)], strict=True)),
             dict(zip(metrics, means[len(gradients) :], strict=True)),
@@ -227,7 +227,7 @@ class Algorithm(ABC):
             return {name: torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]}
 
         own = self._within_memory(compute, tasks)
-        return dict(zip(own, ranks.mean(list(own.values()), self._num_tasks(tasks)), strict=True))
+        return dict(zip(own, distributed.all_reduce_mean(list(own.values()), self._num_tasks(tasks)), strict=True))
 
     def curvature(self, theta: Params, tasks: Tasks, every: int = 1) -> Product:
         """Returns the Hessian of the mean KL divergence from the policies of theta, at theta.
@@ -249,7 +249,7 @@ class Algorithm(ABC):
             for part in products:
                 added = part(vector)
                 own = {name: own[name] + value for name, value in added.items()} if own else added
-            return dict(zip(theta, ranks.mean([own[name] for name in theta], count), strict=True))
+            return dict(zip(theta, distributed.all_reduce_mean([own[name] for name in theta], count), strict=True))
 
         return product
 

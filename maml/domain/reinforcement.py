@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from maml.domain.base import Domain, Metrics, Role, Split
+from maml.environment.advantages import advantages
 from maml.environment.base import Environments, TellGoal
+from maml.environment.rollouts import collect_episodes
 from maml.model.base import Model
-from maml.rl.advantages import advantages
-from maml.rl.rollouts import collect_episodes
 from maml.seeding import Stream
 from maml.types import Params, Product, Tasks
 

@@ -18,7 +18,7 @@ class Logger:
     A run calls ``start`` once, ``log`` and ``report`` any number of times, ``finish`` once.
     """
 
-    def start(self, run_dir: Path, experiment: str, run_id: str, config: dict[str, Any], resumed: bool) -> None:
+    def start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None:
         """Opens the mirror of one run.
 
         Args:
@@ -51,7 +51,7 @@ class Mirror(Logger, ABC):
     patience: ClassVar[float] = 60.0
     _thread: threading.Thread | None = None
 
-    def start(self, run_dir: Path, experiment: str, run_id: str, config: dict[str, Any], resumed: bool) -> None:
+    def start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None:
         """Starts the thread, and in it the mirror."""
         self._warned = False
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -97,7 +97,7 @@ class Mirror(Logger, ABC):
             LOG.warning("%s; the run goes on and its local record is complete.", what)
 
     @abstractmethod
-    def _start(self, run_dir: Path, experiment: str, run_id: str, config: dict[str, Any], resumed: bool) -> None: ...
+    def _start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None: ...
 
     @abstractmethod
     def _log(self, metrics: dict[str, float], iteration: int) -> None: ...

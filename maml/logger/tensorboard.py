@@ -1,6 +1,7 @@
 """Mirrors a run to TensorBoard."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -13,7 +14,7 @@ class TensorBoard(Mirror):
 
     name = "TensorBoard"
 
-    def _start(self, run_dir: Path, experiment: str, run_id: str, config: dict[str, Any], resumed: bool) -> None:
+    def _start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and may be missing
 
         self._writer = SummaryWriter(run_dir / "tensorboard")

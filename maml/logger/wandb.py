@@ -1,7 +1,7 @@
 """Mirrors a run to Weights & Biases, online or offline."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,7 @@ class WandB(Mirror):
     ) -> None:
         self.project, self.entity, self.group, self.tags, self.mode = project, entity, group, tags, mode
 
-    def _start(self, run_dir: Path, experiment: str, run_id: str, config: dict[str, Any], resumed: bool) -> None:
+    def _start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None:
         import wandb  # takes most of a second, and may be missing
 
         self._run_dir = run_dir
@@ -55,7 +55,7 @@ class WandB(Mirror):
             group=self.group or experiment,
             name=f"{experiment} {run_id}",
             tags=self.tags,
-            config=config,
+            config=dict(config),
             dir=run_dir.resolve(),
             id=re.sub(r"[^A-Za-z0-9_-]", "-", f"{experiment}-{run_id}"),
             # Without "allow" the W&B run of this id starts anew, as the local record did.

@@ -8,8 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from maml.errors import MamlError
-from maml.functional import ACTIVATIONS, Activation, batch_statistics, conv3x3, linear, max_pool, normalize
 from maml.model.base import Model, glorot_uniform, zeros
+from maml.model.functional import ACTIVATIONS, Activation, batch_statistics, conv3x3, linear, max_pool, normalize
 from maml.seeding import Stream
 from maml.types import Count, Params, PositiveFloat
 

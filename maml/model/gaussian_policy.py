@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from maml.errors import MamlError
-from maml.functional import Activation
 from maml.model.base import Model, zeros
+from maml.model.functional import Activation
 from maml.model.linearized import Backward, Forward, Linearized
 from maml.model.mlp import MLP
 from maml.seeding import Stream

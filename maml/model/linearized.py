@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maml.functional import ACTIVATIONS, Activation
+from maml.model.functional import ACTIVATIONS, Activation
 from maml.types import Params
 
 Backward = Callable[[Tensor], Params]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maml.functional import linear, matmul
 from maml.model.base import Model, glorot_uniform, zeros
+from maml.model.functional import linear, matmul
 from maml.seeding import Stream
 from maml.types import Count, Params, product
 

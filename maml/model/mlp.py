@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from maml.functional import ACTIVATIONS, Activation, batch_norm, linear
 from maml.model.base import Model, glorot_uniform, zeros
+from maml.model.functional import ACTIVATIONS, Activation, batch_norm, linear
 from maml.model.linearized import Linearized, LinearizedMLP
 from maml.seeding import Stream
 from maml.types import Count, Params, PositiveFloat, product

@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from maml.errors import MamlError
+from maml.hardware.precision import rounding
 from maml.model.base import Model
-from maml.precision import rounding
 from maml.seeding import Stream
 from maml.types import Params
 

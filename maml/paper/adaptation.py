@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from maml import checkpoint
 from maml.algorithm.base import Algorithm
+from maml.config.compose import composed
 from maml.errors import MamlError
 from maml.experiment import build_algorithm
-from maml.hardware import Hardware
+from maml.hardware.base import Hardware
 from maml.paper.cells import Panel, Picture, Source
 from maml.paper.figures import save
-from maml.paper.runs import Evidence, composed
+from maml.record import checkpoint
+from maml.record.index import Evidence
 from maml.seeding import Stream
 
 # The gradient steps drawn, and how: the paper's dotted, dashed and full line.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,39 +11,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from maml.errors import MamlError
+from maml.record.index import Source
 
 # What a line of cells.yaml says besides where our number is found.
 _NOT_OF_SOURCE = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal", "note"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where our number is found: one curve in the report of one experiment.
-
-    Attributes:
-        experiment: a file in ``conf/experiment/``.
-        metric: a metric of its report.
-        num_shots: K.
-        scale: takes our unit to the paper's.
-        overrides: what stands behind the experiment on the command line.
-    """
-
-    experiment: str
-    metric: str
-    num_shots: int
-    scale: float = 1.0
-    overrides: tuple[str, ...] = ()
-
-    @property
-    def arguments(self) -> list[str]:
-        """What ``train.py`` is given."""
-        return [f"+experiment={self.experiment}", *self.overrides]
-
-    def command(self, seeds: Sequence[int]) -> str:
-        """Returns the command that runs these seeds; none given is the default seed."""
-        values = ",".join(map(str, seeds))
-        words = ["python", "train.py", *(["-m"] if len(seeds) > 1 else []), *self.arguments]
-        return shlex.join(words + ([f"seed={values}"] if values not in ("", "0") else []))
 
 
 @dataclass(frozen=True)
@@ -352,3 +322,21 @@ def _figure_ci(lines: list[dict[str, str]], row: str, column: str) -> str:
 def _read(results: Path, name: str) -> list[dict[str, str]]:
     with open(results / "paper" / f"{name}.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def named_sources(results: Path) -> dict[str, tuple[Source, Sequence[int]]]:
+    """Returns every cell and curve that there is an experiment for, and its gradient steps.
+
+    The last part of a curve's name is its panel's file in ``results/paper/``, or where that has no exact numbers its K.
+    """
+    found: dict[str, tuple[Source, Sequence[int]]] = {
+        f"{table.name}/{cell.row}/{cell.column}": (cell.source, [cell.step])
+        for table in load_tables(results)
+        for cell in table.cells
+        if cell.source
+    }
+    for figure in load_figures(results):
+        for curve in figure.curves:
+            panel = curve.cells[0].table if curve.cells else f"K{curve.source.num_shots}"
+            found[f"{figure.name}/{curve.row}/{panel}"] = curve.source, range(curve.num_steps + 1)
+    return found

@@ -7,22 +7,24 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from maml import checkpoint
-from maml.config import build, digest, evaluation_config, training_config
+from maml.config.compose import composed
+from maml.config.identity import digest, evaluation_config, training_config
+from maml.config.schema import Settings, build
 from maml.data.mini_imagenet import check_provided
 from maml.domain.classification import FewShotClassification
 from maml.domain.mini_imagenet import MiniImagenet
 from maml.errors import MamlError, Unavailable
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
-from maml.paper.runs import SUPERSEDED, HardwareRecord, Run, composed, read_run
-from maml.run import RunFolder
+from maml.record import checkpoint
+from maml.record.index import SUPERSEDED, HardwareRecord, Run, read_run
+from maml.record.run_folder import RunFolder
 
 WATERMARK = "SMOKE TEST: these numbers mean nothing"
 SMOKE = "+debug=smoke"
@@ -61,7 +63,7 @@ class Job:
     name: str
     artifacts: tuple[str, ...]
     commands: tuple[tuple[str, ...], ...]
-    config: dict[str, Any]
+    config: Settings
     folder: Path
     iteration: int | None = None
     committed: Path | None = None
@@ -75,7 +77,7 @@ class Job:
     @property
     def left(self) -> int:
         """The iterations that are to be run."""
-        return self.config["num_iterations"] - (self.iteration or 0) if self.commands else 0
+        return self.config.num_iterations - (self.iteration or 0) if self.commands else 0
 
     @property
     def state(self) -> str:
@@ -91,10 +93,10 @@ class Job:
     @property
     def num_threads(self) -> int:
         """The CPU threads that it takes, as `Hardware` chooses them on a CPU."""
-        asked = self.config["hardware"]["num_threads"]
+        asked = self.config.hardware["num_threads"]
         if asked != "auto":
             return asked
-        is_image = issubclass(get_class(self.config["domain"]["_target_"]), FewShotClassification)
+        is_image = issubclass(get_class(self.config.domain["_target_"]), FewShotClassification)
         return (os.cpu_count() or 1) if is_image else 1
 
     @property
@@ -199,7 +201,7 @@ def plan(
     groups: dict[str, list[_Command]] = {}
     for (experiment, overrides), names in artifacts.items():
         for seed in seeds:
-            config = composed(experiment, overrides) | {"seed": seed, "runs_dir": str(runs_dir)}
+            config = replace(composed(experiment, overrides), seed=seed, runs_dir=str(runs_dir))
             command = _Command(experiment, overrides, config, tuple(dict.fromkeys(names)))
             groups.setdefault(digest(training_config(config)), []).append(command)
     return [_job(group, runs, wandb) for group in groups.values()]
@@ -211,14 +213,14 @@ class _Command:
 
     experiment: str
     overrides: tuple[str, ...]
-    config: dict[str, Any]
+    config: Settings
     artifacts: tuple[str, ...]
 
     def arguments(self, wandb: bool) -> tuple[str, ...]:
         """What ``train.py`` is given; no defaults, as the record of a run is to show what one would type."""
         words = [f"+experiment={self.experiment}", *self.overrides]
-        words += [f"seed={self.config['seed']}"] if self.config["seed"] else []
-        words += [f"runs_dir={self.config['runs_dir']}"] if self.config["runs_dir"] != "runs" else []
+        words += [f"seed={self.config.seed}"] if self.config.seed else []
+        words += [f"runs_dir={self.config.runs_dir}"] if self.config.runs_dir != "runs" else []
         if wandb:
             words += ["logger=wandb", f"logger.group={self.artifacts[0]}", f"logger.tags=[{','.join(self.artifacts)}]"]
         return tuple(words)
@@ -247,7 +249,7 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
         impossible = _lacking(config)
         if (folder / SUPERSEDED).exists():
             impossible = f"{folder} is marked as superseded; delete it to run this again"
-    words = [group[0].experiment, *group[0].overrides, *([f"seed={config['seed']}"] if config["seed"] else [])]
+    words = [group[0].experiment, *group[0].overrides, *([f"seed={config.seed}"] if config.seed else [])]
     words += [f"and {len(group) - 1} more evaluations of it"] if len(group) > 1 else []
     return Job(
         " ".join(words),
@@ -261,9 +263,9 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
     )
 
 
-def _lacking(config: Mapping[str, Any]) -> str:
+def _lacking(config: Settings) -> str:
     """Says what this machine lacks for a run, as far as a glance tells; images are neither read nor downloaded."""
-    domain, hardware = config["domain"], config["hardware"]
+    domain, hardware = config.domain, config.hardware
     target = get_class(domain["_target_"])
     try:
         build(hardware)
@@ -293,7 +295,7 @@ class Estimate:
 
 def estimate(job: Job, runs: Sequence[Run]) -> Estimate:
     """Estimates from the newest run of the same settings, one on this machine if there is any."""
-    described = build(job.config["hardware"]).describe()
+    described = build(job.config.hardware).describe()
     mine = HardwareRecord(cpu=described["cpu"], gpu=described.get("gpu"))
     training = _regardless_of_length(training_config(job.config))
     alike = [run for run in runs if _regardless_of_length(run.record.training) == training]

@@ -17,15 +17,14 @@ import numpy as np
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
-from maml.config import evaluation_config, training_config
+from maml.config.compose import composed
+from maml.config.identity import evaluation_config, training_config
 from maml.errors import MamlError
 from maml.paper.cells import Figure, Panel, Picture, Source, Table, load_figures, load_pictures, load_tables
 from maml.paper.charts import histogram, line_chart
-from maml.paper.checkpoints import read_index
 from maml.paper.figures import CurveComparison
 from maml.paper.markup import Content, Markup, element
 from maml.paper.plan import WATERMARK
-from maml.paper.runs import Evidence, Run, composed, find_evidence, provenance
 from maml.paper.tables import (
     NO_REASON,
     STATUSES,
@@ -36,6 +35,8 @@ from maml.paper.tables import (
     reading_text,
     summary,
 )
+from maml.record.exported import read_index
+from maml.record.index import Evidence, Run, find_evidence, provenance
 
 _NUM_POINTS = 200  # of a learning curve, at most
 

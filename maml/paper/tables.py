@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 from hydra.utils import get_class
 
+from maml.config.compose import composed
 from maml.paper.cells import Cell, Source, Table
-from maml.paper.runs import Evidence, composed, provenance
+from maml.record.index import Evidence, provenance
 
 STATUSES = ("reproduced", "better", "worse", "measured", "reduced budget", "quoted", "running", "not run")
 _ALWAYS_COUNTED = {"reproduced", "better", "worse", "reduced budget", "not run"}
@@ -189,7 +190,7 @@ def bold_cells(table: Table) -> set[tuple[str, str]]:
     if not table.layout.own:
         return set()
     source = next(cell.source for cell in table.cells if cell.source)
-    domain: Any = get_class(composed(source.experiment, source.overrides)["domain"]["_target_"])
+    domain: Any = get_class(composed(source.experiment, source.overrides).domain["_target_"])
     sign = 1 if domain.larger_is_better else -1
     bold = set()
     for group in table.layout.groups:

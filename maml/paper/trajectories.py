@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from maml.config import build
+from maml.config.compose import composed
+from maml.config.schema import build
 from maml.domain.point_navigation import PointNavigation
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.paper.adaptation import restored
 from maml.paper.cells import Panel, Picture
 from maml.paper.figures import save
-from maml.paper.runs import Evidence, composed
+from maml.record.index import Evidence
 from maml.types import take
 
 # The gradient steps drawn, and how.
@@ -42,8 +43,8 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
             does not reach the goal's return that was reported.
     """
     config, source = composed(panel.source.experiment, panel.source.overrides), panel.source
-    evaluation: Evaluation = build(config["evaluation"])
-    domain: PointNavigation = build(config["domain"])
+    evaluation: Evaluation = build(config.evaluation)
+    domain: PointNavigation = build(config.domain)
     goal_x, goal_y = (round(value, 5) for value in domain.test_goals(evaluation.num_tasks)[panel.task].tolist())
     beside = {"method": panel.row, "goal": panel.task, "goal_x": goal_x, "goal_y": goal_y}
     places = ("grad_step", "t", "x", "y")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from maml.config import evaluation_config, training_config
+from maml.config.compose import composed
+from maml.config.identity import evaluation_config, training_config
+from maml.config.paths import RESULTS
+from maml.config.schema import Settings
 from maml.paper.cells import Source, load_tables
-from maml.paper.runs import Report, composed
 from maml.paper.tables import reading_text, verdict
+from maml.record.index import Report
 
-_RESULTS = Path(__file__).resolve().parents[2] / "results"
 
-
-def cell_verdicts(experiment: str, config: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]:
+def cell_verdicts(experiment: str, config: Settings, report: Mapping[str, Any]) -> dict[str, str]:
     """Judges each cell that the report of an experiment gives.
 
     Args:
@@ -25,10 +25,10 @@ def cell_verdicts(experiment: str, config: Mapping[str, Any], report: Mapping[st
     Returns:
         Number and verdict by ``table/row/column``; nothing outside the repository, where no cells are listed.
     """
-    if not (_RESULTS / "cells.yaml").exists():
+    if not (RESULTS / "cells.yaml").exists():
         return {}
     verdicts = {}
-    for table in load_tables(_RESULTS):
+    for table in load_tables(RESULTS):
         for cell in table.cells:
             source = cell.source
             if source is None or source.experiment != experiment or not _is_of(config, source):
@@ -45,7 +45,7 @@ def cell_verdicts(experiment: str, config: Mapping[str, Any], report: Mapping[st
     return verdicts
 
 
-def _is_of(config: Mapping[str, Any], source: Source) -> bool:
+def _is_of(config: Settings, source: Source) -> bool:
     own = composed(source.experiment, source.overrides)
     trained, wanted = (training_config(one) | {"seed": 0} for one in (config, own))
     return trained == wanted and evaluation_config(config) == evaluation_config(own)

@@ -9,9 +9,9 @@ import pytest
 from hydra.utils import get_class
 from torch import Tensor
 
-from maml import checkpoint
 from maml.algorithm.base import Algorithm
 from maml.errors import Interrupted
+from maml.record import checkpoint
 from maml.types import Tasks
 from tests.runs import ROOT, TinyRuns, assert_same_run
 
@@ -64,7 +64,7 @@ def test_stopped_run_resumes_bit_exactly(
     small = ("model.num_filters=4", "meta_batch_size=2") if on_images else ()
     overrides = (f"algorithm={case[0]}", *case[1:], *small, "num_iterations=8")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        stop_at(patch, get_class(runs.config(*overrides)["algorithm"]["_target_"]), 5)
+        stop_at(patch, get_class(runs.config(*overrides).algorithm["_target_"]), 5)
         runs.run(*overrides)
     folder = runs.folder(*overrides)
     assert checkpoint.load(folder / "checkpoint.pt")["iteration"] == 5

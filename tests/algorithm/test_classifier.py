@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maml.algorithm.classifier import Classifier
 from maml.algorithm.nearest_neighbor import NearestNeighbor
-from maml.config import build
+from maml.config.schema import build
 from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.seeding import Stream
@@ -41,7 +41,7 @@ def make(kind: type[AnyClassifier], tiny_images: TinyRuns, *overrides: str) -> A
         "inner.adapt=['*']",
         *overrides,
     )
-    algorithm = build_algorithm(config, build(config["hardware"]))
+    algorithm = build_algorithm(config, build(config.hardware))
     assert isinstance(algorithm, kind)
     algorithm.theta = {name: value.double() for name, value in algorithm.theta.items()}
     algorithm.carried = {name: value.double() for name, value in algorithm.carried.items()}
@@ -105,4 +105,4 @@ def test_parts_that_do_not_fit_are_refused(tiny: TinyRuns, tiny_images: TinyRuns
         (tiny_images.of("sinusoid").config("algorithm=finetune", "domain=omniglot"), "choose model=conv4"),
     ):
         with pytest.raises(MamlError, match=reason):
-            build_algorithm(config, build(config["hardware"]))
+            build_algorithm(config, build(config.hardware))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maml.algorithm.base import Parts
 from maml.algorithm.context_vector import ContextVector
-from maml.config import build
+from maml.config.schema import build
 from maml.experiment import build_algorithm
 from maml.inner.sgd import SGD
 from maml.model.base import Model
@@ -22,7 +22,7 @@ from maml.seeding import Stream
 from maml.types import Params, Tasks
 from tests import plain_maml
 from tests.runs import TinyRuns
-from tests.test_meta_gradient import NUM_TASKS, SMALL, FixedExamples, as_list, plain_loss
+from tests.training.test_meta_gradient import NUM_TASKS, SMALL, FixedExamples, as_list, plain_loss
 
 MakeModel = Callable[[Sequence[int], int], Model]
 CASES: dict[str, tuple[tuple[int, ...], bool, MakeModel, plain_maml.Forward]] = {
@@ -88,8 +88,8 @@ def test_nothing_but_the_context_adapts(case: str) -> None:
 @pytest.mark.parametrize("init", ["glorot", "zero"])
 def test_images_of_omniglot_have_three_more_channels(init: Literal["glorot", "zero"], tiny_images: TinyRuns) -> None:
     config = tiny_images.config("algorithm=context_vector", f"algorithm.init={init}")
-    theta = build_algorithm(config, build(config["hardware"])).theta
-    assert config["inner"]["adapt"] == ["context"]
+    theta = build_algorithm(config, build(config.hardware)).theta
+    assert config.inner["adapt"] == ["context"]
     assert theta["context"].shape == (28, 28, 3)
     assert theta["conv1.weight"].shape == (16, 4, 3, 3)
     bound = (6 / (2 * 28 * 28 * 3)) ** 0.5 if init == "glorot" else 0.0

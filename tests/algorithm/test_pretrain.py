@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from maml.algorithm.pretrain import Pretrain
-from maml.config import build, compose
+from maml.config.compose import compose
+from maml.config.schema import build
 from maml.domain.sinusoid import Sinusoid
 from maml.experiment import build_algorithm
 from maml.inner.sgd import SGD
@@ -15,7 +16,6 @@ from maml.seeding import Stream
 from maml.types import Params, Tasks
 from tests import plain_maml
 from tests.build import build_from
-from tests.runs import ROOT
 
 
 def make(oracle: bool = False, chunk: int | None = None) -> tuple[Pretrain, Params, Tasks]:
@@ -68,9 +68,9 @@ def test_oracle_sees_amplitude_and_phase_beside_each_point() -> None:
 def test_oracle_is_measured_on_the_usual_bank_before_any_step() -> None:
     banks = []
     for option in ("pretrain", "oracle"):
-        config, _ = compose([f"algorithm={option}", "hardware=cpu"], ROOT / "conf")
-        algorithm = build_algorithm(config, build(config["hardware"]))
-        evaluation = build(config["evaluation"] | {"num_tasks": 4})
+        config, _ = compose([f"algorithm={option}", "hardware=cpu"])
+        algorithm = build_algorithm(config, build(config.hardware))
+        evaluation = build({**config.evaluation, "num_tasks": 4})
         curves, hashes, _ = evaluation(algorithm)
         assert {curve.values.shape for curve in curves} == {(1 if option == "oracle" else 11, 4)}
         banks.append(hashes)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from maml.algorithm.random_init import RandomInit
-from maml.config import compose
+from maml.config.compose import compose
 from maml.domain.sinusoid import Sinusoid
 from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
-from maml.run import read_json
+from maml.record.run_folder import read_json
 from maml.seeding import Stream
 from tests.build import build_from
-from tests.runs import ROOT, TinyRuns, state
+from tests.runs import TinyRuns, state
 
 
 def test_no_iteration_changes_a_bit_of_theta() -> None:
@@ -27,7 +27,7 @@ def test_no_iteration_changes_a_bit_of_theta() -> None:
 
 
 def test_config_trains_for_no_iteration() -> None:
-    assert compose(["algorithm=random_init"], ROOT / "conf")[0]["num_iterations"] == 0
+    assert compose(["algorithm=random_init"])[0].num_iterations == 0
 
 
 def test_run_of_no_iteration_keeps_and_evaluates_theta_as_drawn(tiny: TinyRuns) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from maml.algorithm.reptile import Reptile
-from maml.compiling import Compiled
 from maml.domain.base import Role
+from maml.hardware.compile import Compiled
 from maml.inner.adam import Adam
 from maml.inner.base import Inner
 from maml.inner.sgd import SGD
@@ -21,7 +21,7 @@ from maml.seeding import Stream
 from maml.types import Examples, Params, Tasks, num_tasks
 from tests import plain_adam, plain_maml
 from tests.build import build_from
-from tests.test_meta_gradient import NUM_SUPPORT, NUM_TASKS, FixedExamples
+from tests.training.test_meta_gradient import NUM_SUPPORT, NUM_TASKS, FixedExamples
 
 STEP_SIZE, NUM_STEPS, NUM_EXAMPLES, BETAS, EPS = 0.1, 7, 2, (0.0, 0.999), 1e-3
 Kind = Literal["adam", "sgd"]

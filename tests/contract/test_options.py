@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from maml.config import build, check, compose, training_config
+from maml.config.compose import compose
+from maml.config.identity import training_config
+from maml.config.schema import build
 from maml.domain.base import Domain
 from maml.errors import MamlError
 from maml.experiment import build_algorithm
@@ -43,14 +45,13 @@ def overrides(part: str, option: str, cache_dir: Path) -> list[str]:
 def test_option_composes_and_passes_the_check(part: str, option: str, cache_dir: Path) -> None:
     if (part, option) == ("hardware", "gpu") and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    config, _ = compose(overrides(part, option, cache_dir), CONF)
-    check(config)
+    config, _ = compose(overrides(part, option, cache_dir))
     assert training_config(config)
     if option == "multi_gpu":
         with pytest.raises(MamlError, match="1 process for hardware"):
-            build(config[part])
+            build(getattr(config, part))
     elif part not in ("model", "algorithm"):  # those two are built from the others, as the experiments' tests do
-        assert build(config[part]) is not None
+        assert build(getattr(config, part)) is not None
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -63,8 +64,8 @@ def test_yaml_opens_with_a_sentence(path: Path) -> None:
 @pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "domain"])
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_domain_draws_tasks_as_a_pure_function_of_the_stream(option: str, split: str, cache_dir: Path) -> None:
-    config, _ = compose(overrides("domain", option, cache_dir), CONF)
-    domain: Domain = build(config["domain"])
+    config, _ = compose(overrides("domain", option, cache_dir))
+    domain: Domain = build(config.domain)
     first, again, other, longer = (
         domain.sample_tasks(count, Stream(seed), split)  # type: ignore[arg-type]
         for count, seed in ((3, 1), (3, 1), (3, 2), (5, 1))
@@ -78,8 +79,8 @@ def test_domain_draws_tasks_as_a_pure_function_of_the_stream(option: str, split:
 
 @pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "domain"])
 def test_domain_says_what_a_report_needs(option: str, cache_dir: Path) -> None:
-    config, _ = compose(overrides("domain", option, cache_dir), CONF)
-    domain: Domain = build(config["domain"])
+    config, _ = compose(overrides("domain", option, cache_dir))
+    domain: Domain = build(config.domain)
     assert isinstance(domain, Domain)
     assert isinstance(domain.headline, str)
     assert isinstance(domain.larger_is_better, bool)
@@ -87,8 +88,8 @@ def test_domain_says_what_a_report_needs(option: str, cache_dir: Path) -> None:
 
 @pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "model" and option != "module"])
 def test_model_draws_parameters_from_the_stream_alone(option: str, cache_dir: Path) -> None:
-    config, _ = compose(overrides("model", option, cache_dir), CONF)
-    model: Model = build(config["model"], in_shape=(28, 28, 1), out_dim=6)
+    config, _ = compose(overrides("model", option, cache_dir))
+    model: Model = build(config.model, in_shape=(28, 28, 1), out_dim=6)
     first, again, other = (model.init(Stream(seed)) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
@@ -98,8 +99,8 @@ def test_model_draws_parameters_from_the_stream_alone(option: str, cache_dir: Pa
 
 @pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "algorithm"])
 def test_algorithm_learns_from_a_batch_and_adapts(option: str, cache_dir: Path) -> None:
-    config, _ = compose([*overrides("algorithm", option, cache_dir), "hardware=cpu"], CONF)
-    algorithm = build_algorithm(config, build(config["hardware"]))
+    config, _ = compose([*overrides("algorithm", option, cache_dir), "hardware=cpu"])
+    algorithm = build_algorithm(config, build(config.hardware))
     before = {name: value.clone() for name, value in algorithm.theta.items()}
     metrics = algorithm.step(algorithm.sample_tasks(3, Stream(0)))
     assert "loss" in metrics
@@ -119,8 +120,8 @@ def test_algorithm_learns_from_a_batch_and_adapts(option: str, cache_dir: Path) 
 
 @pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "inner"])
 def test_inner_optimizer_adapts_in_any_number_of_steps(option: str) -> None:
-    config, _ = compose([f"inner={option}"], CONF)
-    inner: Inner = build(config["inner"])
+    config, _ = compose([f"inner={option}"])
+    inner: Inner = build(config.inner)
     theta = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[0.5]])}
     params = {name: value.expand(3, *value.shape) for name, value in (theta | inner.init(theta)).items()}
 
@@ -134,8 +135,8 @@ def test_inner_optimizer_adapts_in_any_number_of_steps(option: str) -> None:
 
 @pytest.mark.parametrize("option", [option for part, option in OPTIONS if part == "outer"])
 def test_outer_optimizer_descends_a_quadratic_from_any_restart(option: str) -> None:
-    config, _ = compose([f"outer={option}"], CONF)
-    outer: Outer = build(config["outer"])
+    config, _ = compose([f"outer={option}"])
+    outer: Outer = build(config.outer)
 
     class Quadratic(Objective):
         def gradient(self, theta: Params) -> tuple[Params, dict[str, torch.Tensor]]:
@@ -162,5 +163,5 @@ def test_outer_optimizer_descends_a_quadratic_from_any_restart(option: str) -> N
 def test_loggers_are_loggers(cache_dir: Path) -> None:
     for part, option in OPTIONS:
         if part == "logger":
-            config, _ = compose(overrides(part, option, cache_dir), CONF)
-            assert isinstance(build(config["logger"]), Logger)
+            config, _ = compose(overrides(part, option, cache_dir))
+            assert isinstance(build(config.logger), Logger)

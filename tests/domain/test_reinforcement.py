@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from maml import checkpoint
 from maml.algorithm.maml import MAML
-from maml.config import build, compose
+from maml.config.compose import compose
+from maml.config.schema import build
 from maml.domain.locomotion import CheetahVelocity
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.reinforcement import Reinforcement, kl_divergence, log_prob
@@ -22,15 +22,16 @@ from maml.environment.point import PointEnvironments
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
-from maml.hardware import Hardware
+from maml.hardware.base import Hardware
 from maml.inner.sgd import SGD
 from maml.model.gaussian_policy import GaussianPolicy
 from maml.outer.trpo import TRPO
+from maml.record import checkpoint
 from maml.seeding import Stream
 from maml.types import Params, Tasks, expand
 from tests.build import build_from
-from tests.rl.test_rollouts import Strolls
-from tests.runs import ROOT, TinyRuns
+from tests.environment.test_rollouts import Strolls
+from tests.runs import TinyRuns
 
 
 class Strolling(Reinforcement):
@@ -348,7 +349,7 @@ def test_checkpoint_of_other_observations_is_refused(tiny: TinyRuns) -> None:
 )
 def test_setting_that_makes_no_sense_is_refused_by_name(overrides: list[str], reason: str) -> None:
     with pytest.raises(MamlError, match=reason):
-        compose(["domain=point_navigation", "model=gaussian_policy", *overrides], ROOT / "conf")
+        compose(["domain=point_navigation", "model=gaussian_policy", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -369,14 +370,14 @@ def test_setting_that_makes_no_sense_is_refused_by_name(overrides: list[str], re
     ],
 )
 def test_parts_that_do_not_fit_each_other_are_refused(overrides: list[str], reason: str) -> None:
-    config, _ = compose(overrides, ROOT / "conf")
+    config, _ = compose(overrides)
     with pytest.raises(MamlError, match=reason):
         build_algorithm(config, Hardware("cpu"))
 
 
 def test_best_theta_of_labelled_examples_is_refused() -> None:
-    config, _ = compose(["+evaluation.theta=best"], ROOT / "conf")
+    config, _ = compose(["+evaluation.theta=best"])
     with pytest.raises(
         MamlError, match=r"evaluation\.theta=best, but training on Sinusoid keeps the last .* choose last"
     ):
-        build(config["evaluation"]).check(build(config["domain"]))
+        build(config.evaluation).check(build(config.domain))

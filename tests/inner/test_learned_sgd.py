@@ -8,16 +8,16 @@ from torch import Tensor
 
 from maml.algorithm.maml import MAML
 from maml.errors import MamlError
-from maml.functional import Activation
 from maml.inner.base import Inner
 from maml.inner.learned_sgd import LearnedSGD
 from maml.inner.sgd import SGD
+from maml.model.functional import Activation
 from maml.model.mlp import MLP
 from maml.seeding import Stream
 from maml.types import Params, Tasks
 from tests import plain_maml
 from tests.build import build_from
-from tests.test_meta_gradient import NUM_TASKS, FixedExamples, as_list
+from tests.training.test_meta_gradient import NUM_TASKS, FixedExamples, as_list
 
 ADAPTED = ["linear1.weight", "linear1.bias", "linear2.weight"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from maml.algorithm.context_vector import _WithContext
-from maml.functional import Activation
 from maml.model import linearized
 from maml.model.base import Model
+from maml.model.functional import Activation
 from maml.model.gaussian_policy import GaussianPolicy
 from maml.model.linearized import Linearized, LinearizedByAutograd
 from maml.model.lstm import LSTM

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from maml.algorithm.maml import MAML
 from maml.domain.point_navigation import PointNavigation
-from maml.functional import Activation
 from maml.inner.sgd import SGD
+from maml.model.functional import Activation
 from maml.model.gaussian_policy import GaussianPolicy
 from maml.outer.base import Objective, Product
 from maml.outer.trpo import TRPO, conjugate_gradient

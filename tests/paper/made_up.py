@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from maml import checkpoint
-from maml.config import digest, evaluation_config, training_config
+from maml.config.compose import composed
+from maml.config.identity import digest, evaluation_config, training_config
 from maml.experiment import build_algorithm
-from maml.hardware import Hardware
+from maml.hardware.base import Hardware
 from maml.paper.cells import Source
-from maml.paper.runs import composed
+from maml.record import checkpoint
 
 SINUSOID = Source("sinusoid_10shot", "mse", 5)
 POINT = Source("point_navigation_maml", "return", 40)
@@ -45,7 +45,7 @@ def make_run(
     record |= {"seconds": 50.0}
     write(folder / "run.json", record)
     if evaluated:
-        evaluation = config["evaluation"]
+        evaluation = config.evaluation
         num_steps, num_tasks, every_k = evaluation["num_steps"], evaluation["num_tasks"], evaluation["num_shots"]
         steps = [{"step": step, "mean": mean, "ci95": ci95, "num_tasks": num_tasks} for step in range(num_steps + 1)]
         report = {

@@ -10,12 +10,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure as Canvas
 
-from maml import checkpoint
 from maml.errors import MamlError
 from maml.paper.adaptation import panel_rows
 from maml.paper.cells import Curve, Figure, Panel, Picture, Source, load_figures
 from maml.paper.figures import CurveComparison, Drawn, bootstrap_interval, drawn, plot_figure
-from maml.paper.runs import Evidence, find_evidence, find_runs
+from maml.record import checkpoint
+from maml.record.index import Evidence, find_evidence, find_runs
 from tests.paper.made_up import POINT, SINUSOID, edit, make_run, make_run_with_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from maml.errors import MamlError
 from maml.paper.cells import Source
 from maml.paper.plan import SMOKE, WATERMARK, Job, Need, estimate, list_needs, plan, select, write_smoke_cells
-from maml.paper.runs import find_runs
+from maml.record.index import find_runs
 from tests.paper.made_up import SINUSOID, edit, make_run, make_run_with_checkpoint
 from tests.runs import files
 
@@ -170,7 +170,7 @@ def test_estimate_is_of_the_newest_run_on_this_machine_or_names_the_other(
     sizes = {path.name: path.stat().st_size for path in other.iterdir()}
     assert found.size == sum(sizes.values()) + sizes["checkpoint.pt"]
 
-    monkeypatch.setattr("maml.hardware._cpu_name", lambda: "Mine")
+    monkeypatch.setattr("maml.hardware.base._cpu_name", lambda: "Mine")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     mine = make_run(tmp_path / "runs", seed=2)
     (segment,) = json.loads((mine / "run.json").read_text())["segments"]

@@ -11,7 +11,6 @@ import pytest
 
 from maml.paper.cells import Cell, Layout, Table, load_figures, load_tables
 from maml.paper.figures import CurveComparison
-from maml.paper.runs import Evidence, find_evidence, find_runs
 from maml.paper.tables import (
     NO_REASON,
     SYMBOLS,
@@ -26,6 +25,7 @@ from maml.paper.tables import (
     table_rows,
     verdict,
 )
+from maml.record.index import Evidence, find_evidence, find_runs
 from tests.paper.made_up import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 
-from maml.config import compose
+from maml.config.compose import compose
 from maml.paper import verdicts
 from maml.paper.verdicts import cell_verdicts
 from tests.paper.made_up import make_run
-from tests.runs import ROOT
 
 CELL = "table2_multitask/MAML/K5_gradsteps_1"
 
 
 def judged(tmp_path: Path, *overrides: str, **made: Any) -> dict[str, str]:
-    config, _ = compose(["+experiment=sinusoid_10shot", *overrides], ROOT / "conf")
+    config, _ = compose(["+experiment=sinusoid_10shot", *overrides])
     (path,) = make_run(tmp_path, **made).rglob("report.json")
     report = json.loads(path.read_text())
     return cell_verdicts("sinusoid_10shot", config, report)

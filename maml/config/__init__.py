@@ -1,0 +1,1 @@
+"""From yaml to checked settings: schema, identity of a run, composition, hints."""

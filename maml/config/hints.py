@@ -1,0 +1,68 @@
+"""Hints behind an error: what was probably meant, and what is missing."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from maml.config.paths import CONF
+
+
+def near_miss(name: str, allowed: Sequence[str], prefix: str = "") -> str:
+    """Returns a hint behind an unknown name: what was probably meant, and what there is."""
+    close = difflib.get_close_matches(name, allowed, n=1)
+    meant = f": did you mean {prefix}{close[0]}?" if close else ";"
+    return f"{meant} allowed: {', '.join(allowed)}"
+
+
+def _explain_missing_plugin(option: Path) -> None:
+    """Says what to install, if the plugin of Hydra that a launcher or sweeper overrides is missing."""
+    (plugin,) = OmegaConf.load(option).defaults[0].values()
+    extra, group = plugin.partition("_")[0], option.parent.name
+    try:
+        importlib.metadata.version(f"hydra-{extra}-{group}")
+    except importlib.metadata.PackageNotFoundError:
+        print(
+            f"{group}={option.stem} needs hydra-{extra}-{group}, which is not installed: pip install -e '.[{extra}]'",
+            file=sys.stderr,
+        )
+
+
+def explain_override_error(arguments: Sequence[str]) -> None:
+    """Adds what Hydra's own message lacks when an override names no key or no file: what was probably meant."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    chosen = [override for override in overrides if (CONF / override.partition("=")[0].lstrip("+")).is_dir()]
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            known = hydra_compose("config", chosen)
+    except HydraException:
+        known = None
+    for override in overrides:
+        name, _, value = override.partition("=")
+        group = CONF / name.lstrip("+")
+        if group.is_dir():
+            options = sorted(path.stem for path in group.glob("*.yaml"))
+            if value not in options and "," not in value:
+                print(f"{override}: no such file in conf/{group.name}/{near_miss(value, options)}", file=sys.stderr)
+            elif group.name in ("launcher", "sweeper") and value in options:
+                _explain_missing_plugin(group / f"{value}.yaml")
+                if value == "slurm" and shutil.which("srun") is None:
+                    print("launcher=slurm: no SLURM here (no srun); launcher=slurm_local does without", file=sys.stderr)
+        elif known is not None and not name.startswith(("+", "~", "hydra")):
+            *parents, last = name.split(".")
+            if last.startswith("_"):
+                continue
+            node = OmegaConf.select(known, ".".join(parents)) if parents else known
+            if isinstance(node, DictConfig) and last not in list(node):  # `in` denies what has no value yet
+                keys = [str(key) for key in node if not str(key).startswith("_")]
+                print(f"{name} is not a key{near_miss(last, keys, ''.join(p + '.' for p in parents))}", file=sys.stderr)

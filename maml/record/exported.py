@@ -1,0 +1,138 @@
+"""The exported parameters behind the numbers: a safetensors file per run, and an index from cell to file and number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+
+from maml.algorithm.base import Algorithm
+from maml.errors import MamlError
+from maml.record import checkpoint
+from maml.record.run_folder import read_json
+from maml.types import Params
+
+State = dict[str, Params]
+"""What evaluation needs of an algorithm's state: ``theta``, ``carried`` and ``best``, not the outer optimizer's."""
+
+
+class Reading(BaseModel):
+    """One number of a report, in its unit; where adaptation diverged, there is none."""
+
+    mean: float | None
+    ci95: float | None
+
+
+class Exported(BaseModel):
+    """What a file is of: the run, how far it was trained, and what its numbers were computed with."""
+
+    sha256: str
+    run_id: str
+    seed: int
+    iteration: int
+    num_iterations: int
+    execution: dict[str, Any]
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+
+
+class Entry(BaseModel):
+    """A cell, or a curve of a figure: its file, how that is evaluated, and what came of it by gradient step."""
+
+    file: str
+    experiment: str
+    overrides: list[str]
+    evaluation: dict[str, Any]
+    metric: str
+    num_shots: int
+    step_sizes: list[float] | None
+    bank: str
+    readings: dict[int, Reading]
+
+
+class Index(BaseModel):
+    """``index.json``: files by name; entries by ``<table>/<row>/<column>`` or ``<figure>/<row>/<panel>``."""
+
+    files: dict[str, Exported] = {}
+    cells: dict[str, Entry] = {}
+
+
+def read_index(folder: Path) -> Index:
+    """Reads a folder's ``index.json``; there is nothing in it if there is none.
+
+    Raises:
+        MamlError: if it is damaged.
+    """
+    path = folder / "index.json"
+    try:
+        return Index.model_validate(read_json(path) or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise MamlError(f"{path} is damaged ({where}: {first['msg']}); restore it") from error
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Writes ``index.json``: equal content, equal bytes."""
+    text = json.dumps(index.model_dump(), indent=1, sort_keys=True) + "\n"
+    checkpoint.write_whole(folder / "index.json", lambda file: file.write(text.encode()))
+
+
+def pack(state: State, title: str) -> bytes:
+    """Returns the content of a safetensors file: equal arguments, equal bytes.
+
+    Args:
+        state: its groups other than those that evaluation needs are left out.
+        title: kept in the file's header, for whoever finds it alone.
+    """
+    tensors = {
+        f"{group}.{name}": value.contiguous()
+        for group in ("theta", "carried", "best")
+        for name, value in state.get(group, {}).items()
+    }
+    return safetensors.torch.save(tensors, {"run": title})  # a single entry: several come in any order
+
+
+def unpack(path: Path, sha256: str) -> State:
+    """Reads what `pack` gave.
+
+    Args:
+        path: of the file.
+        sha256: of its content.
+
+    Raises:
+        MamlError: if it is missing, or its content is another.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MamlError(f"{path} cannot be read ({error.strerror}); restore it") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise MamlError(
+            f"{path} has a wrong hash: its SHA-256 is {found}, but index.json beside it says {sha256}. The file was "
+            "damaged or replaced; restore both"
+        )
+    state: State = {}
+    try:
+        tensors = safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise MamlError(f"{path} is no safetensors file ({error}); restore it") from error
+    for name, value in tensors.items():
+        group, _, own = name.partition(".")
+        state.setdefault(group, {})[own] = value
+    return state
+
+
+def restore(algorithm: Algorithm, state: State) -> None:
+    """Puts a state into an algorithm, whose outer optimizer stays as it is.
+
+    Raises:
+        MamlError: if it is of another algorithm or model.
+    """
+    algorithm.load_state_dict(state | {"outer": algorithm.outer_state})

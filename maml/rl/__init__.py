@@ -1,1 +1,0 @@
-"""What the meta-RL domains share: rollouts and their advantages."""

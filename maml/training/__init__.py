@@ -1,0 +1,1 @@
+"""Meta-training: one outer loop over meta-iterations, whatever the algorithm."""

@@ -1,0 +1,397 @@
+"""Configs: every mistake is refused by name before anything is written; a run's id follows from what it computes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.errors import HydraException
+from hydra.utils import get_class
+from torch import nn
+
+from maml.config.compose import compose
+from maml.config.hints import explain_override_error
+from maml.config.identity import differences, digest, training_config
+from maml.config.schema import Settings, build, check
+from maml.domain.sinusoid import Sinusoid
+from maml.errors import MamlError
+from maml.experiment import build_algorithm, run_experiment
+from tests.runs import ROOT, TinyRuns
+
+CONF = ROOT / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+Config = dict[str, Any]
+
+
+def changed(config: Config | Settings, key: str, value: Any) -> Config:
+    """Returns a copy in which a dotted key has another value; without it where the value is ``...``."""
+    config = copy.deepcopy(config.as_dict() if isinstance(config, Settings) else config)
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return config
+
+
+def refusal(config: Config | Settings) -> str:
+    """Returns why a config is refused, and makes sure that nothing was written by then."""
+    with pytest.raises(MamlError) as caught:
+        settings = config if isinstance(config, Settings) else check(config)
+        run_experiment(settings, "custom")
+    assert not Path(config.runs_dir if isinstance(config, Settings) else config["runs_dir"]).exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("inner.step_size", "abc", "inner.step_size='abc': input should be a valid number"),
+        ("inner.step_size", True, "inner.step_size=True: input should be a valid number"),
+        ("inner.step_size", None, "inner.step_size=None: input should be a valid number"),
+        ("inner.step_size", -1, "inner.step_size=-1: input should be greater than 0"),
+        ("inner.step_size", 0, "inner.step_size=0: input should be greater than 0"),
+        ("inner.step_size", float("nan"), "inner.step_size=nan: input should be a finite number"),
+        ("inner.step_size", float("inf"), "inner.step_size=inf: input should be a finite number"),
+        ("inner.num_steps", 0.5, "inner.num_steps=0.5: input should be a valid integer"),
+        ("inner.num_steps", True, "inner.num_steps=True: input should be a valid integer"),
+        ("inner.num_steps", "3", "inner.num_steps='3': input should be a valid integer"),
+        ("inner.num_steps", -1, "inner.num_steps=-1: input should be greater than or equal to 0"),
+        ("inner.order", 3, "inner.order=3: input should be 1 or 2"),
+        ("inner.adapt", "*", "inner.adapt='*': input should be a valid array"),
+        ("inner.adapt", ["linear9.*"], "'linear9.*' matches no parameter; there are linear1.weight, linear1.bias, "),
+        ("inner.adapt", [], "inner.adapt=[] leaves no parameter to adapt; there are linear1.weight"),
+        ("inner.adapt", ["*", "!linear*"], "leaves no parameter to adapt; there are linear1.weight"),
+        ("outer.betas", [0.9], "outer.betas=[0.9]: field required"),
+        ("outer.betas", [0.9, 1.0], "outer.betas=[0.9, 1.0]: input should be less than 1"),
+        ("outer.clip", 0, "outer.clip=0: input should be greater than 0"),
+        ("domain.num_shots", 0, "domain.num_shots=0: input should be greater than or equal to 1"),
+        ("model.hidden_sizes", 40, "model.hidden_sizes=40: input should be a valid array"),
+        ("model.hidden_sizes", [40, 0], "model.hidden_sizes=[40, 0]: input should be greater than or equal to 1"),
+        ("model.activation", "rellu", "model.activation='rellu': input should be 'relu', 'softplus' or 'tanh'"),
+        ("hardware.task_chunk", 0, "hardware.task_chunk=0: input should be greater than or equal to 1; or input"),
+        ("hardware.task_chunk", "some", "input should be 'auto' or 'all'"),
+        ("hardware.device", "gpu", "hardware.device='gpu': input should be 'auto', 'cpu' or 'cuda'"),
+        ("evaluation.num_tasks", 1, "evaluation.num_tasks=1: input should be greater than or equal to 2"),
+        ("evaluation.num_shots", [], "evaluation.num_shots=[]: list should have at least 1 item"),
+        ("evaluation.num_shots", [5, 5], "evaluation.num_shots=[5, 5] names a K twice"),
+        ("evaluation.step_size", [0.1], "evaluation.step_size lists 1 sizes for evaluation.num_steps=2; give one per"),
+        ("evaluation.step_size", [0.1, -0.1], "evaluation.step_size=[0.1, -0.1]: "),
+        ("evaluation.split", "tst", "evaluation.split='tst': input should be 'train', 'val' or 'test'"),
+        ("seed", -1, "seed=-1: input should be greater than or equal to 0"),
+        ("seed", 1.0, "seed=1.0: input should be a valid integer"),
+        ("mode", "test", "mode='test': input should be 'train' or 'eval'"),
+        ("num_iterations", -5, "num_iterations=-5: input should be greater than or equal to 0"),
+        ("checkpoint_every", 0, "checkpoint_every=0: input should be greater than or equal to 1"),
+        ("data_dir", None, "data_dir=None: input should be a valid string"),
+        ("domain.nmu_shots", 3, "domain.nmu_shots is not a key: did you mean domain.num_shots? allowed: num_shots, "),
+        ("inner.zzz", 3, "inner.zzz is not a key; allowed: step_size, num_steps, order, adapt"),
+        ("num_iteration", 3, "num_iteration is not a key: did you mean num_iterations?"),
+        ("modell", {}, "modell is not a key: did you mean model?"),
+        ("zzz", 3, "zzz is not a key; allowed: num_iterations, meta_batch_size, "),
+        ("inner.order", ..., "inner.order is missing"),
+        ("seeds", [0, 1], "seeds=[0, 1]: input should be a valid integer"),
+        ("sede", 1, "sede is not a key: did you mean seed?"),
+        ("num_iterations", ..., "num_iterations is missing"),
+        ("outer", ..., "outer is missing"),
+        ("outer", None, "outer has no _target_; choose one of the files in conf/outer/"),
+        ("model._target_", ..., "model has no _target_; choose one of the files in conf/model/"),
+        ("model._target_", "maml.model.mlp.MPL", "model._target_=maml.model.mlp.MPL: no such class"),
+        ("model._target_", "maml.modle.mlp.MLP", "model._target_=maml.modle.mlp.MLP: no such class"),
+        ("model._target_", 3, "model._target_=3: no such class"),
+    ],
+)
+def test_wrong_value_is_refused_by_name(tiny: TinyRuns, key: str, value: Any, reason: str) -> None:
+    assert reason in refusal(changed(tiny.config(), key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("domain.num_shots", 11, "num_shots=11 plus num_query=11 is 22, but there are 20 images of each class"),
+        ("domain.num_query", 20, "num_shots=1 plus num_query=20 is 21, but there are 20 images of each class"),
+        ("evaluation.num_shots", [1, 15], "evaluation at K=15, num_query=15: num_shots=15 plus num_query=15 is 30"),
+        ("evaluation.num_query", 25, "evaluation at K=1, num_query=25: num_shots=1 plus num_query=25 is 26"),
+        ("domain.num_ways", 500, "domain.num_ways=500, but the smallest split has 100 classes; lower num_ways"),
+        ("model.head_std", -1.0, "model.head_std=-1.0: input should be greater than 0"),
+        ("model.pooling", "avg", "model.pooling='avg': input should be 'stride', 'max', 'max_keep_odd' or 'mean'"),
+    ],
+)
+def test_wrong_value_for_images_is_refused_by_name(tiny_images: TinyRuns, key: str, value: Any, reason: str) -> None:
+    assert reason in refusal(changed(tiny_images.config(), key, value))
+
+
+def test_all_mistakes_are_named_at_once(tiny: TinyRuns) -> None:
+    config = changed(changed(changed(tiny.config(), "inner.step_size", -1), "zzz", 1), "model.hidden_sizes", "x")
+    message = refusal(config)
+    for part in ("inner.step_size=-1", "zzz is not a key", "model.hidden_sizes='x'"):
+        assert part in message
+
+
+def test_image_network_on_vectors_is_refused(tiny: TinyRuns) -> None:
+    config = changed(tiny.config(), "model", tiny.of("omniglot").config().model)
+    assert "model=conv4 takes images (height, width, channels)" in refusal(config)
+
+
+def test_absent_gpu_is_said(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refusal(changed(tiny.config(), "hardware.device", "cuda"))
+    assert "sees no CUDA device: use hardware=cpu (or auto)" in message
+
+
+def test_missing_data_says_what_goes_where(tiny: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    config = tiny.of("omniglot").config(f"data_dir={tmp_path / 'none'}", f"cache_dir={tmp_path / 'empty'}")
+    assert f"{tmp_path / 'none'}/omniglot/images_background.zip" in refusal(config)
+
+
+@pytest.mark.parametrize("override", ["+zzz=1", "+inner.zzz=1", "+evaluation.zzz={a: 1}", "+hardware.gpu=1"])
+def test_added_key_that_nobody_reads_is_refused(tiny: TinyRuns, override: str) -> None:
+    name = override.removeprefix("+").partition("=")[0]
+    with pytest.raises(MamlError, match=rf"{name} is not a key"):
+        tiny.config(override)
+
+
+@pytest.mark.parametrize("override", ["inner.step_sise=0.1", "model=mpl", "evaluation=curve", "experiment=zzz"])
+def test_override_of_nothing_is_refused(tiny: TinyRuns, override: str) -> None:
+    with pytest.raises(HydraException):
+        tiny.config(override)
+
+
+def test_mandatory_value_left_out_is_named(tiny: TinyRuns) -> None:
+    with pytest.raises(MamlError, match=r"model\.module\._target_"):
+        tiny.config("model=module")
+
+
+def test_unresolvable_value_is_named(tiny: TinyRuns) -> None:
+    with pytest.raises(MamlError, match="NOT_IN_THE_ENVIRONMENT"):
+        tiny.config("data_dir=${oc.env:NOT_IN_THE_ENVIRONMENT}")
+
+
+def test_debug_before_experiment_is_refused() -> None:
+    with pytest.raises(MamlError, match=r"\+debug= must stand behind \+experiment=.*; swap the two"):
+        compose(["+debug=smoke", f"+experiment={EXPERIMENTS[0]}"])
+
+
+def test_experiment_is_a_folder_name() -> None:
+    assert compose([f"+experiment={EXPERIMENTS[0]}"])[1] == EXPERIMENTS[0]
+    assert compose([])[1] == "custom"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["inner.step_sise=0.1"], "inner.step_sise is not a key: did you mean inner.step_size? allowed: step_size, "),
+        (["num_iteration=5"], "num_iteration is not a key: did you mean num_iterations?"),
+        (["model=mpl"], "model=mpl: no such file in conf/model/: did you mean mlp? allowed: conv4, gaussian_policy, "),
+        (["+debug=smok"], "+debug=smok: no such file in conf/debug/: did you mean smoke?"),
+        (["model=conv4", "model.num_filter=3"], "did you mean model.num_filters?"),
+        (["-m", f"+experiment={EXPERIMENTS[0]}", "domain.num_shot=3"], "did you mean domain.num_shots?"),
+        (["-m", "seed=0,1", "outer.step_sizes=0.1,0.2"], "did you mean outer.step_size?"),
+    ],
+)
+def test_hint_names_what_was_meant(arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    explain_override_error(arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert hint in lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["domain=omniglot", "model=conv4", "domain.num_ways=5", "model.num_filters=32", "inner.step_size=-1"],
+        [f"+experiment={EXPERIMENTS[0]}", "+zzz=3", "~outer.clip", "hydra.verbose=true", "-m"],
+        ["seed=0,1", "model=mlp,conv4", "--cfg=job"],
+    ],
+)
+def test_hint_is_silent_about_keys_that_exist(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    explain_override_error(arguments)
+    assert capsys.readouterr().err == ""
+
+
+def test_misspelt_key_on_the_command_line_ends_with_the_hint(tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", f"runs_dir={tmp_path / 'runs'}", "inner.step_sise=0.1"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1
+    assert "inner.step_sise is not a key: did you mean inner.step_size?" in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+class Inheriting(Sinusoid):
+    """A user's domain without a constructor of its own."""
+
+
+class Flexible(Sinusoid):
+    def __init__(self, **settings: int) -> None:
+        super().__init__(settings["shots"])
+
+
+class Oddly(Sinusoid):
+    """Annotations that say nothing about configs, or exist for a type checker only."""
+
+    def __init__(self, num_shots: int, layers: list[nn.Module], other: NotImported = None) -> None:  # type: ignore[name-defined]  # noqa: F821
+        super().__init__(num_shots)
+
+
+class Listed(Sinusoid):
+    def __init__(self, num_shots: int, layers: list[nn.Module]) -> None:
+        super().__init__(num_shots)
+
+
+def test_inherited_constructor_is_a_schema_too(tiny: TinyRuns) -> None:
+    config = changed(tiny.config(), "domain._target_", "tests.config.test_schema.Inheriting")
+    check(config)
+    assert "domain.num_shots=-1: input" in refusal(changed(config, "domain.num_shots", -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Flexible", {"shots": 3}),
+        ("Oddly", {"num_shots": 3, "layers": [{"_target_": "torch.nn.ReLU"}], "other": 1}),
+        ("Listed", {"num_shots": 3, "layers": [{"_target_": "torch.nn.ReLU"}]}),
+    ],
+)
+def test_class_of_a_user_needs_no_special_annotations(tiny: TinyRuns, name: str, settings: Config) -> None:
+    part = {"_target_": f"tests.config.test_schema.{name}"} | settings
+    checked = check(changed(tiny.config(), "domain", part))
+    assert {f"domain.{key}" for key in settings} <= training_config(checked).keys()
+    assert build(part).num_shots == 3
+
+
+def test_lists_reach_constructors_as_lists(tiny: TinyRuns) -> None:
+    config = tiny.config("model.hidden_sizes=[7,3]", "evaluation.num_shots=[2]")
+    model = build(config.model, in_shape=(1,), out_dim=1)
+    assert model.sizes == [1, 7, 3, 1]
+    assert type(build(config.evaluation).num_shots) is list
+
+
+UNRELATED = (
+    "hardware.num_threads=2",
+    "hardware.task_chunk=1",
+    "hardware.deterministic=true",
+    "hardware.recompute=true",
+    "hardware=auto",
+    "seeds=3",
+    "logger=wandb",
+    "evaluation.num_tasks=7",
+    "evaluation.num_shots=[3]",
+    "evaluation.step_size=0.5",
+    "mode=eval",
+    "checkpoint=a.pt",
+    "run_dir=b",
+    "data_dir=elsewhere",
+    "log_every=9",
+    "checkpoint_every=9",
+)
+RELATED = (
+    "seed=1",
+    "num_iterations=41",
+    "meta_batch_size=9",
+    "inner.step_size=0.5",
+    "inner.num_steps=3",
+    "inner.order=1",
+    "inner.adapt=[*.weight]",
+    "outer.step_size=0.5",
+    "outer.clip=1",
+    "outer.eps=1e-4",
+    "domain.num_shots=2",
+    "domain.num_query=3",
+    "model.activation=tanh",
+    "algorithm=fomaml",
+)
+
+
+@pytest.mark.parametrize("domain", ["sinusoid", "omniglot"])
+def test_run_id_depends_on_all_that_training_does_and_on_nothing_else(tiny: TinyRuns, domain: str) -> None:
+    tiny = tiny.of(domain)
+    own = tiny.folder().name
+    assert [override for override in UNRELATED if digest(training_config(tiny.config(override))) != own] == []
+    ids = {override: tiny.folder(override).name for override in RELATED}
+    assert [override for override, run_id in ids.items() if run_id == own] == []
+    assert ids["inner.order=1"] == ids["algorithm=fomaml"], "they are the same run"
+    assert len(set(ids.values())) == len(ids) - 1
+
+
+def test_key_at_its_default_has_no_part_in_the_run_id(tiny: TinyRuns) -> None:
+    config = tiny.config()
+    own = digest(training_config(config))
+    seen = set()
+    for part in ("domain", "model", "inner", "outer", "algorithm"):
+        for key, parameter in inspect.signature(get_class(getattr(config, part)["_target_"])).parameters.items():
+            default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            if key in getattr(config, part) and getattr(config, part)[key] == default:
+                seen.add(f"{part}.{key}")
+                assert digest(training_config(check(changed(config, f"{part}.{key}", ...)))) == own, key
+    assert {"outer.clip", "outer.betas", "model.normalization", "domain.num_query"} <= seen
+
+
+def test_run_id_ignores_how_a_number_is_written(tiny: TinyRuns) -> None:
+    assert tiny.folder("inner.step_size=1") == tiny.folder("inner.step_size=1.0")
+    assert tiny.folder("outer.clip=10") == tiny.folder("outer.clip=1e1")
+
+
+def test_run_id_ignores_the_order_of_keys(tiny: TinyRuns) -> None:
+    config = tiny.config()
+    turned = dict(reversed(config.as_dict().items()))
+    turned["inner"] = dict(reversed(turned["inner"].items()))
+    assert digest(training_config(check(turned))) == digest(training_config(config))
+
+
+def test_digest_is_the_same_everywhere() -> None:
+    settings = {"b": [1, 0.001, None, True], "a": "x"}
+    text = '{"a":"x","b":[1,0.001,null,true]}'
+    assert json.loads(text) == settings
+    assert digest(settings) == hashlib.sha256(text.encode()).hexdigest()[:12] == "f43b2440c316"
+
+
+def test_differences_name_both_values() -> None:
+    assert differences({"a": 1, "b": 2}, {"b": 3, "c": 4}) == (
+        "  a: 1 here, its default there\n  b: 2 here, 3 there\n  c: its default here, 4 there"
+    )
+
+
+def _of_maml(experiment: str) -> bool:
+    config, _ = compose([f"+experiment={experiment}"])
+    return config.algorithm == {"_target_": "maml.algorithm.maml.MAML"}
+
+
+@pytest.mark.parametrize("experiment", [None, *(name for name in EXPERIMENTS if _of_maml(name))])
+def test_fomaml_is_first_order_in_whatever_order_it_is_asked_for(experiment: str | None) -> None:
+    chosen = [] if experiment is None else [f"+experiment={experiment}"]
+    ids = set()
+    for overrides in (["algorithm=fomaml", *chosen], [*chosen, "algorithm=fomaml"]):
+        config, _ = compose(overrides)
+        assert config.inner["order"] == 1
+        assert build(config.inner).order == 1
+        ids.add(digest(training_config(config)))
+    assert len(ids) == 1
+
+
+def test_fomaml_builds_a_first_order_algorithm(tiny: TinyRuns) -> None:
+    config = tiny.config("algorithm=fomaml")
+    assert build_algorithm(config, build(config.hardware)).inner.order == 1
+    config = tiny.config()
+    assert build_algorithm(config, build(config.hardware)).inner.order == 2
+
+
+def test_data_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAML_DATA", "/somewhere")
+    assert compose(["domain=omniglot", "model=conv4"])[0].domain["data_dir"] == "/somewhere"
+    monkeypatch.delenv("MAML_DATA")
+    assert compose(["domain=omniglot", "model=conv4"])[0].domain["data_dir"] == "data"
+    assert "MAML_DATA" not in os.environ

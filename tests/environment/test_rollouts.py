@@ -1,0 +1,227 @@
+"""Rollouts of many tasks at once against one environment stepped alone, episode after episode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maml.environment.base import Environments, Transition
+from maml.environment.point import PointEnvironments
+from maml.environment.rollouts import Episodes, Policy, collect_episodes
+from maml.errors import MamlError
+from maml.model.gaussian_policy import GaussianPolicy
+from maml.seeding import Stream
+
+DISCOUNT = 0.9
+
+
+class Strolls(Environments):
+    """A walk in the plane that ends after a random number of steps, and of three such ends one is a blow-up."""
+
+    observation_dim = 3
+    action_dim = 2
+    goal_dim = 1
+
+    def __init__(self, longest: int = 10) -> None:
+        self.longest = longest
+        self.started: list[int] = []
+
+    def reset(self, goals: Tensor, stream: Stream) -> Tensor:
+        self.goals = goals[:, 0]
+        self.ends = stream.child("ends").integers((), self.longest) + 1
+        self.blows_up = stream.child("blows up").integers((), 3) == 0
+        self.state = torch.cat([stream.child("place").normal((2,)), torch.zeros_like(goals)], dim=-1)
+        self.started.append(len(goals))
+        return self.state
+
+    def step(self, actions: Tensor, living: Tensor) -> Transition:
+        before = self.state[living]
+        moved = torch.cat([before[:, :2] + 0.125 * actions.clamp(-1.0, 1.0), before[:, 2:] + 1.0], dim=-1)
+        self.state = self.state.index_copy(0, living, moved)
+        over, unstable = moved[:, 2] >= self.ends[living], self.blows_up[living]
+        rewards = self.goals[living] * moved[:, 0] - moved[:, 1]
+        return Transition(moved, rewards, over & ~unstable, over & unstable)
+
+
+def streams(count: int) -> Stream:
+    return Stream(5).child(torch.arange(count))
+
+
+def pull(goals: Tensor) -> Policy:
+    """Pulls each task's agents towards a place, with standard deviation 1: every operation rounds alike everywhere."""
+
+    def policy(observations: Tensor) -> Tensor:
+        means = 0.5 * (goals[:, :1].unsqueeze(1) - observations[..., :2])
+        return torch.cat([means, torch.zeros_like(means)], dim=-1)
+
+    return policy
+
+
+def network(count: int, observation_dim: int) -> tuple[GaussianPolicy, dict[str, Tensor]]:
+    """A policy of each of so many tasks."""
+    model = GaussianPolicy((observation_dim,), 4, hidden_sizes=[8])
+    inits = [model.init(Stream(task)) | {"log_std": torch.full((2,), 0.1 * task)} for task in range(count)]
+    return model, {name: torch.stack([init[name] for init in inits]) for name in inits[0]}
+
+
+def alone(
+    environments: Environments, policy: Policy, goal: Tensor, stream: Stream, num_rollouts: int, horizon: int
+) -> dict[str, Any]:
+    """One task, one environment: episode after episode until there are enough timesteps."""
+    taken: dict[str, list[Tensor]] = {"observations": [], "actions": [], "outputs": []}
+    returns: list[float] = []
+    times: list[int] = []
+    total, episode, unstable, steps = 0.0, 0, 0, 0
+    while steps < num_rollouts * horizon:
+        own = stream.child(torch.tensor([episode]))
+        noise = own.child("actions").normal((horizon, environments.action_dim))
+        observation = environments.reset(goal, own.child("reset"))
+        rewards: list[float] = []
+        for time in range(horizon):
+            output = policy(observation.unsqueeze(1))[:, 0]
+            mean, log_std = output.chunk(2, dim=-1)
+            action = mean + log_std.exp() * noise[:, time]
+            for name, value in zip(taken, (observation, action, output), strict=True):
+                taken[name].append(value[0])
+            transition = environments.step(action, torch.zeros(1, dtype=torch.int64))
+            rewards.append(transition.rewards.item())
+            times.append(time)
+            observation = transition.observations
+            unstable += int(transition.unstable)
+            if transition.terminated or transition.unstable:
+                break
+        for start in range(len(rewards)):
+            returns.append(sum(DISCOUNT**ahead * reward for ahead, reward in enumerate(rewards[start:])))
+        total += sum(rewards)
+        steps += len(rewards)
+        episode += 1
+    return {name: torch.stack(values) for name, values in taken.items()} | {
+        "returns_to_go": torch.tensor(returns),
+        "times": torch.tensor(times),
+        "lengths": steps,
+        "total_reward": total,
+        "num_episodes": episode,
+        "num_unstable": unstable,
+    }
+
+
+def assert_same(episodes: Episodes, task: int, expected: dict[str, Any], tolerance: float) -> None:
+    """Asserts that a task's rollouts are those expected, and that nothing stands behind them."""
+    steps = expected["lengths"]
+    for name in ("lengths", "num_episodes", "num_unstable"):
+        assert getattr(episodes, name)[task] == expected[name], name
+    assert episodes.total_reward[task].item() == pytest.approx(expected["total_reward"], rel=1e-5, abs=1e-5)
+    for name in ("observations", "actions", "outputs", "returns_to_go", "times"):
+        value = getattr(episodes, name)[task]
+        assert not value[steps:].any(), f"{name} behind the last episode"
+        loose = max(tolerance, 1e-5) if name == "returns_to_go" else tolerance
+        torch.testing.assert_close(value[:steps], expected[name], rtol=loose, atol=loose)
+
+
+GOALS = {
+    "strolls": torch.tensor([[0.5], [-1.0], [2.0], [0.0], [1.0]]),
+    "point": torch.tensor([[0.0, 0.0], [0.4, 0.4], [0.0, 0.01], [-0.05, 0.0], [0.02, 0.0]]),
+}
+
+
+def made(kind: str) -> Environments:
+    return Strolls() if kind == "strolls" else PointEnvironments()
+
+
+@pytest.mark.parametrize(("num_rollouts", "horizon"), [(1, 1), (1, 12), (4, 7), (3, 30)])
+@pytest.mark.parametrize("kind", list(GOALS))
+def test_rollouts_are_to_the_bit_those_of_one_environment(kind: str, num_rollouts: int, horizon: int) -> None:
+    goals, stream = GOALS[kind], streams(5)
+    episodes = collect_episodes(made(kind), pull(goals), goals, stream, num_rollouts, horizon, DISCOUNT)
+    for task in range(5):
+        only = slice(task, task + 1)
+        own = Stream(stream.key[only])
+        expected = alone(made(kind), pull(goals[only]), goals[only], own, num_rollouts, horizon)
+        assert_same(episodes, task, expected, tolerance=0.0)
+    assert episodes.observations.shape[1] == episodes.lengths.max()
+    assert (episodes.lengths >= num_rollouts * horizon).all()
+    assert (episodes.lengths < (num_rollouts + 1) * horizon).all()
+    if horizon == 30:
+        assert len(episodes.num_episodes.unique()) > 1, "episodes end early, here more and there less often"
+        assert (episodes.num_unstable > 0).any() == (kind == "strolls")
+
+
+@pytest.mark.parametrize("kind", list(GOALS))
+def test_rollouts_of_networks_are_those_of_each_alone(kind: str) -> None:
+    goals, stream = GOALS[kind], streams(5)
+    environments = made(kind)
+    model, params = network(5, environments.observation_dim)
+    episodes = collect_episodes(environments, lambda x: model(params, x), goals, stream, 3, 12, DISCOUNT)
+    for task in range(5):
+        own = {name: value[task : task + 1] for name, value in params.items()}
+
+        def policy(x: Tensor, own: dict[str, Tensor] = own) -> Tensor:
+            return model(own, x)
+
+        only = slice(task, task + 1)
+        expected = alone(made(kind), policy, goals[only], Stream(stream.key[only]), 3, 12)
+        assert_same(episodes, task, expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("kind", list(GOALS))
+@pytest.mark.parametrize("chosen", [[2], [3, 4], [4, 0, 2]])
+def test_neighbours_do_not_matter(kind: str, chosen: list[int]) -> None:
+    goals, stream = GOALS[kind], streams(5)
+    together = collect_episodes(made(kind), pull(goals), goals, stream, 3, 12, DISCOUNT)
+    some = goals[chosen]
+    apart = collect_episodes(made(kind), pull(some), some, Stream(stream.key[chosen]), 3, 12, DISCOUNT)
+    for name, value in apart._asdict().items():
+        expected = getattr(together, name)[chosen]
+        assert torch.equal(value, expected[:, : value.shape[1]] if value.dim() > 1 else expected), name
+
+
+def test_rollouts_that_run_to_the_horizon_are_all_collected_at_once() -> None:
+    environments = Strolls(longest=1)
+    environments.longest = 10**9
+    goals = GOALS["strolls"]
+    episodes = collect_episodes(environments, pull(goals), goals, streams(5), 4, 6, DISCOUNT)
+    assert environments.started == [20]
+    assert episodes.lengths.tolist() == [24] * 5
+    assert episodes.num_episodes.tolist() == [4] * 5
+    assert torch.equal(episodes.times, torch.arange(6).repeat(4).expand(5, -1))
+
+
+def test_episodes_that_end_at_once_are_collected_until_there_are_enough() -> None:
+    goals = GOALS["strolls"]
+    episodes = collect_episodes(Strolls(longest=1), pull(goals), goals, streams(5), 2, 6, DISCOUNT)
+    assert episodes.lengths.tolist() == episodes.num_episodes.tolist() == [12] * 5
+    assert not episodes.times.any()
+    assert (episodes.observations[:, :, 2] == 0).all()
+    assert 0 < episodes.num_unstable.sum() < 60
+
+
+@pytest.mark.parametrize("broken", ["mean", "log_std", "both of one task"])
+def test_policy_that_is_not_finite_is_refused(broken: str) -> None:
+    goals = GOALS["strolls"]
+
+    def policy(observations: Tensor) -> Tensor:
+        outputs = torch.zeros(*observations.shape[:2], 4)
+        if broken == "mean":
+            outputs[..., 0] = torch.where(observations[..., 2] == 2, torch.nan, 0.0)
+        elif broken == "log_std":
+            outputs[..., 3] = 200.0  # whose exponential is infinite
+        else:
+            outputs[1] = torch.nan
+        return outputs
+
+    affected = {"mean": r"\d+ of \d+", "log_std": "10 of 10", "both of one task": "2 of 10"}[broken]
+    with pytest.raises(MamlError, match=rf"action is not finite in {affected} environments.*Lower inner\.step_size"):
+        collect_episodes(Strolls(), policy, goals, streams(5), 2, 6, DISCOUNT)
+
+
+def test_stream_decides_what_happens() -> None:
+    goals = GOALS["strolls"]
+    first, again, other = (
+        collect_episodes(Strolls(), pull(goals), goals, Stream(seed).child(torch.arange(5)), 2, 8, DISCOUNT)
+        for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(value, same) for value, same in zip(first, again, strict=True))
+    assert not torch.equal(first.total_reward, other.total_reward)

@@ -1,0 +1,167 @@
+"""Where a run computes: what auto chooses, what a checkpoint keeps, and that none of it changes a result."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from maml.domain.point_navigation import PointNavigation
+from maml.errors import Interrupted, MamlError
+from maml.hardware.base import Execution, Hardware
+from maml.record import checkpoint
+from tests.hardware.test_distributed import metrics
+from tests.runs import TinyRuns, before_iteration, state
+
+VECTORS: Any = SimpleNamespace(in_shape=(1,), num_shots=10, num_query=None, out_dim=1)
+
+
+def images(num_ways: int, num_shots: int, size: int = 28, channels: int = 1, num_query: int | None = None) -> Any:
+    shape = (size, size, channels)
+    return SimpleNamespace(in_shape=shape, num_shots=num_shots, num_query=num_query, out_dim=num_ways)
+
+
+@pytest.fixture(autouse=True)
+def _switches() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+
+
+@pytest.mark.usefixtures("three_cores")
+@pytest.mark.parametrize(
+    ("domain", "num_iterations", "expected"),
+    [
+        (VECTORS, 100, Execution(1, None, False)),
+        (VECTORS, 70_000, Execution(1, None, True)),
+        (images(5, 1), 60_000, Execution(3, 8, False)),
+        (images(5, 5), 60_000, Execution(3, 1, False)),
+        (images(20, 5), 60_000, Execution(3, 1, False)),
+        (images(5, 1, 84, 3), 60_000, Execution(3, 1, False)),
+        (images(5, 1, 32, 3), 60_000, Execution(3, 2, False)),
+        (images(5, 1, 32, 3, num_query=15), 60_000, Execution(3, 1, False)),
+    ],
+)
+def test_auto_suits_the_domain(domain: Any, num_iterations: int, expected: Execution) -> None:
+    assert Hardware().choose(domain, num_iterations, {}) == expected
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_what_is_asked_for_wins_over_auto_and_over_the_checkpoint() -> None:
+    earlier = Execution(2, 4, True).as_dict()
+    asked = Hardware(num_threads=5, task_chunk="all", compile=False)
+    assert asked.choose(images(5, 1), 60_000, {}) == Execution(5, None, False)
+    assert asked.choose(images(5, 1), 60_000, earlier) == Execution(5, None, False)
+    assert Hardware().choose(images(5, 1), 60_000, earlier) == Execution(2, 4, True)
+    assert Hardware(task_chunk=7).choose(images(5, 1), 60_000, earlier) == Execution(2, 7, True)
+
+
+def test_run_that_moves_to_a_gpu_is_cut_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    earlier = Hardware(device="cpu").choose(images(5, 1), 60_000, {}).as_dict()
+    assert Hardware(device="cpu").choose(images(5, 1), 60_000, earlier).task_chunk == 8
+    assert Hardware(device="cuda").choose(images(5, 1), 60_000, earlier).task_chunk is None
+
+
+def test_resumed_run_keeps_the_chunk_of_its_checkpoint(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        before_iteration(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.run("hardware.task_chunk=3", "num_iterations=10")
+    chunks = []
+    before_iteration(monkeypatch, 1, lambda algorithm: chunks.append(algorithm.task_chunk))
+    folder = tiny.run("num_iterations=10")
+    assert chunks == [3]
+    assert checkpoint.load(folder / "checkpoint.pt")["execution"]["task_chunk"] == 3
+
+
+def test_absent_gpu_is_refused_and_auto_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MamlError, match="sees no CUDA device"):
+        Hardware(device="cuda")
+    assert Hardware(device="auto").device.type == "cpu"
+
+
+def test_present_gpu_is_taken_by_auto_and_left_alone_by_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Hardware(device="auto").device.type == "cuda"
+    assert Hardware(device="cpu").device.type == "cpu"
+    assert Hardware().choose(images(5, 1), 60_000, {}).task_chunk is None
+    assert not Hardware().choose(VECTORS, 60_000, {}).compile
+
+
+def test_iterations_on_a_gpu_are_launched_as_graphs_but_for_rl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Hardware().choose(images(5, 1), 60_000, {}).cuda_graph
+    assert not Hardware(cuda_graph=False).choose(images(5, 1), 60_000, {}).cuda_graph
+    assert not Hardware().choose(PointNavigation(num_shots=5, horizon=20), 100, {}).cuda_graph
+    assert not Hardware(device="cpu").choose(images(5, 1), 60_000, {}).cuda_graph
+    with pytest.raises(MamlError, match=r"hardware.cuda_graph=true needs a GPU"):
+        Hardware(device="cpu", cuda_graph=True)
+
+
+def test_processes_of_a_machine_share_its_cores_and_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert Hardware(device="cpu").choose(images(5, 1), 60_000, {}).num_threads == 2
+    assert Hardware().device == torch.device("cuda", 3)
+
+
+def test_recomputing_is_as_the_user_says_also_of_a_resumed_run() -> None:
+    earlier = Hardware(device="cpu").choose(VECTORS, 100, {}).as_dict()
+    assert not earlier["recompute"]
+    assert Hardware(device="cpu", recompute=True).choose(VECTORS, 100, earlier).recompute
+
+
+def test_switches_are_set_and_reset() -> None:
+    Hardware(device="cpu", deterministic=True).apply(Execution(2, None, False))
+    assert torch.get_num_threads() == 2
+    assert torch.are_deterministic_algorithms_enabled()
+    Hardware(device="cpu").apply(Execution(1, None, False))
+    assert torch.get_num_threads() == 1
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_description_names_the_machine() -> None:
+    described = Hardware(device="cpu").describe()
+    assert described["device"] == "cpu"
+    assert described["cpu"]
+    assert described["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    "setting", ["hardware.task_chunk=1", "hardware.task_chunk=2", "hardware.num_threads=2", "hardware.recompute=true"]
+)
+def test_hardware_changes_no_gradient(each_domain: TinyRuns, setting: str) -> None:
+    """After one iteration, Adam's running mean is a tenth of the meta-gradient."""
+    few = ("num_iterations=1", "evaluation.num_tasks=2")
+    mine = state(each_domain.run(*few, "hardware.task_chunk=all"))["outer.mean"]
+    theirs = state(each_domain.beside("other").run(*few, setting))["outer.mean"]
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * mine.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
+def test_compiling_changes_no_result(tiny: TinyRuns) -> None:
+    few = ("num_iterations=20", "log_every=1", "evaluation.num_tasks=2")
+    mine = tiny.run(*few, "hardware.compile=false")
+    theirs = tiny.beside("other").run(*few, "hardware.compile=true")
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (mine, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert checkpoint.load(theirs / "checkpoint.pt")["execution"]["compile"], "it did not fall back"
+
+
+def test_recomputing_is_for_supervised_domains() -> None:
+    with pytest.raises(MamlError, match="recompute=true is for supervised domains"):
+        Hardware(device="cpu", recompute=True).choose(PointNavigation(num_shots=5, horizon=20), 100, {})

@@ -1,0 +1,115 @@
+"""What happens where memory does not suffice: smaller chunks, the same gradient, a clear end; and keeping it."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from maml.algorithm.maml import MAML
+from maml.domain.sinusoid import Sinusoid
+from maml.errors import MamlError
+from maml.evaluation import Evaluation
+from maml.hardware.memory import within_memory
+from maml.inner.sgd import SGD
+from maml.model.mlp import MLP
+from maml.record import checkpoint
+from maml.seeding import Stream
+from maml.types import Params
+from tests.build import build_from
+from tests.runs import TinyRuns, state
+
+
+def small_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Lets the network fail for more than ``most`` tasks at once; returns what it was given."""
+    given: list[int] = []
+    compute = MLP.__call__
+
+    def limited(self: MLP, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+        given.append(len(x))
+        if len(x) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return compute(self, params, x, num_reference)
+
+    monkeypatch.setattr(MLP, "__call__", limited)
+    return given
+
+
+def test_chunk_is_halved_until_it_fits_and_stays_so(caplog: pytest.LogCaptureFixture) -> None:
+    def compute(chunk: int) -> str:
+        if chunk > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    with caplog.at_level(logging.WARNING):
+        assert within_memory(compute, 25) == ("done", 3)
+    assert [record.getMessage().split("=")[-1] for record in caplog.records] == ["12", "6", "3"]
+
+
+def test_smaller_chunks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = SGD(step_size=0.1, num_steps=2, order=2, adapt=["*"])
+    algorithm = build_from(MAML, Sinusoid(), MLP((1,), 1, [20]), inner)
+    tasks = algorithm.sample_tasks(7, Stream(1))
+    expected, loss = algorithm.gradient(algorithm.theta, tasks)
+    given = small_memory(monkeypatch, most=2)
+    gradient, again = algorithm.gradient(algorithm.theta, tasks)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, rtol=1e-4, atol=1e-6)
+    assert again["loss"].item() == pytest.approx(loss["loss"].item(), rel=1e-5)
+    assert algorithm.task_chunk == 1
+    assert sorted(set(given), reverse=True) == [7, 3, 1]
+    given.clear()
+    algorithm.gradient(algorithm.theta, tasks)
+    assert set(given) == {1}, "it does not try again what failed"
+
+
+def test_one_task_that_does_not_fit_names_what_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_memory(monkeypatch, most=0)
+    algorithm = build_from(MAML, Sinusoid(), MLP((1,), 1, [20]), SGD(0.1, 1, 2, ["*"]))
+    with pytest.raises(MamlError, match=r"one task alone does not fit .* hardware.recompute=true, precision=bf16"):
+        algorithm.step(algorithm.sample_tasks(4, Stream(1)))
+
+
+def test_evaluation_shrinks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = build_from(MAML, Sinusoid(), MLP((1,), 1, [20]), SGD(0.1, 1, 2, ["*"]))
+    evaluation = Evaluation(num_tasks=9, num_steps=2)
+    (expected,), *_ = evaluation(algorithm)
+    small_memory(monkeypatch, most=4)
+    (curve,), *_ = evaluation(algorithm)
+    torch.testing.assert_close(curve.values, expected.values)
+
+
+def test_run_records_the_chunk_that_it_ended_with(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("num_iterations=10", "precision=float64")
+    whole = tiny.beside("whole").run(*few)
+    small_memory(monkeypatch, most=1)
+    folder: Path = tiny.run(*few)
+    assert checkpoint.load(folder / "checkpoint.pt")["execution"]["task_chunk"] == 1
+    for name, value in state(whole).items():
+        torch.testing.assert_close(state(folder)[name], value)
+
+
+_FAULTS = """
+import resource, torch
+from maml.hardware.memory import keep_freed_memory
+torch.set_num_threads(1)
+keep_freed_memory()
+for _ in range(10):  # until the heap has found its shape
+    torch.ones(2**24).sum()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24).sum()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_reused() -> None:
+    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 5 * 2**24 * 4 / resource.getpagesize()  # by default ten tensors' pages

@@ -1,0 +1,262 @@
+"""The run folder: what it records, whom it lets in, and what it keeps of an earlier part of the run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from maml.algorithm.classifier import Classifier
+from maml.config.identity import digest, evaluation_config
+from maml.errors import MamlError
+from maml.experiment import run_experiment
+from maml.record.run_folder import RunFolder, command_line, read_json
+from tests.runs import TinyRuns, files
+
+HARDWARE = {"device": "cpu"}
+
+
+@pytest.fixture
+def run(tiny: TinyRuns) -> RunFolder:
+    return RunFolder(tiny.config(), "custom")
+
+
+def saved(run: RunFolder, iteration: int) -> None:
+    run.save_checkpoint(iteration, {"theta": {"w": torch.ones(2) * iteration}, "outer": {}}, {"num_threads": 1})
+
+
+def record(run: RunFolder) -> dict[str, Any]:
+    content = read_json(run.path / "run.json")
+    assert content is not None
+    return content
+
+
+def report(run: RunFolder, iteration: int = 200, num_shots: int = 5) -> dict[str, Any]:
+    return {
+        "run_id": run.run_id,
+        "iteration": iteration,
+        "num_iterations": 200,
+        "evaluation": {"evaluation.num_shots": [num_shots]},
+        "headline": 0.5,
+    }
+
+
+REPORT_FILES = ("report.json", "tasks.csv", "report.png")
+ROWS = [{"metric": "mse", "task": 0, "step_0": 0.1}, {"metric": "mse", "task": 1, "step_0": 1e-9}]
+
+
+def test_making_a_run_folder_writes_nothing(run: RunFolder, tiny: TinyRuns) -> None:
+    assert run.finished_report() is None
+    assert run.load_checkpoint() is None
+    assert not tiny.runs_dir.exists()
+
+
+def test_folder_is_named_by_experiment_and_run_id(run: RunFolder, tiny: TinyRuns, tmp_path: Path) -> None:
+    assert run.path == tiny.runs_dir / "custom" / run.run_id
+    assert len(run.run_id) == 12
+    by_hand = RunFolder(tiny.config(f"run_dir={tmp_path / 'x'}"), "custom")
+    assert by_hand.path == tmp_path / "x"
+    assert by_hand.run_id == run.run_id
+
+
+def test_record_holds_what_a_reader_needs(run: RunFolder) -> None:
+    assert run.open(HARDWARE, "python train.py seed=0") is None
+    first = record(run)
+    assert first["status"] == "running"
+    assert first["command"] == "python train.py seed=0"
+    assert first["seed"] == 0
+    assert first["training"] == run.training_config
+    (segment,) = first["segments"]
+    assert segment["hardware"] == HARDWARE
+    assert segment["versions"]["torch"] == torch.__version__
+    assert segment["commit"] is None or len(segment["commit"]) == 40
+    assert segment["dirty"] in (None, False, True)
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == run.config
+
+    saved(run, 7)
+    assert record(run)["iteration"] == 7
+    run.close("interrupted")
+    assert record(run)["status"] == "interrupted"
+    assert record(run)["segments"][0]["last_iteration"] == 7
+    assert record(run)["started"] == first["started"] <= record(run)["finished"]
+
+
+def test_each_part_of_a_run_is_a_segment(tiny: TinyRuns) -> None:
+    for iteration in (7, 14):
+        run = RunFolder(tiny.config(), "custom")
+        run.open(HARDWARE, f"part {iteration}")
+        saved(run, iteration)
+        run.close("interrupted")
+    segments = record(run)["segments"]
+    assert [(part["first_iteration"], part["last_iteration"]) for part in segments] == [(0, 7), (7, 14)]
+    assert record(run)["seconds"] == pytest.approx(sum(part["seconds"] for part in segments))
+
+
+def test_run_is_open_once_at_a_time(run: RunFolder, tiny: TinyRuns) -> None:
+    run.open(HARDWARE, "first")
+    before = files(run.path)
+    other = RunFolder(tiny.config(), "custom")
+    with pytest.raises(MamlError, match="is training in"):
+        other.open(HARDWARE, "second")
+    other.close("failed")
+    assert files(run.path) == before, "a run that is refused leaves the other one alone"
+    run.close("finished")
+    other.open(HARDWARE, "second")
+    other.close("finished")
+
+
+def test_another_seed_is_another_folder(run: RunFolder, tiny: TinyRuns) -> None:
+    run.open(HARDWARE, "")
+    other = RunFolder(tiny.config("seed=1"), "custom")
+    other.open(HARDWARE, "")
+    assert other.path != run.path
+    for each in (run, other):
+        each.close("finished")
+
+
+def test_resumed_run_gets_its_checkpoint_and_drops_later_metrics(run: RunFolder, tiny: TinyRuns) -> None:
+    run.open(HARDWARE, "")
+    for iteration in (3, 6):
+        run.log(iteration, {"loss": 1 / iteration})
+    saved(run, 7)
+    run.log(9, {"loss": 0.5})
+    run.close("failed")
+
+    again = RunFolder(tiny.config(), "custom")
+    found = again.open(HARDWARE, "")
+    assert found is not None
+    assert found["iteration"] == 7
+    assert found["state"]["theta"]["w"].tolist() == [7, 7]
+    again.log(9, {"loss": 0.25})
+    again.close("finished")
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"iteration": 3, "loss": 1 / 3}, {"iteration": 6, "loss": 1 / 6}, {"iteration": 9, "loss": 0.25}]
+
+
+def test_half_written_checkpoints_of_killed_processes_are_removed(run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    (run.path / ".checkpoint.new.pt.12345").write_bytes(b"half")
+    run.open(HARDWARE, "")
+    run.close("finished")
+    assert not list(run.path.glob(".*"))
+
+
+def test_metrics_keep_every_bit(run: RunFolder) -> None:
+    value = torch.tensor(0.1).item() / 3
+    run.open(HARDWARE, "")
+    run.log(1, {"loss": value})
+    run.close("finished")
+    assert json.loads((run.path / "metrics.jsonl").read_text())["loss"] == value
+
+
+def test_full_disk_under_the_metrics_is_said_at_the_next_checkpoint(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    run.open(HARDWARE, "")
+    run.log(3, {"loss": 1.0})
+    with monkeypatch.context() as patch, pytest.raises(MamlError, match=r"metrics\.jsonl could not be written \(No sp"):
+        patch.setattr("os.fsync", full)
+        saved(run, 7)
+    run.close("failed")
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"status": "runn', "\x00\x00"])
+def test_damaged_record_is_named(run: RunFolder, content: str) -> None:
+    run.path.mkdir(parents=True)
+    (run.path / "run.json").write_text(content)
+    with pytest.raises(MamlError, match=r"run\.json is damaged .*; move it away, or restore it"):
+        run.open(HARDWARE, "")
+
+
+def test_report_of_the_whole_run_lies_in_its_folder(run: RunFolder) -> None:
+    run.open(HARDWARE, "")
+    assert run.save_report(report(run), ROWS) == run.path
+    assert read_json(run.path / "report.json") == report(run)
+    with open(run.path / "tasks.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["metric"], int(row["task"]), float(row["step_0"])) for row in rows] == [
+        (row["metric"], row["task"], row["step_0"]) for row in ROWS
+    ]
+    run.close("finished")
+
+
+def test_no_report_overwrites_another(run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    assert run.save_report(report(run), ROWS) == run.path
+    others = (report(run, num_shots=3), report(run, iteration=20), report(run, 20, 3), report(run))
+    folders = [run.save_report(each, ROWS, beside=run.path) for each in others]
+    assert len(set(folders)) == 4
+    assert all(folder.parent == run.path / "evaluations" for folder in folders)
+    assert run.save_report(report(run, num_shots=3), ROWS) == folders[0], "trained before, evaluated anew"
+    assert run.save_report(report(run), ROWS) == run.path
+
+
+def test_finished_report_is_that_of_the_same_evaluation(tiny: TinyRuns) -> None:
+    run = RunFolder(tiny.config("evaluation.num_shots=[3]"), "custom")
+    run.path.mkdir(parents=True)
+    mine = report(run) | {"evaluation": evaluation_config(run.config)}
+    run.save_report(mine | {"iteration": 20}, ROWS)
+    assert run.finished_report() is None, "an unfinished run"
+    run.save_report(report(run), ROWS)
+    assert run.finished_report() is None, "another evaluation"
+    run.save_report(mine, ROWS)
+    assert run.finished_report() == mine
+
+
+def test_same_training_is_found_under_another_experiment(run: RunFolder, tiny: TinyRuns, tmp_path: Path) -> None:
+    run.open(HARDWARE, "")
+    saved(run, 200)
+    run.close("finished")
+    second = RunFolder(tiny.config("evaluation.num_steps=1"), "second")
+    assert second.path == run.path
+    found = second.load_checkpoint()
+    assert found is not None and found["iteration"] == 200
+    assert RunFolder(tiny.config("seed=1"), "second").path.parent == tiny.runs_dir / "second", "another training is not"
+    given = tiny.config(f"run_dir={tmp_path / 'x'}")
+    assert RunFolder(given, "second").path == tmp_path / "x"
+
+
+def test_own_folder_comes_before_that_of_another_experiment(run: RunFolder, tiny: TinyRuns) -> None:
+    own = tiny.runs_dir / "second" / run.run_id
+    own.mkdir(parents=True)
+    run.open(HARDWARE, "")
+    run.close("finished")
+    assert RunFolder(tiny.config(), "second").path == own
+
+
+def test_baselines_that_part_in_meta_test_share_one_training(
+    tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (
+        tiny_images.config("num_iterations=2", "model.num_filters=4", f"algorithm={name}")
+        for name in ("finetune", "nearest_neighbor")
+    )
+    headline = run_experiment(first, "first")
+    folder = RunFolder(first, "first").path
+    kept = files(folder)
+    monkeypatch.setattr(Classifier, "step", lambda *_: pytest.fail("trained again"))
+    other = run_experiment(second, "second")
+    assert not (tiny_images.runs_dir / "second").exists()
+    now = files(folder)
+    assert {name: now[name] for name in kept} == kept, "record, config and report of the first are left alone"
+    beside = f"evaluations/{digest({'iteration': 2, **evaluation_config(second)})}/"
+    assert {name for name in now if name not in kept} == {f"{beside}{name}" for name in (*REPORT_FILES, "config.yaml")}
+    reports = [read_json(folder / path / "report.json") for path in ("", beside)]
+    for report, experiment, number in zip(reports, ("first", "second"), (headline, other), strict=True):
+        assert report is not None
+        assert (report["experiment"], report["headline"]) == (experiment, number)
+    monkeypatch.setattr("maml.evaluation.Evaluation.__call__", lambda *_: pytest.fail("evaluated again"))
+    assert [run_experiment(first, "first"), run_experiment(second, "second")] == [headline, other]
+
+
+def test_command_is_as_one_would_type_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/a/b/train.py", "+experiment=x", "inner.adapt=[*, '!b']"])
+    assert command_line() == """python train.py +experiment=x 'inner.adapt=[*, '"'"'!b'"'"']'"""

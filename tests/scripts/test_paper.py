@@ -1,0 +1,201 @@
+"""`make paper` on tiny experiments: stopped, killed, with jobs that fail or cannot run, and as a smoke test."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from maml.config.compose import compose
+from maml.experiment import run_experiment
+from maml.paper.plan import WATERMARK
+from maml.record.run_folder import read_json
+from tests.runs import assert_same_run, files
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "paper.py"
+SPEC = importlib.util.spec_from_file_location("paper_script", SCRIPT)
+assert SPEC and SPEC.loader
+paper = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(paper)
+
+TINY = ["meta_batch_size=2", "evaluation.num_tasks=3", "log_every=3", "checkpoint_every=7", "hardware=cpu"]
+TINY += ["hardware.num_threads=1"]
+LONG, SHORT = [*TINY, "num_iterations=1500"], [*TINY, "num_iterations=20"]
+
+Results = Callable[..., Path]
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
+    """Makes a results folder whose one table has the rows given, by experiment and overrides; nothing is rendered."""
+    monkeypatch.setattr(paper, "RENDERERS", {})
+
+    def make(**rows: tuple[str, list[str]]) -> Path:
+        folder = tmp_path / "results"
+        (folder / "paper").mkdir(parents=True)
+        lines = [f"table_x,{row},one,1.0,,\n" for row in rows]
+        (folder / "paper" / "table_x.csv").write_text("".join(["table,method,setting,value,ci,notes\n", *lines]))
+        table = {
+            "title": "Table X",
+            "layout": {"corner": "", "columns": {"one": ["1"]}, "groups": [{row: row for row in rows}]},
+            "defaults": {"metric": "mse", "num_shots": 5, "step": 1},
+            "columns": {"one": {}},
+            "runs": [{"row": row, "experiment": name, "overrides": words} for row, (name, words) in rows.items()],
+        }
+        entries = {"tables": {"table_x": table}, "figures": {}, "pictures": {}}
+        OmegaConf.save(OmegaConf.create(entries), folder / "cells.yaml")
+        return folder
+
+    return make
+
+
+def arguments(results: Path, *more: str) -> list[str]:
+    return ["--results", str(results), "--runs-dir", str(results.with_name("runs")), *more]
+
+
+def start(results: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(SCRIPT), *arguments(results, *more)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_metrics(results: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Returns as soon as so many runs have logged."""
+    deadline = time.monotonic() + 120
+    while len([path for path in results.with_name("runs").glob("*/*/metrics.jsonl") if path.stat().st_size]) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def reference(tmp_path: Path, experiment: str, overrides: list[str]) -> Path:
+    """Runs the same undisturbed."""
+    config, _ = compose([f"+experiment={experiment}", *overrides])
+    run_experiment(replace(config, runs_dir=str(tmp_path / "undisturbed")), experiment)
+    (folder,) = (tmp_path / "undisturbed" / experiment).iterdir()
+    return folder
+
+
+def test_stopped_jobs_save_and_go_on(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = results(MAML=("sinusoid_10shot", LONG))
+    process = start(folder)
+    wait_for_metrics(folder, 1, process)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (130, "")
+    assert "stopped by SIGINT after iteration " in stdout
+    assert "stopped by SIGINT; all that was done is saved: python scripts/paper.py --results" in stdout.splitlines()[-1]
+    (record_path,) = folder.with_name("runs").glob("*/*/run.json")
+    record = read_json(record_path)
+    assert record and record["status"] == "interrupted"
+    assert paper.main(arguments(folder, "--plan")) == 0
+    assert f"continue from {record['iteration']}" in capsys.readouterr().out
+
+
+def test_killed_at_any_point_loses_nothing_and_repeats_nothing(
+    results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = results(MAML=("sinusoid_10shot", LONG), pretrain=("sinusoid_pretrain", LONG))
+    process = start(folder, "--jobs", "2")
+    wait_for_metrics(folder, 2, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.communicate()
+    os.kill(int(children[0]), signal.SIGKILL)  # the other is left to itself
+
+    assert paper.main(arguments(folder)) == 0
+    first = capsys.readouterr().out
+    assert "2 jobs: " in first and first.count("finished ") == 2
+    for experiment in ("sinusoid_10shot", "sinusoid_pretrain"):
+        (run,) = (path.parent for path in (tmp_path / "runs" / experiment).glob("*/run.json"))
+        assert_same_run(run, reference(tmp_path, experiment, LONG))
+    (killed,) = (tmp_path / "runs" / "sinusoid_10shot").glob("*/run.json")
+    record = read_json(killed)
+    assert record and len(record["segments"]) == 2, "it went on from its checkpoint"
+
+    before = files(tmp_path / "runs")
+    assert paper.main(arguments(folder)) == 0
+    assert "2 jobs: 2 done" in capsys.readouterr().out
+    assert files(tmp_path / "runs") == before
+
+
+def test_job_that_fails_or_lacks_data_leaves_the_rest_alone(
+    results: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("maml.paper.plan.check_provided", lambda *_: None)  # so that train.py finds out
+    photos = ["data_dir=/nowhere", "cache_dir=/nowhere", "meta_batch_size=1"]
+    folder = results(
+        bad=("sinusoid_10shot", [*SHORT, "inner.step_size=1e6", "inner.num_steps=5"]),
+        photos=("mini_imagenet_5way_1shot", photos),
+        MAML=("sinusoid_10shot", SHORT),
+    )
+    assert paper.main(arguments(folder, "--jobs", "1")) == 1
+    out, err = capsys.readouterr()
+    assert out.count("finished sinusoid_10shot") == 1
+    assert "FAILED sinusoid_10shot" in err and "python train.py +experiment=sinusoid_10shot" in err
+    assert "training has diverged" in err and "log: " in err
+    assert "mini_imagenet" not in err
+    assert "cannot run here: mini_imagenet_5way_1shot data_dir=/nowhere" in out
+    assert "mini-ImageNet not found in data_dir=/nowhere" in out
+
+
+def test_unfinished_committed_run_goes_on_in_runs(
+    results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = results(MAML=("sinusoid_10shot", SHORT))
+    run = reference(tmp_path, "sinusoid_10shot", SHORT)
+    whole = tmp_path / "whole"
+    shutil.copytree(run, whole)
+    (run / "report.json").unlink()  # trained, but not evaluated
+    committed = folder / "runs" / "sinusoid_10shot" / run.name
+    shutil.copytree(run, committed)
+    before = files(committed)
+    assert paper.main(arguments(folder)) == 0
+    assert f"goes on from {committed}: copied to {tmp_path / 'runs'}" in capsys.readouterr().out
+    assert files(committed) == before
+    assert_same_run(tmp_path / "runs" / "sinusoid_10shot" / run.name, whole)
+
+
+def test_second_of_two_at_once_is_refused(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = results(MAML=("sinusoid_10shot", SHORT))
+    with paper._alone(tmp_path / "runs"), pytest.raises(paper.MamlError, match="another `make paper` is at work"):
+        paper.main(arguments(folder))
+    capsys.readouterr()
+
+
+def test_smoke_test_is_watermarked_and_apart(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paper, "RENDERERS", {"paper_tables.py": ""})
+    folder = results(MAML=("sinusoid_10shot", TINY), oracle=("sinusoid_oracle", TINY))
+    before = files(folder)
+    assert paper.main(arguments(folder, "--smoke", "--only", "table_x/MAML")) == 0
+    assert WATERMARK in capsys.readouterr().out
+    assert files(folder) == before
+    assert not (tmp_path / "runs").exists()
+    smoke = tmp_path / "runs_smoke"
+    assert len(list(smoke.glob("*/*/report.json"))) == 1
+    for name in ("tables.md", "table_x/table_x.md"):
+        assert (smoke / "results" / name).read_text().startswith(f"**{WATERMARK}**")
+    assert f"# {WATERMARK}. Table X" in (smoke / "results" / "table_x" / "table_x.md").read_text()
+
+
+def test_smoke_test_that_would_be_the_real_thing_is_refused(
+    results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [*TINY, "num_iterations=3", "domain.num_shots=2"]
+    with pytest.raises(paper.MamlError, match=r"a smoke test of sinusoid_10shot .* would be the real thing"):
+        paper.main(arguments(results(MAML=("sinusoid_10shot", tiny)), "--smoke"))
+    capsys.readouterr()

@@ -1,0 +1,358 @@
+"""scripts/runs.py: what it lists, shows and compares of made-up runs, and that it deletes only what may go."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import re
+import runpy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from maml.record.index import SUPERSEDED
+from tests.paper.made_up import SINUSOID, edit, make_run
+from tests.runs import ROOT, files
+
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "runs.py"))
+main = SCRIPT["main"]
+
+OTHER: dict[str, Any] = {"inner.step_size": 0.01}
+
+Lines = Callable[..., list[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Lines:
+    """Runs the script on this test's folder and returns the lines it printed, errors last."""
+
+    def call(*arguments: str, status: int = 0) -> list[str]:
+        assert main([*arguments, "--runs-dir", str(tmp_path)]) == status
+        printed = capsys.readouterr()
+        return [*printed.out.splitlines(), *printed.err.splitlines()]
+
+    return call
+
+
+def table(lines: list[str]) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO("\n".join(lines))))
+
+
+def ids(lines: list[str]) -> list[str]:
+    return [row["folder"].rpartition("/")[2] for row in table(lines)]
+
+
+def test_list_has_one_line_per_run_with_its_headline(tmp_path: Path, run: Lines) -> None:
+    folder = make_run(tmp_path, mean=0.5, ci95=0.0625)
+    later = make_run(tmp_path, seed=1, done=500, evaluated=False, status="interrupted")
+    lines = run("list")
+    headline = "mse 0.5 ± 0.062 (K=5, step 10, n=600)"
+    assert [re.split("  +", line) for line in lines[1:]] == [
+        [
+            folder.name,
+            "sinusoid_10shot",
+            "0",
+            "70,000 of 70,000",
+            "finished",
+            headline,
+            "50",
+            "0123456+",
+            "CPU, Abacus",
+        ],
+        [later.name, "sinusoid_10shot", "1", "500 of 70,000", "interrupted", "50", "0123456+", "CPU, Abacus"],
+    ]
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_list_says_at_which_iteration_a_run_was_evaluated_that_has_gone_on(tmp_path: Path, run: Lines) -> None:
+    folder = make_run(tmp_path, done=500, status="interrupted")
+    (segment,) = json.loads((folder / "run.json").read_text())["segments"]
+    edit(folder / "run.json", segments=[segment | {"last_iteration": 900}])
+    assert "900 of 70,000  interrupted  mse 1 ± 0.1 (K=5, step 10, n=600) at 500" in run("list")[1]
+
+
+def test_list_filters_by_everything_it_offers(tmp_path: Path, run: Lines) -> None:
+    make_run(tmp_path, name="a")
+    make_run(tmp_path, name="b", seed=1, **OTHER)
+    make_run(tmp_path, name="c", seed=2, done=500, status="interrupted", evaluated=False)
+    for arguments, expected in [
+        ([], "abc"),
+        (["sinusoid_*"], "abc"),
+        (["omniglot_*"], ""),
+        (["--seed", "1"], "b"),
+        (["--status", "interrupted"], "c"),
+        (["--finished"], "ab"),
+        (["--unfinished"], "c"),
+        (["--set", "inner.step_size=1e-2"], "b"),
+        (["--set", "inner.step_size=0.001"], "ac"),
+        (["--set", "inner.step_size=0.001", "--finished"], "a"),
+        (["--set", "inner.num_steps=1", "--set", "seed=0"], "a"),
+        (["--set", "seed=0"], "a"),  # a default, which no run writes down
+        (["--set", "model.activation=relu"], "abc"),
+        (["--set", "num_iterations=70_000"], "abc"),
+    ]:
+        assert ids(run("list", "--csv", *arguments)) == list(expected), arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("inner.step_sise=0.01", "no run was trained with inner.step_sise: did you mean inner.step_size?"),
+        ("sead=1", "no run was trained with sead: did you mean seed?"),
+        ("inner.step_size", "is no setting; give KEY=VALUE"),
+    ],
+)
+def test_a_setting_that_there_is_not_is_named(tmp_path: Path, run: Lines, text: str, named: str) -> None:
+    make_run(tmp_path, seed=1)
+    (line,) = run("list", "--set", text, status=1)
+    assert line.startswith(f"ERROR, --set {text}")
+    assert named in line
+
+
+def test_list_names_what_is_damaged_in_conflict_and_superseded(tmp_path: Path, run: Lines) -> None:
+    first, other = (make_run(tmp_path, mean=mean, name=name) for mean, name in ((0.5, "a"), (0.9, "b")))
+    damaged = make_run(tmp_path, seed=1) / "report.json"
+    damaged.write_text("{")
+    lines = run("list", status=1)
+    assert ["finished" in lines[1], "conflict" in lines[2]] == [True, True]
+    assert lines[3].startswith(f"ERROR, left out: {damaged} is damaged")
+    assert lines[4].startswith(f"ERROR, left out: {other} has the settings and the seed of {first}")
+    damaged.parent.rename(tmp_path / "away")
+    run("supersede", str(other), "--by", str(first), "--reason", "trained on half the data")
+    lines = run("list")
+    assert "superseded" in lines[2]
+    assert lines[3:] == [f"left out, superseded by {first}: trained on half the data: {other}"]
+
+
+def test_by_seed_shows_interval_over_tasks_and_spread_over_seeds_apart(tmp_path: Path, run: Lines) -> None:
+    means = [0.7, 0.61, 0.75]
+    for seed, mean in enumerate(means):
+        make_run(tmp_path, mean=mean, ci95=0.05, seed=seed)
+    make_run(tmp_path, mean=0.7, ci95=0.05, name="the same again")
+    make_run(tmp_path, mean=9.0, seed=3, done=69_999, status="interrupted")
+    make_run(tmp_path, mean=9.0, seed=4, name="wrong")
+    run("supersede", str(tmp_path / SINUSOID.experiment / "wrong"), "--reason", "wrong")
+    make_run(tmp_path, mean=0.3, seed=5, **OTHER)
+    _, three, alone = sorted(run("list", "--by-seed"), key=len, reverse=True)
+    for text in ("0.7 ± 0.05 (n=600)", "0 1 2 (n=3)", "0.6867", "0.071", "0.61 to 0.75"):
+        assert text in three
+    assert re.split("  +", alone)[-3:] == ["0.3 ± 0.1 (n=600)", "5 (n=1)", "0.3"]
+    rows = {row["seeds"]: row for row in table(run("list", "--by-seed", "--csv"))}
+    assert float(rows["0 1 2"]["seeds_mean"]) == pytest.approx(np.mean(means))
+    assert float(rows["0 1 2"]["seeds_sd"]) == pytest.approx(np.std(means, ddof=1))
+    assert rows["5"]["seeds_sd"] == "nan"
+
+
+def test_by_seed_of_a_seed_that_diverged_has_no_mean_over_seeds(tmp_path: Path, run: Lines) -> None:
+    make_run(tmp_path, mean=0.5)
+    make_run(tmp_path, mean=None, seed=1)
+    line = run("list", "--by-seed")[1]
+    assert line.endswith("0 1 (n=2)  diverged")
+
+
+def test_list_draws_lines_on_a_terminal(
+    tmp_path: Path, run: Lines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path)
+    wide = lambda: Console(force_terminal=True, width=200)  # noqa: E731
+    monkeypatch.setitem(main.__globals__, "Console", wide)
+    lines = run("list")
+    assert len(lines) > 4
+    assert any("┃" in line for line in lines)
+    assert any(folder.name in line and "│" in line for line in lines)
+
+
+def test_without_runs_every_list_is_empty(run: Lines) -> None:
+    assert run("list") == run("list", "--by-seed") == run("list", "--set", "inner.step_size=1") == ["none"]
+    assert run("prune") == ["nothing to delete"]
+
+
+def test_show_has_settings_segments_evaluations_and_cells(tmp_path: Path, run: Lines) -> None:
+    folder = make_run(tmp_path, mean=0.5)
+    text = "\n".join(run("show", folder.name[:5]))
+    for part in (
+        f"in {folder}",
+        "Training settings that differ from the experiment's:\nnone",
+        "2026-01-01T00:00:00+00:00  0 to 70,000  50       1.4e+03       0123456+  CPU, Abacus",
+        ".       70,000     mse, K=20  600  0.5 ± 0.1  10: 0.5 ± 0.1",
+        "table2_multitask/MAML/K5_gradsteps_1",
+        "figure3: MAML, K=10",
+    ):
+        assert part in text
+    other = make_run(tmp_path, seed=1, **OTHER | {"outer.clip": 10.0})
+    lines = run("show", str(other))
+    start = lines.index("Training settings that differ from the experiment's:")
+    assert [line.split() for line in lines[start + 1 : start + 5]] == [
+        ["setting", "run", "experiment"], ["inner.step_size", "0.01", "0.001"], ["outer.clip", "10.0", "None"],
+        ["seed", "1", "0"],
+    ]  # fmt: skip
+    assert lines[-1] == "none"
+
+
+def test_show_of_a_superseded_run_says_so_and_that_it_serves_nothing(tmp_path: Path, run: Lines) -> None:
+    folder = make_run(tmp_path)
+    run("supersede", str(folder), "--reason", "a wrong bank")
+    lines = run("show", str(folder))
+    assert "left out of tables and figures: superseded: a wrong bank" in lines
+    assert lines[-2:] == ["Serves:", "none"]
+
+
+def test_a_run_is_found_by_folder_or_by_the_beginning_of_its_id(tmp_path: Path, run: Lines) -> None:
+    folders = [make_run(tmp_path, seed=seed) for seed in range(20)]
+    twins = [folder for folder in folders if sum(other.name[0] == folder.name[0] for other in folders) > 1]
+    (line, *others) = run("show", twins[0].name[0], status=1)
+    assert "give more of the id, or a folder:" in line
+    assert f"  {twins[0]}" in others
+    assert run("show", "no such", status=1)[0].startswith("ERROR, there is no run no such;")
+    assert "is no run folder" in run("show", str(tmp_path), status=1)[0]
+    (folders[0] / "run.json").write_text("")
+    assert "run.json is damaged" in run("show", str(folders[0]), status=1)[0]
+
+
+def compared(lines: list[str]) -> list[list[str]]:
+    start = next(number for number, line in enumerate(lines) if line.startswith("B - A"))
+    return [line.split("  ") for line in lines[start + 2 :]]
+
+
+def test_compare_pairs_runs_task_by_task(tmp_path: Path, run: Lines) -> None:
+    a, b = make_run(tmp_path, mean=0.5), make_run(tmp_path, mean=0.25, seed=1, **OTHER)
+    lines = run("compare", a.name, str(b))
+    text = "\n".join(lines)
+    assert "inner.step_size  0.001  0.01" in text
+    assert "B - A (smaller is better)" in text
+    rows = [[part.strip() for part in row if part.strip()] for row in compared(lines)]
+    assert len(rows) == 3 * 11
+    # Every task of one is 0.25 below the same task of the other.
+    assert rows[0] == ["mse, K=5", "0", "0.5 ± 0.1", "0.25 ± 0.1", "-0.25", "-0.25 to -0.25", "600"]
+
+
+def test_compare_says_why_it_cannot_pair(tmp_path: Path, run: Lines) -> None:
+    a, b = make_run(tmp_path, mean=0.5), make_run(tmp_path, mean=0.25, seed=1)
+    report = json.loads((b / "report.json").read_text())
+    edit(b / "report.json", banks=report["banks"] | {"5": "another"}, curves=report["curves"][:2])
+    text = "\n".join(run("compare", str(a), str(b)))
+    assert text.count("not paired: they have other task banks") == 11
+    assert text.count("-0.25 to -0.25") == 11
+    assert text.count("only A has this curve") == 1
+    (b / "tasks.csv").unlink()
+    assert f"not paired: {b / 'tasks.csv'} is missing" in "\n".join(run("compare", str(a), str(b)))
+    diverged = make_run(tmp_path, mean=None, seed=2)
+    assert "\n".join(run("compare", str(diverged), str(a))).count("  diverged  ") == 2 * 33
+    unevaluated = make_run(tmp_path, seed=3, evaluated=False)
+    assert f"{unevaluated} has no evaluation" in run("compare", str(a), str(unevaluated), status=1)[-1]
+
+
+def test_paired_interval_is_that_of_a_plain_bootstrap_and_far_narrower_than_an_unpaired_one() -> None:
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=600)
+    b = a + 0.1 + 0.05 * rng.normal(size=600)
+    low, high = SCRIPT["paired_interval"](a, b)
+    means = [float(np.mean([(b - a)[task] for task in rng.integers(600, size=600)])) for _ in range(2000)]
+    assert (low, high) == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=5e-4)
+    half = 1.96 * (b - a).std() / np.sqrt(600)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.05)
+    assert half < 0.1 * 1.96 * np.sqrt(a.var() + b.var()) / np.sqrt(600)
+
+
+def test_supersede_writes_one_file_and_undo_removes_it(tmp_path: Path, run: Lines) -> None:
+    folder, other = make_run(tmp_path), make_run(tmp_path, seed=1)
+    before = files(tmp_path)
+    run("supersede", str(folder), "--by", other.name[:6])
+    assert set(files(tmp_path)) - set(before) == {str((folder / SUPERSEDED).relative_to(tmp_path))}
+    assert json.loads((folder / SUPERSEDED).read_text()) == {"by": str(other), "reason": ""}
+    run("supersede", str(folder), "--undo")
+    assert files(tmp_path) == before
+
+
+def test_supersede_refuses_what_makes_no_sense(tmp_path: Path, run: Lines) -> None:
+    folder, other = make_run(tmp_path), make_run(tmp_path, seed=1)
+    before = files(tmp_path)
+    assert "say which run takes its place" in run("supersede", str(folder), status=1)[0]
+    assert "cannot take its own place" in run("supersede", str(folder), "--by", str(folder), status=1)[0]
+    assert files(tmp_path) == before
+    run("supersede", str(folder), "--by", str(other))
+    assert "is no evidence itself" in run("supersede", str(other), "--by", str(folder), status=1)[0]
+
+
+def age(folder: Path, days: float) -> None:
+    then = time.time() - days * 86_400
+    os.utime(folder / "run.json", (then, then))
+
+
+def test_prune_deletes_superseded_runs_and_old_failed_ones_with_nothing_saved(
+    tmp_path: Path, run: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(name: str, seed: int, days: float = 8, **settings: Any) -> Path:
+        settings.setdefault("status", "failed")
+        settings.setdefault("evaluated", False)
+        folder = make_run(tmp_path, done=0, name=name, seed=seed, **settings)
+        age(folder, days)
+        return folder
+
+    superseded, serving = make_run(tmp_path, mean=0.9, name="superseded"), make_run(tmp_path, name="serving")
+    run("supersede", str(superseded), "--by", str(serving))
+    age(serving, 1000)
+    gone = [superseded, failed("old", 1), failed("killed", 2, status="running")]
+    kept = [serving, failed("recent", 3, days=6), failed("interrupted", 4, status="interrupted")]
+    kept += [failed("evaluated", 5, evaluated=True), failed("saved", 6), failed("damaged", 7)]
+    (kept[-2] / "checkpoint.previous.pt").touch()
+    (kept[-1] / "report.json").write_text("{")
+    committed = make_run(tmp_path, seed=8, name="committed")
+    run("supersede", str(committed), "--reason", "old")
+    monkeypatch.setitem(main.__globals__, "RESULTS", committed)
+
+    before = files(tmp_path)
+    lines = run("prune")
+    assert [line.split()[2] for line in lines[:-1]] == sorted(map(str, gone))
+    assert lines[-1] == "nothing is deleted without --yes"
+    assert files(tmp_path) == before
+    assert len(run("prune", "--days", "9")) == 2
+
+    run("prune", "--yes")
+    left = {path.parent for path in tmp_path.rglob("run.json")}
+    assert left == {*kept, committed}
+    assert not list(tmp_path.glob(".deleted*"))
+    assert run("prune", "--yes") == ["nothing to delete"]
+
+
+def test_prune_leaves_a_run_that_a_process_is_in(tmp_path: Path, run: Lines) -> None:
+    alive = make_run(tmp_path, done=500, status="running")
+    evaluating = make_run(tmp_path, seed=1)
+    for folder in (alive, evaluating):
+        run("supersede", str(folder), "--reason", "wrong")
+    with open(alive / "lock", "w") as one, open(evaluating / "lock", "w") as other:
+        fcntl.flock(one, fcntl.LOCK_EX)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert run("prune", "--yes") == [f"left, a process is in it: {evaluating} (superseded: wrong)"]
+    assert alive.is_dir()
+    assert evaluating.is_dir()
+    run("prune", "--yes")
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_a_deletion_cut_short_leaves_no_run(tmp_path: Path, run: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path)
+    run("supersede", str(folder), "--reason", "wrong")
+
+    def killed(path: Path) -> None:
+        (path / SUPERSEDED).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.__globals__["shutil"], "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("prune", "--yes")
+    assert run("list") == ["none"]
+
+
+def test_committed_runs_are_all_listed_and_none_is_damaged(capsys: pytest.CaptureFixture[str]) -> None:
+    committed = ROOT / "results" / "runs"
+    assert main(["list", "--csv", "--runs-dir", str(committed)]) == 0
+    assert len(table(capsys.readouterr().out.splitlines())) == len(list(committed.glob("*/*/run.json")))

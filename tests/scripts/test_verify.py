@@ -1,0 +1,244 @@
+"""Exported checkpoints and their verification: a committed cell for real, and everything that may be wrong with one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import runpy
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maml.api import _WithoutImages
+from maml.config.paths import CHECKPOINTS
+from maml.domain.base import Domain
+from maml.domain.sinusoid import Sinusoid
+from maml.errors import MamlError
+from maml.evaluation import Curve, Evaluation
+from maml.paper.cells import named_sources
+from maml.record import checkpoint
+from maml.record.exported import Reading, pack, read_index, unpack
+from maml.record.index import find_evidence, find_runs
+from tests.paper.made_up import make_run, make_run_with_checkpoint
+from tests.runs import ROOT
+
+RESULTS = ROOT / "results"
+VERIFY = runpy.run_path(str(ROOT / "scripts" / "verify.py"))
+EXPORT = runpy.run_path(str(ROOT / "scripts" / "export_checkpoints.py"))
+CELL = "table2_multitask/MAML/K5_gradsteps_1"
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> Path:
+    """A copy of the cell's file and of the index."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("index.json", read_index(CHECKPOINTS).cells[CELL].file):
+        shutil.copy(CHECKPOINTS / name, folder)
+    return folder
+
+
+def verify(folder: Path, *arguments: str) -> int:
+    return VERIFY["main"]([*arguments, "--checkpoints", str(folder)])
+
+
+def test_committed_cell_and_curve_are_landed_on(committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(committed, CELL, "table2_multitask/MAML/K5_gradsteps_10", "figure6/MAML/K10", "--elsewhere") == 0
+    first, second, curve, count = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"VERIFIED  {CELL}: 0.66188")
+    assert "after 10 gradient steps" in second
+    assert "11 gradient steps, the worst" in curve
+    assert count == "3 of 3 verified"
+
+
+def test_same_versions_and_machine_allow_no_difference(committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = {"versions": {"torch": torch.__version__}, "hardware": {"device": "cpu"}}
+    edit_index(committed, lambda index: index["files"][index["cells"][CELL]["file"]].update(here))
+    verify(committed, CELL)
+    assert "every bit must be the same" in capsys.readouterr().out
+    mean = read_index(committed).cells[CELL].readings[1].mean
+    assert mean is not None
+    edit_index(committed, lambda index: index["cells"][CELL]["readings"]["1"].update(mean=math.nextafter(mean, 1.0)))
+    verdicts = [verify(committed, CELL), verify(committed, CELL, "--elsewhere")]
+    assert verdicts == [1, 0]
+
+
+def test_changed_number_fails(committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_index(committed, lambda index: index["cells"][CELL]["readings"]["1"].update(mean=0.67))
+    assert verify(committed, CELL) == 1
+    said = capsys.readouterr().out
+    assert said.startswith(f"FAILED  {CELL}: after 1 gradient step 0.66188")
+    assert "0.67 is committed: 0.00812 apart" in said
+
+
+def test_wrong_hash_missing_and_damaged_files_fail(committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = committed / read_index(committed).cells[CELL].file
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert verify(committed, CELL) == 1
+    assert "has a wrong hash: its SHA-256 is " in capsys.readouterr().out
+    path.unlink()
+    assert verify(committed, CELL) == 1
+    assert "cannot be read" in capsys.readouterr().out
+    (committed / "index.json").write_text('{"cells": {"a": {}}}')
+    with pytest.raises(MamlError, match=r"index.json is damaged \(cells.a"):
+        verify(committed, CELL)
+
+
+def test_other_bank_run_or_evaluation_fails(committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes: dict[str, Callable[[Any], object]] = {
+        "the task bank is another": lambda index: index["cells"][CELL].update(bank="0"),
+        "is evaluated otherwise now": lambda index: index["cells"][CELL]["evaluation"].update(
+            {"evaluation.bank_seed": 1}
+        ),
+        "does not give run": lambda index: index["cells"][CELL].update(overrides=["inner.step_size=0.02"]),
+    }
+    original = (committed / "index.json").read_text()
+    for message, change in changes.items():
+        edit_index(committed, change)
+        assert verify(committed, CELL) == 1
+        assert message in capsys.readouterr().out
+        (committed / "index.json").write_text(original)
+
+
+def test_cells_without_a_checkpoint_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, message in {
+        "table2_multitask/MAML/K5_gradstep_1": f"there is no cell .*Did you mean {CELL}",
+        "table1_omniglot/Siamese/5way_1shot": "is quoted by the paper from others",
+        "table5_cheetah_dir/MAML/gradsteps_1": r"train.py \+experiment=cheetah_direction_maml, then",
+    }.items():
+        with pytest.raises(MamlError, match=message):
+            verify(tmp_path, name)
+    for arguments in [[], [CELL, "--all"]]:
+        with pytest.raises(SystemExit):
+            verify(tmp_path, *arguments)
+    capsys.readouterr()
+
+
+def judged(domain: Domain[Any], values: Tensor, committed: float | None, ci95: float = 0.0) -> bool:
+    """Judges one step on another machine."""
+    evaluation = Evaluation(num_tasks=len(values), num_steps=0)
+    algorithm = SimpleNamespace(domain=domain, stream=SimpleNamespace(device=torch.device("cpu")))
+    repeated = VERIFY["Repeated"](Curve(1, "it", values.double()[None]), algorithm, evaluation, ["torch"])
+    return VERIFY["judge"]({0: Reading(mean=committed, ci95=ci95)}, repeated)[0]
+
+
+def test_another_machine_may_differ_by_one_query_image_in_600_tasks() -> None:
+    domain = _WithoutImages("maml.domain.omniglot.Omniglot", 5, 1)
+    right = torch.full((600,), 0.8)
+    committed = right.double().mean().item()
+    for images, good in {0: True, 1: True, 2: False}.items():
+        values = right.clone()
+        values[:images] = 0.6
+        assert judged(domain, values, committed) is good
+
+
+def test_another_machine_may_differ_by_float_tolerance_or_the_interval_of_rollouts() -> None:
+    errors = torch.tensor([1.0, 3.0])
+    assert [judged(Sinusoid(), errors, mean) for mean in (2.0, 2.0001, 1.9999, 2.001)] == [True, True, True, False]
+    policy: Any = SimpleNamespace(on_policy=True)
+    assert [judged(policy, errors, mean, ci95=0.3) for mean in (2.0, 2.29, 2.31)] == [True, True, False]
+    diverged = torch.tensor([1.0, torch.inf])
+    assert [judged(Sinusoid(), *pair) for pair in [(diverged, None), (diverged, 2.0), (errors, None)]] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def export(root: Path, *runs_dirs: Path, status: int = 0) -> dict[str, bytes]:
+    out = root / "exported"
+    assert EXPORT["main"](["--runs-dir", *map(str, runs_dirs), "--out", str(out)]) == status
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def test_export_takes_the_lowest_seed_and_gives_equal_bytes(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    make_run_with_checkpoint(runs, seed=1, mean=2.0)
+    add_execution(make_run_with_checkpoint(runs, seed=0, mean=1.0))
+    first = export(tmp_path, runs)
+    (file,) = (name for name in first if name != "index.json")
+    index = read_index(tmp_path / "exported")
+    about, cell = index.files[file], index.cells[CELL]
+    assert (about.seed, about.iteration, about.hardware["cpu"]) == (0, 70_000, "Abacus")
+    assert (cell.file, cell.bank, cell.readings) == (file, "5a", {1: Reading(mean=1.0, ci95=0.1)})
+    assert sorted(index.cells["figure6/MAML/K5"].readings) == list(range(11))
+    saved = checkpoint.load(runs / "sinusoid_10shot" / about.run_id / "checkpoint.pt")["state"]
+    state = unpack(tmp_path / "exported" / file, about.sha256)
+    assert list(state) == ["theta"]
+    assert all(torch.equal(value, saved["theta"][name]) for name, value in state["theta"].items())
+    (tmp_path / "exported" / "old.safetensors").touch()
+    assert export(tmp_path, runs) == first
+
+
+def test_export_keeps_what_has_no_checkpoint_any_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare, whole = tmp_path / "bare", tmp_path / "whole"
+    add_execution(make_run(bare, done=300))
+    assert list(export(tmp_path, bare, status=1)) == ["index.json"]
+    assert f"{CELL}: no checkpoint.pt of run" in capsys.readouterr().err
+    add_execution(make_run_with_checkpoint(whole, done=300))
+    first = export(tmp_path, bare, whole)
+    (about,) = read_index(tmp_path / "exported").files.values()
+    assert (about.iteration, about.num_iterations) == (300, 70_000)
+    assert export(tmp_path, bare) == first
+    (path,) = (tmp_path / "exported").glob("*.safetensors")
+    path.write_bytes(b"")
+    export(tmp_path, bare, status=1)
+    assert "has a wrong hash" in capsys.readouterr().err
+
+
+def test_pack_and_unpack_keep_every_group_but_the_outer_optimizers(tmp_path: Path) -> None:
+    state = {group: {"a.b": torch.arange(3.0), "c": torch.ones(())} for group in ("theta", "outer", "carried", "best")}
+    content = pack(state, "a title")
+    assert content == pack(dict(reversed(state.items())), "a title")
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(MamlError, match="wrong hash"):
+        unpack(tmp_path / "file", "0")
+    found = unpack(tmp_path / "file", hashlib.sha256(content).hexdigest())
+    assert sorted(found) == ["best", "carried", "theta"]
+    assert torch.equal(found["best"]["a.b"], torch.arange(3.0))
+    (tmp_path / "file").write_bytes(b"no")
+    with pytest.raises(MamlError, match="is no safetensors file"):
+        unpack(tmp_path / "file", hashlib.sha256(b"no").hexdigest())
+
+
+def test_committed_index_says_what_the_committed_reports_say() -> None:
+    runs, damaged = find_runs(RESULTS / "runs")
+    index, sources = read_index(CHECKPOINTS), named_sources(RESULTS)
+    assert not damaged
+    evaluated = {name for name, (source, _) in sources.items() if find_evidence(source, runs).evaluated}
+    assert set(index.cells) == evaluated, "run scripts/export_checkpoints.py"
+    for name, entry in index.cells.items():
+        source, steps = sources[name]
+        _, report = find_evidence(source, runs).evaluated[0]
+        assert index.files[entry.file].run_id == report.run_id
+        for step in steps:
+            mean, ci95 = report.reading(replace(source, scale=1.0), step)
+            assert entry.readings[step] == Reading(mean=mean, ci95=ci95), name
+    assert max(path.stat().st_size for path in CHECKPOINTS.iterdir()) < 1_500_000
+    assert {path.name for path in CHECKPOINTS.glob("*.safetensors")} == set(index.files)
+
+
+def add_execution(folder: Path) -> None:
+    """Adds to a made-up run what only an export wants to know."""
+    path = folder / "checkpoint.pt"
+    if path.exists():
+        checkpoint.save(path, checkpoint.load(path) | {"execution": {"num_threads": 1}})
+    record = json.loads((folder / "run.json").read_text())
+    record["segments"][-1]["versions"] = {"torch": "1"}
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def edit_index(folder: Path, change: Callable[[Any], object]) -> None:
+    path = folder / "index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))

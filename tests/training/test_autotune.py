@@ -1,0 +1,133 @@
+"""Choosing the chunk of tasks by measuring: once, where it pays, and kept by the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maml.config.compose import compose
+from maml.errors import Interrupted
+from maml.hardware.base import Execution, Hardware
+from maml.record import checkpoint
+from maml.training import autotune
+from maml.training.autotune import measured, tuned
+from maml.training.iteration import Iteration
+from maml.types import num_tasks
+from tests.runs import TinyRuns, before_iteration
+from tests.training.test_iteration import iteration
+
+LONG = (
+    "hardware.compile=false",
+    "num_iterations=2000",
+    "meta_batch_size=5",
+    "hardware.task_chunk=auto",
+    "model.num_filters=4",
+)
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], num_seeds: int = 1) -> list[int]:
+    """Has a chunk of so many tasks seem to take so long; returns the sizes that were tried."""
+    tried, now = list[int](), 0.0
+
+    def compute(theta: Any, tasks: Any, chunk: int) -> None:
+        nonlocal now
+        assert num_tasks(tasks) == chunk * num_seeds
+        if not tried or tried[-1] != chunk:
+            tried.append(chunk)
+            now += 100.0  # the first time counts for nothing
+        if seconds[chunk] < 0:
+            raise torch.OutOfMemoryError
+        now += seconds[chunk]
+
+    monkeypatch.setattr("maml.algorithm.maml.MAML.gradient_sums", lambda self, *given: compute(*given))
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: now)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best", "tried"),
+    [
+        ({1: 1.0, 2: 1.5, 4: 2.8, 8: 5.5, 16: 12.0, 20: 30.0}, 8, [1, 2, 4, 8, 16, 20]),
+        ({1: 1.0, 2: 3.0, 4: 7.0}, 1, [1, 2, 4]),  # twice worse: no more
+        ({1: 1.0, 2: 1.8, 4: -1, 8: -1, 16: -1, 20: -1}, 2, [1, 2, 4, 8, 16, 20]),
+    ],
+)
+def test_chunk_is_the_one_that_takes_least_per_task(
+    seconds: dict[int, float], best: int, tried: list[int], monkeypatch: pytest.MonkeyPatch, cache_dir: Path
+) -> None:
+    iterate = iteration("omniglot_5way_1shot", 20, cache_dir, torch.device("cpu"))
+    given = clock(monkeypatch, seconds)
+    found = measured(iterate)
+    assert min(found, key=found.__getitem__) == best
+    assert given == tried
+    assert found[best] == pytest.approx(seconds[best] / best)
+
+
+def test_seeds_are_measured_together(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
+    iterate = iteration("omniglot_5way_1shot", 2, cache_dir, torch.device("cpu"), seeds=(0, 1, 2))
+    clock(monkeypatch, {1: 3.0, 2: 3.0}, num_seeds=3)
+    assert measured(iterate) == {1: 1.0, 2: 0.5}
+
+
+def test_measuring_changes_nothing_and_is_remembered(tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_dir = tiny_images.runs_dir.with_name("cache")
+    (cache_dir / "execution").mkdir(parents=True)
+    for file in tiny_images.cache_dir.glob("*.safetensors"):
+        (cache_dir / file.name).symlink_to(file)
+    tiny = TinyRuns(tiny_images.runs_dir, cache_dir, tiny_images.base)
+    calls = []
+    real = measured
+
+    def counting(iterate: Iteration) -> dict[int, float]:
+        calls.append(1)
+        return dict.fromkeys(real(iterate), 1.0) | {2: 0.5}
+
+    monkeypatch.setattr(autotune, "measured", counting)
+    for number, overrides in enumerate([LONG, (*LONG, "seed=1")]):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            before_iteration(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            tiny.run(*overrides)
+        assert len(calls) == 1, "another seed needs no measuring"
+        assert checkpoint.load(tiny.folder(*overrides) / "checkpoint.pt")["execution"]["task_chunk"] == 2, number
+    (file,) = (cache_dir / "execution").iterdir()
+    assert json.loads(file.read_text())["seconds_per_task"]["2"] == 0.5
+    file.write_text("{")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        before_iteration(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.run(*LONG, "seed=2")
+    assert len(calls) == 2, "a damaged file is measured anew"
+
+
+@pytest.mark.parametrize("setting", ["num_iterations=10", "hardware.task_chunk=2"])
+def test_nothing_is_measured_where_it_does_not_pay_or_is_not_asked_for(
+    setting: str, tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "measured", lambda iterate: pytest.fail("measured"))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        before_iteration(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny_images.run(*LONG, setting)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "seconds", "compile"),
+    [
+        ("omniglot_5way_1shot", 0.1, True),  # of 60,000 iterations of 2 tasks
+        ("omniglot_5way_1shot", 0.001, False),
+        ("cifar_fs_5way_1shot", 0.1, False),  # of five inner steps
+    ],
+)
+def test_long_runs_of_one_inner_step_are_compiled(
+    experiment: str, seconds: float, compile: bool, monkeypatch: pytest.MonkeyPatch, cache_dir: Path, tmp_path: Path
+) -> None:
+    iterate = iteration(experiment, 2, cache_dir, torch.device("cpu"))
+    config, _ = compose([f"+experiment={experiment}", "hardware=cpu", f"cache_dir={tmp_path}"])
+    monkeypatch.setattr(autotune, "measured", lambda iterate: {1: seconds, 2: 2 * seconds})
+    execution = Execution(1, 2, False)
+    assert tuned(iterate, execution, Hardware("cpu"), config) == Execution(1, 1, compile)
+    assert tuned(iterate, execution, Hardware("cpu", compile=False), config) == Execution(1, 1, False)

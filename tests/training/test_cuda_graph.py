@@ -1,0 +1,122 @@
+"""Launching an iteration as one graph, with a stand-in for the graph: when it is used, and when given up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maml.algorithm.maml import MAML
+from maml.domain.sinusoid import Sinusoid
+from maml.hardware.base import Execution
+from maml.inner.sgd import SGD
+from maml.model.mlp import MLP
+from maml.seeding import Stream
+from maml.training import cuda_graph
+from maml.training.cuda_graph import Captured
+from maml.training.iteration import Iteration
+from tests.build import build_from
+
+
+def iteration() -> Iteration:
+    algorithm = build_from(MAML, Sinusoid(), MLP((1,), 1, [20]), SGD(0.01, 1, 2, ["*"]))
+    return Iteration([algorithm], [Stream(0)], 4, Execution(1, None, False, cuda_graph=True))
+
+
+def recording(iterate: Iteration, distort: Callable[[int], Any] = lambda calls: None) -> Any:
+    """Returns what stands in for the graph: it runs nothing when recorded, and writes into the same tensors ever after.
+
+    ``distort`` is called in front of each replay.
+    """
+
+    def record(compute: Callable[[], list[dict[str, Tensor]]]) -> Any:
+        (algorithm,) = iterate.algorithms
+        before = {name: value.clone() for name, value in _flat(algorithm).items()}
+        outputs = [{name: value.clone() for name, value in its.items()} for its in compute()]
+        for name, value in _flat(algorithm).items():
+            value.copy_(before[name])
+        calls = 0
+
+        def replay() -> None:
+            nonlocal calls
+            calls += 1
+            distort(calls)
+            for kept, new in zip(outputs, compute(), strict=True):
+                for name, value in new.items():
+                    kept[name].copy_(value)
+
+        return outputs, replay
+
+    return record
+
+
+def _flat(algorithm: Any) -> dict[str, Tensor]:
+    return {f"{group}.{name}": value for group, its in algorithm.state_dict().items() for name, value in its.items()}
+
+
+def test_graph_goes_on_where_the_plain_iterations_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, iterate = iteration(), iteration()
+    captured = Captured(iterate)
+    monkeypatch.setattr(cuda_graph, "record", recording(iterate))
+    for number in range(1, 11):
+        expected = {name: value.item() for name, value in plain(number)[0].items()}
+        assert {name: value.item() for name, value in captured(number)[0].items()} == expected
+    assert captured.replay is not None
+    assert captured.execution.cuda_graph
+    mine, theirs = _flat(plain.algorithms[0]), _flat(iterate.algorithms[0])
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 3.0])
+def test_graph_whose_theta_goes_elsewhere_is_given_up(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterate = iteration()
+    captured = Captured(iterate)
+    theta = iterate.algorithms[0].theta
+
+    def skewed(compute: Callable[[], Any]) -> Any:
+        outputs, replay = recording(iterate)(compute)
+
+        def wrong() -> None:
+            start = {name: value.clone() for name, value in theta.items()}
+            replay()
+            for name, value in theta.items():
+                value.copy_(start[name] + factor * (value - start[name]))
+
+        return outputs, wrong
+
+    monkeypatch.setattr(cuda_graph, "record", skewed)
+    for number in range(1, 6):
+        captured(number)
+    assert captured.is_given_up
+
+
+@pytest.mark.parametrize("what", ["tasks", "capture"])
+def test_graph_that_does_something_else_is_given_up_and_nothing_is_lost(
+    what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, iterate = iteration(), iteration()
+    captured = Captured(iterate)
+
+    def refuse(compute: Callable[[], Any]) -> Any:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        except RuntimeError:
+            raise RuntimeError("the capture has failed")  # noqa: B904 - as torch does
+
+    record = recording(iterate, lambda calls: captured.number.fill_(99))
+    monkeypatch.setattr(cuda_graph, "record", refuse if what == "capture" else record)
+    with caplog.at_level(logging.WARNING):
+        for number in range(1, 8):
+            plain(number)
+            captured(number)
+    assert captured.replay is None
+    assert not captured.execution.cuda_graph, "a resumed run does not try again"
+    (said,) = caplog.records
+    expected = "operation not permitted" if what == "capture" else "its loss is"
+    assert expected in said.getMessage()
+    mine, theirs = _flat(plain.algorithms[0]), _flat(iterate.algorithms[0])
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)

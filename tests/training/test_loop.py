@@ -1,0 +1,223 @@
+"""The outer loop on an algorithm that only counts: what it draws, logs and saves, and when."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maml.errors import Interrupted, MamlError
+from maml.hardware.base import Execution
+from maml.logger.base import Logger
+from maml.record import checkpoint
+from maml.record.run_folder import RunFolder
+from maml.seeding import Stream
+from maml.training.loop import Learner, train
+from tests.runs import TinyRuns
+
+STREAM = Stream(5)
+
+
+class Counting:
+    """Adds up what it is given; its loss is the iteration's number."""
+
+    def __init__(self) -> None:
+        self.domain = SimpleNamespace(sample_tasks=self.sample_tasks)
+        self.inner, self.chunk_gradient = SimpleNamespace(), None
+        self.theta = {"sum": torch.zeros(())}
+        self.outer_state = {"step": torch.zeros((), dtype=torch.float64)}
+        self.drawn: list[tuple[int, int]] = []
+
+    def sample_tasks(self, num_tasks: int, stream: Stream) -> dict[str, Tensor]:
+        self.drawn.append((num_tasks, stream.key))
+        return {"x": stream.uniform((num_tasks,))}
+
+    def step(self, tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.theta["sum"] += tasks["x"].sum()
+        self.outer_state["step"] += 1
+        return {"loss": self.outer_state["step"].float(), "accuracy": torch.tensor(0.5)}
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {"theta": self.theta, "outer": self.outer_state}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self.theta["sum"].copy_(state["theta"]["sum"])
+        self.outer_state["step"].copy_(state["outer"]["step"])
+
+
+class Recording(Logger):
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, metrics: Any, iteration: int) -> None:
+        self.lines.append((iteration, dict(metrics)))
+
+
+class Loop:
+    """One run of the loop."""
+
+    def __init__(self, tiny: TinyRuns, num_iterations: int, log_every: int = 3, checkpoint_every: int = 4) -> None:
+        self.run = RunFolder(tiny.config(), "custom")
+        self.algorithm: Any = Counting()
+        self.logger = Recording()
+        self.settings = (num_iterations, 6, log_every, checkpoint_every)
+
+    def __call__(self) -> None:
+        saved = self.run.open({}, "")
+        if saved:
+            self.algorithm.load_state_dict(saved["state"])
+        start = saved["iteration"] if saved else 0
+        learner = Learner(self.algorithm, STREAM, self.run, self.logger, start)
+        try:
+            train([learner], Execution(1, None, False), *self.settings)
+        finally:
+            self.run.close("finished")
+
+    @property
+    def lines(self) -> list[dict[str, float]]:
+        path = self.run.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        return checkpoint.load(self.run.checkpoint_path)
+
+
+def test_iteration_sees_what_seed_and_number_say(tiny: TinyRuns) -> None:
+    loop = Loop(tiny, 5)
+    loop()
+    expected = [STREAM.child("train").child(iteration).key for iteration in range(1, 6)]
+    assert loop.algorithm.drawn == [(6, key) for key in expected]
+
+
+@pytest.mark.parametrize("num_iterations", [1, 3, 8, 11, 12])
+def test_metrics_are_logged_regularly_and_at_the_end(tiny: TinyRuns, num_iterations: int) -> None:
+    loop = Loop(tiny, num_iterations)
+    loop()
+    due = sorted({*range(3, num_iterations + 1, 3), num_iterations})
+    assert loop.lines == [{"iteration": iteration, "loss": iteration, "accuracy": 0.5} for iteration in due]
+    assert loop.logger.lines == [(iteration, {"loss": iteration, "accuracy": 0.5}) for iteration in due]
+
+
+@pytest.mark.parametrize("num_iterations", [1, 3, 4, 11, 12])
+def test_state_is_saved_regularly_and_at_the_end(
+    tiny: TinyRuns, num_iterations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(tiny, num_iterations)
+    iterations = []
+    save = RunFolder.save_checkpoint
+
+    def saving(self: RunFolder, iteration: int, *rest: Any) -> None:
+        iterations.append(iteration)
+        save(self, iteration, *rest)
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", saving)
+    loop()
+    assert iterations == sorted({*range(4, num_iterations + 1, 4), num_iterations})
+    assert loop.saved["iteration"] == num_iterations
+    assert loop.saved["state"]["outer"]["step"] == num_iterations
+    assert loop.saved["execution"] == Execution(1, None, False).as_dict()
+
+
+def test_no_iterations_keep_theta_as_it_was_drawn_and_keep_theta_as_drawn(tiny: TinyRuns) -> None:
+    loop = Loop(tiny, 0)
+    loop()
+    assert loop.algorithm.drawn == []
+    assert loop.lines == []
+    assert loop.saved["iteration"] == 0
+
+
+def test_resumed_loop_goes_on_behind_the_checkpoint(tiny: TinyRuns) -> None:
+    whole = Loop(tiny.beside("whole"), 11)
+    whole()
+    first = Loop(tiny, 11)
+
+    def stop(tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+        if len(first.algorithm.drawn) == 10:
+            raise ZeroDivisionError
+        return Counting.step(first.algorithm, tasks)
+
+    first.algorithm.step = stop
+    with pytest.raises(ZeroDivisionError):
+        first()
+    second = Loop(tiny, 11)
+    second()
+    assert second.algorithm.drawn == whole.algorithm.drawn[8:]
+    assert second.lines == whole.lines
+    assert torch.equal(second.algorithm.theta["sum"], whole.algorithm.theta["sum"])
+
+
+@pytest.mark.parametrize("period", ["log_every", "checkpoint_every"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_loss_that_is_not_finite_stops_the_run_where_it_is_looked_at(tiny: TinyRuns, value: float, period: str) -> None:
+    loop = Loop(tiny, 100, **{"log_every": 1000, "checkpoint_every": 1000, period: 5})
+
+    def diverging(tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+        metrics = Counting.step(loop.algorithm, tasks)
+        return metrics | {"loss": torch.tensor(value)} if metrics["loss"] >= 7 else metrics
+
+    loop.algorithm.step = diverging
+    with pytest.raises(MamlError, match=rf"loss={value} at iteration 10: training has diverged") as caught:
+        loop()
+    assert "Lower inner.step_size or outer.step_size, or clip the meta-gradient (outer.clip)" in str(caught.value)
+    assert [line["iteration"] for line in loop.lines] == ([5] if period == "log_every" else [])
+    assert loop.run.checkpoint_path.exists() == (period == "checkpoint_every")
+    if period == "checkpoint_every":
+        assert loop.saved["iteration"] == 5
+
+
+def test_second_signal_does_not_wait(tiny: TinyRuns) -> None:
+    loop = Loop(tiny, 100)
+
+    def impatient(tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still waiting")
+
+    loop.algorithm.step = impatient
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
+    try:
+        with pytest.raises(KeyboardInterrupt) as stop:
+            loop()
+        assert not isinstance(stop.value, Interrupted)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_second_sigterm_changes_nothing(tiny: TinyRuns) -> None:
+    loop = Loop(tiny, 100)
+
+    def told_twice(tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Counting.step(loop.algorithm, tasks)
+
+    loop.algorithm.step = told_twice
+    with pytest.raises(Interrupted):
+        loop()
+    assert loop.saved["iteration"] == 1
+
+
+def test_loop_runs_outside_the_main_thread(tiny: TinyRuns) -> None:
+    loop = Loop(tiny, 5)
+    thread = threading.Thread(target=loop)
+    thread.start()
+    thread.join()
+    assert loop.saved["iteration"] == 5
+
+
+def test_progress_names_the_run(tiny: TinyRuns, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Loop(tiny, 5)()
+    lines = capsys.readouterr().err.splitlines()
+    name = f"custom {RunFolder(tiny.config(), 'custom').run_id[:6]}"
+    assert lines[0] == f"{name} 1/5  loss 1  accuracy 0.5"
+    assert lines[-1].startswith(f"{name} 5/5  loss 5  accuracy 0.5")

@@ -1,0 +1,154 @@
+"""Several seeds side by side in one computation: each gives what it would give alone, in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maml.algorithm.base import Algorithm
+from maml.errors import Interrupted, MamlError
+from maml.outer.base import Objective
+from maml.record import checkpoint
+from maml.record.run_folder import RunFolder, read_json
+from tests.hardware.test_distributed import assert_alike
+from tests.runs import TinyRuns, assert_same_run, files, state
+
+MANY = ("precision=float64", "num_iterations=50", "log_every=10", "evaluation.num_tasks=5", "hardware.task_chunk=4")
+IMAGES = (
+    "domain=omniglot",
+    "model=conv4",
+    "model.num_filters=4",
+    "evaluation=accuracy",
+    "inner.step_size=0.4",
+    "evaluation.num_shots=null",
+)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param((), id="sinusoid"),
+        pytest.param(("inner=learned_sgd", "algorithm=fomaml"), id="learned_step_sizes"),
+        pytest.param(("+experiment=sinusoid_reptile", "meta_batch_size=4"), id="reptile"),
+        pytest.param((*IMAGES, "meta_batch_size=3"), id="images"),
+    ],
+)
+def test_seeds_side_by_side_equal_separate_runs(tiny: TinyRuns, overrides: tuple[str, ...]) -> None:
+    together = tiny.beside("together")
+    together.run(*overrides, *MANY, "seed=4", "seeds=3")
+    for seed in (4, 5, 6):
+        own = (*overrides, *MANY, f"seed={seed}")
+        alone = tiny.run(*own)
+        folder = together.folder(*own)
+        assert folder.name == alone.name, "the id that the separate run has"
+        assert sorted(files(folder)) == sorted(files(alone))
+        assert_alike(alone, folder)
+    first, second = (state(together.folder(*overrides, *MANY, f"seed={seed}")) for seed in (4, 5))
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _stop_after(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    update, done = Algorithm.update, 0
+
+    def counting(self: Algorithm, objective: Objective) -> dict[str, torch.Tensor]:
+        nonlocal done
+        done += 1
+        if done == updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, objective)
+
+    monkeypatch.setattr(Algorithm, "update", counting)
+
+
+def test_stopped_seeds_resume_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny.beside("whole")
+    whole.run("seeds=2", "num_iterations=30")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        _stop_after(25, patch)
+        tiny.run("seeds=2", "num_iterations=30")
+    folders = [tiny.folder("num_iterations=30", f"seed={seed}") for seed in (0, 1)]
+    assert [_record(folder)["iteration"] for folder in folders] == [13, 13]
+    assert [_record(folder)["status"] for folder in folders] == ["interrupted"] * 2
+    tiny.run("seeds=2", "num_iterations=30")
+    for folder in folders:
+        assert_same_run(folder, whole.runs_dir / folder.relative_to(tiny.runs_dir))
+
+
+def test_seed_that_was_left_behind_catches_up_and_a_finished_one_is_not_run_again(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("precision=float64", "num_iterations=20")
+    finished = tiny.run(*few, "seed=2")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        _stop_after(8, patch)
+        tiny.run(*few, "seed=1")
+    before = files(finished)
+    tiny.run(*few, "seeds=3")
+    assert "already finished" in capsys.readouterr().out
+    assert files(finished) == before
+    whole = tiny.beside("whole")
+    for seed in (0, 1):
+        assert_alike(whole.run(*few, f"seed={seed}"), tiny.folder(*few, f"seed={seed}"))
+
+
+def test_seed_that_is_being_trained_elsewhere_stops_the_others_before_they_begin(tiny: TinyRuns) -> None:
+    busy = RunFolder(tiny.config("seed=1"), "custom")
+    busy.open({}, "")
+    try:
+        with pytest.raises(MamlError, match="is training in"):
+            tiny.run("seeds=3")
+        assert not tiny.folder("seed=0").exists()
+    finally:
+        busy.close("interrupted")
+
+
+def test_seed_killed_before_its_checkpoint_catches_up_bit_exactly(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds are saved one after the other, and a kill may come in between."""
+    settings = ("seeds=2", "num_iterations=20", "hardware.task_chunk=2")
+    whole = tiny.beside("whole")
+    whole.run(*settings)
+    save = RunFolder.save_checkpoint
+
+    def killed(self: RunFolder, iteration: int, *rest: Any) -> None:
+        if iteration == 14 and self.config.seed == 1:
+            raise ZeroDivisionError
+        save(self, iteration, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(RunFolder, "save_checkpoint", killed)
+        tiny.run(*settings)
+    folders = [tiny.folder("num_iterations=20", f"seed={seed}") for seed in (0, 1)]
+    assert [checkpoint.load(folder / "checkpoint.pt")["iteration"] for folder in folders] == [14, 7]
+    tiny.run(*settings)
+    for folder in folders:
+        assert_same_run(folder, whole.runs_dir / folder.relative_to(tiny.runs_dir))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("run_dir=here",), "run_dir= and checkpoint= name one run"),
+        (("+experiment=sinusoid_multitask_average",), "seeds=2: MultitaskAverage cannot run side by side"),
+        (
+            ("+experiment=point_navigation_maml", "evaluation.num_steps=4"),
+            "seeds=2: PointNavigation cannot run side by side; sweep instead, with -m seed=",
+        ),
+    ],
+)
+def test_what_cannot_run_side_by_side_is_refused(tiny: TinyRuns, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(MamlError, match=message):
+        tiny.run(*overrides, "seeds=2")
+    assert not tiny.runs_dir.exists()
+
+
+def _record(folder: Path) -> dict:
+    record = read_json(folder / "run.json")
+    assert record is not None
+    return record
