@@ -249,7 +249,8 @@ class Network:
 
         domain.data = given  # type: ignore[method-assign]  # examples are given here, not drawn
         sizes = self._step_sizes(num_shots, num_steps)
-        *_, params = self.algorithm.adapt(self.theta, tasks, num_steps, sizes)
+        start = self.algorithm.params_per_task(1, self.theta)
+        *_, params = self.algorithm.adapt(start, tasks, num_steps, sizes)
         params = {name: value.detach() for name, value in params.items()}
         if not all(value.isfinite().all() for value in params.values()):
             raise Diverged(f"{num_steps} gradient steps on these examples diverge; take fewer")

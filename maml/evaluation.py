@@ -76,7 +76,9 @@ class StepSizeSearch:
     ) -> None:
         self.step_sizes, self.num_tasks, self.decays = step_sizes, num_tasks, decays or [0.0]
 
-    def __call__(self, evaluation: Evaluation, algorithm: Algorithm, num_shots: int) -> list[float]:
+    def __call__(
+        self, evaluation: Evaluation, algorithm: Algorithm, num_shots: int, task_chunk: int | None = None
+    ) -> list[float]:
         """Returns the chosen step sizes at one K, one per step; of equals the first, and never one that diverged.
 
         Raises:
@@ -89,7 +91,7 @@ class StepSizeSearch:
         for step_size, decay in itertools.product(self.step_sizes, self.decays):
             sizes = [step_size / (1 + step * decay) for step in range(evaluation.num_steps)]
             try:
-                curves = evaluation.curves(algorithm, num_shots, bank, sizes)
+                curves = evaluation.curves(algorithm, num_shots, bank, sizes, task_chunk)
             except Diverged:
                 continue
             score = next(sign * curve.values[-1].mean().item() for curve in curves if curve.metric == domain.headline)
@@ -190,14 +192,21 @@ class Evaluation:
                     f"evaluation at K={num_shots}, num_query={self.num_query or num_shots}: {error}"
                 ) from error
 
-    def __call__(self, algorithm: Algorithm) -> tuple[list[Curve], dict[str, str], dict[str, list[float] | None]]:
-        """Returns the curves; and by K the hash of the task bank, and the step sizes (None: the inner optimizer's)."""
+    def __call__(
+        self, algorithm: Algorithm, task_chunk: int | None = None
+    ) -> tuple[list[Curve], dict[str, str], dict[str, list[float] | None]]:
+        """Returns the curves; and by K the hash of the task bank, and the step sizes (None: the inner optimizer's).
+
+        Args:
+            algorithm: with the state to evaluate.
+            task_chunk: number of tasks adapted at once; None is as many as usually fit.
+        """
         domain = algorithm.domain
         curves, hashes, sizes = [], {}, {}
         for num_shots in self.num_shots or [domain.num_shots]:
             bank = self.bank(domain, num_shots)
-            chosen = self.search(self, algorithm, num_shots) if self.search else self.step_sizes(num_shots)
-            curves += self.curves(algorithm, num_shots, bank, chosen)
+            chosen = self.search(self, algorithm, num_shots, task_chunk) if self.search else self.step_sizes(num_shots)
+            curves += self.curves(algorithm, num_shots, bank, chosen, task_chunk)
             hashes[str(num_shots)], sizes[str(num_shots)] = bank_hash(bank), chosen
         return curves, hashes, sizes
 
@@ -206,7 +215,14 @@ class Evaluation:
         return algorithm.theta if self.theta == "last" else {name: algorithm.best[name] for name in algorithm.theta}
 
     @torch.no_grad()
-    def curves(self, algorithm: Algorithm, num_shots: int, bank: Tasks, step_sizes: list[float] | None) -> list[Curve]:
+    def curves(
+        self,
+        algorithm: Algorithm,
+        num_shots: int,
+        bank: Tasks,
+        step_sizes: list[float] | None,
+        task_chunk: int | None = None,
+    ) -> list[Curve]:
         """Adapts to the tasks of a bank and measures after each step.
 
         The processes of a run share the tasks; each gets the values of all.
@@ -218,7 +234,7 @@ class Evaluation:
         failed, parts = None, dict[str, Tensor]()
         own = distributed.share(bank) if shared else bank
         # Environments are stepped together: the more at once, the faster.
-        together = num_tasks(own) if algorithm.domain.on_policy else algorithm.task_chunk or _DEFAULT_CHUNK
+        together = num_tasks(own) if algorithm.domain.on_policy else task_chunk or _DEFAULT_CHUNK
         try:
             parts, _ = within_memory(lambda chunk: self._measure(algorithm, own, step_sizes, chunk), together)
         except Diverged as error:
@@ -239,11 +255,12 @@ class Evaluation:
         for start in range(0, num_tasks(bank), chunk):
             tasks = {name: value.to(device) for name, value in take(bank, start, start + chunk).items()}
             steps: dict[str, list[Tensor]] = {}
-            adaptation = algorithm.adapt(theta, tasks, self.num_steps, step_sizes)
-            for step, params in enumerate(adaptation):
+            start_params = algorithm.params_per_task(num_tasks(tasks), theta)
+            adaptation = algorithm.adapt(start_params, tasks, self.num_steps, step_sizes)
+            for step, adapted in enumerate(adaptation):
                 support = domain.data(tasks, "support", step)
                 query = domain.data(tasks, "query", step)
-                for name, value in domain.measure(model, params, support, query, step).items():
+                for name, value in domain.measure(model, adapted, support, query, step).items():
                     steps.setdefault(name, []).append(value)
             for name, values in steps.items():
                 parts.setdefault(name, []).append(torch.stack(values, dim=1).double())

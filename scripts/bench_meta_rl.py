@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from benchmark import (
-    ROOT,
     Spread,
     choose_clock,
     describe,
@@ -37,7 +36,6 @@ from benchmark import (
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
-from maml.algorithm.base import Algorithm
 from maml.config.compose import compose
 from maml.domain import reinforcement
 from maml.domain.reinforcement import Reinforcement
@@ -45,6 +43,8 @@ from maml.environment.rollouts import collect_episodes
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.seeding import Stream
+from maml.training.iteration import meta_update
+from maml.training.meta_gradient import MetaGradient
 from maml.types import Params, Product, Tasks
 
 NUM_THREADS = 1
@@ -74,14 +74,13 @@ class Shape:
     steps_per_second: float | None = None
     max_seconds: float | None = None
 
-    def build(self) -> Algorithm:
+    def build(self) -> MetaGradient:
         """Returns what training would build."""
         sizes = f"domain.num_shots={self.num_rollouts}", f"domain.horizon={self.horizon}"
-        config, _ = compose([f"+experiment={self.experiment}", *sizes], ROOT / "conf")
+        config, _ = compose([f"+experiment={self.experiment}", *sizes])
         hardware = Hardware("cpu")
         algorithm = build_algorithm(config, hardware)
-        algorithm.task_chunk = hardware.choose(algorithm.domain, num_iterations=1, earlier={}).task_chunk
-        return algorithm
+        return MetaGradient(algorithm, hardware.choose(algorithm.domain, num_iterations=1, earlier={}))
 
     def sizes(self) -> str:
         """Says tasks x rollouts x steps."""
@@ -164,7 +163,7 @@ def steps_per_second(sampler: Sampler, turn_seconds: float) -> float:
 
 def compare_samplers(shape: Shape, rounds: int, turn_seconds: float) -> dict[str, list[float]]:
     """Times the samplers in turns."""
-    domain = shape.build().domain
+    domain = shape.build().algorithm.domain
     assert isinstance(domain, Reinforcement)
     goals = domain.draw_goals(shape.num_rollouts, Stream(0))
     makers = [partial(domain.make_single, goal) for goal in goals]
@@ -221,20 +220,21 @@ class Stopwatch:
         return run
 
 
-def watch(algorithm: Algorithm, stopwatch: Stopwatch) -> None:
+def watch(meta_gradient: MetaGradient, stopwatch: Stopwatch) -> None:
     """Has the phases of this process's meta-iterations timed."""
-    curvature: Callable[..., Product] = stopwatch.timed("curvature", algorithm.curvature)
+    curvature: Callable[..., Product] = stopwatch.timed("curvature", meta_gradient.curvature)
 
-    def timed_curvature(theta: Params, tasks: Tasks, every: int = 1) -> Product:
-        return stopwatch.timed("conjugate gradient", curvature(theta, tasks, every))
+    def timed_curvature(params: Params, tasks: Tasks, every: int = 1) -> Product:
+        return stopwatch.timed("conjugate gradient", curvature(params, tasks, every))
 
+    algorithm: Any = meta_gradient.algorithm
+    algorithm.collect = stopwatch.timed("advantages and adaptation", algorithm.collect)
     for name, replacement in {
-        "collect": stopwatch.timed("advantages and adaptation", algorithm.collect),
-        "gradient": stopwatch.timed("gradient", algorithm.gradient),
+        "gradient": stopwatch.timed("gradient", meta_gradient.gradient),
         "curvature": timed_curvature,
-        "evaluate": stopwatch.timed("line search", algorithm.evaluate),
+        "evaluate": stopwatch.timed("line search", meta_gradient.evaluate),
     }.items():
-        setattr(algorithm, name, replacement)
+        setattr(meta_gradient, name, replacement)
     reinforcement.collect_episodes = stopwatch.timed("sampling", reinforcement.collect_episodes)
 
 
@@ -246,17 +246,18 @@ def meta_iterations(shape: Shape, count: int) -> tuple[list[float], dict[str, fl
     """
     torch.set_num_threads(NUM_THREADS)
     clock, _ = choose_clock(torch.device("cpu"), NUM_THREADS)
-    algorithm = shape.build()
+    meta_gradient = shape.build()
+    algorithm = meta_gradient.algorithm
     before = resident_mib("VmRSS")
     stopwatch = Stopwatch(clock)
-    watch(algorithm, stopwatch)
+    watch(meta_gradient, stopwatch)
     seconds = []
     for iteration in range(count + 1):
         stopwatch.enter("rest")
         if iteration == 1:
             stopwatch.seconds.clear()  # the first warms up
         start = clock()
-        algorithm.step(algorithm.sample_tasks(shape.num_tasks, Stream(0).child(iteration)))
+        meta_update(algorithm, meta_gradient, algorithm.sample_tasks(shape.num_tasks, Stream(0).child(iteration)))
         seconds.append(clock() - start)
     stopwatch.enter("rest")
     phases = {phase: stopwatch.seconds[phase] / count for phase in PHASES}

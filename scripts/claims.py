@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from benchmark import choose_clock, describe, seconds_per_call
 
-from maml.algorithm.base import Algorithm, Parts
+from maml.algorithm.base import Parts
 from maml.config.compose import compose
 from maml.config.schema import build
 from maml.data.cache import ImageSet
@@ -28,6 +28,7 @@ from maml.domain.classification import FewShotClassification
 from maml.hardware.base import Hardware
 from maml.model.base import Model
 from maml.seeding import Stream
+from maml.training.meta_gradient import MetaGradient
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE, NUM_THREADS = torch.device("cpu"), 1
@@ -56,9 +57,9 @@ class Measurement:
 # Time.
 
 
-def learner(experiment: str, algorithm: str, in_shape: tuple[int, ...]) -> tuple[Algorithm, int]:
+def learner(experiment: str, algorithm: str, in_shape: tuple[int, ...]) -> tuple[MetaGradient, int]:
     """Builds what an experiment trains, and its meta-batch size. Pixels are noise: the time does not depend on them."""
-    config, _ = compose([f"+experiment={experiment}", f"algorithm={algorithm}"], ROOT / "conf")
+    config, _ = compose([f"+experiment={experiment}", f"algorithm={algorithm}"])
     ways, shots, query = (config.domain[key] for key in ("num_ways", "num_shots", "num_query"))
     pixels = Stream(0).integers((ways, shots + (query or shots), *in_shape), 256).to(torch.uint8)
     images = ImageSet(pixels, classes=[], digest="")
@@ -67,9 +68,9 @@ def learner(experiment: str, algorithm: str, in_shape: tuple[int, ...]) -> tuple
     def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
         return build(config.model, in_shape=in_shape, out_dim=out_dim)
 
-    chunk = Hardware("cpu").choose(domain, num_iterations=1, earlier={}).task_chunk
-    parts = Parts(domain, make_model, build(config.inner), build(config.outer), Stream(0), chunk)
-    return build(config.algorithm, parts=parts), config.meta_batch_size
+    execution = Hardware("cpu").choose(domain, num_iterations=1, earlier={})
+    parts = Parts(domain, make_model, build(config.inner), build(config.outer), Stream(0))
+    return MetaGradient(build(config.algorithm, parts=parts), execution), config.meta_batch_size
 
 
 def speed_up(experiment: str, in_shape: tuple[int, ...], rounds: int) -> list[Measurement]:
@@ -77,9 +78,9 @@ def speed_up(experiment: str, in_shape: tuple[int, ...], rounds: int) -> list[Me
     clock, _ = choose_clock(DEVICE, NUM_THREADS)
     runs = []
     for name in ("maml", "fomaml"):
-        algorithm, count = learner(experiment, name, in_shape)
-        tasks = algorithm.domain.sample_tasks(count, Stream(1))
-        runs.append(lambda algorithm=algorithm, tasks=tasks: algorithm.gradient(algorithm.theta, tasks)[0])
+        ours, count = learner(experiment, name, in_shape)
+        tasks = ours.algorithm.domain.sample_tasks(count, Stream(1))
+        runs.append(lambda ours=ours, tasks=tasks: ours.gradient(ours.algorithm.theta, tasks)[0])
         runs[-1]()
     ratios = []
     for _ in range(rounds):
@@ -141,7 +142,8 @@ def meta_learner_lstm_size(in_shape: tuple[int, ...], num_ways: int) -> int:
 
 def parameter_counts(experiment: str, in_shape: tuple[int, ...]) -> list[Measurement]:
     """Counts what MAML meta-learns, from the config, and what the others do, from their published architectures."""
-    algorithm, _ = learner(experiment, "maml", in_shape)
+    meta_gradient, _ = learner(experiment, "maml", in_shape)
+    algorithm = meta_gradient.algorithm
     ours = sum(value.numel() for value in algorithm.theta.values())
     classifier = sum(value.numel() for value in algorithm.model.init(Stream(0)).values())
     on_mini_imagenet = experiment.startswith("mini_imagenet")

@@ -32,12 +32,11 @@ from maml.data.cache import ImageSet
 from maml.domain.classification import FewShotClassification
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
-from maml.hardware.compile import Compiled
 from maml.model.conv4 import Conv4
 from maml.seeding import Stream
 from maml.training.autotune import tuned
-from maml.training.cuda_graph import Captured, launched
-from maml.training.iteration import Iteration
+from maml.training.cuda_graph import Captured, with_cuda_graph
+from maml.training.iteration import Iteration, meta_update
 from maml.types import Params, Tasks
 
 # Relative, of the whole gradient.
@@ -76,7 +75,7 @@ class Noise(FewShotClassification):
 
 
 def as_trained(config: Settings) -> tuple[Algorithm, Iteration | Captured]:
-    """Builds what training builds from a config, cut and launched as it chooses; the second makes an iteration."""
+    """Builds what training builds from a config, cut as training cuts it; the second makes an iteration."""
     hardware: Hardware = build(config.hardware)
     algorithm = build_algorithm(config, hardware)
     execution = hardware.choose(algorithm.domain, config.num_iterations, {})
@@ -84,7 +83,7 @@ def as_trained(config: Settings) -> tuple[Algorithm, Iteration | Captured]:
     streams = [Stream(config.seed, hardware.device)]
     iterate = Iteration([algorithm], streams, config.meta_batch_size, execution)
     execution = tuned(iterate, execution, hardware, config)
-    return algorithm, launched(Iteration([algorithm], streams, config.meta_batch_size, execution))
+    return algorithm, with_cuda_graph(Iteration([algorithm], streams, config.meta_batch_size, execution))
 
 
 class Problem:
@@ -203,17 +202,18 @@ class Ours(Implementation):
                 value.copy_(problem.theta[name])
         else:
             self._algorithm.theta = problem.theta
-        function = self._algorithm.chunk_gradient
-        if isinstance(function, Compiled):
+        iterate = self._iterate.iterate if isinstance(self._iterate, Captured) else self._iterate
+        self._meta_gradient = iterate.meta_gradient
+        if self._meta_gradient.execution.compile:
             self.gradient(problem.tasks)
-            if function.failed:
+            if not self._meta_gradient.execution.compile:
                 raise Unavailable("does not compile here")
 
     def gradient(self, tasks: Tasks) -> Params:
-        return self._algorithm.gradient(self._algorithm.theta, tasks)[0]
+        return self._meta_gradient.gradient(self._algorithm.theta | self._algorithm.buffers, tasks)[0]
 
     def step(self, tasks: Tasks) -> object:
-        return self._algorithm.step(tasks)
+        return meta_update(self._algorithm, self._meta_gradient, tasks)
 
     def iterate(self, problem: Problem, number: int) -> object:
         return self._iterate(number)

@@ -40,7 +40,7 @@ from maml.logger.base import Logger, Mirror
 from maml.model.base import Model
 from maml.record.run_folder import RunFolder
 from maml.seeding import Stream
-from maml.types import Params, take
+from maml.types import Params, num_tasks, take
 
 LOG = logging.getLogger(__name__)
 
@@ -177,7 +177,8 @@ def play(
     tasks = take(evaluation.bank(domain, num_shots), index, index + 1)
     goal = tasks["goals"][0]
     episodes = []
-    for step, params in enumerate(algorithm.adapt(evaluation.choose_theta(algorithm), tasks, steps[-1], sizes)):
+    start = algorithm.params_per_task(num_tasks(tasks), evaluation.choose_theta(algorithm))
+    for step, params in enumerate(algorithm.adapt(start, tasks, steps[-1], sizes)):
         if step in steps:
             environment = domain.make_single(goal, render_mode="rgb_array")
             told = goal if domain.oracle else goal[:0]

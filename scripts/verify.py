@@ -150,7 +150,6 @@ def _evaluate(config: Settings, state: State, entry: Entry, exported: Exported) 
     restore(algorithm, state)
     execution = hardware.choose(algorithm.domain, config.num_iterations, exported.execution)
     hardware.apply(execution)
-    algorithm.task_chunk = execution.task_chunk
     evaluation: Evaluation = build(config.evaluation)
     bank = evaluation.bank(algorithm.domain, entry.num_shots)
     if bank_hash(bank) != entry.bank:

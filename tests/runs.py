@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from maml.algorithm.maml import MAML
+import maml.training.iteration
+from maml.algorithm.base import Algorithm
 from maml.config.compose import compose
 from maml.config.schema import Settings
 from maml.experiment import run_experiment
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder
+from maml.training.meta_gradient import MetaGradient
 from maml.types import Tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,18 +103,18 @@ def run_in_child(config: Settings) -> None:
     run_experiment(config, "custom")
 
 
-def before_iteration(monkeypatch: pytest.MonkeyPatch, iteration: int, act: Callable[[MAML], object]) -> None:
+def before_iteration(monkeypatch: pytest.MonkeyPatch, iteration: int, act: Callable[[MetaGradient], object]) -> None:
     """Has ``act`` called in front of the given meta-update of this process, counted from 1."""
-    step, count = MAML.step, 0
+    meta_update, count = maml.training.iteration.meta_update, 0
 
-    def acting(self: MAML, tasks: Tasks) -> dict[str, Tensor]:
+    def acting(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks) -> dict[str, Tensor]:
         nonlocal count
         count += 1
         if count == iteration:
-            act(self)
-        return step(self, tasks)
+            act(meta_gradient)
+        return meta_update(algorithm, meta_gradient, tasks)
 
-    monkeypatch.setattr(MAML, "step", acting)
+    monkeypatch.setattr("maml.training.iteration.meta_update", acting)
 
 
 def state(folder: Path) -> dict[str, Tensor]:

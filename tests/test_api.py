@@ -25,7 +25,7 @@ from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
-from maml.types import Params, take
+from maml.types import Params, num_tasks, take
 from tests.runs import TinyRuns
 from tests.scripts.test_render import trained
 
@@ -41,7 +41,9 @@ def by_the_framework(network: api.Network, config: Settings, task: int, num_shot
     evaluation: Evaluation = build(config.evaluation)
     domain = algorithm.domain
     tasks = take(evaluation.bank(domain, num_shots), task, task + 1)
-    *_, params = algorithm.adapt(algorithm.theta, tasks, evaluation.num_steps, evaluation.step_sizes(num_shots))
+    *_, params = algorithm.adapt(
+        algorithm.params_per_task(num_tasks(tasks)), tasks, evaluation.num_steps, evaluation.step_sizes(num_shots)
+    )
     support, query = domain.data(tasks, "support"), domain.data(tasks, "query")
     measured = domain.measure(algorithm.model, params, support, query, evaluation.num_steps)
     return domain, {"params": params, "support": support, "query": query, "measured": measured, "tasks": tasks}

@@ -21,8 +21,8 @@ from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
 from maml.record.run_folder import read_json
 from maml.seeding import Stream
-from maml.types import Tasks
-from tests.build import build_from
+from maml.types import Tasks, num_tasks
+from tests.algorithms import build_from
 from tests.runs import TinyRuns
 
 
@@ -129,7 +129,7 @@ def test_both_accuracies_are_counted_from_those_predictions(step: int, tiny_imag
     algorithm = build_algorithm(config, build(config.hardware))
     domain, model = algorithm.domain, algorithm.model
     tasks = domain.sample_tasks(6, Stream(4), "test")
-    *_, params = algorithm.adapt(algorithm.theta, tasks, step)
+    *_, params = algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, step)
     support, query = (domain.data(tasks, role) for role in ("support", "query"))
     measured = domain.measure(model, params, support, query, step)
     for task in range(6):

@@ -15,7 +15,7 @@ from maml.domain.classification import FewShotClassification
 from maml.errors import MamlError
 from maml.model.conv4 import Conv4
 from maml.seeding import Stream
-from maml.types import Params, Tasks, expand
+from maml.types import Params, Tasks
 
 _NUM_PER_CLASS = 5  # images of every class from which a batch is drawn
 _MOMENTUM = 0.1  # of the running statistics
@@ -53,7 +53,7 @@ class Classifier(Algorithm):
             if name.endswith(".shift"):
                 statistics[name.replace(".shift", ".mean")] = torch.zeros_like(value)
                 statistics[name.replace(".shift", ".variance")] = torch.ones_like(value)
-        self._begin(theta, statistics)
+        self.set_initial(theta, statistics)
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
         """Draws a batch of ``count`` images of the training classes."""
@@ -61,8 +61,7 @@ class Classifier(Algorithm):
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """The mean cross-entropy over all training classes, and the new running statistics."""
-        theta = expand({name: params[name] for name in self.theta}, 1)
-        outputs, seen = self._in_training_mode(theta, self.images.data(tasks, "support").x)
+        outputs, seen = self._in_training_mode(self.theta_of(params), self.images.data(tasks, "support").x)
         accuracy = (outputs.argmax(-1) == tasks["labels"]).to(outputs.dtype).mean(1)
         return _cross_entropy(outputs, tasks["labels"]), {"accuracy": accuracy} | _moved(params, seen)
 
@@ -74,7 +73,7 @@ class Classifier(Algorithm):
 
     @abstractmethod
     def adapt(
-        self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
+        self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]: ...
 
 

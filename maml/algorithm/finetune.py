@@ -23,9 +23,9 @@ class FineTune(Classifier):
         self.head = {name: value for name, value in head.items() if name.startswith("head.")}
 
     def adapt(
-        self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
+        self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
-        statistics = expand(self.carried, num_tasks(tasks))
+        statistics = {name: params[name] for name in self.buffers}
         support = self.images.data(tasks, "support")
 
         def loss(params: Params, step: int) -> Tensor:
@@ -33,6 +33,6 @@ class FineTune(Classifier):
             statistics.update(_moved(statistics, seen))
             return _cross_entropy(outputs, support.y)
 
-        start = expand(theta | self.head, num_tasks(tasks))
-        for params, _ in self.inner.adapt(loss, start, num_steps, create_graph=False, step_sizes=step_sizes):
-            yield params | statistics
+        start = self.theta_of(params) | expand(self.head, num_tasks(tasks))
+        for adapted, _ in self.inner.adapt(loss, start, num_steps, create_graph=False, step_sizes=step_sizes):
+            yield adapted | statistics

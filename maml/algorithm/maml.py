@@ -8,7 +8,7 @@ from torch import Tensor
 from maml.algorithm.base import Algorithm
 from maml.domain.base import Metrics, Role
 from maml.domain.reinforcement import Reinforcement
-from maml.types import Params, Product, Tasks, expand, num_tasks
+from maml.types import Params, Product, Tasks
 
 
 class MAML(Algorithm):
@@ -20,12 +20,16 @@ class MAML(Algorithm):
     """Of the data on which the meta-objective is measured."""
 
     @property
+    def name(self) -> str:
+        return "FOMAML" if type(self) is MAML and self.inner.order == 1 else super().name
+
+    @property
     def num_steps(self) -> int:
         """Gradient steps in front of the meta-objective."""
         return self.inner.num_steps
 
-    def collect(self, tasks: Tasks) -> None:
-        for _ in self.adapt(self.theta, tasks, self.num_steps):
+    def collect(self, params: Params, tasks: Tasks) -> None:
+        for _ in self.adapt(params, tasks, self.num_steps):
             pass
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
@@ -33,46 +37,46 @@ class MAML(Algorithm):
 
         Departure: eq. (1) sums over tasks; the authors' code averages, so beta does not depend on the meta-batch size.
         """
-        *_, adapted = self._adapt(params, tasks, self.num_steps, None, create_graph=self.inner.order == 2)
+        *_, adapted = self.inner_steps(params, tasks, self.num_steps, None, create_graph=self.inner.order == 2)
         return self.domain.outer_loss(self.model, adapted, self.domain.data(tasks, self.role, self.num_steps))
 
-    def chunk_curvature(self, theta: Params, tasks: Tasks) -> Product:
+    def curvature(self, params: Params, tasks: Tasks) -> Product:
         if not self.inner.is_plain:
-            return self._chunk_curvature_of_any_inner(theta, tasks)
+            return self._curvature_of_any_inner(params, tasks)
         assert isinstance(self.domain, Reinforcement)
-        domain, model, count = self.domain, self.model, num_tasks(tasks)
+        domain, model, theta = self.domain, self.model, self.theta_of(params)
         path = [
-            {name: value.detach() for name, value in params.items()}
-            for params in self._adapt(theta, tasks, self.num_steps, None, create_graph=False)
+            {name: value.detach() for name, value in adapted.items()}
+            for adapted in self.inner_steps(params, tasks, self.num_steps, None, create_graph=False)
         ]
         fisher = domain.fisher(model, path[-1], domain.data(tasks, self.role, self.num_steps))
         second_order = path[:-1] if self.inner.order == 2 else []
         hessians = [
-            domain.inner_hessian(model, params, domain.data(tasks, "support", step))
-            for step, params in enumerate(second_order)
+            domain.inner_hessian(model, before, domain.data(tasks, "support", step))
+            for step, before in enumerate(second_order)
         ]
-        alpha, adapted = self.inner.step_size, self.inner.adapted_names(list(theta))
-        fixed = {name: torch.zeros_like(path[0][name]) for name in theta if name not in adapted}
+        alpha, names = self.inner.step_size, self.inner.adapted_names(list(theta))
+        fixed = {name: torch.zeros_like(path[0][name]) for name in theta if name not in names}
 
         def product(vector: Params) -> Params:
             """J^T F J v with J = I - alpha M H of each step, M the mask of what adapts: exact where the KL is zero."""
-            v = expand(vector, count)
+            v = vector
             for hessian in hessians:
                 curved = hessian(v)
-                v = v | {name: v[name] - alpha * curved[name] for name in adapted}
+                v = v | {name: v[name] - alpha * curved[name] for name in names}
             v = fisher(v)
             for hessian in reversed(hessians):
                 curved = hessian(v | fixed)
                 v = {name: value - alpha * curved[name] for name, value in v.items()}
-            return {name: value.sum(0) for name, value in v.items()}
+            return v
 
         return product
 
-    def _chunk_curvature_of_any_inner(self, theta: Params, tasks: Tasks) -> Product:
+    def _curvature_of_any_inner(self, params: Params, tasks: Tasks) -> Product:
         """Differentiates the KL twice, through whatever the inner optimizer does."""
-        theta = {name: value.detach().requires_grad_() for name, value in theta.items()}
+        theta = {name: value.detach().requires_grad_() for name, value in self.theta_of(params).items()}
         with torch.enable_grad():
-            kl = self.task_losses(theta, tasks)[1]["kl"].sum()
+            kl = self.task_losses(params | theta, tasks)[1]["kl"].sum()
             gradients = torch.autograd.grad(kl, list(theta.values()), create_graph=True, materialize_grads=True)
 
         def product(vector: Params) -> Params:

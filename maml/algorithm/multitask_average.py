@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics
 from maml.errors import MamlError
 from maml.outer.base import Objective
-from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, num_tasks, take
+from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, expand, num_tasks
 
 _CHECK_EVERY = 100  # steps between two looks at the errors
 
@@ -47,11 +46,14 @@ class MultitaskAverage(Algorithm):
         super().__init__(parts)
         self.weight, self.pull = weight, pull
         self.max_error, self.num_steps, self.max_attempts = max_error, num_steps, max_attempts
-        self._begin(self.theta, {"num_averaged": torch.zeros((), dtype=torch.int64, device=self.stream.device)})
+        self.set_initial(self.theta, {"num_averaged": torch.zeros((), dtype=torch.int64, device=self.stream.device)})
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
-        """Loss of each regressor on its own task, plus the pull; ``params`` have a task axis here."""
-        regressors = {name: params[name] for name in self.theta}
+        """Loss of each regressor on its own task, plus the pull.
+
+        Beside the regressors, ``params`` hold what they are pulled to and the pull's weight (`_fit`).
+        """
+        regressors = self.theta_of(params)
         data = self.domain.data(tasks, "support")
         losses, metrics = self.domain.outer_loss(self.model, regressors, data)
         distances = [
@@ -59,24 +61,20 @@ class MultitaskAverage(Algorithm):
         ]
         return losses + params["weight"] * torch.stack(distances).sum(0), metrics
 
-    def step(self, tasks: Tasks) -> dict[str, Tensor]:
+    def meta_update(self, objective: Objective, tasks: Tasks) -> dict[str, Tensor]:
         """Trains one regressor per task and takes them into the average.
 
         Raises:
             MamlError: if some error stays too large.
         """
-        averaged, count = int(self.carried["num_averaged"]), num_tasks(tasks)
-        chunk = self.task_chunk or count
-        starts = range(0, count, chunk)
-        parts = [self._train(take(tasks, start, start + chunk), averaged + start) for start in starts]
+        averaged, count = int(self.buffers["num_averaged"]), num_tasks(tasks)
+        trained, errors = self._train(objective, tasks, averaged)
         for name, value in self.theta.items():
-            mean = torch.cat([trained[name] for trained, _ in parts]).mean(0)
-            value.lerp_(mean, count / (averaged + count))
-        self.carried["num_averaged"] += count
-        errors = torch.cat([errors for _, errors in parts])
+            value.lerp_(trained[name].mean(0), count / (averaged + count))
+        self.buffers["num_averaged"] += count
         return {"loss": errors.mean(), "largest_loss": errors.max()}
 
-    def _train(self, tasks: Tasks, first: int) -> tuple[Params, Tensor]:
+    def _train(self, objective: Objective, tasks: Tasks, first: int) -> tuple[Params, Tensor]:
         """Returns a regressor of each task, as it was when its error was small enough, and that error, ``(T,)``.
 
         ``first`` is the number of the first of them, of all regressors.
@@ -88,7 +86,7 @@ class MultitaskAverage(Algorithm):
             (left,) = errors.isinf().nonzero(as_tuple=True)
             params = self._draw((first + left).tolist(), attempt)
             some = {name: value[left.to(value.device)] for name, value in tasks.items()}
-            params, errors[left] = self._fit(params, some)
+            params, errors[left] = self._fit(objective, params, some)
             for name, value in trained.items():
                 value[left] = params[name]
             if errors.isfinite().all():
@@ -99,21 +97,21 @@ class MultitaskAverage(Algorithm):
             "algorithm.num_steps or max_attempts, or lower algorithm.weight"
         )
 
-    def _fit(self, params: Params, tasks: Tasks) -> tuple[Params, Tensor]:
+    def _fit(self, objective: Objective, params: Params, tasks: Tasks) -> tuple[Params, Tensor]:
         """Returns regressors as they were when their errors were small enough, and these; inf where they never were."""
-        without_mean = self.pull == "mean" and not self.carried["num_averaged"]
+        without_mean = self.pull == "mean" and not self.buffers["num_averaged"]
         weight = 0.0 if without_mean else self.weight
-        fixed = {
+        centre = {
             f"centre.{name}": torch.zeros_like(value) if self.pull == "zero" else value
             for name, value in self.theta.items()
         }
-        fixed["weight"] = next(iter(self.theta.values())).new_tensor(weight)
-        objective = _Fit(lambda params: self.chunk_gradient(params | fixed, tasks))
+        fixed = expand(centre | {"weight": next(iter(self.theta.values())).new_tensor(weight)}, num_tasks(tasks))
+        fit = _Fit(objective, fixed, tasks)
         state = self.outer.init(params)
         fitted = {name: value.clone() for name, value in params.items()}
         errors = next(iter(params.values())).new_full((num_tasks(tasks),), torch.inf)
         for step in range(1, self.num_steps + 1):
-            self.outer.step(objective, params, state)
+            self.outer.step(fit, params, state)
             if step % _CHECK_EVERY == 0 or step == self.num_steps:
                 with torch.no_grad():
                     query = self.domain.data(tasks, "query")
@@ -136,8 +134,8 @@ class MultitaskAverage(Algorithm):
 class _Fit(Objective):
     """The objective of regressors that share nothing: each has its own gradient."""
 
-    def __init__(self, gradient: Callable[[Params], tuple[Params, dict[str, Tensor]]]) -> None:
-        self.function = gradient
+    def __init__(self, objective: Objective, fixed: Params, tasks: Tasks) -> None:
+        self.objective, self.fixed, self.tasks = objective, fixed, tasks
 
     def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
-        return self.function(theta)
+        return self.objective.task_gradients(theta | self.fixed, self.tasks)

@@ -12,7 +12,7 @@ from maml.algorithm.classifier import Classifier
 from maml.model.base import Model
 from maml.model.conv4 import Conv4
 from maml.seeding import Stream
-from maml.types import Params, Tasks, expand, num_tasks
+from maml.types import Params, Tasks
 
 
 class NearestNeighbor(Classifier):
@@ -23,12 +23,11 @@ class NearestNeighbor(Classifier):
         self.model = _MostSimilar(self.classifier, self.images.num_ways)
 
     def adapt(
-        self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
+        self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
         """Yields the network with the features of the support images; gradient steps change nothing."""
-        params = expand(theta | self.carried, num_tasks(tasks))
         support = self.images.data(tasks, "support")
-        params["support.features"] = self.classifier.features(params, support.x)
+        params = params | {"support.features": self.classifier.features(params, support.x)}
         for _ in range(num_steps + 1):
             yield params
 

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from maml.algorithm.pretrain import Pretrain
 from maml.outer.base import Objective
+from maml.types import Tasks
 
 
 class RandomInit(Pretrain):
     """Leaves theta alone, however many iterations it is given."""
 
-    def update(self, objective: Objective) -> dict[str, Tensor]:
+    def meta_update(self, objective: Objective, tasks: Tasks) -> dict[str, Tensor]:
         return objective.evaluate(self.theta)

@@ -32,8 +32,8 @@ class Reptile(Algorithm):
         super().__init__(parts)
         self.num_examples, self.num_test_examples = num_examples, num_test_examples
         adapted = {name: self.theta[name] for name in self.inner.adapted_names(list(self.theta))}
-        carried = self.inner.start(expand(adapted, 1))
-        self._begin(self.theta, {name: value[0].clone() for name, value in carried.items()})
+        state = self.inner.start(expand(adapted, 1))
+        self.set_initial(self.theta, {name: value[0].clone() for name, value in state.items()})
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
         """Draws a meta-batch, and beside it which examples are in which mini-batch.
@@ -53,10 +53,9 @@ class Reptile(Algorithm):
 
         The loss that is logged is the query loss of theta'_i.
         """
-        count = num_tasks(tasks)
-        theta = self.per_task({name: params[name] for name in self.theta}, count)
+        theta = self.theta_of(params)
         start = {name: value.detach() for name, value in theta.items()}
-        state = self.per_task({name: params[name] for name in self.carried}, count)
+        state = {name: params[name] for name in self.buffers}
         *_, (adapted, state) = self._on_minibatches(start, tasks, tasks["minibatches"], None, state)
         adapted = {name: value.detach() for name, value in adapted.items()}
         query = self.domain.data(tasks, "query")
@@ -65,16 +64,16 @@ class Reptile(Algorithm):
         return torch.stack(products).sum(0), {"loss": losses} | metrics | state
 
     def adapt(
-        self, theta: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
+        self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
         count = num_tasks(tasks)
         support = self.domain.data(tasks, "support")
         # The same for every task of a bank: it must not depend on how tasks are chunked.
         stream = Stream(0, support.x.device).child("minibatches")
         minibatches = _minibatches(stream, num_steps, support.x.shape[1], self.num_test_examples).expand(count, -1, -1)
-        start, state = expand(theta, count), expand(self.carried, count)
-        for params, _ in self._on_minibatches(start, tasks, minibatches, step_sizes, state):
-            yield params
+        state = {name: params[name] for name in self.buffers}
+        for adapted, _ in self._on_minibatches(self.theta_of(params), tasks, minibatches, step_sizes, state):
+            yield adapted
 
     def _on_minibatches(
         self,

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -18,6 +18,23 @@ _NEVER = 2**31 - 1
 
 Computed = TypeVar("Computed")
 _log = logging.getLogger(__name__)
+_recomputes = False
+
+
+@contextlib.contextmanager
+def recomputing(enabled: bool) -> Iterator[None]:
+    """Sets whether inner steps are computed again for the meta-gradient, rather than kept in memory."""
+    global _recomputes
+    before, _recomputes = _recomputes, enabled
+    try:
+        yield
+    finally:
+        _recomputes = before
+
+
+def recomputes() -> bool:
+    """Returns what `recomputing` has set."""
+    return _recomputes
 
 
 def within_memory(compute: Callable[[int], Computed], chunk: int) -> tuple[Computed, int]:

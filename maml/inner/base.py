@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from maml.errors import MamlError
+from maml.hardware.memory import recomputes
 from maml.types import Params
 
 Loss = Callable[[Params, int], Tensor]
@@ -29,9 +30,6 @@ class Inner(ABC):
     Class attributes:
         is_plain: whether a step is theta - step_size * gradient and no more.
 
-    Attributes:
-        recompute: whether a step is computed once more for the meta-gradient, rather than kept in memory.
-
     Args:
         step_size: of every step, or where it starts.
         num_steps: gradient steps in training (evaluation has its own number).
@@ -40,7 +38,6 @@ class Inner(ABC):
     """
 
     is_plain = False
-    recompute = False
 
     def __init__(self, step_size: float, num_steps: int, order: Literal[1, 2], adapt: list[str]) -> None:
         self.step_size = step_size
@@ -128,7 +125,7 @@ class Inner(ABC):
             with torch.enable_grad():
                 if not params[names[0]].requires_grad:  # evaluation: nothing upstream wants a gradient
                     params = params | {name: params[name].detach().requires_grad_() for name in names}
-                if create_graph and self.recompute:
+                if create_graph and recomputes():
                     adapted, state = _recomputed(partial(take_step, step=step), params, state)
                 else:
                     adapted, state = take_step(params, state, step, create_graph)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from maml.types import Params, Product
+from maml.types import Params, Product, Tasks
 
 OuterState = dict[str, Tensor]
 """All that an optimizer carries from one iteration to the next, as named tensors; it is saved and restored whole."""
@@ -21,6 +21,18 @@ class Objective(ABC):
 
     def evaluate(self, theta: Params) -> dict[str, Tensor]:
         """Returns the batch's mean metrics at theta: ``loss``, and how far the policies moved, ``kl``."""
+        raise NotImplementedError
+
+    def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, dict[str, Tensor]]:
+        """Returns the gradient of each task's loss with respect to its own parameters, and its metrics.
+
+        Args:
+            params: name -> ``(T, ...)``.
+            tasks: T tasks.
+
+        Returns:
+            name -> ``(T, ...)``; metrics ``(T,)``.
+        """
         raise NotImplementedError
 
     def curvature(self, theta: Params, every: int = 1) -> Product:

@@ -51,7 +51,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
     grid = torch.linspace(-5, 5, _NUM_INPUTS).reshape(1, -1, 1)
     tasks["query_x"] = torch.cat([grid, tasks["support_x"]], dim=1)
     step_sizes = evidence.evaluated[0][1].step_sizes.get(str(num_shots))
-    adapted = list(algorithm.adapt(algorithm.theta, tasks, max(STEPS), step_sizes))
+    adapted = list(algorithm.adapt(algorithm.params_per_task(1), tasks, max(STEPS), step_sizes))
     x, truth, _ = domain.data(tasks, "query")
     columns = {"x": x, "truth": truth} | {f"step_{step}": model(adapted[step], x) for step in STEPS}
     # Six digits: further ones may differ from machine to machine.

@@ -61,7 +61,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
     # A goal's rollouts do not depend on the goals beside it.
     tasks = take(evaluation.bank(domain, source.num_shots), panel.task, panel.task + 1)
     step_sizes = report.step_sizes.get(str(source.num_shots))
-    for step, _ in enumerate(algorithm.adapt(theta, tasks, max(STEPS), step_sizes)):
+    for step, _ in enumerate(algorithm.adapt(algorithm.params_per_task(1, theta), tasks, max(STEPS), step_sizes)):
         rollouts = domain.data(tasks, "query", step)
         ours, reported = rollouts.returns.item(), report.per_task(source, step)[panel.task]
         if not math.isclose(ours, reported, rel_tol=_TOLERANCE):

@@ -61,8 +61,13 @@ class RunFolder:
         others = (path.parent for path in sorted(runs_dir.glob(f"*/{self.run_id}/run.json")))
         return own if own.exists() else next(others, own)
 
-    def open(self, hardware: Mapping[str, Any], command: str) -> dict[str, Any] | None:
+    def open(self, hardware: Mapping[str, Any], command: str, algorithm: str) -> dict[str, Any] | None:
         """Makes or reopens the folder for training and returns the checkpoint to resume from, if there is one.
+
+        Args:
+            hardware: the machine of this stretch.
+            command: that started it.
+            algorithm: its name.
 
         Raises:
             MamlError: if the folder holds another run, another process is writing to it, or its checkpoint is damaged.
@@ -103,7 +108,12 @@ class RunFolder:
             "versions": versions(),
             "hardware": dict(hardware),
         }
-        self._record |= {"command": command, "status": "running", "training": self.training_config}
+        self._record |= {
+            "algorithm": algorithm,
+            "command": command,
+            "status": "running",
+            "training": self.training_config,
+        }
         self._record["segments"].append(segment)
         self._write_record()
         self._truncate_metrics(iteration)

@@ -40,7 +40,7 @@ def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: 
         hardware: on which it runs.
         config: of the run.
     """
-    is_image = len(iterate.computing.domain.in_shape) == 3
+    is_image = len(iterate.algorithms[0].domain.in_shape) == 3
     is_worth_it = is_image and config.num_iterations >= _MIN_ITERATIONS and not execution.compile
     if hardware.task_chunk != "auto" or not is_worth_it:
         return execution
@@ -61,7 +61,7 @@ def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: 
         print(f"hardware.task_chunk=auto: measured by chunk, per task: {found}", file=sys.stderr)
     chunk = min(seconds, key=seconds.__getitem__)
     needed = seconds[chunk] * num_tasks(tasks) * config.num_iterations
-    is_compilable = hardware.device.type == "cpu" and iterate.computing.inner.num_steps == 1
+    is_compilable = hardware.device.type == "cpu" and iterate.algorithms[0].inner.num_steps == 1
     pays = hardware.compile == "auto" and is_compilable and needed >= _MIN_SECONDS_TO_COMPILE
     return replace(execution, task_chunk=chunk, compile=pays)
 
@@ -70,7 +70,7 @@ def measured(iterate: Iteration) -> dict[int, float]:
     """Returns the seconds that a task's meta-gradient takes, by the number of tasks (of each seed) batched at once."""
     tasks, seeds = iterate.sample_tasks(1), len(iterate.algorithms)
     count = num_tasks(tasks) // seeds
-    theta, on_gpu = iterate.theta(), tasks[next(iter(tasks))].is_cuda
+    params, on_gpu = iterate.params(), tasks[next(iter(tasks))].is_cuda
     sizes = sorted({min(2**power, count) for power in range(count.bit_length() + 1)}, reverse=on_gpu)
     seconds: dict[int, float] = {}
     best, num_worse = float("inf"), 0
@@ -80,7 +80,7 @@ def measured(iterate: Iteration) -> dict[int, float]:
         try:
             for _ in range(1 + _REPETITIONS):  # the first is a warm-up
                 start = time.perf_counter()
-                iterate.computing.gradient_sums(theta, chunk, size)
+                iterate.meta_gradient.sums(params, chunk, size)
                 if on_gpu:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)

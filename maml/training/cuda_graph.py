@@ -136,6 +136,6 @@ class Captured:
         }
 
 
-def launched(iterate: Iteration) -> Iteration | Captured:
+def with_cuda_graph(iterate: Iteration) -> Iteration | Captured:
     """Returns what makes iterations in the way that was chosen; a meta-update that looks at its numbers is no graph."""
-    return Captured(iterate) if iterate.execution.cuda_graph and iterate.computing.sums_over_tasks else iterate
+    return Captured(iterate) if iterate.execution.cuda_graph and iterate.algorithms[0].sums_over_tasks else iterate

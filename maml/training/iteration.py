@@ -1,23 +1,21 @@
-"""One meta-iteration: drawing a meta-batch and moving theta by it; of one seed, or of several side by side."""
+"""One meta-iteration: drawing a meta-batch and moving theta by it, for one seed or for several side by side."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
+from maml.algorithm.best import keep_best
 from maml.domain.base import Domain
 from maml.errors import MamlError
 from maml.hardware import distributed
 from maml.hardware.base import Execution
-from maml.hardware.compile import Compiled
-from maml.outer.base import Objective
 from maml.seeding import Stream
-from maml.types import Params, Tasks
+from maml.training.meta_gradient import BatchObjective, MetaGradient, PrecomputedGradient
+from maml.types import Params, Tasks, num_tasks
 
 
 class Iteration:
@@ -27,13 +25,13 @@ class Iteration:
     one computation, along one more axis; each has its own outer optimizer.
 
     Args:
-        algorithms: of one seed each, otherwise alike.
-        streams: of the seeds.
+        algorithms: one for each seed, otherwise alike.
+        streams: one for each seed.
         meta_batch_size: B.
         execution: how the computation is cut.
 
     Attributes:
-        computing: the algorithm that computes the gradient: the one there is, or one that stands for all.
+        meta_gradient: of all seeds.
     """
 
     def __init__(
@@ -41,53 +39,68 @@ class Iteration:
     ) -> None:
         self.algorithms, self.meta_batch_size = list(algorithms), meta_batch_size
         self.streams = [stream.child("train") for stream in streams]
-        self.computing = algorithms[0]
-        if len(algorithms) > 1:
-            self.computing = copy.copy(algorithms[0])
-            self.computing.num_seeds = len(algorithms)
-            self.computing.chunk_gradient = self.computing._chunk_gradient
-        self._execution = execution
-        self.computing.task_chunk = execution.task_chunk
-        self.computing.inner.recompute = execution.recompute
-        if execution.compile and not isinstance(self.computing.chunk_gradient, Compiled):
-            self.computing.chunk_gradient = Compiled(self.computing.chunk_gradient)
+        num_seeds = len(algorithms) if len(algorithms) > 1 else None
+        self.meta_gradient = MetaGradient(algorithms[0], execution, num_seeds)
 
     @property
     def execution(self) -> Execution:
         """How the computation is cut by now: memory, or the compiler, may have failed at what was chosen."""
-        function = self.computing.chunk_gradient
-        compiles = isinstance(function, Compiled) and not function.failed
-        return replace(self._execution, task_chunk=self.computing.task_chunk, compile=compiles)
+        return self.meta_gradient.execution
 
     def __call__(self, number: int | Tensor) -> list[dict[str, Tensor]]:
         """Makes the meta-update of iteration ``number`` (from 1; a 0-dim tensor to be captured) of every seed.
 
         Returns:
-            Of each seed the mean metrics, 0-dim tensors.
+            The mean metrics of each seed, 0-dim tensors.
         """
         tasks = self.sample_tasks(number)
         if len(self.algorithms) == 1:
-            return [self.computing.step(tasks)]
-        gradients, metrics = self.computing.gradient(self.theta(), tasks)
+            return [meta_update(self.algorithms[0], self.meta_gradient, tasks)]
+        gradients, metrics = self.meta_gradient.gradient(self.params(), tasks)
         return [
-            algorithm.update(_Given(_at(gradients, seed), _at(metrics, seed)))
+            algorithm.meta_update(PrecomputedGradient(_at(gradients, seed), _at(metrics, seed)), tasks)
             for seed, algorithm in enumerate(self.algorithms)
         ]
 
-    def theta(self) -> Params:
-        """Returns theta as the computation takes it: of several seeds, stacked, with what is carried beside it."""
-        if len(self.algorithms) == 1:
-            return self.computing.theta
-        self.computing.carried = _stack([algorithm.carried for algorithm in self.algorithms])
-        return _stack([algorithm.theta for algorithm in self.algorithms])
+    def params(self) -> Params:
+        """Returns theta and the buffers; of several seeds, stacked along a leading seed axis."""
+        each = [algorithm.theta | algorithm.buffers for algorithm in self.algorithms]
+        return each[0] if len(each) == 1 else {name: torch.stack([its[name] for its in each]) for name in each[0]}
 
     def sample_tasks(self, number: int | Tensor) -> Tasks:
-        """Draws the meta-batch of an iteration, this process's share of it; seed by seed."""
+        """Draws the meta-batch of an iteration: this process's share of it, seed by seed."""
         batches = [
             distributed.share(algorithm.sample_tasks(self.meta_batch_size, stream.child(number)))
             for algorithm, stream in zip(self.algorithms, self.streams, strict=True)
         ]
         return batches[0] if len(batches) == 1 else {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+
+
+def meta_update(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks) -> dict[str, Tensor]:
+    """Makes one meta-update of one seed; returns its mean metrics, 0-dim tensors.
+
+    Args:
+        algorithm: changed in place.
+        meta_gradient: of the algorithm.
+        tasks: a meta-batch; rollouts are added to it.
+    """
+    if algorithm.domain.on_policy:
+        algorithm.collect(algorithm.params_per_task(num_tasks(tasks)), tasks)
+    summary = _summary(algorithm.domain, tasks)
+    if algorithm.best:
+        assert algorithm.domain.selected_by is not None
+        keep_best(algorithm.best, algorithm.theta, summary[algorithm.domain.selected_by])
+    return algorithm.meta_update(BatchObjective(meta_gradient, tasks), tasks) | summary
+
+
+def _summary(domain: Domain, tasks: Tasks) -> dict[str, Tensor]:
+    """Returns what is logged of a meta-batch beside the losses, over the tasks of all processes."""
+    means, counts = domain.summary(tasks)
+    if not means:
+        return {}
+    averages = distributed.all_reduce_mean([value.sum() for value in means.values()], num_tasks(tasks))
+    sums = distributed.all_reduce_sum([value.sum() for value in counts.values()])
+    return dict(zip((*means, *counts), (*averages, *sums), strict=True))
 
 
 def check_shared(algorithm: Algorithm, num_seeds: int, meta_batch_size: int) -> None:
@@ -97,34 +110,17 @@ def check_shared(algorithm: Algorithm, num_seeds: int, meta_batch_size: int) -> 
         MamlError: if they cannot.
     """
     name, domain = type(algorithm).__name__, type(algorithm.domain).__name__
-    if distributed.world_size() > 1 and not algorithm.sums_over_tasks:
+    num_processes = distributed.world_size()
+    if num_processes > 1 and not algorithm.sums_over_tasks:
         raise MamlError(f"{name} makes no sum over tasks that processes could share; start it without torchrun")
-    if distributed.world_size() > meta_batch_size:
+    if num_processes > meta_batch_size:
         raise MamlError(
-            f"meta_batch_size={meta_batch_size} cannot be shared by {distributed.world_size()} processes; raise it, or "
-            "start fewer"
+            f"meta_batch_size={meta_batch_size} cannot be shared by {num_processes} processes; raise it, or start fewer"
         )
     sums_up = type(algorithm.domain).summary is not Domain.summary or algorithm.domain.on_policy
     if num_seeds > 1 and (sums_up or not algorithm.sums_over_tasks):
         what = domain if sums_up else name
         raise MamlError(f"seeds={num_seeds}: {what} cannot run side by side; sweep instead, with -m seed=...")
-
-
-class _Given(Objective):
-    """The meta-objective of one seed, whose gradient is there already."""
-
-    def __init__(self, gradients: Params, metrics: dict[str, Tensor]) -> None:
-        self.gradients, self.metrics = gradients, metrics
-
-    def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
-        return self.gradients, dict(self.metrics)
-
-    def evaluate(self, theta: Params) -> dict[str, Tensor]:
-        return dict(self.metrics)
-
-
-def _stack(each: Sequence[Params]) -> Params:
-    return {name: torch.stack([params[name] for params in each]) for name in each[0]}
 
 
 def _at(params: Params, seed: int) -> Params:

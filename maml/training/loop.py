@@ -6,7 +6,6 @@ import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from types import FrameType
 from typing import Any
@@ -15,37 +14,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from maml.algorithm.base import Algorithm
 from maml.errors import Interrupted, MamlError
 from maml.hardware import distributed
 from maml.hardware.base import Execution
-from maml.logger.base import Logger
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder
-from maml.seeding import Stream
-from maml.training.cuda_graph import launched
+from maml.training.cuda_graph import with_cuda_graph
 from maml.training.iteration import Iteration
+from maml.training.learner import Learner
 from maml.training.progress import Progress
 from maml.types import Params
-
-
-@dataclass(frozen=True)
-class Learner:
-    """One seed of a run.
-
-    Attributes:
-        algorithm: what learns; its state is updated in place.
-        stream: of the seed.
-        run: its open run folder.
-        logger: a mirror of its metrics.
-        start: the iterations that its state has behind it.
-    """
-
-    algorithm: Algorithm
-    stream: Stream
-    run: RunFolder
-    logger: Logger
-    start: int = 0
 
 
 def train(
@@ -55,10 +33,10 @@ def train(
     meta_batch_size: int,
     log_every: int,
     checkpoint_every: int,
-) -> None:
+) -> Execution:
     """Meta-trains to ``num_iterations``; what iteration t sees depends only on the stream and t.
 
-    Several seeds go side by side; one that an interruption left behind first catches up.
+    Several seeds go side by side. Seeds that are behind train alone until they have caught up.
 
     Args:
         learners: one for each seed.
@@ -68,6 +46,9 @@ def train(
         log_every: iterations between two lines of metrics.
         checkpoint_every: iterations between two checkpoints.
 
+    Returns:
+        How the computation was cut in the end: memory, or the compiler, may have failed at what was chosen.
+
     Raises:
         MamlError: if the loss is not finite or a file cannot be written; the last checkpoint is intact.
         Interrupted: on SIGTERM or SIGINT, after a checkpoint.
@@ -75,17 +56,16 @@ def train(
     starts = sorted({learner.start for learner in learners} | {num_iterations})
     if num_iterations == 0:  # theta as it was drawn is all there is to keep
         for learner in learners:
-            if checkpoint.newest(learner.run.checkpoint_path) is None:
-                learner.run.save_checkpoint(0, learner.algorithm.state_dict(), execution.as_dict())
+            if checkpoint.newest(learner.folder.checkpoint_path) is None:
+                learner.folder.save_checkpoint(0, learner.algorithm.state_dict(), execution.as_dict())
     console = Console(quiet=True) if distributed.rank() else None
-    run = learners[0].run
-    title = f"{run.experiment} {run.run_id[:6]}" if len(learners) == 1 else f"{run.experiment}, {len(learners)} seeds"
+    title = learners[0].title if len(learners) == 1 else f"{learners[0].folder.experiment}, {len(learners)} seeds"
     with Progress(title, num_iterations, starts[0], console) as progress, _stop_signals() as stopped:
         for start, end in pairwise(starts):
             together = [learner for learner in learners if learner.start <= start]
             algorithms, streams = [each.algorithm for each in together], [each.stream for each in together]
-            iterate = launched(Iteration(algorithms, streams, meta_batch_size, execution))
-            waiting = _Waiting(together)
+            iterate = with_cuda_graph(Iteration(algorithms, streams, meta_batch_size, execution))
+            pending = PendingMetrics(together)
             for number in range(start + 1, end + 1):
                 metrics = iterate(number)
                 signal_number = distributed.all_reduce_max(stopped[0] if stopped else 0)
@@ -93,27 +73,29 @@ def train(
                     progress.update(number, lambda metrics=metrics: _floats(metrics[0]))  # type: ignore[misc]
                 last = number == end or bool(signal_number)
                 if number % log_every == 0 or number == num_iterations:
-                    waiting.add(number, metrics)
+                    pending.add(number, metrics)
                 if number % checkpoint_every == 0 or last:
-                    waiting.write()
+                    pending.write()
                     for learner, its in zip(together, metrics, strict=True):
                         state = learner.algorithm.state_dict()
                         # The loss is that of theta before this update; a theta that has just diverged does not show
                         # in it.
-                        _finite(_floats(its | _largest(state)), number, learner.run)
-                        learner.run.save_checkpoint(number, state, iterate.execution.as_dict())
-                waiting.write(if_ready=True)
+                        _finite(_floats(its | _largest(state)), number, learner.folder)
+                        learner.folder.save_checkpoint(number, state, iterate.execution.as_dict())
+                pending.write(if_ready=True)
                 if signal_number:
                     raise Interrupted(
                         f"stopped by {signal.Signals(signal_number).name} after iteration {number} of "
-                        f"{num_iterations}; saved in {', '.join(str(each.run.path) for each in together)}: "
+                        f"{num_iterations}; saved in {', '.join(str(each.folder.path) for each in together)}: "
                         "the same command resumes",
                         signal_number,
                     )
+            execution = iterate.execution
+    return execution
 
 
-class _Waiting:
-    """Metrics on their way from the device to the logs: nothing waits for them, the training loop least of all."""
+class PendingMetrics:
+    """Asynchronous copies of metrics from the device to the logs; training never blocks on them."""
 
     def __init__(self, learners: Sequence[Learner]) -> None:
         self.learners = learners
@@ -143,8 +125,8 @@ class _Waiting:
                 arrived.synchronize()
             del self.due[0]
             for learner, its in zip(self.learners, values.tolist(), strict=True):
-                found = _finite(dict(zip(names, its, strict=True)), number, learner.run)
-                learner.run.log(number, found)
+                found = _finite(dict(zip(names, its, strict=True)), number, learner.folder)
+                learner.folder.log(number, found)
                 learner.logger.log(found, number)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maml.algorithm.base import Algorithm
 from maml.errors import Interrupted
+from maml.outer.base import Objective
 from maml.record import checkpoint
 from maml.types import Tasks
 from tests.runs import ROOT, TinyRuns, assert_same_run
@@ -43,16 +44,16 @@ CASES += [
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, algorithm: type[Algorithm], iteration: int) -> None:
     """Has SIGTERM arrive in front of the given meta-update of this process, counted from 1."""
-    step, count = algorithm.step, 0
+    meta_update, count = algorithm.meta_update, 0
 
-    def stopping(self: Algorithm, tasks: Tasks) -> dict[str, Tensor]:
+    def stopping(self: Algorithm, objective: Objective, tasks: Tasks) -> dict[str, Tensor]:
         nonlocal count
         count += 1
         if count == iteration:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, tasks)
+        return meta_update(self, objective, tasks)
 
-    monkeypatch.setattr(algorithm, "step", stopping)
+    monkeypatch.setattr(algorithm, "meta_update", stopping)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case[:4]))

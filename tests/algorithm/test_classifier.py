@@ -16,6 +16,7 @@ from maml.config.schema import build
 from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.seeding import Stream
+from tests import algorithms
 from tests.model.test_conv4 import native, native_values
 from tests.runs import TinyRuns
 
@@ -44,7 +45,7 @@ def make(kind: type[AnyClassifier], tiny_images: TinyRuns, *overrides: str) -> A
     algorithm = build_algorithm(config, build(config.hardware))
     assert isinstance(algorithm, kind)
     algorithm.theta = {name: value.double() for name, value in algorithm.theta.items()}
-    algorithm.carried = {name: value.double() for name, value in algorithm.carried.items()}
+    algorithm.buffers = {name: value.double() for name, value in algorithm.buffers.items()}
     algorithm.outer_state = algorithm.outer.init(algorithm.theta)
     return algorithm
 
@@ -74,7 +75,7 @@ def test_batch_holds_no_image_twice_and_at_most_five_of_a_class(tiny_images: Tin
 def test_gradient_equals_the_librarys_in_training_mode(tiny_images: TinyRuns) -> None:
     algorithm = make(NearestNeighbor, tiny_images)
     tasks = algorithm.sample_tasks(12, Stream(0))
-    gradient, metrics = algorithm.gradient(algorithm.theta, tasks)
+    gradient, metrics = algorithms.gradient(algorithm, algorithm.theta, tasks)
     net = native(algorithm.theta)
     outputs = net(images_of(algorithm, tasks))
     loss = F.cross_entropy(outputs, tasks["labels"][0])
@@ -87,16 +88,16 @@ def test_gradient_equals_the_librarys_in_training_mode(tiny_images: TinyRuns) ->
 
 def test_running_statistics_follow_the_librarys(tiny_images: TinyRuns) -> None:
     algorithm = make(NearestNeighbor, tiny_images)
-    net = native(algorithm.theta | algorithm.carried)
+    net = native(algorithm.theta | algorithm.buffers)
     for iteration in range(4):
         tasks = algorithm.sample_tasks(6, Stream(iteration))
         with torch.no_grad():
             for name, value in native_values(net, list(algorithm.theta)).items():
                 value.copy_(algorithm.theta[name])
             net(images_of(algorithm, tasks))
-        assert set(algorithm.step(tasks)) == {"loss", "accuracy"}
-        for name, value in native_values(net, list(algorithm.carried)).items():
-            torch.testing.assert_close(algorithm.carried[name], value, rtol=1e-9, atol=1e-10)
+        assert set(algorithms.step(algorithm, tasks)) == {"loss", "accuracy"}
+        for name, value in native_values(net, list(algorithm.buffers)).items():
+            torch.testing.assert_close(algorithm.buffers[name], value, rtol=1e-9, atol=1e-10)
 
 
 def test_parts_that_do_not_fit_are_refused(tiny: TinyRuns, tiny_images: TinyRuns) -> None:

@@ -20,7 +20,7 @@ from maml.model.mlp import MLP
 from maml.outer.adam import Adam
 from maml.seeding import Stream
 from maml.types import Params, Tasks
-from tests import plain_maml
+from tests import algorithms, plain_maml
 from tests.runs import TinyRuns
 from tests.training.test_meta_gradient import NUM_TASKS, SMALL, FixedExamples, as_list, plain_loss
 
@@ -40,7 +40,7 @@ def make(case: str, order: int = 2, num_steps: int = 1) -> tuple[ContextVector, 
     in_shape, classes, make_model, _ = CASES[case]
     domain = FixedExamples(in_shape, classes)
     inner = SGD(step_size=0.3, num_steps=num_steps, order=order, adapt=["context"])  # type: ignore[arg-type]
-    parts = Parts(domain, make_model, inner, Adam(), Stream(0), task_chunk=3)
+    parts = Parts(domain, make_model, inner, Adam(), Stream(0))
     algorithm = ContextVector(parts, num_channels=3, init="glorot")
     theta = {
         name: value.double() + Stream(1).child(name).uniform(value.shape, -0.4, 0.4, dtype=torch.float64)
@@ -65,7 +65,7 @@ def with_context(forward: plain_maml.Forward) -> plain_maml.Forward:
 def test_meta_gradient_equals_the_plain_loop(case: str, order: int, num_steps: int) -> None:
     _, classes, _, forward = CASES[case]
     algorithm, theta, tasks = make(case, order, num_steps)
-    gradient, metrics = algorithm.gradient(theta, tasks)
+    gradient, metrics = algorithms.gradient(algorithm, theta, tasks, task_chunk=3)
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
     loss = plain_maml.outer_loss(
         with_context(forward), plain_loss(classes), leaves, as_list(tasks), 0.3, num_steps, order, ["context"]
@@ -80,7 +80,7 @@ def test_meta_gradient_equals_the_plain_loop(case: str, order: int, num_steps: i
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_but_the_context_adapts(case: str) -> None:
     algorithm, theta, tasks = make(case)
-    *_, adapted = algorithm.adapt(theta, tasks, 3)
+    *_, adapted = algorithm.adapt(algorithm.params_per_task(NUM_TASKS, theta), tasks, 3)
     changed = {name for name, value in adapted.items() if not torch.equal(value, theta[name].expand_as(value))}
     assert changed == {"context"}
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from maml.algorithm.finetune import FineTune
 from maml.seeding import Stream
+from maml.types import num_tasks
+from tests import algorithms
 from tests.algorithm.test_classifier import _float64, make  # noqa: F401 - a fixture
 from tests.model.test_conv4 import native
 from tests.runs import TinyRuns
@@ -18,22 +20,22 @@ def pretrained(tiny_images: TinyRuns) -> FineTune:
     algorithm = make(FineTune, tiny_images)
     algorithm.head = {name: value.double() for name, value in algorithm.head.items()}
     for iteration in range(3):
-        algorithm.step(algorithm.sample_tasks(20, Stream(iteration)))
+        algorithms.step(algorithm, algorithm.sample_tasks(20, Stream(iteration)))
     return algorithm
 
 
 @pytest.mark.parametrize("num_shots", [1, 5])
 def test_adaptation_equals_the_plain_loop(num_shots: int, tiny_images: TinyRuns) -> None:
     algorithm = pretrained(tiny_images)
-    before = {name: value.clone() for name, value in (algorithm.theta | algorithm.carried).items()}
+    before = {name: value.clone() for name, value in (algorithm.theta | algorithm.buffers).items()}
     domain = algorithm.images
     tasks = domain.sample_tasks(3, Stream(7), "test", num_shots, num_query=4)
     step_sizes = [0.5, 0.25, 0.1]
-    steps = list(algorithm.adapt(algorithm.theta, tasks, 3, step_sizes))
+    steps = list(algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, 3, step_sizes))
     predicted = [algorithm.model(params, domain.data(tasks, "query").x) for params in steps]
     support, query = (domain.data(tasks, role) for role in ("support", "query"))
     for task in range(3):
-        net = native(algorithm.theta | algorithm.carried | algorithm.head)
+        net = native(algorithm.theta | algorithm.buffers | algorithm.head)
         for step in range(4):
             with torch.no_grad():
                 outputs = net.eval()(query.x[task].permute(0, 3, 1, 2))
@@ -44,7 +46,7 @@ def test_adaptation_equals_the_plain_loop(num_shots: int, tiny_images: TinyRuns)
                 F.cross_entropy(net(support.x[task].permute(0, 3, 1, 2)), support.y[task]).backward()
                 descent.step()
     assert (predicted[3] - predicted[0]).abs().max() > 0.1
-    now = algorithm.theta | algorithm.carried
+    now = algorithm.theta | algorithm.buffers
     assert all(torch.equal(now[name], value) for name, value in before.items())
 
 
@@ -60,7 +62,7 @@ def test_prediction_of_an_image_depends_on_no_other(tiny_images: TinyRuns) -> No
     algorithm = pretrained(tiny_images)
     domain, model = algorithm.images, algorithm.model
     tasks = domain.sample_tasks(4, Stream(7), "test", num_shots=1, num_query=5)
-    *_, params = algorithm.adapt(algorithm.theta, tasks, 2)
+    *_, params = algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, 2)
     support, query = (domain.data(tasks, role) for role in ("support", "query"))
     alone = torch.cat([model(params, image.unsqueeze(1)) for image in query.x.unbind(1)], dim=1)
     torch.testing.assert_close(model(params, query.x), alone, rtol=1e-9, atol=1e-10)

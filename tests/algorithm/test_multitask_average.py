@@ -17,9 +17,9 @@ from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
 from maml.outer.adam import Adam
 from maml.seeding import Stream
-from maml.types import Params, Tasks, take
-from tests import plain_adam, plain_maml
-from tests.build import build_from
+from maml.types import Params, Tasks, expand, take
+from tests import algorithms, plain_adam, plain_maml
+from tests.algorithms import build_from
 
 STEP_SIZE, CHECK_EVERY = 0.02, 100
 MAX_ERROR = 4.8  # the first regressor gets there at the second look, the others at the first
@@ -109,10 +109,10 @@ def trained_until_good(number: int, **options: Any) -> tuple[Params, float]:
 
 def test_theta_is_the_mean_of_regressors_trained_alone() -> None:
     algorithm = make()
-    metrics = [algorithm.step(take(TASKS, start, start + 2)) for start in (0, 2)]
+    metrics = [algorithms.step(algorithm, take(TASKS, start, start + 2)) for start in (0, 2)]
     alone = [trained_until_good(number) for number in range(4)]
     assert_equal(algorithm.theta, mean([params for params, _ in alone]))
-    assert algorithm.carried["num_averaged"] == 4
+    assert algorithm.buffers["num_averaged"] == 4
     for two, (first, second) in zip(metrics, (alone[:2], alone[2:]), strict=True):
         assert two["loss"].item() == pytest.approx((first[1] + second[1]) / 2)
         assert two["largest_loss"].item() == pytest.approx(max(first[1], second[1]))
@@ -120,19 +120,19 @@ def test_theta_is_the_mean_of_regressors_trained_alone() -> None:
 
 @pytest.mark.parametrize("pull", ["zero", "mean"])
 def test_average_does_not_depend_on_the_chunk(pull: str) -> None:
-    whole, cut = make(weight=0.02, pull=pull), make(weight=0.02, pull=pull, task_chunk=3)
-    for algorithm in (whole, cut):
+    whole, cut = make(weight=0.02, pull=pull), make(weight=0.02, pull=pull)
+    for algorithm, task_chunk in ((whole, None), (cut, 3)):
         for _ in range(2):  # the second time there is a mean to be pulled to
-            algorithm.step(TASKS)
+            algorithms.step(algorithm, TASKS, task_chunk)
     for name, value in whole.theta.items():
         torch.testing.assert_close(cut.theta[name], value, rtol=1e-8, atol=1e-10)
 
 
 def test_one_after_another_is_the_same_as_side_by_side() -> None:
     together, apart = make(), make()
-    together.step(TASKS)
+    algorithms.step(together, TASKS)
     for number in range(4):
-        apart.step(take(TASKS, number, number + 1))
+        algorithms.step(apart, take(TASKS, number, number + 1))
     assert_equal(apart.theta, together.theta)
 
 
@@ -141,15 +141,15 @@ def test_regressors_are_pulled_to_zero_or_to_the_mean_of_those_before(pull: str)
     algorithm = make(weight=0.02, pull=pull)
     regressors: list[Params] = []
     for number in range(3):
-        algorithm.step(take(TASKS, number, number + 1))
+        algorithms.step(algorithm, take(TASKS, number, number + 1))
         # The first has no mean before it, and is left free.
         weight = 0.0 if pull == "mean" and number == 0 else 0.02
         centre = mean(regressors) if pull == "mean" and regressors else None
         regressors.append(trained_until_good(number, weight=weight, centre=centre)[0])
         assert_equal(algorithm.theta, mean(regressors))
     free = make()
-    free.step(take(TASKS, 0, 1))
-    free.step(take(TASKS, 1, 2))
+    algorithms.step(free, take(TASKS, 0, 1))
+    algorithms.step(free, take(TASKS, 1, 2))
     assert any((free.theta[name] - value).abs().max() > 1e-3 for name, value in mean(regressors[:2]).items())
 
 
@@ -158,7 +158,9 @@ def test_gradient_of_the_pull_is_its_closed_form() -> None:
     regressors = {name: torch.stack([value + number for number in range(4)]) for name, value in algorithm.theta.items()}
     centre = {f"centre.{name}": value - 0.5 for name, value in algorithm.theta.items()}
     gradients = [
-        algorithm.chunk_gradient(regressors | centre | {"weight": torch.tensor(weight)}, TASKS)[0]
+        algorithms.meta_gradient(algorithm).task_gradients(
+            regressors | expand(centre | {"weight": torch.tensor(weight)}, 4), TASKS
+        )[0]
         for weight in (0.3, 0.0)
     ]
     for name, value in regressors.items():
@@ -174,7 +176,7 @@ def test_attempt_that_fails_is_drawn_anew_and_no_other() -> None:
     attempts = [[each < max_error for each in row].index(True) for row in errors]
     assert attempts.count(0) == 2
     algorithm = make(max_error=max_error, num_steps=1, max_attempts=8)
-    metrics = algorithm.step(same)
+    metrics = algorithms.step(algorithm, same)
     alone = [trained_alone(number, attempt, 0.0, 1, task=same)[0] for number, attempt in enumerate(attempts)]
     assert_equal(algorithm.theta, mean(alone))
     assert metrics["largest_loss"].item() == pytest.approx(
@@ -186,6 +188,6 @@ def test_regressor_that_never_gets_there_is_named() -> None:
     algorithm = make(max_error=1e-9, num_steps=1, max_attempts=2)
     before = {name: value.clone() for name, value in algorithm.theta.items()}
     with pytest.raises(MamlError, match=r"4 of 4 .* algorithm\.max_error=1e-09 in each of algorithm\.max_attempts=2"):
-        algorithm.step(TASKS)
+        algorithms.step(algorithm, TASKS)
     assert all(torch.equal(algorithm.theta[name], value) for name, value in before.items())
-    assert algorithm.carried["num_averaged"] == 0
+    assert algorithm.buffers["num_averaged"] == 0

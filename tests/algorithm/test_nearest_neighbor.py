@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from maml.algorithm.nearest_neighbor import NearestNeighbor
 from maml.seeding import Stream
+from maml.types import num_tasks
+from tests import algorithms
 from tests.algorithm.test_classifier import _float64, make  # noqa: F401 - a fixture
 from tests.model.test_conv4 import native
 from tests.runs import TinyRuns
@@ -16,7 +18,7 @@ from tests.runs import TinyRuns
 def pretrained(tiny_images: TinyRuns) -> NearestNeighbor:
     algorithm = make(NearestNeighbor, tiny_images)
     for iteration in range(3):
-        algorithm.step(algorithm.sample_tasks(20, Stream(iteration)))
+        algorithms.step(algorithm, algorithm.sample_tasks(20, Stream(iteration)))
     return algorithm
 
 
@@ -26,14 +28,14 @@ def test_label_is_that_of_the_most_similar_support_image(num_shots: int, tiny_im
     domain, model = algorithm.images, algorithm.model
     tasks = domain.sample_tasks(4, Stream(7), "test", num_shots, num_query=3)
     support, query = (domain.data(tasks, role) for role in ("support", "query"))
-    features = native(algorithm.theta | algorithm.carried).eval()
+    features = native(algorithm.theta | algorithm.buffers).eval()
     features.head = nn.Identity()
 
     def of(image: Tensor) -> Tensor:
         with torch.no_grad():
             return features(image.permute(2, 0, 1).unsqueeze(0))[0]
 
-    for params in algorithm.adapt(algorithm.theta, tasks, 1):
+    for params in algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, 1):
         measured = domain.measure(model, params, support, query, 0)
         scores = model(params, query.x)
         for task in range(4):
@@ -53,7 +55,7 @@ def test_prediction_of_an_image_depends_on_no_other(tiny_images: TinyRuns) -> No
     algorithm = pretrained(tiny_images)
     domain, model = algorithm.images, algorithm.model
     tasks = domain.sample_tasks(4, Stream(7), "test", num_shots=1, num_query=5)
-    (params,) = algorithm.adapt(algorithm.theta, tasks, 0)
+    (params,) = algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, 0)
     support, query = (domain.data(tasks, role) for role in ("support", "query"))
     alone = torch.cat([model(params, image.unsqueeze(1)) for image in query.x.unbind(1)], dim=1)
     torch.testing.assert_close(model(params, query.x), alone, rtol=1e-9, atol=1e-10)

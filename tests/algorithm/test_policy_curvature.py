@@ -18,7 +18,8 @@ from maml.model.gaussian_policy import GaussianPolicy
 from maml.model.mlp import MLP
 from maml.outer.trpo import TRPO
 from maml.seeding import Stream
-from maml.types import Params, Tasks
+from maml.types import Params, Product, Tasks, expand
+from tests import algorithms
 
 Case = tuple[Algorithm, Tasks]
 
@@ -27,7 +28,7 @@ def policy(activation: str, in_shape: tuple[int, ...], out_dim: int) -> Gaussian
     return GaussianPolicy(in_shape, out_dim, hidden_sizes=[5, 4], activation=activation)  # type: ignore[arg-type]
 
 
-def made(kind: str, activation: str, num_steps: int, task_chunk: int | None) -> Case:
+def made(kind: str, activation: str, num_steps: int) -> Case:
     """An algorithm in float64, with a meta-batch of rollouts of its policies."""
     domain = PointNavigation(num_shots=2, horizon=12)
     inner = (LearnedSGD if kind == "learned_sgd" else SGD)(
@@ -41,7 +42,6 @@ def made(kind: str, activation: str, num_steps: int, task_chunk: int | None) -> 
         inner,
         TRPO(),
         Stream(3),
-        task_chunk,
     )
     algorithm: Algorithm
     if kind == "context_vector":
@@ -49,14 +49,19 @@ def made(kind: str, activation: str, num_steps: int, task_chunk: int | None) -> 
     else:
         algorithm = Pretrain(parts) if kind == "pretrain" else MAML(parts)
     tasks = algorithm.sample_tasks(3, Stream(1))
-    algorithm.collect(tasks)
+    algorithm.collect(expand(algorithm.theta, 3), tasks)
     tasks = {name: value.double() if value.is_floating_point() else value for name, value in tasks.items()}
     algorithm.theta = {name: value.double() for name, value in algorithm.theta.items()}
     # The policies that collected, to the last digit: then the divergence is zero, and its gradient too.
-    for step, params in enumerate(algorithm._adapt(algorithm.theta, tasks, algorithm.num_steps, None, False)):
+    start = expand(algorithm.theta, 3)
+    for step, params in enumerate(algorithm.inner_steps(start, tasks, algorithm.num_steps, None, False)):
         with torch.no_grad():
             tasks[f"step_{step}.outputs"] = algorithm.model(params, tasks[f"step_{step}.observations"])
     return algorithm, tasks
+
+
+def curvature(algorithm: Algorithm, tasks: Tasks, task_chunk: int | None = None, every: int = 1) -> Product:
+    return algorithms.meta_gradient(algorithm, task_chunk).curvature(algorithm.theta, tasks, every)
 
 
 def flat(params: Params) -> Tensor:
@@ -70,7 +75,7 @@ def like(vector: Tensor, theta: Params) -> Params:
 
 def mean_kl(algorithm: Algorithm, tasks: Tasks, vector: Tensor) -> Tensor:
     with torch.enable_grad():
-        return algorithm.task_losses(like(vector, algorithm.theta), tasks)[1]["kl"].mean()
+        return algorithm.task_losses(expand(like(vector, algorithm.theta), 3), tasks)[1]["kl"].mean()
 
 
 KINDS = ["maml", "fomaml", "pretrain", "context_vector", "learned_sgd"]
@@ -80,10 +85,10 @@ KINDS = ["maml", "fomaml", "pretrain", "context_vector", "learned_sgd"]
 @pytest.mark.parametrize("num_steps", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_curvature_is_the_hessian_of_the_divergence(kind: str, activation: str, num_steps: int) -> None:
-    algorithm, tasks = made(kind, activation, num_steps, task_chunk=2)
+    algorithm, tasks = made(kind, activation, num_steps)
     theta = flat(algorithm.theta)
     hessian = torch.autograd.functional.hessian(lambda vector: mean_kl(algorithm, tasks, vector), theta)
-    product = algorithm.curvature(algorithm.theta, tasks)
+    product = curvature(algorithm, tasks, task_chunk=2)
     for seed in range(3):
         vector = torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         expected = hessian @ vector
@@ -95,38 +100,39 @@ def test_curvature_is_the_hessian_of_the_divergence(kind: str, activation: str, 
 def test_curvature_does_not_depend_on_the_chunks() -> None:
     vectors = []
     for chunk in (1, 2, None):
-        algorithm, tasks = made("maml", "tanh", 1, chunk)
-        vectors.append(flat(algorithm.curvature(algorithm.theta, tasks)(algorithm.theta)))
+        algorithm, tasks = made("maml", "tanh", 1)
+        vectors.append(flat(curvature(algorithm, tasks, chunk)(algorithm.theta)))
     assert torch.allclose(vectors[0], vectors[1], rtol=1e-12, atol=0)
     assert torch.allclose(vectors[0], vectors[2], rtol=1e-12, atol=0)
 
 
 def test_curvature_of_every_second_timestep_is_that_of_thinned_rollouts() -> None:
-    algorithm, tasks = made("maml", "tanh", 1, None)
+    algorithm, tasks = made("maml", "tanh", 1)
     thinned = algorithm.domain.thin(tasks, 2)
     assert thinned["step_0.actions"].shape[1] == -(-tasks["step_0.actions"].shape[1] // 2)
     assert torch.allclose(thinned["step_1.weights"].sum(1), torch.ones(3, dtype=torch.float64))
-    ours = algorithm.curvature(algorithm.theta, tasks, every=2)(algorithm.theta)
-    expected = algorithm.curvature(algorithm.theta, thinned)(algorithm.theta)
+    ours = curvature(algorithm, tasks, every=2)(algorithm.theta)
+    expected = curvature(algorithm, thinned)(algorithm.theta)
     assert torch.equal(flat(ours), flat(expected))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fomaml"])  # whose gradient is not the loss's
 def test_meta_gradient_equals_finite_differences(kind: str) -> None:
-    algorithm, tasks = made(kind, "tanh", 1, task_chunk=2)
-    gradient = flat(algorithm.gradient(algorithm.theta, tasks)[0])
+    algorithm, tasks = made(kind, "tanh", 1)
+    gradient = flat(algorithms.gradient(algorithm, algorithm.theta, tasks, task_chunk=2)[0])
     theta = flat(algorithm.theta)
     for seed in range(3):
         vector = torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         high, low = (
-            algorithm.evaluate(like(theta + sign * 1e-5 * vector, algorithm.theta), tasks)["loss"] for sign in (1, -1)
+            algorithms.evaluate(algorithm, like(theta + sign * 1e-5 * vector, algorithm.theta), tasks)["loss"]
+            for sign in (1, -1)
         )
         assert abs((high - low) / 2e-5 - gradient @ vector) < 1e-6 * (1 + abs(gradient @ vector))
 
 
 def test_inner_step_is_the_papers() -> None:
     """theta' = theta + alpha * gradient of mean(log pi * A), written out for a single task."""
-    algorithm, tasks = made("maml", "tanh", 1, None)
+    algorithm, tasks = made("maml", "tanh", 1)
     theta = {name: value.clone().requires_grad_() for name, value in algorithm.theta.items()}
     rollouts = algorithm.domain.data(tasks, "support", 0)
     net = MLP((2,), 2, [5, 4], activation="tanh")
@@ -138,7 +144,7 @@ def test_inner_step_is_the_papers() -> None:
         normal = torch.distributions.Normal(means[time], theta["log_std"].exp())
         total = total + normal.log_prob(rollouts.actions[task, time]).sum() * rollouts.advantages[task, time]
     gradients = torch.autograd.grad(total / count, list(theta.values()))
-    *_, adapted = algorithm._adapt(algorithm.theta, tasks, 1, None, create_graph=False)
+    *_, adapted = algorithm.inner_steps(expand(algorithm.theta, 3), tasks, 1, None, create_graph=False)
     for (name, value), gradient in zip(theta.items(), gradients, strict=True):
         assert torch.allclose(adapted[name][task], value + 0.1 * gradient, rtol=1e-6, atol=1e-9)
 

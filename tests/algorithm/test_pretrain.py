@@ -14,15 +14,15 @@ from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
 from maml.seeding import Stream
 from maml.types import Params, Tasks
-from tests import plain_maml
-from tests.build import build_from
+from tests import algorithms, plain_maml
+from tests.algorithms import build_from
 
 
 def make(oracle: bool = False, chunk: int | None = None) -> tuple[Pretrain, Params, Tasks]:
     """Builds a float64 problem; theta is larger than the initial one, whose gradients are rounding noise."""
     domain = Sinusoid(num_shots=4, num_query=3, oracle=oracle)
     inner = SGD(step_size=0.1, num_steps=1, order=2, adapt=["*"])
-    algorithm = build_from(Pretrain, domain, MLP(domain.in_shape, 1, [6, 5]), inner, task_chunk=chunk)
+    algorithm = build_from(Pretrain, domain, MLP(domain.in_shape, 1, [6, 5]), inner)
     theta = {
         name: Stream(1).child(name).uniform(value.shape, -0.5, 0.5, dtype=torch.float64)
         for name, value in algorithm.theta.items()
@@ -37,7 +37,7 @@ def assert_gradient_is_that_of_the_pooled_loss(
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
     loss = F.mse_loss(plain_maml.mlp(leaves, x.flatten(0, 1)), y.flatten(0, 1))
     expected = torch.autograd.grad(loss, list(leaves.values()))
-    gradient, metrics = algorithm.gradient(theta, tasks)
+    gradient, metrics = algorithms.gradient(algorithm, theta, tasks)
     torch.testing.assert_close(metrics["loss"], loss, rtol=1e-12, atol=0.0)
     for name, value in zip(leaves, expected, strict=True):
         torch.testing.assert_close(gradient[name], value, rtol=1e-12, atol=1e-12)
@@ -51,9 +51,9 @@ def test_gradient_is_that_of_one_network_on_all_support_points() -> None:
 
 def test_query_points_are_never_looked_at() -> None:
     algorithm, theta, tasks = make()
-    gradient, metrics = algorithm.gradient(theta, tasks)
+    gradient, metrics = algorithms.gradient(algorithm, theta, tasks)
     unknown = tasks | {"query_x": torch.full_like(tasks["query_x"], torch.nan)}
-    again, same = algorithm.gradient(theta, unknown)
+    again, same = algorithms.gradient(algorithm, theta, unknown)
     assert all(torch.equal(again[name], value) for name, value in gradient.items())
     assert torch.equal(same["loss"], metrics["loss"])
 

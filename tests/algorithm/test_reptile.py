@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maml.algorithm.reptile import Reptile
 from maml.domain.base import Role
-from maml.hardware.compile import Compiled
+from maml.hardware.base import Execution
 from maml.inner.adam import Adam
 from maml.inner.base import Inner
 from maml.inner.sgd import SGD
@@ -18,9 +18,10 @@ from maml.model.base import Model
 from maml.model.mlp import MLP
 from maml.outer.sgd import SGD as OuterSGD
 from maml.seeding import Stream
-from maml.types import Examples, Params, Tasks, num_tasks
-from tests import plain_adam, plain_maml
-from tests.build import build_from
+from maml.training.meta_gradient import MetaGradient
+from maml.types import Examples, Params, Tasks, expand, num_tasks
+from tests import algorithms, plain_adam, plain_maml
+from tests.algorithms import build_from
 from tests.training.test_meta_gradient import NUM_SUPPORT, NUM_TASKS, FixedExamples
 
 STEP_SIZE, NUM_STEPS, NUM_EXAMPLES, BETAS, EPS = 0.1, 7, 2, (0.0, 0.999), 1e-3
@@ -54,7 +55,7 @@ class Watched(FixedExamples):
         return super().inner_loss(model, params, data)
 
 
-def make(kind: Kind = "adam", chunk: int | None = None, num_test_examples: int = 3) -> tuple[Reptile, Watched]:
+def make(kind: Kind = "adam", num_test_examples: int = 3) -> tuple[Reptile, Watched]:
     domain = Watched()
     adapt = ["*", "!linear2.bias"]
     inner: Inner = (
@@ -68,7 +69,6 @@ def make(kind: Kind = "adam", chunk: int | None = None, num_test_examples: int =
         Float64MLP((1,), 1, [6]),
         inner,
         OuterSGD(step_size=1.0, num_iterations=4, final_step_size=0.0),
-        task_chunk=chunk,
         num_examples=NUM_EXAMPLES,
         num_test_examples=num_test_examples,
     )
@@ -101,6 +101,10 @@ def mean_state(states: list[State], name: str) -> plain_adam.State:
     return sum(means) / len(states), sum(squares) / len(states), sum(counts) / len(states)
 
 
+def start(algorithm: Reptile, count: int) -> Params:
+    return expand(algorithm.theta | algorithm.buffers, count)
+
+
 def assert_close(values: Params, expected: Params) -> None:
     assert values.keys() == expected.keys()
     for name, value in expected.items():
@@ -110,12 +114,12 @@ def assert_close(values: Params, expected: Params) -> None:
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_meta_update_equals_the_plain_loop(kind: Kind, chunk: int | None) -> None:
-    algorithm, _ = make(kind, chunk)
+    algorithm, _ = make(kind)
     theta = {name: value.clone() for name, value in algorithm.theta.items()}
     state = dict.fromkeys(theta, plain_adam.NEW)
     for iteration, rate in enumerate([1.0, 0.75, 0.5]):
         tasks = algorithm.sample_tasks(NUM_TASKS, Stream(iteration))
-        metrics = algorithm.step(tasks)
+        metrics = algorithms.step(algorithm, tasks, chunk)
         ends, losses = [], []
         for task in range(NUM_TASKS):
             x, y, query_x, query_y = (tasks[name][task] for name in ("support_x", "support_y", "query_x", "query_y"))
@@ -133,20 +137,20 @@ def test_meta_update_equals_the_plain_loop(kind: Kind, chunk: int | None) -> Non
             state = {name: mean_state([each for _, each in ends], name) for name in theta}
             adapted = [name for name in theta if name != "linear2.bias"]
             assert_close(
-                {name: value for name, value in algorithm.carried.items() if name != "step"},
+                {name: value for name, value in algorithm.buffers.items() if name != "step"},
                 {f"mean.{name}": torch.as_tensor(state[name][0]) for name in adapted}
                 | {f"square.{name}": torch.as_tensor(state[name][1]) for name in adapted},
             )
-            assert algorithm.carried["step"] == NUM_STEPS * (iteration + 1)
+            assert algorithm.buffers["step"] == NUM_STEPS * (iteration + 1)
         else:
-            assert algorithm.carried == {}
+            assert algorithm.buffers == {}
 
 
 def test_passes_cover_the_support_set_without_a_gap_each_in_an_order_of_its_own() -> None:
     algorithm, domain = make()
     algorithm.inner.num_steps = 10  # mini-batches of 2 out of 5: four passes
     tasks = algorithm.sample_tasks(NUM_TASKS, Stream(0))
-    algorithm.step(tasks)
+    algorithms.step(algorithm, tasks)
     assert {tuple(seen.shape) for seen in domain.seen} == {(NUM_TASKS, NUM_EXAMPLES)}
     passes = torch.cat(domain.seen, dim=1).unflatten(1, (4, NUM_SUPPORT))
     everything = tasks["support_x"].squeeze(-1).sort(dim=1).values
@@ -158,10 +162,10 @@ def test_passes_cover_the_support_set_without_a_gap_each_in_an_order_of_its_own(
 
 @pytest.mark.parametrize("num_test_examples", [3, 50])
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
-def test_meta_test_starts_from_the_carried_state_and_leaves_it_alone(kind: Kind, num_test_examples: int) -> None:
+def test_meta_test_starts_from_the_buffers_state_and_leaves_it_alone(kind: Kind, num_test_examples: int) -> None:
     algorithm, _ = make(kind, num_test_examples=num_test_examples)
-    algorithm.step(algorithm.sample_tasks(NUM_TASKS, Stream(0)))
-    before = {name: value.clone() for name, value in algorithm.carried.items()}
+    algorithms.step(algorithm, algorithm.sample_tasks(NUM_TASKS, Stream(0)))
+    before = {name: value.clone() for name, value in algorithm.buffers.items()}
     state: State = {
         name: (before[f"mean.{name}"], before[f"square.{name}"], before["step"].item())
         if f"mean.{name}" in before
@@ -171,35 +175,36 @@ def test_meta_test_starts_from_the_carried_state_and_leaves_it_alone(kind: Kind,
     tasks: Tasks = algorithm.domain.sample_tasks(NUM_TASKS, Stream(9), "test")
     assert "minibatches" not in tasks
     key = int(Stream(0).child("minibatches").key)
-    steps = list(algorithm.adapt(algorithm.theta, tasks, 6))
+    steps = list(algorithm.adapt(start(algorithm, NUM_TASKS), tasks, 6))
     assert len(steps) == 7
     for task in range(num_tasks(tasks)):
         x, y = tasks["support_x"][task], tasks["support_y"][task]
         expected, _ = plain_steps(algorithm.theta, state, x, y, key, min(num_test_examples, NUM_SUPPORT), 6, kind)
         assert_close({name: value[task].detach() for name, value in steps[-1].items()}, expected)
-    assert all(torch.equal(algorithm.carried[name], value) for name, value in before.items())
-    assert algorithm.carried.keys() == before.keys()
+    assert all(torch.equal(algorithm.buffers[name], value) for name, value in before.items())
+    assert algorithm.buffers.keys() == before.keys()
 
 
 def test_adaptation_of_a_task_depends_on_no_other() -> None:
     algorithm, _ = make()
-    algorithm.step(algorithm.sample_tasks(NUM_TASKS, Stream(0)))
+    algorithms.step(algorithm, algorithm.sample_tasks(NUM_TASKS, Stream(0)))
     tasks = algorithm.domain.sample_tasks(NUM_TASKS, Stream(9), "test")
-    *_, together = algorithm.adapt(algorithm.theta, tasks, 4)
+    *_, together = algorithm.adapt(start(algorithm, NUM_TASKS), tasks, 4)
     for task in range(NUM_TASKS):
         only = {name: value[task : task + 1] for name, value in tasks.items()}
-        *_, alone = algorithm.adapt(algorithm.theta, only, 4)
+        *_, alone = algorithm.adapt(start(algorithm, 1), only, 4)
         assert_close({name: value[task : task + 1] for name, value in together.items()}, alone)
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
 def test_compiled_gradient_equals_eager_on_new_tasks() -> None:
     algorithm, _ = make()
-    run = Compiled(algorithm.chunk_gradient)
+    compiled = MetaGradient(algorithm, Execution(1, None, compile=True))
     for seed in (1, 2):
         tasks = algorithm.sample_tasks(NUM_TASKS, Stream(seed))
+        params = algorithm.theta | algorithm.buffers
         for ours, expected in zip(
-            run(algorithm.theta | algorithm.carried, tasks),
-            algorithm.chunk_gradient(algorithm.theta | algorithm.carried, tasks),
-            strict=True,
+            compiled.gradient(params, tasks), algorithms.gradient(algorithm, algorithm.theta, tasks), strict=True
         ):
             assert_close(ours, expected)
+    assert compiled.execution.compile, "it was not given up"

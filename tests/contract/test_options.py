@@ -20,6 +20,7 @@ from maml.model.base import Model
 from maml.outer.base import Objective, Outer
 from maml.seeding import Stream
 from maml.types import Params, Product
+from tests import algorithms
 from tests.runs import ROOT
 
 CONF = ROOT / "conf"
@@ -102,10 +103,10 @@ def test_algorithm_learns_from_a_batch_and_adapts(option: str, cache_dir: Path) 
     config, _ = compose([*overrides("algorithm", option, cache_dir), "hardware=cpu"])
     algorithm = build_algorithm(config, build(config.hardware))
     before = {name: value.clone() for name, value in algorithm.theta.items()}
-    metrics = algorithm.step(algorithm.sample_tasks(3, Stream(0)))
+    metrics = algorithms.step(algorithm, algorithm.sample_tasks(3, Stream(0)))
     assert "loss" in metrics
     assert all(value.dim() == 0 and value.isfinite() for value in metrics.values())
-    assert all(value.isfinite().all() for value in algorithm.carried.values())
+    assert all(value.isfinite().all() for value in algorithm.buffers.values())
     assert algorithm.theta.keys() == before.keys()
     assert all(value.isfinite().all() and not value.requires_grad for value in algorithm.theta.values())
     tasks = algorithm.domain.sample_tasks(2, Stream(1), "test")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maml.algorithm.best import keep_best
 from maml.algorithm.maml import MAML
 from maml.config.compose import compose
 from maml.config.schema import build
@@ -28,8 +29,9 @@ from maml.model.gaussian_policy import GaussianPolicy
 from maml.outer.trpo import TRPO
 from maml.record import checkpoint
 from maml.seeding import Stream
-from maml.types import Params, Tasks, expand
-from tests.build import build_from
+from maml.types import Params, Tasks, expand, num_tasks
+from tests import algorithms
+from tests.algorithms import build_from
 from tests.environment.test_rollouts import Strolls
 from tests.runs import TinyRuns
 
@@ -66,7 +68,7 @@ def algorithm_on(domain: Reinforcement, seed: int = 0) -> MAML:
 def collected(domain: Reinforcement, count: int = 3, seed: int = 1) -> tuple[MAML, Tasks]:
     algorithm = algorithm_on(domain)
     tasks = algorithm.sample_tasks(count, Stream(seed))
-    algorithm.collect(tasks)
+    algorithm.collect(expand(algorithm.theta, count), tasks)
     return algorithm, tasks
 
 
@@ -116,7 +118,7 @@ def test_losses_are_means_over_the_timesteps_of_each_task(step: int) -> None:
 @pytest.mark.parametrize("step", [0, 1])
 def test_at_the_policies_that_collected_the_objective_is_zero_and_so_is_the_divergence(step: int) -> None:
     algorithm, tasks = collected(Strolling())
-    params = list(algorithm._adapt(algorithm.theta, tasks, 1, None, create_graph=False))[step]
+    params = list(algorithm.inner_steps(expand(algorithm.theta, 3), tasks, 1, None, create_graph=False))[step]
     data = algorithm.domain.data(tasks, "query", step)
     loss, metrics = algorithm.domain.outer_loss(algorithm.model, params, data)
     assert loss.abs().max() < 1e-5, "advantages have mean zero"
@@ -129,11 +131,11 @@ def test_same_iteration_has_the_same_rollouts_whatever_ran_before() -> None:
         collected(domain, count=4, seed=2)
         Evaluation(num_tasks=2, num_steps=1)(algorithm)
         again = algorithm.sample_tasks(3, Stream(1))
-        algorithm.collect(again)
+        algorithm.collect(expand(algorithm.theta, 3), again)
         assert first.keys() == again.keys()
         assert [name for name, value in first.items() if not torch.equal(value, again[name])] == []
         other = algorithm.sample_tasks(3, Stream(2))
-        algorithm.collect(other)
+        algorithm.collect(expand(algorithm.theta, 3), other)
         assert not torch.equal(first["step_0.actions"][:, :5], other["step_0.actions"][:, :5])
 
 
@@ -204,7 +206,7 @@ def test_thinned_rollouts_are_every_so_many_th_timestep(every: int) -> None:
 def test_summary_is_of_the_last_step_and_counts_all_blow_ups() -> None:
     algorithm = algorithm_on(Strolling())
     tasks = algorithm.sample_tasks(4, Stream(1))
-    for _ in algorithm.adapt(algorithm.theta, tasks, 2):
+    for _ in algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, 2):
         pass
     means, counts = algorithm.domain.summary(tasks)
     steps = [algorithm.domain.data(tasks, "query", step) for step in range(3)]
@@ -237,7 +239,7 @@ def test_tasks_have_as_many_rollouts_as_asked_for(num_shots: int | None) -> None
     domain = PointNavigation(num_shots=2, horizon=6)
     algorithm = algorithm_on(domain)
     tasks = domain.sample_tasks(3, Stream(0), "test", num_shots)
-    list(algorithm.adapt(algorithm.theta, tasks, 1))
+    list(algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, 1))
     for step in range(2):
         data = domain.data(tasks, "support", step)
         assert ((data.weights > 0).sum(1) == (num_shots or 2) * 6).all()
@@ -250,7 +252,7 @@ def test_best_theta_is_that_of_the_best_training_return_and_is_what_is_evaluated
     seen: list[tuple[float, Params]] = []
     for iteration in range(14):
         theta = copied(algorithm.theta)
-        metrics = algorithm.step(algorithm.sample_tasks(3, Stream(2).child(iteration)))
+        metrics = algorithms.step(algorithm, algorithm.sample_tasks(3, Stream(2).child(iteration)))
         returns += [metrics["return"].item()] * (1 if returns else 10)  # the first stands for those before it
         seen.append((sum(returns[-10:]) / 10, theta))
     score, best = max(seen, key=lambda pair: pair[0])
@@ -271,10 +273,10 @@ def test_best_theta_is_that_of_the_best_training_return_and_is_what_is_evaluated
 
 def test_return_that_is_not_a_number_is_never_the_best() -> None:
     algorithm = algorithm_on(Strolling())
-    algorithm._keep_best({"return": torch.tensor(torch.nan)})
+    keep_best(algorithm.best, algorithm.theta, torch.tensor(torch.nan))
     assert algorithm.best["score"] == -torch.inf
     for _ in range(10):
-        algorithm._keep_best({"return": torch.tensor(-3.0)})
+        keep_best(algorithm.best, algorithm.theta, torch.tensor(-3.0))
     assert algorithm.best["score"] == -3
 
 

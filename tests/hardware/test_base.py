@@ -79,7 +79,7 @@ def test_resumed_run_keeps_the_chunk_of_its_checkpoint(tiny: TinyRuns, monkeypat
         before_iteration(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         tiny.run("hardware.task_chunk=3", "num_iterations=10")
     chunks = []
-    before_iteration(monkeypatch, 1, lambda algorithm: chunks.append(algorithm.task_chunk))
+    before_iteration(monkeypatch, 1, lambda meta_gradient: chunks.append(meta_gradient.execution.task_chunk))
     folder = tiny.run("num_iterations=10")
     assert chunks == [3]
     assert checkpoint.load(folder / "checkpoint.pt")["execution"]["task_chunk"] == 3

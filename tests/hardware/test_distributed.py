@@ -176,7 +176,7 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_shares_follow_each_other_and_leave_nothing_out(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks: Tasks = {"x": torch.arange(5)}
-    monkeypatch.setattr(distributed, "size", lambda: size)
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
     shares = []
     for rank in range(size):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)

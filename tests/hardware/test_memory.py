@@ -22,7 +22,7 @@ from maml.model.mlp import MLP
 from maml.record import checkpoint
 from maml.seeding import Stream
 from maml.types import Params
-from tests.build import build_from
+from tests.algorithms import build_from, meta_gradient, step
 from tests.runs import TinyRuns, state
 
 
@@ -56,16 +56,17 @@ def test_smaller_chunks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) 
     inner = SGD(step_size=0.1, num_steps=2, order=2, adapt=["*"])
     algorithm = build_from(MAML, Sinusoid(), MLP((1,), 1, [20]), inner)
     tasks = algorithm.sample_tasks(7, Stream(1))
-    expected, loss = algorithm.gradient(algorithm.theta, tasks)
+    computing = meta_gradient(algorithm)
+    expected, loss = computing.gradient(algorithm.theta, tasks)
     given = small_memory(monkeypatch, most=2)
-    gradient, again = algorithm.gradient(algorithm.theta, tasks)
+    gradient, again = computing.gradient(algorithm.theta, tasks)
     for name, value in expected.items():
         torch.testing.assert_close(gradient[name], value, rtol=1e-4, atol=1e-6)
     assert again["loss"].item() == pytest.approx(loss["loss"].item(), rel=1e-5)
-    assert algorithm.task_chunk == 1
+    assert computing.execution.task_chunk == 1
     assert sorted(set(given), reverse=True) == [7, 3, 1]
     given.clear()
-    algorithm.gradient(algorithm.theta, tasks)
+    computing.gradient(algorithm.theta, tasks)
     assert set(given) == {1}, "it does not try again what failed"
 
 
@@ -73,7 +74,7 @@ def test_one_task_that_does_not_fit_names_what_can_be_done(monkeypatch: pytest.M
     small_memory(monkeypatch, most=0)
     algorithm = build_from(MAML, Sinusoid(), MLP((1,), 1, [20]), SGD(0.1, 1, 2, ["*"]))
     with pytest.raises(MamlError, match=r"one task alone does not fit .* hardware.recompute=true, precision=bf16"):
-        algorithm.step(algorithm.sample_tasks(4, Stream(1)))
+        step(algorithm, algorithm.sample_tasks(4, Stream(1)))
 
 
 def test_evaluation_shrinks_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from maml.model.mlp import MLP
 from maml.model.module import ModuleModel
 from maml.seeding import Stream
 from maml.types import Params
-from tests.build import build_from
+from tests import algorithms
+from tests.algorithms import build_from
 from tests.runs import TinyRuns, state
 from tests.training.test_meta_gradient import NUM_WAYS, SMALL, FixedExamples, SmallNet
 
@@ -50,7 +51,7 @@ def meta_gradient(precision: Precision, kind: str) -> tuple[Params, torch.dtype]
             name: value.to(torch.get_default_dtype()) if value.is_floating_point() else value
             for name, value in algorithm.sample_tasks(4, Stream(1)).items()
         }
-        gradient, _ = algorithm.gradient(theta, tasks)
+        gradient, _ = algorithms.gradient(algorithm, theta, tasks)
     return {name: value.double() for name, value in gradient.items()}, next(iter(algorithm.theta.values())).dtype
 
 

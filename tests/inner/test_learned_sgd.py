@@ -15,8 +15,8 @@ from maml.model.functional import Activation
 from maml.model.mlp import MLP
 from maml.seeding import Stream
 from maml.types import Params, Tasks
-from tests import plain_maml
-from tests.build import build_from
+from tests import algorithms, plain_maml
+from tests.algorithms import build_from
 from tests.training.test_meta_gradient import NUM_TASKS, FixedExamples, as_list
 
 ADAPTED = ["linear1.weight", "linear1.bias", "linear2.weight"]
@@ -32,7 +32,7 @@ def make(
     """Builds MAML, and a theta in float64 all of whose entries differ, step sizes included."""
     domain = FixedExamples((2,), classes=False)
     inner: Inner = kind(step_size=0.3, num_steps=num_steps, order=order, adapt=["*", "!linear2.bias"])  # type: ignore[arg-type]
-    algorithm = build_from(MAML, domain, MLP((2,), 1, [6], activation), inner, task_chunk=chunk)
+    algorithm = build_from(MAML, domain, MLP((2,), 1, [6], activation), inner)
     theta = {
         name: value.double() + Stream(1).child(name).uniform(value.shape, -0.2, 0.2, dtype=torch.float64)
         for name, value in algorithm.theta.items()
@@ -66,7 +66,7 @@ def test_theta_holds_one_step_size_per_adapted_tensor_and_step() -> None:
 @pytest.mark.parametrize("order", [1, 2])
 def test_meta_gradient_equals_the_plain_loop(order: int, num_steps: int, chunk: int | None) -> None:
     algorithm, theta, tasks = make(num_steps, order, chunk)
-    gradient, metrics = algorithm.gradient(theta, tasks)
+    gradient, metrics = algorithms.gradient(algorithm, theta, tasks)
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
     loss = plain_outer_loss(leaves, tasks, num_steps, order)
     expected = torch.autograd.grad(loss, list(leaves.values()))
@@ -78,11 +78,11 @@ def test_meta_gradient_equals_the_plain_loop(order: int, num_steps: int, chunk: 
 
 def test_meta_gradient_equals_finite_differences() -> None:
     algorithm, theta, tasks = make(num_steps=3, activation="tanh")
-    gradient, _ = algorithm.gradient(theta, tasks)
+    gradient, _ = algorithms.gradient(algorithm, theta, tasks)
     for name, value in theta.items():
         direction = Stream(3).child(name).uniform(value.shape, -1.0, 1.0, dtype=torch.float64)
         behind, ahead = (
-            algorithm.gradient(theta | {name: value + offset * direction}, tasks)[1]["loss"].item()
+            algorithms.gradient(algorithm, theta | {name: value + offset * direction}, tasks)[1]["loss"].item()
             for offset in (-1e-5, 1e-5)
         )
         assert (gradient[name] * direction).sum().item() == pytest.approx((ahead - behind) / 2e-5, rel=1e-6)
@@ -93,8 +93,8 @@ def test_meta_gradient_of_theta_is_sgds_where_all_step_sizes_are_its_own(order: 
     learned, theta, tasks = make(num_steps=3, order=order)
     plain, *_ = make(num_steps=3, order=order, kind=SGD)
     theta |= {name: torch.full_like(value, 0.3) for name, value in theta.items() if name.startswith("inner.")}
-    gradient, _ = learned.gradient(theta, tasks)
-    expected, _ = plain.gradient({name: theta[name] for name in plain.theta}, tasks)
+    gradient, _ = algorithms.gradient(learned, theta, tasks)
+    expected, _ = algorithms.gradient(plain, {name: theta[name] for name in plain.theta}, tasks)
     assert all(torch.equal(gradient[name], value) for name, value in expected.items())
 
 
@@ -102,22 +102,22 @@ def test_steps_beyond_those_of_training_use_the_last_size() -> None:
     algorithm, theta, tasks = make(num_steps=2)
     longer, *_ = make(num_steps=4)
     repeated = {name: value[[0, 1, 1, 1]] if name.startswith("inner.") else value for name, value in theta.items()}
-    *_, last = algorithm.adapt(theta, tasks, 4)
-    *_, expected = longer.adapt(repeated, tasks, 4)
+    *_, last = algorithm.adapt(algorithm.params_per_task(NUM_TASKS, theta), tasks, 4)
+    *_, expected = longer.adapt(longer.params_per_task(NUM_TASKS, repeated), tasks, 4)
     assert all(torch.equal(last[name], expected[name]) for name in ADAPTED)
 
 
 def test_step_sizes_of_the_evaluation_take_their_place() -> None:
     algorithm, theta, tasks = make(num_steps=2)
     plain, *_ = make(num_steps=2, kind=SGD)
-    *_, last = algorithm.adapt(theta, tasks, 3, [0.1, 0.05, 0.2])
-    *_, expected = plain.adapt({name: theta[name] for name in plain.theta}, tasks, 3, [0.1, 0.05, 0.2])
+    *_, last = algorithm.adapt(algorithm.params_per_task(NUM_TASKS, theta), tasks, 3, [0.1, 0.05, 0.2])
+    *_, expected = plain.adapt(plain.params_per_task(NUM_TASKS, plain.theta_of(theta)), tasks, 3, [0.1, 0.05, 0.2])
     assert all(torch.equal(last[name], expected[name]) for name in expected)
 
 
 def test_step_sizes_are_never_adapted() -> None:
     algorithm, theta, tasks = make(num_steps=2)
-    *_, last = algorithm.adapt(theta, tasks, 2)
+    *_, last = algorithm.adapt(algorithm.params_per_task(NUM_TASKS, theta), tasks, 2)
     own = [name for name in theta if name.startswith("inner.")]
     assert own and all(torch.equal(last[name], theta[name].expand_as(last[name])) for name in own)
     with pytest.raises(MamlError, match=r"'inner\.\*' matches no parameter; there are linear1\.weight"):

@@ -70,7 +70,7 @@ def test_ours_is_the_first_rollout_of_the_whole_banks_evaluation(tmp_path: Path)
     bank = evaluation.bank(algorithm.domain, SMALL.num_shots)
     with torch.no_grad():
         theta = {name: algorithm.best[name] for name in algorithm.theta}
-        for _ in algorithm.adapt(theta, bank, 3, STEP_SIZES):
+        for _ in algorithm.adapt(algorithm.params_per_task(len(bank["goals"]), theta), bank, 3, STEP_SIZES):
             pass
     goal = np.array([rows[0]["goal_x"], rows[0]["goal_y"]])
     for step in (0, 3):

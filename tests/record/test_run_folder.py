@@ -65,7 +65,7 @@ def test_folder_is_named_by_experiment_and_run_id(run: RunFolder, tiny: TinyRuns
 
 
 def test_record_holds_what_a_reader_needs(run: RunFolder) -> None:
-    assert run.open(HARDWARE, "python train.py seed=0") is None
+    assert run.open(HARDWARE, "python train.py seed=0", "MAML") is None
     first = record(run)
     assert first["status"] == "running"
     assert first["command"] == "python train.py seed=0"
@@ -76,7 +76,7 @@ def test_record_holds_what_a_reader_needs(run: RunFolder) -> None:
     assert segment["versions"]["torch"] == torch.__version__
     assert segment["commit"] is None or len(segment["commit"]) == 40
     assert segment["dirty"] in (None, False, True)
-    assert yaml.safe_load((run.path / "config.yaml").read_text()) == run.config
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == run.config.as_dict()
 
     saved(run, 7)
     assert record(run)["iteration"] == 7
@@ -89,7 +89,7 @@ def test_record_holds_what_a_reader_needs(run: RunFolder) -> None:
 def test_each_part_of_a_run_is_a_segment(tiny: TinyRuns) -> None:
     for iteration in (7, 14):
         run = RunFolder(tiny.config(), "custom")
-        run.open(HARDWARE, f"part {iteration}")
+        run.open(HARDWARE, f"part {iteration}", "MAML")
         saved(run, iteration)
         run.close("interrupted")
     segments = record(run)["segments"]
@@ -98,29 +98,29 @@ def test_each_part_of_a_run_is_a_segment(tiny: TinyRuns) -> None:
 
 
 def test_run_is_open_once_at_a_time(run: RunFolder, tiny: TinyRuns) -> None:
-    run.open(HARDWARE, "first")
+    run.open(HARDWARE, "first", "MAML")
     before = files(run.path)
     other = RunFolder(tiny.config(), "custom")
     with pytest.raises(MamlError, match="is training in"):
-        other.open(HARDWARE, "second")
+        other.open(HARDWARE, "second", "MAML")
     other.close("failed")
     assert files(run.path) == before, "a run that is refused leaves the other one alone"
     run.close("finished")
-    other.open(HARDWARE, "second")
+    other.open(HARDWARE, "second", "MAML")
     other.close("finished")
 
 
 def test_another_seed_is_another_folder(run: RunFolder, tiny: TinyRuns) -> None:
-    run.open(HARDWARE, "")
+    run.open(HARDWARE, "", "MAML")
     other = RunFolder(tiny.config("seed=1"), "custom")
-    other.open(HARDWARE, "")
+    other.open(HARDWARE, "", "MAML")
     assert other.path != run.path
     for each in (run, other):
         each.close("finished")
 
 
 def test_resumed_run_gets_its_checkpoint_and_drops_later_metrics(run: RunFolder, tiny: TinyRuns) -> None:
-    run.open(HARDWARE, "")
+    run.open(HARDWARE, "", "MAML")
     for iteration in (3, 6):
         run.log(iteration, {"loss": 1 / iteration})
     saved(run, 7)
@@ -128,7 +128,7 @@ def test_resumed_run_gets_its_checkpoint_and_drops_later_metrics(run: RunFolder,
     run.close("failed")
 
     again = RunFolder(tiny.config(), "custom")
-    found = again.open(HARDWARE, "")
+    found = again.open(HARDWARE, "", "MAML")
     assert found is not None
     assert found["iteration"] == 7
     assert found["state"]["theta"]["w"].tolist() == [7, 7]
@@ -141,14 +141,14 @@ def test_resumed_run_gets_its_checkpoint_and_drops_later_metrics(run: RunFolder,
 def test_half_written_checkpoints_of_killed_processes_are_removed(run: RunFolder) -> None:
     run.path.mkdir(parents=True)
     (run.path / ".checkpoint.new.pt.12345").write_bytes(b"half")
-    run.open(HARDWARE, "")
+    run.open(HARDWARE, "", "MAML")
     run.close("finished")
     assert not list(run.path.glob(".*"))
 
 
 def test_metrics_keep_every_bit(run: RunFolder) -> None:
     value = torch.tensor(0.1).item() / 3
-    run.open(HARDWARE, "")
+    run.open(HARDWARE, "", "MAML")
     run.log(1, {"loss": value})
     run.close("finished")
     assert json.loads((run.path / "metrics.jsonl").read_text())["loss"] == value
@@ -160,7 +160,7 @@ def test_full_disk_under_the_metrics_is_said_at_the_next_checkpoint(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    run.open(HARDWARE, "")
+    run.open(HARDWARE, "", "MAML")
     run.log(3, {"loss": 1.0})
     with monkeypatch.context() as patch, pytest.raises(MamlError, match=r"metrics\.jsonl could not be written \(No sp"):
         patch.setattr("os.fsync", full)
@@ -173,11 +173,11 @@ def test_damaged_record_is_named(run: RunFolder, content: str) -> None:
     run.path.mkdir(parents=True)
     (run.path / "run.json").write_text(content)
     with pytest.raises(MamlError, match=r"run\.json is damaged .*; move it away, or restore it"):
-        run.open(HARDWARE, "")
+        run.open(HARDWARE, "", "MAML")
 
 
 def test_report_of_the_whole_run_lies_in_its_folder(run: RunFolder) -> None:
-    run.open(HARDWARE, "")
+    run.open(HARDWARE, "", "MAML")
     assert run.save_report(report(run), ROWS) == run.path
     assert read_json(run.path / "report.json") == report(run)
     with open(run.path / "tasks.csv", newline="") as file:
@@ -212,7 +212,7 @@ def test_finished_report_is_that_of_the_same_evaluation(tiny: TinyRuns) -> None:
 
 
 def test_same_training_is_found_under_another_experiment(run: RunFolder, tiny: TinyRuns, tmp_path: Path) -> None:
-    run.open(HARDWARE, "")
+    run.open(HARDWARE, "", "MAML")
     saved(run, 200)
     run.close("finished")
     second = RunFolder(tiny.config("evaluation.num_steps=1"), "second")
@@ -227,7 +227,7 @@ def test_same_training_is_found_under_another_experiment(run: RunFolder, tiny: T
 def test_own_folder_comes_before_that_of_another_experiment(run: RunFolder, tiny: TinyRuns) -> None:
     own = tiny.runs_dir / "second" / run.run_id
     own.mkdir(parents=True)
-    run.open(HARDWARE, "")
+    run.open(HARDWARE, "", "MAML")
     run.close("finished")
     assert RunFolder(tiny.config(), "second").path == own
 
@@ -242,7 +242,7 @@ def test_baselines_that_part_in_meta_test_share_one_training(
     headline = run_experiment(first, "first")
     folder = RunFolder(first, "first").path
     kept = files(folder)
-    monkeypatch.setattr(Classifier, "step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Classifier, "meta_update", lambda *_: pytest.fail("trained again"))
     other = run_experiment(second, "second")
     assert not (tiny_images.runs_dir / "second").exists()
     now = files(folder)

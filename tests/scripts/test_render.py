@@ -20,7 +20,7 @@ from maml.errors import MamlError
 from maml.experiment import build_algorithm, run_experiment
 from maml.hardware.base import Hardware
 from maml.seeding import Stream
-from maml.types import take
+from maml.types import num_tasks, take
 from tests.runs import ROOT
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "render.py"))
@@ -120,7 +120,7 @@ def test_episode_is_the_batchs_where_start_and_noise_are_the_same(monkeypatch: p
     bank = build(config.evaluation).bank(algorithm.domain, num_shots=1)
     tasks = take(bank, 1, 2)
     with torch.no_grad():
-        *_, params = algorithm.adapt(algorithm.theta, tasks, 1)
+        *_, params = algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, 1)
         noise = Stream(tasks["keys"]).child("step").child(1).child(0).child("actions").normal((12, 2))[0]
         monkeypatch.setattr(Stream, "normal", lambda self, shape: noise)
         environment = algorithm.domain.make_single(tasks["goals"][0], "rgb_array")

@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], num_seeds:
             raise torch.OutOfMemoryError
         now += seconds[chunk]
 
-    monkeypatch.setattr("maml.algorithm.maml.MAML.gradient_sums", lambda self, *given: compute(*given))
+    monkeypatch.setattr("maml.training.meta_gradient.MetaGradient.sums", lambda self, *given: compute(*given))
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: now)
     return tried
 

@@ -19,7 +19,7 @@ from maml.seeding import Stream
 from maml.training import cuda_graph
 from maml.training.cuda_graph import Captured
 from maml.training.iteration import Iteration
-from tests.build import build_from
+from tests.algorithms import build_from
 
 
 def iteration() -> Iteration:

@@ -20,7 +20,8 @@ from maml.logger.base import Logger
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder
 from maml.seeding import Stream
-from maml.training.loop import Learner, train
+from maml.training.learner import Learner
+from maml.training.loop import train
 from tests.runs import TinyRuns
 
 STREAM = Stream(5)
@@ -30,8 +31,9 @@ class Counting:
     """Adds up what it is given; its loss is the iteration's number."""
 
     def __init__(self) -> None:
-        self.domain = SimpleNamespace(sample_tasks=self.sample_tasks)
-        self.inner, self.chunk_gradient = SimpleNamespace(), None
+        self.name = "Counting"
+        self.domain = SimpleNamespace(on_policy=False, summary=lambda tasks: ({}, {}))
+        self.stream, self.buffers, self.best = Stream(0), dict[str, Tensor](), dict[str, Tensor]()
         self.theta = {"sum": torch.zeros(())}
         self.outer_state = {"step": torch.zeros((), dtype=torch.float64)}
         self.drawn: list[tuple[int, int]] = []
@@ -40,7 +42,7 @@ class Counting:
         self.drawn.append((num_tasks, stream.key))
         return {"x": stream.uniform((num_tasks,))}
 
-    def step(self, tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+    def meta_update(self, objective: object, tasks: dict[str, Tensor]) -> dict[str, Tensor]:
         self.theta["sum"] += tasks["x"].sum()
         self.outer_state["step"] += 1
         return {"loss": self.outer_state["step"].float(), "accuracy": torch.tensor(0.5)}
@@ -65,19 +67,18 @@ class Loop:
     """One run of the loop."""
 
     def __init__(self, tiny: TinyRuns, num_iterations: int, log_every: int = 3, checkpoint_every: int = 4) -> None:
-        self.run = RunFolder(tiny.config(), "custom")
-        self.algorithm: Any = Counting()
-        self.logger = Recording()
+        algorithm: Any = Counting()
+        self.algorithm, self.learner = algorithm, Learner(tiny.config(), "custom", algorithm)
+        self.run, self.learner.stream = self.learner.folder, STREAM
+        self.logger = self.learner.logger = Recording()
         self.settings = (num_iterations, 6, log_every, checkpoint_every)
 
     def __call__(self) -> None:
-        saved = self.run.open({}, "")
+        saved = self.run.open({}, "", "Counting")
         if saved:
-            self.algorithm.load_state_dict(saved["state"])
-        start = saved["iteration"] if saved else 0
-        learner = Learner(self.algorithm, STREAM, self.run, self.logger, start)
+            self.learner.restore(saved)
         try:
-            train([learner], Execution(1, None, False), *self.settings)
+            train([self.learner], Execution(1, None, False), *self.settings)
         finally:
             self.run.close("finished")
 
@@ -140,12 +141,12 @@ def test_resumed_loop_goes_on_behind_the_checkpoint(tiny: TinyRuns) -> None:
     whole()
     first = Loop(tiny, 11)
 
-    def stop(tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+    def stop(objective: object, tasks: dict[str, Tensor]) -> dict[str, Tensor]:
         if len(first.algorithm.drawn) == 10:
             raise ZeroDivisionError
-        return Counting.step(first.algorithm, tasks)
+        return Counting.meta_update(first.algorithm, objective, tasks)
 
-    first.algorithm.step = stop
+    first.algorithm.meta_update = stop
     with pytest.raises(ZeroDivisionError):
         first()
     second = Loop(tiny, 11)
@@ -160,11 +161,11 @@ def test_resumed_loop_goes_on_behind_the_checkpoint(tiny: TinyRuns) -> None:
 def test_loss_that_is_not_finite_stops_the_run_where_it_is_looked_at(tiny: TinyRuns, value: float, period: str) -> None:
     loop = Loop(tiny, 100, **{"log_every": 1000, "checkpoint_every": 1000, period: 5})
 
-    def diverging(tasks: dict[str, Tensor]) -> dict[str, Tensor]:
-        metrics = Counting.step(loop.algorithm, tasks)
+    def diverging(objective: object, tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+        metrics = Counting.meta_update(loop.algorithm, objective, tasks)
         return metrics | {"loss": torch.tensor(value)} if metrics["loss"] >= 7 else metrics
 
-    loop.algorithm.step = diverging
+    loop.algorithm.meta_update = diverging
     with pytest.raises(MamlError, match=rf"loss={value} at iteration 10: training has diverged") as caught:
         loop()
     assert "Lower inner.step_size or outer.step_size, or clip the meta-gradient (outer.clip)" in str(caught.value)
@@ -177,12 +178,12 @@ def test_loss_that_is_not_finite_stops_the_run_where_it_is_looked_at(tiny: TinyR
 def test_second_signal_does_not_wait(tiny: TinyRuns) -> None:
     loop = Loop(tiny, 100)
 
-    def impatient(tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+    def impatient(objective: object, tasks: dict[str, Tensor]) -> dict[str, Tensor]:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("still waiting")
 
-    loop.algorithm.step = impatient
+    loop.algorithm.meta_update = impatient
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
     try:
         with pytest.raises(KeyboardInterrupt) as stop:
@@ -196,12 +197,12 @@ def test_second_signal_does_not_wait(tiny: TinyRuns) -> None:
 def test_second_sigterm_changes_nothing(tiny: TinyRuns) -> None:
     loop = Loop(tiny, 100)
 
-    def told_twice(tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+    def told_twice(objective: object, tasks: dict[str, Tensor]) -> dict[str, Tensor]:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        return Counting.step(loop.algorithm, tasks)
+        return Counting.meta_update(loop.algorithm, objective, tasks)
 
-    loop.algorithm.step = told_twice
+    loop.algorithm.meta_update = told_twice
     with pytest.raises(Interrupted):
         loop()
     assert loop.saved["iteration"] == 1
@@ -218,6 +219,6 @@ def test_loop_runs_outside_the_main_thread(tiny: TinyRuns) -> None:
 def test_progress_names_the_run(tiny: TinyRuns, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     Loop(tiny, 5)()
     lines = capsys.readouterr().err.splitlines()
-    name = f"custom {RunFolder(tiny.config(), 'custom').run_id[:6]}"
+    name = f"custom {RunFolder(tiny.config(), 'custom').run_id[:6]}, Counting"
     assert lines[0] == f"{name} 1/5  loss 1  accuracy 0.5"
     assert lines[-1].startswith(f"{name} 5/5  loss 5  accuracy 0.5")

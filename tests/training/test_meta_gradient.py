@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from maml.algorithm.maml import MAML
 from maml.domain.base import Metrics, Role, Split, SupervisedDomain
+from maml.hardware.memory import recomputing
 from maml.inner.sgd import SGD
 from maml.model.base import Model
 from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
 from maml.model.module import ModuleModel
 from maml.seeding import Stream
-from maml.types import Examples, Params, Tasks
-from tests import plain_maml
-from tests.build import build_from
+from maml.types import Examples, Params, Tasks, expand
+from tests import algorithms, plain_maml
+from tests.algorithms import build_from
 
 NUM_TASKS, NUM_SUPPORT, NUM_QUERY, NUM_WAYS = 4, 5, 6, 5
 
@@ -124,11 +125,11 @@ def _float64() -> Iterator[None]:
 
 
 def make(
-    in_shape: tuple[int, ...], classes: bool, model: Model, num_steps: int, order: int, chunk: int | None = None
+    in_shape: tuple[int, ...], classes: bool, model: Model, num_steps: int, order: int
 ) -> tuple[MAML, Params, Tasks]:
     domain = FixedExamples(in_shape, classes)
     inner = SGD(step_size=0.3, num_steps=num_steps, order=order, adapt=["*", "!*.shift"])  # type: ignore[arg-type]
-    algorithm = build_from(MAML, domain, model, inner, task_chunk=chunk)
+    algorithm = build_from(MAML, domain, model, inner)
     # Larger than the initial weights of 0.01, at which second derivatives would be lost in rounding.
     theta = {
         name: value.double() + Stream(1).child(name).uniform(value.shape, -0.4, 0.4, dtype=torch.float64)
@@ -147,8 +148,8 @@ def as_list(tasks: Tasks) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
 @pytest.mark.parametrize("case", CASES)
 def test_meta_gradient_equals_the_plain_loop(case: str, order: int, num_steps: int, chunk: int | None) -> None:
     in_shape, classes, make_model, forward = CASES[case]
-    algorithm, theta, tasks = make(in_shape, classes, make_model(), num_steps, order, chunk)
-    gradient, metrics = algorithm.gradient(theta, tasks)
+    algorithm, theta, tasks = make(in_shape, classes, make_model(), num_steps, order)
+    gradient, metrics = algorithms.gradient(algorithm, theta, tasks, chunk)
 
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
     loss = plain_maml.outer_loss(
@@ -171,9 +172,8 @@ def test_meta_gradient_equals_the_plain_loop(case: str, order: int, num_steps: i
 def test_recomputed_steps_give_the_same_meta_gradient(case: str) -> None:
     in_shape, classes, make_model, _ = CASES[case]
     algorithm, theta, tasks = make(in_shape, classes, make_model(), num_steps=3, order=2)
-    expected, _ = algorithm.gradient(theta, tasks)
-    algorithm.inner.recompute = True
-    gradient, _ = algorithm.gradient(theta, tasks)
+    expected, _ = algorithms.gradient(algorithm, theta, tasks)
+    gradient, _ = algorithms.gradient(algorithm, theta, tasks, recompute=True)
     for name, value in expected.items():
         torch.testing.assert_close(gradient[name], value, rtol=1e-10, atol=1e-12)
 
@@ -192,7 +192,6 @@ def test_recomputed_steps_keep_no_more_of_five_steps_than_of_one() -> None:
         for num_steps in (1, 5):
             model = Conv4(SMALL, NUM_WAYS, 6, "stride")
             algorithm, theta, tasks = make(SMALL, True, model, num_steps, order=2)
-            algorithm.inner.recompute = recompute
             alive: WeakSet[Held] = WeakSet()
 
             def pack(tensor: Tensor, alive: WeakSet[Held] = alive) -> Held:
@@ -200,8 +199,9 @@ def test_recomputed_steps_keep_no_more_of_five_steps_than_of_one() -> None:
                 return held_tensor
 
             leaves = {name: value.requires_grad_() for name, value in theta.items()}
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda held_tensor: held_tensor.tensor):
-                losses, _ = algorithm.task_losses(leaves, tasks)
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda held_tensor: held_tensor.tensor)
+            with recomputing(recompute), hooks:
+                losses, _ = algorithm.task_losses(expand(leaves, NUM_TASKS), tasks)
             held[recompute, num_steps] = sum({each.tensor.data_ptr(): each.tensor.numel() for each in alive}.values())
             del losses
     parameters = NUM_TASKS * sum(value.numel() for value in theta.values())
@@ -213,15 +213,15 @@ def test_recomputed_steps_keep_no_more_of_five_steps_than_of_one() -> None:
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_meta_gradient_equals_finite_differences(num_steps: int, chunk: int | None) -> None:
     model = Conv4(SMALL, NUM_WAYS, 4, "mean", "flatten", activation="softplus")
-    algorithm, theta, tasks = make(SMALL, True, model, num_steps, order=2, chunk=chunk)
-    gradient, _ = algorithm.gradient(theta, tasks)
+    algorithm, theta, tasks = make(SMALL, True, model, num_steps, order=2)
+    gradient, _ = algorithms.gradient(algorithm, theta, tasks, chunk)
     first_order, *_ = make(SMALL, True, model, num_steps, order=1)  # the same loss for less: no gradient is needed
     for name, value in theta.items():
         direction = Stream(3).child(name).uniform(value.shape, -1.0, 1.0, dtype=torch.float64)
 
         def loss_at(offset: float, name: str = name, direction: Tensor = direction) -> float:
             moved = theta | {name: theta[name] + offset * direction}
-            return first_order.task_losses(moved, tasks)[0].mean().item()
+            return first_order.task_losses(expand(moved, NUM_TASKS), tasks)[0].mean().item()
 
         step = 1e-4
         # Fourth order in the step, so that the difference is exact enough for the bound.
@@ -238,6 +238,6 @@ def test_first_order_differs_measurably_from_second(case: str) -> None:
     flat = []
     for order in (1, 2):
         algorithm, theta, tasks = make(in_shape, classes, make_model(), num_steps=1, order=order)
-        gradient, _ = algorithm.gradient(theta, tasks)
+        gradient, _ = algorithms.gradient(algorithm, theta, tasks)
         flat.append(torch.cat([value.flatten() for value in gradient.values()]))
     assert (flat[0] - flat[1]).norm() > 0.01 * flat[1].norm()

@@ -15,6 +15,7 @@ from maml.errors import Interrupted, MamlError
 from maml.outer.base import Objective
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder, read_json
+from maml.types import Tasks
 from tests.hardware.test_distributed import assert_alike
 from tests.runs import TinyRuns, assert_same_run, files, state
 
@@ -53,16 +54,16 @@ def test_seeds_side_by_side_equal_separate_runs(tiny: TinyRuns, overrides: tuple
 
 
 def _stop_after(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    update, done = Algorithm.update, 0
+    meta_update, done = Algorithm.meta_update, 0
 
-    def counting(self: Algorithm, objective: Objective) -> dict[str, torch.Tensor]:
+    def counting(self: Algorithm, objective: Objective, tasks: Tasks) -> dict[str, torch.Tensor]:
         nonlocal done
         done += 1
         if done == updates:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(self, objective)
+        return meta_update(self, objective, tasks)
 
-    monkeypatch.setattr(Algorithm, "update", counting)
+    monkeypatch.setattr(Algorithm, "meta_update", counting)
 
 
 def test_stopped_seeds_resume_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +99,7 @@ def test_seed_that_was_left_behind_catches_up_and_a_finished_one_is_not_run_agai
 
 def test_seed_that_is_being_trained_elsewhere_stops_the_others_before_they_begin(tiny: TinyRuns) -> None:
     busy = RunFolder(tiny.config("seed=1"), "custom")
-    busy.open({}, "")
+    busy.open({}, "", "MAML")
     try:
         with pytest.raises(MamlError, match="is training in"):
             tiny.run("seeds=3")

@@ -20,8 +20,11 @@ import torch
 from maml.algorithm.maml import MAML
 from maml.errors import Interrupted, MamlError
 from maml.experiment import run_experiment
+from maml.outer.base import Objective
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder, read_json
+from maml.training.meta_gradient import MetaGradient
+from maml.types import Tasks
 from tests.runs import TinyRuns, assert_same_run, before_iteration, files, run_in_child
 
 Reference = Callable[[TinyRuns], Path]
@@ -88,7 +91,7 @@ def test_run_killed_again_and_again_ends_like_one_never_killed(tiny: TinyRuns, u
 @contextmanager
 def training_forbidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(MAML, "step", lambda *_: pytest.fail("trained again"))
+        patch.setattr(MAML, "meta_update", lambda *_: pytest.fail("trained again"))
         yield
 
 
@@ -306,7 +309,7 @@ def test_no_room_for_metrics_leaves_the_last_checkpoint(
     metrics = tiny.folder() / "metrics.jsonl"
     kept = metrics.with_name("kept")
 
-    def fill(algorithm: MAML) -> None:
+    def fill(meta_gradient: MetaGradient) -> None:
         metrics.rename(kept)
         metrics.symlink_to("/dev/full")
 
@@ -334,7 +337,7 @@ def test_no_room_for_metrics_leaves_the_last_checkpoint(
 def test_no_room_for_the_report_costs_only_the_evaluation(
     name: str, tiny: TinyRuns, uninterrupted: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill(algorithm: MAML) -> None:
+    def fill(meta_gradient: MetaGradient) -> None:
         (tiny.folder() / f".{name}.{os.getpid()}").symlink_to("/dev/full")
 
     with monkeypatch.context() as patch, pytest.raises(MamlError) as caught:
@@ -356,8 +359,8 @@ def test_runs_dir_that_is_no_folder_is_named(tiny: TinyRuns, tmp_path: Path) -> 
 def test_diverged_run_names_the_iteration_and_saves_nothing_of_it(
     tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverge(algorithm: MAML) -> None:
-        algorithm.theta["linear1.weight"].fill_(torch.inf)
+    def diverge(meta_gradient: MetaGradient) -> None:
+        meta_gradient.algorithm.theta["linear1.weight"].fill_(torch.inf)
 
     with monkeypatch.context() as patch, pytest.raises(MamlError) as caught:
         before_iteration(patch, 18, diverge)
@@ -377,18 +380,18 @@ def test_state_that_diverges_under_a_finite_loss_is_not_saved(
     where: str, tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss is that of the parameters before the update, so it is finite one iteration longer than they are."""
-    step, count = MAML.step, 0
+    meta_update, count = MAML.meta_update, 0
 
-    def overflowing(self: MAML, tasks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def overflowing(self: MAML, objective: Objective, tasks: Tasks) -> dict[str, torch.Tensor]:
         nonlocal count
         count += 1
-        metrics = step(self, tasks)
+        metrics = meta_update(self, objective, tasks)
         if count == 14:  # a checkpoint is due
             state = self.theta["linear2.bias"] if where == "theta" else self.outer_state[where]
             state[-1] = torch.inf
         return metrics
 
-    monkeypatch.setattr(MAML, "step", overflowing)
+    monkeypatch.setattr(MAML, "meta_update", overflowing)
     with pytest.raises(MamlError, match="at iteration 14: training has diverged"):
         tiny.run()
     assert checkpoint.load(tiny.folder() / "checkpoint.pt")["iteration"] == 7
