@@ -168,7 +168,7 @@ class Algorithm(ABC):
         return dict(zip((*means, *counts), (*averages, *sums), strict=True))
 
     def _keep_best(self, summary: dict[str, Tensor]) -> None:
-        """Section 5.3: the evaluated policy is the one with the best average training return.
+        """Appendix A.2: the evaluated policy is the one with the best average training return.
 
         Averaged over ten iterations: in a single one the luck of its few goals outweighs what theta has learnt since.
         """
