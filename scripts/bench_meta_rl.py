@@ -54,7 +54,7 @@ TURN_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one meta-iteration (protocol 6.3).
+    """The sizes of one meta-iteration (docs/protocol.md#rl-training).
 
     Attributes:
         experiment: whose policy, optimizers and environment.

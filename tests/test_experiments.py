@@ -76,7 +76,8 @@ def size(algorithm: Algorithm) -> int:
     return sum(value.numel() for value in algorithm.theta.values())
 
 
-# Name, ways, shots, inner step size, steps in training and in meta-test, meta-batch, parameters (protocol 3 and 4.2).
+# Name, ways, shots, inner step size, steps in training and in meta-test, meta-batch, parameters
+# (docs/protocol.md#omniglot-training and docs/protocol.md#miniimagenet-training).
 CONV_5WAY, CONV_20WAY = 640 + 3 * 36_928 + 4 * 64 + 325, 640 + 3 * 36_928 + 4 * 64 + 1300
 NON_CONV = 785 * 256 + 257 * 128 + 129 * 64 + 65 * 64 + 65 * 5 + 256 + 128 + 64 + 64
 CLASSIFICATION = [
@@ -179,7 +180,7 @@ def test_baselines_on_images_are_ravis_and_share_one_training(domain: str, cache
     assert len(ids) == 1
 
 
-# Inner batch and steps, step size, iterations, inner batch in meta-test (protocol 7.1).
+# Inner batch and steps, step size, iterations, inner batch in meta-test (docs/protocol.md#reptile).
 REPTILE = {
     "omniglot_5way_reptile": (10, 10, 5, 0.001, 100_000, 5),
     "omniglot_20way_reptile": (10, 20, 10, 0.0005, 200_000, 10),
@@ -246,7 +247,8 @@ def test_multitask_average_is_of_500_regressors(variant: str, cache_dir: Path) -
 
 
 # K in training and in meta-test, alpha, KL limit, iterations of MAML, pretrained and oracle, step sizes in meta-test of
-# MAML, pretrained and random; observations, actions, horizon (protocol 6.2 and 6.6-6.8).
+# MAML, pretrained and random; observations, actions, horizon
+# (docs/protocol.md#rl-training, docs/protocol.md#rl-baselines and docs/protocol.md#rl-meta-test).
 LATER = {"ant_direction": 0.01}  # step sizes behind the first, as parts of it; else one half
 RL = {
     "point_navigation": (20, 40, 0.5, 0.01, (100, 100, 100), (0.5, 0.5, 0.5), 2, 2, 100),

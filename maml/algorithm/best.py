@@ -1,4 +1,4 @@
-"""The best theta of a training run, by its own returns (section 5.3 evaluates that one)."""
+"""The best theta of a training run, by its own returns (appendix A.2 evaluates that one)."""
 
 from __future__ import annotations
 

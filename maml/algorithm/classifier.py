@@ -1,4 +1,4 @@
-"""The network under the baselines of Ravi and Larochelle (2017; protocol 4.4): a classifier of all training classes."""
+"""A classifier of all training classes, for Ravi and Larochelle's baselines (docs/protocol.md#classifier-baselines)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fine-tuning baseline (protocol 4.4): a new last layer on a pretrained classifier, all layers fine-tuned."""
+"""Fine-tuning of a pretrained classifier under a new last layer (docs/protocol.md#classifier-baselines)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nearest-neighbour baseline (protocol 4.4): the label of the most similar support image, by cosine."""
+"""The label of the most similar support image, by cosine (docs/protocol.md#classifier-baselines)."""
 
 from __future__ import annotations
 

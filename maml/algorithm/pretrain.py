@@ -10,7 +10,7 @@ class Pretrain(MAML):
     """Learns one theta for all tasks, without adapting to any; in meta-test it is fine-tuned as MAML's is.
 
     It is MAML whose objective stands before the first gradient step: the loss on the support data of each task, the
-    only data it sees, as in the authors' code (protocol 2).
+    only data it sees, as in the authors' code (docs/protocol.md#sinusoid-baselines).
     """
 
     differentiates_adaptation = False

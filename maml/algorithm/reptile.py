@@ -1,4 +1,4 @@
-"""Reptile (Nichol, Achiam, Schulman 2018; protocol 7.1): theta moves towards the weights after many inner steps."""
+"""Reptile (Nichol et al. 2018; docs/protocol.md#reptile): theta moves towards the weights after many inner steps."""
 
 from __future__ import annotations
 

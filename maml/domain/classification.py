@@ -154,7 +154,7 @@ class FewShotClassification(SupervisedDomain):
         return Examples(x, y, num_shots=tasks["support_images"].shape[-1])
 
     def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:
-        """Cross-entropy summed over the batch and divided by K (protocol, fact 1), and the accuracy."""
+        """Cross-entropy, summed and divided by K (docs/protocol.md#classification-loss), and the accuracy."""
         losses = F.cross_entropy(outputs.flatten(0, 1), data.y.flatten(), reduction="none").reshape(data.y.shape)
         return losses.sum(1) / data.num_shots, {"accuracy": _accuracy(outputs, data.y)}
 

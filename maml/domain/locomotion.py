@@ -84,7 +84,7 @@ class Velocity(Running):
         return stream.uniform((count, 1), *self.goal_range)
 
     def test_goals(self, count: int) -> Tensor:
-        """NumPy's generator with seed 1, as in the authors' test scripts (protocol 6.8)."""
+        """NumPy's generator with seed 1, as in the authors' test scripts (docs/protocol.md#meta-test-goals)."""
         return torch.from_numpy(np.random.RandomState(1).uniform(*self.goal_range, size=(count, 1))).to(
             torch.get_default_dtype()
         )
@@ -145,7 +145,7 @@ class Direction(Running):
         return 2.0 * stream.integers((count, 1), 2) - 1
 
     def test_goals(self, count: int) -> Tensor:
-        """The authors' 40: 18 forward and 22 backward of the cheetah, 20 and 20 of the ant (protocol 6.8)."""
+        """The authors' 40: cheetah 18 forward, 22 backward; ant 20 and 20 (docs/protocol.md#meta-test-goals)."""
         seed, low, high, threshold = self.test_draw
         numbers = np.random.RandomState(seed).uniform(low, high, size=(count, 1))
         return torch.from_numpy(np.where(numbers >= threshold, 1.0, -1.0)).to(torch.get_default_dtype())

@@ -14,7 +14,7 @@ from maml.environment.point import PointEnvironments
 from maml.seeding import Stream
 from maml.types import Count, Discount, Interval
 
-_TEST_SEED = 1  # of NumPy's generator, as in the authors' test script (protocol 6.8)
+_TEST_SEED = 1  # of NumPy's generator, as in the authors' test script (docs/protocol.md#meta-test-goals)
 
 
 class PointNavigation(Reinforcement):

@@ -1,4 +1,4 @@
-"""The linear baseline and the advantages over it (protocol 6.4; Duan et al. 2016)."""
+"""The linear baseline and the advantages over it (docs/protocol.md#advantages; Duan et al. 2016)."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def collect_episodes(
     horizon: int,
     discount: float,
 ) -> Episodes:
-    """Collects whole episodes of each task until they hold ``num_rollouts * horizon`` timesteps (protocol 6.6).
+    """Collects whole episodes until each task has ``num_rollouts * horizon`` timesteps (docs/protocol.md#rollouts).
 
     They are those that one environment per task would give, episode after episode: as many are started at once as are
     needed in any case, and more where episodes ended early.

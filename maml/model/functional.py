@@ -62,7 +62,7 @@ class _Moments(Function):
 
 
 def normalize(x: Tensor, mean: Tensor, variance: Tensor, shift: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Normalises each feature of each task (protocol, fact 2).
+    """Normalises each feature of each task (docs/protocol.md#normalisation).
 
     Written out because ``F.batch_norm`` gives wrong or no second derivatives here; as an affine function of x, which
     is one pass over memory.

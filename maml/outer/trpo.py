@@ -1,4 +1,4 @@
-"""Trust-region policy optimisation as the outer optimizer (Schulman et al. 2015; protocol 6.5)."""
+"""Trust-region policy optimisation as the outer optimizer (Schulman et al. 2015; docs/protocol.md#trpo)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TRPO(Outer):
     """The natural gradient step to the border of a trust region, shortened until it keeps inside and improves.
 
     Departure: the authors approximate Hessian-vector products by finite differences, with a step that an argument in
-    the wrong slot makes about 1 / ||theta|| (protocol, row 32); here they are exact. With ReLU that is the
+    the wrong slot makes about 1 / ||theta|| (docs/protocol.md#trpo); here they are exact. With ReLU that is the
     curvature between kinks: the line search sees to those that a step crosses.
 
     Args:

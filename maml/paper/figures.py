@@ -114,7 +114,7 @@ def curve_readings(curve: Curve, report: Report) -> list[tuple[float, float]]:
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the 68 % percentile bootstrap interval of the mean: that of the paper's shaded bands (protocol 6.9)."""
+    """Returns the mean's 68 % bootstrap interval: the paper's shaded bands (docs/protocol.md#figures-4-and-5)."""
     chosen = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
     low, high = np.percentile(values[chosen].mean(1), (16, 84))
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Omniglot's episodes on the real data, against protocol section 3."""
+"""Omniglot's episodes on the real data, against docs/protocol.md#omniglot-tasks."""
 
 from __future__ import annotations
 

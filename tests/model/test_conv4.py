@@ -1,4 +1,4 @@
-"""The convolutional network against protocol sections 3 and 4.2."""
+"""The convolutional network against docs/protocol.md#omniglot-networks and docs/protocol.md#miniimagenet-network."""
 
 from __future__ import annotations
 

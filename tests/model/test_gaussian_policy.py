@@ -1,4 +1,4 @@
-"""The Gaussian policy against protocol section 6.3."""
+"""The Gaussian policy against docs/protocol.md#policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fully connected networks against protocol sections 2 and 3."""
+"""The fully connected networks against docs/protocol.md#sinusoid-network and docs/protocol.md#omniglot-networks."""
 
 from __future__ import annotations
 
