@@ -160,7 +160,7 @@ class Algorithm(ABC):
         }
 
     def _summary(self, tasks: Tasks) -> dict[str, Tensor]:
-        means, counts = self.domain.summary(tasks)
+        means, counts = self.domain.rollout_metrics(tasks)
         if not means:
             return {}
         averages = distributed.all_reduce_mean([value.sum() for value in means.values()], num_tasks(tasks))
@@ -240,7 +240,7 @@ class Algorithm(ABC):
 
         def compute(task_chunk: int) -> list[Product]:
             chunks = self._chunks(tasks, task_chunk)
-            return [self.chunk_curvature(theta, self.domain.thin(chunk, every)) for chunk in chunks]
+            return [self.chunk_curvature(theta, self.domain.subsample_timesteps(chunk, every)) for chunk in chunks]
 
         products, count = self._within_memory(compute, tasks), self._num_tasks(tasks)
 
@@ -323,7 +323,7 @@ class Algorithm(ABC):
             MamlError: if it is the state of another algorithm or model.
         """
         mine = _flat(self.state_dict())
-        saved = _flat(state)
+        saved = {self._renamed(name): value for name, value in _flat(state).items()}
         if mine.keys() != saved.keys():
             raise MamlError(
                 "the checkpoint does not fit this algorithm and model: it "
@@ -337,6 +337,13 @@ class Algorithm(ABC):
                     f"{tuple(value.shape)}: the inputs or outputs of the domain are others than those it was trained on"
                 )
             value.copy_(saved[name])
+
+    def _renamed(self, name: str) -> str:
+        """Returns the present name of a saved tensor, which may end with a parameter's earlier name."""
+        groups = name.split(".")
+        endings = (".".join(groups[start:]) for start in range(1, len(groups)))
+        present = ((ending, self.model.renamed(ending)) for ending in endings)
+        return next((name.removesuffix(old) + new for old, new in present if old != new), name)
 
 
 def _flat(state: Mapping[str, Params]) -> Params:
