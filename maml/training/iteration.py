@@ -104,7 +104,7 @@ def check_shared(algorithm: Algorithm, num_seeds: int, meta_batch_size: int) -> 
             f"meta_batch_size={meta_batch_size} cannot be shared by {distributed.world_size()} processes; raise it, or "
             "start fewer"
         )
-    sums_up = type(algorithm.domain).summary is not Domain.summary or algorithm.domain.on_policy
+    sums_up = type(algorithm.domain).rollout_metrics is not Domain.rollout_metrics or algorithm.domain.on_policy
     if num_seeds > 1 and (sums_up or not algorithm.sums_over_tasks):
         what = domain if sums_up else name
         raise MamlError(f"seeds={num_seeds}: {what} cannot run side by side; sweep instead, with -m seed=...")
