@@ -24,8 +24,7 @@ from maml.config.compose import composed
 from maml.config.hints import near_miss
 from maml.config.identity import digest, training_config
 from maml.config.paths import CHECKPOINTS, CONF
-from maml.config.schema import Settings, build
-from maml.data.cache import ImageSet
+from maml.config.schema import Settings, build, without_data
 from maml.domain.base import Role, SupervisedDomain
 from maml.domain.classification import FewShotClassification
 from maml.errors import Diverged, MamlError
@@ -36,14 +35,7 @@ from maml.model.base import Model
 from maml.record import checkpoint
 from maml.record.exported import State, read_index, restore, unpack
 from maml.record.run_folder import read_json
-from maml.types import Count, Examples, Params, Tasks
-
-# Of the image sets that need not be there: shape of an image, the pixel value that becomes 1, training classes.
-_IMAGE_SETS = {
-    "maml.domain.omniglot.Omniglot": ((28, 28, 1), 1.0, 1100),
-    "maml.domain.mini_imagenet.MiniImagenet": ((84, 84, 3), 255.0, 64),
-    "maml.domain.cifar_fs.CifarFS": ((32, 32, 3), 255.0, 64),
-}
+from maml.types import Examples, Params, Tasks
 
 Inputs = ArrayLike | Tensor
 
@@ -116,23 +108,9 @@ def _network(
 ) -> Network:
     if digest(training_config(config)) != run_id:
         raise MamlError(f"the parameters are of run {run_id}, but its config ({experiment}) is another by now")
-    domain = config.domain
-    if domain["_target_"] in _IMAGE_SETS:
-        kept = {key: domain[key] for key in ("num_ways", "num_shots", "num_query") if key in domain}
-        domain = {"_target_": f"{__name__}.{_WithoutImages.__name__}", "stands_for": domain["_target_"], **kept}
-    algorithm = build_algorithm(replace(config, domain=domain), Hardware("cpu"))
+    algorithm = build_algorithm(replace(config, domain=without_data(config.domain)), Hardware("cpu"))
     restore(algorithm, state)
     return Network(experiment, iteration, config.num_iterations, algorithm, build(config.evaluation), step_sizes)
-
-
-class _WithoutImages(FewShotClassification):
-    """Stands for an image set whose images are not needed, because a task's are given."""
-
-    def __init__(self, stands_for: str, num_ways: Count, num_shots: Count, num_query: Count | None = None) -> None:
-        shape, scale, num_classes = _IMAGE_SETS[stands_for]
-        none = torch.zeros((), dtype=torch.uint8).expand(1, num_shots + (num_query or num_shots), *shape)
-        data, classes = ImageSet(none, [], ""), torch.arange(num_classes)
-        super().__init__(data, {"train": classes}, num_ways, num_shots, num_query, scale, rotate=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

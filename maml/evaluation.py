@@ -233,8 +233,8 @@ class Evaluation:
         shared = num_tasks(bank) >= distributed.world_size()
         failed, parts = None, dict[str, Tensor]()
         own = distributed.share(bank) if shared else bank
-        # Environments are stepped together: the more at once, the faster.
-        together = num_tasks(own) if algorithm.domain.on_policy else task_chunk or _DEFAULT_CHUNK
+        whole_bank = algorithm.domain.workload.whole_bank
+        together = num_tasks(own) if whole_bank else task_chunk or _DEFAULT_CHUNK
         try:
             parts, _ = within_memory(lambda chunk: self._measure(algorithm, own, step_sizes, chunk), together)
         except Diverged as error:

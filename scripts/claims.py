@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from benchmark import choose_clock, describe, seconds_per_call
+from implementations import Noise
 
 from maml.algorithm.base import Parts
 from maml.config.compose import compose
 from maml.config.schema import build
-from maml.data.cache import ImageSet
-from maml.domain.classification import FewShotClassification
 from maml.hardware.base import Hardware
 from maml.model.base import Model
 from maml.seeding import Stream
@@ -57,13 +56,11 @@ class Measurement:
 # Time.
 
 
-def learner(experiment: str, algorithm: str, in_shape: tuple[int, ...]) -> tuple[MetaGradient, int]:
+def learner(experiment: str, algorithm: str) -> tuple[MetaGradient, int]:
     """Builds what an experiment trains, and its meta-batch size. Pixels are noise: the time does not depend on them."""
     config, _ = compose([f"+experiment={experiment}", f"algorithm={algorithm}"])
     ways, shots, query = (config.domain[key] for key in ("num_ways", "num_shots", "num_query"))
-    pixels = Stream(0).integers((ways, shots + (query or shots), *in_shape), 256).to(torch.uint8)
-    images = ImageSet(pixels, classes=[], digest="")
-    domain = FewShotClassification(images, {"train": torch.arange(ways)}, ways, shots, query, scale=255.0, rotate=False)
+    domain = Noise(config.domain["_target_"], ways, shots, query)
 
     def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
         return build(config.model, in_shape=in_shape, out_dim=out_dim)
@@ -73,12 +70,12 @@ def learner(experiment: str, algorithm: str, in_shape: tuple[int, ...]) -> tuple
     return MetaGradient(build(config.algorithm, parts=parts), execution), config.meta_batch_size
 
 
-def speed_up(experiment: str, in_shape: tuple[int, ...], rounds: int) -> list[Measurement]:
+def speed_up(experiment: str, rounds: int) -> list[Measurement]:
     """Times a meta-gradient of MAML and of FOMAML in turns, so that a ratio compares neighbours in time."""
     clock, _ = choose_clock(DEVICE, NUM_THREADS)
     runs = []
     for name in ("maml", "fomaml"):
-        ours, count = learner(experiment, name, in_shape)
+        ours, count = learner(experiment, name)
         tasks = ours.algorithm.domain.sample_tasks(count, Stream(1))
         runs.append(lambda ours=ours, tasks=tasks: ours.gradient(ours.algorithm.theta, tasks)[0])
         runs[-1]()
@@ -142,7 +139,7 @@ def meta_learner_lstm_size(in_shape: tuple[int, ...], num_ways: int) -> int:
 
 def parameter_counts(experiment: str, in_shape: tuple[int, ...]) -> list[Measurement]:
     """Counts what MAML meta-learns, from the config, and what the others do, from their published architectures."""
-    meta_gradient, _ = learner(experiment, "maml", in_shape)
+    meta_gradient, _ = learner(experiment, "maml")
     algorithm = meta_gradient.algorithm
     ours = sum(value.numel() for value in algorithm.theta.values())
     classifier = sum(value.numel() for value in algorithm.model.init(Stream(0)).values())
@@ -213,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measurements = [
         measurement
         for experiment, in_shape in SHAPES.items()
-        for measurement in (*speed_up(experiment, in_shape, options.rounds), *parameter_counts(experiment, in_shape))
+        for measurement in (*speed_up(experiment, options.rounds), *parameter_counts(experiment, in_shape))
     ]
     write(options.out, measurements, conditions)
     print((options.out / "claims.md").read_text())

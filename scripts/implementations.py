@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from maml.algorithm.base import Algorithm
 from maml.config.compose import compose
+from maml.config.names import locate
 from maml.config.schema import Settings, build
 from maml.data.cache import ImageSet
-from maml.domain.classification import FewShotClassification
+from maml.domain.classification import FewShotClassification, Splits
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.model.conv4 import Conv4
@@ -42,36 +43,36 @@ from maml.types import Params, Tasks
 # Relative, of the whole gradient.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _BATCH_NORM_EPS = 1e-3
-# Training classes, images, height, width and channels of a data set, and whether it is turned. Of each class no more
-# images than Omniglot has: a task needs no more.
-_IMAGES = {
-    "Omniglot": ((1100, 20, 28, 28, 1), True),
-    "CifarFS": ((64, 20, 32, 32, 3), False),
-    "MiniImagenet": ((64, 20, 84, 84, 3), False),
-}
+# Images of each class, as many as Omniglot has: a task needs no more.
+_NUM_IMAGES = 20
 
 Episode = tuple[Tensor, Tensor, Tensor, Tensor]
 """Support inputs and targets, query inputs and targets, of one task."""
 
 
 class Noise(FewShotClassification):
-    """Images of a data set's sizes. Pixels are noise: the time does not depend on them, and nothing need be there."""
+    """An image set's shapes with noise as pixels: the time does not depend on them, and no files need be there.
 
-    def __init__(
-        self, sizes: Sequence[int], rotate: bool, num_ways: int, num_shots: int, num_query: int | None
-    ) -> None:
+    Args:
+        image_set: path of the class of the image set's domain.
+        num_ways: N.
+        num_shots: K.
+        num_query: query images per class.
+    """
+
+    scale = 255.0
+
+    def __init__(self, image_set: str, num_ways: int, num_shots: int, num_query: int | None) -> None:
+        like: type[FewShotClassification] = locate(image_set)
+        self.in_shape, self.num_train_classes, self.rotate = like.in_shape, like.num_train_classes, like.rotate
+        super().__init__(num_ways, num_shots, data_dir="", cache_dir="", num_query=num_query)
+
+    def load(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(256, tuple(sizes), dtype=torch.uint8, generator=generator)
-        classes = torch.arange(sizes[0])
-        super().__init__(
-            ImageSet(pixels, classes=[], digest=""),
-            {"train": classes, "val": classes, "test": classes},
-            num_ways,
-            num_shots,
-            num_query,
-            scale=255.0,
-            rotate=rotate,
-        )
+        sizes = (self.num_train_classes, _NUM_IMAGES, *self.in_shape)
+        pixels = torch.randint(256, sizes, dtype=torch.uint8, generator=generator)
+        classes = torch.arange(self.num_train_classes)
+        return ImageSet(pixels, classes=[], digest=""), {"train": classes, "val": classes, "test": classes}
 
 
 def as_trained(config: Settings) -> tuple[Algorithm, Iteration | Captured]:
@@ -115,9 +116,9 @@ class Problem:
         self.config, _ = compose([f"+experiment={experiment}", where, threads, *overrides])
         self.config = replace(self.config, precision="float64" if dtype == torch.float64 else "float32")
         domain = self.config.domain
-        if images := _IMAGES.get(domain["_target_"].rpartition(".")[2]):
+        if issubclass(locate(domain["_target_"]), FewShotClassification):
             sizes = {key: domain[key] for key in ("num_ways", "num_shots", "num_query")}
-            noise = {"_target_": f"{__name__}.Noise", "sizes": images[0], "rotate": images[1], **sizes}
+            noise = {"_target_": f"{__name__}.Noise", "image_set": domain["_target_"], **sizes}
             self.config = replace(self.config, domain=noise)
         self.algorithm, _ = self.build(compile=False)
         generator = torch.Generator().manual_seed(0)
@@ -273,7 +274,7 @@ def network(problem: Problem, params: Params, x: Tensor, batch_norm: BatchNorm =
     if not isinstance(model, Conv4):
         for i in (1, 2):
             x = F.relu(F.linear(x, params[f"linear{i}.weight"], params[f"linear{i}.bias"]))
-        return F.linear(x, params["linear3.weight"], params["linear3.bias"])
+        return F.linear(x, params["head.weight"], params["head.bias"])
     for i in range(1, 5):
         stride = 2 if model.pooling == "stride" else 1
         x = F.conv2d(x, params[f"conv{i}.weight"], params[f"conv{i}.bias"], stride, padding=1)
@@ -338,10 +339,9 @@ def _module(problem: Problem) -> tuple[nn.Module, Params]:
     model, theta = problem.algorithm.model, problem.theta
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if not isinstance(model, Conv4):
-        sizes = [theta[f"linear{i}.weight"].shape[1] for i in (1, 2, 3)] + [problem.algorithm.domain.out_dim]
-        for i, (num_in, num_out) in enumerate(pairwise(sizes), start=1):
-            layers |= {f"linear{i}": nn.Linear(num_in, num_out), f"relu{i}": nn.ReLU()}
-        del layers["relu3"]
+        for i in (1, 2):
+            layers |= {f"linear{i}": nn.Linear(*theta[f"linear{i}.weight"].T.shape), f"relu{i}": nn.ReLU()}
+        layers["head"] = nn.Linear(*theta["head.weight"].T.shape)
     else:
         for i in range(1, 5):
             filters, channels = theta[f"conv{i}.weight"].shape[:2]
@@ -488,7 +488,7 @@ class Jax(Implementation):
         if not isinstance(model, Conv4):
             for i in (1, 2):
                 x = relu(x @ params[f"linear{i}.weight"].T + params[f"linear{i}.bias"])
-            return x @ params["linear3.weight"].T + params["linear3.bias"]
+            return x @ params["head.weight"].T + params["head.bias"]
         for i in range(1, 5):
             x = self._convolution(x, params[f"conv{i}.weight"], 2 if model.pooling == "stride" else 1)
             x = x + params[f"conv{i}.bias"]

@@ -25,13 +25,12 @@ def mlp(params: Params, x: Tensor) -> Tensor:
     """1-40-40-1 and its relatives."""
     depth = sum(name.endswith("weight") for name in params)
     x = x.flatten(1)
-    for i in range(1, depth + 1):
+    for i in range(1, depth):
         x = F.linear(x, params[f"linear{i}.weight"], params[f"linear{i}.bias"])
-        if i < depth:
-            if f"norm{i}.shift" in params:
-                x = batch_norm(x, params[f"norm{i}.shift"])
-            x = torch.relu(x)
-    return x
+        if f"norm{i}.shift" in params:
+            x = batch_norm(x, params[f"norm{i}.shift"])
+        x = torch.relu(x)
+    return F.linear(x, params["head.weight"], params["head.bias"])
 
 
 def conv4(pooling: str, head: str, activation: Callable[[Tensor], Tensor] = torch.relu) -> Forward:

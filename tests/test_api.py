@@ -17,7 +17,7 @@ from torch import Tensor
 import maml
 from maml import api
 from maml.config.compose import composed
-from maml.config.schema import Settings, build
+from maml.config.schema import Settings, build, without_data
 from maml.data.omniglot import load_omniglot
 from maml.domain.classification import FewShotClassification
 from maml.domain.sinusoid import Sinusoid
@@ -120,23 +120,26 @@ def test_step_sizes_are_those_of_meta_test_and_of_the_nearest_k(experiment: str)
         assert network._step_sizes(given, 12) == (sizes and [*sizes, sizes[-1], sizes[-1]])
 
 
-@pytest.mark.parametrize("name", api._IMAGE_SETS)
-def test_facts_of_image_sets_are_those_of_their_domains(name: str, tiny_images: TinyRuns) -> None:
-    folder = name.split(".")[2]
-    config = tiny_images.config(f"domain={folder}").domain
+@pytest.mark.parametrize("name", ["omniglot", "mini_imagenet", "cifar_fs"])
+def test_domain_without_its_images_is_like_the_one_with_them(name: str, tiny_images: TinyRuns) -> None:
+    config = tiny_images.config(f"domain={name}").domain
+    bare: FewShotClassification = build(without_data(config))
     try:
         domain: FewShotClassification = build(config)
     except MamlError as error:
         pytest.skip(str(error))
-    assert (domain.in_shape, domain.scale, len(domain.splits["train"])) == api._IMAGE_SETS[name]
+    for attribute in ("in_shape", "out_dim", "scale", "rotate", "num_shots", "num_query", "workload"):
+        assert getattr(bare, attribute) == getattr(domain, attribute)
+    assert len(bare.splits["train"]) == len(domain.splits["train"]) == domain.num_train_classes
+    assert domain.images.shape[2:] == (domain.in_shape[0] * domain.in_shape[1], domain.in_shape[2])
+    assert 0.5 < domain.images[:3].max() / domain.scale <= 1
 
 
 @pytest.mark.parametrize("baseline", ["finetune", "nearest_neighbor"])
 def test_baselines_adapt_without_the_images_they_were_trained_on(baseline: str, tmp_path: Path) -> None:
     config = composed(f"mini_imagenet_5way_1shot_{baseline}")
     config = replace(config, domain={**config.domain, "data_dir": str(tmp_path), "cache_dir": str(tmp_path)})
-    stands_for = {"_target_": "maml.api._WithoutImages", "stands_for": config.domain["_target_"]}
-    algorithm = build_algorithm(replace(config, domain={**stands_for, "num_ways": 5, "num_shots": 1}), Hardware("cpu"))
+    algorithm = build_algorithm(replace(config, domain=without_data(config.domain)), Hardware("cpu"))
     network = api.Network("it", 0, 0, algorithm, build(config.evaluation), {})
     images = torch.rand(5, 84, 84, 3, generator=torch.Generator().manual_seed(0))
     labels = network.adapt(images, list("abcde"), num_steps=2)(images)

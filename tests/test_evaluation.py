@@ -219,9 +219,9 @@ class Upside(Sinusoid):
         super().__init__()
         self.splits: list[Split] = []
 
-    def sample_tasks(self, num_tasks: int, stream: Stream, split: Split = "train", *sizes: int | None) -> Tasks:
+    def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
         self.splits.append(split)
-        return super().sample_tasks(num_tasks, stream, split, *sizes)
+        return super().draw_tasks(num_tasks, stream, split, num_shots, num_query)
 
 
 @pytest.mark.parametrize("domain", [Sinusoid(), Upside()])

@@ -231,7 +231,8 @@ class Algorithm(ABC):
             MamlError: if it is the state of another algorithm or model.
         """
         mine = _flat(self.state_dict())
-        saved = _flat({_RENAMED_GROUPS.get(group, group): tensors for group, tensors in state.items()})
+        groups = {_RENAMED_GROUPS.get(group, group): tensors for group, tensors in state.items()}
+        saved = {self._renamed(name): value for name, value in _flat(groups).items()}
         if mine.keys() != saved.keys():
             raise MamlError(
                 "the checkpoint does not fit this algorithm and model: it "
@@ -245,6 +246,13 @@ class Algorithm(ABC):
                     f"{tuple(value.shape)}: the inputs or outputs of the domain are others than those it was trained on"
                 )
             value.copy_(saved[name])
+
+    def _renamed(self, name: str) -> str:
+        """Returns the present name of a saved tensor, which may end with a parameter's earlier name."""
+        groups = name.split(".")
+        endings = (".".join(groups[start:]) for start in range(1, len(groups)))
+        present = ((ending, self.model.renamed(ending)) for ending in endings)
+        return next((name.removesuffix(old) + new for old, new in present if old != new), name)
 
 
 def _flat(state: Mapping[str, Params]) -> Params:

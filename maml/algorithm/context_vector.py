@@ -55,6 +55,9 @@ class _WithContext(Model):
         )
         return {"context": context} | self.model.init(stream)
 
+    def renamed(self, name: str) -> str:
+        return self.model.renamed(name)
+
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
         rest = dict(params)
         context = rest.pop("context").unsqueeze(1).expand(*x.shape[:-1], -1)

@@ -22,6 +22,8 @@ _SUPPLIED = {
     "model": {"in_shape", "out_dim"},
     "algorithm": {"parts"},
 }
+# Arguments that the project passes where the config leaves them open.
+_FILLED_IN = {"model.module": {"in_shape", "out_dim"}}
 # The parts on which trained numbers depend, in the order in which messages list them.
 TRAINING_PARTS = ("domain", "model", "inner", "outer", "algorithm")
 PARTS = (*TRAINING_PARTS, "evaluation", "hardware", "logger")
@@ -136,7 +138,8 @@ def _check_arguments(
         elif name in hints:
             problems += _check_value(f"{prefix}{name}", value, hints[name])
     for name, parameter in allowed.items():
-        if parameter.default is parameter.empty and name not in arguments:
+        given = arguments.keys() | _FILLED_IN.get(path, set())
+        if parameter.default is parameter.empty and name not in given:
             problems.append(f"{prefix}{name} is missing")
     return problems
 
@@ -168,3 +171,8 @@ def build(part: Mapping[str, Any], **supplied: Any) -> Any:
     # Partial first: what is supplied must reach the constructor as it is, not by way of a config.
     target = current_address(part["_target_"])
     return instantiate({**part, "_target_": target, "_partial_": True}, _convert_="all")(**supplied)
+
+
+def without_data(domain: Part) -> Part:
+    """Returns the part that builds the same domain with no data set read (`Domain.without_data`)."""
+    return {**domain, "_target_": f"{current_address(domain['_target_'])}.without_data"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,32 +21,86 @@ Metrics = dict[str, Tensor]
 Data = TypeVar("Data")
 
 
+@dataclass(frozen=True)
+class Workload:
+    """How the tasks of a domain load a machine. `maml.hardware` chooses by it and knows no domain.
+
+    The defaults suit tasks of small vectors, where the operations' own overhead is most of the time.
+
+    Attributes:
+        task_chunk: how many tasks a CPU batches at once; None is the whole meta-batch.
+        measure_chunk: whether training may measure which chunk is fastest, and whether compiling pays, instead of
+            going by a rule. It pays where a task takes milliseconds.
+        fixed_shapes: whether all tensors have the same shapes in every iteration. Only then can the meta-gradient be
+            compiled, captured as a CUDA graph, or recomputed.
+        threads_pay: when several CPU threads are faster than one: ``always``, ``never``, or only ``beside_gpu``, where
+            the cores have nothing else to do.
+        whole_bank: whether meta-test is fastest with all of its tasks at once, whatever the chunk of training.
+    """
+
+    task_chunk: int | None = None
+    measure_chunk: bool = False
+    fixed_shapes: bool = True
+    threads_pay: Literal["never", "beside_gpu", "always"] = "never"
+    whole_bank: bool = False
+
+
 class Domain(ABC, Generic[Data]):
     """A distribution over tasks. Algorithms see tasks, data and losses, never what kind they are.
 
     ``Data`` is what `data` returns for T tasks: labelled examples, or rollouts.
 
     Class attributes:
-        headline: the metric that a report leads with; larger is better if `larger_is_better`.
-        on_policy: whether data depends on the parameters that collect it: whether `collect` does anything.
-        selected_by: the entry of `summary`, larger better, by which the best theta of training is kept; None keeps the
-            last one only.
+        headline: the metric that a report leads with.
+        larger_is_better: whether a larger headline is better.
+        on_policy: whether data depends on the parameters that collect it, so that `collect` has work to do.
+        selected_by: the entry of `rollout_metrics`, larger is better, by which training keeps its best theta; None
+            keeps the last one only.
+
+    Attributes:
+        in_shape: shape of one input of the model.
+        out_dim: number of outputs of the model.
+        num_shots: K, support examples (per class, in classification; rollouts, in reinforcement learning).
+        num_query: query examples (per class) in training; None is as many as support examples.
+        workload: how tasks load a machine.
     """
 
     in_shape: tuple[int, ...]
     out_dim: int
     num_shots: int
     num_query: int | None = None
-    """Query examples (per class) in training; None is as many as support examples."""
     headline: str
     larger_is_better: bool
     on_policy = False
     selected_by: str | None = None
 
+    @classmethod
+    def without_data(cls, **options: Any) -> Self:
+        """Builds the domain as its constructor does, but reads no data set.
+
+        Its model, shapes and `workload` are those of the full domain, and it can adapt to data that a caller gives. It
+        cannot draw tasks. A domain that reads a data set overrides this.
+
+        Args:
+            options: of the constructor.
+        """
+        return cls(**options)
+
+    def check_available(self) -> None:
+        """Checks at a glance that a data set is there, without reading or downloading it; also `without_data`.
+
+        Raises:
+            Unavailable: if it is missing and cannot be downloaded.
+        """
+
+    @property
+    def workload(self) -> Workload:
+        """How the tasks of this domain load a machine."""
+        return Workload()
+
     def to(self, device: torch.device) -> None:
         """Moves whatever the domain holds to the device."""
 
-    @abstractmethod
     def sample_tasks(
         self,
         num_tasks: int,
@@ -54,35 +109,66 @@ class Domain(ABC, Generic[Data]):
         num_shots: int | None = None,
         num_query: int | None = None,
     ) -> Tasks:
-        """Draws tasks and everything random about their data.
+        """Draws tasks and everything random about their data. A subclass says how in `draw_tasks`.
 
         Args:
             num_tasks: T.
             stream: the source of randomness; tasks are a pure function of it and lie on its device.
             split: which tasks.
             num_shots: K; None is the domain's.
-            num_query: query examples (per class, in classification); None is the domain's.
+            num_query: query examples (per class, in classification); None is the domain's or, at a K that is given,
+                K.
+
+        Raises:
+            MamlError: if there is too little data.
+        """
+        if num_query is None:
+            num_query = (self.num_query if num_shots is None else num_shots) or self.num_shots
+        return self.draw_tasks(num_tasks, stream.child(split), split, num_shots or self.num_shots, num_query)
+
+    @abstractmethod
+    def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
+        """Draws tasks for `sample_tasks`, which fills in the defaults.
+
+        Task i must not depend on ``num_tasks``: the first three of five tasks are those of a draw of three.
+
+        Args:
+            num_tasks: T.
+            stream: the source of randomness, another one for each split.
+            split: which tasks.
+            num_shots: K.
+            num_query: query examples (per class, in classification).
+
+        Returns:
+            Tensors ``(T, ...)`` by name: all that was drawn, from which `data` makes the examples.
         """
 
     def collect(self, tasks: Tasks, model: Model, params: Params, step: int) -> None:
-        """Adds to the tasks what ``params``, of gradient step ``step``, find in them: rollouts.
+        """Adds rollouts to the tasks, collected with the parameters ``params`` of gradient step ``step``.
 
-        Supervised data is in the tasks from the start, whatever the parameters.
+        A domain of labelled examples adds nothing: its data is in the tasks from the start.
         """
 
     @abstractmethod
     def data(self, tasks: Tasks, role: Role, step: int = 0) -> Data:
-        """Returns the support or query data of T tasks; of gradient step ``step``, where that matters.
+        """Returns the support or query data of T tasks, a function of the tasks alone.
 
-        They are a function of the tasks alone: a loss on them can be evaluated again and again.
+        Args:
+            tasks: as drawn, and with what `collect` added.
+            role: support or query.
+            step: the gradient step whose rollouts are wanted; labelled examples are the same in all.
         """
 
-    def thin(self, tasks: Tasks, every: int) -> Tasks:
-        """Returns the tasks with every so many-th timestep of their rollouts."""
+    def subsample_timesteps(self, tasks: Tasks, every: int) -> Tasks:
+        """Returns the tasks with every ``every``-th timestep of their rollouts; other data stays as it is."""
         return tasks
 
-    def summary(self, tasks: Tasks) -> tuple[Metrics, Metrics]:
-        """Returns what is logged of a meta-batch beside the losses: numbers whose mean is, and whose sum."""
+    def rollout_metrics(self, tasks: Tasks) -> tuple[Metrics, Metrics]:
+        """Returns what is logged about the rollouts of a meta-batch, beside the losses.
+
+        Returns:
+            Numbers of which the mean over tasks is logged, and numbers of which the sum is, each ``(T,)`` by name.
+        """
         return {}, {}
 
     @abstractmethod

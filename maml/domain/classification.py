@@ -2,60 +2,74 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maml.data.cache import ImageSet
-from maml.domain.base import Metrics, Role, Split, SupervisedDomain
+from maml.domain.base import Metrics, Role, Split, SupervisedDomain, Workload
 from maml.errors import MamlError
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Examples, Params, Tasks
+from maml.types import Count, Examples, Params, Tasks, product
+
+# A chunk of tasks on a CPU has at most as many pixels, support and query together, as 80 images of Omniglot. Half as
+# many halve the memory, but 20-way tasks then run one at a time, and no faster than a plain loop
+# (scripts/bench_meta_gradient.py).
+_CHUNK_PIXELS = 80 * 28 * 28
+
+Splits = Mapping[Split, Tensor]
+"""The class indices of each split, int64 ``(classes,)``."""
 
 
 class FewShotClassification(SupervisedDomain):
     """Tasks of N classes with K support images each; labels are reshuffled in every task.
 
+    A subclass is an image set: it sets the class attributes and says how its images are loaded.
+
+    Class attributes:
+        in_shape: height, width and channels of an image.
+        scale: the pixel value that becomes 1; pixels are divided by it.
+        num_train_classes: how many classes the training split has.
+        rotate: whether every class of a task is turned by its own multiple of 90 degrees.
+
     Args:
-        data: the images of all classes, ``(classes, images per class, H, W[, C])``, uint8.
-        splits: class indices of each split.
-        num_ways: N.
+        num_ways: N, classes in a task.
         num_shots: K, support images per class.
         num_query: query images per class in training; None is K.
-        scale: the pixel value that becomes 1.
-        rotate: turns every class of a task by its own multiple of 90 degrees.
+        data_dir: where the original files are.
+        cache_dir: where the tensor built from them is kept.
 
     Raises:
-        MamlError: if a class has too few images, or a split too few classes.
+        MamlError: if files are missing or damaged, a class has too few images, or a split too few classes.
     """
 
+    in_shape: tuple[int, int, int]
+    scale: float
+    num_train_classes: int
+    rotate = False
     headline = "accuracy_transductive"
     larger_is_better = True
 
     def __init__(
-        self,
-        data: ImageSet,
-        splits: Mapping[Split, Tensor],
-        num_ways: int,
-        num_shots: int,
-        num_query: int | None,
-        scale: float,
-        rotate: bool,
+        self, num_ways: Count, num_shots: Count, data_dir: str, cache_dir: str, num_query: Count | None = None
     ) -> None:
-        images = data.images if data.images.dim() == 5 else data.images.unsqueeze(-1)
-        self.num_images, height, width, channels = images.shape[1:]
-        self.in_shape = (height, width, channels)
         self.out_dim = self.num_ways = num_ways
-        self.num_shots = num_shots
-        self.num_query = num_query
-        self.scale = scale
-        self.rotate = rotate
+        self.num_shots, self.num_query = num_shots, num_query
+        self.data_dir, self.cache_dir = Path(data_dir), Path(cache_dir)
+        data, splits = self.load(self.data_dir, self.cache_dir)
+        images = data.images if data.images.dim() == 5 else data.images.unsqueeze(-1)
+        assert images.shape[2:] == self.in_shape, f"{type(self).__name__}.in_shape is not that of its images"
+        self.num_images = images.shape[1]
         self.splits = dict(splits)
         # Pixels flat, so that an image and its rotation are one gather.
         self.images = images.flatten(2, 3)
+        height, width, _ = self.in_shape
         pixels = torch.arange(height * width).reshape(height, width)
         self.turned = torch.stack([pixels.rot90(k).flatten() for k in range(4)])
         smallest = min(len(classes) for classes in self.splits.values())
@@ -64,6 +78,41 @@ class FewShotClassification(SupervisedDomain):
                 f"domain.num_ways={num_ways}, but the smallest split has {smallest} classes; lower num_ways"
             )
         self._check_images(num_shots, num_query or num_shots)
+
+    @abstractmethod
+    def load(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
+        """Loads all images of the data set, and says which classes belong to which split.
+
+        Args:
+            data_dir: where the original files are.
+            cache_dir: where the tensor built from them is kept.
+
+        Returns:
+            The images, uint8 ``(classes, images per class, H, W[, C])``, and the splits.
+
+        Raises:
+            MamlError: if files are missing or damaged.
+        """
+
+    @classmethod
+    def without_data(cls, **options: Any) -> Self:
+        """Builds the domain with blank images: it has the training split alone, and nothing is read or downloaded."""
+        domain = cls.__new__(cls)
+        domain.load = domain._load_nothing  # type: ignore[method-assign]  # what the constructor calls
+        domain.__init__(**options)  # type: ignore[misc]
+        return domain
+
+    def _load_nothing(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
+        blank = torch.zeros((), dtype=torch.uint8)
+        images = blank.expand(1, self.num_shots + (self.num_query or self.num_shots), *self.in_shape)
+        return ImageSet(images, [], ""), {"train": torch.arange(self.num_train_classes)}
+
+    @property
+    def workload(self) -> Workload:
+        """Several tasks at once, as many as fit a CPU's cache, unless training measures it; threads pay."""
+        images = self.num_ways * (self.num_shots + (self.num_query or self.num_shots))
+        chunk = max(1, _CHUNK_PIXELS // (product(self.in_shape) * images))
+        return Workload(task_chunk=chunk, measure_chunk=True, threads_pay="always")
 
     def _check_images(self, num_shots: int, num_query: int) -> None:
         if num_shots + num_query > self.num_images:
@@ -77,22 +126,15 @@ class FewShotClassification(SupervisedDomain):
         self.turned = self.turned.to(device)
         self.splits = {split: classes.to(device) for split, classes in self.splits.items()}
 
-    def sample_tasks(
-        self,
-        num_tasks: int,
-        stream: Stream,
-        split: Split = "train",
-        num_shots: int | None = None,
-        num_query: int | None = None,
-    ) -> Tasks:
+    def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
         """Draws classes, rotations and images, all without replacement inside a task.
 
         Departure: the authors list 200,000 tasks once and cycle through them; here every task is fresh.
+
+        Raises:
+            MamlError: if a class has too few images.
         """
-        num_query = num_query or (self.num_query if num_shots is None else None) or num_shots or self.num_shots
-        num_shots = num_shots or self.num_shots
         self._check_images(num_shots, num_query)
-        stream = stream.child(split)
         classes = self.splits[split].to(stream.device)
         shape = (num_tasks, self.num_ways)
         images = stream.child("images").choice(shape, self.num_images, num_shots + num_query)

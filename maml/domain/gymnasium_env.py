@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import gymnasium
@@ -10,44 +11,32 @@ from annotated_types import MinLen
 from torch import Tensor
 
 from maml.domain.reinforcement import Reinforcement
+from maml.environment.base import Environments
 from maml.environment.vectorized import VectorizedEnvironments
 from maml.seeding import Stream
-from maml.types import Count, Discount, Interval
+from maml.types import Interval
 
 
+@dataclass(kw_only=True, eq=False)
 class GymnasiumEnv(Reinforcement):
     """Tasks that differ in keywords of an environment, each uniform in a range. It is stepped the slow, plain way.
 
     Args:
         env_id: of ``gymnasium.make``; ``module:id`` imports the module that registers it.
-        goals: keywords of the environment that tell tasks apart, and their ranges.
-        num_shots: K, rollouts per task and gradient step.
-        horizon: H, timesteps of an episode.
-        discount: of the rewards, in what is learnt from.
-        oracle: tells the policy the keywords' values.
-        pooled: in training, one baseline and one standardisation for all tasks of a meta-batch.
-        num_goals: in training, so many goals drawn once; None draws fresh ones.
+        goals: keywords of the environment that tell tasks apart, and their ranges. They are what ``oracle`` tells.
 
     Raises:
         MamlError: if the environment does not take these keywords, or has other than real vectors as actions and
             observations.
     """
 
-    def __init__(
-        self,
-        env_id: str,
-        goals: Annotated[dict[str, Interval], MinLen(1)],
-        num_shots: Count = 20,
-        horizon: Count = 200,
-        discount: Discount = 0.99,
-        oracle: bool = False,
-        pooled: bool = False,
-        num_goals: Count | None = None,
-    ) -> None:
-        self.env_id, self.goal_names = env_id, list(goals)
-        self.low, self.high = (torch.tensor(ends) for ends in zip(*goals.values(), strict=True))
-        environments = VectorizedEnvironments(env_id, self.goal_names, self.low.tolist())
-        super().__init__(environments, num_shots, horizon, discount, oracle, pooled, num_goals)
+    env_id: str
+    goals: Annotated[dict[str, Interval], MinLen(1)]
+
+    def make_environments(self) -> Environments:
+        self.goal_names = list(self.goals)
+        self.low, self.high = (torch.tensor(ends) for ends in zip(*self.goals.values(), strict=True))
+        return VectorizedEnvironments(self.env_id, self.goal_names, self.low.tolist())
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         low, high = self.low.to(stream.device), self.high.to(stream.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -11,30 +12,32 @@ from torch import Tensor
 
 from maml.domain.reinforcement import Reinforcement
 from maml.environment import locomotion
+from maml.environment.base import Environments
 from maml.environment.locomotion import Locomotion, Physics
 from maml.environment.mujoco_batch import MujocoEnvironments
 from maml.seeding import Stream
-from maml.types import Count, Discount, Interval
+from maml.types import Interval
 
 
+@dataclass(kw_only=True, eq=False)
 class Running(Reinforcement):
-    """Some task of running; a subclass says who runs, and what the goal is.
+    """A task of running; a subclass says who runs, and what the goal is.
 
     Class attributes:
         environment: of the runner.
         goal_name: its keyword for the goal.
 
     Args:
-        physics: of the environment.
-        options: of every RL domain.
+        physics: the ``paper``'s, or that of ``gymnasium``'s v5 environments, which other work uses.
     """
 
-    environment: type[Locomotion]
-    goal_name: str
+    physics: Physics = "paper"
 
-    def __init__(self, physics: Physics, **options: Any) -> None:
-        super().__init__(MujocoEnvironments(self.environment, physics), **options)
-        self.physics = physics
+    environment: ClassVar[type[Locomotion]]
+    goal_name: ClassVar[str]
+
+    def make_environments(self) -> Environments:
+        return MujocoEnvironments(self.environment, self.physics)
 
     def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
         keywords: dict[str, Any] = {self.goal_name: goal.item(), "physics": self.physics}
@@ -42,43 +45,17 @@ class Running(Reinforcement):
         return gymnasium.make(name, render_mode=render_mode, max_episode_steps=horizon, **keywords)
 
 
+@dataclass(kw_only=True, eq=False)
 class Velocity(Running):
     """Running forward at a speed; a subclass says who runs.
 
     Args:
         goal_range: of the speed, in metres per second.
-        num_shots: K, rollouts per task and gradient step.
-        horizon: H, timesteps of an episode.
-        discount: of the rewards, in what is learnt from.
-        physics: the ``paper``'s, or that of ``gymnasium``'s v5 environments, which other work uses.
-        oracle: tells the policy the speed.
-        pooled: in training, one baseline and one standardisation for all tasks of a meta-batch.
-        num_goals: in training, so many goals drawn once; None draws fresh ones.
     """
 
-    goal_name = "goal_velocity"
+    goal_range: Interval
 
-    def __init__(
-        self,
-        goal_range: Interval,
-        num_shots: Count = 20,
-        horizon: Count = 200,
-        discount: Discount = 0.99,
-        physics: Physics = "paper",
-        oracle: bool = False,
-        pooled: bool = False,
-        num_goals: Count | None = None,
-    ) -> None:
-        super().__init__(
-            physics,
-            num_shots=num_shots,
-            horizon=horizon,
-            discount=discount,
-            oracle=oracle,
-            pooled=pooled,
-            num_goals=num_goals,
-        )
-        self.goal_range = goal_range
+    goal_name = "goal_velocity"
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         return stream.uniform((count, 1), *self.goal_range)
@@ -102,44 +79,17 @@ class AntVelocity(Velocity):
     environment = locomotion.AntVelocity
 
 
+@dataclass(kw_only=True, eq=False)
 class Direction(Running):
     """Running as fast as possible, forward or backward; a subclass says who runs.
 
     Class attributes:
-        test_draw: seed, lower and upper end, and threshold, from which on it is forward, of the authors' test goals.
-
-    Args:
-        num_shots: K, rollouts per task and gradient step.
-        horizon: H, timesteps of an episode.
-        discount: of the rewards, in what is learnt from.
-        physics: the ``paper``'s, or that of ``gymnasium``'s v5 environments, which other work uses.
-        oracle: tells the policy the direction.
-        pooled: in training, one baseline and one standardisation for all tasks of a meta-batch.
-        num_goals: in training, so many goals drawn once; None draws fresh ones.
+        test_draw: of the authors' test goals: NumPy's seed, lower and upper end of the numbers drawn, and the threshold
+            from which on a number means forward.
     """
 
     goal_name = "goal_direction"
-    test_draw: tuple[int, float, float, float]
-
-    def __init__(
-        self,
-        num_shots: Count = 20,
-        horizon: Count = 200,
-        discount: Discount = 0.99,
-        physics: Physics = "paper",
-        oracle: bool = False,
-        pooled: bool = False,
-        num_goals: Count | None = None,
-    ) -> None:
-        super().__init__(
-            physics,
-            num_shots=num_shots,
-            horizon=horizon,
-            discount=discount,
-            oracle=oracle,
-            pooled=pooled,
-            num_goals=num_goals,
-        )
+    test_draw: ClassVar[tuple[int, float, float, float]]
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         return 2.0 * stream.integers((count, 1), 2) - 1

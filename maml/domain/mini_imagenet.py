@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from maml.data.mini_imagenet import load_mini_imagenet
+from maml.data.cache import ImageSet
+from maml.data.mini_imagenet import check_provided, load_mini_imagenet
 from maml.data.photos import class_splits
-from maml.domain.classification import FewShotClassification
-from maml.types import Count
+from maml.domain.classification import FewShotClassification, Splits
 
 
 class MiniImagenet(FewShotClassification):
     """N classes, K photos of each, 84x84 RGB in 0 to 1, as they are: neither turned nor augmented.
 
-    Args:
-        num_ways: N.
-        num_shots: K.
-        num_query: query photos per class in training; None is K, the paper has 15.
-        data_dir: where the original files are.
-        cache_dir: where the tensor built from them is kept.
-
-    Raises:
-        MamlError: if files are missing or damaged, or a class has fewer photos than a task needs.
+    The files have to be there: they may not be redistributed, so nothing is downloaded.
     """
 
-    def __init__(
-        self, num_ways: Count, num_shots: Count, data_dir: str, cache_dir: str, num_query: Count | None = None
-    ) -> None:
-        data = load_mini_imagenet(Path(data_dir), Path(cache_dir))
-        super().__init__(data, class_splits(data.classes), num_ways, num_shots, num_query, scale=255.0, rotate=False)
+    in_shape = (84, 84, 3)
+    scale = 255.0
+    num_train_classes = 64
+
+    def load(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
+        data = load_mini_imagenet(data_dir, cache_dir)
+        return data, class_splits(data.classes)
+
+    def check_available(self) -> None:
+        check_provided(self.data_dir, self.cache_dir)

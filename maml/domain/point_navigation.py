@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import gymnasium
@@ -10,40 +11,29 @@ import torch
 from torch import Tensor
 
 from maml.domain.reinforcement import Reinforcement
+from maml.environment.base import Environments
 from maml.environment.point import PointEnvironments
 from maml.seeding import Stream
-from maml.types import Count, Discount, Interval
+from maml.types import Count, Interval
 
 _TEST_SEED = 1  # of NumPy's generator, as in the authors' test script (docs/protocol.md#meta-test-goals)
 
 
+@dataclass(kw_only=True, eq=False)
 class PointNavigation(Reinforcement):
-    """Reaching a goal that both coordinates are drawn for.
+    """Moving a point to a goal, whose two coordinates are uniform in a range.
 
     Args:
-        num_shots: K, rollouts per task and gradient step.
-        horizon: H, timesteps of an episode.
-        discount: of the rewards, in what is learnt from.
         goal_range: of both coordinates.
-        reward: minus the ``distance``, as the authors' code has it, or the ``squared_distance`` of the paper's text.
-        oracle: tells the policy the goal.
-        pooled: in training, one baseline and one standardisation for all tasks of a meta-batch.
-        num_goals: in training, so many goals drawn once; None draws fresh ones.
+        reward: minus the ``distance``, as in the authors' code, or minus the ``squared_distance`` of the paper's text.
     """
 
-    def __init__(
-        self,
-        num_shots: Count = 20,
-        horizon: Count = 100,
-        discount: Discount = 0.99,
-        goal_range: Interval = (-0.5, 0.5),
-        reward: Literal["distance", "squared_distance"] = "distance",
-        oracle: bool = False,
-        pooled: bool = False,
-        num_goals: Count | None = None,
-    ) -> None:
-        super().__init__(PointEnvironments(reward), num_shots, horizon, discount, oracle, pooled, num_goals)
-        self.goal_range, self.reward = goal_range, reward
+    horizon: Count = 100
+    goal_range: Interval = (-0.5, 0.5)
+    reward: Literal["distance", "squared_distance"] = "distance"
+
+    def make_environments(self) -> Environments:
+        return PointEnvironments(self.reward)
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         return stream.uniform((count, 2), *self.goal_range)

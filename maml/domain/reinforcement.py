@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import gymnasium
 import torch
 from torch import Tensor
 
-from maml.domain.base import Domain, Metrics, Role, Split
+from maml.domain.base import Domain, Metrics, Role, Split, Workload
 from maml.environment.advantages import advantages
 from maml.environment.base import Environments, TellGoal
 from maml.environment.rollouts import collect_episodes
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Params, Product, Tasks
+from maml.types import Count, Discount, Params, Product, Tasks
+
+# Timesteps of a chunk on a CPU, so that a hidden layer's values stay in its cache.
+_CHUNK_TIMESTEPS = 4000
 
 
 class Rollouts(NamedTuple):
@@ -43,42 +47,53 @@ class Rollouts(NamedTuple):
     num_unstable: Tensor
 
 
+@dataclass(kw_only=True, eq=False)
 class Reinforcement(Domain[Rollouts]):
-    """Tasks that differ in a goal, on one kind of environment; a subclass says how goals are drawn.
+    """Tasks that differ in a goal, on one kind of environment; a subclass says which, and how goals are drawn.
+
+    A subclass is a dataclass too, ``@dataclass(kw_only=True, eq=False)``: its fields are its options, beside those
+    here.
 
     The model gives, for each observation, the means of A actions and then their log standard deviations.
 
     Args:
-        environments: to step.
         num_shots: K, rollouts per task and gradient step: episodes are collected until they have K * horizon timesteps.
         horizon: H, timesteps after which an episode ends.
         discount: of the rewards, in what is learnt from; reported returns are undiscounted.
         oracle: tells the policy the goal, behind each observation.
         pooled: in training, one baseline and one standardisation for all tasks of a meta-batch, which then may have few
             rollouts each.
-        num_goals: in training, so many goals drawn once and for all; None draws fresh ones.
+        num_goals: number of goals to train on, drawn once; None draws fresh ones for every meta-batch.
     """
+
+    num_shots: Count = 20
+    horizon: Count = 200
+    discount: Discount = 0.99
+    oracle: bool = False
+    pooled: bool = False
+    num_goals: Count | None = None
 
     headline = "return"
     larger_is_better = True
     on_policy = True
     selected_by = "return"
 
-    def __init__(
-        self,
-        environments: Environments,
-        num_shots: int,
-        horizon: int,
-        discount: float,
-        oracle: bool,
-        pooled: bool,
-        num_goals: int | None,
-    ) -> None:
-        self.environments = TellGoal(environments) if oracle else environments
+    def __post_init__(self) -> None:
+        environments = self.make_environments()
+        self.environments = TellGoal(environments) if self.oracle else environments
         self.in_shape = (self.environments.observation_dim,)
         self.out_dim = 2 * self.environments.action_dim
-        self.num_shots, self.horizon, self.discount = num_shots, horizon, discount
-        self.oracle, self.pooled, self.num_goals = oracle, pooled, num_goals
+
+    @property
+    def workload(self) -> Workload:
+        """Rollouts differ in length, and cores simulate: chunks fit a CPU's cache, and nothing is compiled."""
+        chunk = max(1, _CHUNK_TIMESTEPS // (self.num_shots * self.horizon))
+        # Environments are stepped together: the more at once, the faster.
+        return Workload(task_chunk=chunk, fixed_shapes=False, threads_pay="beside_gpu", whole_bank=True)
+
+    @abstractmethod
+    def make_environments(self) -> Environments:
+        """Makes the environments to step; they tell no oracle the goal."""
 
     @abstractmethod
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
@@ -92,16 +107,8 @@ class Reinforcement(Domain[Rollouts]):
     def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
         """Makes the environment of one goal, ``(G,)``, that Gymnasium's tools take; it tells no oracle the goal."""
 
-    def sample_tasks(
-        self,
-        num_tasks: int,
-        stream: Stream,
-        split: Split = "train",
-        num_shots: int | None = None,
-        num_query: int | None = None,
-    ) -> Tasks:
-        """Draws goals, and the streams of what happens on the way to them; test goals are always the same."""
-        stream = stream.child(split)
+    def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
+        """Draws goals and the streams of each task's rollouts; test goals are always the same."""
         if split == "test":
             goals = self.test_goals(num_tasks).to(stream.device)
         elif split == "train" and self.num_goals is not None:
@@ -109,7 +116,7 @@ class Reinforcement(Domain[Rollouts]):
             goals = fixed[torch.arange(num_tasks, device=stream.device) % self.num_goals]
         else:
             goals = self.draw_goals(num_tasks, stream.child("goals"))
-        constants = {"num_rollouts": num_shots or self.num_shots, "pooled": int(self.pooled and split == "train")}
+        constants = {"num_rollouts": num_shots, "pooled": int(self.pooled and split == "train")}
         return {"goals": goals, "keys": stream.child("keys").bits((num_tasks,))} | {
             name: torch.full((num_tasks,), value, device=stream.device) for name, value in constants.items()
         }
@@ -145,19 +152,19 @@ class Reinforcement(Domain[Rollouts]):
         """Returns what was collected at ``step``: the update and the evaluation see the same, whatever the role."""
         return Rollouts(*(tasks[f"step_{step}.{name}"] for name in Rollouts._fields))
 
-    def thin(self, tasks: Tasks, every: int) -> Tasks:
+    def subsample_timesteps(self, tasks: Tasks, every: int) -> Tasks:
         if every == 1:
             return tasks
-        thinned = dict(tasks)
+        fewer = dict(tasks)
         for name, value in tasks.items():
             if value.dim() > 1 and name.startswith("step_"):
-                thinned[name] = value[:, ::every]
-        for name, value in thinned.items():
+                fewer[name] = value[:, ::every]
+        for name, value in fewer.items():
             if name.endswith(".weights"):
-                thinned[name] = value / value.sum(1, keepdim=True)
-        return thinned
+                fewer[name] = value / value.sum(1, keepdim=True)
+        return fewer
 
-    def summary(self, tasks: Tasks) -> tuple[Metrics, Metrics]:
+    def rollout_metrics(self, tasks: Tasks) -> tuple[Metrics, Metrics]:
         """Returns the ``return`` after the last gradient step, and that of each step before."""
         last = max(int(name.split(".")[0].removeprefix("step_")) for name in tasks if name.endswith(".returns"))
         before = {f"return_step_{step}": tasks[f"step_{step}.returns"] for step in range(last)}

@@ -36,19 +36,10 @@ class Sinusoid(SupervisedDomain):
         self.num_shots = num_shots
         self.num_query = num_query
 
-    def sample_tasks(
-        self,
-        num_tasks: int,
-        stream: Stream,
-        split: Split = "train",
-        num_shots: int | None = None,
-        num_query: int | None = None,
-    ) -> Tasks:
-        """Draws sinusoids and their inputs; the splits differ only in their streams, since tasks never recur."""
-        num_shots = num_shots or self.num_shots
-        num_query = num_query or self.num_query or num_shots
+    def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
+        """Draws sinusoids and their inputs. Splits differ in their streams alone, since no task ever recurs."""
         # One hash call for all of a batch: on a CPU the sampling would otherwise cost as much as the gradient.
-        drawn = stream.child(split).uniform((num_tasks, 2 + num_shots + num_query, 1))
+        drawn = stream.uniform((num_tasks, 2 + num_shots + num_query, 1))
         ranges = {"amplitude": _AMPLITUDE, "phase": _PHASE, "support_x": _INPUT, "query_x": _INPUT}
         parts = drawn.split([1, 1, num_shots, num_query], dim=1)
         return {

@@ -10,17 +10,11 @@ from typing import Any, Literal
 import torch
 
 from maml.domain.base import Domain
-from maml.domain.reinforcement import Reinforcement
 from maml.errors import MamlError, Unavailable
 from maml.hardware import distributed
 from maml.hardware.memory import keep_freed_memory
-from maml.types import Count, product
+from maml.types import Count
 
-# Images of a chunk on a CPU, support and query on average, in pixels: 40 of Omniglot's. Half as many halve the memory,
-# but 20-way tasks then run one at a time, and no faster than a plain loop (scripts/bench_meta_gradient.py).
-_CHUNK_PIXELS = 40 * 28 * 28
-# Timesteps of a chunk on a CPU, so that a hidden layer's values stay in its cache.
-_CHUNK_TIMESTEPS = 4000
 # Compiling takes up to a minute; it pays for small networks, whose time is the operations' own overhead.
 _MIN_ITERATIONS_TO_COMPILE = 5000
 
@@ -111,18 +105,9 @@ class Hardware:
             earlier: the fields of the execution that a checkpoint was made with, which are kept on the same kind of
                 device; or nothing.
         """
-        is_image = len(domain.in_shape) == 3
+        work = domain.workload
         on_cpu = self.device.type == "cpu"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores = max(1, cores // distributed.local_world_size())
-        pixels = product(domain.in_shape) * domain.out_dim * (domain.num_shots + (domain.num_query or domain.num_shots))
-        automatic = {
-            "num_threads": cores if is_image else 1,
-            "task_chunk": max(1, 2 * _CHUNK_PIXELS // pixels) if on_cpu and is_image else None,
-            "compile": on_cpu and not is_image and num_iterations >= _MIN_ITERATIONS_TO_COMPILE,
-            "cuda_graph": not on_cpu,
-        }
-        if isinstance(domain, Reinforcement):
+        if not work.fixed_shapes:
             if self.compile is True:
                 raise MamlError(
                     "hardware.compile=true is for supervised domains: rollouts have another length in each iteration, "
@@ -130,11 +115,16 @@ class Hardware:
                 )
             if self.recompute:
                 raise MamlError("hardware.recompute=true is for supervised domains; leave it at false")
-            chunk = max(1, _CHUNK_TIMESTEPS // (domain.num_shots * domain.horizon))
-            # Beside a GPU the cores have nothing to do but simulate.
-            threads = 1 if on_cpu else cores
-            automatic |= {"num_threads": threads, "task_chunk": chunk if on_cpu else None, "compile": False}
-            automatic["cuda_graph"] = False  # simulation is the host's, and no episode is as long as the next
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = max(1, cores // distributed.local_world_size())
+        threads_pay = work.threads_pay == "always" or (work.threads_pay == "beside_gpu" and not on_cpu)
+        compiling_pays = on_cpu and not work.measure_chunk and num_iterations >= _MIN_ITERATIONS_TO_COMPILE
+        automatic = {
+            "num_threads": cores if threads_pay else 1,
+            "task_chunk": work.task_chunk if on_cpu else None,
+            "compile": work.fixed_shapes and compiling_pays,
+            "cuda_graph": work.fixed_shapes and not on_cpu,
+        }
         chosen: dict[str, Any] = {"device": self.device.type, "recompute": self.recompute}
         kept = earlier if earlier.get("device", self.device.type) == self.device.type else {}
         for name, value in (automatic | {name: kept[name] for name in automatic.keys() & kept.keys()}).items():

@@ -15,7 +15,8 @@ from maml.types import Params
 class Model(ABC):
     """The network f_theta; its parameters are arguments, with a leading task axis.
 
-    A subclass's constructor takes ``in_shape`` (of one input) and ``out_dim`` first: the domain supplies them.
+    A subclass's constructor takes ``in_shape`` (of one input) and ``out_dim`` first: the domain supplies them. The last
+    layer's parameters are called ``head.weight`` and ``head.bias``.
     """
 
     @abstractmethod
@@ -34,6 +35,16 @@ class Model(ABC):
         Returns:
             ``(T, S, out_dim)``.
         """
+
+    def renamed(self, name: str) -> str:
+        """Returns the present name of a parameter that files of earlier versions call ``name``.
+
+        A model that renames a parameter overrides this, so that older checkpoints and exported weights still load.
+
+        Args:
+            name: of a parameter in a file, present or earlier.
+        """
+        return name
 
     def linearize(self, params: Params, x: Tensor) -> Linearized:
         """Returns the model at ``params``, name -> ``(T, ...)``, and x, ``(T, N, *in_shape)``, with its derivatives.

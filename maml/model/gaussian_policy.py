@@ -50,6 +50,9 @@ class GaussianPolicy(Model):
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
         return _joined(self.means(params, x), params["log_std"].clamp(min=_MIN_LOG_STD))
 
+    def renamed(self, name: str) -> str:
+        return self.means.renamed(name)
+
     def linearize(self, params: Params, x: Tensor) -> Linearized:
         return _LinearizedPolicy(self.means.linearize(params, x), params["log_std"].detach())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -176,14 +176,14 @@ class LinearizedMLP(Linearized):
     On a GPU all tasks and rows are batched; a CPU takes blocks that stay in its cache.
 
     Args:
-        params: ``linear{i}.weight``, ``(T, O, I)``, and ``linear{i}.bias``, ``(T, O)``, i from 1.
+        params: ``<layer>.weight``, ``(T, O, I)``, and ``<layer>.bias``, ``(T, O)``, of each layer.
         x: ``(T, N, I)``.
-        num_layers: how many.
+        layers: their names, from the first to the last.
         activation: after all layers but the last.
     """
 
-    def __init__(self, params: Params, x: Tensor, num_layers: int, activation: Activation) -> None:
-        self._names = [(f"linear{i}.weight", f"linear{i}.bias") for i in range(1, num_layers + 1)]
+    def __init__(self, params: Params, x: Tensor, layers: Sequence[str], activation: Activation) -> None:
+        self._names = [(f"{layer}.weight", f"{layer}.bias") for layer in layers]
         params = {name: params[name].detach() for names in self._names for name in names}
         self._params, self._bend = params, _BENDS.get(activation)
         self._blocks = [_Block(at) for at in _blocks(x)]

@@ -36,6 +36,7 @@ class MLP(Model):
         weight_std: PositiveFloat | None = 0.01,
     ) -> None:
         self.sizes = [product(in_shape), *hidden_sizes, out_dim]
+        self.layers = [f"linear{i}" for i in range(1, len(self.sizes) - 1)] + ["head"]
         self.activation = activation
         self.normalization = normalization
         self.weight_std = weight_std
@@ -43,29 +44,37 @@ class MLP(Model):
     def init(self, stream: Stream) -> Params:
         """Draws the weights; biases and shifts are 0. The authors' code has a standard deviation of 0.01."""
         params: Params = {}
-        for i, (num_in, num_out) in enumerate(zip(self.sizes[:-1], self.sizes[1:], strict=True), start=1):
+        for i, (layer, num_in, num_out) in enumerate(
+            zip(self.layers, self.sizes[:-1], self.sizes[1:], strict=True), start=1
+        ):
+            # The head has a number here like all layers: its draws are older than its name.
             draws, shape = stream.child(f"linear{i}"), (num_out, num_in)
-            params[f"linear{i}.weight"] = (
+            params[f"{layer}.weight"] = (
                 glorot_uniform(draws, shape, num_in, num_out)
                 if self.weight_std is None
                 else draws.normal(shape, std=self.weight_std, bound=2.0)
             )
-            params[f"linear{i}.bias"] = zeros(stream, num_out)
-            if self.normalization == "batch" and i < len(self.sizes) - 1:
+            params[f"{layer}.bias"] = zeros(stream, num_out)
+            if self.normalization == "batch" and layer != "head":
                 params[f"norm{i}.shift"] = zeros(stream, num_out)
         return params
 
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
         x = x.flatten(2)
-        for i in range(1, len(self.sizes)):
-            x = linear(x, params[f"linear{i}.weight"], params[f"linear{i}.bias"])
-            if i < len(self.sizes) - 1:
+        for i, layer in enumerate(self.layers, start=1):
+            x = linear(x, params[f"{layer}.weight"], params[f"{layer}.bias"])
+            if layer != "head":
                 if self.normalization == "batch":
                     x = batch_norm(x, params[f"norm{i}.shift"], num_reference)
                 x = ACTIVATIONS[self.activation](x)
         return x
 
+    def renamed(self, name: str) -> str:
+        """The head was the last of the numbered layers."""
+        layer, _, parameter = name.partition(".")
+        return f"head.{parameter}" if layer == f"linear{len(self.layers)}" else name
+
     def linearize(self, params: Params, x: Tensor) -> Linearized:
         if self.normalization == "batch":
             return super().linearize(params, x)
-        return LinearizedMLP(params, x.flatten(2), len(self.sizes) - 1, self.activation)
+        return LinearizedMLP(params, x.flatten(2), self.layers, self.activation)

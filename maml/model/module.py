@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +31,8 @@ class ModuleModel(Model):
     Args:
         in_shape: of one input, images as height, width, channels.
         out_dim: outputs that the domain needs.
-        module: makes the network; called once, under the run's seed.
+        module: makes the network, under the run's seed. If it has a parameter called ``out_dim`` or ``in_shape`` that
+            the config leaves open, it is given the domain's, so that one module serves domains of any size.
         vectorize: False runs the tasks one at a time, for modules that ``torch.func.vmap`` cannot transform.
 
     Raises:
@@ -36,10 +40,10 @@ class ModuleModel(Model):
     """
 
     def __init__(
-        self, in_shape: Sequence[int], out_dim: int, module: Callable[[], nn.Module], vectorize: bool = True
+        self, in_shape: Sequence[int], out_dim: int, module: Callable[..., nn.Module], vectorize: bool = True
     ) -> None:
         self.vectorize = vectorize
-        self.make = module
+        self.make = partial(module, **_left_open(module, {"in_shape": tuple(in_shape), "out_dim": out_dim}))
         self.is_image = len(in_shape) == 3
         self.net = self._build(seed=0)
         example = torch.zeros(1, 2, *in_shape)
@@ -53,7 +57,7 @@ class ModuleModel(Model):
         if out.shape != (1, 2, out_dim):
             raise MamlError(
                 f"model.module gives outputs of shape {tuple(out.shape[2:])}, but the domain needs ({out_dim},): "
-                "change the module's last layer"
+                "change the module's last layer, or give its constructor a parameter called out_dim to be told"
             )
 
     def _build(self, seed: int) -> nn.Module:
@@ -96,6 +100,21 @@ class ModuleModel(Model):
             run({name: value[i] for name, value in params.items()}, inputs) for i, inputs in enumerate(self._inputs(x))
         ]
         return torch.stack(one_by_one)
+
+
+def _left_open(make: Callable[..., nn.Module], sizes: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sizes that a callable takes by name and that are not filled in yet."""
+    try:
+        parameters = inspect.signature(make).parameters
+    except ValueError:  # some built-in callables have no signature
+        return {}
+    filled = make.keywords if isinstance(make, partial) else {}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        name: size
+        for name, size in sizes.items()
+        if name in parameters and parameters[name].kind in by_name and name not in filled
+    }
 
 
 def _trained(net: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -11,15 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from maml.config.compose import composed
 from maml.config.identity import digest, evaluation_config, training_config
-from maml.config.schema import Settings, build
-from maml.data.mini_imagenet import check_provided
-from maml.domain.classification import FewShotClassification
-from maml.domain.mini_imagenet import MiniImagenet
+from maml.config.schema import Settings, build, without_data
 from maml.errors import MamlError, Unavailable
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.record import checkpoint
@@ -96,8 +92,8 @@ class Job:
         asked = self.config.hardware["num_threads"]
         if asked != "auto":
             return asked
-        is_image = issubclass(get_class(self.config.domain["_target_"]), FewShotClassification)
-        return (os.cpu_count() or 1) if is_image else 1
+        workload = build(without_data(self.config.domain)).workload
+        return (os.cpu_count() or 1) if workload.threads_pay == "always" else 1
 
     @property
     def alive(self) -> bool:
@@ -265,14 +261,9 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
 
 def _lacking(config: Settings) -> str:
     """Says what this machine lacks for a run, as far as a glance tells; images are neither read nor downloaded."""
-    domain, hardware = config.domain, config.hardware
-    target = get_class(domain["_target_"])
     try:
-        build(hardware)
-        if issubclass(target, MiniImagenet):
-            check_provided(Path(domain["data_dir"]), Path(domain["cache_dir"]))
-        elif not issubclass(target, FewShotClassification):
-            build(domain)
+        build(config.hardware)
+        build(without_data(config.domain)).check_available()
     except Unavailable as error:
         return str(error)
     return ""

@@ -32,7 +32,7 @@ _IRRELEVANT = ("outer.", "seed", "num_iterations")  # keys of training on which 
 def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: Settings) -> Execution:
     """Returns the execution with the fastest chunk of tasks, compiled if that pays; as it was, if measuring does not.
 
-    Small vectors are always batched as a whole, and rollouts in blocks that fit a cache: only images are measured.
+    Only a domain whose `Workload` says ``measure_chunk`` is measured; the others go by the rules of `Hardware`.
 
     Args:
         iterate: of the run; its state is left alone.
@@ -40,8 +40,8 @@ def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: 
         hardware: on which it runs.
         config: of the run.
     """
-    is_image = len(iterate.algorithms[0].domain.in_shape) == 3
-    is_worth_it = is_image and config.num_iterations >= _MIN_ITERATIONS and not execution.compile
+    can_pay = iterate.algorithms[0].domain.workload.measure_chunk
+    is_worth_it = can_pay and config.num_iterations >= _MIN_ITERATIONS and not execution.compile
     if hardware.task_chunk != "auto" or not is_worth_it:
         return execution
     tasks = iterate.sample_tasks(1)

@@ -95,7 +95,7 @@ def meta_update(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks)
 
 def _summary(domain: Domain, tasks: Tasks) -> dict[str, Tensor]:
     """Returns what is logged of a meta-batch beside the losses, over the tasks of all processes."""
-    means, counts = domain.summary(tasks)
+    means, counts = domain.rollout_metrics(tasks)
     if not means:
         return {}
     averages = distributed.all_reduce_mean([value.sum() for value in means.values()], num_tasks(tasks))
@@ -117,7 +117,7 @@ def check_shared(algorithm: Algorithm, num_seeds: int, meta_batch_size: int) -> 
         raise MamlError(
             f"meta_batch_size={meta_batch_size} cannot be shared by {num_processes} processes; raise it, or start fewer"
         )
-    sums_up = type(algorithm.domain).summary is not Domain.summary or algorithm.domain.on_policy
+    sums_up = type(algorithm.domain).rollout_metrics is not Domain.rollout_metrics or algorithm.domain.on_policy
     if num_seeds > 1 and (sums_up or not algorithm.sums_over_tasks):
         what = domain if sums_up else name
         raise MamlError(f"seeds={num_seeds}: {what} cannot run side by side; sweep instead, with -m seed=...")

@@ -133,7 +133,10 @@ class MetaGradient:
             chunks = list(self._chunks(tasks, task_chunk))
             counts = [num_tasks(chunk) for chunk in chunks]
             return [
-                (self.algorithm.curvature(self.per_task(params, count), domain.thin(chunk, every)), count)
+                (
+                    self.algorithm.curvature(self.per_task(params, count), domain.subsample_timesteps(chunk, every)),
+                    count,
+                )
                 for chunk, count in zip(chunks, counts, strict=True)
             ]
 

@@ -108,7 +108,7 @@ def test_curvature_does_not_depend_on_the_chunks() -> None:
 
 def test_curvature_of_every_second_timestep_is_that_of_thinned_rollouts() -> None:
     algorithm, tasks = made("maml", "tanh", 1)
-    thinned = algorithm.domain.thin(tasks, 2)
+    thinned = algorithm.domain.subsample_timesteps(tasks, 2)
     assert thinned["step_0.actions"].shape[1] == -(-tasks["step_0.actions"].shape[1] // 2)
     assert torch.allclose(thinned["step_1.weights"].sum(1), torch.ones(3, dtype=torch.float64))
     ours = curvature(algorithm, tasks, every=2)(algorithm.theta)

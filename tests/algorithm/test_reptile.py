@@ -57,7 +57,7 @@ class Watched(FixedExamples):
 
 def make(kind: Kind = "adam", num_test_examples: int = 3) -> tuple[Reptile, Watched]:
     domain = Watched()
-    adapt = ["*", "!linear2.bias"]
+    adapt = ["*", "!head.bias"]
     inner: Inner = (
         Adam(STEP_SIZE, NUM_STEPS, order=1, adapt=adapt, betas=BETAS, eps=EPS)
         if kind == "adam"
@@ -85,7 +85,7 @@ def plain_steps(
     params, state = dict(theta), dict(state)
     for step in range(num_steps):
         chosen = order[step * num_examples : (step + 1) * num_examples]
-        names = [name for name in params if name != "linear2.bias"]
+        names = [name for name in params if name != "head.bias"]
         leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
         loss = ((plain_maml.mlp(leaves, x[chosen]) - y[chosen]) ** 2).mean()
         for name, gradient in zip(names, torch.autograd.grad(loss, [leaves[name] for name in names]), strict=True):
@@ -135,7 +135,7 @@ def test_meta_update_equals_the_plain_loop(kind: Kind, chunk: int | None) -> Non
         torch.testing.assert_close(metrics["loss"], torch.stack(losses).mean())
         if kind == "adam":  # the mean of the tasks' states is what the next meta-update starts from
             state = {name: mean_state([each for _, each in ends], name) for name in theta}
-            adapted = [name for name in theta if name != "linear2.bias"]
+            adapted = [name for name in theta if name != "head.bias"]
             assert_close(
                 {name: value for name, value in algorithm.buffers.items() if name != "step"},
                 {f"mean.{name}": torch.as_tensor(state[name][0]) for name in adapted}

@@ -11,8 +11,8 @@ from maml.seeding import Stream
 pytest.importorskip("mujoco")
 
 VELOCITIES = [
-    (CheetahVelocity((0.0, 2.0)), [0.834044, 1.440649, 0.000229]),
-    (AntVelocity((0.0, 3.0)), [1.251066, 2.160973, 0.000343]),
+    (CheetahVelocity(goal_range=(0.0, 2.0)), [0.834044, 1.440649, 0.000229]),
+    (AntVelocity(goal_range=(0.0, 3.0)), [1.251066, 2.160973, 0.000343]),
 ]
 # The first ten of the authors' result files, and how many of the 40 run forward.
 DIRECTIONS = [
@@ -57,7 +57,7 @@ def test_training_directions_are_forward_or_backward_with_equal_chances(domain: 
 
 
 def test_fixed_goals_are_drawn_once_and_for_all() -> None:
-    for domain in (AntVelocity((0.0, 3.0), num_goals=8), CheetahDirection(num_goals=1)):
+    for domain in (AntVelocity(goal_range=(0.0, 3.0), num_goals=8), CheetahDirection(num_goals=1)):
         first, later = (domain.sample_tasks(20, Stream(seed))["goals"] for seed in (0, 1))
         assert torch.equal(first, later)
         assert len(first.unique()) == domain.num_goals
@@ -66,11 +66,11 @@ def test_fixed_goals_are_drawn_once_and_for_all() -> None:
 @pytest.mark.parametrize(
     ("domain", "observation_dim", "action_dim"),
     [
-        (CheetahVelocity((0.0, 2.0)), 20, 6),
-        (CheetahVelocity((0.0, 2.0), oracle=True), 21, 6),
+        (CheetahVelocity(goal_range=(0.0, 2.0)), 20, 6),
+        (CheetahVelocity(goal_range=(0.0, 2.0), oracle=True), 21, 6),
         (CheetahDirection(oracle=True), 21, 6),
-        (AntVelocity((0.0, 3.0)), 125, 8),
-        (AntVelocity((0.0, 3.0), oracle=True), 126, 8),
+        (AntVelocity(goal_range=(0.0, 3.0)), 125, 8),
+        (AntVelocity(goal_range=(0.0, 3.0), oracle=True), 126, 8),
         (AntDirection(oracle=True), 126, 8),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from maml.config.schema import build
 from maml.domain.locomotion import CheetahVelocity
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.reinforcement import Reinforcement, kl_divergence, log_prob
-from maml.environment.base import Transition
+from maml.environment.base import Environments, Transition
 from maml.environment.point import PointEnvironments
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
@@ -36,11 +37,16 @@ from tests.environment.test_rollouts import Strolls
 from tests.runs import TinyRuns
 
 
+@dataclass(kw_only=True, eq=False)
 class Strolling(Reinforcement):
     """Walks that end early, often because they blow up."""
 
-    def __init__(self, num_shots: int = 3, horizon: int = 12, oracle: bool = False, pooled: bool = False) -> None:
-        super().__init__(Strolls(), num_shots, horizon, 0.9, oracle, pooled, num_goals=None)
+    num_shots: int = 3
+    horizon: int = 12
+    discount: float = 0.9
+
+    def make_environments(self) -> Environments:
+        return Strolls()
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         return stream.uniform((count, 1), -1.0, 1.0)
@@ -55,7 +61,7 @@ class Strolling(Reinforcement):
 def domains() -> dict[str, Reinforcement]:
     return {
         "point": PointNavigation(num_shots=2, horizon=12),
-        "cheetah": CheetahVelocity((0.0, 2.0), num_shots=2, horizon=8),
+        "cheetah": CheetahVelocity(goal_range=(0.0, 2.0), num_shots=2, horizon=8),
         "strolls": Strolling(),
     }
 
@@ -190,7 +196,7 @@ def test_pooling_is_for_training_only() -> None:
 def test_thinned_rollouts_are_every_so_many_th_timestep(every: int) -> None:
     algorithm, tasks = collected(Strolling())
     before = copied(tasks)
-    thinned = algorithm.domain.thin(tasks, every)
+    thinned = algorithm.domain.subsample_timesteps(tasks, every)
     for step in range(2):
         whole, data = (algorithm.domain.data(each, "query", step) for each in (tasks, thinned))
         for name in ("observations", "actions", "outputs", "advantages"):
@@ -208,7 +214,7 @@ def test_summary_is_of_the_last_step_and_counts_all_blow_ups() -> None:
     tasks = algorithm.sample_tasks(4, Stream(1))
     for _ in algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, 2):
         pass
-    means, counts = algorithm.domain.summary(tasks)
+    means, counts = algorithm.domain.rollout_metrics(tasks)
     steps = [algorithm.domain.data(tasks, "query", step) for step in range(3)]
     assert list(means) == ["return_step_0", "return_step_1", "return", "episode_length"]
     for name, step in (("return_step_0", 0), ("return_step_1", 1), ("return", 2)):

@@ -5,25 +5,28 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from maml.domain.cifar_fs import CifarFS
+from maml.domain.classification import FewShotClassification
+from maml.domain.mini_imagenet import MiniImagenet
+from maml.domain.omniglot import Omniglot
 from maml.domain.point_navigation import PointNavigation
+from maml.domain.sinusoid import Sinusoid
 from maml.errors import Interrupted, MamlError
 from maml.hardware.base import Execution, Hardware
 from maml.record import checkpoint
 from tests.hardware.test_distributed import metrics
 from tests.runs import TinyRuns, before_iteration, state
 
-VECTORS: Any = SimpleNamespace(in_shape=(1,), num_shots=10, num_query=None, out_dim=1)
+VECTORS = Sinusoid()
 
 
-def images(num_ways: int, num_shots: int, size: int = 28, channels: int = 1, num_query: int | None = None) -> Any:
-    shape = (size, size, channels)
-    return SimpleNamespace(in_shape=shape, num_shots=num_shots, num_query=num_query, out_dim=num_ways)
+def images(num_ways: int, num_shots: int, kind: type[FewShotClassification] = Omniglot, **options: Any) -> Any:
+    return kind.without_data(num_ways=num_ways, num_shots=num_shots, data_dir="", cache_dir="", **options)
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +51,11 @@ def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         (images(5, 1), 60_000, Execution(3, 8, False)),
         (images(5, 5), 60_000, Execution(3, 1, False)),
         (images(20, 5), 60_000, Execution(3, 1, False)),
-        (images(5, 1, 84, 3), 60_000, Execution(3, 1, False)),
-        (images(5, 1, 32, 3), 60_000, Execution(3, 2, False)),
-        (images(5, 1, 32, 3, num_query=15), 60_000, Execution(3, 1, False)),
+        (images(5, 1, MiniImagenet), 60_000, Execution(3, 1, False)),
+        (images(5, 1, CifarFS), 60_000, Execution(3, 2, False)),
+        (images(5, 1, CifarFS, num_query=15), 60_000, Execution(3, 1, False)),
+        (PointNavigation(), 100_000, Execution(1, 2, False)),
+        (PointNavigation(num_shots=100), 500, Execution(1, 1, False)),
     ],
 )
 def test_auto_suits_the_domain(domain: Any, num_iterations: int, expected: Execution) -> None:

@@ -19,7 +19,7 @@ from tests import algorithms, plain_maml
 from tests.algorithms import build_from
 from tests.training.test_meta_gradient import NUM_TASKS, FixedExamples, as_list
 
-ADAPTED = ["linear1.weight", "linear1.bias", "linear2.weight"]
+ADAPTED = ["linear1.weight", "linear1.bias", "head.weight"]
 
 
 def make(
@@ -31,7 +31,7 @@ def make(
 ) -> tuple[MAML, Params, Tasks]:
     """Builds MAML, and a theta in float64 all of whose entries differ, step sizes included."""
     domain = FixedExamples((2,), classes=False)
-    inner: Inner = kind(step_size=0.3, num_steps=num_steps, order=order, adapt=["*", "!linear2.bias"])  # type: ignore[arg-type]
+    inner: Inner = kind(step_size=0.3, num_steps=num_steps, order=order, adapt=["*", "!head.bias"])  # type: ignore[arg-type]
     algorithm = build_from(MAML, domain, MLP((2,), 1, [6], activation), inner)
     theta = {
         name: value.double() + Stream(1).child(name).uniform(value.shape, -0.2, 0.2, dtype=torch.float64)

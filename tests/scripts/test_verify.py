@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from maml.api import _WithoutImages
 from maml.config.paths import CHECKPOINTS
 from maml.domain.base import Domain
+from maml.domain.omniglot import Omniglot
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.evaluation import Curve, Evaluation
@@ -132,7 +132,7 @@ def judged(domain: Domain[Any], values: Tensor, committed: float | None, ci95: f
 
 
 def test_another_machine_may_differ_by_one_query_image_in_600_tasks() -> None:
-    domain = _WithoutImages("maml.domain.omniglot.Omniglot", 5, 1)
+    domain = Omniglot.without_data(num_ways=5, num_shots=1, data_dir="", cache_dir="")
     right = torch.full((600,), 0.8)
     committed = right.double().mean().item()
     for images, good in {0: True, 1: True, 2: False}.items():

@@ -37,14 +37,7 @@ class FixedExamples(SupervisedDomain):
         self.in_shape, self.classes = in_shape, classes
         self.out_dim = NUM_WAYS if classes else 1
 
-    def sample_tasks(
-        self,
-        num_tasks: int,
-        stream: Stream,
-        split: Split = "train",
-        num_shots: int | None = None,
-        num_query: int | None = None,
-    ) -> Tasks:
+    def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
         def data(role: str, size: int) -> Tasks:
             child = stream.child(role)
             x = child.child("x").uniform((num_tasks, size, *self.in_shape), -1.0, 1.0, dtype=torch.float64)
