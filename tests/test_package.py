@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -120,34 +119,17 @@ def test_wheel_trains_in_an_empty_folder(wheel: Path, empty: Path) -> None:
     assert record["command"] == f"python -m maml train {' '.join(words)}"
     (segment,) = record["segments"]
     assert (segment["maml"], segment["commit"], segment["dirty"]) == (maml.__version__, None, None)
-    again = run(empty, "-m", "maml", "eval", *words, path=wheel)
-    assert again.returncode == 0, again.stderr
     assert [path.name for path in empty.iterdir()] == ["runs"]
 
 
-def test_wheel_finds_a_network_of_ones_own_in_the_folder(wheel: Path, empty: Path) -> None:
-    (empty / "my_nets.py").write_text(
-        "from torch import nn\n\n\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(1, 1)\n"
-    )
-    words = ("+debug=smoke", "hardware=cpu", "model=module", "model.module._target_=my_nets.Net")
-    script = "import sys; sys.path.remove(''); from maml.cli import main; main()"  # a script's path is its own folder
-    done = run(empty, "-c", script, "train", *words, path=wheel)
-    assert done.returncode == 0, done.stderr
-
-
-def test_wheel_lists_and_describes(wheel: Path, empty: Path) -> None:
+def test_wheel_lists_its_experiments(wheel: Path, empty: Path) -> None:
     done = run(empty, "-m", "maml", "list", "sinusoid_10shot", path=wheel)
     assert done.stdout.split()[0] == "sinusoid_10shot", done.stderr
-    done = run(empty, "-m", "maml", "describe", "inner.step_size", path=wheel)
-    assert "The paper's alpha." in done.stdout, done.stderr
 
 
 def test_wheel_says_how_to_train_without_a_clone(wheel: Path, empty: Path) -> None:
     done = run(empty, "-c", "import maml; maml.load('ant_velocity_maml')", path=wheel)
     assert "maml train +experiment=ant_velocity_maml" in done.stderr
-    done = run(empty, "-m", "maml", "train", "+experiment=sinusoid_10shoot", path=wheel)
-    assert "did you mean sinusoid_10shot?" in done.stderr
-    assert done.returncode == 1
 
 
 def test_editable_install_is_right_in_the_folder_above_a_clone_named_maml(tmp_path: Path) -> None:
@@ -165,14 +147,15 @@ def test_editable_install_is_right_in_the_folder_above_a_clone_named_maml(tmp_pa
 import site, sys
 site.addsitedir({str(site)!r})
 import maml
-print(maml.__file__, maml.__version__, callable(maml.load))
 from maml.config.paths import CONF
-print(CONF)
+print(maml.__file__, CONF)
 """
+    wanted = [str(clone / "maml" / "__init__.py"), str(clone / "conf")]
     for folder in (tmp_path, clone, site):
         done = run(folder, "-c", code)
-        wanted = [str(clone / "maml" / "__init__.py"), maml.__version__, "True", str(clone / "conf")]
         assert done.stdout.split() == wanted, done.stderr
+    done = run(tmp_path, "-c", f"{code}maml.load")
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_asks_for_an_installed_distribution() -> None:
@@ -203,7 +186,3 @@ def test_wheel_installs_with_a_console_script(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     done = run(tmp_path, str(tmp_path / "site" / "bin" / "maml"), "list", "sinusoid", path=tmp_path / "site")
     assert "sinusoid_10shot" in done.stdout, done.stderr
-
-
-def test_public_names_can_be_imported() -> None:
-    assert importlib.import_module("maml.api").load is maml.load

@@ -6,11 +6,15 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from maml.config import reference as ref
+from maml.config import files
 from maml.config.hints import near_miss
-from maml.config.reference import Group, Key, Option
+from maml.config.paths import CONF
 from maml.errors import MamlError
+
+if TYPE_CHECKING:
+    from maml.config.reference import Group, Key, Option
 
 
 def experiments(text: str = "") -> str:
@@ -22,12 +26,12 @@ def experiments(text: str = "") -> str:
     Raises:
         MamlError: if none does.
     """
-    options = ref.experiments()
-    found = [o for o in options if text.lower() in f"{o.name} {o.summary}".lower()]
+    rows = [(path.stem, files.read(path).summary) for path in sorted((CONF / "experiment").glob("*.yaml"))]
+    found = [row for row in rows if text.lower() in " ".join(row).lower()]
     if not found:
-        words = sorted({word for option in options for word in option.name.split("_")})
+        words = sorted({word for name, _ in rows for word in name.split("_")})
         raise MamlError(f"no experiment has {text!r} in its name or description{near_miss(text, words)}")
-    return _columns((option.name, option.summary) for option in found)
+    return _columns(found)
 
 
 def description(name: str = "") -> str:
@@ -36,7 +40,9 @@ def description(name: str = "") -> str:
     Raises:
         MamlError: if there is no such thing, with what was probably meant.
     """
-    root, *groups = ref.reference()
+    from maml.config.reference import reference  # it imports all of the framework, for its docstrings
+
+    root, *groups = reference()
     name = name.lstrip("+")
     if not name:
         return "\n\n".join((_group_list(groups), _option(root.options[0])))

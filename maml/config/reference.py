@@ -18,6 +18,8 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator
 
+from maml.config import files
+from maml.config.files import Entry
 from maml.config.names import locate
 from maml.config.paths import CONF
 from maml.config.schema import PARTS, SUPPLIED, Settings, argument_types
@@ -73,6 +75,7 @@ class Option:
         name: what one chooses it by, ``inner=sgd``.
         file: below ``conf/``, with forward slashes.
         header: the comment that opens the file.
+        summary: the first sentence of the header.
         target: address of the class whose constructor has the keys; empty if the option only has settings.
         keys: of that constructor; of `Settings`, for the root.
         settings: the rest of the file.
@@ -82,14 +85,10 @@ class Option:
     name: str
     file: str
     header: str
+    summary: str
     target: str
     keys: tuple[Key, ...]
     settings: tuple[Setting, ...]
-
-    @property
-    def summary(self) -> str:
-        """The first sentence of the header, without the command that may stand behind it."""
-        return re.split(r"(?<=[.:])\s{2,}|(?<=\.)\s+(?=[A-Z])", self.header, maxsplit=1)[0]
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def reference(conf: Path = CONF) -> tuple[Group, ...]:
     Args:
         conf: the folder of the configs.
     """
-    chosen = _chosen(conf / "config.yaml")
+    chosen = files.read(conf / "config.yaml").chosen
     meanings = _meanings(Settings) | _MEANINGS
     names = ["", *PARTS, *sorted(path.name for path in conf.iterdir() if path.is_dir() and path.name not in PARTS)]
     return tuple(
@@ -140,17 +139,12 @@ def reference(conf: Path = CONF) -> tuple[Group, ...]:
     )
 
 
-def experiments(conf: Path = CONF) -> tuple[Option, ...]:
-    """Returns the experiments alone; it imports none of the classes that they are made of."""
-    return tuple(_option(path, "experiment") for path in _files(conf, "experiment"))
-
-
 def _files(conf: Path, group: str) -> list[Path]:
     return sorted((conf / group).glob("*.yaml")) if group else [conf / "config.yaml"]
 
 
 def _option(path: Path, group: str) -> Option:
-    file = _File.read(path)
+    file = files.read(path)
     at = "" if file.is_global or not group else f"{group}."
     entries = {f"{at}{name}": entry for name, entry in file.entries.items()}
     keys: list[Key] = []
@@ -171,14 +165,14 @@ def _option(path: Path, group: str) -> Option:
         if not any(name == key or name.startswith(f"{key}.") for key in known)
     ]
     name = f"{path.parent.name}/{path.name}" if group else path.name
-    return Option(group, path.stem, name, file.header, target, tuple(keys), tuple(settings))
+    return Option(group, path.stem, name, file.header, file.summary, target, tuple(keys), tuple(settings))
 
 
 def _replaced(key: Key, name: str, type_: str, value: str | None) -> Key:
     return Key(name, type_, "", key.default, value, key.meaning)
 
 
-def _keys(target: Any, prefix: str, entries: Mapping[str, _Entry], supplied: set[str]) -> Iterator[Key]:
+def _keys(target: Any, prefix: str, entries: Mapping[str, Entry], supplied: set[str]) -> Iterator[Key]:
     """Yields the keys of a constructor; behind one that is itself a documented class, the keys of that."""
     types_, meanings = argument_types(target), _meanings(target)
     for name, parameter in inspect.signature(target).parameters.items():
@@ -342,89 +336,3 @@ def _section(doc: str, name: str) -> dict[str, str]:
         return {}
     entries = re.findall(r"^ {4}(\w[\w, ]*?):\s+(.*(?:\n {5,}.*)*)", match[1], flags=re.MULTILINE)
     return {one.strip(): " ".join(text.split()) for names, text in entries for one in names.split(",")}
-
-
-# --- yaml files ---
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A value of a yaml file, as it stands there, and the comment behind it."""
-
-    value: str
-    comment: str
-
-
-@dataclass(frozen=True)
-class _File:
-    """A yaml file of ``conf/`` with those that it takes over: what it sets, what it chooses, and how it opens."""
-
-    header: str
-    is_global: bool
-    entries: dict[str, _Entry]
-    chosen: dict[str, str]
-
-    @classmethod
-    def read(cls, path: Path) -> _File:
-        text = path.read_text()
-        lines = text.splitlines()
-        opening = []
-        for line in lines:
-            if not line.startswith("#"):
-                break
-            if not line.startswith("# @package"):
-                opening.append(line.removeprefix("#").strip())
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        entries: dict[str, _Entry] = {}
-        if isinstance(root, yaml.MappingNode):
-            for name in _inherited(root):
-                entries |= cls.read(path.with_name(f"{name}.yaml")).entries
-            entries |= dict(_entries(root, "", text, lines))
-        return cls(" ".join(opening), "# @package _global_" in lines, entries, _chosen(path))
-
-
-def _defaults(root: yaml.Node | None) -> list[yaml.Node]:
-    if isinstance(root, yaml.MappingNode):
-        for key, value in root.value:
-            if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
-                return value.value
-    return []
-
-
-def _inherited(root: yaml.Node) -> list[str]:
-    """Returns the files of the same folder that a file takes over."""
-    nodes = _defaults(root)
-    return [node.value for node in nodes if isinstance(node, yaml.ScalarNode) and node.value != "_self_"]
-
-
-@cache
-def _chosen(path: Path) -> dict[str, str]:
-    """Returns the options that a file chooses, its own and those of the files that it takes over, by group."""
-    root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-    found: dict[str, str] = {}
-    for name in _inherited(root) if root else []:
-        found |= _chosen(path.with_name(f"{name}.yaml"))
-    for node in _defaults(root):
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                name = key.value.removeprefix("override ").removeprefix("/").replace("/", ".")
-                if value.value != "null" and not (path.name == "config.yaml" and name.startswith("hydra")):
-                    found[name] = value.value
-    return found
-
-
-def _entries(node: yaml.MappingNode, prefix: str, text: str, lines: Sequence[str]) -> Iterator[tuple[str, _Entry]]:
-    """Yields the values of a mapping by dotted name; one that makes an object, but no part, is one value."""
-    for key, value in node.value:
-        name = f"{prefix}{key.value}"
-        if name == "defaults":
-            continue
-        makes_object = isinstance(value, yaml.MappingNode) and "_target_" in [one.value for one, _ in value.value]
-        if isinstance(value, yaml.MappingNode) and value.value and (name in PARTS or not makes_object):
-            yield from _entries(value, f"{name}.", text, lines)
-        else:
-            raw = text[value.start_mark.index : value.end_mark.index]
-            if isinstance(value, yaml.MappingNode) and "\n" in raw:
-                raw = "{" + ", ".join(f"{k.value}: {v.value}" for k, v in value.value) + "}"
-            behind = re.search(r"\s#\s+(.*)$", lines[key.start_mark.line][key.end_mark.column :])
-            yield name, _Entry(" ".join(raw.split()), behind[1] if behind else "")

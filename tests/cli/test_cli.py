@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def test_list_has_a_line_for_every_experiment(capsys: pytest.CaptureFixture[str]
 def test_list_finds_text_in_names_and_descriptions(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "list", "5WAY_1SHOT_fomaml").count("\n") == 3
     assert "ant_direction_maml" in printed(capsys, "list", "figure 5")
+
+
+def test_list_is_quick_because_it_needs_no_torch() -> None:
+    code = "import sys; from maml.cli import main; main(['list']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
 def test_unknown_words_are_answered_with_what_was_meant() -> None:
@@ -114,6 +120,7 @@ def test_train_and_eval_do_what_train_py_does(tiny: TinyRuns, monkeypatch: pytes
     for command in ("train", "eval"):
         monkeypatch.setattr("sys.argv", ["/v/bin/maml", command, *words])
         main()
+    assert str(tmp_path) in sys.path, "classes in the user's folder can be imported"
     (folder,) = tiny.runs_dir.glob("sinusoid_10shot/*")
     record = read_json(folder / "run.json")
     assert record
