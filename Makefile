@@ -14,11 +14,22 @@ help:  ## list the targets
 
 setup: $(VENV)/installed  ## create or update .venv from constraints.txt
 
+# Of pip's output, only what takes long is shown: large downloads and the unpacking. Errors always are.
+$(VENV)/installed: SHELL := bash
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.11 ...")'
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "setup 1 of 2: $(VENV) with $$($(PYTHON) --version)"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "setup 2 of 2: PyTorch and the other packages of constraints.txt into $(VENV), once; PyTorch alone is 0.2 GB to" \
+		"download for CPUs and about 3 GB with CUDA. One to ten minutes"
+	@set -o pipefail; $(RUN) -m pip install --disable-pip-version-check --progress-bar off \
+			--constraint constraints.txt --editable '.[dev]' | while read -r line; do \
+		case "$$line" in \
+			*[0-9][0-9].[0-9]\ MB\)|*\ GB\)) echo "  $$line" ;; \
+			"Installing collected packages"*) set -- $${line#*: }; echo "  All is here. Unpacking $$# packages, a minute or so" ;; \
+		esac; done
 	@touch $@
+	@echo "setup: done"
 
 demo: setup  ## meta-train the sinusoid experiment at full budget and compare it with the paper (minutes)
 	$(RUN) scripts/demo.py

@@ -1,64 +1,18 @@
-"""Trains and evaluates one experiment: python train.py +experiment=omniglot_5way_1shot."""
+"""Trains and evaluates one experiment: python train.py +experiment=omniglot_5way_1shot.
 
-from __future__ import annotations
+    conf/                     the yaml files that the command line chooses from and changes
+    maml/cli/train.py         Hydra composes the config; how the process ends
+    maml/config/schema.py     every key is checked against the constructor that takes it
+    maml/experiment.py        domain, model, inner, outer and algorithm are built, trained and evaluated
+    maml/training/loop.py     the loop over meta-iterations
+    maml/evaluation.py        meta-test on a frozen bank of tasks
+    maml/record/              the run folder, its checkpoints and its report
+    maml/paper/verdicts.py    what the number means beside the paper's
 
-import os
-import signal
-import sys
+``python train.py --help`` shows the keys, ``maml describe KEY`` explains one, ``maml list`` names the experiments.
+"""
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig
-
-from maml.config.compose import check_order, experiment_name, plain
-from maml.config.hints import explain_override_error
-from maml.config.schema import check
-from maml.errors import Interrupted, MamlError, Unavailable
-from maml.experiment import run_experiment
-from maml.paper.verdicts import cell_verdicts
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float:
-    """Runs one experiment and returns its headline number, which sweeps optimise."""
-    job = HydraConfig.get()
-    try:
-        check_order(job.overrides.task)
-        if job.mode is RunMode.MULTIRUN and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise MamlError(
-                "torchrun is for one run, -m for many: start a sweep with python, or each of its runs alone"
-            )
-        return run_experiment(check(plain(cfg)), experiment_name(job.runtime.choices), cell_verdicts)
-    except Interrupted as stop:
-        requeue = signal.getsignal(stop.signal_number)
-        if stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):  # the launcher's
-            requeue(stop.signal_number, None)
-        raise
-    except MamlError as error:
-        if job.mode is RunMode.MULTIRUN:  # of several jobs that fail, Hydra reports only the first, and at the end
-            print(f"{' '.join(job.overrides.task)}: {error}", file=sys.stderr)
-        elif isinstance(error, Unavailable):  # a status of its own, for what starts many runs
-            print(error, file=sys.stderr)
-            sys.exit(os.EX_UNAVAILABLE)
-        raise CompactHydraException(str(error)) from None  # its message without a traceback
-
+from maml.cli.train import main
 
 if __name__ == "__main__":
-    is_first = os.environ.get("RANK", "0") == "0"
-    if not is_first:  # until they have joined, what is wrong in one process is wrong in the first, which says it
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lasts
-    try:
-        main()
-    except Interrupted as stop:
-        if is_first:
-            print(stop, file=sys.stderr)
-        sys.exit(128 + stop.signal_number)
-    except KeyboardInterrupt:  # before or after training: there is nothing to save
-        print("stopped by SIGINT; the same command goes on from what is saved", file=sys.stderr)
-        sys.exit(130)
-    except SystemExit as end:
-        if end.code:
-            explain_override_error(sys.argv[1:])
-        raise
+    main()

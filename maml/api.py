@@ -23,7 +23,7 @@ from maml.algorithm.base import Algorithm
 from maml.config.compose import composed
 from maml.config.hints import near_miss
 from maml.config.identity import digest, training_config
-from maml.config.paths import CHECKPOINTS, CONF
+from maml.config.paths import CHECKPOINTS, CONF, TRAIN
 from maml.config.schema import Settings, build, without_data
 from maml.domain.base import Role, SupervisedDomain
 from maml.domain.classification import FewShotClassification
@@ -61,7 +61,7 @@ def load(source: str | Path) -> Network:
     experiments = sorted({entry.experiment for entry in index.cells.values()})
     if (CONF / "experiment" / f"{source}.yaml").exists():
         raise MamlError(
-            f"{source} has no committed checkpoint: train it (python train.py +experiment={source}) and load its run "
+            f"{source} has no committed checkpoint: train it ({TRAIN} +experiment={source}) and load its run "
             f"folder. There are {', '.join(experiments)}"
         )
     raise MamlError(f"{source} is neither a file or folder nor an experiment{near_miss(str(source), experiments)}")

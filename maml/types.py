@@ -31,6 +31,7 @@ Discount = Annotated[float, Ge(0), Le(1)]
 
 
 def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
+    """The first below the second."""
     low, high = interval
     if not low < high:
         raise ValueError(f"a range goes from its lower to its upper end, but {low} is not below {high}; swap them")

@@ -11,7 +11,6 @@ Stop it when you like, in any way: the same command goes on from what is saved.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import shlex
 import signal
@@ -31,6 +30,7 @@ from rich.text import Text
 from maml.errors import MamlError
 from maml.paper.plan import WATERMARK, Job, estimate, list_needs, plan, select, write_smoke_cells
 from maml.record.index import Run, find_runs
+from maml.record.lock import acquire, advice, holder
 from maml.record.run_folder import command_line
 from maml.sweep.gpu_lease import visible_gpus
 from maml.training.progress import LINE_SECONDS, REDRAW_SECONDS
@@ -111,12 +111,14 @@ def _name_damaged(messages: Sequence[str]) -> int:
 def _alone(runs_dir: Path) -> Iterator[None]:
     """Refuses to run beside another process of this script: each would start what the other is about to start."""
     runs_dir.mkdir(parents=True, exist_ok=True)
-    with open(runs_dir / ".paper.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise MamlError(f"another `make paper` is at work in {runs_dir}; wait for it, or stop it") from error
+    path = runs_dir / ".paper.lock"
+    lock = acquire(path)
+    if lock is None:
+        raise MamlError(f"another `make paper` ({holder(path)}) is at work in {runs_dir}; {advice(path)}")
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def refuse_mixing(smoke: Sequence[Job], real: Sequence[Job]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import os
 import shutil
 import signal
@@ -40,6 +39,7 @@ from maml.errors import MamlError
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.record import checkpoint
 from maml.record.index import SUPERSEDED, CurveRecord, Run, find_evidence, read_run, read_runs, supersede
+from maml.record.lock import acquire
 
 RESULTS = CONF.parent / "results"
 RESAMPLES = 10_000
@@ -523,13 +523,14 @@ def _expendable(run: Run, days: float) -> str:
 
 def _delete(run: Run) -> bool:
     """Deletes a run folder; false if a process holds its lock."""
-    with open(run.path / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+    lock = acquire(run.path / "lock")
+    if lock is None:
+        return False
+    try:
         # Away at once and as a whole: what is left if this is cut short is no run.
         trash = run.path.rename(run.path.parents[1] / f".deleted-{run.path.name}-{os.getpid()}")
+    finally:
+        lock.release()
     shutil.rmtree(trash)
     return True
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from maml.config.paths import CONF
+from maml.config.paths import CONF, EXTRAS
 
 
 def near_miss(name: str, allowed: Sequence[str], prefix: str = "") -> str:
@@ -29,7 +29,7 @@ def _explain_missing_plugin(option: Path) -> None:
         importlib.metadata.version(f"hydra-{extra}-{group}")
     except importlib.metadata.PackageNotFoundError:
         print(
-            f"{group}={option.stem} needs hydra-{extra}-{group}, which is not installed: pip install -e '.[{extra}]'",
+            f"{group}={option.stem} needs hydra-{extra}-{group}, which is not installed: {EXTRAS.format(extra)}",
             file=sys.stderr,
         )
 

@@ -18,7 +18,7 @@ from maml.hardware.precision import Precision
 from maml.types import Count, NonNegativeInt
 
 # Arguments that the project itself passes to a part's constructor.
-_SUPPLIED = {
+SUPPLIED = {
     "model": {"in_shape", "out_dim"},
     "algorithm": {"parts"},
 }
@@ -116,7 +116,7 @@ def _check_part(path: str, value: Any) -> list[str]:
     except Exception as error:
         return [f"{path}._target_={value['_target_']}: no such class ({error})"]
     arguments = {key: item for key, item in value.items() if key not in ("_target_", "_partial_")}
-    return _check_arguments(path, target, arguments, supplied=_SUPPLIED.get(path, set()))
+    return _check_arguments(path, target, arguments, supplied=SUPPLIED.get(path, set()))
 
 
 def _check_arguments(

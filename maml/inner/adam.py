@@ -20,7 +20,7 @@ class Adam(Inner):
     Args:
         step_size: of every step.
         num_steps: steps in training (evaluation has its own number).
-        order: 1.
+        order: only 1: the inner gradients are constants.
         adapt: which parameters adapt, as patterns of their names; a pattern behind ``!`` takes names out again.
         betas: decay of the two running means.
         eps: added to the root of the second.

@@ -18,7 +18,7 @@ from maml.record.run_folder import read_json
 from maml.types import Params
 
 State = dict[str, Params]
-"""What evaluation needs of an algorithm's state: ``theta``, ``carried`` and ``best``, not the outer optimizer's."""
+"""What evaluation needs of an algorithm's state: ``theta``, ``buffers`` and ``best``, not the outer optimizer's."""
 
 
 class Reading(BaseModel):
@@ -92,7 +92,7 @@ def pack(state: State, title: str) -> bytes:
     """
     tensors = {
         f"{group}.{name}": value.contiguous()
-        for group in ("theta", "carried", "best")
+        for group in ("theta", "buffers", "best")
         for name, value in state.get(group, {}).items()
     }
     return safetensors.torch.save(tensors, {"run": title})  # a single entry: several come in any order

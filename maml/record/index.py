@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from maml.config.paths import ROOT
 from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.record.checkpoint import write_whole
+from maml.record.lock import is_held
 from maml.record.run_folder import read_json
 
 SUPERSEDED = "superseded.json"  # in a run's folder
@@ -379,7 +379,8 @@ def read_run(folder: Path) -> Run | None:
             raise MamlError(f"{path} is not of the run in {folder / 'run.json'}; evaluate again with mode=eval")
         report.folder = path.parent
         reports.append(report)
-    alive = record.status == "running" and _is_locked(folder / "lock")
+    # A process that was killed leaves its record as it was, but no lock.
+    alive = record.status == "running" and is_held(folder / "lock")
     return Run(folder, record, tuple(reports), alive, _read(folder / SUPERSEDED, Superseded))
 
 
@@ -413,18 +414,6 @@ def _read(path: Path, schema: type[Content]) -> Content | None:
         raise MamlError(
             f"{path} is damaged ({where}: {first['msg']}); move it away, or restore it, and try again"
         ) from error
-
-
-def _is_locked(path: Path) -> bool:
-    """Tells whether a process trains here; one that was killed leaves its record as it was, but no lock."""
-    try:
-        with open(path) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 @dataclass(frozen=True)

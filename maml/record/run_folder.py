@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import importlib.metadata
 import io
 import json
@@ -20,14 +19,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from filelock import BaseFileLock
 from omegaconf import OmegaConf
 
+import maml
 from maml.config.identity import differences, digest, evaluation_config, training_config
-from maml.config.paths import ROOT
+from maml.config.paths import IN_CLONE, ROOT
 from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.hardware import distributed
-from maml.record import checkpoint
+from maml.record import checkpoint, lock
 
 _PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "gymnasium", "mujoco")
 
@@ -48,7 +49,7 @@ class RunFolder:
         self.run_id = digest(self.training_config)
         self.path = self._find(config.run_dir, Path(config.runs_dir))
         self.checkpoint_path = self.path / "checkpoint.pt"
-        self._lock: IO[str] | None = None
+        self._lock: BaseFileLock | None = None
         self._metrics: IO[str] | None = None
         self._record: dict[str, Any] = {}
         self._is_trained = False
@@ -78,9 +79,6 @@ class RunFolder:
         except OSError as error:
             raise MamlError(f"the run folder {self.path} cannot be made ({error.strerror}); change runs_dir") from error
         self._lock = self._acquire()
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
-        self._lock.flush()
         for leftover in self.path.glob(".checkpoint*"):  # of a process that was killed while it wrote
             leftover.unlink()
         saved = self.load_checkpoint()  # the process that held the lock may have gone on meanwhile
@@ -104,6 +102,7 @@ class RunFolder:
             "seconds": 0.0,
             "first_iteration": iteration,
             "last_iteration": iteration,
+            "maml": maml.__version__,
             **_commit(),
             "versions": versions(),
             "hardware": dict(hardware),
@@ -126,24 +125,23 @@ class RunFolder:
         Raises:
             MamlError: if one is.
         """
-        if (self.path / "lock").exists():
-            self._acquire().close()
+        if lock.is_held(self.path / "lock"):
+            raise self._held()
 
-    def _acquire(self) -> IO[str]:
+    def _acquire(self) -> BaseFileLock:
         try:
-            lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held while the run is
+            taken = lock.acquire(self.path / "lock", patience=0.2)
         except OSError as error:
             raise MamlError(
                 f"the run folder {self.path} cannot be written ({error.strerror}); change runs_dir"
             ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            holder = lock.read() or "another process"
-            lock.close()
-            raise MamlError(f"{holder} is training in {self.path}; wait for it, or stop it") from error
-        return lock
+        if taken is None:
+            raise self._held()
+        return taken
+
+    def _held(self) -> MamlError:
+        path = self.path / "lock"
+        return MamlError(f"{lock.holder(path)} is training in {self.path}; {lock.advice(path)}")
 
     def load_checkpoint(self, path: Path | None = None) -> dict[str, Any] | None:
         """Reads the run's newest checkpoint, or the file given, and makes sure that it is this run's.
@@ -218,7 +216,7 @@ class RunFolder:
                     self._record["status"] = status
                     self._write_record()
             finally:
-                self._lock.close()
+                self._lock.release()
                 self._lock = None
 
     def save_report(self, report: Mapping[str, Any], tasks: list[dict[str, Any]], beside: Path | None = None) -> Path:
@@ -331,24 +329,39 @@ def versions() -> dict[str, str]:
 
 def command_line() -> str:
     """Returns the command that started this process, as one would type it."""
-    script = Path(sys.argv[0]).resolve()
-    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    script, arguments = Path(sys.argv[0]), sys.argv[1:]
     num_processes = distributed.local_world_size()
-    start = ["torchrun", f"--nproc-per-node={num_processes}"] if distributed.world_size() > 1 else ["python"]
-    return shlex.join([*start, str(shown), *sys.argv[1:]])
+    torchrun = ["torchrun", f"--nproc-per-node={num_processes}"] if distributed.world_size() > 1 else []
+    if script.name == "maml" or script.parts[-2:] == ("maml", "__main__.py"):  # the console script, see maml.cli
+        start = ["maml"] if script.name == "maml" and not torchrun else [*(torchrun or ["python"]), "-m", "maml"]
+        verb = "eval" if "mode=eval" in arguments else "train"
+        return shlex.join([*start, verb, *(argument for argument in arguments if argument != "mode=eval")])
+    script = script.resolve()
+    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    return shlex.join([*(torchrun or ["python"]), str(shown), *arguments])
 
 
 def _commit() -> dict[str, Any]:
+    """Returns the commit of the clone, and whether tracked files differ from it; None if this is no clone.
+
+    A wheel, or a copy of the files, may lie inside another project's repository, whose commit says nothing of ours.
+    """
+    unknown = {"commit": None, "dirty": None}
+    if not IN_CLONE:
+        return unknown
     try:
-        head, status = (
+        top, head, status = (
             subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout
             for words in (
+                ["rev-parse", "--show-toplevel"],
                 ["rev-parse", "HEAD"],
                 ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"],  # a run may live there
             )
         )
     except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
+        return unknown
+    if Path(top.rstrip("\n")).resolve() != ROOT:
+        return unknown
     return {"commit": head.strip(), "dirty": bool(status.strip())}
 
 

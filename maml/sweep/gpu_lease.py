@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import BaseFileLock
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
+from maml.record.lock import acquire
 
 _POLL_SECONDS = 1.0
 
@@ -24,7 +26,7 @@ def visible_gpus() -> list[str]:
     return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
-def lease_gpu(pool: Path) -> IO[str] | None:
+def lease_gpu(pool: Path) -> BaseFileLock | None:
     """Waits for a GPU that no other process has, and lets this one see no other from now on.
 
     CUDA must not be in use yet. A process that has had a GPU before gets the same again, as CUDA does not change it.
@@ -33,20 +35,16 @@ def lease_gpu(pool: Path) -> IO[str] | None:
         pool: the folder of the locks.
 
     Returns:
-        The lock, which is held until it is closed or the process ends; None where there is no GPU.
+        The lock, held until it is released or the process ends; None where there is no GPU.
     """
     names = visible_gpus()
     pool.mkdir(exist_ok=True)
     while names:
         for name in names:
-            lock = open(pool / name, "w")  # noqa: SIM115 - held while the job runs
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.close()
-                continue
-            os.environ["CUDA_VISIBLE_DEVICES"] = name
-            return lock
+            lock = acquire(pool / name)
+            if lock is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = name
+                return lock
         time.sleep(_POLL_SECONDS)
     return None
 
@@ -60,4 +58,4 @@ class OneGpuPerJob(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()

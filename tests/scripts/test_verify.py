@@ -196,14 +196,14 @@ def test_export_keeps_what_has_no_checkpoint_any_more(tmp_path: Path, capsys: py
 
 
 def test_pack_and_unpack_keep_every_group_but_the_outer_optimizers(tmp_path: Path) -> None:
-    state = {group: {"a.b": torch.arange(3.0), "c": torch.ones(())} for group in ("theta", "outer", "carried", "best")}
+    state = {group: {"a.b": torch.arange(3.0), "c": torch.ones(())} for group in ("theta", "outer", "buffers", "best")}
     content = pack(state, "a title")
     assert content == pack(dict(reversed(state.items())), "a title")
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(MamlError, match="wrong hash"):
         unpack(tmp_path / "file", "0")
     found = unpack(tmp_path / "file", hashlib.sha256(content).hexdigest())
-    assert sorted(found) == ["best", "carried", "theta"]
+    assert sorted(found) == ["best", "buffers", "theta"]
     assert torch.equal(found["best"]["a.b"], torch.arange(3.0))
     (tmp_path / "file").write_bytes(b"no")
     with pytest.raises(MamlError, match="is no safetensors file"):

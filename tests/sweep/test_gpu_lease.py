@@ -30,8 +30,8 @@ def test_jobs_at_the_same_time_get_different_gpus(machine: pytest.MonkeyPatch, t
     second = lease_gpu(tmp_path)
     assert (taken, os.environ["CUDA_VISIBLE_DEVICES"]) == ("4", "7")
     assert first and second
-    first.close()
-    second.close()
+    first.release()
+    second.release()
 
 
 def test_job_waits_until_a_gpu_is_free(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_job_waits_until_a_gpu_is_free(machine: pytest.MonkeyPatch, tmp_path: Pa
     def end_one(seconds: float) -> None:
         lock = others.pop()
         assert lock
-        lock.close()
+        lock.release()
 
     machine.setattr(gpu_lease.time, "sleep", end_one)
     mine = lease_gpu(tmp_path)
@@ -51,7 +51,7 @@ def test_job_waits_until_a_gpu_is_free(machine: pytest.MonkeyPatch, tmp_path: Pa
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
     for lock in (mine, *others):
         assert lock
-        lock.close()
+        lock.release()
 
 
 def test_next_job_of_a_process_gets_the_gpu_that_it_had(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -59,12 +59,12 @@ def test_next_job_of_a_process_gets_the_gpu_that_it_had(machine: pytest.MonkeyPa
     machine.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     first = lease_gpu(tmp_path)
     assert blocking and first
-    blocking.close()
-    first.close()
+    blocking.release()
+    first.release()
     again = lease_gpu(tmp_path)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7", "CUDA would not take notice of another"
     assert again
-    again.close()
+    again.release()
 
 
 def test_nothing_happens_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

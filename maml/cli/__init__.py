@@ -1,0 +1,61 @@
+"""The console script ``maml``: train, evaluate, list what there is, and say what a key means."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import maml
+from maml.errors import MamlError
+
+_USAGE = """\
+usage: maml COMMAND ...
+
+  maml train ARGS...      train (or resume) and evaluate; ARGS as in `maml train +experiment=sinusoid_10shot seed=1`
+  maml eval ARGS...       evaluate what has been trained so far
+  maml list [TEXT]        the experiments whose name or description has TEXT in it
+  maml describe [KEY]     a key (inner.step_size), a config group (domain) or an option (model=conv4)
+  maml --version
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command.
+
+    Args:
+        arguments: without the script's name; None takes those of the process.
+
+    Raises:
+        SystemExit: if it fails: 2 for a command that does not exist, 1 for what is wrong with its arguments.
+    """
+    command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if command in ("train", "eval"):
+        from maml.cli.train import main as train
+
+        sys.path.insert(0, os.getcwd())  # for classes of your own, as `python train.py` has it
+        sys.argv[1:] = rest if command == "train" else in_eval_mode(rest)
+        train()
+    elif command in ("list", "describe"):
+        from maml.cli import show
+
+        try:
+            if len(rest) > 1:
+                raise MamlError(f"maml {command} takes one word, but there are {len(rest)}: {' '.join(rest)}")
+            print(show.experiments(*rest) if command == "list" else show.description(*rest))
+        except MamlError as error:
+            sys.exit(str(error))
+    elif command in ("-h", "--help"):
+        print(_USAGE, end="")
+    elif command == "--version":
+        print(f"maml {maml.__version__}")
+    else:
+        print(f"maml: there is no command {command!r}\n\n{_USAGE}", end="", file=sys.stderr)
+        sys.exit(2)
+
+
+def in_eval_mode(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments of ``maml train`` that do what ``maml eval`` with these does."""
+    # In front of the first override: Hydra takes no overrides behind an option that follows other overrides.
+    first = next((i for i, word in enumerate(arguments) if "=" in word and not word.startswith("-")), len(arguments))
+    return [*arguments[:first], "mode=eval", *arguments[first:]]

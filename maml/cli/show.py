@@ -1,0 +1,149 @@
+"""What ``maml list`` and ``maml describe`` print."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from maml.config import files
+from maml.config.hints import near_miss
+from maml.config.paths import CONF
+from maml.errors import MamlError
+
+if TYPE_CHECKING:
+    from maml.config.reference import Group, Key, Option
+
+
+def experiments(text: str = "") -> str:
+    """Returns one line per experiment: its name, and the first sentence of its file.
+
+    Args:
+        text: what the name or the sentence has to contain, in whatever case.
+
+    Raises:
+        MamlError: if none does.
+    """
+    rows = [(path.stem, files.read(path).summary) for path in sorted((CONF / "experiment").glob("*.yaml"))]
+    found = [row for row in rows if text.lower() in " ".join(row).lower()]
+    if not found:
+        words = sorted({word for name, _ in rows for word in name.split("_")})
+        raise MamlError(f"no experiment has {text!r} in its name or description{near_miss(text, words)}")
+    return _columns(found)
+
+
+def description(name: str = "") -> str:
+    """Describes a key, a config group or an option of one; nothing given are the groups and the keys of the root.
+
+    Raises:
+        MamlError: if there is no such thing, with what was probably meant.
+    """
+    from maml.config.reference import reference  # it imports all of the framework, for its docstrings
+
+    root, *groups = reference()
+    name = name.lstrip("+")
+    if not name:
+        return "\n\n".join((_group_list(groups), _option(root.options[0])))
+    choice, is_option, value = name.partition("=")
+    group = next((one for one in groups if one.name == choice), None)
+    if group is not None:
+        return _chosen(group, value) if is_option and value else _group(group)
+    hits = [(option, key) for one in (root, *groups) for option in one.options for key in option.keys]
+    if hits := [(option, key) for option, key in hits if key.name == choice]:
+        return _key(choice, hits)
+    raise _unknown(choice, [root, *groups])
+
+
+def _unknown(name: str, groups: Sequence[Group]) -> MamlError:
+    keys = list(dict.fromkeys(key.name for group in groups for option in group.options for key in option.keys))
+    parent, _, last = name.rpartition(".")
+    siblings = [key for key in keys if key.rpartition(".")[0] == parent]
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == last]
+    if elsewhere:
+        return MamlError(f"{name} is not a key: did you mean {' or '.join(elsewhere)}?")
+    if parent and siblings:
+        hint = near_miss(last, [key.rpartition(".")[2] for key in siblings], f"{parent}.")
+        return MamlError(f"{name} is not a key{hint}")
+    names = [group.name for group in groups if group.name] + [key for key in keys if "." not in key]
+    return MamlError(f"{name} is neither a key nor a config group{near_miss(name, list(dict.fromkeys(names)))}")
+
+
+def _group_list(groups: Iterable[Group]) -> str:
+    return "Config groups (maml describe GROUP):\n" + _columns(
+        (f"{group.name}={group.default}" if group.default else group.name, group.meaning) for group in groups
+    )
+
+
+def _group(group: Group) -> str:
+    default = f" Default: {group.default}." if group.default else ""
+    lines = _columns((f"{group.name}={option.name}", option.summary) for option in group.options)
+    return f"{group.name}: {group.meaning}{default}\n{lines}"
+
+
+def _chosen(group: Group, name: str) -> str:
+    for option in group.options:
+        if option.name == name:
+            return _option(option)
+    hint = near_miss(name, [option.name for option in group.options], f"{group.name}=")
+    raise MamlError(f"{group.name}={name}: no such file in conf/{group.name}/{hint}")
+
+
+def _option(option: Option) -> str:
+    title = f"{option.group}={option.name}: " if option.group else ""
+    lines = [_wrapped(f"{title}{option.header}", "", "")]
+    lines.append(f"  conf/{option.file}{f', {option.target}' if option.target else ''}")
+    if option.keys:
+        lines += ["", _columns((f"{key.name}={key.initial}", _meaning(key)) for key in option.keys)]
+    if option.settings and option.group:
+        rows = [(f"{setting.name}={setting.value}", setting.comment) for setting in option.settings]
+        lines += ["", "It also sets:" if option.keys else "It sets:", _columns(rows)]
+    return "\n".join(lines)
+
+
+def _meaning(key: Key) -> str:
+    allowed = key.type + (f", {key.range}" if key.range else "")
+    return _plain(f"{key.meaning} [{allowed}]")
+
+
+def _key(name: str, hits: Sequence[tuple[Option, Key]]) -> str:
+    """Describes a key of several options; those in which it is the same thing stand together."""
+    groups: dict[tuple[str, str, str], list[tuple[Option, Key]]] = {}
+    for option, key in hits:
+        groups.setdefault((key.type, key.range, key.meaning), []).append((option, key))
+    blocks = []
+    for (type_, range_, meaning), members in groups.items():
+        rows = [("meaning", _plain(meaning)), ("type", type_)]
+        rows += [("range", range_)] if range_ else []
+        values: dict[str, list[str]] = {}
+        for option, key in members:
+            values.setdefault(key.initial, []).append(f"{option.group}={option.name}" if option.group else "")
+        for value, options in values.items():
+            where = f"  ({', '.join(options)})" if any(options) else ""
+            shown = "none: it has to be given" if value == "???" else value
+            rows.append(("default", f"{shown}{where}"))
+        blocks.append(_columns(rows))
+    return f"{name}\n" + "\n\n".join(blocks)
+
+
+def _plain(text: str) -> str:
+    return text.replace("``", "`")
+
+
+def _columns(rows: Iterable[tuple[str, str]]) -> str:
+    """Returns two aligned columns, the second wrapped to the terminal; one line a row where there is none, for grep."""
+    rows = list(rows)
+    width = min(max(len(left) for left, _ in rows), 46)
+    lines = []
+    for left, right in rows:
+        opening = f"  {left.ljust(width)}  "
+        lines.append(_wrapped(right, opening, " " * (width + 4)) if right else opening.rstrip())
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, first: str, others: str) -> str:
+    if not sys.stdout.isatty():
+        return first + text
+    columns = max(60, shutil.get_terminal_size().columns)
+    return textwrap.fill(text, columns, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)

@@ -1,0 +1,97 @@
+"""The yaml files of ``conf/`` as they are written: how they open, what they set, and the comments beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value as it stands in the file, and the comment behind it."""
+
+    value: str
+    comment: str
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A file together with those of its folder that it takes over.
+
+    Attributes:
+        header: the comment that opens the file.
+        is_global: whether it sets keys of the root, rather than of its folder's config group.
+        entries: what it sets, by dotted name.
+        chosen: the options that it chooses, by config group.
+    """
+
+    header: str
+    is_global: bool
+    entries: dict[str, Entry]
+    chosen: dict[str, str]
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the header, without the command that may stand behind it."""
+        return re.split(r"(?<=[.:])\s{2,}|(?<=\.)\s+(?=[A-Z])", self.header, maxsplit=1)[0]
+
+
+@cache
+def read(path: Path) -> ConfigFile:
+    """Reads a file."""
+    text = path.read_text()
+    lines = text.splitlines()
+    is_global = "# @package _global_" in lines
+    opening = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            opening.append(line.removeprefix("#").strip())
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    entries: dict[str, Entry] = {}
+    chosen: dict[str, str] = {}
+    if isinstance(root, yaml.MappingNode):
+        for node in _defaults(root):
+            if isinstance(node, yaml.MappingNode):  # `model: mlp`, `override /inner: adam`
+                for key, value in node.value:
+                    name = key.value.removeprefix("override ").removeprefix("/").replace("/", ".")
+                    if value.value != "null":
+                        chosen[name] = value.value
+            elif node.value != "_self_":
+                other = read(path.with_name(f"{node.value}.yaml"))
+                entries |= other.entries
+                chosen |= other.chosen
+        entries |= dict(_entries(root, "", is_global, text, lines))
+    return ConfigFile(" ".join(opening), is_global, entries, chosen)
+
+
+def _defaults(root: yaml.MappingNode) -> list[yaml.Node]:
+    for key, value in root.value:
+        if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
+            return value.value
+    return []
+
+
+def _entries(
+    node: yaml.MappingNode, prefix: str, has_parts: bool, text: str, lines: Sequence[str]
+) -> Iterator[tuple[str, Entry]]:
+    """Yields the values of a mapping by dotted name; one that makes an object is one value, unless it is a part."""
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if name == "defaults":
+            continue
+        makes_object = isinstance(value, yaml.MappingNode) and "_target_" in [one.value for one, _ in value.value]
+        if isinstance(value, yaml.MappingNode) and value.value and (has_parts or not makes_object):
+            yield from _entries(value, f"{name}.", False, text, lines)
+        else:
+            raw = text[value.start_mark.index : value.end_mark.index]
+            if isinstance(value, yaml.MappingNode) and "\n" in raw:
+                raw = "{" + ", ".join(f"{one.value}: {its.value}" for one, its in value.value) + "}"
+            behind = re.search(r"\s#\s+(.*)$", lines[key.start_mark.line][key.end_mark.column :])
+            yield name, Entry(" ".join(raw.split()), behind[1] if behind else "")

@@ -1,0 +1,338 @@
+"""Every key of the config, with its type, range, default and meaning: read from constructors, annotations and yaml.
+
+`maml describe` and the reference pages of the documentation both come from `reference`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import AfterValidator
+
+from maml.config import files
+from maml.config.files import Entry
+from maml.config.names import locate
+from maml.config.paths import CONF
+from maml.config.schema import PARTS, SUPPLIED, Settings, argument_types
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of an option, or of the root.
+
+    Attributes:
+        name: as on the command line: ``inner.step_size``, ``num_iterations``.
+        type: in words: ``number or null``, ``relu, softplus or tanh``, ``list of integers``.
+        range: what its numbers may be: ``> 0``, ``>= 0 and < 1``; empty if anything of the type may be.
+        default: the constructor's, as yaml; None if it has none.
+        value: the option's yaml file has this; None if the file does not have the key.
+        meaning: one or more sentences.
+    """
+
+    name: str
+    type: str
+    range: str
+    default: str | None
+    value: str | None
+    meaning: str
+
+    @property
+    def initial(self) -> str:
+        """The value before the command line changes it; ``???`` if the command line has to give one."""
+        return next((text for text in (self.value, self.default) if text is not None), "???")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an option sets besides keys of its own, such as ``inner.order`` of ``algorithm=fomaml``.
+
+    Attributes:
+        name: of the key; of a config group, if the option chooses one of its options.
+        value: as yaml.
+        comment: beside it in the file; empty if there is none.
+    """
+
+    name: str
+    value: str
+    comment: str
+
+
+@dataclass(frozen=True)
+class Option:
+    """One yaml file of a config group.
+
+    Attributes:
+        group: its folder; empty for the root.
+        name: what one chooses it by, ``inner=sgd``.
+        file: below ``conf/``, with forward slashes.
+        header: the comment that opens the file.
+        summary: the first sentence of the header.
+        target: address of the class whose constructor has the keys; empty if the option only has settings.
+        keys: of that constructor; of `Settings`, for the root.
+        settings: the rest of the file.
+    """
+
+    group: str
+    name: str
+    file: str
+    header: str
+    summary: str
+    target: str
+    keys: tuple[Key, ...]
+    settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A config group, ``conf/<name>/``; the root is the first, has an empty name and one option, ``config``.
+
+    Attributes:
+        name: of the folder; empty for the root.
+        meaning: what is chosen.
+        default: name of the option that is chosen unless the command line does; None if none is.
+        options: sorted by name.
+    """
+
+    name: str
+    meaning: str
+    default: str | None
+    options: tuple[Option, ...]
+
+
+# Groups that are no part of a run, and so no attribute of `Settings`.
+_MEANINGS = {
+    "": "What every run has.",
+    "experiment": "All settings of one experiment: +experiment=NAME.",
+    "debug": "Shrinks any experiment: +debug=NAME, behind +experiment=.",
+    "launcher": "Where the jobs of a sweep (-m) run.",
+    "sweeper": "Which jobs a sweep (-m) has.",
+}
+
+
+@cache
+def reference(conf: Path = CONF) -> tuple[Group, ...]:
+    """Returns the root and then every config group, with all options and their keys.
+
+    Args:
+        conf: the folder of the configs.
+    """
+    chosen = files.read(conf / "config.yaml").chosen
+    meanings = _meanings(Settings) | _MEANINGS
+    names = ["", *PARTS, *sorted(path.name for path in conf.iterdir() if path.is_dir() and path.name not in PARTS)]
+    return tuple(
+        Group(
+            name,
+            _sentence(meanings.get(name, "")),
+            chosen.get(name),
+            tuple(_option(path, name) for path in _files(conf, name)),
+        )
+        for name in names
+    )
+
+
+def _files(conf: Path, group: str) -> list[Path]:
+    return sorted((conf / group).glob("*.yaml")) if group else [conf / "config.yaml"]
+
+
+def _option(path: Path, group: str) -> Option:
+    file = files.read(path)
+    at = "" if file.is_global or not group else f"{group}."
+    entries = {f"{at}{name}": entry for name, entry in file.entries.items()}
+    keys: list[Key] = []
+    target = ""
+    if not group:
+        keys = list(_keys(Settings, "", entries, set()))
+        for part in PARTS:
+            choice = file.chosen.get(part)
+            keys = [_replaced(key, part, f"one of conf/{part}/", choice) if key.name == part else key for key in keys]
+    elif group in PARTS and f"{group}._target_" in entries:
+        target = entries[f"{group}._target_"].value
+        keys = list(_keys(locate(target), f"{group}.", entries, SUPPLIED.get(group, set())))
+    known = {key.name for key in keys} | {f"{group}._target_"}
+    settings = [Setting(name, choice, "") for name, choice in file.chosen.items() if group]
+    settings += [
+        Setting(name, entry.value, entry.comment)
+        for name, entry in entries.items()
+        if not any(name == key or name.startswith(f"{key}.") for key in known)
+    ]
+    name = f"{path.parent.name}/{path.name}" if group else path.name
+    return Option(group, path.stem, name, file.header, file.summary, target, tuple(keys), tuple(settings))
+
+
+def _replaced(key: Key, name: str, type_: str, value: str | None) -> Key:
+    return Key(name, type_, "", key.default, value, key.meaning)
+
+
+def _keys(target: Any, prefix: str, entries: Mapping[str, Entry], supplied: set[str]) -> Iterator[Key]:
+    """Yields the keys of a constructor; behind one that is itself a documented class, the keys of that."""
+    types_, meanings = argument_types(target), _meanings(target)
+    for name, parameter in inspect.signature(target).parameters.items():
+        if name in supplied or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        annotation, entry = types_.get(name, Any), entries.get(f"{prefix}{name}")
+        words, ranges = _words(annotation), list(dict.fromkeys(_ranges(annotation)))
+        default = None if parameter.default is parameter.empty else _as_yaml(parameter.default)
+        meaning = meanings.get(name) or (entry.comment if entry else "")
+        yield Key(
+            f"{prefix}{name}", words, "; ".join(ranges), default, entry.value if entry else None, _sentence(meaning)
+        )
+        for nested in _classes(annotation):
+            yield from _keys(nested, f"{prefix}{name}.", entries, set())
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, float) and value == int(value):
+        return f"{value:.1f}"
+    if isinstance(value, float):
+        return str(value)
+    text: str = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+_YAML = {"None": "null", "True": "true", "False": "false"}
+
+
+def _sentence(text: str) -> str:
+    """Returns a meaning as a sentence, in yaml's words for None, True and False.
+
+    It opens with a capital, unless a formula stands there: ``theta'`` in capitals would be something else.
+    """
+    if not text:
+        return ""
+    for name, value in _YAML.items():
+        text = re.sub(rf"\b{name}\b", value, text)
+    first = re.match(r"[a-z]+(?:-[a-z]+)*(?=[ ,;:.]|$)", text)
+    opened = text[0].upper() + text[1:] if first and len(first[0]) > 1 else text
+    return opened if opened.endswith((".", "!", "?")) else f"{opened}."
+
+
+# --- annotations in words ---
+
+
+def _union(annotation: Any) -> tuple[Any, ...]:
+    """Returns the members of a union; of anything else, itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+_PLAIN = {
+    int: ("integer", "integers"),
+    float: ("number", "numbers"),
+    str: ("text", "texts"),
+    bool: ("true or false", "booleans"),
+    Any: ("anything", "anything"),
+}
+_COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
+
+
+def _words(annotation: Any) -> str:
+    """Says what an annotation allows: ``integer, auto or all``."""
+    words: list[str] = []
+    ends_with_null = False
+    for member in _union(annotation):
+        if member is type(None):
+            ends_with_null = True
+        elif get_origin(member) is Literal:
+            words += [_as_yaml(value) for value in get_args(member)]
+        elif _bare(member) is bool:
+            words += ["true", "false"]
+        else:
+            words.append(_one(member, plural=False))
+    words += ["null"] * ends_with_null
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _one(annotation: Any, plural: bool) -> str:
+    annotation = _bare(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in _PLAIN:
+        return _PLAIN[annotation][plural]
+    if origin is Literal:
+        return " or ".join(_as_yaml(value) for value in arguments)
+    if origin is tuple and Ellipsis not in arguments:
+        return f"{_COUNTS.get(len(arguments), len(arguments))} {_one(arguments[0], plural=len(arguments) > 1)}"
+    if origin in (list, tuple, Sequence) or (isinstance(origin, type) and issubclass(origin, Sequence)):
+        return f"list{'s' * plural} of {_one(arguments[0], plural=True)}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        key, value = arguments
+        return f"mapping of {_one(key, plural=True)} to {_one(value, plural=True)}"
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Callable):  # type: ignore[arg-type]
+        return "class (_target_) and its arguments"
+    if isinstance(annotation, type):
+        return f"{annotation.__module__}.{annotation.__qualname__} (_target_)"
+    return str(annotation)
+
+
+def _ranges(annotation: Any) -> Iterator[str]:
+    """Yields what the numbers and lists of an annotation are held to."""
+    for member in _union(annotation):
+        if get_origin(member) is Annotated:
+            bare, *metadata = get_args(member)
+            bounds = [_bound(one) for one in metadata]
+            if text := " and ".join(bound for bound in bounds if bound):
+                yield text
+            yield from _ranges(bare)
+        elif get_origin(member) is not Literal:
+            for argument in get_args(member):
+                if argument is not Ellipsis and not isinstance(argument, list):  # a list: of a callable's arguments
+                    yield from _ranges(argument)
+
+
+def _bound(metadata: Any) -> str:
+    match metadata:
+        case Gt(gt):
+            return f"> {gt}"
+        case Ge(ge):
+            return f">= {ge}"
+        case Lt(lt):
+            return f"< {lt}"
+        case Le(le):
+            return f"<= {le}"
+        case MinLen(length):
+            return f"at least {length} {'entry' if length == 1 else 'entries'}"
+        case AfterValidator():
+            return (inspect.getdoc(metadata.func) or "").partition("\n")[0].rstrip(".").lower()
+    return ""
+
+
+def _classes(annotation: Any) -> Iterator[type]:
+    """Yields the classes of an annotation whose constructors say what their keys mean."""
+    for member in _union(annotation):
+        bare = _bare(member)
+        if inspect.isclass(bare) and get_origin(bare) is None and bare.__module__ != "builtins" and _meanings(bare):
+            yield bare
+
+
+# --- docstrings ---
+
+
+def _meanings(target: Any) -> dict[str, str]:
+    """Returns what a class and the classes that it inherits from say of their arguments, by name."""
+    found: dict[str, str] = {}
+    for one in inspect.getmro(target):
+        doc = one.__dict__.get("__doc__")
+        if doc and one.__module__ != "builtins":
+            for section in ("Args", *(["Attributes"] if is_dataclass(one) else [])):
+                found = _section(inspect.cleandoc(doc), section) | found
+    return found
+
+
+def _section(doc: str, name: str) -> dict[str, str]:
+    """Returns the entries of one section of a docstring in Google's style."""
+    match = re.search(rf"^{name}:\n((?:[ \t]+.*\n?|\n)+)", doc, flags=re.MULTILINE)
+    if match is None:
+        return {}
+    entries = re.findall(r"^ {4}(\w[\w, ]*?):\s+(.*(?:\n {5,}.*)*)", match[1], flags=re.MULTILINE)
+    return {one.strip(): " ".join(text.split()) for names, text in entries for one in names.split(",")}
