@@ -343,7 +343,7 @@ class _Page:
     def _settings(self, source: Source, evidence: Evidence) -> list[Markup]:
         """Returns the settings that are not a constructor's default, and the whole config."""
         config = composed(source.experiment, source.overrides)
-        whole = OmegaConf.to_yaml(config)
+        whole = OmegaConf.to_yaml(config.as_dict())
         if evidence.evaluated:
             run, report = evidence.evaluated[0]
             settings = run.record.training | report.evaluation
