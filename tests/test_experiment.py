@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from maml.config.schema import Settings
 from maml.errors import Interrupted, MamlError
 from maml.experiment import print_report, run_experiment
 from maml.logger.base import Logger
+from maml.record.plot import plot_report
 from maml.record.run_folder import read_json
 from tests.runs import TinyRuns, assert_same_run, before_iteration, files
 from tests.training.test_survival import training_forbidden
@@ -72,7 +74,10 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
     assert told == [], "no mirror is opened"
 
 
-def test_run_is_mirrored_from_start_to_finish(tiny: TinyRuns, told: list[tuple[str, Any]]) -> None:
+def test_run_is_mirrored_from_start_to_finish(
+    tiny: TinyRuns, told: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maml.experiment.plot_report", plot_report)
     folder = tiny.run(NOTING, *SHORT)
     (start, begun), (report, content), (finish, status) = told
     assert (start, report, finish) == ("start", "report", "finish")
@@ -81,6 +86,8 @@ def test_run_is_mirrored_from_start_to_finish(tiny: TinyRuns, told: list[tuple[s
     saved = read_json(folder / "report.json")
     assert {key: content[key] for key in saved or {}} == saved
     assert content["cells"] == {}
+    with Image.open(folder / "report.png") as picture:
+        assert picture.size == (750, 540)
 
 
 def test_stopped_run_is_resumed_by_the_same_command_and_its_mirror_told(

@@ -76,7 +76,7 @@ def test_record_holds_what_a_reader_needs(run: RunFolder) -> None:
     assert segment["versions"]["torch"] == torch.__version__
     assert segment["commit"] is None or len(segment["commit"]) == 40
     assert segment["dirty"] in (None, False, True)
-    assert yaml.safe_load((run.path / "config.yaml").read_text()) == run.config
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == run.config.as_dict()
 
     saved(run, 7)
     assert record(run)["iteration"] == 7
