@@ -24,7 +24,7 @@ from maml.config.compose import composed
 from maml.config.hints import near_miss
 from maml.config.identity import digest, training_config
 from maml.config.paths import CHECKPOINTS, CONF, TRAIN
-from maml.config.schema import Settings, build, without_data
+from maml.config.schema import Settings, build, check, without_data
 from maml.domain.base import Role, SupervisedDomain
 from maml.domain.classification import FewShotClassification
 from maml.errors import Diverged, MamlError
@@ -92,7 +92,8 @@ def _trained(path: Path) -> Network:
     if file is None or not (folder / "config.yaml").exists():
         raise MamlError(f"{folder} is no run folder: it has no checkpoint.pt and config.yaml")
     saved = checkpoint.load(file)
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    written: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    config = check(written)
     report = read_json(folder / "report.json") or {}
     sizes = {int(num_shots): chosen for num_shots, chosen in report.get("step_sizes", {}).items()}
     return _network(saved["experiment"], saved["run_id"], saved["iteration"], config, saved["state"], sizes)

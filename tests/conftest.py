@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from maml.data.cache import cached_tensor
 from maml.data.photos import NUM_CLASSES
@@ -19,6 +21,24 @@ os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(1)  # the tensors here are small, and no bit may hang on how many cores there are
 
 from tests.runs import DOMAINS, TinyRuns  # noqa: E402 - composes configs, which read the environment
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_time_lost_on_files() -> Iterator[None]:
+    """Spares the runs of this process what no test sees and what takes longer than their training.
+
+    That is the flushing of files to the disk, which only a power failure could tell, and the drawing of their pictures
+    (but tests/record/test_plot.py and tests/test_experiment.py draw).
+    """
+
+    def blank(report: Mapping[str, Any], path: Path) -> Path:
+        Image.new("RGB", (1, 1)).save(path)
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr("maml.experiment.plot_report", blank)
+        yield
 
 
 @pytest.fixture(scope="session")

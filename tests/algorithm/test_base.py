@@ -14,16 +14,14 @@ from maml.errors import Interrupted
 from maml.outer.base import Objective
 from maml.record import checkpoint
 from maml.types import Tasks
-from tests.runs import ROOT, TinyRuns, assert_same_run
+from tests.options import options, try_with
+from tests.runs import TinyRuns, assert_same_run
 
-OPTIONS = sorted(path.stem for path in (ROOT / "conf" / "algorithm").glob("*.yaml"))
-ON_IMAGES = ("context_vector", "finetune", "nearest_neighbor", "reptile")
-NEEDS = {"multitask_average": ("algorithm.max_error=100", "algorithm.num_steps=2")}
-CASES = [(option, *NEEDS.get(option, ())) for option in OPTIONS]
+CASES = [(option, *try_with("algorithm", option)) for option in options("algorithm")]
 CASES += [
     ("maml", "inner=learned_sgd"),
     ("maml", "outer=sgd"),
-    ("multitask_average", *NEEDS["multitask_average"], "algorithm.pull=mean", "algorithm.weight=0.1"),
+    ("multitask_average", *try_with("algorithm", "multitask_average"), "algorithm.pull=mean", "algorithm.weight=0.1"),
 ]
 POLICY = (
     "model=gaussian_policy",
@@ -60,7 +58,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, algorithm: type[Algorithm], iterati
 def test_stopped_run_resumes_bit_exactly(
     case: tuple[str, ...], tiny: TinyRuns, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_images = case[0] in ON_IMAGES
+    on_images = "domain=omniglot" in case or case[0] in ("context_vector", "reptile")
     runs = request.getfixturevalue("tiny_images") if on_images else tiny
     small = ("model.num_filters=4", "meta_batch_size=2") if on_images else ()
     overrides = (f"algorithm={case[0]}", *case[1:], *small, "num_iterations=8")

@@ -2,21 +2,17 @@
 
 import csv
 import runpy
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure as Canvas
 
 from maml.errors import MamlError
-from maml.paper.adaptation import panel_rows
 from maml.paper.cells import Curve, Figure, Panel, Picture, Source, load_figures
 from maml.paper.figures import CurveComparison, Drawn, bootstrap_interval, drawn, plot_figure
-from maml.record import checkpoint
 from maml.record.index import Evidence, find_evidence, find_runs
-from tests.paper.made_up import POINT, SINUSOID, edit, make_run, make_run_with_checkpoint
+from tests.paper.made_up import POINT, SINUSOID, make_run, make_run_with_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PICTURE = Picture("figure2", "Figure 2", ())
@@ -154,70 +150,6 @@ def test_a_finished_run_without_its_checkpoint_is_named_once_and_its_curves_draw
     assert render(tmp_path, status=1)[0]["ours"] == "0.5"
     overview = (tmp_path / "figures.md").read_text()
     assert overview.count(f"**ERROR, left out:** there is no checkpoint at {folder / 'checkpoint.pt'}") == 1
-
-
-def test_a_checkpoint_of_another_iteration_is_refused(tmp_path: Path) -> None:
-    folder = make_run_with_checkpoint(tmp_path)
-    earlier = checkpoint.load(folder / "checkpoint.pt") | {"iteration": 69_000}
-    checkpoint.save(folder / "checkpoint.pt", earlier)
-    with pytest.raises(MamlError, match="is not what the report beside it is of"):
-        panel_rows(PICTURE, PANEL, evidence(tmp_path))
-
-
-@pytest.mark.parametrize("step_sizes", [None, [0.02] * 5 + [0.01] * 5])
-def test_panel_rows_equal_plain_gradient_descent_on_the_support_points(
-    tmp_path: Path, step_sizes: list[float] | None
-) -> None:
-    folder = make_run_with_checkpoint(tmp_path)
-    if step_sizes:
-        edit(folder / "report.json", step_sizes={"5": step_sizes, "10": None, "20": None})
-    rows = panel_rows(PICTURE, PANEL, evidence(tmp_path))
-    grid, support = ([row for row in rows if row["is_support"] == kind] for kind in (0, 1))
-    assert [row["x"] for row in grid] == pytest.approx([-5 + 0.1 * number for number in range(101)], abs=1e-5)
-    assert len(support) == 5
-
-    theta = checkpoint.load(folder / "checkpoint.pt")["state"]["theta"]
-    weights = [value.double().requires_grad_() for value in theta.values()]
-
-    def network(x: torch.Tensor) -> torch.Tensor:
-        for weight, bias in zip(weights[0::2], weights[1::2], strict=True):
-            x = x @ weight.T + bias
-            x = x.relu() if bias.numel() > 1 else x
-        return x
-
-    x, y = (torch.tensor([[row[name]] for row in support], dtype=torch.float64) for name in ("x", "truth"))
-    every_x = torch.tensor([[row["x"]] for row in rows], dtype=torch.float64)
-    for step in range(11):
-        if f"step_{step}" in rows[0]:
-            assert [row[f"step_{step}"] for row in rows] == pytest.approx(network(every_x).flatten().tolist(), abs=1e-4)
-        gradients = torch.autograd.grad((network(x) - y).square().mean(), weights)
-        size = step_sizes[min(step, 9)] if step_sizes else 0.001
-        weights = [weight - size * gradient for weight, gradient in zip(weights, gradients, strict=True)]
-
-
-def test_a_task_depends_on_the_figure_and_its_number_and_not_on_the_method(tmp_path: Path) -> None:
-    make_run_with_checkpoint(tmp_path)
-    found = evidence(tmp_path)
-
-    def task(panel: Panel, name: str = "figure2") -> list[tuple[float, float]]:
-        return [(row["x"], row["truth"]) for row in panel_rows(replace(PICTURE, name=name), panel, found)]
-
-    first = task(PANEL)
-    assert task(replace(PANEL, row="pretrained")) == first
-    assert task(PANEL, "figure7") != first != task(replace(PANEL, task=1))
-    half = task(replace(PANEL, one_half=True))
-    assert half[:101] == first[:101]  # the same sinusoid
-    assert [x for x, _ in half[101:]] == [abs(x) for x, _ in first[101:]] != [x for x, _ in first[101:]]
-
-
-def test_the_trained_maml_comes_closer_to_every_kind_of_task_with_each_step_drawn() -> None:
-    found = find_evidence(SINUSOID, find_runs(ROOT / "results" / "runs")[0])
-    assert found.complete
-    for num_shots, one_half in [(5, False), (5, True), (10, False)]:
-        panels = [Panel("MAML", task, one_half, replace(SINUSOID, num_shots=num_shots)) for task in range(20)]
-        rows = [row for panel in panels for row in panel_rows(PICTURE, panel, found)]
-        errors = [sum((row[f"step_{step}"] - row["truth"]) ** 2 for row in rows) for step in (0, 1, 10)]
-        assert errors[0] > errors[1] > errors[2]
 
 
 def test_each_k_is_a_panel_and_what_never_adapts_a_flat_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import runpy
@@ -25,7 +24,7 @@ from maml.errors import MamlError
 from maml.evaluation import Curve, Evaluation
 from maml.paper.cells import named_sources
 from maml.record import checkpoint
-from maml.record.exported import Reading, pack, read_index, unpack
+from maml.record.exported import Reading, read_index, unpack
 from maml.record.index import find_evidence, find_runs
 from tests.paper.made_up import make_run, make_run_with_checkpoint
 from tests.runs import ROOT
@@ -193,21 +192,6 @@ def test_export_keeps_what_has_no_checkpoint_any_more(tmp_path: Path, capsys: py
     path.write_bytes(b"")
     export(tmp_path, bare, status=1)
     assert "has a wrong hash" in capsys.readouterr().err
-
-
-def test_pack_and_unpack_keep_every_group_but_the_outer_optimizers(tmp_path: Path) -> None:
-    state = {group: {"a.b": torch.arange(3.0), "c": torch.ones(())} for group in ("theta", "outer", "buffers", "best")}
-    content = pack(state, "a title")
-    assert content == pack(dict(reversed(state.items())), "a title")
-    (tmp_path / "file").write_bytes(content)
-    with pytest.raises(MamlError, match="wrong hash"):
-        unpack(tmp_path / "file", "0")
-    found = unpack(tmp_path / "file", hashlib.sha256(content).hexdigest())
-    assert sorted(found) == ["best", "buffers", "theta"]
-    assert torch.equal(found["best"]["a.b"], torch.arange(3.0))
-    (tmp_path / "file").write_bytes(b"no")
-    with pytest.raises(MamlError, match="is no safetensors file"):
-        unpack(tmp_path / "file", hashlib.sha256(b"no").hexdigest())
 
 
 def test_committed_index_says_what_the_committed_reports_say() -> None:

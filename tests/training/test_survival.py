@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ import torch
 
 from maml.algorithm.maml import MAML
 from maml.errors import Interrupted, MamlError
-from maml.experiment import run_experiment
 from maml.outer.base import Objective
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder, read_json
@@ -414,70 +412,6 @@ def test_second_process_on_a_run_is_refused(tiny: TinyRuns, uninterrupted: Refer
     assert process.wait(timeout=120) == 0, process.communicate()[1]
     process.communicate()
     assert_same_run(tiny.folder(), uninterrupted(tiny))
-
-
-def test_same_command_after_the_end_trains_nothing_and_gives_the_same_number(
-    tiny: TinyRuns, uninterrupted: Reference, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(uninterrupted(tiny), tiny.folder())
-    before = files(tiny.folder())
-    report = read_json(tiny.folder() / "report.json")
-    assert report is not None
-    with training_forbidden(monkeypatch):
-        assert run_experiment(tiny.config(), "custom") == report["headline"]
-    assert f"already finished: {tiny.folder()}" in capsys.readouterr().out
-    assert files(tiny.folder()) == before
-
-
-@pytest.mark.parametrize(
-    "other", ["evaluation.num_shots=[3]", "evaluation.num_steps=4", "evaluation.bank_seed=1", "evaluation.split=val"]
-)
-def test_other_evaluation_of_a_finished_run_stands_beside_the_first(
-    other: str, tiny: TinyRuns, uninterrupted: Reference
-) -> None:
-    shutil.copytree(uninterrupted(tiny), tiny.folder())
-    before = files(tiny.folder())
-    tiny.run("mode=eval", other)
-    after = files(tiny.folder())
-    assert {name: after[name] for name in before} == before
-    (folder,) = (tiny.folder() / "evaluations").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "report.json", "report.png", "tasks.csv"}
-    report = read_json(folder / "report.json")
-    assert report is not None
-    name, _, value = other.removeprefix("evaluation.").partition("=")
-    assert str(report["evaluation"][f"evaluation.{name}"]) == value
-
-
-def test_training_command_with_another_evaluation_only_evaluates(
-    tiny: TinyRuns, uninterrupted: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(uninterrupted(tiny), tiny.folder())
-    with training_forbidden(monkeypatch):
-        tiny.run("evaluation.num_shots=[3]")
-    assert_same_run(tiny.folder(), uninterrupted(tiny))
-    assert len(list((tiny.folder() / "evaluations").iterdir())) == 1
-
-
-def test_same_evaluation_again_writes_the_same_report(tiny: TinyRuns, uninterrupted: Reference) -> None:
-    shutil.copytree(uninterrupted(tiny), tiny.folder())
-    tiny.run("mode=eval")
-    tiny.run("mode=eval", f"checkpoint={tiny.folder() / 'checkpoint.pt'}")
-    assert_same_run(tiny.folder(), uninterrupted(tiny))
-    (again,) = (tiny.folder() / "evaluations").iterdir()
-    for name in ("report.json", "tasks.csv"):
-        assert (again / name).read_bytes() == (tiny.folder() / name).read_bytes()
-
-
-def test_evaluation_of_nothing_trained_says_what_to_do(tiny: TinyRuns) -> None:
-    with pytest.raises(MamlError, match=r"there is nothing to evaluate in .*: train first"):
-        tiny.run("mode=eval")
-    assert not tiny.runs_dir.exists()
-
-
-def test_evaluation_of_a_missing_checkpoint_names_it(tiny: TinyRuns, tmp_path: Path) -> None:
-    with pytest.raises(MamlError, match=r"there is no checkpoint at .*nowhere\.pt"):
-        tiny.run("mode=eval", f"checkpoint={tmp_path / 'nowhere.pt'}")
-    assert not tiny.runs_dir.exists()
 
 
 def test_evaluation_of_an_unfinished_run_is_marked_and_stands_apart(

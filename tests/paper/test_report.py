@@ -5,14 +5,11 @@ import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from maml.config.compose import composed
 from maml.config.identity import training_config
 from maml.paper.cells import load_tables
-from maml.paper.charts import histogram, line_chart
-from maml.paper.markup import Markup, element
 from maml.paper.report import load_departures, measured_readings, render
 from maml.record.index import find_runs
 from tests.browser import Browser, find_browser
@@ -51,23 +48,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_runs(root / "runs")
     (root / "report.html").write_text(report(root / "runs"))
     return root / "report.html"
-
-
-def test_elements_escape_text_and_attributes_but_no_markup() -> None:
-    inner = element("b", "a < b & c", Markup("<i></i>"))
-    assert element("p", inner, ["x", inner], title='"<', hidden=True, lang=None) == (
-        f'<p title="&quot;&lt;" hidden>{inner}x{inner}</p>'
-    )
-    assert inner == "<b>a &lt; b &amp; c<i></i></b>"
-    assert element("img", src="x", data_of="y", class_="z") == '<img src="x" data-of="y" class="z">'
-
-
-def test_charts_hold_extreme_values() -> None:
-    curves = {"a": [(1.0, 1e-8), (2.0, 1e8)], "b": [(1.0, 3.0)]}
-    assert "nan" not in line_chart(curves, "x", "y", log=True)
-    assert "nan" not in line_chart({"a": [(1.0, 0.0), (1.0, 0.0)]}, "x", "y", log=True)
-    assert histogram(np.array([1.0, np.nan, np.inf, 2.0]), {"paper": 5.0}, "x").count("<rect") == 2
-    assert histogram(np.ones(3), {}, "x").count("<rect") == 1
 
 
 def test_every_cell_has_a_button_and_a_panel_with_its_command(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""A run's id: what it depends on and what not, and that every committed run keeps the one it has."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from maml.config.compose import composed
+from maml.config.identity import differences, digest, training_config
+from maml.config.schema import check
+from tests.config.test_schema import changed
+from tests.runs import ROOT, TinyRuns
+
+RUNS = sorted(path.parent for path in (ROOT / "results" / "runs").glob("*/*/run.json"))
+# Committed runs that their experiment alone does not give, and what their command added to it.
+ADDED = {
+    ("sinusoid_10shot", run_id): ("inner.step_size=0.01",)  # trained before the experiment's step size was settled
+    for run_id in ("2f60af4e622c", "c2cb79b89b9b", "89e00df25d96")
+}
+
+every_committed_run = pytest.mark.parametrize("folder", RUNS, ids=lambda path: f"{path.parent.name}/{path.name}")
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+@every_committed_run
+def test_committed_run_is_named_by_the_settings_it_recorded(folder: Path) -> None:
+    assert folder.name == record(folder)["run_id"] == digest(record(folder)["training"])
+
+
+@every_committed_run
+def test_experiment_of_a_committed_run_still_gives_its_id(folder: Path) -> None:
+    experiment = folder.parent.name
+    settings = composed(experiment, ADDED.get((experiment, folder.name), ()))
+    mine = training_config(replace(settings, seed=record(folder)["seed"]))
+    assert digest(mine) == folder.name, differences(mine, record(folder)["training"])
+
+
+@every_committed_run
+def test_config_beside_a_committed_run_still_gives_its_id(folder: Path) -> None:
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    mine = training_config(check(config))  # type: ignore[arg-type]
+    assert digest(mine) == folder.name, differences(mine, record(folder)["training"])
+
+
+def test_runs_that_need_more_than_their_experiment_are_committed() -> None:
+    assert ADDED.keys() <= {(folder.parent.name, folder.name) for folder in RUNS}
+
+
+UNRELATED = (
+    "hardware.num_threads=2",
+    "hardware.task_chunk=1",
+    "hardware.deterministic=true",
+    "hardware.recompute=true",
+    "hardware=auto",
+    "seeds=3",
+    "logger=wandb",
+    "evaluation.num_tasks=7",
+    "evaluation.num_shots=[3]",
+    "evaluation.step_size=0.5",
+    "mode=eval",
+    "checkpoint=a.pt",
+    "run_dir=b",
+    "data_dir=elsewhere",
+    "log_every=9",
+    "checkpoint_every=9",
+)
+
+RELATED = (
+    "seed=1",
+    "num_iterations=41",
+    "meta_batch_size=9",
+    "inner.step_size=0.5",
+    "inner.num_steps=3",
+    "inner.order=1",
+    "inner.adapt=[*.weight]",
+    "outer.step_size=0.5",
+    "outer.clip=1",
+    "outer.eps=1e-4",
+    "domain.num_shots=2",
+    "domain.num_query=3",
+    "model.activation=tanh",
+    "algorithm=fomaml",
+)
+
+
+@pytest.mark.parametrize("domain", ["sinusoid", "omniglot"])
+def test_run_id_depends_on_all_that_training_does_and_on_nothing_else(tiny: TinyRuns, domain: str) -> None:
+    tiny = tiny.of(domain)
+    own = tiny.folder().name
+    assert [override for override in UNRELATED if digest(training_config(tiny.config(override))) != own] == []
+    ids = {override: tiny.folder(override).name for override in RELATED}
+    assert [override for override, run_id in ids.items() if run_id == own] == []
+    assert ids["inner.order=1"] == ids["algorithm=fomaml"], "they are the same run"
+    assert len(set(ids.values())) == len(ids) - 1
+
+
+def test_key_at_its_default_has_no_part_in_the_run_id(tiny: TinyRuns) -> None:
+    config = tiny.config()
+    own = digest(training_config(config))
+    seen = set()
+    for part in ("domain", "model", "inner", "outer", "algorithm"):
+        for key, parameter in inspect.signature(get_class(getattr(config, part)["_target_"])).parameters.items():
+            default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            if key in getattr(config, part) and getattr(config, part)[key] == default:
+                seen.add(f"{part}.{key}")
+                assert digest(training_config(check(changed(config, f"{part}.{key}", ...)))) == own, key
+    assert {"outer.clip", "outer.betas", "model.normalization", "domain.num_query"} <= seen
+
+
+def test_run_id_ignores_how_a_number_is_written(tiny: TinyRuns) -> None:
+    assert tiny.folder("inner.step_size=1") == tiny.folder("inner.step_size=1.0")
+    assert tiny.folder("outer.clip=10") == tiny.folder("outer.clip=1e1")
+
+
+def test_run_id_ignores_the_order_of_keys(tiny: TinyRuns) -> None:
+    config = tiny.config()
+    turned = dict(reversed(config.as_dict().items()))
+    turned["inner"] = dict(reversed(turned["inner"].items()))
+    assert digest(training_config(check(turned))) == digest(training_config(config))
+
+
+def test_digest_is_the_same_everywhere() -> None:
+    settings = {"b": [1, 0.001, None, True], "a": "x"}
+    text = '{"a":"x","b":[1,0.001,null,true]}'
+    assert json.loads(text) == settings
+    assert digest(settings) == hashlib.sha256(text.encode()).hexdigest()[:12] == "f43b2440c316"
+
+
+def test_differences_name_both_values() -> None:
+    assert differences({"a": 1, "b": 2}, {"b": 3, "c": 4}) == (
+        "  a: 1 here, its default there\n  b: 2 here, 3 there\n  c: its default here, 4 there"
+    )

@@ -1,0 +1,56 @@
+"""What mini-ImageNet and CIFAR-FS share: splits by name, the count of their photos, and their one tensor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from maml.data import photos
+from maml.data.photos import NUM_CLASSES, NUM_IMAGES, check_classes, class_splits, stack
+from maml.errors import MamlError
+
+WHOLE = {f"{split}/{split}{number}": NUM_IMAGES for split, count in NUM_CLASSES.items() for number in range(count)}
+
+
+def test_splits_hold_the_indices_of_their_classes() -> None:
+    found = class_splits(["test/a", "train/b", "test/c", "val/d", "train/trainer"])
+    assert {split: indices.tolist() for split, indices in found.items()} == {
+        "train": [1, 4],
+        "val": [3],
+        "test": [0, 2],
+    }
+
+
+def test_whole_set_is_accepted() -> None:
+    check_classes(WHOLE, "mend it")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train/train0": NUM_IMAGES - 1}, "train/train0 has 599 of 600 images; mend it"),
+        ({"val/more": NUM_IMAGES}, "val has 17 of 16 classes; mend it"),
+        ({"test/test3": None}, "test has 19 of 20 classes; mend it"),
+        ({"val/val3": None, "val/test0": NUM_IMAGES}, "test0 is a class of 2 splits; mend it"),
+        ({"train/train0": 1, "test/test3": None}, "test has 19 of 20 classes, train/train0 has 1 of 600 images; mend"),
+    ],
+)
+def test_what_is_missing_or_too_much_is_named(change: dict[str, int | None], message: str) -> None:
+    counts = {name: count for name, count in (WHOLE | change).items() if count is not None}
+    with pytest.raises(MamlError, match=message):
+        check_classes(counts, "mend it")
+
+
+def test_faults_known_already_come_first() -> None:
+    with pytest.raises(MamlError, match=r"^a list is missing, val has 0 of 16 classes; mend it"):
+        check_classes(
+            {name: n for name, n in WHOLE.items() if not name.startswith("val")}, "mend it", ["a list is missing"]
+        )
+
+
+def test_photos_are_stacked_by_sorted_class_in_the_order_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photos, "NUM_IMAGES", 2)
+    images, classes = stack({"val/b": [3, 4], "train/a": [2, 1]}, lambda value: np.full((4, 5, 3), value, np.uint8))
+    assert classes == ["train/a", "val/b"]
+    assert images.shape == (2, 2, 4, 5, 3)
+    assert images[:, :, 0, 0, 0].tolist() == [[2, 1], [3, 4]]

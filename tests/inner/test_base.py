@@ -1,0 +1,82 @@
+"""What every inner optimizer shares: which parameters adapt, and the loop over steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from maml.errors import MamlError
+from maml.inner.base import Inner
+from maml.inner.sgd import SGD
+from maml.types import Params
+
+NAMES = ["conv1.weight", "conv1.bias", "norm1.shift", "head.weight"]
+
+
+def sgd(adapt: list[str]) -> SGD:
+    return SGD(step_size=0.1, num_steps=1, order=2, adapt=adapt)
+
+
+def test_patterns_choose_what_adapts() -> None:
+    assert sgd(["*", "!*.shift"]).adapted_names(NAMES) == ["conv1.weight", "conv1.bias", "head.weight"]
+    assert sgd(["head.*"]).adapted_names(NAMES) == ["head.weight"]
+    assert sgd(["*", "!conv*", "conv1.bias"]).adapted_names(NAMES) == ["conv1.bias", "norm1.shift", "head.weight"]
+    assert sgd(["*", "!*.shift"]).adapted_names(["linear1.weight"]) == ["linear1.weight"]
+
+
+def test_patterns_that_match_nothing_are_refused() -> None:
+    with pytest.raises(MamlError, match=r"'heads\.\*' matches no parameter; there are conv1\.weight"):
+        sgd(["*", "heads.*"]).adapted_names(NAMES)
+    with pytest.raises(MamlError, match="leaves no parameter"):
+        sgd(["*", "!*"]).adapted_names(NAMES)
+
+
+def test_what_an_optimizer_itself_learns_never_adapts() -> None:
+    assert sgd(["*"]).adapted_names([*NAMES, "inner.step_size.conv1.weight"]) == NAMES
+    with pytest.raises(MamlError, match=r"'inner\.\*' matches no parameter"):
+        sgd(["inner.*"]).adapted_names([*NAMES, "inner.step_size.conv1.weight"])
+
+
+class Counting(Inner):
+    """Moves by the gradients seen so far, whose number its state holds; notes what it was given."""
+
+    def start(self, params: Params) -> Params:
+        return {f"{name}.count": torch.zeros_like(value) for name, value in params.items()}
+
+    def update(
+        self, params: Params, gradients: Params, state: Params, step: int, step_size: float | None
+    ) -> tuple[Params, Params]:
+        size = self.step_size if step_size is None else step_size
+        counted = {f"{name}.count": state[f"{name}.count"] + 1 for name in gradients}
+        moved = {
+            name: params[name] - size * counted[f"{name}.count"] * gradient for name, gradient in gradients.items()
+        }
+        return moved, counted
+
+
+def slope(params: Params, step: int) -> Tensor:
+    """A loss whose gradient by x is 1 in the first step, 2 in the second, and so on."""
+    return (step + 1) * params["x"].sum(1) + 0 * params["y"].sum(1)
+
+
+def test_state_and_step_are_handed_from_step_to_step_and_can_be_handed_over() -> None:
+    inner = Counting(step_size=0.5, num_steps=3, order=1, adapt=["x"])
+    start = {"x": torch.tensor([[10.0], [20.0]]), "y": torch.zeros(2, 1)}
+    steps = list(inner.adapt(slope, start, 3, create_graph=False))
+    assert steps[0][0] is start
+    # 0.5 * count * gradient = 0.5, 2, 4.5
+    assert [params["x"].flatten().tolist() for params, _ in steps] == [[10, 20], [9.5, 19.5], [7.5, 17.5], [3, 13]]
+    assert all(params["y"] is start["y"] for params, _ in steps)
+    assert [state["x.count"].flatten().tolist() for _, state in steps] == [[0, 0], [1, 1], [2, 2], [3, 3]]
+    assert "y.count" not in steps[0][1]
+    *_, (later, state) = inner.adapt(slope, start, 1, create_graph=False, state=steps[2][1])
+    assert later["x"].flatten().tolist() == [8.5, 18.5], "0.5 * 3 * 1"
+    assert state["x.count"].flatten().tolist() == [3, 3]
+
+
+def test_step_sizes_asked_for_reach_each_step() -> None:
+    inner = Counting(step_size=0.5, num_steps=2, order=1, adapt=["x"])
+    start = {"x": torch.tensor([[10.0]]), "y": torch.zeros(1, 1)}
+    steps = inner.adapt(slope, start, 2, create_graph=False, step_sizes=[1.0, 0.25])
+    assert [params["x"].item() for params, _ in steps] == [10.0, 9.0, 8.0]

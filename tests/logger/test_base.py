@@ -1,0 +1,113 @@
+"""The guard around every mirror: calls in order in one thread, one warning, and no run that waits or fails."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maml.logger.base import Logger, Mirror, cause
+
+
+class Noting(Mirror):
+    """Notes its calls and the threads they came from; a call in `broken` does what is given there."""
+
+    name = "Noting"
+
+    def __init__(self, **broken: Callable[[], object]) -> None:
+        self.broken, self.calls, self.threads = broken, list[tuple[Any, ...]](), set[threading.Thread]()
+
+    def _note(self, name: str, *arguments: Any) -> None:
+        self.calls.append((name, *arguments))
+        self.threads.add(threading.current_thread())
+        self.broken.get(name, lambda: None)()
+
+    def _start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None:
+        self._note("start", experiment, run_id, resumed)
+
+    def _log(self, metrics: dict[str, float], iteration: int) -> None:
+        self._note("log", metrics, iteration)
+
+    def _report(self, report: dict[str, Any], pictures: dict[str, Path]) -> None:
+        self._note("report", report)
+
+    def _finish(self, status: str) -> None:
+        self._note("finish", status)
+
+
+def run(logger: Logger, num_iterations: int = 2) -> None:
+    metrics = {"loss": 0.0}
+    logger.start(Path(), "an experiment", "1f2e3d", {}, False)
+    for iteration in range(num_iterations):
+        metrics["loss"] = float(iteration)  # the same dictionary each time
+        logger.log(metrics, iteration)
+    logger.report({"headline": 0.5}, {})
+    logger.finish("finished")
+
+
+def test_calls_go_through_in_order_in_one_other_thread(caplog: pytest.LogCaptureFixture) -> None:
+    logger = Noting()
+    run(logger)
+    assert logger.calls == [
+        ("start", "an experiment", "1f2e3d", False),
+        ("log", {"loss": 0.0}, 0),
+        ("log", {"loss": 1.0}, 1),
+        ("report", {"headline": 0.5}),
+        ("finish", "finished"),
+    ]
+    (thread,) = logger.threads
+    assert thread is not threading.current_thread() and thread.daemon
+    assert caplog.messages == []
+
+
+def fail() -> None:
+    raise ConnectionError("no route\nto the host")
+
+
+@pytest.mark.parametrize("broken", ["start", "log", "report", "finish"])
+def test_first_failure_is_warned_of_and_ends_the_mirror(broken: str, caplog: pytest.LogCaptureFixture) -> None:
+    logger = Noting(**{broken: fail})
+    run(logger)
+    assert [name for name, *_ in logger.calls].count(broken) == 1
+    assert logger.calls[-1][0] == broken
+    assert caplog.messages == [
+        "Noting stopped mirroring this run (ConnectionError: no route); the run goes on and its local record is "
+        "complete."
+    ]
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_second_run_of_the_same_logger_starts_anew(caplog: pytest.LogCaptureFixture) -> None:
+    logger = Noting(log=fail)
+    run(logger)
+    logger.broken.clear()
+    logger.calls.clear()
+    run(logger)
+    assert [name for name, *_ in logger.calls] == ["start", "log", "log", "report", "finish"]
+    assert len(caplog.messages) == 1
+
+
+def test_slow_mirror_holds_up_no_call_and_is_left_behind(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Noting, "patience", 0.05)
+    release = threading.Event()
+    logger = Noting(start=release.wait)
+    run(logger, num_iterations=1000)
+    assert [name for name, *_ in logger.calls] == ["start"]
+    release.set()
+    (message,) = caplog.messages
+    assert message.startswith("Noting did not answer for 0 seconds and was left behind")
+
+
+def test_cause_is_kind_and_first_line() -> None:
+    assert cause(ValueError("a\nb")) == "ValueError: a"
+    assert cause(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_plain_logger_takes_every_call() -> None:
+    run(Logger())

@@ -1,0 +1,208 @@
+"""Layers with a task axis against the library's own, one task at a time, in float64 and to second derivatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from maml.model import functional
+from maml.seeding import Stream
+
+Layer = Callable[..., Tensor]
+
+# Convolutions take one of three ways: a single task, tasks one by one (wide), all tasks as one product (else).
+SINGLE, ONE_BY_ONE, TOGETHER = (1, 2, 5, 4, 3), (2, 10, 5, 5, 16), (3, 2, 5, 4, 2)
+
+
+def random(*shape: int, seed: int = 0, low: float = -1.0) -> Tensor:
+    return Stream(seed).uniform(shape, low, 1.0, dtype=torch.float64)
+
+
+def leaves(*values: Tensor) -> list[Tensor]:
+    return [value.clone().requires_grad_() for value in values]
+
+
+def by_task(layer: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """Applies a layer of one task to every task."""
+    return torch.stack([layer(*own) for own in zip(*values, strict=True)])
+
+
+def derivatives(layer: Layer, *values: Tensor) -> list[Tensor]:
+    """Returns a layer's output, its gradients, and the gradients of a function of these, as in a meta-gradient."""
+    inputs = leaves(*values)
+    output = layer(*inputs)
+    first = torch.autograd.grad((output * random(*output.shape, seed=11)).sum(), inputs, create_graph=True)
+    # Squared, so that what the layer is linear in has second derivatives too.
+    total = sum(((value * random(*value.shape, seed=12 + i)) ** 2).sum() for i, value in enumerate(first))
+    total = total + (layer(*(value - 0.1 * gradient for value, gradient in zip(inputs, first, strict=True))) ** 2).sum()
+    second = torch.autograd.grad(total, inputs)
+    return [output.detach(), *(value.detach() for value in first), *second]
+
+
+def assert_same_derivatives(layer: Layer, reference: Layer, *values: Tensor) -> None:
+    for mine, theirs in zip(derivatives(layer, *values), derivatives(reference, *values), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def conv_of_one_task(stride: int) -> Layer:
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=1).permute(0, 2, 3, 1)
+
+    return convolve
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [SINGLE, ONE_BY_ONE, TOGETHER], ids=["single", "one-by-one", "together"])
+def test_convolution_equals_the_librarys_for_each_task_to_second_derivatives(
+    shape: tuple[int, ...], stride: int
+) -> None:
+    x, weight = random(*shape, seed=1), random(shape[0], 4, shape[-1], 3, 3, seed=2)
+    reference = conv_of_one_task(stride)
+    assert_same_derivatives(
+        lambda x, weight: functional.conv3x3(x, weight, stride), lambda *both: by_task(reference, *both), x, weight
+    )
+    assert functional.conv3x3(x, weight, stride).shape == (
+        *shape[:2],
+        math.ceil(shape[2] / stride),
+        math.ceil(shape[3] / stride),
+        4,
+    )
+
+
+def test_shapes_above_take_all_three_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[str] = []
+    convolve, columns = functional._convolve, functional._Columns.apply
+
+    def counted(way: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any) -> Tensor:
+            counts.append(way)
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(functional, "_convolve", counted("task", convolve))
+    monkeypatch.setattr(functional._Columns, "apply", counted("all", columns))
+    for shape, ways in ((SINGLE, ["task"]), (ONE_BY_ONE, ["task", "task"]), (TOGETHER, ["all"])):
+        functional.conv3x3(random(*shape), random(shape[0], 4, shape[-1], 3, 3))
+        assert counts == ways
+        counts.clear()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("num_tasks", [1, 2])
+def test_convolution_has_the_derivatives_of_finite_differences(num_tasks: int, stride: int) -> None:
+    x, weight = leaves(random(num_tasks, 1, 3, 4, 2, seed=1), random(num_tasks, 2, 2, 3, 3, seed=2))
+    assert gradcheck(partial(functional.conv3x3, stride=stride), (x, weight))
+    assert gradgradcheck(partial(functional.conv3x3, stride=stride), (x, weight))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution_differentiates_one_argument_alone(stride: int) -> None:
+    x, weight = random(1, 2, 5, 4, 2, seed=1), random(1, 3, 2, 3, 3, seed=2)
+
+    def reference(x: Tensor, weight: Tensor) -> Tensor:
+        return by_task(conv_of_one_task(stride), x, weight)
+
+    assert_same_derivatives(lambda x: functional.conv3x3(x, weight, stride), lambda x: reference(x, weight), x)
+    assert_same_derivatives(lambda weight: functional.conv3x3(x, weight, stride), partial(reference, x), weight)
+
+
+def test_gathering_and_adding_back_are_each_others_transpose() -> None:
+    """<gather x, y> = <x, fold y>, which makes each the derivative of the other."""
+    for stride in (1, 2):
+        x = random(2, 3, 5, 4, 2, seed=1)
+        windows = functional._Columns.apply(x, stride)
+        y = random(*windows.shape, seed=2)
+        folded = functional._Fold.apply(y, 5, 4, stride)
+        assert (windows * y).sum().item() == pytest.approx((x * folded).sum().item(), rel=1e-12)
+
+
+def test_linear_equals_the_librarys_for_each_task_to_second_derivatives() -> None:
+    values = random(3, 4, 2, seed=1), random(3, 5, 2, seed=2), random(3, 5, seed=3)
+    assert_same_derivatives(functional.linear, lambda *all_tasks: by_task(F.linear, *all_tasks), *values)
+    assert gradgradcheck(functional.linear, leaves(*(value[:2] for value in values)))
+
+
+@pytest.mark.parametrize("num_reference", [None, 2])
+@pytest.mark.parametrize("shape", [(2, 4, 3), (2, 3, 2, 3, 2)], ids=["vectors", "images"])
+def test_statistics_are_mean_and_biased_variance_of_the_leading_examples(
+    shape: tuple[int, ...], num_reference: int | None
+) -> None:
+    x = random(*shape)
+    mean, variance = functional.batch_statistics(x, num_reference)
+    assert mean.shape == variance.shape == (shape[0], *[1] * (len(shape) - 2), shape[-1])
+    for task in range(shape[0]):
+        rows = x[task, :num_reference].reshape(-1, shape[-1])
+        for feature in range(shape[-1]):
+            column = rows[:, feature].tolist()
+            average = sum(column) / len(column)
+            assert mean[task, ..., feature].item() == pytest.approx(average, rel=1e-12)
+            spread = sum((value - average) ** 2 for value in column) / len(column)
+            assert variance[task, ..., feature].item() == pytest.approx(spread, rel=1e-12)
+
+
+@pytest.mark.parametrize("num_reference", [None, 2])
+def test_statistics_have_the_derivatives_of_finite_differences(num_reference: int | None) -> None:
+    (x,) = leaves(random(2, 3, 2, 2, 2))
+    assert gradcheck(lambda x: functional.batch_statistics(x, num_reference), (x,))
+    assert gradgradcheck(lambda x: functional.batch_statistics(x, num_reference), (x,))
+
+
+def test_normalisation_equals_the_formula_to_second_derivatives() -> None:
+    def formula(x: Tensor, shift: Tensor) -> Tensor:
+        mean = x.mean((0, 1, 2))
+        variance = ((x - mean) ** 2).mean((0, 1, 2))
+        return (x - mean) / torch.sqrt(variance + 1e-3) + shift
+
+    values = random(3, 2, 3, 2, 4, seed=1), random(3, 4, seed=2)
+    assert_same_derivatives(functional.batch_norm, lambda *both: by_task(formula, *both), *values)
+
+
+def test_normalisation_by_given_statistics_equals_the_librarys() -> None:
+    x, mean, variance = random(2, 3, 4, seed=1), random(2, 1, 4, seed=2), random(2, 1, 4, seed=3, low=0.1)
+    shift, scale = random(2, 4, seed=4), random(2, 4, seed=5)
+    for task in range(2):
+        expected = F.batch_norm(
+            x[task], mean[task, 0], variance[task, 0], scale[task], shift[task], training=False, eps=1e-3
+        )
+        given = (value[task : task + 1] for value in (x, mean, variance, shift, scale))
+        torch.testing.assert_close(functional.normalize(*given)[0], expected, rtol=1e-12, atol=1e-12)
+    assert gradgradcheck(functional.normalize, leaves(x[:1], mean[:1], variance[:1], shift[:1], scale[:1]))
+
+
+@pytest.mark.parametrize("keep_odd", [False, True])
+def test_pooling_takes_the_maximum_of_each_window_and_its_gradient_goes_there(keep_odd: bool) -> None:
+    (x,) = leaves(random(2, 3, 5, 4, 2))
+    pooled = functional.max_pool(x, keep_odd)
+    rows = 3 if keep_odd else 2
+    assert pooled.shape == (2, 3, rows, 2, 2)
+    expected = torch.zeros_like(x)
+    weights = random(*pooled.shape, seed=1)
+    for task in range(2):
+        for image in range(3):
+            for channel in range(2):
+                for i in range(rows):
+                    for j in range(2):
+                        window = x[task, image, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, channel].detach()
+                        assert pooled[task, image, i, j, channel].item() == window.max().item()
+                        row, column = divmod(int(window.argmax()), 2)
+                        expected[task, image, 2 * i + row, 2 * j + column, channel] = weights[
+                            task, image, i, j, channel
+                        ]
+    (gradient,) = torch.autograd.grad((pooled * weights).sum(), [x])
+    assert torch.equal(gradient, expected)
+
+
+def test_products_keep_the_type_of_their_inputs() -> None:
+    for dtype in (torch.float32, torch.float64):
+        x, weight = random(2, 3, 4, 4, 2).to(dtype), random(2, 3, 2, 3, 3).to(dtype)
+        assert functional.conv3x3(x, weight).dtype == dtype
+        assert functional.matmul(random(2, 3, 4).to(dtype), random(2, 4, 2).to(dtype)).dtype == dtype

@@ -1,0 +1,244 @@
+"""One experiment, from config to report: refused before anything is written, resumed, judged, printed, evaluated."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from maml.config.schema import Settings
+from maml.errors import Interrupted, MamlError
+from maml.experiment import print_report, run_experiment
+from maml.logger.base import Logger
+from maml.record.plot import plot_report
+from maml.record.run_folder import read_json
+from tests.runs import TinyRuns, assert_same_run, before_iteration, files
+from tests.training.test_survival import training_forbidden
+
+Reference = Callable[[TinyRuns], Path]
+
+
+class Noting(Logger):
+    """Keeps what it is told, of all runs, in order."""
+
+    told: list[tuple[str, Any]] = []
+
+    def start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None:
+        self.told.append(("start", (experiment, run_id, resumed)))
+
+    def report(self, report: dict[str, Any], pictures: Mapping[str, Path]) -> None:
+        self.told.append(("report", report))
+
+    def finish(self, status: str) -> None:
+        self.told.append(("finish", status))
+
+
+NOTING = f"logger._target_={__name__}.Noting"
+SHORT = ("num_iterations=10", "evaluation.num_tasks=3")
+
+
+@pytest.fixture
+def told() -> Iterator[list[tuple[str, Any]]]:
+    Noting.told.clear()
+    yield Noting.told
+    Noting.told.clear()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("outer=trpo",), "choose outer=adam, or an RL domain"),
+        (("domain=point_navigation", "algorithm=multitask_average"), "learns from labelled examples"),
+        (("inner=learned_sgd", "algorithm=pretrain"), "does not differentiate through adaptation"),
+        (("model=conv4",), r"takes images \(height, width, channels\)"),
+        (("evaluation.step_size={5: 0.1}",), "no entry for K=10"),
+        (("hardware.min_processes=2",), "1 process for hardware"),
+        (("checkpoint=a.pt",), "checkpoint= is for mode=eval"),
+        (("run_dir=here", "seeds=2"), "run_dir= and checkpoint= name one run"),
+        (("mode=eval",), "there is nothing to evaluate"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(
+    tiny: TinyRuns, overrides: tuple[str, ...], reason: str, told: list[tuple[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(MamlError, match=reason):
+        tiny.run(NOTING, *overrides)
+    assert list(tmp_path.iterdir()) == []
+    assert told == [], "no mirror is opened"
+
+
+def test_run_is_mirrored_from_start_to_finish(
+    tiny: TinyRuns, told: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maml.experiment.plot_report", plot_report)
+    folder = tiny.run(NOTING, *SHORT)
+    (start, begun), (report, content), (finish, status) = told
+    assert (start, report, finish) == ("start", "report", "finish")
+    assert begun == ("custom", folder.name, False)
+    assert status == "finished"
+    saved = read_json(folder / "report.json")
+    assert {key: content[key] for key in saved or {}} == saved
+    assert content["cells"] == {}
+    with Image.open(folder / "report.png") as picture:
+        assert picture.size == (750, 540)
+
+
+def test_stopped_run_is_resumed_by_the_same_command_and_its_mirror_told(
+    tiny: TinyRuns, told: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        before_iteration(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.run(NOTING, *SHORT)
+    assert told[-1] == ("finish", "interrupted")
+    folder = tiny.run(NOTING, *SHORT)
+    assert [what[2] for kind, what in told if kind == "start"] == [False, True]
+    assert told[-1] == ("finish", "finished")
+    assert_same_run(folder, tiny.beside("whole").run(*SHORT))
+
+
+def test_failed_run_is_told_to_its_mirror_and_recorded(
+    tiny: TinyRuns, told: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
+        before_iteration(patch, 5, fail)
+        tiny.run(NOTING, *SHORT)
+    assert told[-1] == ("finish", "failed")
+    record = read_json(tiny.folder(*SHORT) / "run.json")
+    assert record is not None and record["status"] == "failed"
+
+
+def test_judge_is_shown_the_report_and_what_it_says_is_printed_under_it_and_mirrored(
+    tiny: TinyRuns, told: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, shown = tiny.config(NOTING, *SHORT), []
+
+    def judge(experiment: str, settings: Settings, report: Mapping[str, Any]) -> dict[str, str]:
+        shown.append((experiment, settings, report["headline"]))
+        return {"table9/MAML/K10": "0.50 (paper 0.67): better"}
+
+    headline = run_experiment(config, "custom", judge)
+    assert shown == [("custom", config, headline)]
+    *_, verdict, written = capsys.readouterr().out.splitlines()
+    assert verdict == "  table9/MAML/K10: 0.50 (paper 0.67): better"
+    assert written == f"written to {tiny.folder(*SHORT)}"
+    assert dict(told)["report"]["cells"] == {"table9/MAML/K10": "0.50 (paper 0.67): better"}
+    assert "cells" not in (read_json(tiny.folder(*SHORT) / "report.json") or {}), "a verdict is no measurement"
+
+
+def test_headline_is_the_last_step_at_the_domains_own_k_and_the_mean_over_seeds(tiny: TinyRuns) -> None:
+    """The tiny runs evaluate K=5 and K=10; the domain trains with 10, or with 7, which is not evaluated."""
+    both = run_experiment(tiny.config(*SHORT, "seeds=2"), "custom")
+    lasts = []
+    for seed in (0, 1):
+        report = read_json(tiny.folder(*SHORT, f"seed={seed}") / "report.json")
+        assert report is not None
+        (curve,) = (curve for curve in report["curves"] if curve["num_shots"] == 10)
+        assert report["headline"] == curve["steps"][-1]["mean"]
+        lasts.append(report["headline"])
+    assert both == pytest.approx(sum(lasts) / 2, rel=1e-12)
+    other = run_experiment(tiny.config(*SHORT, "domain.num_shots=7"), "custom")
+    report = read_json(tiny.folder(*SHORT, "domain.num_shots=7") / "report.json")
+    assert report is not None
+    assert other == report["curves"][0]["steps"][-1]["mean"], "the first K in the list"
+
+
+def test_adaptation_that_diverged_has_no_number_for_a_sweep(tiny: TinyRuns) -> None:
+    assert math.isnan(run_experiment(tiny.config(*SHORT, "evaluation.step_size=1e30"), "custom"))
+
+
+def test_printed_report_has_a_line_per_step_and_says_what_is_reduced(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [
+        {"step": 0, "mean": 3.25, "ci95": 0.125, "num_tasks": 600},
+        {"step": 1, "mean": None, "ci95": None, "num_tasks": 600},
+    ]
+    report = {
+        "experiment": "sinusoid_10shot",
+        "run_id": "1f2e3d",
+        "seed": 2,
+        "iteration": 30,
+        "num_iterations": 40,
+        "curves": [{"metric": "mse", "num_shots": 10, "steps": steps}],
+    }
+    print_report(report, "MAML")
+    assert capsys.readouterr().out.splitlines() == [
+        "sinusoid_10shot 1f2e3d, MAML, seed 2  (reduced budget: 30 of 40 iterations)",
+        "  mse, K=10, 600 tasks",
+        "    step  0:   3.2500 +- 0.1250",
+        "    step  1: diverged",
+    ]
+    print_report(report | {"iteration": 40}, "MAML")
+    assert capsys.readouterr().out.splitlines()[0] == "sinusoid_10shot 1f2e3d, MAML, seed 2"
+
+
+def test_same_command_after_the_end_trains_nothing_and_gives_the_same_number(
+    tiny: TinyRuns, uninterrupted: Reference, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(uninterrupted(tiny), tiny.folder())
+    before = files(tiny.folder())
+    report = read_json(tiny.folder() / "report.json")
+    assert report is not None
+    with training_forbidden(monkeypatch):
+        assert run_experiment(tiny.config(), "custom") == report["headline"]
+    assert f"already finished: {tiny.folder()}" in capsys.readouterr().out
+    assert files(tiny.folder()) == before
+
+
+@pytest.mark.parametrize(
+    "other", ["evaluation.num_shots=[3]", "evaluation.num_steps=4", "evaluation.bank_seed=1", "evaluation.split=val"]
+)
+def test_other_evaluation_of_a_finished_run_stands_beside_the_first(
+    other: str, tiny: TinyRuns, uninterrupted: Reference
+) -> None:
+    shutil.copytree(uninterrupted(tiny), tiny.folder())
+    before = files(tiny.folder())
+    tiny.run("mode=eval", other)
+    after = files(tiny.folder())
+    assert {name: after[name] for name in before} == before
+    (folder,) = (tiny.folder() / "evaluations").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "report.json", "report.png", "tasks.csv"}
+    report = read_json(folder / "report.json")
+    assert report is not None
+    name, _, value = other.removeprefix("evaluation.").partition("=")
+    assert str(report["evaluation"][f"evaluation.{name}"]) == value
+
+
+def test_training_command_with_another_evaluation_only_evaluates(
+    tiny: TinyRuns, uninterrupted: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(uninterrupted(tiny), tiny.folder())
+    with training_forbidden(monkeypatch):
+        tiny.run("evaluation.num_shots=[3]")
+    assert_same_run(tiny.folder(), uninterrupted(tiny))
+    assert len(list((tiny.folder() / "evaluations").iterdir())) == 1
+
+
+def test_same_evaluation_again_writes_the_same_report(tiny: TinyRuns, uninterrupted: Reference) -> None:
+    shutil.copytree(uninterrupted(tiny), tiny.folder())
+    tiny.run("mode=eval")
+    tiny.run("mode=eval", f"checkpoint={tiny.folder() / 'checkpoint.pt'}")
+    assert_same_run(tiny.folder(), uninterrupted(tiny))
+    (again,) = (tiny.folder() / "evaluations").iterdir()
+    for name in ("report.json", "tasks.csv"):
+        assert (again / name).read_bytes() == (tiny.folder() / name).read_bytes()
+
+
+def test_evaluation_of_nothing_trained_says_what_to_do(tiny: TinyRuns) -> None:
+    with pytest.raises(MamlError, match=r"there is nothing to evaluate in .*: train first"):
+        tiny.run("mode=eval")
+    assert not tiny.runs_dir.exists()
+
+
+def test_evaluation_of_a_missing_checkpoint_names_it(tiny: TinyRuns, tmp_path: Path) -> None:
+    with pytest.raises(MamlError, match=r"there is no checkpoint at .*nowhere\.pt"):
+        tiny.run("mode=eval", f"checkpoint={tmp_path / 'nowhere.pt'}")
+    assert not tiny.runs_dir.exists()

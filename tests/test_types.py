@@ -1,0 +1,41 @@
+"""The vocabulary of tensors: batches of tasks, parameters with a task axis, and ranges of settings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from maml.types import Interval, expand, num_tasks, product, take
+
+TASKS = {"x": torch.arange(12).reshape(4, 3), "amplitude": torch.arange(4)}
+
+
+def test_tasks_are_taken_from_each_tensor_alike() -> None:
+    taken = take(TASKS, 1, 3)
+    assert {name: value.tolist() for name, value in taken.items()} == {
+        "x": [[3, 4, 5], [6, 7, 8]],
+        "amplitude": [1, 2],
+    }
+    assert (num_tasks(TASKS), num_tasks(taken), num_tasks(take(TASKS, 3, 9))) == (4, 2, 1)
+
+
+def test_every_task_starts_at_a_view_of_theta_whose_gradients_add_up() -> None:
+    theta = {"w": torch.tensor([1.0, 2.0], requires_grad=True), "b": torch.tensor(3.0, requires_grad=True)}
+    params = expand(theta, 3)
+    assert {name: tuple(value.shape) for name, value in params.items()} == {"w": (3, 2), "b": (3,)}
+    assert all(params[name].data_ptr() == value.data_ptr() for name, value in theta.items()), "nothing is copied"
+    loss = (params["w"].sum(1) * torch.tensor([1.0, 10.0, 100.0]) + params["b"]).sum()
+    gradients = torch.autograd.grad(loss, list(theta.values()))
+    assert [gradient.tolist() for gradient in gradients] == [[111.0, 111.0], 3.0]
+
+
+def test_product_of_no_sizes_is_one() -> None:
+    assert [product(sizes) for sizes in ([], [5], [2, 3, 4], [7, 0])] == [1, 5, 24, 0]
+
+
+@pytest.mark.parametrize(("interval", "reason"), [([2.0, 1.0], "2.0 is not below 1.0; swap them"), ([1.0, 1.0], "not")])
+def test_interval_goes_upwards(interval: list[float], reason: str) -> None:
+    assert TypeAdapter(Interval).validate_python([1, 2.5]) == (1.0, 2.5)
+    with pytest.raises(ValidationError, match=reason):
+        TypeAdapter(Interval).validate_python(interval)
