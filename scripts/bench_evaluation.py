@@ -14,7 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark import Spread, choose_clock, describe, parser, table, take_turns, target, times_as_fast, write
+from benchmark import (
+    Spread,
+    argument_parser,
+    choose_clock,
+    describe_conditions,
+    markdown_table,
+    output_path,
+    time_in_turns,
+    times_as_fast,
+    write_results,
+)
 from implementations import Problem, batch_norm, default_dtype, network
 from torch import Tensor
 
@@ -25,14 +35,14 @@ from maml.types import Params, Tasks
 EXPERIMENTS = ("sinusoid_10shot", "omniglot_5way_1shot")
 
 
-def ours(problem: Problem, evaluation: Evaluation, bank: Tasks) -> dict[str, Tensor]:
+def evaluate_batched(problem: Problem, evaluation: Evaluation, bank: Tasks) -> dict[str, Tensor]:
     """Returns the values of every metric, ``(num_steps + 1, tasks)``."""
     algorithm = problem.algorithm
     curves = evaluation.curves(algorithm, algorithm.domain.num_shots, bank, None)
     return {curve.metric: curve.values for curve in curves}
 
 
-def loop(problem: Problem, evaluation: Evaluation, bank: Tasks) -> dict[str, Tensor]:
+def evaluate_in_loop(problem: Problem, evaluation: Evaluation, bank: Tasks) -> dict[str, Tensor]:
     """Returns the same from one task after the other."""
     inner, theta = problem.algorithm.inner, problem.algorithm.theta
     adapted = inner.adapted_names([*theta])
@@ -86,9 +96,9 @@ def check(experiment: str, device: torch.device, num_tasks: int = 20) -> None:
     """
     with default_dtype(torch.float64):
         problem, evaluation, bank = make(experiment, num_tasks, device, torch.float64)
-        mine, theirs = ours(problem, evaluation, bank), loop(problem, evaluation, bank)
-    for name, values in mine.items():
-        if not torch.allclose(values, theirs[name].to(values), rtol=1e-6, atol=1e-6):
+        batched, looped = evaluate_batched(problem, evaluation, bank), evaluate_in_loop(problem, evaluation, bank)
+    for name, values in batched.items():
+        if not torch.allclose(values, looped[name].to(values), rtol=1e-6, atol=1e-6):
             raise RuntimeError(
                 f"{name} of the loop differs from ours in {experiment}; a time for it would mean nothing"
             )
@@ -100,8 +110,11 @@ def measure(
     """Returns the rows of the table and of the CSV of one experiment."""
     check(experiment, device)
     problem, evaluation, bank = make(experiment, num_tasks, device, torch.float32)
-    runs = {"ours": lambda: ours(problem, evaluation, bank), "loop": lambda: loop(problem, evaluation, bank)}
-    seconds = take_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0])
+    runs = {
+        "ours": lambda: evaluate_batched(problem, evaluation, bank),
+        "loop": lambda: evaluate_in_loop(problem, evaluation, bank),
+    }
+    seconds = time_in_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0])
     shown, rows = [], []
     for name in runs:
         spread, against = Spread.of(seconds[name]), times_as_fast(seconds[name], seconds["loop"])
@@ -116,7 +129,7 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and writes; files are rewritten after each experiment, so that a run cut short leaves what it has."""
-    options = parser(__doc__, "evaluation", rounds=2)
+    options = argument_parser(__doc__, "evaluation", rounds=2)
     options.add_argument("--experiments", nargs="+", default=list(EXPERIMENTS))
     options.add_argument("--tasks", type=int, default=600, help="tasks in the bank (default %(default)s)")
     args = options.parse_args(arguments)
@@ -127,8 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells, found = measure(experiment, args.tasks, args.rounds, device)
         shown += cells
         rows += found
-        write(args, "Evaluation", describe(device, args.threads), [f"Of {args.tasks} tasks.", *table(shown)], rows)
-    print(target(args).read_text())
+        write_results(
+            args,
+            "Evaluation",
+            describe_conditions(device, args.threads),
+            [f"Of {args.tasks} tasks.", *markdown_table(shown)],
+            rows,
+        )
+    print(output_path(args).read_text())
 
 
 if __name__ == "__main__":

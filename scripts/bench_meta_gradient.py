@@ -19,18 +19,18 @@ import torch
 from benchmark import (
     PEERS,
     Spread,
+    argument_parser,
     choose_clock,
-    describe,
-    parser,
+    describe_conditions,
+    markdown_table,
+    output_path,
     resident_mib,
-    table,
-    take_turns,
-    target,
+    time_in_turns,
     times_as_fast,
     verdict,
-    write,
+    write_results,
 )
-from floor import NOTES, Cost, Rates, where_time_goes
+from floor import NOTES, Cost, Rates, slowest_operations
 from implementations import IMPLEMENTATIONS, Problem, prepare
 
 # How many times as fast as the loop on one CPU core.
@@ -79,7 +79,7 @@ def measure(
     num_threads = torch.get_num_threads()
     problem, ready, errors, missing = prepare(names, experiment, device=device)
     runs = {name: lambda way=way: way.gradient(problem.tasks) for name, way in ready.items()}
-    seconds = take_turns(runs, rounds, choose_clock(device, num_threads)[0])
+    seconds = time_in_turns(runs, rounds, choose_clock(device, num_threads)[0])
     bars = BARS.get(experiment, {}) if with_bars else {}
     shown: list[Mapping[str, str]] = []
     rows: list[dict[str, Any]] = []
@@ -107,10 +107,10 @@ def measure(
             row |= _cells(f"times_{other}", speeds.get(other))
         row |= dict(zip(("error_float64", "error_float32"), errors.get(name, ("", "")), strict=True))
         rows.append(row)
-    lines = [f"## {experiment}", *table(shown)]
+    lines = [f"## {experiment}", *markdown_table(shown)]
     cost = Cost.of(runs["loop"])
     lines += [f"Floor: {', '.join(f'{key} {value}' for key, value in cost.row(rates).items())}.", ""]
-    lines += ["Where the time of ours goes:", *table(where_time_goes(runs["ours"], device))]
+    lines += ["Where the time of ours goes:", *markdown_table(slowest_operations(runs["ours"], device))]
     peaks = {}
     for name in ("ours", "loop"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
@@ -135,7 +135,7 @@ def _cells(name: str, spread: Spread | None) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and writes; files are rewritten after each experiment, so that a run cut short leaves what it has."""
-    options = parser(__doc__, "meta_gradient", rounds=10)
+    options = argument_parser(__doc__, "meta_gradient", rounds=10)
     options.add_argument("--experiments", nargs="+", default=list(BARS))
     options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries beside the loop")
     compiled = ["sinusoid_10shot"]  # the others take minutes to compile, and training does not compile them
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     rates = Rates.measure(device)
-    conditions = describe(device, args.threads) | {"rates": str(rates)}
+    conditions = describe_conditions(device, args.threads) | {"rates": str(rates)}
     text, rows = [TEXT, "", NOTES, ""], []
     with_bars = device.type == "cpu" and args.threads == 1
     for experiment in args.experiments:
@@ -153,8 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines, found = measure(experiment, names, args.rounds, device, rates, with_bars)
         text += lines
         rows += found
-        write(args, "Time and memory of one second-order meta-gradient", conditions, text, rows)
-    print(target(args).read_text())
+        write_results(args, "Time and memory of one second-order meta-gradient", conditions, text, rows)
+    print(output_path(args).read_text())
 
 
 if __name__ == "__main__":

@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from benchmark import (
     Spread,
+    argument_parser,
     choose_clock,
-    describe,
-    parser,
+    describe_conditions,
+    markdown_table,
+    output_path,
     resident_mib,
-    table,
-    target,
     times_as_fast,
     verdict,
-    write,
+    write_results,
 )
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
@@ -119,7 +119,7 @@ Sampler = Callable[[], int]
 """Samples for a while, and returns how many steps environments took."""
 
 
-def batched(domain: Reinforcement, shape: Shape) -> Sampler:
+def our_sampler(domain: Reinforcement, shape: Shape) -> Sampler:
     """Returns the project's own: episodes with all that is learnt from, but for the policy's network."""
     tasks = domain.sample_tasks(shape.num_tasks, Stream(0))
     outputs = torch.zeros(domain.out_dim)  # mean 0 and standard deviation 1
@@ -137,7 +137,7 @@ def batched(domain: Reinforcement, shape: Shape) -> Sampler:
     return sample
 
 
-def vectorized(environments: VectorEnv, num_steps: int) -> Sampler:
+def gymnasium_sampler(environments: VectorEnv, num_steps: int) -> Sampler:
     """Returns one of Gymnasium's."""
     environments.reset(seed=0)
     count, size = environments.num_envs, environments.single_action_space.shape
@@ -171,9 +171,9 @@ def compare_samplers(shape: Shape, rounds: int, turn_seconds: float) -> dict[str
     synchronous = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     asynchronous = AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     samplers = {
-        "ours": batched(domain, shape),
-        "SyncVectorEnv": vectorized(synchronous, shape.horizon),
-        "AsyncVectorEnv": vectorized(asynchronous, shape.horizon),
+        "ours": our_sampler(domain, shape),
+        "SyncVectorEnv": gymnasium_sampler(synchronous, shape.horizon),
+        "AsyncVectorEnv": gymnasium_sampler(asynchronous, shape.horizon),
     }
     speeds: dict[str, list[float]] = defaultdict(list)
     for turn in range(rounds + 1):
@@ -207,7 +207,7 @@ class Stopwatch:
         self._phase, self._since = phase, now
         return before
 
-    def timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def time_phase(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the same function as a phase."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -220,22 +220,22 @@ class Stopwatch:
         return run
 
 
-def watch(meta_gradient: MetaGradient, stopwatch: Stopwatch) -> None:
+def time_phases(meta_gradient: MetaGradient, stopwatch: Stopwatch) -> None:
     """Has the phases of this process's meta-iterations timed."""
-    curvature: Callable[..., Product] = stopwatch.timed("curvature", meta_gradient.curvature)
+    curvature: Callable[..., Product] = stopwatch.time_phase("curvature", meta_gradient.curvature)
 
     def timed_curvature(params: Params, tasks: Tasks, every: int = 1) -> Product:
-        return stopwatch.timed("conjugate gradient", curvature(params, tasks, every))
+        return stopwatch.time_phase("conjugate gradient", curvature(params, tasks, every))
 
     algorithm: Any = meta_gradient.algorithm
-    algorithm.collect = stopwatch.timed("advantages and adaptation", algorithm.collect)
+    algorithm.collect = stopwatch.time_phase("advantages and adaptation", algorithm.collect)
     for name, replacement in {
-        "gradient": stopwatch.timed("gradient", meta_gradient.gradient),
+        "gradient": stopwatch.time_phase("gradient", meta_gradient.gradient),
         "curvature": timed_curvature,
-        "evaluate": stopwatch.timed("line search", meta_gradient.evaluate),
+        "evaluate": stopwatch.time_phase("line search", meta_gradient.evaluate),
     }.items():
         setattr(meta_gradient, name, replacement)
-    reinforcement.collect_episodes = stopwatch.timed("sampling", reinforcement.collect_episodes)
+    reinforcement.collect_episodes = stopwatch.time_phase("sampling", reinforcement.collect_episodes)
 
 
 def meta_iterations(shape: Shape, count: int) -> tuple[list[float], dict[str, float], tuple[float, float]]:
@@ -250,7 +250,7 @@ def meta_iterations(shape: Shape, count: int) -> tuple[list[float], dict[str, fl
     algorithm = meta_gradient.algorithm
     before = resident_mib("VmRSS")
     stopwatch = Stopwatch(clock)
-    watch(meta_gradient, stopwatch)
+    time_phases(meta_gradient, stopwatch)
     seconds = []
     for iteration in range(count + 1):
         stopwatch.enter("rest")
@@ -289,7 +289,7 @@ is that of the whole process, and what it adds to libraries and theta.
 """.strip()
 
 
-def numbers(result: Result) -> list[dict[str, Any]]:
+def csv_rows(result: Result) -> list[dict[str, Any]]:
     """Returns one row per measured number."""
     measured = {f"{sampler}, steps per second": values for sampler, values in result.speeds.items()}
     measured |= {"meta-iteration, seconds": result.seconds}
@@ -303,7 +303,7 @@ def numbers(result: Result) -> list[dict[str, Any]]:
     return rows
 
 
-def sampling(result: Result, with_bars: bool) -> dict[str, object]:
+def sampling_row(result: Result, with_bars: bool) -> dict[str, object]:
     """Returns a row of the table of samplers, our bars beside the ratios if they apply."""
     shape, speeds = result.shape, {name: Spread.of(values) for name, values in result.speeds.items()}
     ours, sync, asynchronous = (result.speeds[name] for name in ("ours", "SyncVectorEnv", "AsyncVectorEnv"))
@@ -323,7 +323,7 @@ def sampling(result: Result, with_bars: bool) -> dict[str, object]:
     }
 
 
-def iterating(result: Result, with_bars: bool) -> dict[str, object]:
+def meta_iteration_row(result: Result, with_bars: bool) -> dict[str, object]:
     """Returns a row of the table of meta-iterations."""
     seconds = Spread.of(result.seconds)
     assert seconds is not None
@@ -341,7 +341,7 @@ def iterating(result: Result, with_bars: bool) -> dict[str, object]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and writes; the files are rewritten after each shape, so that a run cut short leaves what it has."""
-    own = parser(__doc__, "meta_rl", rounds=10, only_one_core=True)
+    own = argument_parser(__doc__, "meta_rl", rounds=10, only_one_core=True)
     own.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     own.add_argument("--iterations", type=int, default=5, help="meta-iterations (default %(default)s)")
     own.add_argument("--quick", action="store_true", help="tiny sizes, for tests; the numbers mean nothing")
@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if hasattr(os, "sched_setaffinity"):  # Linux: also for processes that this one starts
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(NUM_THREADS)
-    conditions = describe(torch.device("cpu"), NUM_THREADS)
+    conditions = describe_conditions(torch.device("cpu"), NUM_THREADS)
     conditions["clock"] = "of samplers the wall's; of meta-iterations the CPU's, which other load disturbs less"
     results: list[Result] = []
     with_bars = not options.quick
@@ -359,11 +359,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(measure(name, tiny, rounds=2, turn_seconds=0.01, iterations=2))
         else:
             results.append(measure(name, SHAPES[name], options.rounds, TURN_SECONDS, options.iterations))
-        text = [SAMPLING, *table([sampling(result, with_bars) for result in results])]
-        text += [META_ITERATIONS, *table([iterating(result, with_bars) for result in results])]
-        rows = [row for result in results for row in numbers(result)]
-        write(options, "Time and memory of meta-RL on one core", conditions, text, rows)
-    print(target(options).read_text())
+        text = [SAMPLING, *markdown_table([sampling_row(result, with_bars) for result in results])]
+        text += [META_ITERATIONS, *markdown_table([meta_iteration_row(result, with_bars) for result in results])]
+        rows = [row for result in results for row in csv_rows(result)]
+        write_results(options, "Time and memory of meta-RL on one core", conditions, text, rows)
+    print(output_path(options).read_text())
 
 
 if __name__ == "__main__":

@@ -15,10 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import Spread, choose_clock, describe, parser, table, take_turns, target, write
+from benchmark import (
+    Spread,
+    argument_parser,
+    choose_clock,
+    describe_conditions,
+    markdown_table,
+    output_path,
+    time_in_turns,
+    write_results,
+)
 from implementations import IMPLEMENTATIONS, Problem
 
-from maml.record.checkpoint import write_whole
+from maml.record.checkpoint import write_atomically
 
 NAMES = ("ours", "loop")
 # What is varied, by experiment: its override, and the values.
@@ -63,7 +72,7 @@ def sweep(
         runs = {name: lambda way=way, problem=problem: way.gradient(problem.tasks) for name, way in ready.items()}
         for run in runs.values():
             run()
-        for name, seconds in take_turns(runs, rounds, clock).items():
+        for name, seconds in time_in_turns(runs, rounds, clock).items():
             found[name].append((value, seconds))
     return found
 
@@ -88,18 +97,18 @@ def plot(panels: Mapping[tuple[str, str], Medians], path: Path) -> None:
         axes.set_ylabel("ms per meta-gradient")
         axes.set_title(experiment, fontsize=9)
         axes.legend(fontsize=7)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and writes; the files are rewritten after each sweep, so that a run cut short leaves what it has."""
-    options = parser(__doc__, "scaling", rounds=3)
+    options = argument_parser(__doc__, "scaling", rounds=3)
     options.add_argument("--experiments", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     options.add_argument("--values", nargs="+", type=int, help="of every sweep, instead of its own")
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    conditions = describe(device, args.threads)
+    conditions = describe_conditions(device, args.threads)
     panels: dict[tuple[str, str], Medians] = {}
     shown: list[dict[str, str]] = []
     rows: list[dict[str, Any]] = []
@@ -124,12 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = ["Each is varied on its own; an exponent of 1 is a cost in proportion. On images, all but the tasks"]
             text += [
                 f"are varied at {', '.join(FEWER_TASKS.values())}.",
-                *table(shown),
-                f"![plot]({target(args, 'png').name})",
+                *markdown_table(shown),
+                f"![plot]({output_path(args, 'png').name})",
             ]
-            write(args, "How the cost of one meta-gradient grows", conditions, text, rows)
-            plot(panels, target(args, "png"))
-    print(target(args).read_text())
+            write_results(args, "How the cost of one meta-gradient grows", conditions, text, rows)
+            plot(panels, output_path(args, "png"))
+    print(output_path(args).read_text())
 
 
 if __name__ == "__main__":

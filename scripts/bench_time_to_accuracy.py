@@ -15,8 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import ROOT, choose_clock, describe, parser, table, target, write
-from implementations import as_trained
+from benchmark import (
+    ROOT,
+    argument_parser,
+    choose_clock,
+    describe_conditions,
+    markdown_table,
+    output_path,
+    write_results,
+)
+from implementations import build_as_trained
 
 from maml.config.compose import compose
 from maml.config.schema import build
@@ -28,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains on, evaluates and writes; the files are rewritten after each evaluation.
 
     Raises:
-        RuntimeError: if the state is of another commit, machine or target, so that the seconds would not add up.
+        RuntimeError: if the state is of another commit, machine or output_path, so that the seconds would not add up.
     """
-    options = parser(__doc__, "time_to_accuracy", rounds=1)
+    options = argument_parser(__doc__, "time_to_accuracy", rounds=1)
     options.add_argument("--experiment", default="omniglot_5way_1shot")
     options.add_argument("--accuracy", type=float, default=0.97, help="to be reached (default %(default)s)")
     options.add_argument("--every", type=int, default=200, help="iterations between evaluations (default %(default)s)")
@@ -44,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hardware = (f"hardware.device={args.device}", f"hardware.num_threads={args.threads}")
     bank_settings = ("evaluation.split=val", "evaluation.search=null", f"evaluation.num_tasks={args.tasks}")
     config, _ = compose([f"+experiment={args.experiment}", *hardware, *bank_settings, *args.overrides], ROOT / "conf")
-    algorithm, iterate = as_trained(config)
+    algorithm, iterate = build_as_trained(config)
     evaluation: Evaluation = build(config.evaluation)
     domain = algorithm.domain
     bank = evaluation.bank(domain, domain.num_shots)
 
-    conditions = describe(device, args.threads) | {"clock": "wall clock"}
+    conditions = describe_conditions(device, args.threads) | {"clock": "wall clock"}
     same = {key: conditions[key] for key in ("commit", "hardware", "threads", "versions")}
     same |= {"experiment": args.experiment, "accuracy": str(args.accuracy), "overrides": " ".join(args.overrides)}
     points: list[dict[str, Any]] = []
@@ -80,8 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         points.append(last)
         args.state.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(args.state, {"same": same, "points": points, "state": algorithm.state_dict()})
-        write(args, f"Time to {args.accuracy:.0%} on {args.experiment}", conditions, _text(points, args), points)
-    print(target(args).read_text() if points else "no time to train")
+        write_results(
+            args, f"Time to {args.accuracy:.0%} on {args.experiment}", conditions, _text(points, args), points
+        )
+    print(output_path(args).read_text() if points else "no time to train")
 
 
 def _text(points: Sequence[dict[str, Any]], args: Any) -> list[str]:
@@ -104,7 +114,7 @@ def _text(points: Sequence[dict[str, Any]], args: Any) -> list[str]:
     return [
         f"Transductive accuracy after the last gradient step, mean over {args.tasks} validation tasks, whose classes",
         f"training never sees. Compiling and other first use counts as training. {found}",
-        *table(shown),
+        *markdown_table(shown),
     ]
 
 

@@ -18,17 +18,17 @@ import torch
 from benchmark import (
     PEERS,
     Spread,
+    argument_parser,
     choose_clock,
-    describe,
-    parser,
-    table,
-    take_turns,
-    target,
+    describe_conditions,
+    markdown_table,
+    output_path,
+    time_in_turns,
     times_as_fast,
     verdict,
-    write,
+    write_results,
 )
-from floor import NOTES, Cost, Rates, kernels, where_time_goes
+from floor import NOTES, Cost, Rates, kernels, slowest_operations
 from implementations import Implementation, Problem, prepare
 
 # On one GPU, in iterations per second.
@@ -49,7 +49,7 @@ same round), least and most in brackets.
 """.strip()
 
 
-def training(problem: Problem, implementation: Implementation) -> Callable[[], object]:
+def make_iterations(problem: Problem, implementation: Implementation) -> Callable[[], object]:
     """Returns what makes the next iteration."""
     iterations = itertools.count(1)
     return lambda: implementation.iterate(problem, next(iterations))
@@ -60,10 +60,10 @@ def measure(
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Returns the section and the rows of one experiment."""
     problem, ready, _, missing = prepare(names, experiment, device=device)
-    runs = {name: training(problem, way) for name, way in ready.items()}
+    runs = {name: make_iterations(problem, way) for name, way in ready.items()}
     for run in runs.values():  # Adam's state, and whatever else is made on first use
         run()
-    seconds = take_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0])
+    seconds = time_in_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0])
     on_gpu = device.type == "cuda"
     shown, rows = [], []
     for name in names:
@@ -86,7 +86,7 @@ def measure(
     cost = Cost.of(lambda: ready["loop"].gradient(problem.tasks))
     floor = cost.seconds(rates)
     rows[0] |= {"operations": cost.operations, "bytes": cost.bytes, "floor_seconds": floor}
-    lines = [f"## {experiment}", *table(shown)]
+    lines = [f"## {experiment}", *markdown_table(shown)]
     lines += [f"Floor: {', '.join(f'{key} {value}' for key, value in cost.row(rates).items())}: {1 / floor:,.0f} it/s."]
     if OURS not in ready:
         return lines, rows
@@ -99,27 +99,27 @@ def measure(
             "",
             f"The GPU computes {busy:.0f} % of the time of ours, {count:,.0f} kernels per iteration. {judged}",
         ]
-    lines += ["", "Where the time of ours goes:", *table(where_time_goes(runs[OURS], device))]
+    lines += ["", "Where the time of ours goes:", *markdown_table(slowest_operations(runs[OURS], device))]
     return lines, rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and writes; files are rewritten after each experiment, so that a run cut short leaves what it has."""
-    options = parser(__doc__, "training", rounds=5)
+    options = argument_parser(__doc__, "training", rounds=5)
     options.add_argument("--experiments", nargs="+", default=list(BARS))
     options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries beside the loop")
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     rates = Rates.measure(device)
-    conditions = describe(device, args.threads) | {"rates": str(rates)}
+    conditions = describe_conditions(device, args.threads) | {"rates": str(rates)}
     text, rows = [TEXT, "", NOTES, ""], []
     for experiment in args.experiments:
         lines, found = measure(experiment, [OURS, "loop", *args.peers], args.rounds, device, rates)
         text += [*lines, ""]
         rows += found
-        write(args, "Whole training steps", conditions, text, rows)
-    print(target(args).read_text())
+        write_results(args, "Whole training steps", conditions, text, rows)
+    print(output_path(args).read_text())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from maml.record.run_folder import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("learn2learn", "higher", "torchopt", "jax")
-MIN_TURN_SECONDS = 0.2  # a turn repeats the computation for at least so long
+MIN_TURN_SECONDS = 0.2  # a turn repeats the computation for at least this long
 
 Clock = Callable[[], float]
 
@@ -35,7 +35,9 @@ class Unavailable(Exception):
 # Conditions.
 
 
-def parser(description: str | None, name: str, rounds: int, only_one_core: bool = False) -> argparse.ArgumentParser:
+def argument_parser(
+    description: str | None, name: str, rounds: int, only_one_core: bool = False
+) -> argparse.ArgumentParser:
     """Returns a parser of what every benchmark can be told; without a choice of device if there is none."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=rounds, help="turns of each (default %(default)s)")
@@ -49,7 +51,7 @@ def parser(description: str | None, name: str, rounds: int, only_one_core: bool 
     return options
 
 
-def describe(device: torch.device, num_threads: int) -> dict[str, str]:
+def describe_conditions(device: torch.device, num_threads: int) -> dict[str, str]:
     """Returns what a reader needs to judge or repeat the numbers."""
     found = versions()
     for peer in PEERS:
@@ -93,25 +95,25 @@ def choose_clock(device: torch.device, num_threads: int) -> tuple[Clock, str]:
     return time.perf_counter, "wall clock"
 
 
-def seconds_per_call(run: Callable[[], object], clock: Clock, least: float = MIN_TURN_SECONDS) -> float:
+def seconds_per_call(run: Callable[[], object], clock: Clock, min_seconds: float = MIN_TURN_SECONDS) -> float:
     """Times one turn: as many calls as take so many seconds at least."""
     gc.collect()
     calls, start, elapsed = 0, clock(), 0.0
-    while elapsed < least or not calls:
+    while elapsed < min_seconds or not calls:
         run()
         calls += 1
         elapsed = clock() - start
     return elapsed / calls
 
 
-def take_turns(
-    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Clock, least: float = MIN_TURN_SECONDS
+def time_in_turns(
+    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Clock, min_seconds: float = MIN_TURN_SECONDS
 ) -> dict[str, list[float]]:
     """Returns seconds per call by name, one number per round: within a round, neighbours in time."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            seconds[name].append(seconds_per_call(run, clock, least))
+            seconds[name].append(seconds_per_call(run, clock, min_seconds))
     return seconds
 
 
@@ -157,19 +159,19 @@ def verdict(value: float, bar: float | None, unit: str = "", at_most: bool = Fal
 # Writing.
 
 
-def table(rows: Sequence[Mapping[str, object]]) -> list[str]:
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> list[str]:
     """Returns the lines of a table; each row has the same columns."""
     lines: list[list[object]] = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)]]
     lines += ([*row.values()] for row in rows)
     return ["", *(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines), ""]
 
 
-def target(options: argparse.Namespace, kind: str = "md") -> Path:
+def output_path(options: argparse.Namespace, kind: str = "md") -> Path:
     """Returns the benchmark's file of one kind: ``md``, ``csv`` or ``png``."""
     return options.out / f"{options.name}{options.suffix}.{kind}"
 
 
-def write(
+def write_results(
     options: argparse.Namespace,
     title: str,
     conditions: Mapping[str, str],
@@ -179,8 +181,8 @@ def write(
     """Writes the page, and the numbers with the conditions in every row."""
     options.out.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in conditions.items()), "", *text]
-    target(options).write_text("\n".join(lines).rstrip() + "\n")
-    with target(options, "csv").open("w", newline="") as file:
+    output_path(options).write_text("\n".join(lines).rstrip() + "\n")
+    with output_path(options, "csv").open("w", newline="") as file:
         columns = dict.fromkeys(key for row in rows for key in (*row, *conditions))
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import choose_clock, describe, seconds_per_call
+from benchmark import choose_clock, describe_conditions, seconds_per_call
 from implementations import Noise
 
 from maml.algorithm.base import Parts
@@ -56,7 +56,7 @@ class Measurement:
 # Time.
 
 
-def learner(experiment: str, algorithm: str) -> tuple[MetaGradient, int]:
+def build_meta_gradient(experiment: str, algorithm: str) -> tuple[MetaGradient, int]:
     """Builds what an experiment trains, and its meta-batch size. Pixels are noise: the time does not depend on them."""
     config, _ = compose([f"+experiment={experiment}", f"algorithm={algorithm}"])
     ways, shots, query = (config.domain[key] for key in ("num_ways", "num_shots", "num_query"))
@@ -70,12 +70,12 @@ def learner(experiment: str, algorithm: str) -> tuple[MetaGradient, int]:
     return MetaGradient(build(config.algorithm, parts=parts), execution), config.meta_batch_size
 
 
-def speed_up(experiment: str, rounds: int) -> list[Measurement]:
+def measure_speed_up(experiment: str, rounds: int) -> list[Measurement]:
     """Times a meta-gradient of MAML and of FOMAML in turns, so that a ratio compares neighbours in time."""
     clock, _ = choose_clock(DEVICE, NUM_THREADS)
     runs = []
     for name in ("maml", "fomaml"):
-        ours, count = learner(experiment, name)
+        ours, count = build_meta_gradient(experiment, name)
         tasks = ours.algorithm.domain.sample_tasks(count, Stream(1))
         runs.append(lambda ours=ours, tasks=tasks: ours.gradient(ours.algorithm.theta, tasks)[0])
         runs[-1]()
@@ -139,7 +139,7 @@ def meta_learner_lstm_size(in_shape: tuple[int, ...], num_ways: int) -> int:
 
 def parameter_counts(experiment: str, in_shape: tuple[int, ...]) -> list[Measurement]:
     """Counts what MAML meta-learns, from the config, and what the others do, from their published architectures."""
-    meta_gradient, _ = learner(experiment, "maml")
+    meta_gradient, _ = build_meta_gradient(experiment, "maml")
     algorithm = meta_gradient.algorithm
     ours = sum(value.numel() for value in algorithm.theta.values())
     classifier = sum(value.numel() for value in algorithm.model.init(Stream(0)).values())
@@ -206,11 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "claims", help="folder (default results/claims)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(NUM_THREADS)
-    conditions = describe(DEVICE, NUM_THREADS) | {"rounds": str(options.rounds)}
+    conditions = describe_conditions(DEVICE, NUM_THREADS) | {"rounds": str(options.rounds)}
     measurements = [
         measurement
         for experiment, in_shape in SHAPES.items()
-        for measurement in (*speed_up(experiment, options.rounds), *parameter_counts(experiment, in_shape))
+        for measurement in (*measure_speed_up(experiment, options.rounds), *parameter_counts(experiment, in_shape))
     ]
     write(options.out, measurements, conditions)
     print((options.out / "claims.md").read_text())

@@ -20,7 +20,7 @@ from maml.config.paths import CHECKPOINTS
 from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources
 from maml.record import checkpoint
-from maml.record.exported import Entry, Exported, Index, Reading, pack, read_index, unpack, write_index
+from maml.record.exported import Entry, ExportedFile, Index, Reading, pack, read_index, unpack, write_index
 from maml.record.index import Evidence, Report, Run, find_evidence, find_runs
 from maml.record.run_folder import read_json
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Exported | None) -> Exported:
+def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: ExportedFile | None) -> ExportedFile:
     """Writes the parameters that a report is of, and returns what they are of.
 
     Args:
@@ -102,9 +102,9 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
     content = pack(saved["state"], f"{run.path.parent.name} {report.run_id}, iteration {report.iteration}")
     if len(content) > MAX_BYTES:
         raise MamlError(f"{path.name} would have {len(content):,} bytes, more than {MAX_BYTES:,}")
-    checkpoint.write_whole(path, lambda file: file.write(content))
+    checkpoint.write_atomically(path, lambda file: file.write(content))
     record = read_json(run.path / "run.json") or {}
-    return Exported(
+    return ExportedFile(
         sha256=hashlib.sha256(content).hexdigest(),
         run_id=report.run_id,
         seed=report.seed,

@@ -68,7 +68,7 @@ class Cost:
     def of(cls, run: Callable[[], object]) -> Cost:
         """Counts them while it runs."""
         cost = cls()
-        with _Counting(cost):
+        with _CostCounter(cost):
             run()
         return cost
 
@@ -87,7 +87,7 @@ class Cost:
         }
 
 
-class _Counting(TorchDispatchMode):
+class _CostCounter(TorchDispatchMode):
     def __init__(self, cost: Cost) -> None:
         super().__init__()
         self.cost = cost
@@ -102,7 +102,7 @@ class _Counting(TorchDispatchMode):
         return result
 
 
-def _profiled(run: Callable[[], object], device: torch.device, times: int = 1) -> profile:
+def _profile_calls(run: Callable[[], object], device: torch.device, times: int = 1) -> profile:
     run()
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
@@ -113,7 +113,7 @@ def _profiled(run: Callable[[], object], device: torch.device, times: int = 1) -
     return profiler
 
 
-def where_time_goes(run: Callable[[], object], device: torch.device, count: int = 6) -> list[dict[str, str]]:
+def slowest_operations(run: Callable[[], object], device: torch.device, count: int = 6) -> list[dict[str, str]]:
     """Returns a table of the operations that take the most of its time, on the device that computes."""
     run()
     start = time.perf_counter()
@@ -121,7 +121,7 @@ def where_time_goes(run: Callable[[], object], device: torch.device, count: int 
     # Of a single short call, one interruption by another process would be the largest part.
     times = max(1, min(100, int(_MIN_PROFILED_SECONDS / (time.perf_counter() - start))))
     kind = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
-    averages = _profiled(run, device, times).key_averages()
+    averages = _profile_calls(run, device, times).key_averages()
     events = sorted(averages, key=lambda event: getattr(event, kind), reverse=True)
     total = sum(getattr(event, kind) for event in events) or 1.0
     return [
@@ -132,13 +132,13 @@ def where_time_goes(run: Callable[[], object], device: torch.device, count: int 
 
 def kernels(run: Callable[[], object], device: torch.device, times: int = 20) -> tuple[float, float]:
     """Returns, per call, the seconds in which at least one kernel runs on the GPU, and how many kernels there are."""
-    events = _profiled(run, device, times).events() or []
+    events = _profile_calls(run, device, times).events() or []
     events = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
-    seconds = covered((event.time_range.start, event.time_range.end) for event in events) / 1e6
+    seconds = union_length((event.time_range.start, event.time_range.end) for event in events) / 1e6
     return seconds / times, len(events) / times
 
 
-def covered(intervals: Iterable[tuple[float, float]]) -> float:
+def union_length(intervals: Iterable[tuple[float, float]]) -> float:
     """Returns the length of a union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):

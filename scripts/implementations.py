@@ -75,7 +75,7 @@ class Noise(FewShotClassification):
         return ImageSet(pixels, classes=[], digest=""), {"train": classes, "val": classes, "test": classes}
 
 
-def as_trained(config: Settings) -> tuple[Algorithm, Iteration | Captured]:
+def build_as_trained(config: Settings) -> tuple[Algorithm, Iteration | Captured]:
     """Builds what training builds from a config, cut as training cuts it; the second makes an iteration."""
     hardware: Hardware = build(config.hardware)
     algorithm = build_algorithm(config, hardware)
@@ -142,7 +142,7 @@ class Problem:
 
     def build(self, compile: bool | Literal["auto"]) -> tuple[Algorithm, Iteration | Captured]:
         """Builds what training would, but for what ``hardware.compile`` says."""
-        return as_trained(replace(self.config, hardware={**self.config.hardware, "compile": compile}))
+        return build_as_trained(replace(self.config, hardware={**self.config.hardware, "compile": compile}))
 
     def sample(self, iteration: int) -> Tasks:
         """Draws the tasks of one training iteration."""
@@ -563,7 +563,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _checks(problem: Problem) -> list[list[int]]:
+def _checked_meta_batches(problem: Problem) -> list[list[int]]:
     """Returns the meta-batches, by indices of tasks, on which a gradient is checked; on one of them it must agree.
 
     That is the meta-batch in float64, and in float32 one task, as often as there are tasks, after the other. Rounding
@@ -592,9 +592,9 @@ def prepare(
     @functools.cache
     def reference(*indices: int) -> Params:
         with default_dtype(torch.float64):
-            return dict(loop(exact).gradient(chosen(exact, indices)))
+            return dict(loop(exact).gradient(select_tasks(exact, indices)))
 
-    def chosen(problem: Problem, indices: Sequence[int]) -> Tasks:
+    def select_tasks(problem: Problem, indices: Sequence[int]) -> Tasks:
         return {name: value[[*indices]] for name, value in problem.tasks.items()}
 
     errors: dict[str, list[float]] = {}
@@ -609,8 +609,8 @@ def prepare(
                     missing[name] = str(reason)
                     continue
                 least, allowed = math.inf, _TOLERANCE[problem.dtype]
-                for indices in _checks(problem):
-                    gradient = ready[name].gradient(chosen(problem, indices))
+                for indices in _checked_meta_batches(problem):
+                    gradient = ready[name].gradient(select_tasks(problem, indices))
                     least = min(least, relative_error(gradient, reference(*indices)))
                     if least <= allowed:
                         break

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Plans, runs and renders; returns 1 if something failed or a damaged run was left out, 128 + n on signal n."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", metavar="NAMES", type=_names, help="what to run, as artifact[/row[/column]], comma-separated"
+        "--only", metavar="NAMES", type=_parse_names, help="what to run, as artifact[/row[/column]], comma-separated"
     )
     parser.add_argument("--plan", action="store_true", help="print what would run, and how long it would take")
     parser.add_argument("--smoke", action="store_true", help="tiny runs, kept apart; their numbers mean nothing")
@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=int, help="how many run at once (default: one per GPU; else as many as fit on the cores)"
     )
-    parser.add_argument("--seeds", type=_seeds, default=[0], help="of each experiment, comma-separated (default: 0)")
+    parser.add_argument(
+        "--seeds", type=_parse_seeds, default=[0], help="of each experiment, comma-separated (default: 0)"
+    )
     parser.add_argument(
         "--runs-dir", type=Path, default=Path("runs"), help="where run folders are made (default: runs)"
     )
@@ -78,37 +80,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plan:
         runs, damaged = find_runs(*roots)
         print_plan(plan(needs, options.seeds, runs, runs_dir), runs)
-        return _name_damaged(damaged)
-    with _alone(runs_dir):
+        return _report_damaged(damaged)
+    with _exclusive_lock(runs_dir):
         runs, damaged = find_runs(*roots)
         jobs = plan(needs, options.seeds, runs, runs_dir, options.wandb)
         if options.smoke:
             refuse_mixing(jobs, plan(list_needs(options.results), options.seeds, [], options.runs_dir))
-        failed = _name_damaged(damaged)
-        stopped_by, is_whole = run_jobs(jobs, options.jobs)
+        failed = _report_damaged(damaged)
+        stopped_by, all_succeeded = run_jobs(jobs, options.jobs)
     if stopped_by:
         print(f"stopped by {signal.Signals(stopped_by).name}; all that was done is saved: {command_line()} goes on")
         return 128 + stopped_by
     rendered = render(roots, results, options.smoke)
-    return int(bool(failed) or not is_whole or not rendered)
+    return int(bool(failed) or not all_succeeded or not rendered)
 
 
-def _names(text: str) -> list[str]:
+def _parse_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _seeds(text: str) -> list[int]:
+def _parse_seeds(text: str) -> list[int]:
     return [int(seed) for seed in text.split(",")]
 
 
-def _name_damaged(messages: Sequence[str]) -> int:
+def _report_damaged(messages: Sequence[str]) -> int:
     for message in messages:
         print(f"ERROR, left out: {message}", file=sys.stderr)
     return int(bool(messages))
 
 
 @contextmanager
-def _alone(runs_dir: Path) -> Iterator[None]:
+def _exclusive_lock(runs_dir: Path) -> Iterator[None]:
     """Refuses to run beside another process of this script: each would start what the other is about to start."""
     runs_dir.mkdir(parents=True, exist_ok=True)
     path = runs_dir / ".paper.lock"
@@ -236,20 +238,20 @@ def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
     gpus = visible_gpus()
     room = limit or len(gpus) or os.cpu_count() or 1
 
-    def takes(job: Job) -> int:
+    def threads_for(job: Job) -> int:
         return 1 if limit or gpus else min(job.num_threads, room)
 
-    foreign: set[str] = set()
-    with _signals() as received, _Display() as display:
+    trained_elsewhere: set[str] = set()
+    with _signals() as received, _StatusDisplay() as display:
         passed_on = 0
         while workers or (waiting and not received):
             for job in () if received else tuple(waiting):
-                if sum(takes(worker.job) for worker in workers) + takes(job) > room:
+                if sum(threads_for(worker.job) for worker in workers) + threads_for(job) > room:
                     break
                 if job.alive:  # perhaps left behind by a `make paper` that was killed; it is continued when it ends
-                    if job.name not in foreign:
+                    if job.name not in trained_elsewhere:
                         display.say(f"waiting for {job.name}: another process is training it")
-                    foreign.add(job.name)
+                    trained_elsewhere.add(job.name)
                     continue
                 waiting.remove(job)
                 slot = min(set(range(room)) - {worker.slot for worker in workers})
@@ -266,19 +268,21 @@ def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
                     worker.start()
                     continue
                 workers.remove(worker)
-                name, said = worker.job.name, worker.lines
+                name, output = worker.job.name, worker.lines
                 if status == 0 and not worker.commands:
                     display.say(f"finished {name}")
                 elif received:
-                    display.say(f"stopped {name}: {said[-1] if said else 'before it began'}")
+                    display.say(f"stopped {name}: {output[-1] if output else 'before it began'}")
                 elif status == os.EX_UNAVAILABLE:
-                    impossible[name] = said[-1]
+                    impossible[name] = output[-1]
                     display.say(f"cannot run here: {name}")
                 else:
                     display.say(f"FAILED {name}")
                     command = shlex.join(["python", "train.py", *worker.arguments])
                     failed.append(
-                        "\n    ".join([f"FAILED {name} (status {status}): {command}", *said[-5:], f"log: {worker.log}"])
+                        "\n    ".join(
+                            [f"FAILED {name} (status {status}): {command}", *output[-5:], f"log: {worker.log}"]
+                        )
                     )
             display.show(workers)
             time.sleep(REDRAW_SECONDS)
@@ -292,7 +296,7 @@ def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
     return (received[0] if received else None), not failed
 
 
-def _start(job: Job, slot: int, gpus: Sequence[str], display: _Display) -> Worker:
+def _start(job: Job, slot: int, gpus: Sequence[str], display: _StatusDisplay) -> Worker:
     if job.committed and not job.folder.exists():
         display.say(
             f"{job.name} goes on from {job.committed}: copied to {job.folder}, what is committed stays as it is"
@@ -320,14 +324,14 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Display:
+class _StatusDisplay:
     """One line per running job: live on a terminal, and now and then anywhere else."""
 
     def __init__(self) -> None:
         self.console = Console(soft_wrap=True, highlight=False, markup=False)
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> _StatusDisplay:
         if self.console.is_interactive:
             self.live.start()
         return self

@@ -17,7 +17,7 @@ from typing import Any
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures
-from maml.paper.figures import CurveComparison, drawn, figure_rows, plot_figure
+from maml.paper.figures import CurveComparison, figure_rows, plot_figure, prepare_curve
 from maml.paper.tables import summary
 from maml.record.index import Evidence, find_evidence, find_runs, provenance
 
@@ -52,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for curve in figure.curves:
             evidence = find_evidence(curve.source, runs)
             try:
-                curves.append((curve, evidence, drawn(curve, evidence)))
+                curves.append((curve, evidence, prepare_curve(curve, evidence)))
             except MamlError as error:
                 damaged.append(str(error))
-                curves.append((curve, Evidence(), drawn(curve, Evidence())))
+                curves.append((curve, Evidence(), prepare_curve(curve, Evidence())))
         plot_figure(figure, [item for _, _, item in curves], path.with_suffix(".png"))
         _write_csv(path, [row for curve, evidence, _ in curves for row in figure_rows(curve, evidence)])
         compared = [CurveComparison(curve, evidence) for curve, evidence, _ in curves]

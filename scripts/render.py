@@ -181,31 +181,33 @@ def play(
     for step, params in enumerate(algorithm.adapt(start, tasks, steps[-1], sizes)):
         if step in steps:
             environment = domain.make_single(goal, render_mode="rgb_array")
-            told = goal if domain.oracle else goal[:0]
-            frames = run_episode(environment, algorithm.model, params, told, domain.horizon)
-            episodes.append(Episode(step, frames, _every(environment) / environment.metadata["render_fps"]))
+            oracle_goal = goal if domain.oracle else goal[:0]
+            frames = run_episode(environment, algorithm.model, params, oracle_goal, domain.horizon)
+            episodes.append(Episode(step, frames, _steps_per_frame(environment) / environment.metadata["render_fps"]))
             environment.close()
     return goal, episodes
 
 
-def run_episode(environment: gymnasium.Env, model: Model, params: Params, told: Tensor, horizon: int) -> list[Frame]:
+def run_episode(
+    environment: gymnasium.Env, model: Model, params: Params, oracle_goal: Tensor, horizon: int
+) -> list[Frame]:
     """Runs one episode, and takes pictures of its start, its end and between.
 
     Args:
         environment: with pictures.
         model: the policy.
         params: of one task, name -> ``(1, ...)``.
-        told: what the policy sees behind each observation: an oracle's goal, or nothing.
+        oracle_goal: what the policy sees behind each observation: an oracle's goal, or nothing.
         horizon: its longest duration.
 
     Raises:
         MamlError: if OpenGL cannot start.
     """
     observation, _ = environment.reset(seed=0)
-    frames, total, every = [Frame(first_picture(environment), 0, 0.0)], 0.0, _every(environment)
+    frames, total, every = [Frame(first_picture(environment), 0, 0.0)], 0.0, _steps_per_frame(environment)
     (num_actions,) = environment.action_space.shape or ()
     for time, noise in enumerate(Stream(0).child("render").normal((horizon, num_actions)), start=1):
-        seen = torch.cat([torch.as_tensor(observation, dtype=torch.float32), told])
+        seen = torch.cat([torch.as_tensor(observation, dtype=torch.float32), oracle_goal])
         mean, log_std = model(params, seen.view(1, 1, -1)).flatten().chunk(2)
         action = mean + log_std.exp() * noise
         observation, reward, terminated, truncated, _ = environment.step(action.numpy())
@@ -239,7 +241,7 @@ def _picture(environment: gymnasium.Env) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _every(environment: gymnasium.Env) -> int:
+def _steps_per_frame(environment: gymnasium.Env) -> int:
     """Returns how many steps there are between two pictures."""
     return ceil(environment.metadata["render_fps"] / _MAX_FPS)
 

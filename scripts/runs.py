@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.hints import near_miss
 from maml.config.identity import digest, evaluation_config, training_config
 from maml.config.paths import CONF
@@ -78,38 +78,44 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(act=act)
         return added
 
-    found = command("list", list_runs, "one line per run")
-    found.add_argument("experiment", nargs="?", default="*", help="only these, as in 'sinusoid_*'")
-    found.add_argument("--status", help="finished, running, interrupted, failed, killed, superseded or conflict")
-    found.add_argument("--seed", type=int, help="only this one")
-    found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="only what was trained with it")
-    ended = found.add_mutually_exclusive_group()
-    ended.add_argument("--finished", action="store_true", default=None, help="only what was trained to the end")
-    ended.add_argument("--unfinished", dest="finished", action="store_false", default=None, help="only what was not")
-    found.add_argument(
+    list_parser = command("list", list_runs, "one line per run")
+    list_parser.add_argument("experiment", nargs="?", default="*", help="only these, as in 'sinusoid_*'")
+    list_parser.add_argument("--status", help="finished, running, interrupted, failed, killed, superseded or conflict")
+    list_parser.add_argument("--seed", type=int, help="only this one")
+    list_parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="only what was trained with it"
+    )
+    list_group = list_parser.add_mutually_exclusive_group()
+    list_group.add_argument("--finished", action="store_true", default=None, help="only what was trained to the end")
+    list_group.add_argument(
+        "--unfinished", dest="finished", action="store_false", default=None, help="only what was not"
+    )
+    list_parser.add_argument(
         "--by-seed",
         action="store_true",
         help="one line per group of runs that differ in seed only; of finished ones that are neither superseded nor in "
         "conflict with an equal one",
     )
-    found.add_argument("--csv", action="store_true", help="more columns, in full precision")
+    list_parser.add_argument("--csv", action="store_true", help="more columns, in full precision")
 
-    shown = command("show", show_run, "a run's settings, segments and evaluations, and the cells that it serves")
-    shown.add_argument("run", help="its folder, or the beginning of its id")
+    show_parser = command("show", show_run, "a run's settings, segments and evaluations, and the cells that it serves")
+    show_parser.add_argument("run", help="its folder, or the beginning of its id")
 
-    compared = command("compare", compare_runs, "what differs between two runs: settings, and numbers task by task")
-    compared.add_argument("a", help="a run's folder, or the beginning of its id")
-    compared.add_argument("b", help="the same of another")
+    compare_parser = command(
+        "compare", compare_runs, "what differs between two runs: settings, and numbers task by task"
+    )
+    compare_parser.add_argument("a", help="a run's folder, or the beginning of its id")
+    compare_parser.add_argument("b", help="the same of another")
 
-    marked = command("supersede", supersede_run, "mark a run, in its own folder, as no evidence any more")
-    marked.add_argument("run", help="its folder, or the beginning of its id")
-    marked.add_argument("--by", metavar="RUN", help="the run that takes its place")
-    marked.add_argument("--reason", default="", metavar="TEXT", help="why")
-    marked.add_argument("--undo", action="store_true", help="remove the mark")
+    supersede_parser = command("supersede", supersede_run, "mark a run, in its own folder, as no evidence any more")
+    supersede_parser.add_argument("run", help="its folder, or the beginning of its id")
+    supersede_parser.add_argument("--by", metavar="RUN", help="the run that takes its place")
+    supersede_parser.add_argument("--reason", default="", metavar="TEXT", help="why")
+    supersede_parser.add_argument("--undo", action="store_true", help="remove the mark")
 
-    pruned = command("prune", prune_runs, "delete superseded runs, and failed ones in which nothing was saved")
-    pruned.add_argument("--days", type=float, default=7, help="how old a failed run has to be (default: 7)")
-    pruned.add_argument("--yes", action="store_true", help="do it, instead of only saying what would be deleted")
+    prune_parser = command("prune", prune_runs, "delete superseded runs, and failed ones in which nothing was saved")
+    prune_parser.add_argument("--days", type=float, default=7, help="how old a failed run has to be (default: 7)")
+    prune_parser.add_argument("--yes", action="store_true", help="do it, instead of only saying what would be deleted")
     return parser
 
 
@@ -156,7 +162,7 @@ def print_table(rows: Sequence[Mapping[str, str]]) -> None:
 
 def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Prints the runs that pass all filters."""
-    wanted = [_wanted(text, runs) for text in options.set]
+    wanted = [_parse_setting(text, runs) for text in options.set]
     chosen = [
         run
         for run in sorted(runs, key=lambda run: (run.experiment, run.record.seed, run.record.run_id))
@@ -166,7 +172,7 @@ def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         and options.finished in (None, run.iteration == run.num_iterations)
         and all(setting(run.record.training, key) == value for key, value in wanted)
     ]
-    rows = _by_seed(chosen) if options.by_seed else [_row(run) for run in chosen]
+    rows = _rows_by_seed(chosen) if options.by_seed else [_row(run) for run in chosen]
     if options.csv:
         writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
@@ -178,7 +184,7 @@ def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
             print(f"left out, {run.superseded}: {run.path}")
 
 
-def _wanted(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
+def _parse_setting(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
     """Returns key and value of a setting that is written as for train.py."""
     try:
         override = OverridesParser.create().parse_override(text)
@@ -258,7 +264,7 @@ def reading_text(mean: float | None, ci95: float | None) -> str:
     return "diverged" if mean is None or ci95 is None else f"{mean:.4g} ± {ci95:.2g}"
 
 
-def _by_seed(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _rows_by_seed(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Joins the rows of runs that differ in seed only; a seed on which adaptation diverged leaves no mean over them."""
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
@@ -350,18 +356,21 @@ def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
             print(f"\nEvaluation settings of {report.folder.relative_to(run.path)} that differ from the experiment's:")
             print_differences(report.evaluation, evaluation, "run", "experiment")
     print("\nServes:")
-    print("\n".join(_served(run, [other for other in runs if not other.superseded and not other.conflict])) or "none")
+    print(
+        "\n".join(_artifacts_using(run, [other for other in runs if not other.superseded and not other.conflict]))
+        or "none"
+    )
 
 
 def _settings_of(experiment: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the training and evaluation settings of an experiment; empty if there is none of that name any more."""
     if not (CONF / "experiment" / f"{experiment}.yaml").is_file():
         return {}, {}
-    config = composed(experiment)
+    config = compose_experiment(experiment)
     return training_config(config), evaluation_config(config)
 
 
-def _served(run: Run, runs: Sequence[Run]) -> list[str]:
+def _artifacts_using(run: Run, runs: Sequence[Run]) -> list[str]:
     """Returns every cell, curve and panel that shows the run."""
     has = {(curve.metric, curve.num_shots) for report in run.reports for curve in report.curves}
     sources: dict[Source, list[str]] = {}
@@ -416,11 +425,11 @@ def compare_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     compared = []
     for curve in a.report.curves:
         other = theirs.pop((curve.metric, curve.num_shots), None)
-        compared += _difference_rows(a, b, curve, other) if other else [_only("A", curve)]
-    print_table(compared + [_only("B", curve) for curve in theirs.values()])
+        compared += _difference_rows(a, b, curve, other) if other else [_unmatched_row("A", curve)]
+    print_table(compared + [_unmatched_row("B", curve) for curve in theirs.values()])
 
 
-def _only(name: str, curve: CurveRecord) -> dict[str, str]:
+def _unmatched_row(name: str, curve: CurveRecord) -> dict[str, str]:
     columns = dict.fromkeys(("curve", "step", "A", "B", "B - A", "95 % interval", "n"), "")
     return columns | {"curve": f"{curve.metric}, K={curve.num_shots}", "95 % interval": f"only {name} has this curve"}
 
@@ -462,12 +471,12 @@ def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
         a: one value per task, ``(tasks,)``.
         b: the same of the same tasks.
     """
-    low, high = np.percentile(_draws(len(a)) @ (b - a), (2.5, 97.5))
+    low, high = np.percentile(_resample_weights(len(a)) @ (b - a), (2.5, 97.5))
     return float(low), float(high)
 
 
 @cache
-def _draws(count: int) -> np.ndarray:
+def _resample_weights(count: int) -> np.ndarray:
     """Returns the weight of each task in each resample, ``(RESAMPLES, count)``."""
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
 
@@ -498,7 +507,7 @@ def supersede_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 def prune_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Deletes, or only names, what no table or figure can use; never what is in results/ or has a process in it."""
-    expendable = [(run, reason) for run in runs if (reason := _expendable(run, options.days))]
+    expendable = [(run, reason) for run in runs if (reason := _prune_reason(run, options.days))]
     for run, reason in expendable:
         outcome = "would delete" if not options.yes else "deleted" if _delete(run) else "left, a process is in it:"
         print(f"{outcome} {run.path} ({reason})")
@@ -508,7 +517,7 @@ def prune_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         print("nothing is deleted without --yes")
 
 
-def _expendable(run: Run, days: float) -> str:
+def _prune_reason(run: Run, days: float) -> str:
     """Returns why a run can be deleted; empty if it cannot."""
     if run.alive or run.path.resolve().is_relative_to(RESULTS):
         return ""

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from maml.algorithm.base import Algorithm
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import differences, digest, evaluation_config, training_config
 from maml.config.paths import CHECKPOINTS
 from maml.config.schema import Settings, build
@@ -34,7 +34,7 @@ from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.hardware.precision import computing_in
 from maml.paper.cells import load_tables, named_sources
-from maml.record.exported import Entry, Exported, Index, Reading, State, read_index, restore, unpack
+from maml.record.exported import Entry, ExportedFile, Index, Reading, State, read_index, restore, unpack
 from maml.record.run_folder import versions
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -42,20 +42,20 @@ _RELATIVE = 1e-4  # of a mean squared error on another machine
 _ROUNDING = 1e-6  # of an accuracy in float32
 
 
-class Repeated(NamedTuple):
+class Reevaluation(NamedTuple):
     """What a second evaluation gave.
 
     Attributes:
         curve: of the entry's metric.
         algorithm: with the parameters.
         evaluation: its settings.
-        departures: what is not as it was: versions, machine.
+        changes: what is not as it was: versions, machine.
     """
 
     curve: Curve
     algorithm: Algorithm
     evaluation: Evaluation
-    departures: list[str]
+    changes: list[str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         check_name(name, index)
 
-    done: dict[str, Repeated] = {}
+    done: dict[str, Reevaluation] = {}
     failed = 0
     for name in names:
         entry = index.cells[name]
@@ -121,7 +121,7 @@ def check_name(name: str, index: Index) -> None:
     raise MamlError(f"there is no cell {name}: it is <table>/<row>/<column>, as in results/paper/. {meant}")
 
 
-def evaluate(entry: Entry, exported: Exported, folder: Path) -> Repeated:
+def evaluate(entry: Entry, exported: ExportedFile, folder: Path) -> Reevaluation:
     """Builds the experiment, loads the parameters and evaluates them on the bank.
 
     Args:
@@ -133,7 +133,7 @@ def evaluate(entry: Entry, exported: Exported, folder: Path) -> Repeated:
         MamlError: if the file, the experiment or the bank is not what it was, or data is missing.
     """
     state = unpack(folder / entry.file, exported.sha256)
-    config = composed(entry.experiment, (*entry.overrides, f"seed={exported.seed}"))
+    config = compose_experiment(entry.experiment, (*entry.overrides, f"seed={exported.seed}"))
     if digest(training_config(config)) != exported.run_id:
         raise MamlError(f"conf/ does not give run {exported.run_id} any more: {entry.experiment} trains something else")
     if evaluation_config(config) != entry.evaluation:
@@ -143,7 +143,7 @@ def evaluate(entry: Entry, exported: Exported, folder: Path) -> Repeated:
         return _evaluate(config, state, entry, exported)
 
 
-def _evaluate(config: Settings, state: State, entry: Entry, exported: Exported) -> Repeated:
+def _evaluate(config: Settings, state: State, entry: Entry, exported: ExportedFile) -> Reevaluation:
     recorded = exported.hardware["device"]
     hardware = Hardware("cuda" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu")
     algorithm = build_algorithm(config, hardware)
@@ -159,28 +159,28 @@ def _evaluate(config: Settings, state: State, entry: Entry, exported: Exported) 
         )
     curves = evaluation.curves(algorithm, entry.num_shots, bank, entry.step_sizes)
     (curve,) = (curve for curve in curves if curve.metric == entry.metric)
-    return Repeated(curve, algorithm, evaluation, _departures(exported, hardware))
+    return Reevaluation(curve, algorithm, evaluation, _changes_since(exported, hardware))
 
 
-def _departures(exported: Exported, hardware: Hardware) -> list[str]:
+def _changes_since(exported: ExportedFile, hardware: Hardware) -> list[str]:
     """Returns what is not as it was, of all that was recorded."""
     now = {**versions(), **hardware.describe()}
     before = {**exported.versions, **exported.hardware}
     return [f"{key} {now.get(key, 'none')}, not {value}" for key, value in before.items() if now.get(key) != value]
 
 
-def judge(committed: Mapping[int, Reading], repeated: Repeated, elsewhere: bool = False) -> tuple[bool, str]:
+def judge(committed: Mapping[int, Reading], reevaluation: Reevaluation, elsewhere: bool = False) -> tuple[bool, str]:
     """Compares, and returns whether the committed numbers were landed on and a sentence that says so.
 
     Args:
         committed: by gradient step.
-        repeated: the second evaluation.
+        reevaluation: the second evaluation.
         elsewhere: allows what is allowed on another machine, though this one seems to be the same.
     """
     if elsewhere:
-        repeated = repeated._replace(departures=[*repeated.departures, "--elsewhere"])
-    steps = {record["step"]: record["mean"] for record in repeated.curve.summary()["steps"]}
-    exact = not repeated.departures and repeated.algorithm.stream.device.type == "cpu"
+        reevaluation = reevaluation._replace(changes=[*reevaluation.changes, "--elsewhere"])
+    steps = {record["step"]: record["mean"] for record in reevaluation.curve.summary()["steps"]}
+    exact = not reevaluation.changes and reevaluation.algorithm.stream.device.type == "cpu"
     worst, text = -1.0, ""
     for step, reading in committed.items():
         found, allowed = steps[step], 0.0
@@ -188,35 +188,35 @@ def judge(committed: Mapping[int, Reading], repeated: Repeated, elsewhere: bool 
             difference = 0.0 if found is reading.mean else float("inf")
         else:
             difference = abs(found - reading.mean)
-            allowed = 0.0 if exact else tolerance(reading, repeated)
+            allowed = 0.0 if exact else tolerance(reading, reevaluation)
         if difference > allowed:
             return False, (
-                f"after {_steps(step)} {_shown(found)}, but {_shown(reading.mean)} is committed: "
-                f"{difference:.3g} apart, where {_why(allowed, exact, repeated)}"
+                f"after {_steps(step)} {_format_mean(found)}, but {_format_mean(reading.mean)} is committed: "
+                f"{difference:.3g} apart, where {_explain_tolerance(allowed, exact, reevaluation)}"
             )
         if difference > worst:
-            worst, text = difference, f"{_shown(found)} after {_steps(step)}"
+            worst, text = difference, f"{_format_mean(found)} after {_steps(step)}"
     if len(committed) > 1:
         text = f"{len(committed)} gradient steps, the worst {text}"
     match = "exactly the committed number" if worst == 0 else f"{worst:.3g} from the committed number"
-    return True, f"{text}, {match} ({_why(tolerance(reading, repeated), exact, repeated)})"
+    return True, f"{text}, {match} ({_explain_tolerance(tolerance(reading, reevaluation), exact, reevaluation)})"
 
 
-def tolerance(reading: Reading, repeated: Repeated) -> float:
+def tolerance(reading: Reading, reevaluation: Reevaluation) -> float:
     """Returns how far apart two machines may be, in the metric's unit."""
-    domain, evaluation = repeated.algorithm.domain, repeated.evaluation
+    domain, evaluation = reevaluation.algorithm.domain, reevaluation.evaluation
     if isinstance(domain, FewShotClassification):
-        num_query = evaluation.num_query or repeated.curve.num_shots
+        num_query = evaluation.num_query or reevaluation.curve.num_shots
         return 1 / (min(600, evaluation.num_tasks) * domain.num_ways * num_query) + _ROUNDING
     if domain.on_policy:
         return reading.ci95 or 0.0
     return _RELATIVE * abs(reading.mean or 0.0)
 
 
-def _why(allowed: float, exact: bool, repeated: Repeated) -> str:
+def _explain_tolerance(allowed: float, exact: bool, reevaluation: Reevaluation) -> str:
     if exact:
         return "same versions and machine: every bit must be the same"
-    what = "; ".join(repeated.departures) or "a GPU, whose sums come in any order"
+    what = "; ".join(reevaluation.changes) or "a GPU, whose sums come in any order"
     return f"up to {allowed:.3g} is allowed on another machine: {what}"
 
 
@@ -224,11 +224,11 @@ def _steps(count: int) -> str:
     return f"{count} gradient step{'' if count == 1 else 's'}"
 
 
-def _shown(mean: float | None) -> str:
+def _format_mean(mean: float | None) -> str:
     return "diverged" if mean is None else repr(mean)
 
 
-def _budget(exported: Exported) -> str:
+def _budget(exported: ExportedFile) -> str:
     if exported.iteration == exported.num_iterations:
         return ""
     return f" [reduced budget: {exported.iteration:,} of {exported.num_iterations:,} iterations]"

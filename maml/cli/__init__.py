@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from maml.cli.train import main as train
 
         sys.path.insert(0, os.getcwd())  # for classes of your own, as `python train.py` has it
-        sys.argv[1:] = rest if command == "train" else in_eval_mode(rest)
+        sys.argv[1:] = rest if command == "train" else eval_arguments(rest)
         train()
     elif command in ("list", "describe"):
         from maml.cli import show
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def in_eval_mode(arguments: Sequence[str]) -> list[str]:
+def eval_arguments(arguments: Sequence[str]) -> list[str]:
     """Returns the arguments of ``maml train`` that do what ``maml eval`` with these does."""
     # In front of the first override: Hydra takes no overrides behind an option that follows other overrides.
     first = next((i for i, word in enumerate(arguments) if "=" in word and not word.startswith("-")), len(arguments))

@@ -49,14 +49,14 @@ def description(name: str = "") -> str:
     choice, is_option, value = name.partition("=")
     group = next((one for one in groups if one.name == choice), None)
     if group is not None:
-        return _chosen(group, value) if is_option and value else _group(group)
+        return _find_option(group, value) if is_option and value else _group(group)
     hits = [(option, key) for one in (root, *groups) for option in one.options for key in option.keys]
     if hits := [(option, key) for option, key in hits if key.name == choice]:
         return _key(choice, hits)
-    raise _unknown(choice, [root, *groups])
+    raise _unknown_name_error(choice, [root, *groups])
 
 
-def _unknown(name: str, groups: Sequence[Group]) -> MamlError:
+def _unknown_name_error(name: str, groups: Sequence[Group]) -> MamlError:
     keys = list(dict.fromkeys(key.name for group in groups for option in group.options for key in option.keys))
     parent, _, last = name.rpartition(".")
     siblings = [key for key in keys if key.rpartition(".")[0] == parent]
@@ -82,7 +82,7 @@ def _group(group: Group) -> str:
     return f"{group.name}: {group.meaning}{default}\n{lines}"
 
 
-def _chosen(group: Group, name: str) -> str:
+def _find_option(group: Group, name: str) -> str:
     for option in group.options:
         if option.name == name:
             return _option(option)
@@ -92,7 +92,7 @@ def _chosen(group: Group, name: str) -> str:
 
 def _option(option: Option) -> str:
     title = f"{option.group}={option.name}: " if option.group else ""
-    lines = [_wrapped(f"{title}{option.header}", "", "")]
+    lines = [_wrap(f"{title}{option.header}", "", "")]
     lines.append(f"  conf/{option.file}{f', {option.target}' if option.target else ''}")
     if option.keys:
         lines += ["", _columns((f"{key.name}={key.initial}", _meaning(key)) for key in option.keys)]
@@ -104,7 +104,7 @@ def _option(option: Option) -> str:
 
 def _meaning(key: Key) -> str:
     allowed = key.type + (f", {key.range}" if key.range else "")
-    return _plain(f"{key.meaning} [{allowed}]")
+    return _single_backticks(f"{key.meaning} [{allowed}]")
 
 
 def _key(name: str, hits: Sequence[tuple[Option, Key]]) -> str:
@@ -114,7 +114,7 @@ def _key(name: str, hits: Sequence[tuple[Option, Key]]) -> str:
         groups.setdefault((key.type, key.range, key.meaning), []).append((option, key))
     blocks = []
     for (type_, range_, meaning), members in groups.items():
-        rows = [("meaning", _plain(meaning)), ("type", type_)]
+        rows = [("meaning", _single_backticks(meaning)), ("type", type_)]
         rows += [("range", range_)] if range_ else []
         values: dict[str, list[str]] = {}
         for option, key in members:
@@ -127,7 +127,7 @@ def _key(name: str, hits: Sequence[tuple[Option, Key]]) -> str:
     return f"{name}\n" + "\n\n".join(blocks)
 
 
-def _plain(text: str) -> str:
+def _single_backticks(text: str) -> str:
     return text.replace("``", "`")
 
 
@@ -138,11 +138,11 @@ def _columns(rows: Iterable[tuple[str, str]]) -> str:
     lines = []
     for left, right in rows:
         opening = f"  {left.ljust(width)}  "
-        lines.append(_wrapped(right, opening, " " * (width + 4)) if right else opening.rstrip())
+        lines.append(_wrap(right, opening, " " * (width + 4)) if right else opening.rstrip())
     return "\n".join(lines)
 
 
-def _wrapped(text: str, first: str, others: str) -> str:
+def _wrap(text: str, first: str, others: str) -> str:
     if not sys.stdout.isatty():
         return first + text
     columns = max(60, shutil.get_terminal_size().columns)

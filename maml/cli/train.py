@@ -12,7 +12,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from maml.config.compose import check_order, experiment_name, plain
+from maml.config.compose import check_order, experiment_name, to_plain_config
 from maml.config.hints import explain_override_error
 from maml.config.paths import CONF
 from maml.config.schema import check
@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> float:
             raise MamlError(
                 "torchrun is for one run, -m for many: start a sweep with python, or each of its runs alone"
             )
-        return run_experiment(check(plain(cfg)), experiment_name(job.runtime.choices), cell_verdicts)
+        return run_experiment(check(to_plain_config(cfg)), experiment_name(job.runtime.choices), cell_verdicts)
     except Interrupted as stop:
         requeue = signal.getsignal(stop.signal_number)
         if stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):  # the launcher's
@@ -55,13 +55,13 @@ def main() -> None:
         SystemExit: if the run failed or was stopped: 128 + the signal's number, ``os.EX_UNAVAILABLE`` where the machine
             lacks something, else 1.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
-    if not is_first:  # until they have joined, what is wrong in one process is wrong in the first, which says it
+    is_rank_zero = os.environ.get("RANK", "0") == "0"
+    if not is_rank_zero:  # until they have joined, what is wrong in one process is wrong in the first, which says it
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lasts
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run)()
     except Interrupted as stop:
-        if is_first:
+        if is_rank_zero:
             print(stop, file=sys.stderr)
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:  # before or after training: there is nothing to save

@@ -15,7 +15,7 @@ from maml.config.schema import Settings, check
 from maml.errors import MamlError
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
+def to_plain_config(cfg: DictConfig) -> dict[str, Any]:
     """Returns a config as resolved, plain containers.
 
     Raises:
@@ -44,7 +44,7 @@ def compose(overrides: Sequence[str], config_dir: Path = CONF) -> tuple[Settings
     finally:
         GlobalHydra.instance().hydra = running
     experiment = experiment_name(cfg.hydra.runtime.choices)
-    config = plain(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
+    config = to_plain_config(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
     return check(config), experiment
 
 
@@ -65,6 +65,6 @@ def experiment_name(choices: Mapping[str, str]) -> str:
 
 
 @cache
-def composed(experiment: str, overrides: tuple[str, ...] = ()) -> Settings:
+def compose_experiment(experiment: str, overrides: tuple[str, ...] = ()) -> Settings:
     """Returns the settings of an experiment, composed once."""
     return compose([f"+experiment={experiment}", *overrides])[0]

@@ -27,13 +27,13 @@ class ConfigFile:
         header: the comment that opens the file.
         is_global: whether it sets keys of the root, rather than of its folder's config group.
         entries: what it sets, by dotted name.
-        chosen: the options that it chooses, by config group.
+        choices: the options that it chooses, by config group.
     """
 
     header: str
     is_global: bool
     entries: dict[str, Entry]
-    chosen: dict[str, str]
+    choices: dict[str, str]
 
     @property
     def summary(self) -> str:
@@ -55,20 +55,20 @@ def read(path: Path) -> ConfigFile:
             opening.append(line.removeprefix("#").strip())
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     entries: dict[str, Entry] = {}
-    chosen: dict[str, str] = {}
+    choices: dict[str, str] = {}
     if isinstance(root, yaml.MappingNode):
         for node in _defaults(root):
             if isinstance(node, yaml.MappingNode):  # `model: mlp`, `override /inner: adam`
                 for key, value in node.value:
                     name = key.value.removeprefix("override ").removeprefix("/").replace("/", ".")
                     if value.value != "null":
-                        chosen[name] = value.value
+                        choices[name] = value.value
             elif node.value != "_self_":
                 other = read(path.with_name(f"{node.value}.yaml"))
                 entries |= other.entries
-                chosen |= other.chosen
+                choices |= other.choices
         entries |= dict(_entries(root, "", is_global, text, lines))
-    return ConfigFile(" ".join(opening), is_global, entries, chosen)
+    return ConfigFile(" ".join(opening), is_global, entries, choices)
 
 
 def _defaults(root: yaml.MappingNode) -> list[yaml.Node]:

@@ -14,7 +14,7 @@ from maml.config.names import locate, stable_name
 from maml.config.schema import TRAINING_PARTS, Settings, argument_types
 
 # Keys that say where things are, not what they are.
-_PLACES = {"data_dir", "cache_dir"}
+_LOCATION_KEYS = {"data_dir", "cache_dir"}
 # The keys of the root on which trained numbers depend.
 _TRAINING_KEYS = ("seed", "num_iterations", "meta_batch_size", "precision")
 
@@ -56,8 +56,8 @@ def _differences_from_defaults(path: str, value: Mapping[str, Any]) -> dict[str,
             continue
         default = parameters[name].default if name in parameters else inspect.Parameter.empty
         if name in hints and not (isinstance(item, Mapping) and "_target_" in item):
-            item = _typed(item, hints[name])
-        if name in _PLACES or (default is not inspect.Parameter.empty and item == default):
+            item = _cast_to_annotation(item, hints[name])
+        if name in _LOCATION_KEYS or (default is not inspect.Parameter.empty and item == default):
             continue
         if isinstance(item, Mapping) and "_target_" in item:
             flat |= _differences_from_defaults(f"{path}.{name}", item)
@@ -66,7 +66,7 @@ def _differences_from_defaults(path: str, value: Mapping[str, Any]) -> dict[str,
     return flat
 
 
-def _typed(value: Any, annotation: Any) -> Any:
+def _cast_to_annotation(value: Any, annotation: Any) -> Any:
     """Returns a checked value in the type of its argument, so that 1 and 1.0 are one step size."""
     try:
         return TypeAdapter(annotation).validate_json(json.dumps(value))

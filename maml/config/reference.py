@@ -125,13 +125,13 @@ def reference(conf: Path = CONF) -> tuple[Group, ...]:
     Args:
         conf: the folder of the configs.
     """
-    chosen = files.read(conf / "config.yaml").chosen
+    chosen = files.read(conf / "config.yaml").choices
     meanings = _meanings(Settings) | _MEANINGS
     names = ["", *PARTS, *sorted(path.name for path in conf.iterdir() if path.is_dir() and path.name not in PARTS)]
     return tuple(
         Group(
             name,
-            _sentence(meanings.get(name, "")),
+            _as_sentence(meanings.get(name, "")),
             chosen.get(name),
             tuple(_option(path, name) for path in _files(conf, name)),
         )
@@ -152,13 +152,16 @@ def _option(path: Path, group: str) -> Option:
     if not group:
         keys = list(_keys(Settings, "", entries, set()))
         for part in PARTS:
-            choice = file.chosen.get(part)
-            keys = [_replaced(key, part, f"one of conf/{part}/", choice) if key.name == part else key for key in keys]
+            choice = file.choices.get(part)
+            keys = [
+                _replace_type_and_value(key, part, f"one of conf/{part}/", choice) if key.name == part else key
+                for key in keys
+            ]
     elif group in PARTS and f"{group}._target_" in entries:
         target = entries[f"{group}._target_"].value
         keys = list(_keys(locate(target), f"{group}.", entries, SUPPLIED.get(group, set())))
     known = {key.name for key in keys} | {f"{group}._target_"}
-    settings = [Setting(name, choice, "") for name, choice in file.chosen.items() if group]
+    settings = [Setting(name, choice, "") for name, choice in file.choices.items() if group]
     settings += [
         Setting(name, entry.value, entry.comment)
         for name, entry in entries.items()
@@ -168,7 +171,7 @@ def _option(path: Path, group: str) -> Option:
     return Option(group, path.stem, name, file.header, file.summary, target, tuple(keys), tuple(settings))
 
 
-def _replaced(key: Key, name: str, type_: str, value: str | None) -> Key:
+def _replace_type_and_value(key: Key, name: str, type_: str, value: str | None) -> Key:
     return Key(name, type_, "", key.default, value, key.meaning)
 
 
@@ -179,11 +182,11 @@ def _keys(target: Any, prefix: str, entries: Mapping[str, Entry], supplied: set[
         if name in supplied or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         annotation, entry = types_.get(name, Any), entries.get(f"{prefix}{name}")
-        words, ranges = _words(annotation), list(dict.fromkeys(_ranges(annotation)))
+        words, ranges = _type_in_words(annotation), list(dict.fromkeys(_ranges(annotation)))
         default = None if parameter.default is parameter.empty else _as_yaml(parameter.default)
         meaning = meanings.get(name) or (entry.comment if entry else "")
         yield Key(
-            f"{prefix}{name}", words, "; ".join(ranges), default, entry.value if entry else None, _sentence(meaning)
+            f"{prefix}{name}", words, "; ".join(ranges), default, entry.value if entry else None, _as_sentence(meaning)
         )
         for nested in _classes(annotation):
             yield from _keys(nested, f"{prefix}{name}.", entries, set())
@@ -201,7 +204,7 @@ def _as_yaml(value: Any) -> str:
 _YAML = {"None": "null", "True": "true", "False": "false"}
 
 
-def _sentence(text: str) -> str:
+def _as_sentence(text: str) -> str:
     """Returns a meaning as a sentence, in yaml's words for None, True and False.
 
     It opens with a capital, unless a formula stands there: ``theta'`` in capitals would be something else.
@@ -233,7 +236,7 @@ _PLAIN = {
 _COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 
-def _words(annotation: Any) -> str:
+def _type_in_words(annotation: Any) -> str:
     """Says what an annotation allows: ``integer, auto or all``."""
     words: list[str] = []
     ends_with_null = False
@@ -242,32 +245,34 @@ def _words(annotation: Any) -> str:
             ends_with_null = True
         elif get_origin(member) is Literal:
             words += [_as_yaml(value) for value in get_args(member)]
-        elif _bare(member) is bool:
+        elif _without_metadata(member) is bool:
             words += ["true", "false"]
         else:
-            words.append(_one(member, plural=False))
+            words.append(_member_in_words(member, plural=False))
     words += ["null"] * ends_with_null
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _bare(annotation: Any) -> Any:
+def _without_metadata(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _one(annotation: Any, plural: bool) -> str:
-    annotation = _bare(annotation)
+def _member_in_words(annotation: Any, plural: bool) -> str:
+    annotation = _without_metadata(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in _PLAIN:
         return _PLAIN[annotation][plural]
     if origin is Literal:
         return " or ".join(_as_yaml(value) for value in arguments)
     if origin is tuple and Ellipsis not in arguments:
-        return f"{_COUNTS.get(len(arguments), len(arguments))} {_one(arguments[0], plural=len(arguments) > 1)}"
+        return (
+            f"{_COUNTS.get(len(arguments), len(arguments))} {_member_in_words(arguments[0], plural=len(arguments) > 1)}"
+        )
     if origin in (list, tuple, Sequence) or (isinstance(origin, type) and issubclass(origin, Sequence)):
-        return f"list{'s' * plural} of {_one(arguments[0], plural=True)}"
+        return f"list{'s' * plural} of {_member_in_words(arguments[0], plural=True)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         key, value = arguments
-        return f"mapping of {_one(key, plural=True)} to {_one(value, plural=True)}"
+        return f"mapping of {_member_in_words(key, plural=True)} to {_member_in_words(value, plural=True)}"
     if origin is not None and isinstance(origin, type) and issubclass(origin, Callable):  # type: ignore[arg-type]
         return "class (_target_) and its arguments"
     if isinstance(annotation, type):
@@ -310,7 +315,7 @@ def _bound(metadata: Any) -> str:
 def _classes(annotation: Any) -> Iterator[type]:
     """Yields the classes of an annotation whose constructors say what their keys mean."""
     for member in _union(annotation):
-        bare = _bare(member)
+        bare = _without_metadata(member)
         if inspect.isclass(bare) and get_origin(bare) is None and bare.__module__ != "builtins" and _meanings(bare):
             yield bare
 

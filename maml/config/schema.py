@@ -23,7 +23,7 @@ SUPPLIED = {
     "algorithm": {"parts"},
 }
 # Arguments that the project passes where the config leaves them open.
-_FILLED_IN = {"model.module": {"in_shape", "out_dim"}}
+_SUPPLIED_IF_MISSING = {"model.module": {"in_shape", "out_dim"}}
 # The parts on which trained numbers depend, in the order in which messages list them.
 TRAINING_PARTS = ("domain", "model", "inner", "outer", "algorithm")
 PARTS = (*TRAINING_PARTS, "evaluation", "hardware", "logger")
@@ -99,7 +99,7 @@ def check(config: Mapping[str, Any]) -> Settings:
     """
     problems = [f"{part} is missing" for part in PARTS if part not in config]
     root = {key: value for key, value in config.items() if key not in PARTS}
-    problems += _check_arguments("", Settings, root, supplied=set(PARTS), also=PARTS)
+    problems += _check_arguments("", Settings, root, supplied=set(PARTS), more_keys=PARTS)
     for part in PARTS:
         if part in config:
             problems += _check_part(part, config[part])
@@ -120,7 +120,7 @@ def _check_part(path: str, value: Any) -> list[str]:
 
 
 def _check_arguments(
-    path: str, target: type, arguments: Mapping[str, Any], supplied: set[str], also: Iterable[str] = ()
+    path: str, target: type, arguments: Mapping[str, Any], supplied: set[str], more_keys: Iterable[str] = ()
 ) -> list[str]:
     """Compares arguments with the signature and annotations of a constructor."""
     prefix = f"{path}." if path else ""
@@ -132,14 +132,14 @@ def _check_arguments(
     problems = []
     for name, value in arguments.items():
         if name not in allowed:
-            problems.append(f"{prefix}{name} is not a key{near_miss(name, [*allowed, *also], prefix)}")
+            problems.append(f"{prefix}{name} is not a key{near_miss(name, [*allowed, *more_keys], prefix)}")
         elif isinstance(value, Mapping) and "_target_" in value:
             problems += _check_part(f"{prefix}{name}", value)
         elif name in hints:
             problems += _check_value(f"{prefix}{name}", value, hints[name])
     for name, parameter in allowed.items():
-        given = arguments.keys() | _FILLED_IN.get(path, set())
-        if parameter.default is parameter.empty and name not in given:
+        present = arguments.keys() | _SUPPLIED_IF_MISSING.get(path, set())
+        if parameter.default is parameter.empty and name not in present:
             problems.append(f"{prefix}{name} is missing")
     return problems
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from maml.algorithm.base import Algorithm
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
@@ -42,7 +42,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
     """
     if not evidence.complete:
         return []
-    algorithm, num_shots = restored(panel.source, evidence), panel.source.num_shots
+    algorithm, num_shots = load_trained(panel.source, evidence), panel.source.num_shots
     domain, model = algorithm.domain, algorithm.model
 
     tasks = domain.sample_tasks(1, Stream(0).child(picture.name).child(panel.task), "test", num_shots)
@@ -63,7 +63,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
     ]
 
 
-def restored(source: Source, evidence: Evidence) -> Algorithm:
+def load_trained(source: Source, evidence: Evidence) -> Algorithm:
     """Returns the algorithm as the finished run of the lowest seed left it.
 
     Raises:
@@ -74,7 +74,7 @@ def restored(source: Source, evidence: Evidence) -> Algorithm:
     if (saved["run_id"], saved["iteration"]) != (report.run_id, report.iteration):
         raise MamlError(f"{run.path / 'checkpoint.pt'} is not what the report beside it is of; restore it")
     torch.set_num_threads(1)  # or the last digits would hang on the number of cores
-    algorithm = build_algorithm(composed(source.experiment, source.overrides), Hardware("cpu"))
+    algorithm = build_algorithm(compose_experiment(source.experiment, source.overrides), Hardware("cpu"))
     algorithm.load_state_dict(saved["state"])
     return algorithm
 

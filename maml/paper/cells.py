@@ -14,7 +14,7 @@ from maml.errors import MamlError
 from maml.record.index import Source
 
 # What a line of cells.yaml says besides where our number is found.
-_NOT_OF_SOURCE = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal", "note"}
+_NON_SOURCE_KEYS = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal", "note"}
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ def _picture(results: Path, name: str, entry: Mapping[str, Any]) -> Picture:
 
 
 def _source(fields: Mapping[str, Any]) -> Source:
-    own = {name: value for name, value in fields.items() if name not in _NOT_OF_SOURCE}
+    own = {name: value for name, value in fields.items() if name not in _NON_SOURCE_KEYS}
     return Source(**{**own, "overrides": tuple(fields.get("overrides", ()))})
 
 

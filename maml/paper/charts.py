@@ -67,9 +67,9 @@ def histogram(values: np.ndarray, marks: Mapping[str, float], xlabel: str) -> Ma
 
 def _scale(low: float, high: float, start: float, end: float, log: bool = False) -> Scale:
     """Returns what takes low to start and high to end."""
-    of = math.log if log else float
-    span = of(high) - of(low) or 1.0
-    return lambda value: start + (of(value) - of(low)) / span * (end - start)
+    transform = math.log if log else float
+    span = transform(high) - transform(low) or 1.0
+    return lambda value: start + (transform(value) - transform(low)) / span * (end - start)
 
 
 def _ticks(low: float, high: float, log: bool = False) -> list[float]:
@@ -100,10 +100,12 @@ def _chart(
         for value in yticks
     ]
     labels = [
-        element("text", _short(value), x=_LEFT - 6, y=f"{y(value) + 3.5:.1f}", text_anchor="end") for value in yticks
+        element("text", _tick_label(value), x=_LEFT - 6, y=f"{y(value) + 3.5:.1f}", text_anchor="end")
+        for value in yticks
     ]
     labels += [
-        element("text", _short(value), x=f"{x(value):.1f}", y=bottom + 14, text_anchor="middle") for value in xticks
+        element("text", _tick_label(value), x=f"{x(value):.1f}", y=bottom + 14, text_anchor="middle")
+        for value in xticks
     ]
     labels += [
         element("text", xlabel, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 6, text_anchor="middle"),
@@ -121,5 +123,5 @@ def _chart(
     )
 
 
-def _short(value: float) -> str:
+def _tick_label(value: float) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:.6g}"

@@ -22,7 +22,7 @@ _RESAMPLES = 5000  # as many as the authors' plots took
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnCurve:
     """A curve as it is drawn.
 
     Attributes:
@@ -93,7 +93,7 @@ class CurveComparison:
         return verdict(mean, ci + (high - low) / 2, (low + high) / 2, 0.0, report.larger_is_better)
 
 
-def drawn(curve: Curve, evidence: Evidence) -> Drawn:
+def prepare_curve(curve: Curve, evidence: Evidence) -> DrawnCurve:
     """Returns a curve with what has been run of it.
 
     Raises:
@@ -102,10 +102,10 @@ def drawn(curve: Curve, evidence: Evidence) -> Drawn:
     note = ", ".join(filter(None, [evidence.state, evidence.progress]))
     label = f"{curve.row}, ours" if evidence.complete else f"{curve.row}, ours: {note}"
     if not evidence.evaluated:
-        return Drawn(curve, label, [])
+        return DrawnCurve(curve, label, [])
     report = evidence.evaluated[0][1]
     intervals = [bootstrap_interval(report.per_task(curve.source, cell.step)) for cell in curve.cells]
-    return Drawn(curve, label, curve_readings(curve, report), intervals)
+    return DrawnCurve(curve, label, curve_readings(curve, report), intervals)
 
 
 def curve_readings(curve: Curve, report: Report) -> list[tuple[float, float]]:
@@ -122,7 +122,7 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
 
 def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
     """Returns one row per gradient step, for the CSV."""
-    item, nothing = drawn(curve, evidence), [("", "")] * (curve.num_steps + 1)
+    item, nothing = prepare_curve(curve, evidence), [("", "")] * (curve.num_steps + 1)
     beside = provenance(curve.source, evidence)
     rows, statuses = [], CurveComparison(curve, evidence).steps
     for step, (ours, ci) in enumerate(item.readings or nothing):
@@ -140,11 +140,11 @@ def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_figure(figure: Figure, curves: Sequence[Drawn], path: Path) -> Path:
+def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Path:
     """Draws our curves with their bands over what the paper has, panel by panel, as `save` does; returns the PNG."""
     from matplotlib.figure import Figure as Canvas  # here, because it takes half a second to import
 
-    panels: dict[str, list[Drawn]] = {}
+    panels: dict[str, list[DrawnCurve]] = {}
     for item in curves:
         panels.setdefault(item.curve.panel, []).append(item)
     num_columns = 2 if len(panels) > 3 else len(panels)
@@ -158,7 +158,7 @@ def plot_figure(figure: Figure, curves: Sequence[Drawn], path: Path) -> Path:
         for number, item in enumerate(items):
             if item.curve.is_plotted:
                 _plot_curve(axes, item, num_steps, f"C{number}")
-        _set(axes, figure.axes)
+        _set_axes(axes, figure.axes)
         axes.set_xlabel("gradient steps")
         axes.set_title(title)
         axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below, off all curves
@@ -175,7 +175,7 @@ def save(canvas: Canvas, path: Path) -> Path:
     return path
 
 
-def _plot_curve(axes: Axes, item: Drawn, num_steps: int, colour: str) -> None:
+def _plot_curve(axes: Axes, item: DrawnCurve, num_steps: int, colour: str) -> None:
     curve, times = item.curve, 1 if item.curve.num_steps else num_steps + 1  # what never adapts is a flat line
     if curve.cells:
         published = [float(cell.value) for cell in curve.cells]
@@ -202,7 +202,7 @@ def _plot_line(axes: Axes, means: Sequence[float], bands: Sequence[tuple[float, 
     axes.fill_between(steps, bottom, top, color=style["color"], alpha=0.2, lw=0)
 
 
-def _set(axes: Axes, settings: Mapping[str, Any]) -> None:
+def _set_axes(axes: Axes, settings: Mapping[str, Any]) -> None:
     """Sets what the figure asks for; limits give way to a curve that goes beyond them."""
     axes.set(**settings)
     if "ylim" in settings:

@@ -13,8 +13,8 @@ from maml.paper.tables import (
     SYMBOLS,
     Comparison,
     bold_cells,
+    layout_rows,
     our_value,
-    placed,
     printed_value,
 )
 
@@ -46,7 +46,7 @@ def table_latex(table: Table, comparisons: Sequence[Comparison]) -> str:
     layout, bold, footnotes = table.layout, bold_cells(table), list[str]()
     title = f"The paper's {table.title}" if table.in_paper else table.title
     body = []
-    for group in placed(table, comparisons):
+    for group in layout_rows(table, comparisons):
         body.append(r"\midrule")
         for row in group:
             printed = [_number(printed_value(item.cell) or NOTHING if item else NOTHING) for item in row.items]

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import digest, evaluation_config, training_config
 from maml.config.schema import Settings, build, without_data
 from maml.errors import MamlError, Unavailable
@@ -148,9 +148,9 @@ def select(needs: Sequence[Need], names: Iterable[str]) -> list[Need]:
     for name in names:
         found = list(needs)
         for level, part in enumerate(name.split("/", 2)):
-            wanted, candidates = _normal(part), found
-            found = [need for need in candidates if _normal(need.path[level]).startswith(wanted)]
-            exact = [need for need in found if _normal(need.path[level]) == wanted]
+            wanted, candidates = _normalised(part), found
+            found = [need for need in candidates if _normalised(need.path[level]).startswith(wanted)]
+            exact = [need for need in found if _normalised(need.path[level]) == wanted]
             found = exact if exact and level else found
             if not found:
                 known = dict.fromkeys("/".join(need.path[: level + 1]) for need in candidates)
@@ -164,12 +164,12 @@ def select(needs: Sequence[Need], names: Iterable[str]) -> list[Need]:
 def _near_miss(name: str, known: Iterable[str]) -> str:
     known = list(known)
     words = known + [path.partition("_")[0] for path in known if "/" not in path]
-    by_key = {_normal(path): path for path in words}
-    close = [by_key[key] for key in difflib.get_close_matches(_normal(name), by_key)]
+    by_key = {_normalised(path): path for path in words}
+    close = [by_key[key] for key in difflib.get_close_matches(_normalised(name), by_key)]
     return f"; did you mean {' or '.join(close)}?" if close else f"; there is {', '.join(known)}"
 
 
-def _normal(name: str) -> str:
+def _normalised(name: str) -> str:
     """Returns a name as it is compared: ``Table 2`` is ``table2``, and other words are joined by ``_``."""
     words = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
     return re.sub(r"^(table|figure)_(?=\d)", r"\1", words)
@@ -197,7 +197,7 @@ def plan(
     groups: dict[str, list[_Command]] = {}
     for (experiment, overrides), names in artifacts.items():
         for seed in seeds:
-            config = replace(composed(experiment, overrides), seed=seed, runs_dir=str(runs_dir))
+            config = replace(compose_experiment(experiment, overrides), seed=seed, runs_dir=str(runs_dir))
             command = _Command(experiment, overrides, config, tuple(dict.fromkeys(names)))
             groups.setdefault(digest(training_config(config)), []).append(command)
     return [_job(group, runs, wandb) for group in groups.values()]
@@ -242,7 +242,7 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
     start = here or committed
     impossible = ""
     if missing:
-        impossible = _lacking(config)
+        impossible = _missing_requirement(config)
         if (folder / SUPERSEDED).exists():
             impossible = f"{folder} is marked as superseded; delete it to run this again"
     words = [group[0].experiment, *group[0].overrides, *([f"seed={config.seed}"] if config.seed else [])]
@@ -259,7 +259,7 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
     )
 
 
-def _lacking(config: Settings) -> str:
+def _missing_requirement(config: Settings) -> str:
     """Says what this machine lacks for a run, as far as a glance tells; images are neither read nor downloaded."""
     try:
         build(config.hardware)
@@ -286,17 +286,17 @@ class Estimate:
 
 def estimate(job: Job, runs: Sequence[Run]) -> Estimate:
     """Estimates from the newest run of the same settings, one on this machine if there is any."""
-    described = build(job.config.hardware).describe()
-    mine = HardwareRecord(cpu=described["cpu"], gpu=described.get("gpu"))
-    training = _regardless_of_length(training_config(job.config))
-    alike = [run for run in runs if _regardless_of_length(run.record.training) == training]
-    alike.sort(key=lambda run: run.record.segments[-1].started, reverse=True)
-    size = next((_size(run.path) for run in alike if (run.path / "checkpoint.pt").exists()), None)
+    hardware = build(job.config.hardware).describe()
+    mine = HardwareRecord(cpu=hardware["cpu"], gpu=hardware.get("gpu"))
+    training = _without_seed_and_length(training_config(job.config))
+    similar = [run for run in runs if _without_seed_and_length(run.record.training) == training]
+    similar.sort(key=lambda run: run.record.segments[-1].started, reverse=True)
+    size = next((_size_in_bytes(run.path) for run in similar if (run.path / "checkpoint.pt").exists()), None)
     if not job.left:
         return Estimate(0.0, size)
     timed = [
         (run, part.hardware)
-        for run in alike
+        for run in similar
         for part in reversed(run.record.segments)
         if part.seconds and part.last_iteration > part.first_iteration
     ]
@@ -311,11 +311,11 @@ def estimate(job: Job, runs: Sequence[Run]) -> Estimate:
     return Estimate(job.left * seconds / iterations / 3600, size, "" if machine == mine else machine.gpu or machine.cpu)
 
 
-def _regardless_of_length(training: Mapping[str, Any]) -> dict[str, Any]:
+def _without_seed_and_length(training: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in training.items() if key not in ("seed", "num_iterations")}
 
 
-def _size(folder: Path) -> int:
+def _size_in_bytes(folder: Path) -> int:
     """Returns the bytes of a run folder, with the checkpoint before the last, which a committed one does without."""
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     return sum(({"checkpoint.previous.pt": sizes["checkpoint.pt"]} | sizes).values())

@@ -17,7 +17,7 @@ import numpy as np
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import evaluation_config, training_config
 from maml.errors import MamlError
 from maml.paper.cells import Figure, Panel, Picture, Source, Table, load_figures, load_pictures, load_tables
@@ -43,7 +43,7 @@ _NUM_POINTS = 200  # of a learning curve, at most
 _STEP_HEADS = ("step", "paper", "ours", "verdict")
 
 # What each status means, in the order of `STATUSES`, and the sign that says so without colour.
-_MEANINGS = {
+_STATUS_MEANINGS = {
     "reproduced": ("=", "the paper's value lies in our 95 % interval, or ours in the paper's"),
     "better": ("▲", "in neither interval; ours is the better one"),
     "worse": ("▼", "in neither interval; the paper's is the better one"),
@@ -113,7 +113,7 @@ def _header(of_paper: Sequence[Comparison], sections: Sequence[str], problems: S
             "li",
             element("strong", str(counts[status])),
             _chip(status),
-            element("span", _MEANINGS[status][1]),
+            element("span", _STATUS_MEANINGS[status][1]),
             class_="tile",
         )
         for status in STATUSES
@@ -174,7 +174,7 @@ class _Page:
         """Returns a table in the paper's layout and a panel for each of its cells."""
         layout, bold = table.layout, bold_cells(table)
         found = {(item.cell.row, item.cell.column): item for item in comparisons}
-        heads = [element("th", _sorter(layout.corner), rowspan="2", scope="col", aria_sort="none")]
+        heads = [element("th", _sort_button(layout.corner), rowspan="2", scope="col", aria_sort="none")]
         heads += [
             element(
                 "th", words[0] if len(words) == 1 else [words[0], element("br"), words[1]], colspan="2", scope="col"
@@ -182,7 +182,7 @@ class _Page:
             for words in layout.columns.values()
         ]
         subheads = [
-            element("th", _sorter(whose), scope="col", aria_sort="none")
+            element("th", _sort_button(whose), scope="col", aria_sort="none")
             for _ in layout.columns
             for whose in ("paper" if table.in_paper else "published", "ours")
         ]
@@ -203,7 +203,7 @@ class _Page:
             "article",
             element("h3", table.title),
             element("p", summary(comparisons), ".", class_="muted"),
-            _scrolling(element("table", head, element("tbody", rows), class_="sortable numbers"), table.title),
+            _scroll_box(element("table", head, element("tbody", rows), class_="sortable numbers"), table.title),
             panels,
             id=table.name,
         )
@@ -231,7 +231,7 @@ class _Page:
             facts["ours"] = reading_text(*item.ours, item.decimals)
         if item.spread:
             facts["seeds"] = item.spread_text
-        content: list[Content] = [_facts(facts), element("p", _MEANINGS[item.status][1], class_="muted")]
+        content: list[Content] = [_fact_list(facts), element("p", _STATUS_MEANINGS[item.status][1], class_="muted")]
         if cell.source:
             content.append(self._reason(item.reason))
             content.append(self._evidence(_cell_id(item), cell.source, item.evidence, cell.step, cell.value))
@@ -277,7 +277,7 @@ class _Page:
         charts = [self._training(source, evidence)]
         if evidence.evaluated and step is not None:
             charts.append(self._tasks(source, evidence, step, published))
-        content += [_facts(facts), element("div", charts, class_="charts")]
+        content += [_fact_list(facts), element("div", charts, class_="charts")]
         return element("div", content, self._settings(source, evidence))
 
     def _seeds(self, source: Source, evidence: Evidence, step: int | None, decimals: int) -> Markup:
@@ -296,7 +296,7 @@ class _Page:
             for run, report in evidence.evaluated
         ]
         head = element("thead", element("tr", [element("th", name, scope="col") for name in names]))
-        return _scrolling(element("table", head, element("tbody", rows)), "Seeds")
+        return _scroll_box(element("table", head, element("tbody", rows)), "Seeds")
 
     def _training(self, source: Source, evidence: Evidence) -> Content:
         """Returns the learning curves of all seeds; nothing if there are none."""
@@ -342,7 +342,7 @@ class _Page:
 
     def _settings(self, source: Source, evidence: Evidence) -> list[Markup]:
         """Returns the settings that are not a constructor's default, and the whole config."""
-        config = composed(source.experiment, source.overrides)
+        config = compose_experiment(source.experiment, source.overrides)
         whole = OmegaConf.to_yaml(config.as_dict())
         if evidence.evaluated:
             run, report = evidence.evaluated[0]
@@ -359,7 +359,7 @@ class _Page:
             element(
                 "details",
                 element("summary", f"Settings that differ from defaults ({len(settings)})"),
-                _scrolling(element("table", element("tbody", rows), class_="settings"), "Settings"),
+                _scroll_box(element("table", element("tbody", rows), class_="settings"), "Settings"),
             ),
             element("details", element("summary", "config.yaml"), element("pre", whole, tabindex="0")),
         ]
@@ -373,10 +373,12 @@ class _Page:
             name = f"{figure.name}/{curve.row}/{curve.cells[0].table if curve.cells else f'K{curve.source.num_shots}'}"
             published = curve.cells[-1].value if curve.cells else ""
             evidence = self._evidence(name, curve.source, item.evidence, curve.num_steps, published)
-            openers.append(_opener(name, curve.label, item.status))
+            openers.append(_open_button(name, curve.label, item.status))
             content = [_steps(item), self._reason(item.reason), evidence]
             panels.append(_panel(name, curve.label, figure.title, content))
-        return self._drawn(figure, element("p", summary(items, "curves"), ".", class_="muted"), openers, panels)
+        return self._figure_article(
+            figure, element("p", summary(items, "curves"), ".", class_="muted"), openers, panels
+        )
 
     def picture(self, picture: Picture) -> Markup:
         """Returns a figure of single tasks and a panel for each method in it."""
@@ -384,11 +386,11 @@ class _Page:
         shown: dict[str, Panel] = {panel.label: panel for panel in picture.panels}
         for label, panel in shown.items():
             evidence, name = self.find(panel.source), f"{picture.name}/{label}"
-            openers.append(_opener(name, label, evidence.state))
+            openers.append(_open_button(name, label, evidence.state))
             panels.append(_panel(name, label, picture.title, self._evidence(name, panel.source, evidence)))
-        return self._drawn(picture, "", openers, panels)
+        return self._figure_article(picture, "", openers, panels)
 
-    def _drawn(
+    def _figure_article(
         self, figure: Figure | Picture, counted: Content, openers: Sequence[Markup], panels: Sequence[Markup]
     ) -> Markup:
         path = self.results / figure.name.partition("_")[0] / f"{figure.name}.png"
@@ -425,7 +427,7 @@ class _Page:
                     element("td", self._effect(entry.get("measured")), data_label="effect"),
                 )
             )
-        heads = [element("th", _sorter(name), scope="col", aria_sort="none") for name in ("#", "topic")]
+        heads = [element("th", _sort_button(name), scope="col", aria_sort="none") for name in ("#", "topic")]
         heads += [element("th", name, scope="col") for name in ("paper", "authors' code", "here", "effect")]
         head = element("thead", element("tr", heads))
         lead = (
@@ -498,19 +500,19 @@ def _slug(text: str) -> str:
 
 
 def _chip(status: str) -> Markup:
-    sign = element("span", _MEANINGS[status][0], aria_hidden="true")
+    sign = element("span", _STATUS_MEANINGS[status][0], aria_hidden="true")
     return element("span", sign, " ", status, class_=f"chip {_slug(status)}")
 
 
-def _sorter(name: str) -> Markup:
+def _sort_button(name: str) -> Markup:
     return element("button", name, type="button", class_="sorter")
 
 
-def _opener(identity: str, label: str, state: str) -> Markup:
+def _open_button(identity: str, label: str, state: str) -> Markup:
     return element("button", element("span", label), _chip(state), type="button", data_opens=identity)
 
 
-def _scrolling(table: Markup, label: str) -> Markup:
+def _scroll_box(table: Markup, label: str) -> Markup:
     return element("div", table, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 
@@ -520,7 +522,7 @@ def _panel(identity: str, name: str, title: str, content: Content) -> Markup:
     return element("dialog", element("div", heading, close, class_="top"), content, id=identity, aria_label=name)
 
 
-def _facts(facts: Mapping[str, Content]) -> Markup:
+def _fact_list(facts: Mapping[str, Content]) -> Markup:
     return element(
         "dl",
         [element("div", element("dt", name), element("dd", value)) for name, value in facts.items()],
@@ -550,7 +552,7 @@ def _steps(item: CurveComparison) -> Markup:
         cells = [element("td", text) for text in (paper, ours, _chip(status))]
         rows.append(element("tr", element("th", str(step), scope="row"), cells))
     head = element("thead", element("tr", [element("th", name, scope="col") for name in _STEP_HEADS]))
-    return _scrolling(element("table", head, element("tbody", rows)), "Steps")
+    return _scroll_box(element("table", head, element("tbody", rows)), "Steps")
 
 
 def _read_metrics(run: Run) -> list[dict[str, Any]]:

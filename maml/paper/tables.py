@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from hydra.utils import get_class
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.paper.cells import Cell, Source, Table
 from maml.record.index import Evidence, provenance
 
@@ -190,7 +190,7 @@ def bold_cells(table: Table) -> set[tuple[str, str]]:
     if not table.layout.own:
         return set()
     source = next(cell.source for cell in table.cells if cell.source)
-    domain: Any = get_class(composed(source.experiment, source.overrides).domain["_target_"])
+    domain: Any = get_class(compose_experiment(source.experiment, source.overrides).domain["_target_"])
     sign = 1 if domain.larger_is_better else -1
     bold = set()
     for group in table.layout.groups:
@@ -258,7 +258,7 @@ def our_value(comparison: Comparison) -> str:
     return f"{text} {SYMBOLS.get(comparison.status, '')}".strip()
 
 
-def placed(table: Table, comparisons: Sequence[Comparison]) -> list[list[Row]]:
+def layout_rows(table: Table, comparisons: Sequence[Comparison]) -> list[list[Row]]:
     """Returns the rows of the printed table, in groups between two lines."""
     found = {(comparison.cell.row, comparison.cell.column): comparison for comparison in comparisons}
     return [
@@ -273,7 +273,7 @@ def _layout_markdown(table: Table, comparisons: Sequence[Comparison]) -> list[st
         [layout.corner, *(" ".join(words) for words in layout.columns.values())],
         ["---"] * (len(layout.columns) + 1),
     ]
-    for row in (row for group in placed(table, comparisons) for row in group):
+    for row in (row for group in layout_rows(table, comparisons) for row in group):
         printed = [printed_value(item.cell) or NOTHING if item else NOTHING for item in row.items]
         places = [(row.row, column) in bold for column in layout.columns]
         name = (

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.schema import build
 from maml.domain.point_navigation import PointNavigation
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
-from maml.paper.adaptation import restored
+from maml.paper.adaptation import load_trained
 from maml.paper.cells import Panel, Picture
 from maml.paper.figures import save
 from maml.record.index import Evidence
@@ -42,7 +42,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
         MamlError: if the finished run's checkpoint or values per task are missing, damaged or of another run, or it
             does not reach the goal's return that was reported.
     """
-    config, source = composed(panel.source.experiment, panel.source.overrides), panel.source
+    config, source = compose_experiment(panel.source.experiment, panel.source.overrides), panel.source
     evaluation: Evaluation = build(config.evaluation)
     domain: PointNavigation = build(config.domain)
     goal_x, goal_y = (round(value, 5) for value in domain.test_goals(evaluation.num_tasks)[panel.task].tolist())
@@ -56,7 +56,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
     if not evidence.complete:
         return rows
     run, report = evidence.evaluated[0]
-    algorithm = restored(source, evidence)
+    algorithm = load_trained(source, evidence)
     theta = evaluation.choose_theta(algorithm)
     # A goal's rollouts do not depend on the goals beside it.
     tasks = take(evaluation.bank(domain, source.num_shots), panel.task, panel.task + 1)

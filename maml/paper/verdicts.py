@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import evaluation_config, training_config
 from maml.config.paths import RESULTS
 from maml.config.schema import Settings
@@ -31,7 +31,7 @@ def cell_verdicts(experiment: str, config: Settings, report: Mapping[str, Any]) 
     for table in load_tables(RESULTS):
         for cell in table.cells:
             source = cell.source
-            if source is None or source.experiment != experiment or not _is_of(config, source):
+            if source is None or source.experiment != experiment or not _has_settings_of(config, source):
                 continue
             read = Report.model_validate(report)
             ours, ci95 = read.reading(source, cell.step)
@@ -45,7 +45,7 @@ def cell_verdicts(experiment: str, config: Settings, report: Mapping[str, Any]) 
     return verdicts
 
 
-def _is_of(config: Settings, source: Source) -> bool:
-    own = composed(source.experiment, source.overrides)
+def _has_settings_of(config: Settings, source: Source) -> bool:
+    own = compose_experiment(source.experiment, source.overrides)
     trained, wanted = (training_config(one) | {"seed": 0} for one in (config, own))
     return trained == wanted and evaluation_config(config) == evaluation_config(own)

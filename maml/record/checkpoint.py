@@ -15,7 +15,7 @@ from maml.errors import MamlError
 _FORMAT = "maml checkpoint 1"
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes a file under a temporary name, flushes it to the disk and renames it: readers see all of it or none.
 
     Raises:
@@ -36,7 +36,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         ) from error
 
 
-def previous(path: Path) -> Path:
+def previous_path(path: Path) -> Path:
     """Returns where the checkpoint before the one at ``path`` is kept."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
@@ -59,9 +59,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
         except RuntimeError as error:  # torch reports a failing file this way
             raise OSError(str(error).splitlines()[0]) from error
 
-    write_whole(fresh, write)
+    write_atomically(fresh, write)
     if path.exists():
-        os.replace(path, previous(path))
+        os.replace(path, previous_path(path))
     os.replace(fresh, path)
 
 
@@ -84,7 +84,7 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise MamlError(f"there is no checkpoint at {path}") from error
     except Exception as error:
-        older = previous(path)
+        older = previous_path(path)
         advice = f"; the one before is {older}: rename it to {path.name} to go on from there" if older.exists() else ""
         raise MamlError(f"{path} is damaged or not a checkpoint ({_first_line(error)}){advice}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -94,7 +94,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def newest(path: Path) -> Path | None:
     """Returns the file to resume from: ``path``, or what a kill between two renames left of it, or None."""
-    candidates = (path, path.with_name(f"{path.stem}.new{path.suffix}"), previous(path))
+    candidates = (path, path.with_name(f"{path.stem}.new{path.suffix}"), previous_path(path))
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 

@@ -28,7 +28,7 @@ class Reading(BaseModel):
     ci95: float | None
 
 
-class Exported(BaseModel):
+class ExportedFile(BaseModel):
     """What a file is of: the run, how far it was trained, and what its numbers were computed with."""
 
     sha256: str
@@ -58,7 +58,7 @@ class Entry(BaseModel):
 class Index(BaseModel):
     """``index.json``: files by name; entries by ``<table>/<row>/<column>`` or ``<figure>/<row>/<panel>``."""
 
-    files: dict[str, Exported] = {}
+    files: dict[str, ExportedFile] = {}
     cells: dict[str, Entry] = {}
 
 
@@ -80,7 +80,7 @@ def read_index(folder: Path) -> Index:
 def write_index(folder: Path, index: Index) -> None:
     """Writes ``index.json``: equal content, equal bytes."""
     text = json.dumps(index.model_dump(), indent=1, sort_keys=True) + "\n"
-    checkpoint.write_whole(folder / "index.json", lambda file: file.write(text.encode()))
+    checkpoint.write_atomically(folder / "index.json", lambda file: file.write(text.encode()))
 
 
 def pack(state: State, title: str) -> bytes:

@@ -15,13 +15,13 @@ import numpy as np
 from annotated_types import MinLen
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import digest, evaluation_config, training_config
 from maml.config.names import locate
 from maml.config.paths import ROOT
 from maml.config.schema import Settings
 from maml.errors import MamlError
-from maml.record.checkpoint import write_whole
+from maml.record.checkpoint import write_atomically
 from maml.record.lock import is_held
 from maml.record.run_folder import read_json
 
@@ -83,12 +83,12 @@ class StepRecord(BaseModel):
     ci95: FiniteFloat | None
     num_tasks: int
 
-    def agrees_with(self, other: StepRecord, elsewhere: bool) -> bool:
+    def agrees_with(self, other: StepRecord, other_machine: bool) -> bool:
         """Whether both may come of the same training and tasks; on another machine its roundings grow."""
         if self.mean is None or other.mean is None:
             return self.mean is other.mean
         rounding = _TOLERANCE * (abs(self.mean) + (self.ci95 or 0))
-        return abs(self.mean - other.mean) <= max(rounding, self.ci95 or 0 if elsewhere else 0)
+        return abs(self.mean - other.mean) <= max(rounding, self.ci95 or 0 if other_machine else 0)
 
 
 class CurveRecord(BaseModel):
@@ -168,12 +168,12 @@ class Report(BaseModel):
         with open(self.folder / "tasks.csv", newline="") as file:
             return list(csv.DictReader(file))
 
-    def disagreement(self, other: Report, elsewhere: bool) -> str:
+    def disagreement(self, other: Report, other_machine: bool) -> str:
         """Says what is not as in another run of the same settings; empty if they agree.
 
         Args:
             other: its evaluation.
-            elsewhere: whether it was trained on another machine, so that only the intervals need to agree.
+            other_machine: whether it was trained on another machine, so that only the intervals need to agree.
         """
         if self.banks != other.banks:
             return "its task banks are others"
@@ -181,7 +181,7 @@ class Report(BaseModel):
         for curve in self.curves:
             for mine in curve.steps:
                 its = theirs.get((curve.metric, curve.num_shots, mine.step), mine)
-                if not mine.agrees_with(its, elsewhere):
+                if not mine.agrees_with(its, other_machine):
                     values = ["diverged" if mean is None else f"{mean:.5g}" for mean in (mine.mean, its.mean)]
                     return f"{curve.metric} at K={curve.num_shots}, step {mine.step}, is {', not '.join(values)}"
         return ""
@@ -345,7 +345,7 @@ def _conflicts(runs: Sequence[Run]) -> dict[Path, str]:
         for report in run.reports:
             settings = {"training": run.record.training, "evaluation": report.evaluation}
             counting, its = first.setdefault(digest(settings | {"iteration": report.iteration}), (run, report))
-            difference = report.disagreement(its, elsewhere=run.hardware != counting.hardware)
+            difference = report.disagreement(its, other_machine=run.hardware != counting.hardware)
             if difference:
                 messages[run.path] = (
                     f"{run.path} has the settings and the seed of {counting.path}, which counts, but {difference}; see "
@@ -399,7 +399,7 @@ def supersede(run: Run, by: Run | None, reason: str) -> None:
     if place.is_relative_to(ROOT):  # it may be committed, and read on another machine
         place = place.relative_to(ROOT)
     content = Superseded(by=str(place) if by else "", reason=reason).model_dump_json(indent=2) + "\n"
-    write_whole(run.path / SUPERSEDED, lambda file: file.write(content.encode()))
+    write_atomically(run.path / SUPERSEDED, lambda file: file.write(content.encode()))
 
 
 def _read(path: Path, schema: type[Content]) -> Content | None:
@@ -459,7 +459,7 @@ class Evidence:
 
 def find_evidence(source: Source, runs: Sequence[Run]) -> Evidence:
     """Picks the runs of one source: equal training settings but for the seed, and equal evaluation settings."""
-    config = composed(source.experiment, source.overrides)
+    config = compose_experiment(source.experiment, source.overrides)
     training, evaluation = _without_seed(training_config(config)), evaluation_config(config)
     mine = [run for run in runs if _without_seed(run.record.training) == training]
     evaluated = [(run, report) for run in mine for report in run.reports if report.evaluation == evaluation]
@@ -492,7 +492,7 @@ def provenance(source: Source | None, evidence: Evidence) -> dict[str, Any]:
     seeds = [report.seed for _, report in evidence.evaluated]
     beside |= {
         "seeds": " ".join(map(str, seeds)),
-        "inner_order": _inner_order(composed(source.experiment, source.overrides)),
+        "inner_order": _inner_order(compose_experiment(source.experiment, source.overrides)),
         "command": source.command(seeds),
     }
     if evidence.evaluated:

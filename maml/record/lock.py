@@ -18,7 +18,7 @@ LOG = logging.getLogger(__name__)
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 
 
-def acquire(path: Path, patience: float = 0.0) -> BaseFileLock | None:
+def acquire(path: Path, timeout: float = 0.0) -> BaseFileLock | None:
     """Takes a lock and writes into its file who holds it.
 
     Where the file system has no ``flock``, the lock is a second file, ``<name>.marker``, that names its process. A
@@ -26,7 +26,7 @@ def acquire(path: Path, patience: float = 0.0) -> BaseFileLock | None:
 
     Args:
         path: the lock's file, which stays when the lock is released.
-        patience: seconds to try for; `is_held` may have the lock for an instant.
+        timeout: seconds to try for; `is_held` may have the lock for an instant.
 
     Returns:
         The lock, held until its ``release`` or the end of the process; None if another process holds it.
@@ -37,15 +37,13 @@ def acquire(path: Path, patience: float = 0.0) -> BaseFileLock | None:
     lock: BaseFileLock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
         try:
-            lock.acquire(timeout=patience)
+            lock.acquire(timeout=timeout)
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
-            _say_that_there_is_no_flock(path.parent)
+            _warn_no_flock(path.parent)
             lock = SoftFileLock(_marker(path), thread_local=False)
-            lock.acquire(
-                timeout=max(patience, 0.2)
-            )  # one attempt may do no more than clear away a dead process' marker
+            lock.acquire(timeout=max(timeout, 0.2))  # one attempt may do no more than clear away a dead process' marker
     except Timeout:
         return None
     path.write_text(f"process {os.getpid()} on {platform.node()}")
@@ -101,7 +99,7 @@ def _is_dead(name: str) -> bool:
 
 
 @cache
-def _say_that_there_is_no_flock(folder: Path) -> None:
+def _warn_no_flock(folder: Path) -> None:
     LOG.warning(
         "The file system of %s has no file locks (flock): a file that names the process stands in. It does its work "
         "on one machine; take care not to start the same run on two.",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maml.record.checkpoint import write_whole
+from maml.record.checkpoint import write_atomically
 
 
 def plot_report(report: Mapping[str, Any], path: Path) -> Path:
@@ -27,5 +27,5 @@ def plot_report(report: Mapping[str, Any], path: Path) -> Path:
     axes.set_ylabel(report["headline_metric"].replace("_", " "))
     axes.set_title(report["experiment"])
     axes.legend()
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
     return path

@@ -130,7 +130,7 @@ class RunFolder:
 
     def _acquire(self) -> BaseFileLock:
         try:
-            taken = lock.acquire(self.path / "lock", patience=0.2)
+            taken = lock.acquire(self.path / "lock", timeout=0.2)
         except OSError as error:
             raise MamlError(
                 f"the run folder {self.path} cannot be written ({error.strerror}); change runs_dir"
@@ -241,8 +241,8 @@ class RunFolder:
         writer = csv.DictWriter(table, fieldnames=list(tasks[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(tasks)
-        checkpoint.write_whole(folder / "tasks.csv", lambda file: file.write(table.getvalue().encode()))
-        checkpoint.write_whole(
+        checkpoint.write_atomically(folder / "tasks.csv", lambda file: file.write(table.getvalue().encode()))
+        checkpoint.write_atomically(
             folder / "report.json", lambda file: file.write((json.dumps(report, indent=2) + "\n").encode())
         )
         return folder
@@ -270,11 +270,11 @@ class RunFolder:
 
     def _write_config(self, folder: Path) -> None:
         content = OmegaConf.to_yaml(self.config.as_dict()).encode()
-        checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(content))
+        checkpoint.write_atomically(folder / "config.yaml", lambda file: file.write(content))
 
     def _write_record(self) -> None:
         content = (json.dumps(self._record, indent=2) + "\n").encode()
-        checkpoint.write_whole(self.path / "run.json", lambda file: file.write(content))
+        checkpoint.write_atomically(self.path / "run.json", lambda file: file.write(content))
 
     def _truncate_metrics(self, iteration: int) -> None:
         """Drops lines that the checkpoint does not know of; they will be computed, and logged, again."""
@@ -288,10 +288,10 @@ class RunFolder:
                     kept.append(line)
             except ValueError:
                 break  # cut off in the middle of a write
-        checkpoint.write_whole(path, lambda file: file.write("".join(kept).encode()))
+        checkpoint.write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
 
-class Follower(RunFolder):
+class NonWritingRunFolder(RunFolder):
     """The same folder in the other processes of a run, which leave all writing to the first."""
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None: ...

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from maml.config.compose import compose
 from maml.config.identity import digest
 from maml.errors import Interrupted, MamlError
-from maml.record.checkpoint import write_whole
+from maml.record.checkpoint import write_atomically
 from maml.record.index import read_run
 from maml.record.run_folder import RunFolder, command_line, read_json
 from maml.sweep.gpu_lease import visible_gpus
@@ -59,7 +59,7 @@ class Sweep(Callback):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             return  # train.py refuses
         swept = list(config.hydra.overrides.task)
-        self.folder = Path(config.runs_dir).resolve() / "sweeps" / _name(swept)
+        self.folder = Path(config.runs_dir).resolve() / "sweeps" / _hash_overrides(swept)
         self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
         (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
         if get_class(config.hydra.sweeper._target_) is BasicSweeper:  # any other knows only one by one what to try
@@ -83,21 +83,21 @@ class Sweep(Callback):
             self._record(config.hydra.overrides.task, str(error) if known else f"{type(error).__name__}: {error}")
 
     def _record(self, overrides: Iterable[str], error: str | None = None) -> None:
-        content = json.dumps({"overrides": _named(overrides), "error": error}, indent=2) + "\n"
-        write_whole(self._path(overrides), lambda file: file.write(content.encode()))
+        content = json.dumps({"overrides": _without_launcher(overrides), "error": error}, indent=2) + "\n"
+        write_atomically(self._path(overrides), lambda file: file.write(content.encode()))
 
     def _path(self, overrides: Iterable[str]) -> Path:
         assert self.folder
-        return self.folder / "jobs" / f"{_name(overrides)}.json"
+        return self.folder / "jobs" / f"{_hash_overrides(overrides)}.json"
 
 
-def _named(overrides: Iterable[str]) -> list[str]:
+def _without_launcher(overrides: Iterable[str]) -> list[str]:
     """Returns what makes a sweep or a job another one: all but how it is started."""
     return [override for override in overrides if not override.startswith("launcher=")]
 
 
-def _name(overrides: Iterable[str]) -> str:
-    return digest({"overrides": _named(overrides)})
+def _hash_overrides(overrides: Iterable[str]) -> str:
+    return digest({"overrides": _without_launcher(overrides)})
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -168,7 +168,7 @@ def tabulate(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     ``ci95`` is the half-width of the interval over test tasks, on average over seeds, which share their tasks;
     ``std`` is the standard deviation over seeds.
     """
-    axes = [key for key in _differing(jobs) if key != "seed"]
+    axes = [key for key in _varying_keys(jobs) if key != "seed"]
     groups: dict[tuple[str, ...], list[Job]] = {}
     for job in jobs:
         groups.setdefault(tuple(job.settings.get(axis, "") for axis in axes), []).append(job)
@@ -189,7 +189,7 @@ def tabulate(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     return [row for *_, row in sorted(rows, key=lambda entry: entry[:-1])]
 
 
-def _differing(jobs: Sequence[Job]) -> list[str]:
+def _varying_keys(jobs: Sequence[Job]) -> list[str]:
     """Returns the keys whose values are not the same in all jobs."""
     keys = dict.fromkeys(key for job in jobs for key in job.settings)
     return [key for key in keys if len({job.settings.get(key) for job in jobs}) > 1]
@@ -202,7 +202,7 @@ def summarise(folder: Path) -> None:
     lines = _markdown(rows)
     missing = [job for job in jobs if not job.report]
     lines += ["", f"{len(jobs) - len(missing)} of {len(jobs)} jobs are finished"]
-    named = _differing(jobs)
+    named = _varying_keys(jobs)
     for job in missing:
         settings = " ".join(f"{key}={job.settings[key]}" for key in named if key in job.settings)
         lines.append(f"- {settings or ' '.join(job.overrides)}: {job.problem}")
@@ -215,19 +215,19 @@ def summarise(folder: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     text = "\n".join(lines).strip() + "\n"
-    write_whole(folder / "summary.md", lambda file: file.write(text.encode()))
-    write_whole(folder / "summary.csv", lambda file: file.write(table.getvalue().encode()))
+    write_atomically(folder / "summary.md", lambda file: file.write(text.encode()))
+    write_atomically(folder / "summary.csv", lambda file: file.write(table.getvalue().encode()))
     print(f"\n{text}written to {folder}")
 
 
 def _markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
-    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
+    cells = [list(rows[0]), *([_format_value(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     return [f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |" for row in cells]
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else "" if math.isnan(value) else f"{value:.4f}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import maml
-from maml.cli import in_eval_mode, main
+from maml.cli import eval_arguments, main
 from maml.config.paths import CONF
 from maml.record.run_folder import command_line, read_json
 from tests.runs import ROOT, TinyRuns
@@ -91,7 +91,7 @@ def test_describe_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_eval_is_train_in_another_mode(given: str, wanted: str) -> None:
-    assert in_eval_mode(given.split()) == wanted.split()
+    assert eval_arguments(given.split()) == wanted.split()
 
 
 @pytest.mark.parametrize(

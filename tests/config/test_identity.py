@@ -13,7 +13,7 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import differences, digest, training_config
 from maml.config.schema import check
 from tests.config.test_schema import changed
@@ -41,7 +41,7 @@ def test_committed_run_is_named_by_the_settings_it_recorded(folder: Path) -> Non
 @every_committed_run
 def test_experiment_of_a_committed_run_still_gives_its_id(folder: Path) -> None:
     experiment = folder.parent.name
-    settings = composed(experiment, ADDED.get((experiment, folder.name), ()))
+    settings = compose_experiment(experiment, ADDED.get((experiment, folder.name), ()))
     mine = training_config(replace(settings, seed=record(folder)["seed"]))
     assert digest(mine) == folder.name, differences(mine, record(folder)["training"])
 

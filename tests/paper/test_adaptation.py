@@ -13,7 +13,7 @@ from maml.paper.adaptation import panel_rows
 from maml.paper.cells import Panel, Picture
 from maml.record import checkpoint
 from maml.record.index import find_evidence, find_runs
-from tests.paper.made_up import SINUSOID, edit, make_run_with_checkpoint
+from tests.paper.fake_runs import SINUSOID, edit, make_run_with_checkpoint
 from tests.paper.test_figures import evidence
 from tests.runs import ROOT
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.schema import build
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
@@ -75,7 +75,7 @@ def test_every_curve_and_panel_composes_and_evaluates_what_it_draws() -> None:
 
 
 def assert_evaluates(source: Source, step: int) -> None:
-    config = composed(source.experiment, source.overrides)
+    config = compose_experiment(source.experiment, source.overrides)
     assert step <= config.evaluation["num_steps"]
     assert source.num_shots in (config.evaluation["num_shots"] or [config.domain["num_shots"]])
 
@@ -127,7 +127,7 @@ def test_figures_2_and_7_have_their_tasks_and_one_has_its_points_in_one_half() -
 
 
 def test_pretrained_curves_and_panels_take_the_step_sizes_of_the_papers_legends() -> None:
-    evaluation = build(composed("sinusoid_pretrain").evaluation)
+    evaluation = build(compose_experiment("sinusoid_pretrain").evaluation)
     for figure in load_figures(RESULTS):
         for curve in figure.curves:
             if curve.row.startswith("pretrained_step"):

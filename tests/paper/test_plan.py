@@ -15,7 +15,7 @@ from maml.errors import MamlError
 from maml.paper.cells import Source
 from maml.paper.plan import SMOKE, WATERMARK, Job, Need, estimate, list_needs, plan, select, write_smoke_cells
 from maml.record.index import find_runs
-from tests.paper.made_up import SINUSOID, edit, make_run, make_run_with_checkpoint
+from tests.paper.fake_runs import SINUSOID, edit, make_run, make_run_with_checkpoint
 from tests.runs import files
 
 RESULTS = Path(__file__).parents[2] / "results"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import training_config
 from maml.paper.cells import load_tables
 from maml.paper.report import load_departures, measured_readings, render
 from maml.record.index import find_runs
 from tests.browser import Browser, find_browser
-from tests.paper.made_up import make_run
+from tests.paper.fake_runs import make_run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -113,7 +113,7 @@ def test_departures_are_measured_by_what_they_name() -> None:
     for measured in (entry["measured"] for entry in load_departures(RESULTS) if "measured" in entry):
         choices = []
         for label, source, step in measured_readings(measured):
-            config = composed(source.experiment, source.overrides)
+            config = compose_experiment(source.experiment, source.overrides)
             evaluation, domain = config.evaluation, config.domain
             assert source.num_shots in (evaluation["num_shots"] or [domain["num_shots"]]), label
             assert step <= evaluation["num_steps"]

@@ -26,7 +26,7 @@ from maml.paper.tables import (
     verdict,
 )
 from maml.record.index import Evidence, find_evidence, find_runs
-from tests.paper.made_up import SINUSOID, make_run
+from tests.paper.fake_runs import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"

@@ -14,7 +14,7 @@ import pytest
 from maml.config.paths import CONF
 from maml.errors import MamlError
 from maml.record.index import SUPERSEDED, Evidence, find_evidence, find_runs, provenance, read_run, read_runs, supersede
-from tests.paper.made_up import SINUSOID, edit, make_run, write
+from tests.paper.fake_runs import SINUSOID, edit, make_run, write
 from tests.runs import files
 
 

@@ -45,7 +45,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    lock._say_that_there_is_no_flock.cache_clear()
+    lock._warn_no_flock.cache_clear()
 
 
 @pytest.fixture(params=["flock", "no flock"])

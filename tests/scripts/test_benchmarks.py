@@ -118,7 +118,7 @@ def test_turns_are_taken_and_ratios_compare_neighbours(script: Callable[[str], A
     benchmark = script("benchmark")
     turns: list[str] = []
     runs = {name: lambda name=name: turns.append(name) for name in ("a", "b")}
-    seconds = benchmark.take_turns(runs, 3, clock=lambda: float(len(turns)), least=1.0)
+    seconds = benchmark.time_in_turns(runs, 3, clock=lambda: float(len(turns)), least=1.0)
     assert turns == ["a", "b"] * 3 and seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
     # The machine is ten times as slow in the second round: for both.
     assert benchmark.times_as_fast([1.0, 10.0, 1.0], [2.0, 20.0, 3.0]) == (2.0, 2.0, 3.0)
@@ -138,7 +138,7 @@ def test_floor_counts_products_and_covers_intervals(script: Callable[[str], Any]
     assert (cost.operations, cost.bytes, cost.calls) == (2 * 3 * 4 * 5, 4 * (12 + 20 + 15), 1)
     assert cost.seconds(floor.Rates(operations=1.0, bytes=1e9)) == 120
     assert cost.seconds(floor.Rates(operations=1e9, bytes=1.0)) == 188
-    assert floor.covered([(3.0, 4.0), (0.0, 2.0), (1.0, 2.5), (1.2, 1.4)]) == pytest.approx(3.5)
+    assert floor.union_length([(3.0, 4.0), (0.0, 2.0), (1.0, 2.5), (1.2, 1.4)]) == pytest.approx(3.5)
 
 
 def rows(folder: Path, name: str) -> list[dict[str, str]]:
@@ -153,7 +153,7 @@ def test_scaling_writes_table_and_plot(
     module = script("bench_scaling")
     few = {what: module.SWEEPS["sinusoid_10shot"][what] for what in ("shots", "width")}
     monkeypatch.setitem(module.SWEEPS, "sinusoid_10shot", few)
-    monkeypatch.setattr(module, "take_turns", partial(module.take_turns, least=0.0))
+    monkeypatch.setattr(module, "time_in_turns", partial(module.time_in_turns, min_seconds=0.0))
     arguments = ["--experiments", "sinusoid_10shot", "--values", "1", "2", "--rounds", "1", "--out", str(tmp_path)]
     module.main(arguments)
     found = rows(tmp_path, "scaling")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maml.record.index import find_evidence, find_runs
-from tests.paper.made_up import SINUSOID, make_run
+from tests.paper.fake_runs import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]
 main = runpy.run_path(str(ROOT / "scripts" / "demo.py"))["main"]

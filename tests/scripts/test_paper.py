@@ -170,7 +170,10 @@ def test_second_of_two_at_once_is_refused(
     results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = results(MAML=("sinusoid_10shot", SHORT))
-    with paper._alone(tmp_path / "runs"), pytest.raises(paper.MamlError, match="another `make paper` is at work"):
+    with (
+        paper._exclusive_lock(tmp_path / "runs"),
+        pytest.raises(paper.MamlError, match="another `make paper` is at work"),
+    ):
         paper.main(arguments(folder))
     capsys.readouterr()
 

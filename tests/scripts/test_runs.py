@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from maml.record.index import SUPERSEDED
-from tests.paper.made_up import SINUSOID, edit, make_run
+from tests.paper.fake_runs import SINUSOID, edit, make_run
 from tests.runs import ROOT, files
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "runs.py"))

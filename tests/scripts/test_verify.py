@@ -26,7 +26,7 @@ from maml.paper.cells import named_sources
 from maml.record import checkpoint
 from maml.record.exported import Reading, read_index, unpack
 from maml.record.index import find_evidence, find_runs
-from tests.paper.made_up import make_run, make_run_with_checkpoint
+from tests.paper.fake_runs import make_run, make_run_with_checkpoint
 from tests.runs import ROOT
 
 RESULTS = ROOT / "results"
@@ -126,8 +126,8 @@ def judged(domain: Domain[Any], values: Tensor, committed: float | None, ci95: f
     """Judges one step on another machine."""
     evaluation = Evaluation(num_tasks=len(values), num_steps=0)
     algorithm = SimpleNamespace(domain=domain, stream=SimpleNamespace(device=torch.device("cpu")))
-    repeated = VERIFY["Repeated"](Curve(1, "it", values.double()[None]), algorithm, evaluation, ["torch"])
-    return VERIFY["judge"]({0: Reading(mean=committed, ci95=ci95)}, repeated)[0]
+    reevaluation = VERIFY["Reevaluation"](Curve(1, "it", values.double()[None]), algorithm, evaluation, ["torch"])
+    return VERIFY["judge"]({0: Reading(mean=committed, ci95=ci95)}, reevaluation)[0]
 
 
 def test_another_machine_may_differ_by_one_query_image_in_600_tasks() -> None:

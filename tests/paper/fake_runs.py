@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import digest, evaluation_config, training_config
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
@@ -34,7 +34,7 @@ def make_run(
 
     Every mean of its report is ``mean``; the tasks lie evenly around it, up to 1 away.
     """
-    config = composed(source.experiment, source.overrides)
+    config = compose_experiment(source.experiment, source.overrides)
     settings = training_config(config) | ({"seed": seed} if seed else {}) | training
     run_id, done = digest(settings), settings["num_iterations"] if done is None else done
     folder = root / source.experiment / (name or run_id)
@@ -76,7 +76,7 @@ def make_run(
 def make_run_with_checkpoint(root: Path, **settings: Any) -> Path:
     """Makes the same with the checkpoint of an algorithm as it begins."""
     folder, source = make_run(root, **settings), settings.get("source", SINUSOID)
-    algorithm = build_algorithm(composed(source.experiment, source.overrides), Hardware("cpu"))
+    algorithm = build_algorithm(compose_experiment(source.experiment, source.overrides), Hardware("cpu"))
     record = json.loads((folder / "run.json").read_text())
     content = {"run_id": record["run_id"], "iteration": record["segments"][-1]["last_iteration"]}
     checkpoint.save(folder / "checkpoint.pt", content | {"state": algorithm.state_dict()})
