@@ -1,4 +1,4 @@
-"""A run's id: what it depends on and what not, and that every committed run keeps the one it has."""
+"""A run's id: the settings that change it, the settings that do not, and the unchanged ids of committed runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.config.test_schema import changed
 from tests.runs import ROOT, TinyRuns
 
 RUNS = sorted(path.parent for path in (ROOT / "results" / "runs").glob("*/*/run.json"))
-# Committed runs that their experiment alone does not give, and what their command added to it.
+# Committed runs whose command had overrides besides the experiment.
 ADDED = {
     ("sinusoid_10shot", run_id): ("inner.step_size=0.01",)  # trained before the experiment's step size was settled
     for run_id in ("2f60af4e622c", "c2cb79b89b9b", "89e00df25d96")

@@ -1,4 +1,4 @@
-"""The reference of all keys: complete, and true to constructors, annotations and yaml files."""
+"""The reference of all keys: complete, and consistent with constructors, annotations and yaml files."""
 
 from __future__ import annotations
 

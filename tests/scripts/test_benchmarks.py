@@ -118,7 +118,7 @@ def test_turns_are_taken_and_ratios_compare_neighbours(script: Callable[[str], A
     benchmark = script("benchmark")
     turns: list[str] = []
     runs = {name: lambda name=name: turns.append(name) for name in ("a", "b")}
-    seconds = benchmark.time_in_turns(runs, 3, clock=lambda: float(len(turns)), least=1.0)
+    seconds = benchmark.time_in_turns(runs, 3, clock=lambda: float(len(turns)), min_seconds=1.0)
     assert turns == ["a", "b"] * 3 and seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
     # The machine is ten times as slow in the second round: for both.
     assert benchmark.times_as_fast([1.0, 10.0, 1.0], [2.0, 20.0, 3.0]) == (2.0, 2.0, 3.0)

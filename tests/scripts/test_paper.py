@@ -132,7 +132,7 @@ def test_killed_at_any_point_loses_nothing_and_repeats_nothing(
 def test_job_that_fails_or_lacks_data_leaves_the_rest_alone(
     results: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("maml.paper.plan.check_provided", lambda *_: None)  # so that train.py finds out
+    monkeypatch.setattr("maml.domain.mini_imagenet.check_provided", lambda *_: None)  # so that train.py finds out
     photos = ["data_dir=/nowhere", "cache_dir=/nowhere", "meta_batch_size=1"]
     folder = results(
         bad=("sinusoid_10shot", [*SHORT, "inner.step_size=1e6", "inner.num_steps=5"]),

@@ -85,7 +85,7 @@ def test_sweep_lists_what_failed_and_goes_on_with_that(tiny: TinyRuns) -> None:
     assert process.returncode == 1
     assert summary in stdout
     assert "1 of 2 jobs are finished" in summary
-    assert "- inner.step_size=-1: the config is not usable" in summary
+    assert "- inner.step_size=-1: the config is not valid" in summary
     assert "`python train.py -m seed=0 inner.step_size=0.02,-1" in summary
     with open(folder / "summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
