@@ -1,4 +1,4 @@
-"""What became of a sweep: a record of each job while it lasts, and a table over its axes in the end."""
+"""Records each job of a sweep while it runs, and writes a table over the sweep's axes at its end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from maml.sweep.gpu_lease import visible_gpus
 
 
 def _direction(domain: str) -> str:
-    """Returns where a sweeper is to look for a domain's headline."""
+    """Returns the direction in which a sweeper optimises a domain's headline number."""
     target: Any = get_class(domain)
     return "maximize" if target.larger_is_better else "minimize"
 
@@ -45,40 +45,40 @@ OmegaConf.register_new_resolver("gpus_per_job", lambda: min(1, len(visible_gpus(
 
 
 class Sweep(Callback):
-    """Records what becomes of each job in ``runs_dir/sweeps/<id>``, and sums up however the sweep ends.
+    """Records each job in ``runs_dir/sweeps/<id>``. However the sweep ends, it writes a summary table.
 
-    Hydra takes it along to wherever a launcher runs the jobs. The id is a hash of what is swept, so the same command
-    finds the same folder.
+    Hydra also calls it in the processes in which a launcher runs the jobs. The id is a hash of the sweep's overrides,
+    so the same command finds the same folder.
     """
 
     def __init__(self) -> None:
-        self.folder: Path | None = None  # that of the sweep, if this is one
+        self.folder: Path | None = None  # the sweep's folder; None for a single run
         self.arguments: list[str] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            return  # train.py refuses
+            return  # train.py refuses sweeps under torchrun
         swept = list(config.hydra.overrides.task)
         self.folder = Path(config.runs_dir).resolve() / "sweeps" / _hash_overrides(swept)
         self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
         (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
-        if get_class(config.hydra.sweeper._target_) is BasicSweeper:  # any other knows only one by one what to try
+        if get_class(config.hydra.sweeper._target_) is BasicSweeper:  # other sweepers choose their jobs one by one
             (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(swept), None)
             for overrides in jobs:
                 if not self._path(overrides).exists():
                     self._record(overrides)
-        signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C does, so that a launcher stops its processes too
+        signal.signal(signal.SIGTERM, _stop)  # an exception, as from Ctrl-C, lets a launcher stop its processes too
         atexit.register(summarise, self.folder)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if self.folder:
-            sys.argv = self.arguments  # a launcher's process has its own, which would tell nothing
-            os.chdir(config.hydra.runtime.cwd)  # a cluster's process starts elsewhere
+            sys.argv = self.arguments  # the sweep's command, for the run's record; a launcher's process has its own
+            os.chdir(config.hydra.runtime.cwd)  # a process on a cluster starts in another folder
             self._record(config.hydra.overrides.task)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if self.folder and job_return.status is JobStatus.FAILED:
-            error = job_return._return_value  # the public one raises it
+            error = job_return._return_value  # the public `return_value` raises the error
             known = isinstance(error, CompactHydraException)
             self._record(config.hydra.overrides.task, str(error) if known else f"{type(error).__name__}: {error}")
 
@@ -92,7 +92,7 @@ class Sweep(Callback):
 
 
 def _without_launcher(overrides: Iterable[str]) -> list[str]:
-    """Returns what makes a sweep or a job another one: all but how it is started."""
+    """Returns the overrides that identify a sweep or a job: all but the launcher."""
     return [override for override in overrides if not override.startswith("launcher=")]
 
 
@@ -101,17 +101,17 @@ def _hash_overrides(overrides: Iterable[str]) -> str:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Interrupted("stopped by SIGTERM; the same command goes on from what is saved", number)
+    raise Interrupted("stopped by SIGTERM; run the same command again to continue from the checkpoints", number)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep and what there is of it.
+    """One job of a sweep, with its report.
 
     Attributes:
-        overrides: of its config.
-        report: of its run; None if that is not finished.
-        problem: why there is no report; else empty.
+        overrides: the overrides of its config.
+        report: the report of its run; None if the run is not finished.
+        problem: why there is no report; empty if there is one.
     """
 
     overrides: tuple[str, ...]
@@ -131,11 +131,11 @@ class Job:
             last = curve["steps"][-1]
             if (curve["metric"], last["mean"]) == (self.report["headline_metric"], self.report["headline"]):
                 return (math.nan, math.nan) if last["ci95"] is None else (last["mean"], last["ci95"])
-        raise AssertionError("a headline is the end of a curve")
+        raise AssertionError("the headline must be the last step of a curve")
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """Reads what has become of all jobs of a sweep from their run folders, and from its own where there is none."""
+    """Reads the state of all jobs of a sweep from their run folders, or from the sweep's folder if a job failed."""
     jobs = []
     for path in sorted((folder / "jobs").glob("*.json")):
         record = read_json(path)
@@ -147,26 +147,26 @@ def read_jobs(folder: Path) -> list[Job]:
             jobs.append(Job(overrides, None, error or str(reason)))
             continue
         for seed in range(config.seed, config.seed + config.seeds):
-            own = overrides if config.seeds == 1 else (*overrides, f"seed={seed}")
-            jobs.append(_read_job(own, RunFolder(config.for_seed(seed), experiment), error))
+            with_seed = overrides if config.seeds == 1 else (*overrides, f"seed={seed}")
+            jobs.append(_read_job(with_seed, RunFolder(config.for_seed(seed), experiment), error))
     return sorted(jobs, key=lambda job: job.overrides)
 
 
 def _read_job(overrides: tuple[str, ...], run: RunFolder, error: str | None) -> Job:
     try:
         report = None if error else run.finished_report()
-        begun = None if error or report else read_run(run.path)
+        unfinished = None if error or report else read_run(run.path)
     except MamlError as reason:
         return Job(overrides, None, str(reason))
-    stopped = f"{begun.status} at iteration {begun.iteration:,}" if begun else "not started"
-    return Job(overrides, report, "" if report else error or stopped)
+    state = f"{unfinished.status} at iteration {unfinished.iteration:,}" if unfinished else "not started"
+    return Job(overrides, report, "" if report else error or state)
 
 
 def tabulate(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Returns one row per combination of what differs between jobs, other than the seed; the best first.
+    """Returns one row per combination of the values that differ between jobs, other than the seed; best row first.
 
-    ``ci95`` is the half-width of the interval over test tasks, on average over seeds, which share their tasks;
-    ``std`` is the standard deviation over seeds.
+    ``ci95`` is the half-width of the 95 % interval over test tasks, averaged over seeds, because seeds share their test
+    tasks. ``std`` is the standard deviation over seeds.
     """
     axes = [key for key in _varying_keys(jobs) if key != "seed"]
     groups: dict[tuple[str, ...], list[Job]] = {}
@@ -196,7 +196,7 @@ def _varying_keys(jobs: Sequence[Job]) -> list[str]:
 
 
 def summarise(folder: Path) -> None:
-    """Prints the table of a sweep and what is missing of it, and writes ``summary.md`` and ``summary.csv``."""
+    """Prints the table of a sweep and its unfinished jobs, and writes ``summary.md`` and ``summary.csv``."""
     jobs = read_jobs(folder)
     rows = tabulate(jobs)
     lines = _markdown(rows)
@@ -206,9 +206,9 @@ def summarise(folder: Path) -> None:
     for job in missing:
         settings = " ".join(f"{key}={job.settings[key]}" for key in named if key in job.settings)
         lines.append(f"- {settings or ' '.join(job.overrides)}: {job.problem}")
-    lines += ["", f"The same command goes on with these: `{command_line()}`"] if missing else []
+    lines += ["", f"Run the same command again to continue with these: `{command_line()}`"] if missing else []
     if any(folder.parent.glob(".submitit/*")):
-        lines.append(f"What jobs have printed is in {folder.parent / '.submitit'}")
+        lines.append(f"The output of the jobs is in {folder.parent / '.submitit'}")
     table = io.StringIO()
     if rows:
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")

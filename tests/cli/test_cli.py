@@ -1,4 +1,4 @@
-"""The console script: its commands, what it lists and describes, and what it says of a wrong word."""
+"""The console script: its commands, lists and descriptions, and its messages for wrong arguments."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_describe_key_gives_meaning_type_range_and_default(capsys: pytest.Captur
     text = printed(capsys, "describe", "inner.step_size")
     for part in ("meaning  The paper's alpha.", "type     number", "range    > 0", "default  0.01  (inner=sgd)"):
         assert part in text
-    assert "none: it has to be given  (evaluation=accuracy)" in printed(capsys, "describe", "evaluation.num_steps")
+    assert "none: you must set it  (evaluation=accuracy)" in printed(capsys, "describe", "evaluation.num_steps")
 
 
 def test_describe_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:

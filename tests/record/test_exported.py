@@ -1,4 +1,4 @@
-"""Exported parameters: what a file keeps, that damage is noticed, and that an algorithm goes on from it."""
+"""Exported parameters: a file keeps what evaluation needs, damage is noticed, and an algorithm can load it."""
 
 from __future__ import annotations
 
