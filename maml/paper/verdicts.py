@@ -1,4 +1,4 @@
-"""What a report says of the paper's cells, judged as soon as it is made."""
+"""Compares a new report with the paper's cells at the end of a run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from maml.record.index import Report
 
 
 def cell_verdicts(experiment: str, config: Settings, report: Mapping[str, Any]) -> dict[str, str]:
-    """Judges each cell that the report of an experiment gives.
+    """Judges each cell whose number comes from the report.
 
     Args:
-        experiment: its name.
-        config: of the run; with other settings than the experiment's own (but for the seed), no cell is its.
-        report: as in ``report.json``.
+        experiment: name of the experiment.
+        config: settings of the run. A run has no cells if its settings, other than the seed, differ from the
+            experiment's.
+        report: the content of ``report.json``.
 
     Returns:
-        Number and verdict by ``table/row/column``; nothing outside the repository, where no cells are listed.
+        Number and verdict by ``table/row/column``; empty outside a clone, where there is no ``cells.yaml``.
     """
     if not (RESULTS / "cells.yaml").exists():
         return {}
@@ -46,6 +47,6 @@ def cell_verdicts(experiment: str, config: Settings, report: Mapping[str, Any]) 
 
 
 def _has_settings_of(config: Settings, source: Source) -> bool:
-    own = compose_experiment(source.experiment, source.overrides)
-    trained, wanted = (training_config(one) | {"seed": 0} for one in (config, own))
-    return trained == wanted and evaluation_config(config) == evaluation_config(own)
+    expected = compose_experiment(source.experiment, source.overrides)
+    training, expected_training = (training_config(settings) | {"seed": 0} for settings in (config, expected))
+    return training == expected_training and evaluation_config(config) == evaluation_config(expected)

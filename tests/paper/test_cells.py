@@ -1,4 +1,4 @@
-"""The list of cells: it is complete, says what the paper says, and names experiments that there are."""
+"""The list of cells: it is complete, agrees with the paper, and names experiments that exist."""
 
 import csv
 from pathlib import Path
@@ -206,7 +206,7 @@ def test_a_row_that_the_paper_does_not_have_is_named(right: str, wrong: str, nam
     assert right in text
     (tmp_path / "cells.yaml").write_text(text.replace(right, wrong))
     (tmp_path / "paper").symlink_to(RESULTS / "paper")
-    with pytest.raises(MamlError, match=f"there is no {named}.* in results/paper/table"):
+    with pytest.raises(MamlError, match=f"results/paper/table.*csv has no {named}"):
         load_tables(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Figures of what has been run, and of nothing."""
+"""Figures with runs and without."""
 
 import csv
 import runpy
@@ -98,9 +98,9 @@ def test_an_unfinished_run_is_reduced_budget_and_its_tasks_are_not_drawn(tmp_pat
 @pytest.mark.parametrize(
     ("level", "expected"),
     [
-        ((0.3, 0.5), "reproduced"),  # the range in our interval, 0.3 to 0.7
-        ((0.6, 3.0), "reproduced"),  # an overlap
-        ((0.7, 0.9), "reproduced"),  # at the very edge
+        ((0.3, 0.5), "reproduced"),  # the range lies in our interval, 0.3 to 0.7
+        ((0.6, 3.0), "reproduced"),  # the range and our interval overlap
+        ((0.7, 0.9), "reproduced"),  # the range touches our interval
         ((0.8, 0.9), "better"),
         ((0.1, 0.2), "worse"),
         ((0.5, 0.5), "reproduced"),
@@ -183,7 +183,7 @@ def test_bootstrap_interval_equals_a_slow_reference() -> None:
 
 
 def test_bootstrap_interval_is_about_one_standard_error_to_both_sides() -> None:
-    # The published mean and spread over goals of MAML's first row in fig4_point.csv, whose band is -42.43 to -38.40.
+    # MAML's first row in fig4_point.csv: the published mean and spread over goals; the band is -42.43 to -38.40.
     values = np.random.default_rng(1).normal(size=40)
     low, high = bootstrap_interval(-40.4072 + 12.9246 * (values - values.mean()) / values.std())
     assert (low, high) == pytest.approx((-42.4292, -38.4041), abs=0.25)
@@ -212,7 +212,7 @@ def test_without_runs_figure_4_has_the_papers_numbers_and_says_not_run(tmp_path:
 
 def test_figure_4_judges_every_step_of_a_finished_run_as_the_tables_do(tmp_path: Path) -> None:
     make_run_with_checkpoint(tmp_path / "runs", source=POINT, mean=-11.0, ci95=0.1)
-    rows = [row for row in render(tmp_path, "figure4", status=1) if row["curve"] == "MAML"]  # the trajectory is not its
+    rows = [row for row in render(tmp_path, "figure4", status=1) if row["curve"] == "MAML"]  # without the trajectory
     assert [row["status"] for row in rows] == ["better", "reproduced", "worse", "worse"]
     assert {(row["ours"], row["ours_ci95"]) for row in rows} == {("-11.0", "0.1")}
     expected = bootstrap_interval(-11.0 + np.linspace(-1, 1, 40))

@@ -1,4 +1,4 @@
-"""The report: what stands on the page, what is left out by name, and how it behaves in a browser."""
+"""The report: the content of the page, the list of runs left out, and its behaviour in a browser."""
 
 import json
 import runpy
@@ -22,11 +22,11 @@ main = runpy.run_path(str(ROOT / "scripts" / "report.py"))["main"]
 
 
 def make_runs(root: Path) -> None:
-    """Makes two seeds of a finished run with learning curves, one of which diverged."""
+    """Makes two seeds of a finished run with learning curves; one of them diverged."""
     for seed, mean in enumerate([0.7, None]):
         folder = make_run(root, mean=mean, seed=seed)
         lines = [json.dumps({"iteration": i, "loss": 5.0 / i}) + "\n" for i in range(1, 1000)]
-        (folder / "metrics.jsonl").write_text("".join(lines) + '{"iteration": 10')  # the last is being written
+        (folder / "metrics.jsonl").write_text("".join(lines) + '{"iteration": 10')  # the last line is being written
 
 
 def report(root: Path) -> str:
@@ -203,7 +203,7 @@ def test_column_sorts_both_ways_and_back(browser: Browser, page: Path) -> None:
     assert browser.run(methods) == printed
     browser.click("#table2_multitask thead th .sorter")
     assert browser.run(methods) == sorted(printed, key=str.lower)
-    browser.click("#table2_multitask thead tr + tr th + th .sorter")  # ours: only one has been run, and it comes first
+    browser.click("#table2_multitask thead tr + tr th + th .sorter")  # "ours": only one row was run
     assert browser.run(methods)[0] == "MAML"
 
 

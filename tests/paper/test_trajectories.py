@@ -1,4 +1,4 @@
-"""The lower half of Figure 4: rollouts of what was evaluated, beside the published ones."""
+"""The lower half of Figure 4: rollouts of the evaluated policy beside the published ones."""
 
 import csv
 from dataclasses import replace
@@ -23,7 +23,7 @@ from tests.paper.fake_runs import POINT, edit, make_run_with_checkpoint
 
 RESULTS = Path(__file__).parents[2] / "results"
 (PICTURE,) = (picture for picture in load_pictures(RESULTS) if picture.published)
-# As in meta-test, but for fewer and shorter rollouts.
+# As in meta-test, but with fewer and shorter rollouts.
 SMALL = replace(
     POINT, num_shots=4, overrides=("domain.horizon=20", "evaluation.num_tasks=8", "evaluation.num_shots=[4]")
 )

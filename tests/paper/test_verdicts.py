@@ -1,4 +1,4 @@
-"""What a run says of the paper's cells when it ends."""
+"""The verdicts on the paper's cells at the end of a run."""
 
 from __future__ import annotations
 
