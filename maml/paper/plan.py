@@ -308,9 +308,8 @@ def estimate(job: Job, runs: Sequence[Run]) -> Estimate:
         sum(values)
         for values in zip(*((part.seconds, part.last_iteration - part.first_iteration) for part in parts), strict=True)
     )
-    return Estimate(
-        job.left * seconds / iterations / 3600, size, "" if machine == this_machine else machine.gpu or machine.cpu
-    )
+    hours = job.left * seconds / iterations / 3600
+    return Estimate(hours, size, "" if machine == this_machine else machine.gpu or machine.cpu)
 
 
 def _without_seed_and_length(training: Mapping[str, Any]) -> dict[str, Any]:

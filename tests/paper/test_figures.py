@@ -231,7 +231,7 @@ def test_figure_4_judges_nothing_that_was_not_trained_to_the_end(tmp_path: Path)
     [
         (None, r"tasks\.csv is missing or damaged"),
         ("num_shots,metric,task\n40,return,0\n", r"tasks\.csv is missing or damaged"),
-        ("num_shots,metric,task,step_0\n40,return,0,-12\n", r"tasks\.csv is not of the report beside it"),
+        ("num_shots,metric,task,step_0\n40,return,0,-12\n", r"tasks\.csv does not belong to the report"),
     ],
 )
 def test_values_per_task_that_are_missing_or_not_the_reports_are_refused(

@@ -159,7 +159,8 @@ def test_script_renders_runs_and_names_a_corrupt_one(tmp_path: Path, capsys: pyt
     counted, beside, _ = capsys.readouterr().out.splitlines()
     assert counted == "1 of 71 cells reproduced, 0 better, 2 worse, 0 reduced budget, 22 quoted, 46 not run"
     assert beside == (
-        "Not in the paper and counted apart: 0 of 34 cells reproduced, 0 better, 0 worse, 0 reduced budget, 34 not run"
+        "Not in the paper, counted separately: "
+        "0 of 34 cells reproduced, 0 better, 0 worse, 0 reduced budget, 34 not run"
     )
     assert f"{counted}.\n\n{beside}." in overview
     with open(out / "table2_multitask" / "table2_multitask.csv", newline="") as file:

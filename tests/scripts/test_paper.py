@@ -94,7 +94,8 @@ def test_stopped_jobs_save_and_go_on(results: Results, capsys: pytest.CaptureFix
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (130, "")
     assert "stopped by SIGINT after iteration " in stdout
-    assert "stopped by SIGINT; all that was done is saved: python scripts/paper.py --results" in stdout.splitlines()[-1]
+    last = stdout.splitlines()[-1]
+    assert "stopped by SIGINT; all progress is saved" in last and "continue: python scripts/paper.py --results" in last
     (record_path,) = folder.with_name("runs").glob("*/*/run.json")
     record = read_json(record_path)
     assert record and record["status"] == "interrupted"
@@ -161,7 +162,7 @@ def test_unfinished_committed_run_goes_on_in_runs(
     shutil.copytree(run, committed)
     before = files(committed)
     assert paper.main(arguments(folder)) == 0
-    assert f"goes on from {committed}: copied to {tmp_path / 'runs'}" in capsys.readouterr().out
+    assert f"resumes from {committed}, copied to {tmp_path / 'runs'}" in capsys.readouterr().out
     assert files(committed) == before
     assert_same_run(tmp_path / "runs" / "sinusoid_10shot" / run.name, whole)
 
@@ -172,7 +173,7 @@ def test_second_of_two_at_once_is_refused(
     folder = results(MAML=("sinusoid_10shot", SHORT))
     with (
         paper._exclusive_lock(tmp_path / "runs"),
-        pytest.raises(paper.MamlError, match="another `make paper` is at work"),
+        pytest.raises(paper.MamlError, match="another `make paper` is running"),
     ):
         paper.main(arguments(folder))
     capsys.readouterr()
@@ -199,6 +200,8 @@ def test_smoke_test_that_would_be_the_real_thing_is_refused(
     results: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = [*TINY, "num_iterations=3", "domain.num_shots=2"]
-    with pytest.raises(paper.MamlError, match=r"a smoke test of sinusoid_10shot .* would be the real thing"):
+    with pytest.raises(
+        paper.MamlError, match=r"a smoke test of sinusoid_10shot .* would have the settings of the real run"
+    ):
         paper.main(arguments(results(MAML=("sinusoid_10shot", tiny)), "--smoke"))
     capsys.readouterr()

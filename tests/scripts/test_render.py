@@ -167,7 +167,7 @@ def test_opengl_that_does_not_start_names_variable_and_packages(monkeypatch: pyt
 def test_what_cannot_be_shown_is_said(tmp_path: Path) -> None:
     point = ["+experiment=point_navigation_maml", f"runs_dir={tmp_path}"]
     for arguments, message in {
-        ("+experiment=sinusoid_10shot",): "Sinusoid has no policy to look at",
+        ("+experiment=sinusoid_10shot",): "Sinusoid has no policy; name",
         (*point, "--goal", "40"): "the goals are 0 to 39",
         (*point, "--goal", "-1"): "the goals are 0 to 39",
         (*point, "--steps", "0", "5"): "after 0 to 4 gradient steps",
