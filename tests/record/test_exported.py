@@ -15,7 +15,7 @@ from maml.errors import MamlError
 from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
 from maml.record.exported import Entry, Exported, Index, Reading, pack, read_index, restore, unpack, write_index
-from tests.build import build_from
+from tests.algorithms import build_from
 
 
 def sinusoid(seed: int, hidden: int = 4) -> MAML:
