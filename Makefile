@@ -63,7 +63,7 @@ readme: setup  ## write the results table of README.md from the committed runs (
 
 docs: setup  ## build the documentation, without network, into site/
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
-	@echo "open site/index.html, or: $(RUN) -m mkdocs serve"
+	@echo "open site/index.html; for the search: $(RUN) -m http.server --directory site"
 
 verify: setup  ## evaluate a committed checkpoint again: CELL=table2_multitask/MAML/K5_gradsteps_1, or all of them
 	$(RUN) scripts/verify.py $(if $(CELL),'$(CELL)',--all)

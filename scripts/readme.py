@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from statistics import fmean
 
 from maml.errors import MamlError
 from maml.paper.cells import load_tables
-from maml.paper.tables import Comparison, compare, printed_value, reading_text
+from maml.paper.tables import Comparison, printed_value, reading_text
 from maml.record.index import find_evidence, find_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,13 +66,14 @@ def results_table() -> str:
     runs, problems = find_runs(RESULTS / "runs")
     if problems:
         raise MamlError("\n".join(problems))
-    compared = compare(load_tables(RESULTS), cache(lambda source: find_evidence(source, runs)))
-    found = {f"{name}/{c.cell.row}/{c.cell.column}": c for name, group in compared.items() for c in group}
+    cells = {f"{cell.table}/{cell.row}/{cell.column}": cell for table in load_tables(RESULTS) for cell in table.cells}
     lines = ["| | paper | ours | trainings | command |", "| --- | --- | --- | --- | --- |"]
     for name, words in SHOWN.items():
-        if name not in found or not found[name].by_seed:
+        source = cells[name].source if name in cells else None
+        comparison = Comparison(cells[name], find_evidence(source, runs)) if source else None
+        if comparison is None or not comparison.by_seed:
             raise MamlError(f"{name} has no committed number; take it out of SHOWN in scripts/readme.py")
-        lines.append(f"| {words} | {' | '.join(_row(found[name]))} |")
+        lines.append(f"| {words} | {' | '.join(_row(comparison))} |")
     return "\n".join([*lines, ""])
 
 
