@@ -33,3 +33,10 @@ def test_example_runs_as_printed(kind: str, extended: Path) -> None:
     (words,) = [run for run in trainings(PAGE) if RUNS[kind] in " ".join(run)]
     run_in_order(extended, [words])
     assert list(extended.glob("runs/*/*/report.json"))
+
+
+def test_sweep_over_an_own_option_is_summed_up(extended: Path) -> None:
+    (words,) = [run for run in trainings(PAGE) if RUNS["domain"] in " ".join(run)]
+    run_in_order(extended, [["-m", *words, "seed=0,1"]])
+    (summary,) = extended.glob("runs/sweeps/*/summary.md")
+    assert "2 of 2 jobs are finished" in summary.read_text()
