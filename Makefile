@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 BENCH = $(if $(DEVICE),--device $(DEVICE) --suffix _$(DEVICE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check paper paper-tables paper-report paper-figures verify checkpoints claims bench
+.PHONY: help setup demo test test-slow check paper paper-tables paper-report paper-figures readme verify checkpoints claims bench docs
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,13 @@ paper-figures: setup  ## render the paper's figures from what has been run
 
 paper-report: paper-figures  ## render one page with every number and the evidence behind it, results/report.html
 	$(RUN) scripts/report.py
+
+readme: setup  ## write the results table of README.md from the committed runs (make test says when it is out of date)
+	$(RUN) scripts/readme.py
+
+docs: setup  ## build the documentation, without network, into site/
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "open site/index.html; for the search: $(RUN) -m http.server --directory site"
 
 verify: setup  ## evaluate a committed checkpoint again: CELL=table2_multitask/MAML/K5_gradsteps_1, or all of them
 	$(RUN) scripts/verify.py $(if $(CELL),'$(CELL)',--all)

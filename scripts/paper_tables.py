@@ -26,7 +26,6 @@ SEEDS_NOTE = (
     "Number, interval (over test tasks) and status are those of the lowest seed. In brackets: the number of seeds and "
     "the range of their means."
 )
-BEGIN, END = "<!-- headline: made by make paper-tables -->\n", "\n<!-- end of headline -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,10 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comparisons = compare(tables, cache(lambda source: find_evidence(source, runs)))
     counted, *other_counts = counts_of(tables, comparisons)
     cells = [comparison for group in comparisons.values() for comparison in group]
-    if options.out == RESULTS:
-        before, _, rest = (ROOT / "README.md").read_text().partition(BEGIN)
-        headline = f"{counted}.\n\n{headline_markdown(cells, 'results/notes.md')}\n\n{SEEDS_NOTE}"
-        (ROOT / "README.md").write_text(f"{before}{BEGIN}{headline}{END}{rest.partition(END)[2]}")
     overview = ["# The paper's tables", "", f"{counted}.", "", *(f"{line}.\n" for line in other_counts)]
     overview += [headline_markdown(cells, "notes.md"), "", SEEDS_NOTE, ""]
     overview += [f"**ERROR, left out:** {message}\n" for message in damaged]

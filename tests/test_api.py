@@ -159,7 +159,7 @@ def test_pictures_become_what_the_domain_has(tiny_images: TinyRuns, tmp_path: Pa
 
 
 def test_own_images_in_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example of the README, on drawings of five shapes."""
+    """The example of docs/python.md, on drawings of five shapes."""
     monkeypatch.chdir(tmp_path)
     row, column = np.mgrid[-1:1:105j, -1:1:105j]
     shapes = {

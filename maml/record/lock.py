@@ -43,7 +43,7 @@ def acquire(path: Path, timeout: float = 0.0) -> BaseFileLock | None:
                 raise
             _warn_no_flock(path.parent)
             lock = SoftFileLock(_marker(path), thread_local=False)
-            lock.acquire(timeout=max(timeout, 0.2))  # one attempt may do no more than clear away a dead process' marker
+            lock.acquire(timeout=max(timeout, 0.2))  # the first attempt may only remove the marker of a dead process
     except Timeout:
         return None
     path.write_text(f"process {os.getpid()} on {platform.node()}")
@@ -55,7 +55,7 @@ def is_held(path: Path) -> bool:
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that two processes can check at once
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except BlockingIOError:
         return True

@@ -68,7 +68,10 @@ class Sweep(Callback):
                 if not self._path(overrides).exists():
                     self._record(overrides)
         signal.signal(signal.SIGTERM, _stop)  # an exception, as from Ctrl-C, lets a launcher stop its processes too
-        atexit.register(summarise, self.folder)
+        # Folders of `--config-dir`, in which the jobs find a user's options that conf/ does not have.
+        sources = config.hydra.runtime.config_sources
+        config_dirs = [source.path for source in sources if source.provider == "command-line"]
+        atexit.register(summarise, self.folder, config_dirs)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if self.folder:
@@ -134,15 +137,21 @@ class Job:
         raise AssertionError("the headline must be the last step of a curve")
 
 
-def read_jobs(folder: Path) -> list[Job]:
-    """Reads the state of all jobs of a sweep from their run folders, or from the sweep's folder if a job failed."""
+def read_jobs(folder: Path, config_dirs: Sequence[str] = ()) -> list[Job]:
+    """Reads the state of all jobs of a sweep from their run folders, or from the sweep's folder if a job failed.
+
+    Args:
+        folder: folder of the sweep.
+        config_dirs: folders of options, besides ``conf/``.
+    """
+    searched = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs)}]"] if config_dirs else []
     jobs = []
     for path in sorted((folder / "jobs").glob("*.json")):
         record = read_json(path)
         assert record
         overrides, error = tuple(record["overrides"]), record["error"]
         try:
-            config, experiment = compose(overrides)
+            config, experiment = compose([*searched, *overrides])
         except (MamlError, HydraException) as reason:
             jobs.append(Job(overrides, None, error or str(reason)))
             continue
@@ -195,9 +204,14 @@ def _varying_keys(jobs: Sequence[Job]) -> list[str]:
     return [key for key in keys if len({job.settings.get(key) for job in jobs}) > 1]
 
 
-def summarise(folder: Path) -> None:
-    """Prints the table of a sweep and its unfinished jobs, and writes ``summary.md`` and ``summary.csv``."""
-    jobs = read_jobs(folder)
+def summarise(folder: Path, config_dirs: Sequence[str] = ()) -> None:
+    """Prints the table of a sweep and its unfinished jobs, and writes ``summary.md`` and ``summary.csv``.
+
+    Args:
+        folder: folder of the sweep.
+        config_dirs: folders of options, besides ``conf/``.
+    """
+    jobs = read_jobs(folder, config_dirs)
     rows = tabulate(jobs)
     lines = _markdown(rows)
     missing = [job for job in jobs if not job.report]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from hydra.utils import get_class
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
 from maml.errors import Interrupted
+from maml.experiment import build_algorithm
+from maml.hardware.base import Hardware
 from maml.outer.base import Objective
 from maml.record import checkpoint
 from maml.types import Tasks
@@ -69,3 +74,41 @@ def test_stopped_run_resumes_bit_exactly(
     assert checkpoint.load(folder / "checkpoint.pt")["iteration"] == 5
     runs.run(*overrides)
     assert_same_run(folder, runs.beside("whole").run(*overrides))
+
+
+def with_numbered_head(value: Any, number: int) -> Any:
+    """Returns a state under the names of earlier versions."""
+    if not isinstance(value, dict):
+        return value
+    return {name.replace("head.", f"linear{number}."): with_numbered_head(item, number) for name, item in value.items()}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("algorithm=maml", "inner=learned_sgd"),
+        ("algorithm=reptile", "inner=adam"),
+        (
+            "algorithm=multitask_average",
+            *try_with("algorithm", "multitask_average"),
+            "algorithm.pull=mean",
+            "algorithm.weight=0.1",
+        ),
+        ("algorithm=context_vector", "algorithm.num_channels=2"),
+        ("algorithm=maml", "outer=trpo", *NAVIGATION),
+    ],
+    ids=" ".join,
+)
+def test_checkpoint_in_which_the_head_has_a_number_loads(case: tuple[str, ...], tiny: TinyRuns) -> None:
+    config = tiny.config(*case)
+    saved, loaded = (build_algorithm(replace(config, seed=seed), Hardware("cpu")) for seed in (0, 1))
+    state = saved.state_dict()
+    names = [f"{group}.{name}" for group, tensors in state.items() for name in tensors]
+    assert any("head." in name for name in names)
+    number = len(config.model["hidden_sizes"]) + 1
+    earlier = with_numbered_head(state, number)
+    assert not any("head." in name for tensors in earlier.values() for name in tensors)
+    loaded.load_state_dict(earlier)
+    for group, tensors in loaded.state_dict().items():
+        for name, value in tensors.items():
+            assert torch.equal(value, state[group][name]), f"{group}.{name}"

@@ -199,3 +199,50 @@ def test_more_than_there_is_is_refused() -> None:
         domain().sample_tasks(1, Stream(0), num_query=6)
     with pytest.raises(MamlError, match="10 images cannot be drawn from 3 each of 3 classes; lower it to 9"):
         domain().sample_images(10, Stream(0), "val", 3)
+
+
+class Grey(FewShotClassification):
+    """An image set that notes where it was to be loaded from."""
+
+    in_shape = (2, 3, 1)
+    scale = 10.0
+    num_train_classes = 6
+    places: tuple[Path, Path] | None = None
+
+    def load(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
+        type(self).places = (data_dir, cache_dir)
+        return ImageSet(torch.full((NUM_CLASSES, NUM_IMAGES, 2, 3), 10, dtype=torch.uint8), [], ""), SPLITS
+
+
+def grey(num_shots: int = 2) -> dict[str, Any]:
+    return {"num_ways": 3, "num_shots": num_shots, "data_dir": "data", "cache_dir": "cache"}
+
+
+def test_image_set_is_a_class_that_states_its_facts() -> None:
+    it = Grey(**grey())
+    assert Grey.places == (Path("data"), Path("cache"))
+    tasks = it.sample_tasks(4, Stream(0))
+    data = it.data(tasks, "support")
+    assert data.x.shape == (4, 6, 2, 3, 1)
+    assert (data.x == 1).all()
+    assert "rotations" not in tasks
+
+
+def test_without_data_nothing_is_loaded_and_the_facts_are_the_same() -> None:
+    with_images = Grey(**grey())
+    Grey.places = None
+    bare = Grey.without_data(**grey())
+    assert Grey.places is None
+    assert type(bare) is Grey
+    for attribute in ("in_shape", "out_dim", "num_shots", "scale", "rotate", "workload"):
+        assert getattr(bare, attribute) == getattr(with_images, attribute)
+    assert len(bare.splits["train"]) == 6
+    Grey.without_data(**grey(num_shots=100))  # it cannot know how many images there are
+
+
+def test_images_of_another_shape_than_stated_are_an_error() -> None:
+    class Wrong(Grey):
+        in_shape = (3, 3, 1)
+
+    with pytest.raises(AssertionError, match=r"Wrong.in_shape is not that of its images"):
+        Wrong(**grey())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from maml.model.gaussian_policy import GaussianPolicy
 from maml.model.mlp import MLP
 from maml.seeding import Stream
 from tests import plain_maml
@@ -37,3 +39,23 @@ def test_initial_weights_may_be_glorot_uniform() -> None:
     bound = (6 / 800) ** 0.5
     assert 0.99 * bound < weight.abs().max() <= bound
     assert abs(weight.std().item() - bound / 3**0.5) < 0.02 * bound
+
+
+@pytest.mark.parametrize("hidden_sizes", [[], [4], [4, 3]])
+def test_last_layer_is_the_head_and_draws_as_when_it_had_a_number(hidden_sizes: list[int]) -> None:
+    params = MLP((2,), 1, hidden_sizes).init(Stream(0))
+    number = len(hidden_sizes) + 1
+    assert list(params) == [
+        *(f"linear{i}.{kind}" for i in range(1, number) for kind in ("weight", "bias")),
+        "head.weight",
+        "head.bias",
+    ]
+    draws = Stream(0).child(f"linear{number}").normal(params["head.weight"].shape, std=0.01, bound=2.0)
+    assert torch.equal(params["head.weight"], draws)
+
+
+def test_earlier_name_of_the_head_is_its_number() -> None:
+    for model in (MLP((2,), 1, [4, 3]), GaussianPolicy((2,), 2, [4, 3])):
+        assert model.renamed("linear3.weight") == "head.weight"
+        for name in ("linear1.weight", "linear2.bias", "head.bias", "norm3.shift", "log_std"):
+            assert model.renamed(name) == name

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from maml.config.schema import _check_part, build
 from maml.errors import MamlError
 from maml.model.module import ModuleModel
 from maml.seeding import Stream
@@ -84,3 +87,43 @@ def test_modules_that_do_not_fit_the_domain_are_refused() -> None:
         ModuleModel(SHAPE, 3, lambda: Net(2))
     with pytest.raises(MamlError, match="cannot be run on inputs of shape"):
         ModuleModel((9, 9, 2), 3, Net)
+
+
+class Linear(nn.Module):
+    """Asks for the domain's number of outputs."""
+
+    def __init__(self, out_dim: int, in_shape: tuple[int, ...] = (), width: int = 5) -> None:
+        super().__init__()
+        self.in_shape = in_shape
+        self.net = nn.Sequential(nn.Flatten(), nn.LazyLinear(width), nn.Linear(width, out_dim))
+        self.net(torch.zeros(1, *in_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_module_is_told_the_sizes_of_the_domain_that_it_asks_for() -> None:
+    model = ModuleModel(SHAPE, 4, Linear)
+    assert isinstance(model.net, Linear)
+    assert model.net.in_shape == SHAPE
+    assert model.init(Stream(0))["net.2.weight"].shape == (4, 5)
+
+
+def test_sizes_that_the_config_gives_are_kept() -> None:
+    model = ModuleModel((6,), 3, partial(Linear, in_shape=(2, 3), width=2))
+    assert isinstance(model.net, Linear)
+    assert model.net.in_shape == (2, 3)
+    with pytest.raises(MamlError, match=r"outputs of shape \(2,\), but the domain needs \(3,\)"):
+        ModuleModel(SHAPE, 3, partial(Linear, 2, SHAPE))
+    with pytest.raises(MamlError, match=r"outputs of shape \(2,\).*give its constructor a parameter called out_dim"):
+        ModuleModel(SHAPE, 3, partial(Linear, out_dim=2))
+
+
+def test_size_left_open_is_no_missing_key() -> None:
+    target = {"_target_": f"{__name__}.Linear", "_partial_": True}
+    config = {"_target_": "maml.model.module.ModuleModel", "module": target}
+    assert _check_part("model", config) == []
+    assert _check_part("model", {**config, "module": {**target, "out_dim": 2}}) == []
+    assert "model.module.out_dim='two'" in _check_part("model", {**config, "module": {**target, "out_dim": "two"}})[0]
+    model = build(config, in_shape=SHAPE, out_dim=4)
+    assert model.init(Stream(0))["net.2.weight"].shape == (4, 5)

@@ -114,8 +114,8 @@ def test_run_starts_where_flock_is_not_supported_and_says_so_once(
         second.open({"device": "cpu"}, "", "MAML")
         second.close("finished")
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
-        f"The file system of {run.path} has no file locks (flock). A marker file that names the process replaces the lock. It "
-        "protects a run on one machine only"
+        f"The file system of {run.path} has no file locks (flock). A marker file that names the process replaces the "
+        "lock. It protects a run on one machine only"
     ]
     assert not list(run.path.glob("*.marker"))
 

@@ -200,8 +200,6 @@ def test_smoke_test_that_would_be_the_real_thing_is_refused(
     results: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = [*TINY, "num_iterations=3", "domain.num_shots=2"]
-    with pytest.raises(
-        paper.MamlError, match=r"a smoke test of sinusoid_10shot .* would have the settings of the real run"
-    ):
+    with pytest.raises(paper.MamlError, match=r"a smoke test of sinusoid_10shot .* would have the settings of"):
         paper.main(arguments(results(MAML=("sinusoid_10shot", tiny)), "--smoke"))
     capsys.readouterr()

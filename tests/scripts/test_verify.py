@@ -111,7 +111,7 @@ def test_other_bank_run_or_evaluation_fails(committed: Path, capsys: pytest.Capt
 def test_cells_without_a_checkpoint_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, message in {
         "table2_multitask/MAML/K5_gradstep_1": f"there is no cell .*Did you mean {CELL}",
-        "table1_omniglot/Siamese/5way_1shot": "is quoted by the paper from others",
+        "table1_omniglot/Siamese/5way_1shot": "is quoted by the paper from other authors",
         "table5_cheetah_dir/MAML/gradsteps_1": r"train.py \+experiment=cheetah_direction_maml, then",
     }.items():
         with pytest.raises(MamlError, match=message):

@@ -1,0 +1,72 @@
+"""What `make docs` adds to the pages in docs/: results, and the reference of every config key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from maml.config.reference import Option, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+PAGES = ("*.md", "table*/*.md", "*_published/*.md", "figure*/*.png", "figure*/*.pdf", "report.html")
+
+_HOW_TO_READ = (
+    "*Default* is the value that the option's file gives a key, or the constructor's default; *required* keys have "
+    "none. Groups such as `inner` are chosen as `inner=NAME`, and their keys changed as `inner.KEY=VALUE`. On the "
+    "command line `maml describe KEY` says the same."
+)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the results and the generated pages to the site."""
+    for path in (path for pattern in PAGES for path in sorted(RESULTS.glob(pattern))):
+        if path.name != "README.md":
+            files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
+    for name, content in reference_pages().items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Adapts links between docs/ and results/: in the site the latter lies in the former."""
+    if page.file.src_uri.startswith("results/"):
+        return markdown.replace("../docs/", "../")
+    return markdown.replace("](../results/", "](results/")
+
+
+def reference_pages() -> dict[str, str]:
+    """Returns a page for each config group, by its path in the site: every option and every key of it."""
+    pages = {}
+    for group in reference():
+        lines = [f"# {group.name or 'Every run'}", "", group.meaning, "", *([] if group.name else [_HOW_TO_READ, ""])]
+        if group.default:
+            lines += [f"Default: `{group.name}={group.default}`.", ""]
+        for option in group.options:
+            lines += _option(option)
+        pages[f"reference/{group.name or 'root'}.md"] = "\n".join(lines)
+    return pages
+
+
+def _option(option: Option) -> list[str]:
+    lines = [f"## {option.name}", "", option.header.replace("<", "&lt;"), "", f"`conf/{option.file}`", ""]
+    if option.keys:
+        lines += ["| key | type | range | default | meaning |", "| --- | --- | --- | --- | --- |"]
+        lines += [_row(f"`{k.name}`", k.type, k.range, _code(k.initial), k.meaning) for k in option.keys]
+        lines += [""]
+    if option.settings:
+        lines += ["| sets | to | |", "| --- | --- | --- |"]
+        lines += [_row(f"`{s.name}`", _code(s.value), s.comment) for s in option.settings]
+        lines += [""]
+    return lines
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _code(value: str) -> str:
+    return "required" if value == "???" else f"`{value}`"

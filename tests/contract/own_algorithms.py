@@ -1,0 +1,92 @@
+"""Two algorithms as a user writes them, from the documented interface alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maml.algorithm.base import Algorithm, Parts
+from maml.domain.base import Metrics
+from maml.model.base import Model
+from maml.seeding import Stream
+from maml.types import Count, Params, Tasks
+
+
+class ANIL(Algorithm):
+    """Almost no inner loop (Raghu et al. 2020): only the last layer adapts, theta learns its features.
+
+    Args:
+        parts: of every algorithm.
+        step_size: of the inner steps.
+        num_steps: number of inner steps in training.
+    """
+
+    differentiates_adaptation = True
+
+    def __init__(self, parts: Parts, step_size: float = 0.1, num_steps: Count = 2) -> None:
+        super().__init__(parts)
+        self.step_size, self.num_steps = step_size, num_steps
+
+    def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
+        *_, adapted = self.adapt(params, tasks, self.num_steps)
+        return self.domain.outer_loss(self.model, adapted, self.domain.data(tasks, "query"))
+
+    def adapt(
+        self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
+    ) -> Iterator[Params]:
+        yield params
+        support = self.domain.data(tasks, "support")
+        for _ in range(num_steps):
+            with torch.enable_grad():
+                head = {name: value.requires_grad_() for name, value in params.items() if name.startswith("head.")}
+                losses = self.domain.inner_loss(self.model, params | head, support)
+                gradients = torch.autograd.grad(losses.sum(), list(head.values()), create_graph=True)
+            steps = zip(head.items(), gradients, strict=True)
+            params = params | {name: value - self.step_size * gradient for (name, value), gradient in steps}
+            yield params
+
+
+class Prototypical(Algorithm):
+    """Prototypical networks (Snell et al. 2017): the class whose mean support embedding is nearest wins.
+
+    Args:
+        parts: of every algorithm.
+        num_features: length of an embedding.
+    """
+
+    def __init__(self, parts: Parts, num_features: Count = 8) -> None:
+        super().__init__(parts)
+        domain: Any = parts.domain
+        self.num_ways = domain.num_ways
+        self.embed = parts.make_model(parts.domain.in_shape, num_features)
+        self.model = _NearestMean(self.embed)
+        self.set_initial(self.model.init(parts.stream))
+
+    def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
+        query = self.domain.data(tasks, "query")
+        return self.domain.outer_loss(self.model, self._with_means(params, tasks), query)
+
+    def adapt(
+        self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
+    ) -> Iterator[Params]:
+        for _ in range(num_steps + 1):
+            yield self._with_means(params, tasks)
+
+    def _with_means(self, params: Params, tasks: Tasks) -> Params:
+        features = self.embed(params, self.domain.data(tasks, "support").x)
+        return params | {"means": features.unflatten(1, (-1, self.num_ways)).mean(1)}
+
+
+class _NearestMean(Model):
+    def __init__(self, embed: Model) -> None:
+        self.embed = embed
+
+    def init(self, stream: Stream) -> Params:
+        return self.embed.init(stream)
+
+    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+        features = self.embed(params, x, num_reference)
+        return -(features.unsqueeze(2) - params["means"].unsqueeze(1)).square().sum(-1)

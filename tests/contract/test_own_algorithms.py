@@ -1,0 +1,74 @@
+"""An algorithm written against the documented interface runs in every way that the project's own ones do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from maml.config.schema import Settings
+from maml.experiment import run_experiment
+from maml.record import checkpoint
+from maml.record.run_folder import RunFolder
+from tests.hardware.test_distributed import Together, assert_alike
+from tests.runs import TinyRuns
+
+SMALL = ("num_iterations=12", "log_every=4", "checkpoint_every=8", "evaluation.num_shots=null", "precision=float64")
+IMAGES = (
+    "domain=omniglot",
+    "model=conv4",
+    "model.num_filters=4",
+    "evaluation=accuracy",
+    "evaluation.num_tasks=4",
+    "evaluation.num_steps=2",
+)
+OWN = {"ANIL": (), "Prototypical": IMAGES}
+
+
+def settings(tiny: TinyRuns, name: str, *overrides: str) -> Settings:
+    config = tiny.config(*SMALL, *OWN[name], *overrides)
+    return replace(config, algorithm={"_target_": f"tests.contract.own_algorithms.{name}"})
+
+
+@pytest.fixture(params=list(OWN))
+def own(request: pytest.FixtureRequest, tiny: TinyRuns) -> tuple[str, TinyRuns]:
+    if request.param == "Prototypical":
+        request.getfixturevalue("tiny_images")  # skips where the images are missing
+    return request.param, tiny
+
+
+def test_chunks_of_one_task_give_the_same_numbers(own: tuple[str, TinyRuns]) -> None:
+    name, tiny = own
+    whole, cut = settings(tiny, name), settings(tiny.beside("cut"), name, "hardware.task_chunk=1")
+    for config in (whole, cut):
+        run_experiment(config, "custom")
+    assert_alike(*(RunFolder(config, "custom").path for config in (whole, cut)))
+
+
+def test_two_seeds_at_once_give_the_numbers_of_each(own: tuple[str, TinyRuns]) -> None:
+    name, tiny = own
+    together = settings(tiny.beside("together"), name, "seeds=2")
+    run_experiment(together, "custom")
+    for seed in (0, 1):
+        alone = settings(tiny, name, f"seed={seed}")
+        run_experiment(alone, "custom")
+        assert_alike(RunFolder(alone, "custom").path, RunFolder(together.for_seed(seed), "custom").path)
+
+
+def test_two_processes_give_the_numbers_of_one(own: tuple[str, TinyRuns]) -> None:
+    name, tiny = own
+    alone, shared = settings(tiny, name), settings(tiny.beside("shared"), name)
+    run_experiment(alone, "custom")
+    assert Together(shared, 2).join() == [0, 0]
+    assert_alike(*(RunFolder(config, "custom").path for config in (alone, shared)))
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
+def test_compiled_gradient_gives_the_same_numbers(own: tuple[str, TinyRuns]) -> None:
+    name, tiny = own
+    plain, compiled = settings(tiny, name), settings(tiny.beside("compiled"), name, "hardware.compile=true")
+    for config in (plain, compiled):
+        run_experiment(config, "custom")
+    folder = RunFolder(compiled, "custom").path
+    assert checkpoint.load(folder / "checkpoint.pt")["execution"]["compile"], "it was not given up"
+    assert_alike(RunFolder(plain, "custom").path, folder)

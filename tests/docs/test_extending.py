@@ -1,0 +1,42 @@
+"""The examples of docs/extending.md, as printed: written to the named files, and run by the printed commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import ROOT, blocks, run_in_order, trainings
+
+PAGE = ROOT / "docs" / "extending.md"
+RUNS = {"domain": "step_function", "algorithm": "prototypical", "module": "SmallNet", "environment": "Pendulum"}
+
+
+@pytest.fixture
+def extended(clone: Path) -> Path:
+    """A clone with the files of the page."""
+    for title, text in [*blocks(PAGE, "python"), *blocks(PAGE, "yaml")]:
+        assert title
+        path = clone / title
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return clone
+
+
+def test_every_command_of_the_page_is_tried() -> None:
+    assert sum(any(word in " ".join(run) for run in trainings(PAGE)) for word in RUNS.values()) == len(RUNS)
+    assert len(trainings(PAGE)) == len(RUNS)
+
+
+@pytest.mark.parametrize("kind", list(RUNS))
+def test_example_runs_as_printed(kind: str, extended: Path) -> None:
+    (words,) = [run for run in trainings(PAGE) if RUNS[kind] in " ".join(run)]
+    run_in_order(extended, [words])
+    assert list(extended.glob("runs/*/*/report.json"))
+
+
+def test_sweep_over_an_own_option_is_summed_up(extended: Path) -> None:
+    (words,) = [run for run in trainings(PAGE) if RUNS["domain"] in " ".join(run)]
+    run_in_order(extended, [["-m", *words, "seed=0,1"]])
+    (summary,) = extended.glob("runs/sweeps/*/summary.md")
+    assert "2 of 2 jobs are finished" in summary.read_text()
