@@ -310,7 +310,7 @@ def sampling_row(result: Result, with_bars: bool) -> dict[str, object]:
     """Returns one row of the table of samplers; ``with_bars`` adds the required values."""
     shape, speeds = result.shape, {name: Spread.of(values) for name, values in result.speeds.items()}
     ours, sync, asynchronous = (result.speeds[name] for name in ("ours", "SyncVectorEnv", "AsyncVectorEnv"))
-    ratio, speed = times_as_fast(sync, ours), speeds["ours"]  # of speeds, not of seconds
+    ratio, speed = times_as_fast(sync, ours), speeds["ours"]  # swapped, because these are speeds and not seconds
     assert ratio is not None and speed is not None
     bars = [
         verdict(ratio.median, shape.times_sync, " x Sync"),

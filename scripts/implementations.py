@@ -462,12 +462,12 @@ class Jax(Implementation):
         gradients, (moments, count), clip = self._meta_gradient(theta, data), state, outer["clip"]
         count = count + 1
         rate = outer["step_size"] * jnp.sqrt(1 - 0.999**count) / (1 - 0.9**count)
-        moved, kept = {}, {}
+        updated, averages = {}, {}
         for name, gradient in gradients.items():
             gradient = gradient if clip is None else gradient.clip(-clip, clip)
             mean, square = 0.9 * moments[name][0] + 0.1 * gradient, 0.999 * moments[name][1] + 0.001 * gradient**2
-            moved[name], kept[name] = theta[name] - rate * mean / (jnp.sqrt(square) + 1e-8), (mean, square)
-        return moved, (kept, count)
+            updated[name], averages[name] = theta[name] - rate * mean / (jnp.sqrt(square) + 1e-8), (mean, square)
+        return updated, (averages, count)
 
     def _meta_gradient(self, theta: Any, data: Any) -> Any:
         jax, inner = self._jax, self._problem.algorithm.inner

@@ -171,14 +171,14 @@ def play(
     assert isinstance(domain, Reinforcement)
     torch.set_num_threads(1)  # one task is too little work for several threads
     num_shots = (evaluation.num_shots or [domain.num_shots])[0]
-    sizes = (
+    step_sizes = (
         evaluation.search(evaluation, algorithm, num_shots) if evaluation.search else evaluation.step_sizes(num_shots)
     )
     tasks = take(evaluation.bank(domain, num_shots), index, index + 1)
     goal = tasks["goals"][0]
     episodes = []
     start = algorithm.params_per_task(num_tasks(tasks), evaluation.choose_theta(algorithm))
-    for step, params in enumerate(algorithm.adapt(start, tasks, steps[-1], sizes)):
+    for step, params in enumerate(algorithm.adapt(start, tasks, steps[-1], step_sizes)):
         if step in steps:
             environment = domain.make_single(goal, render_mode="rgb_array")
             oracle_goal = goal if domain.oracle else goal[:0]
@@ -207,8 +207,8 @@ def run_episode(
     frames, total, every = [Frame(first_picture(environment), 0, 0.0)], 0.0, _steps_per_frame(environment)
     (num_actions,) = environment.action_space.shape or ()
     for time, noise in enumerate(Stream(0).child("render").normal((horizon, num_actions)), start=1):
-        seen = torch.cat([torch.as_tensor(observation, dtype=torch.float32), oracle_goal])
-        mean, log_std = model(params, seen.view(1, 1, -1)).flatten().chunk(2)
+        policy_input = torch.cat([torch.as_tensor(observation, dtype=torch.float32), oracle_goal])
+        mean, log_std = model(params, policy_input.view(1, 1, -1)).flatten().chunk(2)
         action = mean + log_std.exp() * noise
         observation, reward, terminated, truncated, _ = environment.step(action.numpy())
         total += float(reward)

@@ -19,7 +19,7 @@ STATUSES = ("reproduced", "better", "worse", "measured", "reduced budget", "quot
 _ALWAYS_COUNTED = {"reproduced", "better", "worse", "reduced budget", "not run"}
 # Marks of a status in the paper's layout; other statuses are written as words.
 SYMBOLS = {"reproduced": "=", "better": "△", "worse": "▽", "reduced budget": "○", "quoted": "†"}
-NOTHING = "\N{EN DASH}"  # stands where the paper prints no number
+NOTHING = "\N{EN DASH}"  # printed where the paper has no number
 NO_REASON = "no reason known yet"
 REDUCED_BUDGET = "reduced-budget"  # the anchor of its section in results/notes.md
 

@@ -112,10 +112,10 @@ def unpack(path: Path, sha256: str) -> State:
         content = path.read_bytes()
     except OSError as error:
         raise MamlError(f"{path} cannot be read ({error.strerror}); restore it") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != sha256:
         raise MamlError(
-            f"{path} has a wrong hash: its SHA-256 is {found}, but index.json beside it says {sha256}. The file was "
+            f"{path} has a wrong hash: its SHA-256 is {actual}, but index.json beside it says {sha256}. The file was "
             "damaged or replaced; restore both"
         )
     state: State = {}
@@ -124,8 +124,8 @@ def unpack(path: Path, sha256: str) -> State:
     except SafetensorError as error:
         raise MamlError(f"{path} is no safetensors file ({error}); restore it") from error
     for name, value in tensors.items():
-        group, _, own = name.partition(".")
-        state.setdefault(group, {})[own] = value
+        group, _, parameter = name.partition(".")
+        state.setdefault(group, {})[parameter] = value
     return state
 
 

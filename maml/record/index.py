@@ -416,10 +416,10 @@ def supersede(run: Run, by: Run | None, reason: str) -> None:
     Raises:
         MamlError: if the mark cannot be written.
     """
-    place = by.path.resolve() if by else Path()
-    if place.is_relative_to(ROOT):  # relative, because the mark may be committed and read on another machine
-        place = place.relative_to(ROOT)
-    content = Superseded(by=str(place) if by else "", reason=reason).model_dump_json(indent=2) + "\n"
+    replacement = by.path.resolve() if by else Path()
+    if replacement.is_relative_to(ROOT):  # relative, because the mark may be committed and read on another machine
+        replacement = replacement.relative_to(ROOT)
+    content = Superseded(by=str(replacement) if by else "", reason=reason).model_dump_json(indent=2) + "\n"
     write_atomically(run.path / SUPERSEDED, lambda file: file.write(content.encode()))
 
 

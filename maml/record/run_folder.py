@@ -56,11 +56,11 @@ class RunFolder:
 
     def _find(self, run_dir: str | None, runs_dir: Path) -> Path:
         """Returns ``run_dir`` if it is set, or the folder of an equal run of any experiment, or a new folder."""
-        own = runs_dir / self.experiment / self.run_id
+        default_path = runs_dir / self.experiment / self.run_id
         if run_dir:
             return Path(run_dir)
         others = (path.parent for path in sorted(runs_dir.glob(f"*/{self.run_id}/run.json")))
-        return own if own.exists() else next(others, own)
+        return default_path if default_path.exists() else next(others, default_path)
 
     def open(self, hardware: Mapping[str, Any], command: str, algorithm: str) -> dict[str, Any] | None:
         """Creates or reopens the folder for training and returns the checkpoint to resume from, if there is one.
@@ -132,14 +132,14 @@ class RunFolder:
 
     def _acquire(self) -> BaseFileLock:
         try:
-            taken = lock.acquire(self.path / "lock", timeout=0.2)
+            acquired = lock.acquire(self.path / "lock", timeout=0.2)
         except OSError as error:
             raise MamlError(
                 f"the run folder {self.path} cannot be written ({error.strerror}); change runs_dir"
             ) from error
-        if taken is None:
+        if acquired is None:
             raise self._held()
-        return taken
+        return acquired
 
     def _held(self) -> MamlError:
         path = self.path / "lock"
@@ -253,11 +253,16 @@ class RunFolder:
 
     def finished_report(self) -> dict[str, Any] | None:
         """Returns the report with these evaluation settings, or None if training or the evaluation is not complete."""
-        wanted = evaluation_config(self.config)
+        evaluation = evaluation_config(self.config)
         for path in (self.path / "report.json", *sorted(self.path.glob("evaluations/*/report.json"))):
             report = read_json(path)
             complete = report is not None and report["iteration"] == report["num_iterations"]
-            if report is not None and complete and report["evaluation"] == wanted and report["run_id"] == self.run_id:
+            if (
+                report is not None
+                and complete
+                and report["evaluation"] == evaluation
+                and report["run_id"] == self.run_id
+            ):
                 return report
         return None
 
@@ -321,14 +326,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages on which numbers may depend, by name."""
-    found = {"python": platform.python_version()}
+    packages = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["torch"] = torch.__version__
-    return found
+    packages["torch"] = torch.__version__
+    return packages
 
 
 def command_line() -> str:

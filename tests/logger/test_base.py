@@ -75,7 +75,7 @@ def test_first_failure_is_warned_of_and_ends_the_mirror(broken: str, caplog: pyt
     assert [name for name, *_ in logger.calls].count(broken) == 1
     assert logger.calls[-1][0] == broken
     assert caplog.messages == [
-        "Noting stopped mirroring this run (ConnectionError: no route); the run goes on and its local record is "
+        "Noting stopped mirroring this run (ConnectionError: no route); the run continues, and its run folder is "
         "complete."
     ]
     assert caplog.records[0].levelno == logging.WARNING

@@ -1,4 +1,4 @@
-"""`make paper` on tiny experiments: stopped, killed, with jobs that fail or cannot run, and as a smoke test."""
+"""`make paper` on tiny experiments: interrupted, killed, with jobs that fail or cannot run, and as a smoke test."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Results = Callable[..., Path]
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
-    """Makes a results folder whose one table has the rows given, by experiment and overrides; nothing is rendered."""
+    """Makes a results folder with one table; each row has an experiment and overrides. Nothing is rendered."""
     monkeypatch.setattr(paper, "RENDERERS", {})
 
     def make(**rows: tuple[str, list[str]]) -> Path:
@@ -70,7 +70,7 @@ def start(results: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def wait_for_metrics(results: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Returns as soon as so many runs have logged."""
+    """Waits until ``count`` runs have logged metrics."""
     deadline = time.monotonic() + 120
     while len([path for path in results.with_name("runs").glob("*/*/metrics.jsonl") if path.stat().st_size]) < count:
         assert process.poll() is None, process.communicate()
@@ -79,7 +79,7 @@ def wait_for_metrics(results: Path, count: int, process: subprocess.Popen[str]) 
 
 
 def reference(tmp_path: Path, experiment: str, overrides: list[str]) -> Path:
-    """Runs the same undisturbed."""
+    """Runs an experiment without interruption and returns its folder."""
     config, _ = compose([f"+experiment={experiment}", *overrides])
     run_experiment(replace(config, runs_dir=str(tmp_path / "undisturbed")), experiment)
     (folder,) = (tmp_path / "undisturbed" / experiment).iterdir()
@@ -112,7 +112,7 @@ def test_killed_at_any_point_loses_nothing_and_repeats_nothing(
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.communicate()
-    os.kill(int(children[0]), signal.SIGKILL)  # the other is left to itself
+    os.kill(int(children[0]), signal.SIGKILL)  # the other child keeps running
 
     assert paper.main(arguments(folder)) == 0
     first = capsys.readouterr().out
@@ -133,7 +133,7 @@ def test_killed_at_any_point_loses_nothing_and_repeats_nothing(
 def test_job_that_fails_or_lacks_data_leaves_the_rest_alone(
     results: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("maml.domain.mini_imagenet.check_provided", lambda *_: None)  # so that train.py finds out
+    monkeypatch.setattr("maml.domain.mini_imagenet.check_provided", lambda *_: None)  # train.py finds out
     photos = ["data_dir=/nowhere", "cache_dir=/nowhere", "meta_batch_size=1"]
     folder = results(
         bad=("sinusoid_10shot", [*SHORT, "inner.step_size=1e6", "inner.num_steps=5"]),

@@ -1,4 +1,4 @@
-"""scripts/runs.py: what it lists, shows and compares of made-up runs, and that it deletes only what may go."""
+"""scripts/runs.py: lists, details and comparisons of fake runs, and the deletion of unneeded runs only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Lines = Callable[..., list[str]]
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Lines:
-    """Runs the script on this test's folder and returns the lines it printed, errors last."""
+    """Runs the script on this test's folder and returns its output lines, errors last."""
 
     def call(*arguments: str, status: int = 0) -> list[str]:
         assert main([*arguments, "--runs-dir", str(tmp_path)]) == status
@@ -95,7 +95,7 @@ def test_list_filters_by_everything_it_offers(tmp_path: Path, run: Lines) -> Non
         (["--set", "inner.step_size=0.001"], "ac"),
         (["--set", "inner.step_size=0.001", "--finished"], "a"),
         (["--set", "inner.num_steps=1", "--set", "seed=0"], "a"),
-        (["--set", "seed=0"], "a"),  # a default, which no run writes down
+        (["--set", "seed=0"], "a"),  # a default, which runs do not record
         (["--set", "model.activation=relu"], "abc"),
         (["--set", "num_iterations=70_000"], "abc"),
     ]:
@@ -230,7 +230,7 @@ def test_compare_pairs_runs_task_by_task(tmp_path: Path, run: Lines) -> None:
     assert "B - A (smaller is better)" in text
     rows = [[part.strip() for part in row if part.strip()] for row in compared(lines)]
     assert len(rows) == 3 * 11
-    # Every task of one is 0.25 below the same task of the other.
+    # The value of every task is 0.25 lower in one run than in the other.
     assert rows[0] == ["mse, K=5", "0", "0.5 ± 0.1", "0.25 ± 0.1", "-0.25", "-0.25 to -0.25", "600"]
 
 

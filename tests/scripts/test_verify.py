@@ -1,4 +1,4 @@
-"""Exported checkpoints and their verification: a committed cell for real, and everything that may be wrong with one."""
+"""Exported checkpoints and their verification: a committed cell, and all errors that a cell can have."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CELL = "table2_multitask/MAML/K5_gradsteps_1"
 
 @pytest.fixture
 def committed(tmp_path: Path) -> Path:
-    """A copy of the cell's file and of the index."""
+    """A copy of the cell's file and its index."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     for name in ("index.json", read_index(CHECKPOINTS).cells[CELL].file):
@@ -123,7 +123,7 @@ def test_cells_without_a_checkpoint_say_why(tmp_path: Path, capsys: pytest.Captu
 
 
 def judged(domain: Domain[Any], values: Tensor, committed: float | None, ci95: float = 0.0) -> bool:
-    """Judges one step on another machine."""
+    """Judges one gradient step as on another machine."""
     evaluation = Evaluation(num_tasks=len(values), num_steps=0)
     algorithm = SimpleNamespace(domain=domain, stream=SimpleNamespace(device=torch.device("cpu")))
     reevaluation = VERIFY["Reevaluation"](Curve(1, "it", values.double()[None]), algorithm, evaluation, ["torch"])
@@ -213,7 +213,7 @@ def test_committed_index_says_what_the_committed_reports_say() -> None:
 
 
 def add_execution(folder: Path) -> None:
-    """Adds to a made-up run what only an export wants to know."""
+    """Adds to a fake run the fields that only the export reads."""
     path = folder / "checkpoint.pt"
     if path.exists():
         checkpoint.save(path, checkpoint.load(path) | {"execution": {"num_threads": 1}})
