@@ -256,13 +256,9 @@ class RunFolder:
         evaluation = evaluation_config(self.config)
         for path in (self.path / "report.json", *sorted(self.path.glob("evaluations/*/report.json"))):
             report = read_json(path)
-            complete = report is not None and report["iteration"] == report["num_iterations"]
-            if (
-                report is not None
-                and complete
-                and report["evaluation"] == evaluation
-                and report["run_id"] == self.run_id
-            ):
+            if report is None or report["iteration"] != report["num_iterations"]:
+                continue
+            if report["evaluation"] == evaluation and report["run_id"] == self.run_id:
                 return report
         return None
 
