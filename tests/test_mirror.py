@@ -9,20 +9,23 @@ from tests.runs import ROOT
 
 # Modules without tests of their own, and why.
 NOT_TESTED_ALONE = {
-    "outer/base.py": "an interface; what holds for its subclasses is in contract/test_options.py",
     "domain/base.py": "an interface; what holds for its subclasses is in contract/test_options.py",
+    "outer/base.py": "an interface; what holds for its subclasses is in contract/test_options.py",
 }
 # Tests that belong to no single module, and what they are about.
 OF_NO_MODULE = {
     "algorithm/test_policy_curvature.py": "the curvature of a policy, across algorithms, domains and models",
+    "cli/test_cli.py": "the first word of the command, in maml/cli/__init__.py",
     "contract/test_options.py": "what every option in conf/ has to fulfil",
     "contract/test_own_options.py": "the same of a user's own options",
+    "docs/test_protocol.py": "docs/protocol.md and its citations",
     "test_experiments.py": "the files in conf/experiment/",
     "test_gpu.py": "what needs a CUDA device",
     "test_mirror.py": "this",
+    "test_package.py": "the wheel and the editable install",
+    "test_readme.py": "the README",
     "training/test_seeds.py": "several seeds as one computation, from config to run folders",
     "training/test_survival.py": "runs that are killed, stopped or run out of disk",
-    "training/test_meta_gradient.py": "the meta-gradient, across models and the ways to compute it",
 }
 
 

@@ -93,5 +93,6 @@ def _entries(
             raw = text[value.start_mark.index : value.end_mark.index]
             if isinstance(value, yaml.MappingNode) and "\n" in raw:
                 raw = "{" + ", ".join(f"{one.value}: {its.value}" for one, its in value.value) + "}"
-            behind = re.search(r"\s#\s+(.*)$", lines[key.start_mark.line][key.end_mark.column :])
+            ended = value.end_mark if value.end_mark.line == key.start_mark.line else key.end_mark
+            behind = re.search(r"\s#\s+(.*)$", lines[key.start_mark.line][ended.column :])
             yield name, Entry(" ".join(raw.split()), behind[1] if behind else "")

@@ -129,7 +129,7 @@ def test_algorithm_learns_from_a_batch_and_adapts(option: str, cache_dir: Path, 
     assert algorithm.theta.keys() == before.keys()
     assert all(value.isfinite().all() and not value.requires_grad for value in algorithm.theta.values())
     tasks = algorithm.domain.sample_tasks(2, Stream(1), "test")
-    steps = list(algorithm.adapt(algorithm.theta, tasks, 2))
+    steps = list(algorithm.adapt(algorithm.params_per_task(2), tasks, 2))
     assert len(steps) == 3
     for params in steps:
         assert [name for name, value in params.items() if value.shape[0] != 2] == []
