@@ -9,7 +9,6 @@ from tests.runs import ROOT
 
 # Modules without tests of their own, and why.
 NOT_TESTED_ALONE = {
-    "domain/base.py": "an interface; what holds for its subclasses is in contract/test_options.py",
     "outer/base.py": "an interface; what holds for its subclasses is in contract/test_options.py",
 }
 # Tests that belong to no single module, and what they are about.
@@ -17,6 +16,7 @@ OF_NO_MODULE = {
     "algorithm/test_policy_curvature.py": "the curvature of a policy, across algorithms, domains and models",
     "cli/test_cli.py": "the first word of the command, in maml/cli/__init__.py",
     "contract/test_options.py": "what every option in conf/ has to fulfil",
+    "contract/test_own_algorithms.py": "algorithms written against the documented interface alone",
     "contract/test_own_options.py": "the same of a user's own options",
     "docs/test_protocol.py": "docs/protocol.md and its citations",
     "test_experiments.py": "the files in conf/experiment/",

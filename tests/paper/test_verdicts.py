@@ -40,5 +40,5 @@ def test_run_of_other_settings_is_of_no_cell(change: str, tmp_path: Path) -> Non
 
 
 def test_without_a_list_of_cells_there_is_nothing_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "_RESULTS", tmp_path)
+    monkeypatch.setattr(verdicts, "RESULTS", tmp_path)
     assert judged(tmp_path) == {}
