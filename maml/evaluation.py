@@ -16,7 +16,7 @@ from maml.algorithm.base import Algorithm
 from maml.domain.base import Domain, Split
 from maml.errors import Diverged, MamlError
 from maml.hardware import distributed
-from maml.hardware.memory import within_memory
+from maml.hardware.memory import halve_chunk_on_oom
 from maml.seeding import Stream
 from maml.types import Count, NonNegativeFloat, NonNegativeInt, Params, PositiveFloat, Tasks, num_tasks, take
 
@@ -232,11 +232,11 @@ class Evaluation:
         """
         shared = num_tasks(bank) >= distributed.world_size()
         failed, parts = None, dict[str, Tensor]()
-        own = distributed.share(bank) if shared else bank
+        own = distributed.shard(bank) if shared else bank
         whole_bank = algorithm.domain.workload.whole_bank
         together = num_tasks(own) if whole_bank else task_chunk or _DEFAULT_CHUNK
         try:
-            parts, _ = within_memory(lambda chunk: self._measure(algorithm, own, step_sizes, chunk), together)
+            parts, _ = halve_chunk_on_oom(lambda chunk: self._measure(algorithm, own, step_sizes, chunk), together)
         except Diverged as error:
             failed = error
         if distributed.all_reduce_max(failed is not None):

@@ -21,12 +21,12 @@ from maml.evaluation import Evaluation, per_task_rows
 from maml.hardware import distributed
 from maml.hardware.base import Hardware
 from maml.hardware.precision import check as check_precision
-from maml.hardware.precision import computing_in
+from maml.hardware.precision import use_precision
 from maml.model.base import Model
 from maml.record.plot import plot_report
 from maml.seeding import Stream
-from maml.training.autotune import tuned
-from maml.training.iteration import Iteration, check_shared
+from maml.training.autotune import tune_execution
+from maml.training.iteration import Iteration, check_parallelism
 from maml.training.learner import Learner
 from maml.training.loop import train
 
@@ -87,7 +87,7 @@ def run_experiment(config: Settings, experiment: str, judge: Judge | None = None
     if config.seeds > 1 and (config.run_dir or config.checkpoint):
         raise MamlError("run_dir= and checkpoint= name one run, seeds= makes several; give each its own command")
     distributed.start(torch.cuda.is_available() and config.hardware.get("device") != "cpu")
-    with computing_in(config.precision):
+    with use_precision(config.precision):
         return _run_seeds(config, experiment, judge)
 
 
@@ -110,7 +110,7 @@ def _run_seeds(config: Settings, experiment: str, judge: Judge | None) -> float:
     if learners:
         algorithm = learners[0].algorithm
         check_precision(config.precision, algorithm.domain.on_policy, hardware.device)
-        check_shared(algorithm, len(learners), config.meta_batch_size)
+        check_parallelism(algorithm, len(learners), config.meta_batch_size)
         _train(learners, config, hardware, evaluation, judge)
         headlines += [learner.report["headline"] for learner in learners if learner.report]
     # A sweep needs a number where a report says that adaptation diverged.
@@ -128,7 +128,7 @@ def _train(
             stack.callback(signal.signal, signal.SIGTERM, before)
         for learner in learners:
             distributed.on_rank_zero(learner.folder.check_free)
-        saved = [stack.enter_context(learner.opened(hardware, len(learners))) for learner in learners]
+        saved = [stack.enter_context(learner.open(hardware, len(learners))) for learner in learners]
         earlier: Mapping[str, Any] = next((each["execution"] for each in saved if each), {})
         # What a checkpoint was made with is kept, so that it goes on exactly.
         execution = hardware.choose(learners[0].algorithm.domain, config.num_iterations, earlier)
@@ -139,7 +139,9 @@ def _train(
         if not any(saved):
             algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
             iterate = Iteration(algorithms, streams, config.meta_batch_size, execution)
-            execution = distributed.on_rank_zero(lambda: tuned(iterate, execution, hardware, learners[0].settings))
+            execution = distributed.on_rank_zero(
+                lambda: tune_execution(iterate, execution, hardware, learners[0].settings)
+            )
         execution = train(
             learners,
             execution,

@@ -6,6 +6,7 @@ S support and Q query examples per task, N ways, K shots, D features, R rollouts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 Params = dict[str, Tensor]
 """Parameters by name: as the model lists them, or with a leading task axis, ``(T, ...)``."""
 
-Product = Callable[[Params], Params]
+MatrixVectorProduct = Callable[[Params], Params]
 """A matrix over parameters, as what it makes of a vector; with a task axis, one matrix per task."""
 
 Tasks = dict[str, Tensor]
@@ -71,9 +72,6 @@ def expand(params: Params, count: int) -> Params:
     return {name: value.expand(count, *value.shape) for name, value in params.items()}
 
 
-def product(sizes: Sequence[int]) -> int:
-    """Returns the number of elements of a shape."""
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+def num_elements(sizes: Sequence[int]) -> int:
+    """Returns the number of elements of a tensor of this shape."""
+    return math.prod(sizes)

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from maml.algorithm.best import start_best
+from maml.algorithm.best import init_best
 from maml.domain.base import Domain, Metrics
 from maml.errors import MamlError
 from maml.inner.base import Inner
 from maml.model.base import Model
 from maml.outer.base import Objective, Outer, OuterState
 from maml.seeding import Stream
-from maml.types import Params, Product, Tasks, expand
+from maml.types import MatrixVectorProduct, Params, Tasks, expand
 
 # Names of groups of tensors in older checkpoints.
 _RENAMED_GROUPS = {"carried": "buffers"}
@@ -103,7 +103,7 @@ class Algorithm(ABC):
             MamlError: if no parameter adapts, or step sizes would be learnt without a gradient.
         """
         self.inner.adapted_names(list(params))  # raises now what would otherwise be raised in the first step
-        learnt = self.inner.init(params)
+        learnt = self.inner.init_learned(params)
         if learnt and not self.differentiates_adaptation:
             raise MamlError(
                 f"{type(self).__name__} does not differentiate through adaptation, so it cannot learn "
@@ -111,8 +111,8 @@ class Algorithm(ABC):
             )
         self.theta: Params = params | learnt
         self.buffers: Params = buffers or {}
-        self.outer_state: OuterState = self.outer.init(self.theta)
-        self.best: Params = start_best(self.theta) if self.domain.selected_by else {}
+        self.outer_state: OuterState = self.outer.init_state(self.theta)
+        self.best: Params = init_best(self.theta) if self.domain.selected_by else {}
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
         """Draws what one meta-update learns from: a meta-batch of ``count`` tasks, a pure function of the stream."""
@@ -142,7 +142,7 @@ class Algorithm(ABC):
         """
         self.domain.collect(tasks, self.model, self.theta_of(params), 0)
 
-    def curvature(self, params: Params, tasks: Tasks) -> Product:
+    def curvature(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
         """Returns, per task, the Hessian of the KL divergence from the policy of ``params``, at ``params``.
 
         Args:

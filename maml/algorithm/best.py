@@ -12,20 +12,20 @@ _SCORE, _RECENT = "score", "recent"
 _NUM_RECENT = 10
 
 
-def start_best(theta: Params) -> Params:
+def init_best(theta: Params) -> Params:
     """Returns the record before training: a copy of theta, and what is needed to compare later ones with it."""
     lowest = next(iter(theta.values())).new_full((_NUM_RECENT,), -torch.inf)
     copies = {name: value.clone() for name, value in theta.items()}
     return copies | {_SCORE: lowest[0].clone(), _RECENT: lowest}
 
 
-def keep_best(best: Params, theta: Params, value: Tensor) -> None:
+def update_best(best: Params, theta: Params, value: Tensor) -> None:
     """Copies theta into the record, in place, if its value is the best so far.
 
     Values are averaged over ten iterations: in a single one, the luck of its few goals outweighs what theta has learnt.
 
     Args:
-        best: as `start_best` returns it.
+        best: as `init_best` returns it.
         theta: by which the rollouts of this iteration were collected.
         value: their mean return, 0-dim; larger is better.
     """

@@ -63,7 +63,7 @@ class Classifier(Algorithm):
         """The mean cross-entropy over all training classes, and the new running statistics."""
         outputs, seen = self._in_training_mode(self.theta_of(params), self.images.data(tasks, "support").x)
         accuracy = (outputs.argmax(-1) == tasks["labels"]).to(outputs.dtype).mean(1)
-        return _cross_entropy(outputs, tasks["labels"]), {"accuracy": accuracy} | _moved(params, seen)
+        return mean_cross_entropy(outputs, tasks["labels"]), {"accuracy": accuracy} | new_statistics(params, seen)
 
     def _in_training_mode(self, theta: Params, x: Tensor) -> tuple[Tensor, Params]:
         """Returns outputs, and each layer's batch statistics, of parameters that hold no running ones."""
@@ -77,12 +77,12 @@ class Classifier(Algorithm):
     ) -> Iterator[Params]: ...
 
 
-def _moved(params: Params, seen: Params) -> Params:
+def new_statistics(params: Params, seen: Params) -> Params:
     """Returns running statistics after one more batch."""
     return {name: torch.lerp(params[name].expand_as(value), value, _MOMENTUM) for name, value in seen.items()}
 
 
-def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+def mean_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
     """Returns the mean over the examples of each task."""
     losses = F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none")
     return losses.reshape(labels.shape).mean(1)

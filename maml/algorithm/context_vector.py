@@ -13,7 +13,7 @@ from maml.algorithm.base import MakeModel, Parts
 from maml.algorithm.maml import MAML
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.seeding import Stream
-from maml.types import Count, Params, product
+from maml.types import Count, Params, num_elements
 
 
 class ContextVector(MAML):
@@ -30,12 +30,12 @@ class ContextVector(MAML):
 
     def __init__(self, parts: Parts, num_channels: Count, init: Literal["glorot", "zero"]) -> None:
         def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
-            return _WithContext(parts.make_model, in_shape, out_dim, num_channels, init)
+            return _ModelWithContext(parts.make_model, in_shape, out_dim, num_channels, init)
 
         super().__init__(replace(parts, make_model=make_model))
 
 
-class _WithContext(Model):
+class _ModelWithContext(Model):
     """A model whose inputs are widened by the parameter ``context``, ``(..., num_channels)``."""
 
     def __init__(
@@ -47,7 +47,7 @@ class _WithContext(Model):
         self.init_context = init
 
     def init(self, stream: Stream) -> Params:
-        size = product(self.shape)
+        size = num_elements(self.shape)
         context = (
             zeros(stream, *self.shape)
             if self.init_context == "zero"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from maml.algorithm.base import Parts
-from maml.algorithm.classifier import Classifier, _cross_entropy, _moved
+from maml.algorithm.classifier import Classifier, mean_cross_entropy, new_statistics
 from maml.types import Params, Tasks, expand, num_tasks
 
 
@@ -30,8 +30,8 @@ class FineTune(Classifier):
 
         def loss(params: Params, step: int) -> Tensor:
             outputs, seen = self._in_training_mode(params, support.x)
-            statistics.update(_moved(statistics, seen))
-            return _cross_entropy(outputs, support.y)
+            statistics.update(new_statistics(statistics, seen))
+            return mean_cross_entropy(outputs, support.y)
 
         start = self.theta_of(params) | expand(self.head, num_tasks(tasks))
         for adapted, _ in self.inner.adapt(loss, start, num_steps, create_graph=False, step_sizes=step_sizes):

@@ -8,7 +8,7 @@ from torch import Tensor
 from maml.algorithm.base import Algorithm
 from maml.domain.base import Metrics, Role
 from maml.domain.reinforcement import Reinforcement
-from maml.types import Params, Product, Tasks
+from maml.types import MatrixVectorProduct, Params, Tasks
 
 
 class MAML(Algorithm):
@@ -40,8 +40,8 @@ class MAML(Algorithm):
         *_, adapted = self.inner_steps(params, tasks, self.num_steps, None, create_graph=self.inner.order == 2)
         return self.domain.outer_loss(self.model, adapted, self.domain.data(tasks, self.role, self.num_steps))
 
-    def curvature(self, params: Params, tasks: Tasks) -> Product:
-        if not self.inner.is_plain:
+    def curvature(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
+        if not self.inner.is_plain_sgd:
             return self._curvature_of_any_inner(params, tasks)
         assert isinstance(self.domain, Reinforcement)
         domain, model, theta = self.domain, self.model, self.theta_of(params)
@@ -72,7 +72,7 @@ class MAML(Algorithm):
 
         return product
 
-    def _curvature_of_any_inner(self, params: Params, tasks: Tasks) -> Product:
+    def _curvature_of_any_inner(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
         """Differentiates the KL twice, through whatever the inner optimizer does."""
         theta = {name: value.detach().requires_grad_() for name, value in self.theta_of(params).items()}
         with torch.enable_grad():

@@ -106,8 +106,8 @@ class MultitaskAverage(Algorithm):
             for name, value in self.theta.items()
         }
         fixed = expand(centre | {"weight": next(iter(self.theta.values())).new_tensor(weight)}, num_tasks(tasks))
-        fit = _Fit(objective, fixed, tasks)
-        state = self.outer.init(params)
+        fit = _RegressorObjective(objective, fixed, tasks)
+        state = self.outer.init_state(params)
         fitted = {name: value.clone() for name, value in params.items()}
         errors = next(iter(params.values())).new_full((num_tasks(tasks),), torch.inf)
         for step in range(1, self.num_steps + 1):
@@ -131,7 +131,7 @@ class MultitaskAverage(Algorithm):
         return {name: torch.stack([params[name] for params in drawn]) for name in self.theta}
 
 
-class _Fit(Objective):
+class _RegressorObjective(Objective):
     """The objective of regressors that share nothing: each has its own gradient."""
 
     def __init__(self, objective: Objective, fixed: Params, tasks: Tasks) -> None:

@@ -20,7 +20,7 @@ class NearestNeighbor(Classifier):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.model = _MostSimilar(self.classifier, self.images.num_ways)
+        self.model = _CosineSimilarity(self.classifier, self.images.num_ways)
 
     def adapt(
         self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
@@ -32,7 +32,7 @@ class NearestNeighbor(Classifier):
             yield params
 
 
-class _MostSimilar(Model):
+class _CosineSimilarity(Model):
     """Scores a class by the cosine of its most similar support image."""
 
     def __init__(self, network: Conv4, num_ways: int) -> None:

@@ -32,7 +32,7 @@ class Reptile(Algorithm):
         super().__init__(parts)
         self.num_examples, self.num_test_examples = num_examples, num_test_examples
         adapted = {name: self.theta[name] for name in self.inner.adapted_names(list(self.theta))}
-        state = self.inner.start(expand(adapted, 1))
+        state = self.inner.init_state(expand(adapted, 1))
         self.set_initial(self.theta, {name: value[0].clone() for name, value in state.items()})
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
@@ -45,7 +45,7 @@ class Reptile(Algorithm):
         support = self.domain.data(tasks, "support")
         keys = stream.child("minibatches").bits((count,))
         return tasks | {
-            "minibatches": _minibatches(Stream(keys), self.inner.num_steps, support.x.shape[1], self.num_examples)
+            "minibatches": _draw_minibatches(Stream(keys), self.inner.num_steps, support.x.shape[1], self.num_examples)
         }
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
@@ -56,7 +56,7 @@ class Reptile(Algorithm):
         theta = self.theta_of(params)
         start = {name: value.detach() for name, value in theta.items()}
         state = {name: params[name] for name in self.buffers}
-        *_, (adapted, state) = self._on_minibatches(start, tasks, tasks["minibatches"], None, state)
+        *_, (adapted, state) = self._adapt_on_minibatches(start, tasks, tasks["minibatches"], None, state)
         adapted = {name: value.detach() for name, value in adapted.items()}
         query = self.domain.data(tasks, "query")
         losses, metrics = self.domain.outer_loss(self.model, adapted, query)
@@ -70,12 +70,14 @@ class Reptile(Algorithm):
         support = self.domain.data(tasks, "support")
         # The same for every task of a bank: it must not depend on how tasks are chunked.
         stream = Stream(0, support.x.device).child("minibatches")
-        minibatches = _minibatches(stream, num_steps, support.x.shape[1], self.num_test_examples).expand(count, -1, -1)
+        minibatches = _draw_minibatches(stream, num_steps, support.x.shape[1], self.num_test_examples).expand(
+            count, -1, -1
+        )
         state = {name: params[name] for name in self.buffers}
-        for adapted, _ in self._on_minibatches(self.theta_of(params), tasks, minibatches, step_sizes, state):
+        for adapted, _ in self._adapt_on_minibatches(self.theta_of(params), tasks, minibatches, step_sizes, state):
             yield adapted
 
-    def _on_minibatches(
+    def _adapt_on_minibatches(
         self,
         params: Params,
         tasks: Tasks,
@@ -96,7 +98,7 @@ class Reptile(Algorithm):
         return self.inner.adapt(loss, params, num_steps, create_graph=False, step_sizes=step_sizes, state=state)
 
 
-def _minibatches(stream: Stream, num_steps: int, num_support: int, num_examples: int) -> Tensor:
+def _draw_minibatches(stream: Stream, num_steps: int, num_support: int, num_examples: int) -> Tensor:
     """Returns the support examples of each inner step, ``(..., num_steps, min(num_examples, num_support))``.
 
     The passes over the support set, each in an order of its own, follow each other without a gap.

@@ -17,7 +17,7 @@ ChunkGradient = Callable[[Params, Tasks], tuple[Params, Params]]
 _log = logging.getLogger(__name__)
 
 
-class Compiled:
+class CompiledFunction:
     """A function, compiled for each shape of its inputs on first use.
 
     The trace already holds the derivatives, so the compiler sees a plain function and differentiates nothing. Where

@@ -40,7 +40,7 @@ def start(on_gpus: bool) -> None:
                 "GPUs; start one for each (torchrun --nproc-per-node), or choose hardware=cpu"
             )
         torch.cuda.set_device(local_rank())
-    with _in_contact():
+    with _explain_lost_process():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     atexit.register(dist.destroy_process_group)
     sys.stderr = sys.__stderr__  # train.py keeps all but the first silent up to here
@@ -66,7 +66,7 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def share(tasks: Tasks) -> Tasks:
+def shard(tasks: Tasks) -> Tasks:
     """Returns this process's part of a batch, whose tasks follow each other in the order of the processes.
 
     Raises:
@@ -89,7 +89,7 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> list[Tensor]:
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
         flat = torch.cat([tensors[place].flatten() for place in places])
-        with _in_contact():
+        with _explain_lost_process():
             dist.all_reduce(flat)
         parts = flat.split([tensors[place].numel() for place in places])
         for place, part in zip(places, parts, strict=True):
@@ -110,7 +110,7 @@ def all_gather(part: Tensor) -> Tensor:
     if world_size() == 1:
         return part
     parts: list[Any] = [None] * world_size()
-    with _in_contact():
+    with _explain_lost_process():
         dist.all_gather_object(parts, part)
     return torch.cat(parts)
 
@@ -120,7 +120,7 @@ def all_reduce_max(number: int) -> int:
     if world_size() == 1:
         return number
     value = torch.tensor(number)
-    with _in_contact():
+    with _explain_lost_process():
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
 
@@ -135,7 +135,7 @@ def on_rank_zero(act: Callable[[], Result]) -> Result:
             outcome[0] = act()
         except MamlError as error:
             outcome[1] = error
-    with _in_contact():
+    with _explain_lost_process():
         dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
@@ -143,7 +143,7 @@ def on_rank_zero(act: Callable[[], Result]) -> Result:
 
 
 @contextmanager
-def _in_contact() -> Iterator[None]:
+def _explain_lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

@@ -22,7 +22,7 @@ _recomputes = False
 
 
 @contextlib.contextmanager
-def recomputing(enabled: bool) -> Iterator[None]:
+def recompute_inner_steps(enabled: bool) -> Iterator[None]:
     """Sets whether inner steps are computed again for the meta-gradient, rather than kept in memory."""
     global _recomputes
     before, _recomputes = _recomputes, enabled
@@ -32,12 +32,12 @@ def recomputing(enabled: bool) -> Iterator[None]:
         _recomputes = before
 
 
-def recomputes() -> bool:
-    """Returns what `recomputing` has set."""
+def recompute_enabled() -> bool:
+    """Returns what `recompute_inner_steps` has set."""
     return _recomputes
 
 
-def within_memory(compute: Callable[[int], Computed], chunk: int) -> tuple[Computed, int]:
+def halve_chunk_on_oom(compute: Callable[[int], Computed], chunk: int) -> tuple[Computed, int]:
     """Returns what is computed in chunks of tasks, and their size: ``chunk``, halved as often as was needed.
 
     Args:

@@ -34,7 +34,7 @@ def check(precision: Precision, on_policy: bool, device: torch.device) -> None:
 
 
 @contextmanager
-def computing_in(precision: Precision) -> Iterator[None]:
+def use_precision(precision: Precision) -> Iterator[None]:
     """Sets the process-wide switches, and sets them back."""
     global _rounds
     before = torch.get_default_dtype(), _rounds
@@ -52,11 +52,11 @@ def computing_in(precision: Precision) -> Iterator[None]:
         _rounds = before[1]
 
 
-def rounding(device: torch.device) -> torch.autocast:
+def autocast(device: torch.device) -> torch.autocast:
     """Returns a context in which torch rounds the factors of products by itself, as a user's own module needs it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=_rounds, cache_enabled=False)
 
 
-def rounded(*factors: Tensor) -> tuple[Tensor, ...]:
+def round_factors(*factors: Tensor) -> tuple[Tensor, ...]:
     """Returns the factors of a product as they are to enter it."""
     return tuple(factor.bfloat16() for factor in factors) if _rounds else factors

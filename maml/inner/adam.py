@@ -38,7 +38,7 @@ class Adam(Inner):
         super().__init__(step_size, num_steps, order, adapt)
         self.betas, self.eps = betas, eps
 
-    def start(self, params: Params) -> Params:
+    def init_state(self, params: Params) -> Params:
         means = {f"{kind}.{name}": torch.zeros_like(value) for kind in _KINDS for name, value in params.items()}
         some = next(iter(params.values()))
         return means | {"step": some.new_zeros(some.shape[:1], dtype=torch.float64)}

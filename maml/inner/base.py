@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from maml.errors import MamlError
-from maml.hardware.memory import recomputes
+from maml.hardware.memory import recompute_enabled
 from maml.types import Params
 
 Loss = Callable[[Params, int], Tensor]
@@ -28,7 +28,7 @@ class Inner(ABC):
     """Takes gradient steps from theta on the parameters that adapt; a subclass says what one step does.
 
     Class attributes:
-        is_plain: whether a step is theta - step_size * gradient and no more.
+        is_plain_sgd: whether a step is theta - step_size * gradient and no more.
 
     Args:
         step_size: of every step, or where it starts.
@@ -37,7 +37,7 @@ class Inner(ABC):
         adapt: which parameters adapt, as patterns of their names; a pattern behind ``!`` takes names out again.
     """
 
-    is_plain = False
+    is_plain_sgd = False
 
     def __init__(self, step_size: float, num_steps: int, order: Literal[1, 2], adapt: list[str]) -> None:
         self.step_size = step_size
@@ -45,11 +45,11 @@ class Inner(ABC):
         self.order = order
         self.patterns = adapt
 
-    def init(self, params: Params) -> Params:
+    def init_learned(self, params: Params) -> Params:
         """Returns what of the optimizer is meta-learnt: it joins theta, under names that open with ``inner.``."""
         return {}
 
-    def start(self, params: Params) -> Params:
+    def init_state(self, params: Params) -> Params:
         """Returns the optimizer's state before the first step, by name, in the shapes of ``params``."""
         return {}
 
@@ -111,7 +111,7 @@ class Inner(ABC):
         """
         names = self.adapted_names(list(params))
         if state is None:
-            state = self.start({name: params[name] for name in names})
+            state = self.init_state({name: params[name] for name in names})
         yield params, state
 
         def take_step(params: Params, state: Params, step: int, create_graph: bool) -> tuple[Params, Params]:
@@ -125,7 +125,7 @@ class Inner(ABC):
             with torch.enable_grad():
                 if not params[names[0]].requires_grad:  # evaluation: nothing upstream wants a gradient
                     params = params | {name: params[name].detach().requires_grad_() for name in names}
-                if create_graph and recomputes():
+                if create_graph and recompute_enabled():
                     adapted, state = _recomputed(partial(take_step, step=step), params, state)
                 else:
                     adapted, state = take_step(params, state, step, create_graph)

@@ -32,7 +32,7 @@ class LearnedSGD(Inner):
     ) -> None:
         super().__init__(step_size, num_steps, order, adapt)
 
-    def init(self, params: Params) -> Params:
+    def init_learned(self, params: Params) -> Params:
         return {
             f"inner.step_size.{name}": params[name].new_full((self.num_steps,), self.step_size)
             for name in self.adapted_names(list(params))

@@ -18,7 +18,7 @@ class SGD(Inner):
         adapt: which parameters adapt, as patterns of their names; a pattern behind ``!`` takes names out again.
     """
 
-    is_plain = True
+    is_plain_sgd = True
 
     def __init__(
         self, step_size: PositiveFloat, num_steps: NonNegativeInt, order: Literal[1, 2], adapt: list[str]

@@ -34,7 +34,7 @@ class Adam(Outer):
         self.betas = betas
         self.eps = eps
 
-    def init(self, theta: Params) -> OuterState:
+    def init_state(self, theta: Params) -> OuterState:
         """Returns zero means over all parameters as one vector, and a step counter (a tensor, to be captured)."""
         flat = torch.cat([value.flatten() for value in theta.values()])
         return {

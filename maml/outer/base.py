@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from maml.types import Params, Product, Tasks
+from maml.types import MatrixVectorProduct, Params, Tasks
 
 OuterState = dict[str, Tensor]
 """All that an optimizer carries from one iteration to the next, as named tensors; it is saved and restored whole."""
@@ -35,7 +35,7 @@ class Objective(ABC):
         """
         raise NotImplementedError
 
-    def curvature(self, theta: Params, every: int = 1) -> Product:
+    def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
         """Returns the Hessian of the mean KL from the policies of ``theta``, at it; from every so many-th timestep."""
         raise NotImplementedError
 
@@ -50,7 +50,7 @@ class Outer(ABC):
     needs_policy = False
 
     @abstractmethod
-    def init(self, theta: Params) -> OuterState:
+    def init_state(self, theta: Params) -> OuterState:
         """Returns the state before the first update."""
 
     @abstractmethod

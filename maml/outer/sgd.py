@@ -24,7 +24,7 @@ class SGD(Outer):
         self.step_size, self.num_iterations = step_size, num_iterations
         self.final_step_size = step_size if final_step_size is None else final_step_size
 
-    def init(self, theta: Params) -> OuterState:
+    def init_state(self, theta: Params) -> OuterState:
         """Returns a step counter (a tensor, to be captured)."""
         return {"step": torch.zeros((), dtype=torch.float64, device=next(iter(theta.values())).device)}
 

@@ -42,7 +42,7 @@ class TRPO(Outer):
         self.max_kl, self.num_cg_steps, self.damping = max_kl, num_cg_steps, damping
         self.backtrack, self.curvature_every = backtrack, curvature_every
 
-    def init(self, theta: Params) -> OuterState:
+    def init_state(self, theta: Params) -> OuterState:
         """Returns nothing: each step stands alone."""
         return {}
 

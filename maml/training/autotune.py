@@ -29,7 +29,7 @@ _ENOUGH_WORSE = 1.1  # times as slow as the best so far, twice in a row: larger 
 _IRRELEVANT = ("outer.", "seed", "num_iterations")  # keys of training on which speed does not depend
 
 
-def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: Settings) -> Execution:
+def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware, config: Settings) -> Execution:
     """Returns the execution with the fastest chunk of tasks, compiled if that pays; as it was, if measuring does not.
 
     Only a domain whose `Workload` says ``measure_chunk`` is measured; the others go by the rules of `Hardware`.
@@ -52,7 +52,7 @@ def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: 
     path = Path(config.cache_dir) / "execution" / f"{digest(settings)}.json"
     seconds = _remembered(path)
     if seconds is None:
-        seconds = measured(iterate)
+        seconds = measure_seconds_per_task(iterate)
         content = json.dumps({"seconds_per_task": seconds, "settings": settings}, indent=2) + "\n"
         with suppress(OSError, MamlError):  # a cache that cannot be written costs the next run some seconds, no more
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: 
     return replace(execution, task_chunk=chunk, compile=pays)
 
 
-def measured(iterate: Iteration) -> dict[int, float]:
+def measure_seconds_per_task(iterate: Iteration) -> dict[int, float]:
     """Returns the seconds that a task's meta-gradient takes, by the number of tasks (of each seed) batched at once."""
     tasks, seeds = iterate.sample_tasks(1), len(iterate.algorithms)
     count = num_tasks(tasks) // seeds

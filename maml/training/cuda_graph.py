@@ -26,7 +26,7 @@ State = dict[str, Tensor]
 """All numbers that an iteration changes, by group, float64."""
 
 
-def record(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+def capture(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
     """Captures a computation on the GPU; returns tensors that hold its outputs, and what computes them anew."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
@@ -38,7 +38,7 @@ def record(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]
     return outputs, graph.replay
 
 
-class Captured:
+class CudaGraphIteration:
     """Does what an `Iteration` does, from a graph: tasks are drawn from the iteration's number, which the graph reads.
 
     It is used only if, once, it gave what the plain iteration gives; else a warning says why not, and the run goes on
@@ -55,12 +55,12 @@ class Captured:
         self.metrics: list[dict[str, Tensor]] = []
         self.replay: Callable[[], None] | None = None
         self.num_calls = 0
-        self.is_given_up = False
+        self.has_failed = False
 
     @property
     def execution(self) -> Execution:
         """How the computation is cut by now."""
-        return replace(self.iterate.execution, cuda_graph=not self.is_given_up)
+        return replace(self.iterate.execution, cuda_graph=not self.has_failed)
 
     def __call__(self, number: int) -> list[dict[str, Tensor]]:
         """Makes the meta-update of an iteration; the metrics returned are those of the newest from then on."""
@@ -69,7 +69,7 @@ class Captured:
             self.replay()
             return self.metrics
         self.num_calls += 1
-        if self.is_given_up or self.num_calls <= _NUM_WARM_UP:
+        if self.has_failed or self.num_calls <= _NUM_WARM_UP:
             return self.iterate(number)
         return self._capture(number)
 
@@ -86,7 +86,7 @@ class Captured:
             reason = self._difference(before, after, expected, metrics)
         if distributed.all_reduce_max(bool(reason)):
             self._restore(after)
-            self.is_given_up = True
+            self.has_failed = True
             _log.warning(
                 "the iteration is not launched as one CUDA graph (%s): slower, with the same results",
                 reason or "another process of this run cannot",
@@ -97,7 +97,7 @@ class Captured:
 
     def _record(self) -> tuple[list[dict[str, Tensor]], Callable[[], None], str]:
         try:
-            return *record(lambda: self.iterate(self.number)), ""
+            return *capture(lambda: self.iterate(self.number)), ""
         except RuntimeError as error:
             cause = error.__context__ or error  # what ends a capture fails too, where the capture has failed
             return [], lambda: None, str(cause).splitlines()[0]
@@ -136,6 +136,10 @@ class Captured:
         }
 
 
-def with_cuda_graph(iterate: Iteration) -> Iteration | Captured:
+def with_cuda_graph(iterate: Iteration) -> Iteration | CudaGraphIteration:
     """Returns what makes iterations in the way that was chosen; a meta-update that looks at its numbers is no graph."""
-    return Captured(iterate) if iterate.execution.cuda_graph and iterate.algorithms[0].sums_over_tasks else iterate
+    return (
+        CudaGraphIteration(iterate)
+        if iterate.execution.cuda_graph and iterate.algorithms[0].sums_over_tasks
+        else iterate
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
-from maml.algorithm.best import keep_best
+from maml.algorithm.best import update_best
 from maml.domain.base import Domain
 from maml.errors import MamlError
 from maml.hardware import distributed
@@ -70,7 +70,7 @@ class Iteration:
     def sample_tasks(self, number: int | Tensor) -> Tasks:
         """Draws the meta-batch of an iteration: this process's share of it, seed by seed."""
         batches = [
-            distributed.share(algorithm.sample_tasks(self.meta_batch_size, stream.child(number)))
+            distributed.shard(algorithm.sample_tasks(self.meta_batch_size, stream.child(number)))
             for algorithm, stream in zip(self.algorithms, self.streams, strict=True)
         ]
         return batches[0] if len(batches) == 1 else {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
@@ -89,7 +89,7 @@ def meta_update(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks)
     summary = _summary(algorithm.domain, tasks)
     if algorithm.best:
         assert algorithm.domain.selected_by is not None
-        keep_best(algorithm.best, algorithm.theta, summary[algorithm.domain.selected_by])
+        update_best(algorithm.best, algorithm.theta, summary[algorithm.domain.selected_by])
     return algorithm.meta_update(BatchObjective(meta_gradient, tasks), tasks) | summary
 
 
@@ -103,7 +103,7 @@ def _summary(domain: Domain, tasks: Tasks) -> dict[str, Tensor]:
     return dict(zip((*means, *counts), (*averages, *sums), strict=True))
 
 
-def check_shared(algorithm: Algorithm, num_seeds: int, meta_batch_size: int) -> None:
+def check_parallelism(algorithm: Algorithm, num_seeds: int, meta_batch_size: int) -> None:
     """Makes sure, before anything is written, that processes can share a meta-batch and seeds go side by side.
 
     Raises:

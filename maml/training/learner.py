@@ -17,7 +17,7 @@ from maml.seeding import Stream
 
 
 class Learner:
-    """The one owner of a seed. Nothing is written before `opened`.
+    """The one owner of a seed. Nothing is written before `open`.
 
     Args:
         settings: of this seed alone.
@@ -52,7 +52,7 @@ class Learner:
         self.start = saved["iteration"]
 
     @contextmanager
-    def opened(self, hardware: Hardware, num_seeds: int) -> Iterator[dict[str, Any] | None]:
+    def open(self, hardware: Hardware, num_seeds: int) -> Iterator[dict[str, Any] | None]:
         """Holds folder and logger; yields the checkpoint to resume from, if there is one, and records the end.
 
         Args:

@@ -13,10 +13,10 @@ from maml.algorithm.base import Algorithm
 from maml.domain.base import Metrics
 from maml.hardware import distributed
 from maml.hardware.base import Execution
-from maml.hardware.compile import Compiled
-from maml.hardware.memory import recomputing, within_memory
+from maml.hardware.compile import CompiledFunction
+from maml.hardware.memory import halve_chunk_on_oom, recompute_inner_steps
 from maml.outer.base import Objective
-from maml.types import Params, Product, Tasks, expand, num_tasks, take
+from maml.types import MatrixVectorProduct, Params, Tasks, expand, num_tasks, take
 
 Computed = TypeVar("Computed")
 
@@ -37,13 +37,13 @@ class MetaGradient:
     def __init__(self, algorithm: Algorithm, execution: Execution | None = None, num_seeds: int | None = None) -> None:
         self.algorithm, self.num_seeds = algorithm, num_seeds
         self._execution = execution or Execution(num_threads=1, task_chunk=None, compile=False)
-        self._sums = Compiled(self._chunk_sums) if self._execution.compile else self._chunk_sums
-        self._each = Compiled(self._chunk_gradients) if self._execution.compile else self._chunk_gradients
+        self._sums = CompiledFunction(self._chunk_sums) if self._execution.compile else self._chunk_sums
+        self._each = CompiledFunction(self._chunk_gradients) if self._execution.compile else self._chunk_gradients
 
     @property
     def execution(self) -> Execution:
         """How the work is cut by now: memory, or the compiler, may have failed at what was chosen."""
-        compiled = [function for function in (self._sums, self._each) if isinstance(function, Compiled)]
+        compiled = [function for function in (self._sums, self._each) if isinstance(function, CompiledFunction)]
         return replace(self._execution, compile=bool(compiled) and not any(each.failed for each in compiled))
 
     def gradient(self, params: Params, tasks: Tasks) -> tuple[Params, dict[str, Tensor]]:
@@ -56,7 +56,7 @@ class MetaGradient:
         Raises:
             MamlError: if memory does not suffice for a single task.
         """
-        gradients, metrics = self._within_memory(lambda chunk: self.sums(params, tasks, chunk), tasks)
+        gradients, metrics = self._in_chunks(lambda chunk: self.sums(params, tasks, chunk), tasks)
         means = distributed.all_reduce_mean([*gradients.values(), *metrics.values()], self._count(tasks))
         return (
             dict(zip(gradients, means[: len(gradients)], strict=True)),
@@ -73,7 +73,7 @@ class MetaGradient:
         """
         total: list[Tensor] = []
         for chunk in self._chunks(tasks, task_chunk):
-            with recomputing(self._execution.recompute):
+            with recompute_inner_steps(self._execution.recompute):
                 gradients, metrics = self._sums(params, chunk)
             part = [*gradients.values(), *metrics.values()]
             total = list(torch._foreach_add(total, part)) if total else part
@@ -103,7 +103,7 @@ class MetaGradient:
             gradients, metrics = zip(*parts, strict=True)
             return _concatenated(gradients), _concatenated(metrics)
 
-        return self._within_memory(compute, tasks)
+        return self._in_chunks(compute, tasks)
 
     @torch.no_grad()
     def evaluate(self, params: Params, tasks: Tasks) -> dict[str, Tensor]:
@@ -116,10 +116,10 @@ class MetaGradient:
                 sums.append(self._summed({"loss": losses} | metrics))
             return {name: torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]}
 
-        own = self._within_memory(compute, tasks)
+        own = self._in_chunks(compute, tasks)
         return dict(zip(own, distributed.all_reduce_mean(list(own.values()), self._count(tasks)), strict=True))
 
-    def curvature(self, params: Params, tasks: Tasks, every: int = 1) -> Product:
+    def curvature(self, params: Params, tasks: Tasks, every: int = 1) -> MatrixVectorProduct:
         """Returns the Hessian of the mean KL divergence from the policies of theta, at theta.
 
         Args:
@@ -129,7 +129,7 @@ class MetaGradient:
         """
         domain, theta = self.algorithm.domain, list(self.algorithm.theta)
 
-        def compute(task_chunk: int) -> list[tuple[Product, int]]:
+        def compute(task_chunk: int) -> list[tuple[MatrixVectorProduct, int]]:
             chunks = list(self._chunks(tasks, task_chunk))
             counts = [num_tasks(chunk) for chunk in chunks]
             return [
@@ -140,7 +140,7 @@ class MetaGradient:
                 for chunk, count in zip(chunks, counts, strict=True)
             ]
 
-        products = self._within_memory(compute, tasks)
+        products = self._in_chunks(compute, tasks)
 
         def product(vector: Params) -> Params:
             own: Params = {}
@@ -178,11 +178,11 @@ class MetaGradient:
         metrics = {name: value.detach() for name, value in ({"loss": losses} | metrics).items()}
         return dict(zip(theta, gradients, strict=True)), metrics
 
-    def _within_memory(self, compute: Callable[[int], Computed], tasks: Tasks) -> Computed:
+    def _in_chunks(self, compute: Callable[[int], Computed], tasks: Tasks) -> Computed:
         """Returns what is computed in chunks; where they had to shrink, the run goes on with the smaller ones."""
         count = self._count(tasks)
         chunk = min(self._execution.task_chunk or count, count)
-        computed, used = within_memory(compute, chunk)
+        computed, used = halve_chunk_on_oom(compute, chunk)
         if used < chunk:
             self._execution = replace(self._execution, task_chunk=used)
         return computed
@@ -231,7 +231,7 @@ class BatchObjective(Objective):
     def evaluate(self, theta: Params) -> dict[str, Tensor]:
         return self.meta_gradient.evaluate(self._params(theta), self.tasks)
 
-    def curvature(self, theta: Params, every: int = 1) -> Product:
+    def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
         return self.meta_gradient.curvature(self._params(theta), self.tasks, every)
 
     def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:

@@ -46,7 +46,7 @@ def make(kind: type[AnyClassifier], tiny_images: TinyRuns, *overrides: str) -> A
     assert isinstance(algorithm, kind)
     algorithm.theta = {name: value.double() for name, value in algorithm.theta.items()}
     algorithm.buffers = {name: value.double() for name, value in algorithm.buffers.items()}
-    algorithm.outer_state = algorithm.outer.init(algorithm.theta)
+    algorithm.outer_state = algorithm.outer.init_state(algorithm.theta)
     return algorithm
 
 

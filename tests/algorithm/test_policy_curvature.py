@@ -18,7 +18,7 @@ from maml.model.gaussian_policy import GaussianPolicy
 from maml.model.mlp import MLP
 from maml.outer.trpo import TRPO
 from maml.seeding import Stream
-from maml.types import Params, Product, Tasks, expand
+from maml.types import MatrixVectorProduct, Params, Tasks, expand
 from tests import algorithms
 
 Case = tuple[Algorithm, Tasks]
@@ -60,7 +60,7 @@ def made(kind: str, activation: str, num_steps: int) -> Case:
     return algorithm, tasks
 
 
-def curvature(algorithm: Algorithm, tasks: Tasks, task_chunk: int | None = None, every: int = 1) -> Product:
+def curvature(algorithm: Algorithm, tasks: Tasks, task_chunk: int | None = None, every: int = 1) -> MatrixVectorProduct:
     return algorithms.meta_gradient(algorithm, task_chunk).curvature(algorithm.theta, tasks, every)
 
 

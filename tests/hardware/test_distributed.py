@@ -180,7 +180,7 @@ def test_shares_follow_each_other_and_leave_nothing_out(size: int, monkeypatch: 
     shares = []
     for rank in range(size):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(distributed.share(tasks)["x"])
+        shares.append(distributed.shard(tasks)["x"])
     assert torch.equal(torch.cat(shares), tasks["x"])
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

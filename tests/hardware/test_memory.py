@@ -16,7 +16,7 @@ from maml.algorithm.maml import MAML
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
-from maml.hardware.memory import within_memory
+from maml.hardware.memory import halve_chunk_on_oom
 from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
 from maml.record import checkpoint
@@ -48,7 +48,7 @@ def test_chunk_is_halved_until_it_fits_and_stays_so(caplog: pytest.LogCaptureFix
         return "done"
 
     with caplog.at_level(logging.WARNING):
-        assert within_memory(compute, 25) == ("done", 3)
+        assert halve_chunk_on_oom(compute, 25) == ("done", 3)
     assert [record.getMessage().split("=")[-1] for record in caplog.records] == ["12", "6", "3"]
 
 

@@ -41,7 +41,7 @@ def test_what_an_optimizer_itself_learns_never_adapts() -> None:
 class Counting(Inner):
     """Moves by the gradients seen so far, whose number its state holds; notes what it was given."""
 
-    def start(self, params: Params) -> Params:
+    def init_state(self, params: Params) -> Params:
         return {f"{name}.count": torch.zeros_like(value) for name, value in params.items()}
 
     def update(

@@ -14,7 +14,7 @@ from maml.domain.point_navigation import PointNavigation
 from maml.inner.sgd import SGD
 from maml.model.functional import Activation
 from maml.model.gaussian_policy import GaussianPolicy
-from maml.outer.base import Objective, Product
+from maml.outer.base import MatrixVectorProduct, Objective
 from maml.outer.trpo import TRPO, conjugate_gradient
 from maml.seeding import Stream
 from maml.types import Params
@@ -74,7 +74,7 @@ class Quadratic(Objective):
         away = flat(theta) - self.start
         return {"loss": self.loss(flat(theta)), "kl": 0.5 * away @ self.metric @ away}
 
-    def curvature(self, theta: Params, every: int = 1) -> Product:
+    def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
         self.every.append(every)
 
         def product(vector: Params) -> Params:
@@ -139,7 +139,7 @@ def test_metrics_are_those_before_the_step_and_after() -> None:
     assert metrics["loss_after"] == objective.loss(flat(theta)) < metrics["loss"]
     assert set(metrics) == {"loss", "kl", "other", "loss_after", "step_fraction"}
     assert all(value.dim() == 0 for value in metrics.values())
-    assert TRPO().init(theta) == {}
+    assert TRPO().init_state(theta) == {}
 
 
 BAD = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maml.algorithm.maml import MAML
 from maml.domain.base import Metrics, Role, Split, SupervisedDomain
-from maml.hardware.memory import recomputing
+from maml.hardware.memory import recompute_inner_steps
 from maml.inner.sgd import SGD
 from maml.model.base import Model
 from maml.model.conv4 import Conv4
@@ -193,7 +193,7 @@ def test_recomputed_steps_keep_no_more_of_five_steps_than_of_one() -> None:
 
             leaves = {name: value.requires_grad_() for name, value in theta.items()}
             hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda held_tensor: held_tensor.tensor)
-            with recomputing(recompute), hooks:
+            with recompute_inner_steps(recompute), hooks:
                 losses, _ = algorithm.task_losses(expand(leaves, NUM_TASKS), tasks)
             held[recompute, num_steps] = sum({each.tensor.data_ptr(): each.tensor.numel() for each in alive}.values())
             del losses
