@@ -1,4 +1,4 @@
-"""Fine-tuning of a pretrained classifier under a new last layer (docs/protocol.md#classifier-baselines)."""
+"""Fine-tuning of a pretrained classifier with a new last layer (docs/protocol.md#classifier-baselines)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from maml.types import Params, Tasks, expand, num_tasks
 
 
 class FineTune(Classifier):
-    """Fine-tunes what adapts (in the experiments all layers) in training mode; predicts with the running statistics.
+    """Replaces the last layer, fine-tunes in training mode, and predicts with the running statistics.
 
-    The new last layer is drawn once, and is the same for all tasks.
+    The new last layer is drawn once and is the same for all tasks. ``inner.adapt`` says which layers are fine-tuned;
+    in the experiments all are.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -29,7 +30,7 @@ class FineTune(Classifier):
         support = self.images.data(tasks, "support")
 
         def loss(params: Params, step: int) -> Tensor:
-            outputs, seen = self._in_training_mode(params, support.x)
+            outputs, seen = self._forward_in_training_mode(params, support.x)
             statistics.update(new_statistics(statistics, seen))
             return mean_cross_entropy(outputs, support.y)
 

@@ -12,12 +12,12 @@ from maml.types import MatrixVectorProduct, Params, Tasks
 
 
 class MAML(Algorithm):
-    """Learns the theta from which a few gradient steps do best on each task's query data."""
+    """Learns a theta from which a few gradient steps on support data give a low loss on each task's query data."""
 
     differentiates_adaptation = True
     learns_from_rollouts = True
     role: Role = "query"
-    """Of the data on which the meta-objective is measured."""
+    """The data on which the meta-objective is computed."""
 
     @property
     def name(self) -> str:
@@ -25,7 +25,7 @@ class MAML(Algorithm):
 
     @property
     def num_steps(self) -> int:
-        """Gradient steps in front of the meta-objective."""
+        """Number of gradient steps before the meta-objective is computed."""
         return self.inner.num_steps
 
     def collect(self, params: Params, tasks: Tasks) -> None:
@@ -59,7 +59,11 @@ class MAML(Algorithm):
         fixed = {name: torch.zeros_like(path[0][name]) for name in theta if name not in names}
 
         def product(vector: Params) -> Params:
-            """J^T F J v with J = I - alpha M H of each step, M the mask of what adapts: exact where the KL is zero."""
+            """Returns J^T F J v. This is the exact Hessian of the KL divergence, because the KL is zero at theta.
+
+            F is the Fisher matrix. J is the product of I - alpha M H over the steps; H is a step's Hessian and M the
+            mask of the parameters that adapt.
+            """
             v = vector
             for hessian in hessians:
                 curved = hessian(v)
@@ -73,7 +77,7 @@ class MAML(Algorithm):
         return product
 
     def _curvature_of_any_inner(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
-        """Differentiates the KL twice, through whatever the inner optimizer does."""
+        """Differentiates the KL divergence twice, through the steps of any inner optimizer."""
         theta = {name: value.detach().requires_grad_() for name, value in self.theta_of(params).items()}
         with torch.enable_grad():
             kl = self.task_losses(params | theta, tasks)[1]["kl"].sum()

@@ -12,10 +12,11 @@ class SGD(Inner):
     """theta' = theta - alpha * gradient, on the full support set.
 
     Args:
-        step_size: the paper's alpha.
-        num_steps: gradient steps in training (evaluation has its own number).
+        step_size: step size of every step, the paper's alpha.
+        num_steps: number of gradient steps in training (evaluation has its own number).
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants (FOMAML).
-        adapt: which parameters adapt, as patterns of their names; a pattern behind ``!`` takes names out again.
+        adapt: which parameters adapt: patterns of parameter names, such as ``conv*``. A pattern that opens with ``!``
+            excludes names again.
     """
 
     is_plain_sgd = True
