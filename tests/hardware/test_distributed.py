@@ -160,7 +160,7 @@ def _wait_for_checkpoint(folder: Path, iteration: int = 1) -> None:
     ("overrides", "message"),
     [
         (("meta_batch_size=2",), "meta_batch_size=2 cannot be shared by 3 processes"),
-        (("+experiment=sinusoid_multitask_average",), "MultitaskAverage makes no sum over tasks"),
+        (("+experiment=sinusoid_multitask_average",), "MultitaskAverage cannot be trained by several processes"),
         (("hardware.min_processes=4",), "3 processes for hardware.min_processes=4"),
     ],
 )

@@ -136,10 +136,10 @@ def test_seed_killed_before_its_checkpoint_catches_up_bit_exactly(
     ("overrides", "message"),
     [
         (("run_dir=here",), "run_dir= and checkpoint= name one run"),
-        (("+experiment=sinusoid_multitask_average",), "seeds=2: MultitaskAverage cannot run side by side"),
+        (("+experiment=sinusoid_multitask_average",), "seeds=2: MultitaskAverage cannot train several seeds"),
         (
             ("+experiment=point_navigation_maml", "evaluation.num_steps=4"),
-            "seeds=2: PointNavigation cannot run side by side; sweep instead, with -m seed=",
+            "seeds=2: PointNavigation cannot train several seeds as one computation; sweep instead, with -m seed=",
         ),
     ],
 )
