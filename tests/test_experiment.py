@@ -59,7 +59,7 @@ def told() -> Iterator[list[tuple[str, Any]]]:
         (("inner=learned_sgd", "algorithm=pretrain"), "does not differentiate through adaptation"),
         (("model=conv4",), r"takes images \(height, width, channels\)"),
         (("evaluation.step_size={5: 0.1}",), "no entry for K=10"),
-        (("hardware.min_processes=2",), "1 process for hardware"),
+        (("hardware.min_processes=2",), "1 process, fewer than hardware"),
         (("checkpoint=a.pt",), "checkpoint= is for mode=eval"),
         (("run_dir=here", "seeds=2"), "run_dir= and checkpoint= name one run"),
         (("mode=eval",), "there is nothing to evaluate"),

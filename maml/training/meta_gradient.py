@@ -39,10 +39,9 @@ class MetaGradient:
     def __init__(self, algorithm: Algorithm, execution: Execution | None = None, num_seeds: int | None = None) -> None:
         self.algorithm, self.num_seeds = algorithm, num_seeds
         self._execution = execution or Execution(num_threads=1, task_chunk=None, compile=False)
-        self._compute_sums = CompiledFunction(self._chunk_sums) if self._execution.compile else self._chunk_sums
-        self._compute_gradients = (
-            CompiledFunction(self._chunk_gradients) if self._execution.compile else self._chunk_gradients
-        )
+        compiles = self._execution.compile
+        self._compute_sums = CompiledFunction(self._chunk_sums) if compiles else self._chunk_sums
+        self._compute_gradients = CompiledFunction(self._chunk_gradients) if compiles else self._chunk_gradients
 
     @property
     def execution(self) -> Execution:

@@ -161,7 +161,7 @@ def _wait_for_checkpoint(folder: Path, iteration: int = 1) -> None:
     [
         (("meta_batch_size=2",), "meta_batch_size=2 cannot be shared by 3 processes"),
         (("+experiment=sinusoid_multitask_average",), "MultitaskAverage cannot be trained by several processes"),
-        (("hardware.min_processes=4",), "3 processes for hardware.min_processes=4"),
+        (("hardware.min_processes=4",), "3 processes, fewer than hardware.min_processes=4"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_is_written(
