@@ -167,7 +167,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         Evaluation(num_tasks=1, num_steps=3, step_size=[0.1, 0.1])
     with pytest.raises(MamlError, match="names a K twice"):
         Evaluation(num_tasks=1, num_steps=3, num_shots=[5, 5])
-    with pytest.raises(MamlError, match=r"evaluation\.step_size and evaluation\.search both say"):
+    with pytest.raises(MamlError, match=r"evaluation\.step_size and evaluation\.search both set"):
         Evaluation(num_tasks=2, num_steps=3, step_size=0.1, search=StepSizeSearch([0.1], num_tasks=2))
 
 

@@ -61,7 +61,7 @@ def told() -> Iterator[list[tuple[str, Any]]]:
         (("evaluation.step_size={5: 0.1}",), "no entry for K=10"),
         (("hardware.min_processes=2",), "1 process, fewer than hardware"),
         (("checkpoint=a.pt",), "checkpoint= is for mode=eval"),
-        (("run_dir=here", "seeds=2"), "run_dir= and checkpoint= name one run"),
+        (("run_dir=here", "seeds=2"), "run_dir= and checkpoint= are for one run"),
         (("mode=eval",), "there is nothing to evaluate"),
     ],
 )

@@ -118,8 +118,8 @@ class Hardware:
         if not work.fixed_shapes:
             if self.compile is True:
                 raise MamlError(
-                    "hardware.compile=true is for supervised domains: the length of rollouts changes in each iteration, "
-                    "so each iteration would be compiled again; leave it to auto"
+                    "hardware.compile=true is for supervised domains: the length of rollouts changes with each "
+                    "iteration, so each iteration would be compiled again; leave it to auto"
                 )
             if self.recompute:
                 raise MamlError("hardware.recompute=true is for supervised domains; leave it at false")

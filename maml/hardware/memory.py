@@ -61,8 +61,8 @@ def halve_chunk_on_oom(compute: Callable[[int], Computed], chunk: int) -> tuple[
             torch.cuda.empty_cache()
         if chunk == 1:
             raise MamlError(
-                f"one task alone does not fit into memory ({reason}). Choose hardware.recompute=true, precision=bf16, a "
-                "smaller model, fewer gradient steps or seeds, or less support and query data per task"
+                f"one task alone does not fit into memory ({reason}). Choose hardware.recompute=true, precision=bf16, "
+                "a smaller model, fewer gradient steps or seeds, or less support and query data per task"
             )
         chunk //= 2
         _log.warning("out of memory (%s): continuing with hardware.task_chunk=%d", reason, chunk)

@@ -135,7 +135,7 @@ def test_seed_killed_before_its_checkpoint_catches_up_bit_exactly(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("run_dir=here",), "run_dir= and checkpoint= name one run"),
+        (("run_dir=here",), "run_dir= and checkpoint= are for one run"),
         (("+experiment=sinusoid_multitask_average",), "seeds=2: MultitaskAverage cannot train several seeds"),
         (
             ("+experiment=point_navigation_maml", "evaluation.num_steps=4"),
