@@ -1,4 +1,4 @@
-"""One experiment, from config to report: refused before anything is written, resumed, judged, printed, evaluated."""
+"""One experiment, from settings to report: refused before anything is written, resumed, judged, printed, evaluated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Reference = Callable[[TinyRuns], Path]
 
 
 class Noting(Logger):
-    """Keeps what it is told, of all runs, in order."""
+    """A logger that keeps all calls, of all runs, in order."""
 
     told: list[tuple[str, Any]] = []
 

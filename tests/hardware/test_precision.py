@@ -1,4 +1,4 @@
-"""The numbers that a run computes with: set for the run alone, part of its id, refused where they make no sense."""
+"""The precision of a run: set for this run only, part of its id, refused if it makes no sense."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def meta_gradient(precision: Precision, kind: str) -> tuple[Params, torch.dtype]:
-    """Returns the meta-gradient of the same theta and tasks, and the type of the parameters."""
+    """Returns the meta-gradient, always of the same theta and tasks, and the type of the parameters."""
     inner = SGD(step_size=0.02, num_steps=2, order=2, adapt=["*", "!*.shift"])
     domain: Any = Sinusoid() if kind == "vectors" else FixedExamples(SMALL, classes=True)
     exact = build_from(MAML, domain, MODELS[kind](), inner).theta

@@ -14,7 +14,7 @@ from maml.types import Params
 
 
 class Given(Objective):
-    """An objective whose gradient is handed to it."""
+    """An objective with a given gradient."""
 
     def __init__(self, gradient: Params) -> None:
         self.given = gradient

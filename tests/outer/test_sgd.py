@@ -18,7 +18,7 @@ def start() -> Params:
 
 
 def moves(sgd: SGD, theta: Params, state: OuterState, count: int) -> list[float]:
-    """Returns by how many gradients each of so many updates moves theta."""
+    """Makes updates; returns by how many gradients each moves theta."""
     moved = []
     for _ in range(count):
         before = {name: value.clone() for name, value in theta.items()}

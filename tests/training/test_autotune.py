@@ -1,4 +1,4 @@
-"""Choosing the chunk of tasks by measuring: once, where it pays, and kept by the run."""
+"""Measuring the fastest chunk of tasks: done once, only if it pays off, and kept in checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LONG = (
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], num_seeds: int = 1) -> list[int]:
-    """Has a chunk of so many tasks seem to take so long; returns the sizes that were tried."""
+    """Fakes the clock: each chunk size takes the given seconds. Returns a list that collects the sizes tried."""
     tried, now = list[int](), 0.0
 
     def compute(theta: Any, tasks: Any, chunk: int) -> None:
@@ -40,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], num_seeds:
         assert num_tasks(tasks) == chunk * num_seeds
         if not tried or tried[-1] != chunk:
             tried.append(chunk)
-            now += 100.0  # the first time counts for nothing
+            now += 100.0  # the warm-up is slow and must not count
         if seconds[chunk] < 0:
             raise torch.OutOfMemoryError
         now += seconds[chunk]
@@ -54,7 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], num_seeds:
     ("seconds", "best", "tried"),
     [
         ({1: 1.0, 2: 1.5, 4: 2.8, 8: 5.5, 16: 12.0, 20: 30.0}, 8, [1, 2, 4, 8, 16, 20]),
-        ({1: 1.0, 2: 3.0, 4: 7.0}, 1, [1, 2, 4]),  # twice worse: no more
+        ({1: 1.0, 2: 3.0, 4: 7.0}, 1, [1, 2, 4]),  # slower twice in a row: stops
         ({1: 1.0, 2: 1.8, 4: -1, 8: -1, 16: -1, 20: -1}, 2, [1, 2, 4, 8, 16, 20]),
     ],
 )
@@ -117,9 +117,9 @@ def test_nothing_is_measured_where_it_does_not_pay_or_is_not_asked_for(
 @pytest.mark.parametrize(
     ("experiment", "seconds", "compile"),
     [
-        ("omniglot_5way_1shot", 0.1, True),  # of 60,000 iterations of 2 tasks
+        ("omniglot_5way_1shot", 0.1, True),  # times 60,000 iterations of 2 tasks
         ("omniglot_5way_1shot", 0.001, False),
-        ("cifar_fs_5way_1shot", 0.1, False),  # of five inner steps
+        ("cifar_fs_5way_1shot", 0.1, False),  # five inner steps
     ],
 )
 def test_long_runs_of_one_inner_step_are_compiled(

@@ -1,4 +1,4 @@
-"""Launching an iteration as one graph, with a stand-in for the graph: when it is used, and when given up."""
+"""Running an iteration as a CUDA graph, with a fake graph: when it is used, and when the run continues without it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def iteration() -> Iteration:
 
 
 def fake_capture(iterate: Iteration, distort: Callable[[int], Any] = lambda calls: None) -> Any:
-    """Returns what stands in for the graph: it runs nothing when recorded, and writes into the same tensors ever after.
+    """Returns a fake `capture`: capturing computes nothing, and every replay writes into the same tensors.
 
     ``distort`` is called in front of each replay.
     """
