@@ -45,7 +45,7 @@ from maml.hardware.base import Hardware
 from maml.seeding import Stream
 from maml.training.iteration import meta_update
 from maml.training.meta_gradient import MetaGradient
-from maml.types import Params, Product, Tasks
+from maml.types import MatrixVectorProduct, Params, Tasks
 
 NUM_THREADS = 1
 PHASES = ("sampling", "advantages and adaptation", "gradient", "curvature", "conjugate gradient", "line search", "rest")
@@ -222,9 +222,9 @@ class Stopwatch:
 
 def watch(meta_gradient: MetaGradient, stopwatch: Stopwatch) -> None:
     """Has the phases of this process's meta-iterations timed."""
-    curvature: Callable[..., Product] = stopwatch.timed("curvature", meta_gradient.curvature)
+    curvature: Callable[..., MatrixVectorProduct] = stopwatch.timed("curvature", meta_gradient.curvature)
 
-    def timed_curvature(params: Params, tasks: Tasks, every: int = 1) -> Product:
+    def timed_curvature(params: Params, tasks: Tasks, every: int = 1) -> MatrixVectorProduct:
         return stopwatch.timed("conjugate gradient", curvature(params, tasks, every))
 
     algorithm: Any = meta_gradient.algorithm

@@ -1,4 +1,4 @@
-"""The fine-tuning baseline against a plain loop over episodes with the library's own layers."""
+"""The fine-tuning baseline against a plain loop over episodes with torch's own layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.runs import TinyRuns
 
 
 def pretrained(tiny_images: TinyRuns) -> FineTune:
-    """Returns the baseline after some batches, so that running statistics are no longer where they began."""
+    """Returns the baseline after some batches, so that the running statistics have changed."""
     algorithm = make(FineTune, tiny_images)
     algorithm.head = {name: value.double() for name, value in algorithm.head.items()}
     for iteration in range(3):

@@ -21,7 +21,7 @@ from maml.logger.base import Logger
 from maml.model.base import Model
 from maml.outer.base import Objective, Outer
 from maml.seeding import Stream
-from maml.types import Params, Product
+from maml.types import MatrixVectorProduct, Params
 from tests import algorithms
 from tests.options import PARTS, options, try_with
 
@@ -143,7 +143,7 @@ def test_inner_optimizer_adapts_in_any_number_of_steps(option: str, conf: Path) 
     config = composed(conf, "inner", option)
     inner: Inner = build(config.inner)
     theta = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[0.5]])}
-    params = {name: value.expand(3, *value.shape) for name, value in (theta | inner.init(theta)).items()}
+    params = {name: value.expand(3, *value.shape) for name, value in (theta | inner.init_learned(theta)).items()}
 
     def loss(params: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         return params["a"].square().sum(1) + params["b"].square().sum((1, 2))
@@ -166,12 +166,12 @@ def test_outer_optimizer_descends_a_quadratic_from_any_restart(option: str, conf
             loss = torch.stack([value.square().sum() for value in theta.values()]).sum()
             return {"loss": loss, "kl": torch.zeros(())}
 
-        def curvature(self, theta: Params, every: int = 1) -> Product:
+        def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
             return lambda vector: vector
 
     objective: Objective = Quadratic()
     theta = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[0.5]])}
-    state = outer.init(theta)
+    state = outer.init_state(theta)
     size = float(sum(value.square().sum() for value in theta.values()))
     for _ in range(5):
         outer.step(objective, theta, state)

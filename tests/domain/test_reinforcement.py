@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maml.algorithm.best import keep_best
+from maml.algorithm.best import update_best
 from maml.algorithm.maml import MAML
 from maml.config.compose import compose
 from maml.config.schema import build
@@ -279,10 +279,10 @@ def test_best_theta_is_that_of_the_best_training_return_and_is_what_is_evaluated
 
 def test_return_that_is_not_a_number_is_never_the_best() -> None:
     algorithm = algorithm_on(Strolling())
-    keep_best(algorithm.best, algorithm.theta, torch.tensor(torch.nan))
+    update_best(algorithm.best, algorithm.theta, torch.tensor(torch.nan))
     assert algorithm.best["score"] == -torch.inf
     for _ in range(10):
-        keep_best(algorithm.best, algorithm.theta, torch.tensor(-3.0))
+        update_best(algorithm.best, algorithm.theta, torch.tensor(-3.0))
     assert algorithm.best["score"] == -3
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maml.algorithm.context_vector import _WithContext
+from maml.algorithm.context_vector import _ModelWithContext
 from maml.model import linearized
 from maml.model.base import Model
 from maml.model.functional import Activation
@@ -36,11 +36,11 @@ MODELS: dict[str, Model] = {
     "batch": MLP((NUM_IN,), NUM_OUT, [6, 5], "softplus", normalization="batch"),
     "policy": policy((NUM_IN,), NUM_OUT),
     "lstm": LSTM((NUM_IN,), NUM_OUT, hidden_size=3),
-    "context_policy": _WithContext(policy, (NUM_IN,), NUM_OUT, 2, "glorot"),
-    "context_batch": _WithContext(
+    "context_policy": _ModelWithContext(policy, (NUM_IN,), NUM_OUT, 2, "glorot"),
+    "context_batch": _ModelWithContext(
         lambda in_shape, out_dim: MLP(in_shape, out_dim, [6, 5], normalization="batch"), (NUM_IN,), NUM_OUT, 2, "glorot"
     ),
-    "context_lstm": _WithContext(
+    "context_lstm": _ModelWithContext(
         lambda in_shape, out_dim: LSTM(in_shape, out_dim, hidden_size=3), (2, NUM_IN), NUM_OUT, 2, "glorot"
     ),
 }
