@@ -1,4 +1,4 @@
-"""A user's own network through the adapter."""
+"""The adapter for a user's own torch.nn.Module."""
 
 from __future__ import annotations
 
