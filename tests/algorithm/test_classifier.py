@@ -17,7 +17,7 @@ from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.seeding import Stream
 from tests import algorithms
-from tests.model.test_conv4 import native, native_values
+from tests.model.test_conv4 import library_network, library_values
 from tests.runs import TinyRuns
 
 AnyClassifier = TypeVar("AnyClassifier", bound=Classifier)
@@ -76,27 +76,27 @@ def test_gradient_equals_the_librarys_in_training_mode(tiny_images: TinyRuns) ->
     algorithm = make(NearestNeighbor, tiny_images)
     tasks = algorithm.sample_tasks(12, Stream(0))
     gradient, metrics = algorithms.gradient(algorithm, algorithm.theta, tasks)
-    net = native(algorithm.theta)
+    net = library_network(algorithm.theta)
     outputs = net(images_of(algorithm, tasks))
     loss = F.cross_entropy(outputs, tasks["labels"][0])
     loss.backward()
     torch.testing.assert_close(metrics["loss"], loss.detach(), rtol=1e-10, atol=0.0)
     assert metrics["accuracy"].item() == (outputs.argmax(1) == tasks["labels"][0]).double().mean()
-    for name, value in native_values(net, list(gradient)).items():
+    for name, value in library_values(net, list(gradient)).items():
         torch.testing.assert_close(gradient[name], value.grad, rtol=1e-8, atol=1e-10)
 
 
 def test_running_statistics_follow_the_librarys(tiny_images: TinyRuns) -> None:
     algorithm = make(NearestNeighbor, tiny_images)
-    net = native(algorithm.theta | algorithm.buffers)
+    net = library_network(algorithm.theta | algorithm.buffers)
     for iteration in range(4):
         tasks = algorithm.sample_tasks(6, Stream(iteration))
         with torch.no_grad():
-            for name, value in native_values(net, list(algorithm.theta)).items():
+            for name, value in library_values(net, list(algorithm.theta)).items():
                 value.copy_(algorithm.theta[name])
             net(images_of(algorithm, tasks))
         assert set(algorithms.step(algorithm, tasks)) == {"loss", "accuracy"}
-        for name, value in native_values(net, list(algorithm.buffers)).items():
+        for name, value in library_values(net, list(algorithm.buffers)).items():
             torch.testing.assert_close(algorithm.buffers[name], value, rtol=1e-9, atol=1e-10)
 
 
