@@ -1,8 +1,8 @@
-"""The errors that a user of the framework can cause, and only those."""
+"""Errors that a user can cause or mend; errors of the framework itself are plain exceptions."""
 
 
 class MamlError(ValueError):
-    """A setting, a file or a run is not usable; the message says what, why, and what to do."""
+    """A setting, a file or a run cannot be used. The message says what is wrong, why, and what to do."""
 
 
 class Unavailable(MamlError):
@@ -10,18 +10,23 @@ class Unavailable(MamlError):
 
 
 class Diverged(MamlError):
-    """Parameters are not finite, or what they compute is not."""
+    """Parameters, or values computed from them, are not finite."""
 
 
 class Disconnected(MamlError):
-    """Another process of the run is gone; nothing is wrong with this one."""
+    """Another process of the run has ended or cannot be reached; this process itself has not failed."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop; its state is saved and the same command resumes it."""
+    """A signal stopped the run. Its state is saved; the same command resumes it.
+
+    Args:
+        message: what was stopped and how to resume.
+        signal_number: the signal's number.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message, signal_number)  # both, so that it can pass from a sweep's process to another
+        super().__init__(message, signal_number)  # both, because pickle calls the class with these arguments
         self.signal_number = signal_number
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Meta-test: adaptation to a frozen bank of tasks, measured after every gradient step."""
+"""Meta-test: adapts to a frozen bank of tasks and measures after every gradient step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from maml.algorithm.base import Algorithm
 from maml.domain.base import Domain, Split
 from maml.errors import Diverged, MamlError
 from maml.hardware import distributed
-from maml.hardware.memory import within_memory
+from maml.hardware.memory import halve_chunk_on_oom
 from maml.seeding import Stream
 from maml.types import Count, NonNegativeFloat, NonNegativeInt, Params, PositiveFloat, Tasks, num_tasks, take
 
-# Tasks whose adapted parameters are held at once where the hardware sets no chunk.
+# Number of tasks that are adapted at once if the execution sets no chunk.
 _DEFAULT_CHUNK = 100
 
 
@@ -30,8 +30,8 @@ class Curve:
 
     Attributes:
         num_shots: K.
-        metric: its name.
-        values: per step and task, ``(num_steps + 1, tasks)``, float64.
+        metric: the metric's name.
+        values: the metric for each step and task, ``(num_steps + 1, tasks)``, float64.
     """
 
     num_shots: int
@@ -39,33 +39,35 @@ class Curve:
     values: Tensor
 
     def summary(self) -> dict[str, Any]:
-        """Returns mean and 95 % interval over tasks per step: 1.96 population std / sqrt(n), as the authors' code.
+        """Returns the mean and the 95 % interval over tasks for each step, as a report holds them.
 
-        A mean or interval that is not finite, because adaptation diverged on some task, is None.
+        The interval is mean +- 1.96 population std / sqrt(tasks), as in the authors' code. A mean or interval is None
+        if it is not finite, because adaptation diverged on some task.
         """
         count = self.values.shape[1]
-        half = 1.96 * self.values.std(1, correction=0) / math.sqrt(count)
+        half_width = 1.96 * self.values.std(1, correction=0) / math.sqrt(count)
         return {
             "num_shots": self.num_shots,
             "metric": self.metric,
             "steps": [
-                {"step": step, "mean": _finite(mean), "ci95": _finite(ci95), "num_tasks": count}
-                for step, (mean, ci95) in enumerate(zip(self.values.mean(1).tolist(), half.tolist(), strict=True))
+                {"step": step, "mean": _none_unless_finite(mean), "ci95": _none_unless_finite(ci95), "num_tasks": count}
+                for step, (mean, ci95) in enumerate(zip(self.values.mean(1).tolist(), half_width.tolist(), strict=True))
             ],
         }
 
 
-def _finite(value: float) -> float | None:
+def _none_unless_finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
 class StepSizeSearch:
-    """Chooses step sizes for meta-test: those of a grid that do best on validation tasks after the last step.
+    """Chooses the step sizes for meta-test: those of a grid with the best last step on validation tasks.
 
     Args:
-        step_sizes: the grid.
-        decays: d in step_size / (1 + step * d); every step size is tried with every one.
-        num_tasks: validation tasks.
+        step_sizes: grid of step sizes to try.
+        decays: grid of decays to try with every step size. With decay d, step s (from 0) has the size
+            step_size / (1 + s * d). None does not decay.
+        num_tasks: number of validation tasks.
     """
 
     def __init__(
@@ -79,10 +81,18 @@ class StepSizeSearch:
     def __call__(
         self, evaluation: Evaluation, algorithm: Algorithm, num_shots: int, task_chunk: int | None = None
     ) -> list[float]:
-        """Returns the chosen step sizes at one K, one per step; of equals the first, and never one that diverged.
+        """Returns the chosen step sizes at one K, one per step.
+
+        Step sizes with which adaptation diverged are never chosen. Of equally good ones, the first is.
+
+        Args:
+            evaluation: draws the validation tasks and measures.
+            algorithm: the algorithm with the state to evaluate.
+            num_shots: K.
+            task_chunk: number of tasks that are adapted at once; None uses a default.
 
         Raises:
-            MamlError: if all of them diverged.
+            MamlError: if adaptation diverged with all of them.
         """
         domain = algorithm.domain
         bank = evaluation.bank(domain, num_shots, self.num_tasks, split="val")
@@ -95,7 +105,7 @@ class StepSizeSearch:
             except Diverged:
                 continue
             score = next(sign * curve.values[-1].mean().item() for curve in curves if curve.metric == domain.headline)
-            if score > best:  # false where it is not a number
+            if score > best:  # a NaN is never better
                 best, chosen = score, sizes
         if chosen is None:
             raise MamlError(
@@ -106,18 +116,22 @@ class StepSizeSearch:
 
 
 class Evaluation:
-    """Adapts to every task of a bank and measures after each step. The bank depends on nothing but these settings.
+    """Adapts to every task of a frozen bank and measures after each step.
+
+    The bank depends on these settings and the domain only: every run is evaluated on the same tasks.
 
     Args:
-        num_tasks: tasks in the bank; an interval takes two.
-        num_steps: gradient steps (training has its own number).
-        num_shots: every K at which to evaluate; None is the domain's.
-        num_query: query examples (per class); None is K, as in the authors' code.
-        step_size: of every step, or one per step, or one for each K; None is the inner optimizer's own.
-        search: chooses the step size at each K on validation tasks instead.
-        split: which tasks: ``test``, or ``val`` for choosing settings.
-        bank_seed: which bank.
-        theta: the ``last`` one, or where training keeps it the ``best`` by its own returns.
+        num_tasks: number of tasks in the bank; at least 2, for an interval.
+        num_steps: number of gradient steps (training has its own number).
+        num_shots: every K to evaluate at; None evaluates at the domain's K only.
+        num_query: number of query examples (per class, in classification); None is K, as in the authors' code.
+        step_size: inner step size in meta-test: one number, a list with one per step, or a mapping from K to a number.
+            None uses the inner optimizer's own.
+        search: searches the step size at each K on validation tasks, instead of ``step_size``.
+        split: which tasks to evaluate on: ``test``, or ``val`` to choose settings.
+        bank_seed: seed of the task bank.
+        theta: which theta to evaluate: the ``last`` one or, in domains whose training keeps it, the ``best`` by its
+            training returns.
     """
 
     def __init__(
@@ -140,22 +154,25 @@ class Evaluation:
         if num_shots is not None and len(set(num_shots)) != len(num_shots):
             raise MamlError(f"evaluation.num_shots={num_shots} names a K twice")
         if step_size is not None and search is not None:
-            raise MamlError("evaluation.step_size and evaluation.search both say the step size; set one to null")
+            raise MamlError("evaluation.step_size and evaluation.search both set the step size; set one to null")
         if search is not None and split == "val":
-            raise MamlError("evaluation.search tunes on validation tasks, which evaluation.split=val would report")
+            raise MamlError(
+                "evaluation.search chooses on validation tasks, so evaluation.split=val would report the tasks that it "
+                "chose on; set evaluation.search=null, or evaluation.split=test"
+            )
         self.num_tasks, self.num_steps = num_tasks, num_steps
         self.num_shots, self.num_query = num_shots, num_query
         self.step_size, self.search = step_size, search
         self.split, self.bank_seed, self.theta = split, bank_seed, theta
 
     def step_sizes(self, num_shots: int) -> list[float] | None:
-        """Returns the step sizes at one K, one per step; None leaves them to the inner optimizer.
+        """Returns the step sizes at one K, one per step; None if the inner optimizer's own are used.
 
         Raises:
-            MamlError: if step sizes are given for other K only.
+            MamlError: if ``step_size`` is a mapping without this K.
         """
         if isinstance(self.step_size, dict):
-            sizes = {int(known): size for known, size in self.step_size.items()}
+            sizes = {int(shots): size for shots, size in self.step_size.items()}
             if num_shots not in sizes:
                 raise MamlError(
                     f"evaluation.step_size has no entry for K={num_shots}, only for {', '.join(map(str, sizes))}; "
@@ -167,17 +184,25 @@ class Evaluation:
     def bank(
         self, domain: Domain[Any], num_shots: int, num_tasks: int | None = None, split: Split | None = None
     ) -> Tasks:
-        """Draws the frozen tasks at one K, on the CPU."""
+        """Draws the task bank at one K, on the CPU.
+
+        Args:
+            domain: the source of the tasks.
+            num_shots: K.
+            num_tasks: number of tasks; None is the evaluation's own.
+            split: which tasks; None is the evaluation's own split.
+        """
         stream = Stream(self.bank_seed).child("bank")
         return domain.sample_tasks(
             num_tasks or self.num_tasks, stream, split or self.split, num_shots, self.num_query or num_shots
         )
 
     def check(self, domain: Domain[Any]) -> None:
-        """Makes sure, before any training, that the bank can be drawn.
+        """Checks, before any training, that the evaluation is possible on a domain.
 
         Raises:
-            MamlError: if the domain has too little data for one of the K, or its training keeps no best theta.
+            MamlError: if the domain has too little data at some K, if some K has no step size, or if the best theta is
+                evaluated and training does not keep it.
         """
         if self.theta == "best" and domain.selected_by is None:
             raise MamlError(
@@ -195,11 +220,15 @@ class Evaluation:
     def __call__(
         self, algorithm: Algorithm, task_chunk: int | None = None
     ) -> tuple[list[Curve], dict[str, str], dict[str, list[float] | None]]:
-        """Returns the curves; and by K the hash of the task bank, and the step sizes (None: the inner optimizer's).
+        """Evaluates at every K.
 
         Args:
-            algorithm: with the state to evaluate.
-            task_chunk: number of tasks adapted at once; None is as many as usually fit.
+            algorithm: the algorithm with the state to evaluate.
+            task_chunk: number of tasks that are adapted at once; None uses a default.
+
+        Returns:
+            The curves; the hash of the task bank for each K; and the step sizes for each K, None if the inner
+            optimizer's own were used.
         """
         domain = algorithm.domain
         curves, hashes, sizes = [], {}, {}
@@ -211,7 +240,7 @@ class Evaluation:
         return curves, hashes, sizes
 
     def choose_theta(self, algorithm: Algorithm) -> Params:
-        """Returns the theta that is evaluated."""
+        """Returns the theta to evaluate, without a task axis."""
         return algorithm.theta if self.theta == "last" else {name: algorithm.best[name] for name in algorithm.theta}
 
     @torch.no_grad()
@@ -225,29 +254,38 @@ class Evaluation:
     ) -> list[Curve]:
         """Adapts to the tasks of a bank and measures after each step.
 
-        The processes of a run share the tasks; each gets the values of all.
+        The processes of a run share the tasks; all processes get the values of all tasks.
+
+        Args:
+            algorithm: the algorithm with the state to evaluate.
+            num_shots: K of the bank.
+            bank: the tasks, on the CPU.
+            step_sizes: one step size per step; None uses the inner optimizer's own.
+            task_chunk: number of tasks that are adapted at once; None uses a default.
 
         Raises:
-            Diverged: if adaptation did, in a domain where nothing more can be measured then.
+            Diverged: if adaptation diverged and the domain cannot measure such parameters.
         """
-        shared = num_tasks(bank) >= distributed.world_size()
-        failed, parts = None, dict[str, Tensor]()
-        own = distributed.share(bank) if shared else bank
+        is_shared = num_tasks(bank) >= distributed.world_size()
+        diverged, parts = None, dict[str, Tensor]()
+        own_tasks = distributed.shard(bank) if is_shared else bank
         whole_bank = algorithm.domain.workload.whole_bank
-        together = num_tasks(own) if whole_bank else task_chunk or _DEFAULT_CHUNK
+        first_chunk = num_tasks(own_tasks) if whole_bank else task_chunk or _DEFAULT_CHUNK
         try:
-            parts, _ = within_memory(lambda chunk: self._measure(algorithm, own, step_sizes, chunk), together)
+            parts, _ = halve_chunk_on_oom(
+                lambda chunk: self._measure(algorithm, own_tasks, step_sizes, chunk), first_chunk
+            )
         except Diverged as error:
-            failed = error
-        if distributed.all_reduce_max(failed is not None):
-            raise failed or Diverged("adaptation diverged in another process of this run")
-        values = {name: distributed.all_gather(part) if shared else part for name, part in parts.items()}
+            diverged = error
+        if distributed.all_reduce_max(diverged is not None):
+            raise diverged or Diverged("adaptation diverged in another process of this run")
+        values = {name: distributed.all_gather(part) if is_shared else part for name, part in parts.items()}
         return [Curve(num_shots, name, value.T.contiguous()) for name, value in values.items()]
 
     def _measure(
         self, algorithm: Algorithm, bank: Tasks, step_sizes: list[float] | None, chunk: int
     ) -> dict[str, Tensor]:
-        """Returns each metric per task and step, ``(T, num_steps + 1)``, float64; of so many tasks at once."""
+        """Returns each metric for every task and step, ``(T, num_steps + 1)``, float64, adapting in chunks of tasks."""
         domain, model = algorithm.domain, algorithm.model
         device = next(iter(algorithm.theta.values())).device
         theta = self.choose_theta(algorithm)
@@ -268,7 +306,7 @@ class Evaluation:
 
 
 def bank_hash(tasks: Tasks) -> str:
-    """Returns a hash of all that was drawn for a bank: equal hashes, identical tasks."""
+    """Returns a hash of a task bank: equal hashes mean identical tasks."""
     content = hashlib.sha256()
     for name in sorted(tasks):
         content.update(f"{name} {tuple(tasks[name].shape)}".encode())
@@ -277,7 +315,7 @@ def bank_hash(tasks: Tasks) -> str:
 
 
 def per_task_rows(curves: list[Curve]) -> list[dict[str, Any]]:
-    """Returns one row per K, metric and task, with a column per gradient step to 7 digits, for ``tasks.csv``."""
+    """Returns the rows of ``tasks.csv``: one per K, metric and task, with one column per gradient step, to 7 digits."""
     rows = []
     for curve in curves:
         for task, values in enumerate(curve.values.T.tolist()):

@@ -1,4 +1,4 @@
-"""One experiment from its config to its report: everything is built and checked before anything is written."""
+"""Runs one experiment from its settings to its report; everything is built and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from maml.evaluation import Evaluation, per_task_rows
 from maml.hardware import distributed
 from maml.hardware.base import Hardware
 from maml.hardware.precision import check as check_precision
-from maml.hardware.precision import computing_in
+from maml.hardware.precision import use_precision
 from maml.model.base import Model
 from maml.record.plot import plot_report
 from maml.seeding import Stream
-from maml.training.autotune import tuned
-from maml.training.iteration import Iteration, check_shared
+from maml.training.autotune import tune_execution
+from maml.training.iteration import Iteration, check_parallelism
 from maml.training.learner import Learner
 from maml.training.loop import train
 
 
 def build_domain(config: Settings, hardware: Hardware) -> Domain[Any]:
-    """Builds a domain, with its data on the device.
+    """Builds the domain and moves its data to the device.
 
     Raises:
         MamlError: if data is missing.
@@ -43,12 +43,12 @@ def build_domain(config: Settings, hardware: Hardware) -> Domain[Any]:
 
 
 def build_algorithm(config: Settings, hardware: Hardware, domain: Domain[Any] | None = None) -> Algorithm:
-    """Builds domain, model, inner and outer optimizer and the algorithm that joins them.
+    """Builds the domain, model, inner and outer optimizer, and the algorithm from them.
 
     Args:
-        config: a checked, plain config.
-        hardware: where theta and the data live.
-        domain: if it is built already.
+        config: the checked settings of one seed.
+        hardware: its device holds theta and the data.
+        domain: the domain, if it is built already; None builds it.
 
     Raises:
         MamlError: if data is missing or the parts do not fit each other.
@@ -64,30 +64,38 @@ def build_algorithm(config: Settings, hardware: Hardware, domain: Domain[Any] | 
 
 
 Judge = Callable[[str, Settings, Mapping[str, Any]], Mapping[str, str]]
-"""Says what a report means: from an experiment's name, its settings and its report to lines of text by name."""
+"""Compares a report with other results, such as the paper's.
+
+Takes an experiment's name, its settings and its report. Returns one line of text for each compared number, by name.
+"""
 
 
 def run_experiment(config: Settings, experiment: str, judge: Judge | None = None) -> float:
-    """Trains (or resumes), evaluates and records one run, or one for each of several seeds.
+    """Trains (or resumes), evaluates and records one run for each seed.
 
     Args:
-        config: a checked, plain config.
-        experiment: its name, which is the first folder under ``runs_dir``.
-        judge: what it says of the report is printed under it and sent to the logger.
+        config: the checked settings.
+        experiment: the experiment's name, which is the first folder under ``runs_dir``.
+        judge: compares the report with other results; its lines are printed below the report and sent to the logger.
+            None compares nothing.
 
     Returns:
-        The headline number: the domain's metric at its own K after the last gradient step, of several seeds the mean.
+        The headline number: the domain's headline metric at its own K after the last gradient step; the mean over
+        several seeds; NaN if adaptation diverged.
 
     Raises:
-        MamlError: for anything the user can mend; what was saved before is intact.
-        Interrupted: on SIGTERM or SIGINT, after a checkpoint.
+        MamlError: for anything that the user can mend. Saved files stay intact.
+        Interrupted: on SIGTERM or SIGINT, after a checkpoint was saved.
     """
     if config.checkpoint is not None and config.mode == "train":
         raise MamlError("checkpoint= is for mode=eval; training resumes from its own run folder by itself")
     if config.seeds > 1 and (config.run_dir or config.checkpoint):
-        raise MamlError("run_dir= and checkpoint= name one run, seeds= makes several; give each its own command")
+        raise MamlError(
+            "run_dir= and checkpoint= are for one run, but seeds= makes several runs; start each seed with its own "
+            "command"
+        )
     distributed.start(torch.cuda.is_available() and config.hardware.get("device") != "cpu")
-    with computing_in(config.precision):
+    with use_precision(config.precision):
         return _run_seeds(config, experiment, judge)
 
 
@@ -102,44 +110,47 @@ def _run_seeds(config: Settings, experiment: str, judge: Judge | None) -> float:
         evaluation.check(learner.algorithm.domain)
         if config.mode == "eval":
             headlines.append(_evaluate_saved(learner, hardware, evaluation, judge))
-        elif (done := distributed.on_rank_zero(learner.folder.finished_report)) is not None:
-            _say(f"already finished: {learner.folder.path} (delete the folder to run it again)")
-            headlines.append(done["headline"])
+        elif (report := distributed.on_rank_zero(learner.folder.finished_report)) is not None:
+            _print_on_rank_zero(f"already finished: {learner.folder.path} (delete the folder to run it again)")
+            headlines.append(report["headline"])
         else:
             learners.append(learner)
     if learners:
         algorithm = learners[0].algorithm
         check_precision(config.precision, algorithm.domain.on_policy, hardware.device)
-        check_shared(algorithm, len(learners), config.meta_batch_size)
+        check_parallelism(algorithm, len(learners), config.meta_batch_size)
         _train(learners, config, hardware, evaluation, judge)
         headlines += [learner.report["headline"] for learner in learners if learner.report]
-    # A sweep needs a number where a report says that adaptation diverged.
+    # The headline is None if adaptation diverged; a sweep needs a number.
     return sum(math.nan if headline is None else headline for headline in headlines) / len(headlines)
 
 
 def _train(
     learners: Sequence[Learner], config: Settings, hardware: Hardware, evaluation: Evaluation, judge: Judge | None
 ) -> None:
-    """Trains learners that differ in their seeds alone, side by side, then evaluates each."""
+    """Trains learners that differ in their seeds only, all at once, then evaluates each."""
     with ExitStack() as stack:
         before = signal.getsignal(signal.SIGTERM)
-        with suppress(ValueError):  # not the main thread, where no signal arrives
-            signal.signal(signal.SIGTERM, _stop)  # outside the training loop, which has its own way to stop
+        with suppress(ValueError):  # raised outside the main thread, which never gets signals
+            # For the time before and after the training loop, which has its own handler.
+            signal.signal(signal.SIGTERM, _raise_interrupted)
             stack.callback(signal.signal, signal.SIGTERM, before)
         for learner in learners:
             distributed.on_rank_zero(learner.folder.check_free)
-        saved = [stack.enter_context(learner.opened(hardware, len(learners))) for learner in learners]
-        earlier: Mapping[str, Any] = next((each["execution"] for each in saved if each), {})
-        # What a checkpoint was made with is kept, so that it goes on exactly.
+        checkpoints = [stack.enter_context(learner.open(hardware, len(learners))) for learner in learners]
+        # A resumed run keeps the execution of its checkpoint, so that it computes the same bits.
+        earlier: Mapping[str, Any] = next((saved["execution"] for saved in checkpoints if saved), {})
         execution = hardware.choose(learners[0].algorithm.domain, config.num_iterations, earlier)
         hardware.apply(execution)
-        for learner, its in zip(learners, saved, strict=True):
-            if its is not None:
-                learner.restore(its)
-        if not any(saved):
+        for learner, saved in zip(learners, checkpoints, strict=True):
+            if saved is not None:
+                learner.restore(saved)
+        if not any(checkpoints):
             algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
             iterate = Iteration(algorithms, streams, config.meta_batch_size, execution)
-            execution = distributed.on_rank_zero(lambda: tuned(iterate, execution, hardware, learners[0].settings))
+            execution = distributed.on_rank_zero(
+                lambda: tune_execution(iterate, execution, hardware, learners[0].settings)
+            )
         execution = train(
             learners,
             execution,
@@ -149,16 +160,19 @@ def _train(
             config.checkpoint_every,
         )
         for learner in learners:
-            report, picture = _evaluate(learner, evaluation, config.num_iterations, execution.task_chunk, judge)
-            learner.logger.report(report, {"adaptation": picture})
+            report, plot = _evaluate(learner, evaluation, config.num_iterations, execution.task_chunk, judge)
+            learner.logger.report(report, {"adaptation": plot})
             learner.report = report
 
 
 def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation, judge: Judge | None) -> float | None:
-    """Evaluates the newest checkpoint, or the one given, beside the run's own report; returns the headline."""
+    """Evaluates the run's newest checkpoint, or the file ``checkpoint=``; returns the headline number.
+
+    The report gets its own folder below the checkpoint's folder, so that it replaces no other report.
+    """
     config, folder = learner.settings, learner.folder
-    given = Path(config.checkpoint) if config.checkpoint else None
-    saved = folder.load_checkpoint(given)
+    checkpoint_file = Path(config.checkpoint) if config.checkpoint else None
+    saved = folder.load_checkpoint(checkpoint_file)
     if saved is None:
         raise MamlError(
             f"there is nothing to evaluate in {folder.path}: train first (the same command without mode=eval), or "
@@ -167,16 +181,16 @@ def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation
     execution = hardware.choose(learner.algorithm.domain, config.num_iterations, saved["execution"])
     hardware.apply(execution)
     learner.restore(saved)
-    beside = given.parent if given else folder.path
-    report, _ = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, beside)
+    report_dir = checkpoint_file.parent if checkpoint_file else folder.path
+    report, _ = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, report_dir)
     return report["headline"]
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Interrupted("stopped by SIGTERM; training so far is saved: the same command goes on", number)
+def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("stopped by SIGTERM; training so far is saved: the same command resumes", number)
 
 
-def _say(text: str) -> None:
+def _print_on_rank_zero(text: str) -> None:
     if distributed.rank() == 0:
         print(text)
 
@@ -187,15 +201,30 @@ def _evaluate(
     iteration: int,
     task_chunk: int | None,
     judge: Judge | None,
-    beside: Path | None = None,
+    report_dir: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:
-    """Evaluates, writes report, per-task values and picture, and prints the table."""
+    """Evaluates one run; writes the report, the values per task and the plot; and prints the report.
+
+    Args:
+        learner: the run.
+        evaluation: the meta-test.
+        iteration: number of iterations that the evaluated state was trained for.
+        task_chunk: number of tasks that are adapted at once; None uses a default.
+        judge: see `run_experiment`.
+        report_dir: with ``mode=eval``, the folder below which the report gets its own folder; None writes the run's
+            own report.
+
+    Returns:
+        The report, with the judge's lines under ``cells``, and the path of the plot.
+    """
     config, folder = learner.settings, learner.folder
     curves, banks, step_sizes = evaluation(learner.algorithm, task_chunk)
     domain = learner.algorithm.domain
     summaries = [curve.summary() for curve in curves]
-    leading = [curve for curve in summaries if curve["metric"] == domain.headline]
-    own_k = next((curve for curve in leading if curve["num_shots"] == domain.num_shots), leading[0])
+    headline_curves = [curve for curve in summaries if curve["metric"] == domain.headline]
+    headline_curve = next(
+        (curve for curve in headline_curves if curve["num_shots"] == domain.num_shots), headline_curves[0]
+    )
     report = {
         "experiment": folder.experiment,
         "run_id": folder.run_id,
@@ -207,23 +236,23 @@ def _evaluate(
         "step_sizes": step_sizes,
         "headline_metric": domain.headline,
         "larger_is_better": domain.larger_is_better,
-        "headline": own_k["steps"][-1]["mean"],
+        "headline": headline_curve["steps"][-1]["mean"],
         "curves": summaries,
     }
     if distributed.rank():
         return report, folder.path
-    written = folder.save_report(report, per_task_rows(curves), beside)
-    picture = plot_report(report, written / "report.png")
+    written_to = folder.save_report(report, per_task_rows(curves), report_dir)
+    plot = plot_report(report, written_to / "report.png")
     verdicts = judge(folder.experiment, config, report) if judge else {}
     print_report(report, learner.algorithm.name)
-    for cell, judged in verdicts.items():
-        print(f"  {cell}: {judged}")
-    print(f"written to {written}")
-    return report | {"cells": verdicts}, picture
+    for cell, verdict in verdicts.items():
+        print(f"  {cell}: {verdict}")
+    print(f"written to {written_to}")
+    return report | {"cells": verdicts}, plot
 
 
 def print_report(report: Mapping[str, Any], algorithm: str) -> None:
-    """Prints mean and 95 % interval of each curve, one column per gradient step."""
+    """Prints each curve of a report: the mean and the 95 % interval after every gradient step."""
     done, planned = report["iteration"], report["num_iterations"]
     budget = "" if done == planned else f"  (reduced budget: {done} of {planned} iterations)"
     print(f"{report['experiment']} {report['run_id']}, {algorithm}, seed {report['seed']}{budget}")

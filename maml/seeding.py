@@ -1,7 +1,7 @@
-"""Counter-based randomness: every draw is a hash of (seed, names, iteration, position), so there is no state to save.
+"""Counter-based random numbers: every draw is a hash of (seed, names, iteration, position); no state is saved.
 
-The hash is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), written in integer tensor operations: the same
-numbers on a CPU and a GPU, on one rank or eight, before and after a restart.
+The hash is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), written in integer tensor operations. It gives the
+same numbers on a CPU and a GPU, on any number of processes, before and after a restart.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Stream:
     """A named source of random numbers; ``child`` streams are independent of it and of each other.
 
     Args:
-        key: the seed (any integer), or the internal key of a child; an int64 tensor ``(T,)`` is a stream for each of T
-            tasks, and what they draw has a leading task axis.
-        device: where the numbers are made (a tensor's own); it does not change them.
+        key: the seed (any integer), or the internal key of a child. An int64 tensor ``(T,)`` makes one stream for each
+            of T tasks; the numbers drawn then have a leading task axis.
+        device: where the numbers are computed; it does not change them. A tensor key has its own device.
     """
 
     def __init__(self, key: Key, device: torch.device | str = "cpu") -> None:
@@ -47,7 +47,11 @@ class Stream:
         self.device = key.device if isinstance(key, Tensor) else torch.device(device)
 
     def child(self, name: str | int | Tensor) -> Stream:
-        """Returns the stream under this one of a name, or of a number as iterations have; of T numbers, T streams."""
+        """Returns the child stream of a name, or of a number (an iteration's, for example).
+
+        Args:
+            name: the name or number; an int64 tensor ``(T,)`` gives T streams.
+        """
         number: Any = name
         if isinstance(name, str):
             number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
@@ -56,7 +60,7 @@ class Stream:
         return Stream(_mix(_signed(_signed(self.key * _GOLDEN) + number)), self.device)
 
     def bits(self, shape: Sequence[int]) -> Tensor:
-        """Returns uniform signed 64-bit integers; equal positions give equal numbers whatever follows them."""
+        """Returns uniform signed 64-bit integers. The first n numbers are the same for every shape."""
         counters = torch.arange(1, math.prod(shape) + 1, device=self.device) * _GOLDEN
         if isinstance(self.key, Tensor):
             return _mix(counters + self.key.unsqueeze(-1)).reshape(*self.key.shape, *shape)
@@ -65,9 +69,10 @@ class Stream:
     def uniform(
         self, shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Returns numbers uniform on ``[low, high)``, of 24 random bits each; of 53, where float64 is asked for.
+        """Returns numbers uniform on ``[low, high)``, with 24 random bits each; with 53 if ``dtype`` is float64.
 
-        Without ``dtype`` they are of the default type, and the same draws in any: a run in float64 sees the same tasks.
+        Without ``dtype``, the numbers have torch's default type and the same value in every default type: a run in
+        float64 has the same tasks as one in float32.
         """
         digits = 53 if dtype == torch.float64 else 24
         unit = (self.bits(shape) >> (64 - digits)) & ((1 << digits) - 1)
@@ -75,18 +80,20 @@ class Stream:
         return unit * (high - low) + low
 
     def normal(self, shape: Sequence[int], std: float = 1.0, bound: float | None = None) -> Tensor:
-        """Returns normal numbers of mean 0, cut (redrawn, in effect) at ``bound`` standard deviations."""
+        """Returns normal numbers of mean 0, truncated at ``bound`` standard deviations; None does not truncate."""
         mass = 1.0 if bound is None else math.erf(bound / math.sqrt(2))
-        # Centres of the cells, so that neither end of the inverse error function is reached.
+        # Half a cell is added, because the inverse error function is infinite at the ends.
         unit = self.uniform(shape, dtype=torch.float64) + 2.0**-54
         return (torch.erfinv((2 * unit - 1) * mass) * math.sqrt(2) * std).to(torch.get_default_dtype())
 
     def integers(self, shape: Sequence[int], count: int) -> Tensor:
-        """Returns integers uniform on ``0 .. count - 1``."""
+        """Returns integers uniform on ``0, ..., count - 1``."""
         return (self.bits(shape) & 0x7FFFFFFFFFFFFFFF) % count
 
     def choice(self, shape: Sequence[int], population: int, count: int) -> Tensor:
-        """Returns ``count`` distinct integers below ``population`` in random order, ``(*shape, count)``, per entry.
+        """Returns, for each entry of ``shape``, ``count`` distinct integers below ``population`` in random order.
+
+        The result has the shape ``(*shape, count)``.
 
         Raises:
             ValueError: if ``count`` is larger than ``population``.

@@ -1,4 +1,4 @@
-"""The vocabulary of tensors that every part shares.
+"""Types that all parts share, and the letters of tensor axes.
 
 Axis legend, the same letters everywhere: T tasks in one batched computation, B tasks in a meta-batch (T <= B),
 S support and Q query examples per task, N ways, K shots, D features, R rollouts, H horizon.
@@ -6,6 +6,7 @@ S support and Q query examples per task, N ways, K shots, D features, R rollouts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 
@@ -14,13 +15,13 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 Params = dict[str, Tensor]
-"""Parameters by name: as the model lists them, or with a leading task axis, ``(T, ...)``."""
+"""Parameters by name, in the shapes of the model, or with a leading task axis, ``(T, ...)``."""
 
-Product = Callable[[Params], Params]
-"""A matrix over parameters, as what it makes of a vector; with a task axis, one matrix per task."""
+MatrixVectorProduct = Callable[[Params], Params]
+"""A matrix over parameters, given as the function that multiplies it by a vector; with a task axis, one per task."""
 
 Tasks = dict[str, Tensor]
-"""All that was drawn to define T tasks and their data, by name, each ``(T, ...)``: a task is a pure function of it."""
+"""The random draws that define T tasks and their data, by name, each ``(T, ...)``; rollouts are added to them."""
 
 Count = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -39,7 +40,7 @@ def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 Interval = Annotated[tuple[float, float], AfterValidator(_ascending)]
-"""Lower and upper end."""
+"""The lower and upper end of a range."""
 
 
 class Examples(NamedTuple):
@@ -48,7 +49,7 @@ class Examples(NamedTuple):
     Attributes:
         x: inputs, ``(T, S, ...)``.
         y: targets, ``(T, S, D)`` for regression or ``(T, S)`` class labels.
-        num_shots: K, by which the authors divide the summed classification loss.
+        num_shots: K, which the classification loss is divided by, as in the authors' code.
     """
 
     x: Tensor
@@ -67,13 +68,10 @@ def num_tasks(tasks: Tasks) -> int:
 
 
 def expand(params: Params, count: int) -> Params:
-    """Returns ``count`` views of the same parameters, one per task: every task starts at theta."""
+    """Returns ``count`` views of the same parameters along a leading task axis, ``(count, ...)``."""
     return {name: value.expand(count, *value.shape) for name, value in params.items()}
 
 
-def product(sizes: Sequence[int]) -> int:
-    """Returns the number of elements of a shape."""
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+def num_elements(sizes: Sequence[int]) -> int:
+    """Returns the number of elements of a tensor of this shape."""
+    return math.prod(sizes)

@@ -46,7 +46,7 @@ from maml.hardware.base import Hardware
 from maml.seeding import Stream
 from maml.training.iteration import meta_update
 from maml.training.meta_gradient import MetaGradient
-from maml.types import Params, Product, Tasks
+from maml.types import MatrixVectorProduct, Params, Tasks
 
 NUM_THREADS = 1
 PHASES = ("sampling", "advantages and adaptation", "gradient", "curvature", "conjugate gradient", "line search", "rest")
@@ -225,9 +225,9 @@ class Stopwatch:
 
 def time_phases(meta_gradient: MetaGradient, stopwatch: Stopwatch) -> None:
     """Replaces functions of this process by timed ones, so that the stopwatch sees every phase."""
-    curvature: Callable[..., Product] = stopwatch.time_phase("curvature", meta_gradient.curvature)
+    curvature: Callable[..., MatrixVectorProduct] = stopwatch.time_phase("curvature", meta_gradient.curvature)
 
-    def timed_curvature(params: Params, tasks: Tasks, every: int = 1) -> Product:
+    def timed_curvature(params: Params, tasks: Tasks, every: int = 1) -> MatrixVectorProduct:
         return stopwatch.time_phase("conjugate gradient", curvature(params, tasks, every))
 
     algorithm: Any = meta_gradient.algorithm

@@ -35,8 +35,8 @@ from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.model.conv4 import Conv4
 from maml.seeding import Stream
-from maml.training.autotune import tuned
-from maml.training.cuda_graph import Captured, with_cuda_graph
+from maml.training.autotune import tune_execution
+from maml.training.cuda_graph import CudaGraphIteration, with_cuda_graph
 from maml.training.iteration import Iteration, meta_update
 from maml.types import Params, Tasks
 
@@ -75,7 +75,7 @@ class Noise(FewShotClassification):
         return ImageSet(pixels, classes=[], digest=""), {"train": classes, "val": classes, "test": classes}
 
 
-def build_as_trained(config: Settings) -> tuple[Algorithm, Iteration | Captured]:
+def build_as_trained(config: Settings) -> tuple[Algorithm, Iteration | CudaGraphIteration]:
     """Builds an algorithm from a config, with the chunk size and CUDA graph of training.
 
     Returns:
@@ -87,7 +87,7 @@ def build_as_trained(config: Settings) -> tuple[Algorithm, Iteration | Captured]
     hardware.apply(execution)
     streams = [Stream(config.seed, hardware.device)]
     iterate = Iteration([algorithm], streams, config.meta_batch_size, execution)
-    execution = tuned(iterate, execution, hardware, config)
+    execution = tune_execution(iterate, execution, hardware, config)
     return algorithm, with_cuda_graph(Iteration([algorithm], streams, config.meta_batch_size, execution))
 
 
@@ -144,7 +144,7 @@ class Problem:
         """Whether the network is convolutional; otherwise it is fully connected."""
         return isinstance(self.algorithm.model, Conv4)
 
-    def build(self, compile: bool | Literal["auto"]) -> tuple[Algorithm, Iteration | Captured]:
+    def build(self, compile: bool | Literal["auto"]) -> tuple[Algorithm, Iteration | CudaGraphIteration]:
         """Builds the algorithm and the training iteration, with another value of ``hardware.compile``."""
         return build_as_trained(replace(self.config, hardware={**self.config.hardware, "compile": compile}))
 
@@ -207,7 +207,7 @@ class Ours(Implementation):
                 value.copy_(problem.theta[name])
         else:
             self._algorithm.theta = problem.theta
-        iterate = self._iterate.iterate if isinstance(self._iterate, Captured) else self._iterate
+        iterate = self._iterate.iterate if isinstance(self._iterate, CudaGraphIteration) else self._iterate
         self._meta_gradient = iterate.meta_gradient
         if self._meta_gradient.execution.compile:
             self.gradient(problem.tasks)

@@ -32,7 +32,7 @@ from maml.errors import MamlError
 from maml.evaluation import Curve, Evaluation, bank_hash
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
-from maml.hardware.precision import computing_in
+from maml.hardware.precision import use_precision
 from maml.paper.cells import load_tables, named_sources
 from maml.record.exported import Entry, ExportedFile, Index, Reading, State, read_index, restore, unpack
 from maml.record.run_folder import versions
@@ -147,7 +147,7 @@ def evaluate(entry: Entry, exported: ExportedFile, folder: Path) -> Reevaluation
             f"the evaluation settings of {entry.experiment} in conf/ have changed; restore them, or export the run "
             f"again:\n{changed}"
         )
-    with computing_in(config.precision):
+    with use_precision(config.precision):
         return _evaluate(config, state, entry, exported)
 
 

@@ -1,4 +1,4 @@
-"""How tests build an algorithm from parts of their own, and compute with it."""
+"""Helpers of tests: build an algorithm from given parts, and compute with it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build_from(
 
 
 def meta_gradient(algorithm: Algorithm, task_chunk: int | None = None, recompute: bool = False) -> MetaGradient:
-    """Returns what computes an algorithm's meta-gradient in chunks of tasks."""
+    """Returns the object that computes an algorithm's meta-gradient, in chunks of tasks."""
     return MetaGradient(algorithm, Execution(1, task_chunk, compile=False, recompute=recompute))
 
 

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its DevTools protocol, for tests of pages."""
+"""A headless Chromium, controlled through the DevTools protocol, for tests of HTML pages."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def find_browser() -> str | None:
-    """Returns the program, None if there is none."""
+    """Returns the path of an installed browser, or None."""
     return next((path for path in map(shutil.which, NAMES) if path), None)
 
 
 class Browser:
-    """One page in a browser of its own; a context manager.
+    """A browser with one page; a context manager that starts and stops it.
 
     Args:
-        program: the browser.
-        profile: an empty folder for what it writes.
+        program: path of the browser.
+        profile: empty folder for the browser's files.
 
     Attributes:
-        errors: what the page wrote to its console as an error, threw, or asked the network for.
+        errors: console errors and warnings, uncaught exceptions and network requests of the page.
     """
 
     def __init__(self, program: str, profile: Path) -> None:
@@ -44,7 +44,7 @@ class Browser:
         command = [self._program, *options, "--remote-debugging-port=0", "about:blank"]
         quiet = subprocess.DEVNULL
         process = self._stack.enter_context(subprocess.Popen(command, stdout=quiet, stderr=quiet))
-        self._stack.callback(process.terminate)  # before it is waited for
+        self._stack.callback(process.terminate)  # callbacks run in reverse order: terminate first, then wait
         port, path = self._address(self._profile / "DevToolsActivePort")
         self._socket = self._stack.enter_context(connect(f"ws://127.0.0.1:{port}{path}", max_size=None))
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
@@ -64,16 +64,16 @@ class Browser:
         raise TimeoutError("the browser did not start")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Calls a method of the protocol; events on the way are noted."""
+        """Calls a method of the DevTools protocol and returns its result; records the events that arrive before it."""
         self._sent += 1
         message = {"id": self._sent, "method": method, "params": parameters}
         self._socket.send(json.dumps(message | ({"sessionId": self._session} if self._session else {})))
         while (answer := json.loads(self._socket.recv(timeout=60))).get("id") != self._sent:
-            self._note(answer)
+            self._record_event(answer)
         assert "error" not in answer, answer
         return answer["result"]
 
-    def _note(self, event: dict[str, Any]) -> None:
+    def _record_event(self, event: dict[str, Any]) -> None:
         method, content = event.get("method"), event.get("params", {})
         if method == "Runtime.exceptionThrown":
             self.errors.append(str(content["exceptionDetails"]))
@@ -85,7 +85,7 @@ class Browser:
             self.errors.append(f"asked for {content['request']['url']}")
 
     def load(self, path: Path, width: int, height: int, dark: bool = False) -> None:
-        """Opens a file at the size of a screen."""
+        """Opens a file in a window of the given size, in pixels."""
         mobile = width < 600
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -102,7 +102,7 @@ class Browser:
         return answer["result"].get("value")
 
     def click(self, selector: str) -> None:
-        """Clicks with the mouse on the middle of an element, or of its first line."""
+        """Clicks the middle of an element; if its text has several lines, the middle of the first."""
         place = f"document.querySelector({json.dumps(selector)})"
         self.run(f"{place}.scrollIntoView({{block: 'center', inline: 'center', behavior: 'instant'}})")
         box = self.run(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({place}.getClientRects()[0])")
@@ -110,12 +110,12 @@ class Browser:
             self.send("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 
     def press(self, key: str, code: int) -> None:
-        """Presses a key, by its name and its number."""
+        """Presses and releases a key, given by its name and its virtual key code."""
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
-        """Saves what is seen, or the whole page, as a PNG."""
+        """Saves the visible part of the page, or the whole page, as a PNG."""
         picture = self.send("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(picture["data"]))

@@ -1,4 +1,4 @@
-"""What the tests share: real data, tiny runs in a folder of their own, and no way out to the network."""
+"""Shared fixtures: the real data, tiny runs in temporary folders, and settings that keep tests offline and fast."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from maml.seeding import Stream
 
 os.environ.setdefault("MAML_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data"))
 os.environ["WANDB_MODE"] = "offline"
-torch.set_num_threads(1)  # the tensors here are small, and no bit may hang on how many cores there are
+torch.set_num_threads(1)  # tensors are small, and results must not depend on the number of cores
 
 from tests.runs import DOMAINS, TinyRuns  # noqa: E402 - composes configs, which read the environment
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_time_lost_on_files() -> Iterator[None]:
-    """Spares the runs of this process what no test sees and what takes longer than their training.
+def _skip_flushing_and_drawing() -> Iterator[None]:
+    """Skips flushing files to disk and drawing pictures: both take longer than the training of a tiny run.
 
-    That is the flushing of files to the disk, which only a power failure could tell, and the drawing of their pictures
-    (but tests/record/test_plot.py and tests/test_experiment.py draw).
+    No test notices: flushing matters only in a power failure, and tests/record/test_plot.py and
+    tests/test_experiment.py draw pictures themselves.
     """
 
-    def blank(report: Mapping[str, Any], path: Path) -> Path:
+    def save_blank_image(report: Mapping[str, Any], path: Path) -> Path:
         Image.new("RGB", (1, 1)).save(path)
         return path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr("maml.experiment.plot_report", blank)
+        patch.setattr("maml.experiment.plot_report", save_blank_image)
         yield
 
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache of image sets, because building one takes seconds. mini-ImageNet, not to be shared, is made up."""
+    """One image cache for all tests, because building one takes seconds; its mini-ImageNet is synthetic."""
     folder = tmp_path_factory.mktemp("cache")
     classes = sorted(f"{split}/{number:02d}" for split, count in NUM_CLASSES.items() for number in range(count))
     pixels = Stream(0).integers((len(classes), 20, 12, 12, 3), 256).to(torch.uint8)
@@ -54,13 +54,13 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path: Path, cache_dir: Path) -> TinyRuns:
-    """Tiny runs on sinusoids, in a folder of the test's own."""
+    """Tiny runs on sinusoids, in a temporary folder."""
     return TinyRuns(tmp_path / "runs", cache_dir).of("sinusoid")
 
 
 @pytest.fixture
 def tiny_images(tiny: TinyRuns) -> TinyRuns:
-    """The same on Omniglot."""
+    """Tiny runs on Omniglot, in a temporary folder."""
     folder = Path(os.environ["MAML_DATA"]) / "omniglot"
     if not folder.is_dir():
         pytest.skip(f"no {folder}; set MAML_DATA to the folder that has the data sets")
@@ -69,13 +69,13 @@ def tiny_images(tiny: TinyRuns) -> TinyRuns:
 
 @pytest.fixture(params=list(DOMAINS))
 def each_domain(request: pytest.FixtureRequest, tiny: TinyRuns) -> TinyRuns:
-    """The same on either."""
+    """Tiny runs, once on sinusoids and once on Omniglot."""
     return tiny if request.param == "sinusoid" else request.getfixturevalue("tiny_images")
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyRuns], Path]:
-    """Gives the folder of a run that nothing disturbed; it is run once and must not be changed."""
+    """Returns the folder of a run without interruptions; tests share it and must not change it."""
     runs_dir = tmp_path_factory.mktemp("uninterrupted")
 
     @functools.cache

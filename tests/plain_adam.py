@@ -1,4 +1,4 @@
-"""One step of Adam as TensorFlow writes it (Kingma and Ba 2015, end of section 2). The tests' reference."""
+"""One step of Adam in TensorFlow's form (Kingma and Ba 2015, end of section 2), a reference for the tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def step(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> tuple[Tensor, State]:
-    """Returns the new value and the new state."""
+    """Takes one step; returns the new value and the new state."""
     mean = betas[0] * state[0] + (1 - betas[0]) * gradient
     square = betas[1] * state[1] + (1 - betas[1]) * gradient**2
     count = state[2] + 1

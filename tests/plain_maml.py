@@ -1,4 +1,4 @@
-"""MAML as one would write it on a blackboard: one task at a time, public torch functions only. The tests' reference."""
+"""MAML written as plainly as possible, one task at a time with public torch functions: a reference for the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def batch_norm(x: Tensor, shift: Tensor) -> Tensor:
-    """Normalises over everything but axis 1."""
+    """Normalises over all axes except axis 1, the features."""
     dims = [0, *range(2, x.dim())]
     mean = x.mean(dims, keepdim=True)
     variance = ((x - mean) ** 2).mean(dims, keepdim=True)
@@ -22,7 +22,7 @@ def batch_norm(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def mlp(params: Params, x: Tensor) -> Tensor:
-    """1-40-40-1 and its relatives."""
+    """A fully connected network for one task; ``x`` is ``(S, ...)``."""
     depth = sum(name.endswith("weight") for name in params)
     x = x.flatten(1)
     for i in range(1, depth):
@@ -34,7 +34,7 @@ def mlp(params: Params, x: Tensor) -> Tensor:
 
 
 def conv4(pooling: str, head: str, activation: Callable[[Tensor], Tensor] = torch.relu) -> Forward:
-    """The four-module network on ``(S, H, W, C)`` images."""
+    """Returns the four-block convolutional network for one task's images, ``(S, H, W, C)``."""
 
     def forward(params: Params, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)
@@ -62,7 +62,18 @@ def outer_loss(
     order: int,
     adapt: Collection[str],
 ) -> Tensor:
-    """Mean over tasks of the query loss at the adapted parameters; tasks are (x, y, query x, query y)."""
+    """Returns the mean over tasks of the query loss at the adapted parameters.
+
+    Args:
+        forward: the network for one task.
+        loss: loss of outputs and targets.
+        theta: the initial parameters.
+        tasks: (support x, support y, query x, query y) of each task.
+        step_size: the paper's alpha.
+        num_steps: number of inner gradient steps.
+        order: 2 differentiates through the inner gradients, 1 treats them as constants.
+        adapt: names of the parameters that adapt.
+    """
     total = torch.zeros((), dtype=next(iter(theta.values())).dtype)
     for x, y, query_x, query_y in tasks:
         params = dict(theta)

@@ -1,4 +1,4 @@
-"""Tiny runs for the tests of whole experiments: how they are composed, started, found and compared."""
+"""Tiny runs for tests of whole experiments: compose, start, find and compare them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from maml.types import Tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Neither of the two periods divides the other, nor the numbers of iterations.
+# Neither period divides the other or the number of iterations: logs and checkpoints fall on different iterations.
 _TINY = (
     "log_every=3",
     "checkpoint_every=7",
@@ -50,18 +50,18 @@ DOMAINS = {
 
 
 @functools.cache
-def _composed(overrides: tuple[str, ...]) -> tuple[Settings, str]:
+def _compose(overrides: tuple[str, ...]) -> tuple[Settings, str]:
     return compose(overrides)
 
 
 @dataclass(frozen=True)
 class TinyRuns:
-    """Runs of seconds below one folder.
+    """Starts runs that take seconds, all in one folder.
 
     Attributes:
-        runs_dir: where their folders are.
-        cache_dir: of image sets.
-        base: overrides of all of them.
+        runs_dir: folder of the run folders.
+        cache_dir: folder of the image caches.
+        base: overrides that every run gets.
     """
 
     runs_dir: Path
@@ -69,20 +69,20 @@ class TinyRuns:
     base: tuple[str, ...] = ()
 
     def of(self, domain: str) -> TinyRuns:
-        """Returns the same for one of `DOMAINS`."""
+        """Returns tiny runs on one of `DOMAINS`, in the same folder."""
         return replace(self, base=(*DOMAINS[domain], *_TINY))
 
     def beside(self, name: str) -> TinyRuns:
-        """Returns the same below another folder."""
+        """Returns the same runs in another folder, a sibling of ``runs_dir``."""
         return replace(self, runs_dir=self.runs_dir.with_name(name))
 
     def config(self, *overrides: str) -> Settings:
-        """Composes and checks, as train.py does."""
-        config, _ = _composed((*self.base, f"cache_dir={self.cache_dir}", *overrides))
+        """Composes and checks a config, as train.py does."""
+        config, _ = _compose((*self.base, f"cache_dir={self.cache_dir}", *overrides))
         return replace(config, runs_dir=str(self.runs_dir))
 
     def folder(self, *overrides: str) -> Path:
-        """Returns where a run is, or would be."""
+        """Returns the folder of a run, whether it exists or not."""
         return RunFolder(self.config(*overrides), "custom").path
 
     def run(self, *overrides: str) -> Path:
@@ -91,51 +91,51 @@ class TinyRuns:
         return self.folder(*overrides)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Starts the same as a process of its own, as users do."""
+        """Starts train.py with the same settings as a separate process."""
         places = (f"runs_dir={self.runs_dir}", f"cache_dir={self.cache_dir}")
         command = [sys.executable, "train.py", *arguments, *self.base, *places]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run_in_child(config: Settings) -> None:
-    """What a process forked for a test does."""
+    """Runs an experiment in a forked child process."""
     torch.set_num_threads(1)
     run_experiment(config, "custom")
 
 
 def before_iteration(monkeypatch: pytest.MonkeyPatch, iteration: int, act: Callable[[MetaGradient], object]) -> None:
-    """Has ``act`` called in front of the given meta-update of this process, counted from 1."""
+    """Makes this process call ``act`` just before a meta-update; ``iteration`` counts meta-updates from 1."""
     meta_update, count = maml.training.iteration.meta_update, 0
 
-    def acting(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks) -> dict[str, Tensor]:
+    def act_then_update(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks) -> dict[str, Tensor]:
         nonlocal count
         count += 1
         if count == iteration:
             act(meta_gradient)
         return meta_update(algorithm, meta_gradient, tasks)
 
-    monkeypatch.setattr("maml.training.iteration.meta_update", acting)
+    monkeypatch.setattr("maml.training.iteration.meta_update", act_then_update)
 
 
 def state(folder: Path) -> dict[str, Tensor]:
-    """Returns all tensors of a run's newest checkpoint by name."""
+    """Returns all tensors of a run's newest checkpoint, by name."""
     saved = checkpoint.load(folder / "checkpoint.pt")["state"]
     return {f"{group}.{name}": value for group, values in saved.items() for name, value in values.items()}
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """Asserts that two runs ended in the same bits: parameters, optimizer, metrics and evaluation."""
+    """Asserts that two runs are bit-identical: parameters, optimizer state, metrics and evaluation."""
     assert (
         checkpoint.load(folder / "checkpoint.pt")["iteration"] == checkpoint.load(other / "checkpoint.pt")["iteration"]
     )
-    mine, theirs = state(folder), state(other)
-    assert mine.keys() == theirs.keys()
-    assert not [name for name in mine if not torch.equal(mine[name], theirs[name])]
+    tensors, others = state(folder), state(other)
+    assert tensors.keys() == others.keys()
+    assert not [name for name in tensors if not torch.equal(tensors[name], others[name])]
     for name in ("metrics.jsonl", "report.json", "tasks.csv"):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def files(folder: Path, but: Sequence[str] = ()) -> dict[str, bytes]:
-    """Returns the content of every file below a folder, but for those named."""
+    """Returns the content of every file below a folder, by path; ``but`` lists file names to leave out."""
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in but)
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}

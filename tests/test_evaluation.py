@@ -26,9 +26,9 @@ from tests.algorithms import build_from
 from tests.runs import TinyRuns
 
 
-def sinusoid(seed: int = 0, chunk: int | None = None) -> MAML:
+def sinusoid(seed: int = 0) -> MAML:
     inner = SGD(step_size=0.01, num_steps=1, order=2, adapt=["*"])
-    return build_from(MAML, Sinusoid(), MLP((1,), 1, [40, 40]), inner, seed=seed, task_chunk=chunk)
+    return build_from(MAML, Sinusoid(), MLP((1,), 1, [40, 40]), inner, seed=seed)
 
 
 def test_bank_is_frozen() -> None:
@@ -39,8 +39,8 @@ def test_bank_is_frozen() -> None:
 def test_bank_depends_on_neither_seed_nor_chunk_and_results_not_on_the_chunk() -> None:
     evaluation = Evaluation(num_tasks=7, num_steps=2)
     curves, banks, _ = evaluation(sinusoid())
-    for other in (sinusoid(chunk=3), sinusoid(chunk=1)):
-        again, same, _ = evaluation(other)
+    for task_chunk in (3, 1):
+        again, same, _ = evaluation(sinusoid(), task_chunk)
         assert same == banks
         torch.testing.assert_close(again[0].values, curves[0].values, rtol=1e-5, atol=1e-6)
     assert evaluation(sinusoid(seed=1))[1] == banks
@@ -105,7 +105,7 @@ def test_evaluation_leaves_theta_as_it_was() -> None:
 
 
 def test_inductive_predictions_depend_on_no_other_query_image() -> None:
-    """And transductive ones do: normalisation takes its statistics from the support images, or from the query batch."""
+    """Transductive predictions depend on them, because normalisation uses the statistics of the query batch."""
     model = Conv4((28, 28, 1), 5, num_filters=8)
     params = {name: value.unsqueeze(0) for name, value in model.init(Stream(0)).items()}
     support, query, others = (Stream(seed).uniform((1, 10, 28, 28, 1)) for seed in (1, 2, 3))
@@ -136,7 +136,7 @@ def test_both_accuracies_are_counted_from_those_predictions(step: int, tiny_imag
         own = {name: value[task : task + 1] for name, value in params.items()}
         labels = query.y[task]
         transductive = model(own, query.x[task : task + 1])[0].argmax(-1)
-        # One query image at a time, behind the support images that alone give the statistics.
+        # One query image at a time, after the support images, whose statistics are used.
         inductive = torch.stack(
             [
                 model(own, torch.cat([support.x[task], image.unsqueeze(0)]).unsqueeze(0), num_reference=5)[
@@ -167,7 +167,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         Evaluation(num_tasks=1, num_steps=3, step_size=[0.1, 0.1])
     with pytest.raises(MamlError, match="names a K twice"):
         Evaluation(num_tasks=1, num_steps=3, num_shots=[5, 5])
-    with pytest.raises(MamlError, match=r"evaluation\.step_size and evaluation\.search both say"):
+    with pytest.raises(MamlError, match=r"evaluation\.step_size and evaluation\.search both set"):
         Evaluation(num_tasks=2, num_steps=3, step_size=0.1, search=StepSizeSearch([0.1], num_tasks=2))
 
 
@@ -211,7 +211,7 @@ def test_step_sizes_per_k_are_the_same_however_they_are_written(tiny: TinyRuns) 
 
 
 class Upside(Sinusoid):
-    """As if a larger error were better; notes which split each bank is drawn from."""
+    """A domain in which a larger error is better; it notes the split of each bank."""
 
     larger_is_better = True
 

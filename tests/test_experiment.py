@@ -1,4 +1,4 @@
-"""One experiment, from config to report: refused before anything is written, resumed, judged, printed, evaluated."""
+"""One experiment, from settings to report: refused before anything is written, resumed, judged, printed, evaluated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Reference = Callable[[TinyRuns], Path]
 
 
 class Noting(Logger):
-    """Keeps what it is told, of all runs, in order."""
+    """A logger that keeps all calls, of all runs, in order."""
 
     told: list[tuple[str, Any]] = []
 
@@ -59,9 +59,9 @@ def told() -> Iterator[list[tuple[str, Any]]]:
         (("inner=learned_sgd", "algorithm=pretrain"), "does not differentiate through adaptation"),
         (("model=conv4",), r"takes images \(height, width, channels\)"),
         (("evaluation.step_size={5: 0.1}",), "no entry for K=10"),
-        (("hardware.min_processes=2",), "1 process for hardware"),
+        (("hardware.min_processes=2",), "1 process, fewer than hardware"),
         (("checkpoint=a.pt",), "checkpoint= is for mode=eval"),
-        (("run_dir=here", "seeds=2"), "run_dir= and checkpoint= name one run"),
+        (("run_dir=here", "seeds=2"), "run_dir= and checkpoint= are for one run"),
         (("mode=eval",), "there is nothing to evaluate"),
     ],
 )

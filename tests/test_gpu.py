@@ -23,7 +23,7 @@ from maml.outer.adam import Adam
 from maml.outer.trpo import TRPO
 from maml.record import checkpoint
 from maml.seeding import Stream
-from maml.training.cuda_graph import Captured
+from maml.training.cuda_graph import CudaGraphIteration
 from maml.training.iteration import Iteration
 from maml.types import Examples, Tasks
 from tests import algorithms
@@ -105,7 +105,7 @@ def test_captured_iterations_follow_the_plain_ones(images: bool, num_seeds: int)
             algorithms.append(MAML(parts))
         return Iteration(algorithms, streams, 4, Execution(1, None, False, cuda_graph=True, device="cuda"))
 
-    plain, captured = make(), Captured(make())
+    plain, captured = make(), CudaGraphIteration(make())
     for number in range(1, 21):
         expected, its = plain(number), captured(number)
         for mine, theirs in zip(its, expected, strict=True):

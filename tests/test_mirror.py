@@ -10,19 +10,22 @@ from tests.runs import ROOT
 # Modules without tests of their own, and why.
 NOT_TESTED_ALONE = {
     "outer/base.py": "an interface; what holds for its subclasses is in contract/test_options.py",
-    "domain/base.py": "an interface; what holds for its subclasses is in contract/test_options.py",
 }
+# Folders of tests that are about something else than the package.
+OTHER_FOLDERS = ("docs/", "scripts/")
 # Tests that belong to no single module, and what they are about.
 OF_NO_MODULE = {
     "algorithm/test_policy_curvature.py": "the curvature of a policy, across algorithms, domains and models",
+    "cli/test_cli.py": "the first word of the command, in maml/cli/__init__.py",
     "contract/test_options.py": "what every option in conf/ has to fulfil",
+    "contract/test_own_algorithms.py": "algorithms written against the documented interface alone",
     "contract/test_own_options.py": "the same of a user's own options",
     "test_experiments.py": "the files in conf/experiment/",
     "test_gpu.py": "what needs a CUDA device",
     "test_mirror.py": "this",
+    "test_package.py": "the wheel and the editable install",
     "training/test_seeds.py": "several seeds as one computation, from config to run folders",
     "training/test_survival.py": "runs that are killed, stopped or run out of disk",
-    "training/test_meta_gradient.py": "the meta-gradient, across models and the ways to compute it",
 }
 
 
@@ -41,7 +44,6 @@ MODULES = {
     for path in (ROOT / "maml").rglob("*.py")
     if path.name != "__init__.py" and has_behaviour(path)
 }
-SCRIPTS = {str(path.relative_to(ROOT)) for path in (ROOT / "scripts").glob("*.py")}
 TESTS = {str(path.relative_to(ROOT / "tests")) for path in (ROOT / "tests").rglob("test_*.py")}
 
 

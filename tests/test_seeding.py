@@ -1,4 +1,4 @@
-"""Counter-based randomness: published values, distributions, independence, and numbers that may never change."""
+"""Counter-based random numbers: published values, distributions, independence, and numbers that must never change."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_shape_does_not_change_the_numbers() -> None:
 
 
 def test_integer_path_equals_tensor_path() -> None:
-    """Children are keyed in Python, numbers are drawn in tensors: the same hash."""
+    """Keys of children are computed in Python and numbers in tensors, with the same hash."""
     values = torch.cat([Stream(3).bits((1000,)), torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)])])
     assert [_mix(value) for value in values.tolist()] == _mix(values).tolist()
 
 
 def test_numbers_are_those_of_every_process_and_every_release() -> None:
-    """Results rest on these: if one of them changes, every published number does."""
+    """All results depend on these numbers: if one changes, every published result changes."""
     assert Stream(0).child("train").key == 1509203605317952691
     stream = Stream(0).child("train").child(1)
     assert stream.key == 2103248566866820002
@@ -99,7 +99,7 @@ def test_bounded_normal_is_cut_not_clipped() -> None:
     assert x.abs().max() <= 2.0 + 1e-6
     assert (x.abs() > 1.999).float().mean() < 0.001, "nothing piles up at the bound"
     density = math.exp(-2) / math.sqrt(2 * math.pi)
-    variance = 1 - 2 * 2 * density / math.erf(2 / math.sqrt(2))  # of the truncated normal
+    variance = 1 - 2 * 2 * density / math.erf(2 / math.sqrt(2))  # variance of the truncated normal
     assert x.var().item() == pytest.approx(variance, rel=0.01)
 
 
@@ -160,7 +160,7 @@ def test_children_are_uncorrelated(relation: str) -> None:
     }[relation]
     x, y = (torch.stack([stream.uniform((64,), -1.0, 1.0).double() for stream in streams]) for streams in (one, other))
     bound = 5 / math.sqrt(count * 64)
-    for shift in (0, 1):  # the same position, and the next
+    for shift in (0, 1):  # at the same position, and at the next
         correlation = 3 * (x[:, : 64 - shift] * y[:, shift:]).mean()
         assert abs(correlation) < bound
     both = 3 * (x * y)

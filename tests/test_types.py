@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from maml.types import Interval, expand, num_tasks, product, take
+from maml.types import Interval, expand, num_elements, num_tasks, take
 
 TASKS = {"x": torch.arange(12).reshape(4, 3), "amplitude": torch.arange(4)}
 
@@ -31,7 +31,7 @@ def test_every_task_starts_at_a_view_of_theta_whose_gradients_add_up() -> None:
 
 
 def test_product_of_no_sizes_is_one() -> None:
-    assert [product(sizes) for sizes in ([], [5], [2, 3, 4], [7, 0])] == [1, 5, 24, 0]
+    assert [num_elements(sizes) for sizes in ([], [5], [2, 3, 4], [7, 0])] == [1, 5, 24, 0]
 
 
 @pytest.mark.parametrize(("interval", "reason"), [([2.0, 1.0], "2.0 is not below 1.0; swap them"), ([1.0, 1.0], "not")])

@@ -1,4 +1,4 @@
-"""What an algorithm is: how theta is learnt from a meta-batch, and how it adapts to a task."""
+"""The interface of an algorithm: how theta is learnt from a meta-batch, and how it adapts to a task."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from typing import Any
 
 from torch import Tensor
 
-from maml.algorithm.best import start_best
+from maml.algorithm.best import init_best
 from maml.domain.base import Domain, Metrics
 from maml.errors import MamlError
 from maml.inner.base import Inner
 from maml.model.base import Model
 from maml.outer.base import Objective, Outer, OuterState
 from maml.seeding import Stream
-from maml.types import Params, Product, Tasks, expand
+from maml.types import MatrixVectorProduct, Params, Tasks, expand
 
-# Names of groups of tensors in older checkpoints.
+# Groups of tensors that have another name in older checkpoints: old name -> present name.
 _RENAMED_GROUPS = {"carried": "buffers"}
 
 MakeModel = Callable[[Sequence[int], int], Model]
-"""Makes f_theta for inputs of a shape and a number of outputs."""
+"""Builds the model f_theta from the shape of one input and the number of outputs."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What every algorithm is made of.
+    """The parts that every algorithm is built from.
 
     Attributes:
-        domain: where tasks and data come from.
-        make_model: makes f_theta; an algorithm may want other inputs or outputs than the domain's.
-        inner: adaptation.
-        outer: the meta-update.
+        domain: the source of tasks and data.
+        make_model: builds f_theta. It is a function because some algorithms need other inputs or outputs than the
+            domain's.
+        inner: the inner optimizer, which adapts theta to a task.
+        outer: the outer optimizer, which makes the meta-update.
         stream: draws the initial parameters; theta lives on its device.
     """
 
@@ -45,25 +46,26 @@ class Parts:
 
 
 class Algorithm(ABC):
-    """Learns theta; most subclasses say only what one task's loss is as a function of its parameters.
+    """Learns theta. Most subclasses only define the loss of each task, `task_losses`.
 
-    An algorithm computes on T tasks at once. The parameters that it is given always have a leading task axis,
-    ``(T, ...)``: one copy for each task. Which tasks are computed together, for how many seeds, on how many processes,
-    and whether the computation is compiled is decided elsewhere (`maml.training.meta_gradient`).
+    An algorithm computes on T tasks at once. Its parameters always have a leading task axis, ``(T, ...)``: one copy
+    for each task. An algorithm does not know which tasks are computed together, how many seeds and processes there
+    are, or whether the computation is compiled; `maml.training.meta_gradient` decides that.
 
     Class attributes:
-        differentiates_adaptation: whether the loss is measured after adaptation and differentiated through it; then
-            ``inner.order`` matters and step sizes can be learnt.
-        trained_as: the class whose training, and whose runs, this one shares, if the two differ in meta-test only.
-        learns_from_rollouts: whether it can learn from data that depend on theta, as rollouts do.
-        sums_over_tasks: whether its meta-update follows from a sum over the tasks of a meta-batch. Then processes can
-            share the tasks, and several seeds can be trained as one computation.
+        differentiates_adaptation: whether the meta-gradient is taken through adaptation. Only then ``inner.order``
+            matters and step sizes can be learnt.
+        trained_as: the address of the class whose training runs this class shares, because the two differ in meta-test
+            only; None if it has runs of its own.
+        learns_from_rollouts: whether it can learn from data that depends on theta, as rollouts do.
+        sums_over_tasks: whether the meta-update follows from a sum over the tasks of a meta-batch. Only then processes
+            can share the tasks, and several seeds can be trained as one computation.
 
     Attributes:
-        theta: what is meta-learnt: the model's parameters and those of the inner optimizer, without a task axis.
+        theta: the meta-learnt parameters, those of the model and of the inner optimizer, without a task axis.
         buffers: other tensors that training changes (running statistics, an optimizer's state), by name.
-        outer_state: of the outer optimizer.
-        best: see `maml.algorithm.best`; empty where the last theta is evaluated.
+        outer_state: the state of the outer optimizer.
+        best: the best theta so far and its score (`maml.algorithm.best`); empty if only the last theta is kept.
     """
 
     differentiates_adaptation = False
@@ -89,80 +91,83 @@ class Algorithm(ABC):
 
     @property
     def name(self) -> str:
-        """What the console and ``run.json`` call it."""
+        """The algorithm's name on the console and in ``run.json``."""
         return type(self).__name__
 
     def set_initial(self, params: Params, buffers: Params | None = None) -> None:
-        """Sets what training starts from.
+        """Sets the state from which training starts.
 
         Args:
-            params: of the model, without a task axis.
-            buffers: other tensors that training changes.
+            params: the model's initial parameters, without a task axis.
+            buffers: other tensors that training changes; None is none.
 
         Raises:
-            MamlError: if no parameter adapts, or step sizes would be learnt without a gradient.
+            MamlError: if no parameter adapts, or the inner optimizer wants to learn step sizes and this algorithm has
+                no gradient for them.
         """
-        self.inner.adapted_names(list(params))  # raises now what would otherwise be raised in the first step
-        learnt = self.inner.init(params)
+        self.inner.adapted_names(list(params))  # fails here, before training, if ``inner.adapt`` matches nothing
+        learnt = self.inner.init_learned(params)
         if learnt and not self.differentiates_adaptation:
             raise MamlError(
-                f"{type(self).__name__} does not differentiate through adaptation, so it cannot learn "
-                f"{next(iter(learnt))} and the like; choose inner=sgd, or algorithm=maml"
+                f"{type(self).__name__} does not differentiate through adaptation, so it cannot learn step sizes such "
+                f"as {next(iter(learnt))}; choose inner=sgd, or algorithm=maml"
             )
         self.theta: Params = params | learnt
         self.buffers: Params = buffers or {}
-        self.outer_state: OuterState = self.outer.init(self.theta)
-        self.best: Params = start_best(self.theta) if self.domain.selected_by else {}
+        self.outer_state: OuterState = self.outer.init_state(self.theta)
+        self.best: Params = init_best(self.theta) if self.domain.selected_by else {}
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
-        """Draws what one meta-update learns from: a meta-batch of ``count`` tasks, a pure function of the stream."""
+        """Draws a meta-batch of ``count`` tasks, a pure function of the stream."""
         return self.domain.sample_tasks(count, stream)
 
     @abstractmethod
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
-        """Returns the loss of each task, ``(T,)``, and further metrics, each ``(T,)``.
-
-        The meta-gradient is the gradient of the mean loss with respect to theta.
+        """Computes the loss of each task. The meta-gradient is the gradient of the mean loss with respect to theta.
 
         Args:
             params: theta and the buffers, name -> ``(T, ...)``.
             tasks: T tasks.
 
         Returns:
-            A metric called ``loss`` is logged in place of the loss. A metric with the name of a buffer is its new
-            value for each task, ``(T, ...)``; the mean over tasks is kept.
+            The losses, ``(T,)``, and further metrics by name, each ``(T,)``. A metric named ``loss`` is logged instead
+            of the losses. A metric with the name of a buffer holds the buffer's new value for each task, ``(T, ...)``;
+            the buffer becomes the mean over tasks.
         """
 
     def collect(self, params: Params, tasks: Tasks) -> None:
-        """Adds to a meta-batch of an on-policy domain the data that `task_losses` needs.
+        """Collects the rollouts that `task_losses` needs, and adds them to the tasks.
 
         Args:
             params: theta and the buffers, name -> ``(T, ...)``.
-            tasks: T tasks; changed in place.
+            tasks: T tasks of an on-policy domain; changed in place.
         """
         self.domain.collect(tasks, self.model, self.theta_of(params), 0)
 
-    def curvature(self, params: Params, tasks: Tasks) -> Product:
-        """Returns, per task, the Hessian of the KL divergence from the policy of ``params``, at ``params``.
+    def curvature(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
+        """Returns each task's Hessian of the KL divergence from the policy of ``params``, at ``params``.
 
         Args:
             params: theta and the buffers, name -> ``(T, ...)``.
             tasks: T tasks with their rollouts.
 
         Returns:
-            A product that takes and gives vectors with a task axis, name -> ``(T, ...)``.
+            A function that multiplies each task's Hessian by a vector, name -> ``(T, ...)``.
+
+        Raises:
+            MamlError: if the algorithm has no such policy.
         """
         raise MamlError(f"{type(self).__name__} does not know how far a policy moves; choose outer=adam")
 
     def meta_update(self, objective: Objective, tasks: Tasks) -> dict[str, Tensor]:
-        """Moves theta, the buffers and the outer optimizer's state in place.
+        """Updates theta, the buffers and the outer optimizer's state in place.
 
         Args:
-            objective: the meta-objective of a meta-batch.
+            objective: the meta-objective on this meta-batch.
             tasks: the meta-batch.
 
         Returns:
-            Mean metrics, 0-dim tensors.
+            The mean metrics, 0-dim tensors.
         """
         metrics = self.outer.step(objective, self.theta, self.outer_state)
         for name, value in self.buffers.items():
@@ -174,13 +179,13 @@ class Algorithm(ABC):
     ) -> Iterator[Params]:
         """Yields each task's parameters after 0, 1, ..., ``num_steps`` gradient steps on its support data.
 
-        What the parameters of a step collect is added to the tasks before they are yielded.
+        In an on-policy domain, the parameters of each step collect rollouts before they are yielded.
 
         Args:
             params: theta and the buffers, name -> ``(T, ...)``.
-            tasks: T tasks.
-            num_steps: gradient steps.
-            step_sizes: one per step; None is the inner optimizer's own.
+            tasks: T tasks; rollouts are added in place.
+            num_steps: number of gradient steps.
+            step_sizes: one step size per step; None uses the inner optimizer's own.
         """
         for step, adapted in enumerate(self.inner_steps(params, tasks, num_steps, step_sizes, create_graph=False)):
             self.domain.collect(tasks, self.model, adapted, step)
@@ -189,14 +194,14 @@ class Algorithm(ABC):
     def inner_steps(
         self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None, create_graph: bool
     ) -> Iterator[Params]:
-        """Yields what `adapt` does, from data that have been collected.
+        """Yields the same parameters as `adapt`, but collects nothing: the tasks already hold their data.
 
         Args:
             params: theta and the buffers, name -> ``(T, ...)``.
-            tasks: T tasks.
-            num_steps: gradient steps.
-            step_sizes: one per step; None is the inner optimizer's own.
-            create_graph: whether second derivatives with respect to ``params`` are wanted.
+            tasks: T tasks with their data.
+            num_steps: number of gradient steps.
+            step_sizes: one step size per step; None uses the inner optimizer's own.
+            create_graph: whether second derivatives with respect to ``params`` are needed.
         """
 
         def support_loss(params: Params, step: int) -> Tensor:
@@ -207,53 +212,55 @@ class Algorithm(ABC):
             yield adapted
 
     def params_per_task(self, num_tasks: int, theta: Params | None = None) -> Params:
-        """Returns what a task starts from, once for each task: theta and the buffers, name -> ``(T, ...)``.
+        """Returns theta and the buffers, one copy for each task: name -> ``(T, ...)``.
 
         Args:
             num_tasks: T.
-            theta: without a task axis; None is the algorithm's own.
+            theta: parameters without a task axis; None uses the algorithm's own theta.
         """
         return expand((self.theta if theta is None else theta) | self.buffers, num_tasks)
 
     def theta_of(self, params: Params) -> Params:
-        """Returns the part of ``params`` that is theta's, without the buffers."""
+        """Returns the entries of ``params`` that belong to theta, without the buffers."""
         return {name: params[name] for name in self.theta}
 
     def state_dict(self) -> dict[str, Params]:
-        """Returns all that training changes."""
+        """Returns every tensor that training changes, by group and name."""
         groups = {"theta": self.theta, "outer": self.outer_state, "buffers": self.buffers, "best": self.best}
         return {name: tensors for name, tensors in groups.items() if tensors}
 
     def load_state_dict(self, state: Mapping[str, Params]) -> None:
-        """Restores `state_dict` in place.
+        """Restores a `state_dict` in place.
 
         Raises:
-            MamlError: if it is the state of another algorithm or model.
+            MamlError: if the state belongs to another algorithm or model.
         """
-        mine = _flat(self.state_dict())
+        current = _by_full_name(self.state_dict())
         groups = {_RENAMED_GROUPS.get(group, group): tensors for group, tensors in state.items()}
-        saved = {self._renamed(name): value for name, value in _flat(groups).items()}
-        if mine.keys() != saved.keys():
+        saved = {self._present_name(name): value for name, value in _by_full_name(groups).items()}
+        if current.keys() != saved.keys():
             raise MamlError(
                 "the checkpoint does not fit this algorithm and model: it "
-                f"lacks {sorted(mine.keys() - saved.keys()) or 'nothing'} and "
-                f"has {sorted(saved.keys() - mine.keys()) or 'nothing'} besides; give the settings it was trained with"
+                f"lacks {sorted(current.keys() - saved.keys()) or 'nothing'} and "
+                f"has {sorted(saved.keys() - current.keys()) or 'nothing'} besides; give the settings it was trained "
+                "with"
             )
-        for name, value in mine.items():
+        for name, value in current.items():
             if value.shape != saved[name].shape:
                 raise MamlError(
                     f"the checkpoint's {name} has shape {tuple(saved[name].shape)}, but this model's has "
-                    f"{tuple(value.shape)}: the inputs or outputs of the domain are others than those it was trained on"
+                    f"{tuple(value.shape)}; use a domain with the inputs and outputs that it was trained on"
                 )
             value.copy_(saved[name])
 
-    def _renamed(self, name: str) -> str:
-        """Returns the present name of a saved tensor, which may end with a parameter's earlier name."""
+    def _present_name(self, name: str) -> str:
+        """Returns the present name of a saved tensor. In older checkpoints it may end with a parameter's old name."""
         groups = name.split(".")
         endings = (".".join(groups[start:]) for start in range(1, len(groups)))
         present = ((ending, self.model.renamed(ending)) for ending in endings)
         return next((name.removesuffix(old) + new for old, new in present if old != new), name)
 
 
-def _flat(state: Mapping[str, Params]) -> Params:
+def _by_full_name(state: Mapping[str, Params]) -> Params:
+    """Returns the tensors of all groups by ``group.name``."""
     return {f"{group}.{name}": value for group, tensors in state.items() for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""The best theta of a training run, by its own returns (appendix A.2 evaluates that one)."""
+"""The theta with the best training returns, which appendix A.2 evaluates instead of the last theta."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from torch import Tensor
 
 from maml.types import Params
 
-# Beside the parameters: the score of the best theta, and the values of the last iterations.
+# The record holds the best theta's parameters and, under these names, its score and the values of recent iterations.
 _SCORE, _RECENT = "score", "recent"
 _NUM_RECENT = 10
 
 
-def start_best(theta: Params) -> Params:
-    """Returns the record before training: a copy of theta, and what is needed to compare later ones with it."""
+def init_best(theta: Params) -> Params:
+    """Returns the record before training: a copy of theta, a score of -inf, and no values yet."""
     lowest = next(iter(theta.values())).new_full((_NUM_RECENT,), -torch.inf)
     copies = {name: value.clone() for name, value in theta.items()}
     return copies | {_SCORE: lowest[0].clone(), _RECENT: lowest}
 
 
-def keep_best(best: Params, theta: Params, value: Tensor) -> None:
-    """Copies theta into the record, in place, if its value is the best so far.
+def update_best(best: Params, theta: Params, value: Tensor) -> None:
+    """Copies theta into the record, in place, if its score is the best so far.
 
-    Values are averaged over ten iterations: in a single one, the luck of its few goals outweighs what theta has learnt.
+    The score is the mean value of the last ten iterations. The value of a single iteration is too noisy: it depends
+    more on the few goals that were drawn than on theta.
 
     Args:
-        best: as `start_best` returns it.
-        theta: by which the rollouts of this iteration were collected.
-        value: their mean return, 0-dim; larger is better.
+        best: the record, as `init_best` returns it; changed in place.
+        theta: the parameters that collected the rollouts of this iteration.
+        value: the mean return of these rollouts, 0-dim; larger is better.
     """
     recent = best[_RECENT]
     recent.copy_(torch.where(recent.isneginf(), value, torch.cat([recent[1:], value.reshape(1)])))

@@ -1,4 +1,4 @@
-"""A classifier of all training classes, for Ravi and Larochelle's baselines (docs/protocol.md#classifier-baselines)."""
+"""A classifier of all training classes, used by two baselines in meta-test (docs/protocol.md#classifier-baselines)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from maml.model.conv4 import Conv4
 from maml.seeding import Stream
 from maml.types import Params, Tasks
 
-_NUM_PER_CLASS = 5  # images of every class from which a batch is drawn
-_MOMENTUM = 0.1  # of the running statistics
+_NUM_PER_CLASS = 5  # images of each class in a batch
+_MOMENTUM = 0.1  # weight of the newest batch in the running statistics
 
 
 class Classifier(Algorithm):
-    """Learns to tell all training classes apart, normalising with running statistics in meta-test.
+    """Trains a network to classify all training classes. In meta-test it normalises with running statistics.
 
-    What a subclass makes of the network in meta-test is no matter of training: all of them share one run. Here
-    ``meta_batch_size`` is the number of images in a batch.
+    Subclasses differ in meta-test only, so they share one training run. ``meta_batch_size`` is the number of images
+    in a batch.
 
     Args:
-        parts: of every algorithm.
+        parts: the domain, model, optimizers and stream.
 
     Raises:
-        MamlError: if the domain is no image set, or the model not `Conv4`.
+        MamlError: if the domain is not an image set, or the model is not `Conv4`.
     """
 
     trained_as = "maml.algorithm.classifier.Classifier"
@@ -60,13 +60,13 @@ class Classifier(Algorithm):
         return self.images.sample_images(count, stream, "train", _NUM_PER_CLASS)
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
-        """The mean cross-entropy over all training classes, and the new running statistics."""
-        outputs, seen = self._in_training_mode(self.theta_of(params), self.images.data(tasks, "support").x)
+        """The mean cross-entropy over all training classes; the metrics hold the new running statistics."""
+        outputs, seen = self._forward_in_training_mode(self.theta_of(params), self.images.data(tasks, "support").x)
         accuracy = (outputs.argmax(-1) == tasks["labels"]).to(outputs.dtype).mean(1)
-        return _cross_entropy(outputs, tasks["labels"]), {"accuracy": accuracy} | _moved(params, seen)
+        return mean_cross_entropy(outputs, tasks["labels"]), {"accuracy": accuracy} | new_statistics(params, seen)
 
-    def _in_training_mode(self, theta: Params, x: Tensor) -> tuple[Tensor, Params]:
-        """Returns outputs, and each layer's batch statistics, of parameters that hold no running ones."""
+    def _forward_in_training_mode(self, theta: Params, x: Tensor) -> tuple[Tensor, Params]:
+        """Normalises with the batch's own statistics; returns the outputs and these statistics, for each layer."""
         seen: Params = {}
         features = self.classifier.features(theta, x, seen=seen)
         return self.classifier.outputs(theta, features), seen
@@ -77,12 +77,22 @@ class Classifier(Algorithm):
     ) -> Iterator[Params]: ...
 
 
-def _moved(params: Params, seen: Params) -> Params:
-    """Returns running statistics after one more batch."""
+def new_statistics(params: Params, seen: Params) -> Params:
+    """Returns the running statistics after one more batch.
+
+    Args:
+        params: holds the running statistics so far, by name.
+        seen: the batch's statistics, under the same names.
+    """
     return {name: torch.lerp(params[name].expand_as(value), value, _MOMENTUM) for name, value in seen.items()}
 
 
-def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean over the examples of each task."""
+def mean_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Returns the mean over the examples of each task, ``(T,)``.
+
+    Args:
+        outputs: class scores, ``(T, S, classes)``.
+        labels: class numbers, ``(T, S)``.
+    """
     losses = F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none")
     return losses.reshape(labels.shape).mean(1)

@@ -1,4 +1,4 @@
-"""Adaptation of a context vector alone (appendix C.2): free inputs z are adapted, all other weights are shared."""
+"""Adaptation of a context vector alone (appendix C.2): extra inputs z adapt; all tasks share the weights."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from maml.algorithm.base import MakeModel, Parts
 from maml.algorithm.maml import MAML
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.seeding import Stream
-from maml.types import Count, Params, product
+from maml.types import Count, Params, num_elements
 
 
 class ContextVector(MAML):
-    """MAML on a network with extra inputs z, the parameter ``context``; ``algorithm=context_vector`` adapts no other.
+    """MAML on a network with extra inputs z, held in the parameter ``context``.
 
-    The outer step trains z's initial value and all weights. z stands beside every input of a task: as channels of an
-    image, as entries of a vector.
+    The meta-update trains the initial value of z and all weights. With ``algorithm=context_vector``, only z adapts.
+    z is appended to every input of a task: as further channels of an image, or as further entries of a vector.
 
     Args:
-        parts: of every algorithm.
-        num_channels: of z: channels or entries.
-        init: of z; the paper says nothing. ``glorot`` is the authors' old supervised code, ``zero`` their RL code.
+        parts: the domain, model, optimizers and stream.
+        num_channels: size of z: number of channels (images) or entries (vectors).
+        init: initial value of z, which the paper does not give. ``glorot`` follows the authors' old supervised code,
+            ``zero`` their RL code.
     """
 
     def __init__(self, parts: Parts, num_channels: Count, init: Literal["glorot", "zero"]) -> None:
         def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
-            return _WithContext(parts.make_model, in_shape, out_dim, num_channels, init)
+            return _ModelWithContext(parts.make_model, in_shape, out_dim, num_channels, init)
 
         super().__init__(replace(parts, make_model=make_model))
 
 
-class _WithContext(Model):
-    """A model whose inputs are widened by the parameter ``context``, ``(..., num_channels)``."""
+class _ModelWithContext(Model):
+    """A model that appends the parameter ``context``, ``(..., num_channels)``, to its inputs."""
 
     def __init__(
         self, make_model: MakeModel, in_shape: Sequence[int], out_dim: int, num_channels: int, init: str
@@ -47,7 +48,7 @@ class _WithContext(Model):
         self.init_context = init
 
     def init(self, stream: Stream) -> Params:
-        size = product(self.shape)
+        size = num_elements(self.shape)
         context = (
             zeros(stream, *self.shape)
             if self.init_context == "zero"
@@ -59,6 +60,6 @@ class _WithContext(Model):
         return self.model.renamed(name)
 
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
-        rest = dict(params)
-        context = rest.pop("context").unsqueeze(1).expand(*x.shape[:-1], -1)
-        return self.model(rest, torch.cat([x, context], dim=-1), num_reference)
+        weights = dict(params)
+        context = weights.pop("context").unsqueeze(1).expand(*x.shape[:-1], -1)
+        return self.model(weights, torch.cat([x, context], dim=-1), num_reference)

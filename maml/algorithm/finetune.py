@@ -1,4 +1,4 @@
-"""Fine-tuning of a pretrained classifier under a new last layer (docs/protocol.md#classifier-baselines)."""
+"""Fine-tuning of a pretrained classifier with a new last layer (docs/protocol.md#classifier-baselines)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from maml.algorithm.base import Parts
-from maml.algorithm.classifier import Classifier, _cross_entropy, _moved
+from maml.algorithm.classifier import Classifier, mean_cross_entropy, new_statistics
 from maml.types import Params, Tasks, expand, num_tasks
 
 
 class FineTune(Classifier):
-    """Fine-tunes what adapts (in the experiments all layers) in training mode; predicts with the running statistics.
+    """Replaces the last layer, fine-tunes in training mode, and predicts with the running statistics.
 
-    The new last layer is drawn once, and is the same for all tasks.
+    The new last layer is drawn once and is the same for all tasks. ``inner.adapt`` says which layers are fine-tuned;
+    in the experiments all are.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -29,9 +30,9 @@ class FineTune(Classifier):
         support = self.images.data(tasks, "support")
 
         def loss(params: Params, step: int) -> Tensor:
-            outputs, seen = self._in_training_mode(params, support.x)
-            statistics.update(_moved(statistics, seen))
-            return _cross_entropy(outputs, support.y)
+            outputs, seen = self._forward_in_training_mode(params, support.x)
+            statistics.update(new_statistics(statistics, seen))
+            return mean_cross_entropy(outputs, support.y)
 
         start = self.theta_of(params) | expand(self.head, num_tasks(tasks))
         for adapted, _ in self.inner.adapt(loss, start, num_steps, create_graph=False, step_sizes=step_sizes):

@@ -8,16 +8,16 @@ from torch import Tensor
 from maml.algorithm.base import Algorithm
 from maml.domain.base import Metrics, Role
 from maml.domain.reinforcement import Reinforcement
-from maml.types import Params, Product, Tasks
+from maml.types import MatrixVectorProduct, Params, Tasks
 
 
 class MAML(Algorithm):
-    """Learns the theta from which a few gradient steps do best on each task's query data."""
+    """Learns a theta from which a few gradient steps on support data give a low loss on each task's query data."""
 
     differentiates_adaptation = True
     learns_from_rollouts = True
     role: Role = "query"
-    """Of the data on which the meta-objective is measured."""
+    """The data on which the meta-objective is computed."""
 
     @property
     def name(self) -> str:
@@ -25,7 +25,7 @@ class MAML(Algorithm):
 
     @property
     def num_steps(self) -> int:
-        """Gradient steps in front of the meta-objective."""
+        """Number of gradient steps before the meta-objective is computed."""
         return self.inner.num_steps
 
     def collect(self, params: Params, tasks: Tasks) -> None:
@@ -40,8 +40,8 @@ class MAML(Algorithm):
         *_, adapted = self.inner_steps(params, tasks, self.num_steps, None, create_graph=self.inner.order == 2)
         return self.domain.outer_loss(self.model, adapted, self.domain.data(tasks, self.role, self.num_steps))
 
-    def curvature(self, params: Params, tasks: Tasks) -> Product:
-        if not self.inner.is_plain:
+    def curvature(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
+        if not self.inner.is_plain_sgd:
             return self._curvature_of_any_inner(params, tasks)
         assert isinstance(self.domain, Reinforcement)
         domain, model, theta = self.domain, self.model, self.theta_of(params)
@@ -59,7 +59,11 @@ class MAML(Algorithm):
         fixed = {name: torch.zeros_like(path[0][name]) for name in theta if name not in names}
 
         def product(vector: Params) -> Params:
-            """J^T F J v with J = I - alpha M H of each step, M the mask of what adapts: exact where the KL is zero."""
+            """Returns J^T F J v. This is the exact Hessian of the KL divergence, because the KL is zero at theta.
+
+            F is the Fisher matrix. J is the product of I - alpha M H over the steps; H is a step's Hessian and M the
+            mask of the parameters that adapt.
+            """
             v = vector
             for hessian in hessians:
                 curved = hessian(v)
@@ -72,8 +76,8 @@ class MAML(Algorithm):
 
         return product
 
-    def _curvature_of_any_inner(self, params: Params, tasks: Tasks) -> Product:
-        """Differentiates the KL twice, through whatever the inner optimizer does."""
+    def _curvature_of_any_inner(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
+        """Differentiates the KL divergence twice, through the steps of any inner optimizer."""
         theta = {name: value.detach().requires_grad_() for name, value in self.theta_of(params).items()}
         with torch.enable_grad():
             kl = self.task_losses(params | theta, tasks)[1]["kl"].sum()

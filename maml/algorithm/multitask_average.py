@@ -1,4 +1,4 @@
-"""Multi-task averaging (appendix C.1): regressors trained each on a task of its own, averaged in parameter space."""
+"""Multi-task averaging (appendix C.1): one regressor is trained per task; theta is the mean of their parameters."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from maml.errors import MamlError
 from maml.outer.base import Objective
 from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, expand, num_tasks
 
-_CHECK_EVERY = 100  # steps between two looks at the errors
+_CHECK_EVERY = 100  # number of steps between two checks of the errors
 
 
 class MultitaskAverage(Algorithm):
-    """theta is the mean of the regressors trained so far, each from a fresh initialisation.
+    """theta is the mean of the regressors trained so far, each from its own initialisation.
 
-    One iteration trains a regressor on every task of its meta-batch, side by side, with the outer optimizer on the
-    task's support data, until its error on the query data is small enough. The pull is towards the mean of the earlier
-    iterations' regressors, so that a meta-batch of one trains them one after another, as the paper has it.
+    One iteration trains a regressor on every task of its meta-batch, all in one batched computation. The outer
+    optimizer minimises the loss on the task's support data, plus a regulariser, until the error on the query data is
+    small enough. The regulariser pulls towards zero or towards the mean of the earlier iterations' regressors. A
+    meta-batch of one task trains the regressors one after another, as in the paper.
 
     Args:
-        parts: of every algorithm.
-        weight: of the sum of squared distances from what the parameters are pulled to; 0 does not regularise.
-        pull: to ``zero`` (weight decay), or to the ``mean`` of the regressors trained so far.
-        max_error: below which a regressor is trained.
-        num_steps: after which a regressor that is not starts anew: some initialisations never get there.
-        max_attempts: how often; then it is an error.
+        parts: the domain, model, optimizers and stream.
+        weight: weight of the regulariser, the sum of squared distances between the parameters and the point that they
+            are pulled to; 0 does not regularise.
+        pull: where the parameters are pulled to: ``zero`` (weight decay), or the ``mean`` of the regressors trained so
+            far.
+        max_error: a regressor is trained once its query error is below this.
+        num_steps: number of steps per attempt. A regressor that is not trained by then starts again from another
+            initialisation, because some initialisations never reach a small error.
+        max_attempts: number of attempts per regressor; the run fails after that.
     """
 
     sums_over_tasks = False
@@ -49,9 +53,10 @@ class MultitaskAverage(Algorithm):
         self.set_initial(self.theta, {"num_averaged": torch.zeros((), dtype=torch.int64, device=self.stream.device)})
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
-        """Loss of each regressor on its own task, plus the pull.
+        """The loss of each regressor on its own task, plus the regulariser.
 
-        Beside the regressors, ``params`` hold what they are pulled to and the pull's weight (`_fit`).
+        Besides the regressors, ``params`` holds the point that they are pulled to and the regulariser's weight: `_fit`
+        adds them.
         """
         regressors = self.theta_of(params)
         data = self.domain.data(tasks, "support")
@@ -62,33 +67,40 @@ class MultitaskAverage(Algorithm):
         return losses + params["weight"] * torch.stack(distances).sum(0), metrics
 
     def meta_update(self, objective: Objective, tasks: Tasks) -> dict[str, Tensor]:
-        """Trains one regressor per task and takes them into the average.
+        """Trains one regressor per task and updates the mean.
 
         Raises:
-            MamlError: if some error stays too large.
+            MamlError: if the error of a regressor stays too large.
         """
         averaged, count = int(self.buffers["num_averaged"]), num_tasks(tasks)
-        trained, errors = self._train(objective, tasks, averaged)
+        trained, errors = self._train_regressors(objective, tasks, averaged)
         for name, value in self.theta.items():
             value.lerp_(trained[name].mean(0), count / (averaged + count))
         self.buffers["num_averaged"] += count
         return {"loss": errors.mean(), "largest_loss": errors.max()}
 
-    def _train(self, objective: Objective, tasks: Tasks, first: int) -> tuple[Params, Tensor]:
-        """Returns a regressor of each task, as it was when its error was small enough, and that error, ``(T,)``.
+    def _train_regressors(self, objective: Objective, tasks: Tasks, num_before: int) -> tuple[Params, Tensor]:
+        """Trains one regressor per task.
 
-        ``first`` is the number of the first of them, of all regressors.
+        Args:
+            objective: computes the gradients.
+            tasks: T tasks.
+            num_before: number of regressors trained in earlier iterations, which numbers the new ones.
+
+        Returns:
+            Each regressor at the first check at which its error was small enough, ``(T, ...)``, and this error,
+            ``(T,)``.
         """
         count = num_tasks(tasks)
         trained: Params = {name: value.repeat(count, *[1] * value.dim()) for name, value in self.theta.items()}
         errors = next(iter(trained.values())).new_full((count,), torch.inf)
         for attempt in range(self.max_attempts):
-            (left,) = errors.isinf().nonzero(as_tuple=True)
-            params = self._draw((first + left).tolist(), attempt)
-            some = {name: value[left.to(value.device)] for name, value in tasks.items()}
-            params, errors[left] = self._fit(objective, params, some)
+            (untrained,) = errors.isinf().nonzero(as_tuple=True)
+            params = self._init_regressors((num_before + untrained).tolist(), attempt)
+            remaining = {name: value[untrained.to(value.device)] for name, value in tasks.items()}
+            params, errors[untrained] = self._fit(objective, params, remaining)
             for name, value in trained.items():
-                value[left] = params[name]
+                value[untrained] = params[name]
             if errors.isfinite().all():
                 return trained, errors
         raise MamlError(
@@ -98,7 +110,17 @@ class MultitaskAverage(Algorithm):
         )
 
     def _fit(self, objective: Objective, params: Params, tasks: Tasks) -> tuple[Params, Tensor]:
-        """Returns regressors as they were when their errors were small enough, and these; inf where they never were."""
+        """Makes one attempt to train regressors.
+
+        Args:
+            objective: computes the gradients.
+            params: the initial regressors, ``(T, ...)``; changed in place.
+            tasks: their T tasks.
+
+        Returns:
+            Each regressor at the first check at which its error was small enough, ``(T, ...)``, and this error,
+            ``(T,)``. The error is inf if it never was.
+        """
         without_mean = self.pull == "mean" and not self.buffers["num_averaged"]
         weight = 0.0 if without_mean else self.weight
         centre = {
@@ -106,33 +128,39 @@ class MultitaskAverage(Algorithm):
             for name, value in self.theta.items()
         }
         fixed = expand(centre | {"weight": next(iter(self.theta.values())).new_tensor(weight)}, num_tasks(tasks))
-        fit = _Fit(objective, fixed, tasks)
-        state = self.outer.init(params)
+        regressor_objective = _RegressorObjective(objective, fixed, tasks)
+        state = self.outer.init_state(params)
         fitted = {name: value.clone() for name, value in params.items()}
         errors = next(iter(params.values())).new_full((num_tasks(tasks),), torch.inf)
         for step in range(1, self.num_steps + 1):
-            self.outer.step(fit, params, state)
+            self.outer.step(regressor_objective, params, state)
             if step % _CHECK_EVERY == 0 or step == self.num_steps:
                 with torch.no_grad():
                     query = self.domain.data(tasks, "query")
-                    now = self.domain.outer_loss(self.model, params, query)[0]
-                reached = (now < self.max_error) & errors.isinf()
-                errors[reached] = now[reached]
+                    query_errors = self.domain.outer_loss(self.model, params, query)[0]
+                newly_fitted = (query_errors < self.max_error) & errors.isinf()
+                errors[newly_fitted] = query_errors[newly_fitted]
                 for name, value in fitted.items():
-                    value[reached] = params[name][reached]
+                    value[newly_fitted] = params[name][newly_fitted]
                 if errors.isfinite().all():
                     break
         return fitted, errors
 
-    def _draw(self, numbers: list[int], attempt: int) -> Params:
-        """Draws fresh regressors, ``(T, ...)``."""
+    def _init_regressors(self, numbers: list[int], attempt: int) -> Params:
+        """Draws the initial parameters of the regressors with these numbers, ``(T, ...)``."""
         stream = self.stream.child("regressors").child(attempt)
-        drawn = [self.model.init(stream.child(number)) for number in numbers]
-        return {name: torch.stack([params[name] for params in drawn]) for name in self.theta}
+        initial = [self.model.init(stream.child(number)) for number in numbers]
+        return {name: torch.stack([params[name] for params in initial]) for name in self.theta}
 
 
-class _Fit(Objective):
-    """The objective of regressors that share nothing: each has its own gradient."""
+class _RegressorObjective(Objective):
+    """The objective of T independent regressors: each has its own parameters and its own gradient.
+
+    Args:
+        objective: computes the gradient of each task's loss.
+        fixed: further parameters that are not trained, ``(T, ...)``.
+        tasks: T tasks.
+    """
 
     def __init__(self, objective: Objective, fixed: Params, tasks: Tasks) -> None:
         self.objective, self.fixed, self.tasks = objective, fixed, tasks

@@ -1,4 +1,4 @@
-"""The label of the most similar support image, by cosine (docs/protocol.md#classifier-baselines)."""
+"""Nearest-neighbour classification by cosine similarity of features (docs/protocol.md#classifier-baselines)."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from maml.types import Params, Tasks
 
 
 class NearestNeighbor(Classifier):
-    """Compares the pretrained classifier's features of a query image with those of every support image."""
+    """Gives a query image the label of the support image whose features are most similar.
+
+    The features are those of the pretrained classifier.
+    """
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.model = _MostSimilar(self.classifier, self.images.num_ways)
+        self.model = _CosineSimilarity(self.classifier, self.images.num_ways)
 
     def adapt(
         self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
-        """Yields the network with the features of the support images; gradient steps change nothing."""
+        """Yields the parameters with the features of the support images added; gradient steps change nothing."""
         support = self.images.data(tasks, "support")
         params = params | {"support.features": self.classifier.features(params, support.x)}
         for _ in range(num_steps + 1):
             yield params
 
 
-class _MostSimilar(Model):
-    """Scores a class by the cosine of its most similar support image."""
+class _CosineSimilarity(Model):
+    """Scores a class by the cosine similarity of its most similar support image."""
 
     def __init__(self, network: Conv4, num_ways: int) -> None:
         self.network, self.num_ways = network, num_ways

@@ -1,4 +1,4 @@
-"""Conventional pretraining on all tasks pooled (section 5.1); with ``domain.oracle=true`` the oracle."""
+"""Conventional pretraining on all tasks pooled (section 5.1); with ``domain.oracle=true`` it is the oracle."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from maml.domain.base import Role
 
 
 class Pretrain(MAML):
-    """Learns one theta for all tasks, without adapting to any; in meta-test it is fine-tuned as MAML's is.
+    """Learns one theta for all tasks, without adaptation. In meta-test, theta is fine-tuned as MAML's theta is.
 
-    It is MAML whose objective stands before the first gradient step: the loss on the support data of each task, the
-    only data it sees, as in the authors' code (docs/protocol.md#sinusoid-baselines).
+    It is MAML with zero inner steps. Its loss is that of theta on the support data, as in the authors' code
+    (docs/protocol.md#sinusoid-baselines); it never sees the query data.
     """
 
     differentiates_adaptation = False

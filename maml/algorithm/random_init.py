@@ -1,4 +1,4 @@
-"""No meta-learning: theta as it was drawn, fine-tuned in meta-test; the floor that every method must beat."""
+"""No meta-learning: the initial theta is fine-tuned in meta-test; every method has to beat this baseline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from maml.types import Tasks
 
 
 class RandomInit(Pretrain):
-    """Leaves theta alone, however many iterations it is given."""
+    """Never changes theta."""
 
     def meta_update(self, objective: Objective, tasks: Tasks) -> dict[str, Tensor]:
         return objective.evaluate(self.theta)

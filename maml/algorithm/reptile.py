@@ -16,47 +16,47 @@ from maml.types import Count, Examples, Params, Tasks, expand, num_tasks
 class Reptile(Algorithm):
     """theta <- theta + epsilon * mean_i(theta'_i - theta): ``outer=sgd`` on the "gradient" theta - mean_i theta'_i.
 
-    Inner steps run on mini-batches that cycle through a task's support set, reshuffled in each pass. The state of the
-    inner optimizer is carried from one meta-update to the next; meta-test starts from it for every task.
+    Inner steps run on mini-batches that cycle through a task's support set, which is reshuffled for each pass. The
+    state of the inner optimizer is kept from one meta-update to the next. In meta-test every task starts from it.
 
-    Departure: the authors' code hands that state from task to task; here the tasks of a meta-batch start from the same
-    state, side by side, and the mean of theirs is carried.
+    Departure: the authors' code passes the optimizer's state from task to task. Here all tasks of a meta-batch start
+    from the same state, and the mean of their final states is kept.
 
     Args:
-        parts: of every algorithm.
-        num_examples: support examples in a mini-batch in training.
-        num_test_examples: the same in meta-test; where a support set is smaller, all of it.
+        parts: the domain, model, optimizers and stream.
+        num_examples: number of support examples per mini-batch in training.
+        num_test_examples: number of support examples per mini-batch in meta-test; a smaller support set is used whole.
     """
 
     def __init__(self, parts: Parts, num_examples: Count, num_test_examples: Count) -> None:
         super().__init__(parts)
         self.num_examples, self.num_test_examples = num_examples, num_test_examples
         adapted = {name: self.theta[name] for name in self.inner.adapted_names(list(self.theta))}
-        state = self.inner.start(expand(adapted, 1))
+        state = self.inner.init_state(expand(adapted, 1))
         self.set_initial(self.theta, {name: value[0].clone() for name, value in state.items()})
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
-        """Draws a meta-batch, and beside it which examples are in which mini-batch.
+        """Draws a meta-batch, and which examples each mini-batch has.
 
-        Drawn here and not on the way, because the compiler must not see the draws: what it made of their integer
-        arithmetic wrote beyond its memory (torch 2.13).
+        Mini-batches are drawn here, and not in the inner loop, because the compiler must not see the draws: the code
+        that it made from their integer arithmetic wrote out of bounds (torch 2.13).
         """
         tasks = self.domain.sample_tasks(count, stream)
         support = self.domain.data(tasks, "support")
         keys = stream.child("minibatches").bits((count,))
         return tasks | {
-            "minibatches": _minibatches(Stream(keys), self.inner.num_steps, support.x.shape[1], self.num_examples)
+            "minibatches": _draw_minibatches(Stream(keys), self.inner.num_steps, support.x.shape[1], self.num_examples)
         }
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
-        """<theta, theta - theta'_i> with the second factor held constant, whose gradient is theta - theta'_i.
+        """<theta, theta - theta'_i>, with the second factor held constant: its gradient is theta - theta'_i.
 
-        The loss that is logged is the query loss of theta'_i.
+        The logged loss is the query loss of theta'_i.
         """
         theta = self.theta_of(params)
         start = {name: value.detach() for name, value in theta.items()}
         state = {name: params[name] for name in self.buffers}
-        *_, (adapted, state) = self._on_minibatches(start, tasks, tasks["minibatches"], None, state)
+        *_, (adapted, state) = self._adapt_on_minibatches(start, tasks, tasks["minibatches"], None, state)
         adapted = {name: value.detach() for name, value in adapted.items()}
         query = self.domain.data(tasks, "query")
         losses, metrics = self.domain.outer_loss(self.model, adapted, query)
@@ -68,14 +68,15 @@ class Reptile(Algorithm):
     ) -> Iterator[Params]:
         count = num_tasks(tasks)
         support = self.domain.data(tasks, "support")
-        # The same for every task of a bank: it must not depend on how tasks are chunked.
+        # All tasks of a bank have the same mini-batches, so that the result does not depend on the chunk size.
         stream = Stream(0, support.x.device).child("minibatches")
-        minibatches = _minibatches(stream, num_steps, support.x.shape[1], self.num_test_examples).expand(count, -1, -1)
+        minibatches = _draw_minibatches(stream, num_steps, support.x.shape[1], self.num_test_examples)
+        minibatches = minibatches.expand(count, -1, -1)
         state = {name: params[name] for name in self.buffers}
-        for adapted, _ in self._on_minibatches(self.theta_of(params), tasks, minibatches, step_sizes, state):
+        for adapted, _ in self._adapt_on_minibatches(self.theta_of(params), tasks, minibatches, step_sizes, state):
             yield adapted
 
-    def _on_minibatches(
+    def _adapt_on_minibatches(
         self,
         params: Params,
         tasks: Tasks,
@@ -83,23 +84,36 @@ class Reptile(Algorithm):
         step_sizes: Sequence[float] | None,
         state: Params,
     ) -> Iterator[tuple[Params, Params]]:
-        """Adapts in as many steps as there are mini-batches, ``(T, num_steps, num_examples)``."""
+        """Takes one gradient step on each mini-batch.
+
+        Args:
+            params: initial parameters, name -> ``(T, ...)``.
+            tasks: T tasks.
+            minibatches: positions of support examples, ``(T, num_steps, num_examples)``.
+            step_sizes: one step size per step; None uses the inner optimizer's own.
+            state: the inner optimizer's initial state, name -> ``(T, ...)``.
+
+        Yields:
+            The parameters and the optimizer's state, before the first step and after each.
+        """
         rows = torch.arange(len(minibatches), device=minibatches.device).unsqueeze(1)
 
         def loss(params: Params, step: int) -> Tensor:
             data: Examples = self.domain.data(tasks, "support", step)
             chosen = rows, minibatches[:, step]
-            # Summed over the mini-batch, whatever K: meta-test goes on with the second moments of training.
+            # num_shots=1 sums the loss over the mini-batch for every K, so that the gradients of meta-test have the
+            # scale of the optimizer's second moments, which come from training.
             return self.domain.inner_loss(self.model, params, Examples(data.x[chosen], data.y[chosen], num_shots=1))
 
         num_steps = minibatches.shape[1]
         return self.inner.adapt(loss, params, num_steps, create_graph=False, step_sizes=step_sizes, state=state)
 
 
-def _minibatches(stream: Stream, num_steps: int, num_support: int, num_examples: int) -> Tensor:
-    """Returns the support examples of each inner step, ``(..., num_steps, min(num_examples, num_support))``.
+def _draw_minibatches(stream: Stream, num_steps: int, num_support: int, num_examples: int) -> Tensor:
+    """Returns positions in the support set for each inner step, ``(..., num_steps, min(num_examples, num_support))``.
 
-    The passes over the support set, each in an order of its own, follow each other without a gap.
+    The support set is passed over in a new order each time. A mini-batch may span the end of one pass and the start of
+    the next.
     """
     num_examples = min(num_examples, num_support)
     size = num_steps * num_examples

@@ -16,7 +16,7 @@ from maml.domain.base import Metrics, Role, Split, SupervisedDomain, Workload
 from maml.errors import MamlError
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Count, Examples, Params, Tasks, product
+from maml.types import Count, Examples, Params, Tasks, num_elements
 
 # A chunk of tasks on a CPU has at most as many pixels, support and query together, as 80 images of Omniglot. Half as
 # many halve the memory, but 20-way tasks then run one at a time, and no faster than a plain loop
@@ -111,7 +111,7 @@ class FewShotClassification(SupervisedDomain):
     def workload(self) -> Workload:
         """Several tasks at once, as many as fit a CPU's cache, unless training measures it; threads pay."""
         images = self.num_ways * (self.num_shots + (self.num_query or self.num_shots))
-        chunk = max(1, _CHUNK_PIXELS // (product(self.in_shape) * images))
+        chunk = max(1, _CHUNK_PIXELS // (num_elements(self.in_shape) * images))
         return Workload(task_chunk=chunk, measure_chunk=True, threads_pay="always")
 
     def _check_images(self, num_shots: int, num_query: int) -> None:

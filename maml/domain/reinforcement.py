@@ -17,7 +17,7 @@ from maml.environment.base import Environments, TellGoal
 from maml.environment.rollouts import collect_episodes
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Count, Discount, Params, Product, Tasks
+from maml.types import Count, Discount, MatrixVectorProduct, Params, Tasks
 
 # Timesteps of a chunk on a CPU, so that a hidden layer's values stay in its cache.
 _CHUNK_TIMESTEPS = 4000
@@ -194,7 +194,7 @@ class Reinforcement(Domain[Rollouts]):
         """The mean undiscounted return."""
         return {"return": query.returns}
 
-    def inner_hessian(self, model: Model, params: Params, data: Rollouts) -> Product:
+    def inner_hessian(self, model: Model, params: Params, data: Rollouts) -> MatrixVectorProduct:
         """Returns the Hessian of `inner_loss` at the parameters, per task."""
         linearized = model.linearize(params, data.observations)
         outputs = linearized.outputs.detach().requires_grad_()
@@ -207,7 +207,7 @@ class Reinforcement(Domain[Rollouts]):
 
         return linearized.hessian(delta.detach(), output_hessian)
 
-    def fisher(self, model: Model, params: Params, data: Rollouts) -> Product:
+    def fisher(self, model: Model, params: Params, data: Rollouts) -> MatrixVectorProduct:
         """Returns the Hessian of the mean KL divergence from the policy of the parameters, at them, per task."""
         linearized = model.linearize(params, data.observations)
         log_std = linearized.outputs.detach().chunk(2, dim=-1)[1]

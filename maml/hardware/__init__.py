@@ -1,1 +1,1 @@
-"""Where and how a run computes: devices, processes, compilation, memory, precision."""
+"""Devices, processes, compilation, memory and precision of a run."""

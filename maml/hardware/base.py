@@ -1,4 +1,4 @@
-"""Where a run computes. Nothing here may change what a number means."""
+"""The device of a run and how the work is divided for it; nothing here may change what a number means."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from maml.hardware import distributed
 from maml.hardware.memory import keep_freed_memory
 from maml.types import Count
 
-# Compiling takes up to a minute; it pays for small networks, whose time is the operations' own overhead.
+# Compiling takes up to a minute. It pays off for small networks, whose time is mostly the overhead of the operations.
 _MIN_ITERATIONS_TO_COMPILE = 5000
 
 
 @dataclass(frozen=True)
 class Execution:
-    """What was chosen for one run; kept in its checkpoint, so that a resumed run computes the same bits.
+    """How one run computes. Checkpoints hold it, so that a resumed run computes the same bits.
 
     Attributes:
-        num_threads: of the CPU.
-        task_chunk: tasks batched at once, of each seed; None is all of them.
+        num_threads: number of CPU threads.
+        task_chunk: number of tasks of each seed that are batched at once; None batches all of them.
         compile: whether the meta-gradient is compiled.
-        cuda_graph: whether the whole meta-iteration is launched as one graph.
-        recompute: whether inner steps are computed again for the meta-gradient.
-        device: what it was chosen for.
+        cuda_graph: whether the whole meta-iteration is launched as one CUDA graph.
+        recompute: whether the backward pass computes inner steps again instead of keeping them in memory.
+        device: type of the device that this was chosen for, ``cpu`` or ``cuda``.
     """
 
     num_threads: int
@@ -45,24 +45,28 @@ class Execution:
 
 
 class Hardware:
-    """The device, and how the work is cut for it; ``auto`` chooses.
+    """The device, and how the work is divided for it. ``auto`` leaves a choice to the framework.
 
     Args:
-        device: ``auto`` takes the GPU when there is one.
-        num_threads: CPU threads; ``auto`` is all cores for images, and for simulation beside a GPU; else one, because
-            small vectors would lose by more.
-        task_chunk: tasks batched at once, of each seed; ``all``; or ``auto``: images as measured
-            (`maml.training.autotune`), rollouts on a CPU in parts that fit its cache, else all.
-        compile: compile the meta-gradient; ``auto`` does so for long CPU runs, but for several inner steps on images.
-        cuda_graph: capture the whole meta-iteration, from the draw of its tasks to the outer optimizer, and launch it
-            as one; ``auto`` does so on a GPU, but for RL.
-        recompute: forget what an inner step computed on its way, and compute it again for the meta-gradient: about a
-            third more time for memory that does not grow with the number of steps.
-        deterministic: only kernels that give the same bits every time; a resumed GPU run is then exact too.
-        min_processes: fewer are an error: a run that was meant for several GPUs shall not start on one.
+        device: where to compute. ``auto`` takes the GPU if there is one.
+        num_threads: number of CPU threads. ``auto`` takes all cores for images, and for simulation if a GPU does the
+            rest; otherwise one, because several threads slow operations on small vectors down.
+        task_chunk: number of tasks of each seed that are batched at once. ``all`` batches the whole meta-batch.
+            ``auto`` measures the fastest number for images, takes rollouts on a CPU in parts that fit its cache, and
+            otherwise batches the whole meta-batch.
+        compile: whether to compile the meta-gradient. ``auto`` does so for long CPU runs, except for images with
+            several inner steps.
+        cuda_graph: whether to launch the whole meta-iteration, from drawing tasks to the outer optimizer, as one CUDA
+            graph. ``auto`` does so on a GPU, except for reinforcement learning.
+        recompute: whether the backward pass computes inner steps again instead of keeping them in memory. Training
+            takes about a third longer; memory does not grow with the number of steps.
+        deterministic: whether to use only kernels that give the same bits every time. Resuming is then exact on a GPU
+            too.
+        min_processes: least number of processes; a run with fewer fails at once. It keeps a run that was meant for
+            several GPUs from starting on one.
 
     Raises:
-        MamlError: if CUDA is asked for and absent, or processes are missing.
+        MamlError: if CUDA is asked for and missing, or there are too few processes.
     """
 
     def __init__(
@@ -79,8 +83,9 @@ class Hardware:
         num_processes = distributed.world_size()
         if num_processes < min_processes:
             raise MamlError(
-                f"{num_processes} process{'es' * (num_processes > 1)} for hardware.min_processes={min_processes}: "
-                "start torchrun --nproc-per-node=NUMBER_OF_GPUS train.py ..., or choose hardware=gpu"
+                f"there {'are' if num_processes > 1 else 'is'} {num_processes} process{'es' * (num_processes > 1)}, "
+                f"fewer than hardware.min_processes={min_processes}; start torchrun --nproc-per-node=NUMBER_OF_GPUS "
+                "train.py ..., or choose hardware=gpu"
             )
         if device == "cuda" and not torch.cuda.is_available():
             raise Unavailable(
@@ -91,27 +96,30 @@ class Hardware:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu" and cuda_graph is True:
             raise MamlError("hardware.cuda_graph=true needs a GPU; leave it to auto")
-        # Each process of a machine has a GPU of its own.
+        # Each process of a machine has its own GPU.
         self.device = torch.device(device, distributed.local_rank()) if device == "cuda" else torch.device(device)
         self.num_threads, self.task_chunk, self.compile = num_threads, task_chunk, compile
         self.cuda_graph, self.recompute, self.deterministic = cuda_graph, recompute, deterministic
 
     def choose(self, domain: Domain[Any], num_iterations: int, earlier: Mapping[str, Any]) -> Execution:
-        """Settles what is left to ``auto``.
+        """Decides every setting that is ``auto``.
 
         Args:
-            domain: of the run.
-            num_iterations: of the run.
-            earlier: the fields of the execution that a checkpoint was made with, which are kept on the same kind of
-                device; or nothing.
+            domain: the run's domain.
+            num_iterations: the run's number of meta-iterations.
+            earlier: the fields of the execution in a checkpoint, which are kept if the type of device is the same;
+                empty without a checkpoint.
+
+        Raises:
+            MamlError: if a setting is not possible for this domain.
         """
         work = domain.workload
         on_cpu = self.device.type == "cpu"
         if not work.fixed_shapes:
             if self.compile is True:
                 raise MamlError(
-                    "hardware.compile=true is for supervised domains: rollouts have another length in each iteration, "
-                    "so every one would be compiled anew; leave it to auto"
+                    "hardware.compile=true is for supervised domains: the length of rollouts changes with each "
+                    "iteration, so each iteration would be compiled again; leave it to auto"
                 )
             if self.recompute:
                 raise MamlError("hardware.recompute=true is for supervised domains; leave it at false")
@@ -133,7 +141,7 @@ class Hardware:
         return Execution(**chosen)
 
     def apply(self, execution: Execution) -> None:
-        """Sets the process-wide switches."""
+        """Sets the process-wide switches of torch and of memory allocation."""
         keep_freed_memory()
         torch.set_num_threads(execution.num_threads)
         if self.deterministic:
@@ -142,7 +150,7 @@ class Hardware:
             torch.use_deterministic_algorithms(self.deterministic)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a reader of a result needs to know about the machine."""
+        """Returns the facts about the machine that a run's record keeps: device, processor, cores, GPU, processes."""
         described: dict[str, Any] = {"device": str(self.device), "cpu": _cpu_name(), "cores": os.cpu_count()}
         if self.device.type == "cuda":
             described["gpu"] = torch.cuda.get_device_name(self.device)
@@ -152,6 +160,7 @@ class Hardware:
 
 
 def _cpu_name() -> str:
+    """Returns the processor's model name."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""Compiles a meta-gradient: the whole of it, inner gradients included, traced once into one fused program."""
+"""Compiles a meta-gradient, inner gradients included, into one fused program."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from maml.types import Params, Tasks
 
 ChunkGradient = Callable[[Params, Tasks], tuple[Params, Params]]
-"""Sums over tasks, by name: of the gradient, and of the metrics."""
+"""Returns the gradients and the metrics of a chunk of tasks, by name."""
 _log = logging.getLogger(__name__)
 
 
-class Compiled:
-    """A function, compiled for each shape of its inputs on first use.
+class CompiledFunction:
+    """A function that is compiled on the first call with new shapes of its inputs.
 
-    The trace already holds the derivatives, so the compiler sees a plain function and differentiates nothing. Where
-    compiling fails, a warning says so and the function runs as it is.
+    The function is traced with its derivatives, so the compiler has nothing to differentiate. If compiling fails, a
+    warning says so and the function runs uncompiled.
 
     Args:
-        function: to compile.
+        function: the function to compile.
 
     Attributes:
-        failed: whether it runs as it is.
+        failed: whether the function runs uncompiled, because compiling has failed.
     """
 
     def __init__(self, function: ChunkGradient) -> None:
@@ -40,7 +40,7 @@ class Compiled:
             try:
                 self._programs[shapes] = _compile(self.function, theta, tasks)
             except torch.OutOfMemoryError:
-                raise  # smaller chunks may do
+                raise  # the caller tries smaller chunks
             except Exception as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 _log.warning("compiling failed, so the run goes on without it (slower, same mathematics): %s", reason)
@@ -50,22 +50,22 @@ class Compiled:
 
 def _compile(function: ChunkGradient, theta: Params, tasks: Tasks) -> ChunkGradient:
     names, task_names = list(theta), list(tasks)
-    returned: list[list[str]] = []
+    output_names: list[list[str]] = []
 
-    def flat(*values: Tensor) -> list[Tensor]:
-        sums = function(
+    def flat_function(*values: Tensor) -> list[Tensor]:
+        outputs = function(
             dict(zip(names, values[: len(names)], strict=True)),
             dict(zip(task_names, values[len(names) :], strict=True)),
         )
-        returned[:] = [list(group) for group in sums]
-        return [value for group in sums for value in group.values()]
+        output_names[:] = [list(group) for group in outputs]
+        return [value for group in outputs for value in group.values()]
 
-    # Copies, because example inputs that share memory give a silently wrong trace.
+    # Example inputs are copied, because a trace with inputs that share memory is wrong without an error.
     example: list[Any] = [value.detach().clone() for value in (*theta.values(), *tasks.values())]
-    program = torch._inductor.compile(make_fx(flat)(*example), example)
+    program = torch._inductor.compile(make_fx(flat_function)(*example), example)
     with torch.no_grad():
         program(*example)
-    gradients, metrics = returned
+    gradients, metrics = output_names
 
     def run(theta: Params, tasks: Tasks) -> tuple[Params, Params]:
         with torch.no_grad():

@@ -1,6 +1,6 @@
-"""The processes of one run, as torchrun starts them: each takes its share of the tasks; sums are taken over all.
+"""The processes of one run, started by torchrun: each computes on a part of the tasks, and results are summed.
 
-A process that was started alone is the first of one, and every function here is then as good as absent.
+Without torchrun there is one process, and these functions return their input or do nothing.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ Result = TypeVar("Result")
 
 
 def start(on_gpus: bool) -> None:
-    """Joins the other processes that torchrun has started, if it has: over Gloo, and NCCL between GPUs.
+    """Joins the other processes that torchrun has started: by Gloo, and by NCCL for tensors on GPUs.
 
     Args:
-        on_gpus: whether each computes on a GPU of its own.
+        on_gpus: whether each process computes on its own GPU.
 
     Raises:
-        MamlError: if there are fewer GPUs than processes, or the others cannot be reached.
+        MamlError: if there are fewer GPUs than processes.
+        Disconnected: if another process cannot be reached.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
@@ -40,65 +41,71 @@ def start(on_gpus: bool) -> None:
                 "GPUs; start one for each (torchrun --nproc-per-node), or choose hardware=cpu"
             )
         torch.cuda.set_device(local_rank())
-    with _in_contact():
+    with _explain_lost_process():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     atexit.register(dist.destroy_process_group)
-    sys.stderr = sys.__stderr__  # train.py keeps all but the first silent up to here
+    # Before they join, all processes fail alike; only rank 0 reports. From here on every process may report.
+    sys.stderr = sys.__stderr__
 
 
 def rank() -> int:
-    """Returns this process's number; the first, 0, is the one that writes."""
+    """Returns this process's number. Only rank 0 writes files and messages."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Returns how many processes there are."""
+    """Returns the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """Returns this process's number among those on this machine: that of its GPU."""
+    """Returns this process's number on this machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """Returns how many of them share this machine."""
+    """Returns the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def share(tasks: Tasks) -> Tasks:
-    """Returns this process's part of a batch, whose tasks follow each other in the order of the processes.
+def shard(tasks: Tasks) -> Tasks:
+    """Returns this process's part of a batch. The parts of rank 0, 1, ... make up the batch in its order.
 
     Raises:
         MamlError: if there are fewer tasks than processes.
     """
-    count, own, others = num_tasks(tasks), rank(), world_size()
-    if count < others:
+    count, num_processes = num_tasks(tasks), world_size()
+    if count < num_processes:
         raise MamlError(
-            f"{count} task{'s' * (count > 1)} cannot be shared by {others} processes; "
+            f"{count} task{'s' * (count > 1)} cannot be shared by {num_processes} processes; "
             "start fewer (torchrun --nproc-per-node), or raise meta_batch_size"
         )
-    return take(tasks, own * count // others, (own + 1) * count // others)
+    return take(tasks, rank() * count // num_processes, (rank() + 1) * count // num_processes)
 
 
 def all_reduce_sum(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the sums of tensors over all processes: one exchange for each type of number."""
+    """Returns the sum of each tensor over all processes. All tensors of one dtype are sent together."""
     if world_size() == 1:
         return list(tensors)
-    summed: list[Tensor] = list(tensors)
+    sums: list[Tensor] = list(tensors)
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        flat = torch.cat([tensors[place].flatten() for place in places])
-        with _in_contact():
+        indices = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = torch.cat([tensors[index].flatten() for index in indices])
+        with _explain_lost_process():
             dist.all_reduce(flat)
-        parts = flat.split([tensors[place].numel() for place in places])
-        for place, part in zip(places, parts, strict=True):
-            summed[place] = part.view_as(tensors[place])
-    return summed
+        parts = flat.split([tensors[index].numel() for index in indices])
+        for index, part in zip(indices, parts, strict=True):
+            sums[index] = part.view_as(tensors[index])
+    return sums
 
 
 def all_reduce_mean(sums: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Returns means over the tasks of all processes, from the sums over ``count`` tasks of this one."""
+    """Returns means over the tasks of all processes.
+
+    Args:
+        sums: sums over this process's tasks.
+        count: number of this process's tasks.
+    """
     if world_size() == 1:
         return list(torch._foreach_div(list(sums), count))
     *all_sums, all_tasks = all_reduce_sum([*sums, torch.full((), count, dtype=sums[0].dtype, device=sums[0].device)])
@@ -106,36 +113,36 @@ def all_reduce_mean(sums: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 def all_gather(part: Tensor) -> Tensor:
-    """Returns the parts of all processes, one behind the other along the first axis."""
+    """Returns the parts of all processes, concatenated along the first axis in the order of their ranks."""
     if world_size() == 1:
         return part
     parts: list[Any] = [None] * world_size()
-    with _in_contact():
+    with _explain_lost_process():
         dist.all_gather_object(parts, part)
     return torch.cat(parts)
 
 
 def all_reduce_max(number: int) -> int:
-    """Returns the largest of the numbers that the processes give."""
+    """Returns the largest ``number`` over all processes."""
     if world_size() == 1:
         return number
     value = torch.tensor(number)
-    with _in_contact():
+    with _explain_lost_process():
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
 
 
-def on_rank_zero(act: Callable[[], Result]) -> Result:
-    """Has the first process act; returns the result to all, or raises what it raised."""
+def on_rank_zero(function: Callable[[], Result]) -> Result:
+    """Calls a function on rank 0 only. All processes get its result, or the `MamlError` that it raised."""
     if world_size() == 1:
-        return act()
+        return function()
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
-            outcome[0] = act()
+            outcome[0] = function()
         except MamlError as error:
             outcome[1] = error
-    with _in_contact():
+    with _explain_lost_process():
         dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
@@ -143,12 +150,13 @@ def on_rank_zero(act: Callable[[], Result]) -> Result:
 
 
 @contextmanager
-def _in_contact() -> Iterator[None]:
+def _explain_lost_process() -> Iterator[None]:
+    """Turns torch's error about a lost connection into `Disconnected`."""
     try:
         yield
     except RuntimeError as error:
         raise Disconnected(
-            "another process of this run has ended, or cannot be reached; its own message says why, unless it was "
-            "killed (for lack of memory, say). The last checkpoint is intact: the same command resumes, on any number "
-            "of processes"
+            "another process of this run has ended or cannot be reached. Its own message says why, unless it was "
+            "killed, for example because memory ran out. The last checkpoint is intact: the same command resumes, on "
+            "any number of processes"
         ) from error

@@ -1,4 +1,4 @@
-"""Memory: where it does not suffice for a chunk of tasks, and how what was freed is kept for the next one."""
+"""Memory: smaller chunks of tasks when it runs out, recomputation to save it, and reuse of freed memory."""
 
 from __future__ import annotations
 
@@ -18,60 +18,64 @@ _NEVER = 2**31 - 1
 
 Computed = TypeVar("Computed")
 _log = logging.getLogger(__name__)
-_recomputes = False
+_recompute = False
 
 
 @contextlib.contextmanager
-def recomputing(enabled: bool) -> Iterator[None]:
-    """Sets whether inner steps are computed again for the meta-gradient, rather than kept in memory."""
-    global _recomputes
-    before, _recomputes = _recomputes, enabled
+def recompute_inner_steps(enabled: bool) -> Iterator[None]:
+    """Sets whether the backward pass computes inner steps again instead of keeping them in memory."""
+    global _recompute
+    before, _recompute = _recompute, enabled
     try:
         yield
     finally:
-        _recomputes = before
+        _recompute = before
 
 
-def recomputes() -> bool:
-    """Returns what `recomputing` has set."""
-    return _recomputes
+def recompute_enabled() -> bool:
+    """Returns whether `recompute_inner_steps` is on."""
+    return _recompute
 
 
-def within_memory(compute: Callable[[int], Computed], chunk: int) -> tuple[Computed, int]:
-    """Returns what is computed in chunks of tasks, and their size: ``chunk``, halved as often as was needed.
+def halve_chunk_on_oom(compute: Callable[[int], Computed], chunk: int) -> tuple[Computed, int]:
+    """Calls ``compute`` with a chunk size, and with half of it whenever memory runs out.
 
     Args:
-        compute: a function of the chunk's size, whose result does not depend on it but for rounding.
-        chunk: tasks batched at once.
+        compute: takes the number of tasks that are batched at once. Its result depends on it by rounding only.
+        chunk: the first number to try.
+
+    Returns:
+        The result, and the number of tasks with which it was computed.
 
     Raises:
-        MamlError: if one is too much.
+        MamlError: if a single task does not fit into memory.
     """
     while True:
         try:
             return compute(chunk), chunk
         except torch.OutOfMemoryError as error:
-            said = str(error).splitlines()[0]
-        # Outside the handler, which would keep alive all that the failed computation holds.
+            reason = str(error).splitlines()[0]
+        # Outside the handler, because within it the exception keeps the failed computation's tensors alive.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if chunk == 1:
             raise MamlError(
-                f"one task alone does not fit into memory ({said}). Choose hardware.recompute=true, precision=bf16, a "
-                "smaller model, fewer gradient steps or seeds, or less support and query data per task"
+                f"one task alone does not fit into memory ({reason}). Choose hardware.recompute=true, precision=bf16, "
+                "a smaller model, fewer gradient steps or seeds, or less support and query data per task"
             )
         chunk //= 2
-        _log.warning("memory does not suffice (%s): going on with hardware.task_chunk=%d", said, chunk)
+        _log.warning("out of memory (%s): continuing with hardware.task_chunk=%d", reason, chunk)
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc's malloc to reuse what was freed, of any size.
+    """Tells glibc's malloc to keep freed memory for the next allocation, at any size.
 
-    By default it returns tensors above 32 MiB to the system at once, which hands every page of the next one out with a
-    fault: with images of 84x84 that is up to half of the time. Another C library, or none to be found, is left alone.
+    By default, malloc returns blocks above 32 MiB to the system at once, and the system gives the next block out page
+    by page, with a page fault each. With images of 84x84 this takes up to half of the time. With another C library
+    this function does nothing.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # no C library, no such function, no handle to it
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc, or the C library cannot be opened
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, _NEVER)
         mallopt(_M_TRIM_THRESHOLD, _NEVER)

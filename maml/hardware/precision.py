@@ -1,4 +1,4 @@
-"""The numbers that a run computes with: part of what it is, since they change what comes out."""
+"""The numerical precision of a run; it changes the results, so it is one of the settings that identify a run."""
 
 from __future__ import annotations
 
@@ -12,51 +12,58 @@ from torch import Tensor
 from maml.errors import MamlError, Unavailable
 
 Precision = Literal["float64", "float32", "tf32", "bf16"]
-"""Of parameters and of all else float32 (or float64); products of matrices, and convolutions, may round their inputs to
-TF32, on GPUs that have it; or inputs and results to bfloat16, which saves memory besides.
+"""``float64`` and ``float32``: everything has this type. ``tf32``: float32, but on a GPU matrix products and
+convolutions round their inputs to TF32. ``bf16``: float32, but matrix products and convolutions round their inputs and
+results to bfloat16, which also saves memory.
 """
 
-_rounds = False
+_use_bfloat16 = False
 
 
 def check(precision: Precision, on_policy: bool, device: torch.device) -> None:
-    """Makes sure that a domain, on-policy or supervised, can be trained so on a device.
+    """Checks that a precision is possible for a domain on a device.
+
+    Args:
+        precision: the run's precision.
+        on_policy: whether the domain is on-policy.
+        device: where the run computes.
 
     Raises:
-        MamlError: if it cannot.
+        MamlError: if it is not possible.
     """
     if precision == "bf16" and on_policy:
         raise MamlError(
-            "precision=bf16 is for supervised domains: a trust region is narrower than its rounding; choose float32"
+            "precision=bf16 is for supervised domains: its rounding is larger than a step within the trust region; "
+            "choose precision=float32"
         )
     if precision == "tf32" and device.type != "cuda":
-        raise Unavailable("precision=tf32 needs a GPU, and would be float32 here; choose precision=float32")
+        raise Unavailable("precision=tf32 needs a GPU; on a CPU it is the same as float32; choose precision=float32")
 
 
 @contextmanager
-def computing_in(precision: Precision) -> Iterator[None]:
-    """Sets the process-wide switches, and sets them back."""
-    global _rounds
-    before = torch.get_default_dtype(), _rounds
+def use_precision(precision: Precision) -> Iterator[None]:
+    """Sets the process-wide switches for a precision, and restores them at the end."""
+    global _use_bfloat16
+    before = torch.get_default_dtype(), _use_bfloat16
     torch.set_default_dtype(torch.float64 if precision == "float64" else torch.float32)
-    # Float32 means float32: by default some CUDA kernels would round their inputs to TF32.
+    # Without this, some CUDA kernels round float32 inputs to TF32.
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    _rounds = precision == "bf16"
+    _use_bfloat16 = precision == "bf16"
     try:
         yield
     finally:
         torch.set_default_dtype(before[0])
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
-        _rounds = before[1]
+        _use_bfloat16 = before[1]
 
 
-def rounding(device: torch.device) -> torch.autocast:
-    """Returns a context in which torch rounds the factors of products by itself, as a user's own module needs it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=_rounds, cache_enabled=False)
+def autocast(device: torch.device) -> torch.autocast:
+    """Returns a context in which torch itself rounds the factors of products. A user's own module needs it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=_use_bfloat16, cache_enabled=False)
 
 
-def rounded(*factors: Tensor) -> tuple[Tensor, ...]:
-    """Returns the factors of a product as they are to enter it."""
-    return tuple(factor.bfloat16() for factor in factors) if _rounds else factors
+def round_factors(*factors: Tensor) -> tuple[Tensor, ...]:
+    """Returns the factors of a product, rounded to bfloat16 if the precision is ``bf16``."""
+    return tuple(factor.bfloat16() for factor in factors) if _use_bfloat16 else factors

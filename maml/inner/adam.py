@@ -13,17 +13,18 @@ _KINDS = ("mean", "square")
 
 
 class Adam(Inner):
-    """Adam steps, one state per task, in TensorFlow's form (as `maml.outer.adam`).
+    """Adam steps, with one optimizer state per task, in TensorFlow's form (as `maml.outer.adam`).
 
-    First order only: the derivative of a root of squared gradients is infinite where a gradient is zero.
+    First order only: Adam divides by the root of squared gradients, whose derivative is infinite at a zero gradient.
 
     Args:
-        step_size: of every step.
-        num_steps: steps in training (evaluation has its own number).
-        order: only 1: the inner gradients are constants.
-        adapt: which parameters adapt, as patterns of their names; a pattern behind ``!`` takes names out again.
-        betas: decay of the two running means.
-        eps: added to the root of the second.
+        step_size: Adam's step size.
+        num_steps: number of gradient steps in training (evaluation has its own number).
+        order: 1 treats the inner gradients as constants; nothing else is possible.
+        adapt: which parameters adapt: patterns of parameter names, such as ``conv*``. A pattern that opens with ``!``
+            excludes names again.
+        betas: decay rates of the running means of the gradient and of its square.
+        eps: added to the root of the mean square, so that nothing is divided by zero.
     """
 
     def __init__(
@@ -38,10 +39,10 @@ class Adam(Inner):
         super().__init__(step_size, num_steps, order, adapt)
         self.betas, self.eps = betas, eps
 
-    def start(self, params: Params) -> Params:
+    def init_state(self, params: Params) -> Params:
         means = {f"{kind}.{name}": torch.zeros_like(value) for kind in _KINDS for name, value in params.items()}
-        some = next(iter(params.values()))
-        return means | {"step": some.new_zeros(some.shape[:1], dtype=torch.float64)}
+        first = next(iter(params.values()))
+        return means | {"step": first.new_zeros(first.shape[:1], dtype=torch.float64)}
 
     def update(
         self, params: Params, gradients: Params, state: Params, step: int, step_size: float | None
@@ -53,6 +54,6 @@ class Adam(Inner):
         for name, gradient in gradients.items():
             mean = new[f"mean.{name}"] = torch.lerp(state[f"mean.{name}"], gradient, 1 - beta1)
             square = new[f"square.{name}"] = torch.lerp(state[f"square.{name}"], gradient.square(), 1 - beta2)
-            own_rate = rate.to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
-            adapted[name] = params[name] - own_rate * mean / (square.sqrt() + self.eps)
+            task_rate = rate.to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
+            adapted[name] = params[name] - task_rate * mean / (square.sqrt() + self.eps)
         return adapted, new

@@ -14,30 +14,31 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from maml.errors import MamlError
-from maml.hardware.memory import recomputes
+from maml.hardware.memory import recompute_enabled
 from maml.types import Params
 
 Loss = Callable[[Params, int], Tensor]
 """Loss of T tasks, ``(T,)``, as a function of their parameters and of the gradient step."""
 
-_OWN = "inner."
-"""Opens the names of what an inner optimizer itself adds to theta."""
+_LEARNED_PREFIX = "inner."
+"""Names of parameters that an inner optimizer adds to theta start with this."""
 
 
 class Inner(ABC):
-    """Takes gradient steps from theta on the parameters that adapt; a subclass says what one step does.
+    """An inner optimizer: takes gradient steps from theta. A subclass defines one step, `update`.
 
     Class attributes:
-        is_plain: whether a step is theta - step_size * gradient and no more.
+        is_plain_sgd: whether a step is exactly theta - step_size * gradient.
 
     Args:
-        step_size: of every step, or where it starts.
-        num_steps: gradient steps in training (evaluation has its own number).
+        step_size: step size of every step; the initial one, if step sizes are learnt.
+        num_steps: number of gradient steps in training (evaluation has its own number).
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants (FOMAML).
-        adapt: which parameters adapt, as patterns of their names; a pattern behind ``!`` takes names out again.
+        adapt: which parameters adapt: patterns of parameter names, such as ``conv*``. A pattern that opens with ``!``
+            excludes names again.
     """
 
-    is_plain = False
+    is_plain_sgd = False
 
     def __init__(self, step_size: float, num_steps: int, order: Literal[1, 2], adapt: list[str]) -> None:
         self.step_size = step_size
@@ -45,39 +46,51 @@ class Inner(ABC):
         self.order = order
         self.patterns = adapt
 
-    def init(self, params: Params) -> Params:
-        """Returns what of the optimizer is meta-learnt: it joins theta, under names that open with ``inner.``."""
+    def init_learned(self, params: Params) -> Params:
+        """Returns the optimizer's own meta-learnt parameters, such as step sizes. They become part of theta.
+
+        Args:
+            params: the model's initial parameters, without a task axis.
+
+        Returns:
+            Parameters without a task axis; every name starts with ``inner.``.
+        """
         return {}
 
-    def start(self, params: Params) -> Params:
-        """Returns the optimizer's state before the first step, by name, in the shapes of ``params``."""
+    def init_state(self, params: Params) -> Params:
+        """Returns the optimizer's state before the first step, name -> ``(T, ...)``.
+
+        Args:
+            params: the parameters that adapt, name -> ``(T, ...)``.
+        """
         return {}
 
     @abstractmethod
     def update(
         self, params: Params, gradients: Params, state: Params, step: int, step_size: float | None
     ) -> tuple[Params, Params]:
-        """Returns the new values of the parameters that have a gradient, and the new state.
+        """Takes one step; returns the new values of the parameters that adapt, and the new state.
 
         Args:
-            params: all parameters, and what `init` added, ``(T, ...)``.
-            gradients: of the parameters that adapt.
-            state: as `start` or the last step left it.
-            step: from 0.
-            step_size: asked for by the evaluation; None is the optimizer's own.
+            params: all parameters, those of `init_learned` included, name -> ``(T, ...)``.
+            gradients: the gradients of the parameters that adapt, name -> ``(T, ...)``.
+            state: the state after the last step, or that of `init_state`.
+            step: number of the step, from 0.
+            step_size: step size that the evaluation asks for; None uses the optimizer's own.
         """
 
     def adapted_names(self, names: Sequence[str]) -> list[str]:
-        """Returns the names that adapt, in the order given.
+        """Returns those of ``names`` that adapt, in the same order.
 
         Raises:
             MamlError: if a pattern matches no name, or no name is left.
         """
-        names = [name for name in names if not name.startswith(_OWN)]
+        names = [name for name in names if not name.startswith(_LEARNED_PREFIX)]
         chosen: set[str] = set()
         for pattern in self.patterns:
             matched = {name for name in names if fnmatchcase(name, pattern.removeprefix("!"))}
-            # The default leaves out normalisation shifts, which not every network has.
+            # A pattern with ``!`` may match nothing: the default excludes normalisation shifts, and some networks have
+            # none.
             if not matched and not pattern.startswith("!"):
                 raise MamlError(
                     f"inner.adapt={self.patterns}: {pattern!r} matches no parameter; there are {', '.join(names)}"
@@ -99,19 +112,19 @@ class Inner(ABC):
         """Yields theta'_i and the optimizer's state after 0, 1, ..., ``num_steps`` gradient steps.
 
         Args:
-            loss: loss per task, ``(T,)``; tasks are independent, so the gradient of its sum is each task's own.
+            loss: loss per task, ``(T,)``. Tasks are independent, so the gradient of the sum holds each task's gradient.
             params: theta expanded to one copy per task, name -> ``(T, ...)``.
-            num_steps: gradient steps.
-            create_graph: whether theta' must be differentiable with respect to ``params`` beyond first order.
-            step_sizes: one per step; None is the optimizer's own.
-            state: what an earlier adaptation left; None starts anew.
+            num_steps: number of gradient steps.
+            create_graph: whether second derivatives with respect to ``params`` are needed.
+            step_sizes: one step size per step; None uses the optimizer's own.
+            state: the optimizer's state to continue from; None starts with `init_state`.
 
         Yields:
-            Names and shapes of ``params``, and of the state.
+            Parameters with the names and shapes of ``params``, and the state.
         """
         names = self.adapted_names(list(params))
         if state is None:
-            state = self.start({name: params[name] for name in names})
+            state = self.init_state({name: params[name] for name in names})
         yield params, state
 
         def take_step(params: Params, state: Params, step: int, create_graph: bool) -> tuple[Params, Params]:
@@ -123,10 +136,10 @@ class Inner(ABC):
 
         for step in range(num_steps):
             with torch.enable_grad():
-                if not params[names[0]].requires_grad:  # evaluation: nothing upstream wants a gradient
+                if not params[names[0]].requires_grad:  # evaluation: there is no meta-gradient
                     params = params | {name: params[name].detach().requires_grad_() for name in names}
-                if create_graph and recomputes():
-                    adapted, state = _recomputed(partial(take_step, step=step), params, state)
+                if create_graph and recompute_enabled():
+                    adapted, state = _recompute_in_backward(partial(take_step, step=step), params, state)
                 else:
                     adapted, state = take_step(params, state, step, create_graph)
             params = params | adapted
@@ -137,45 +150,51 @@ class _Step(Protocol):
     def __call__(self, params: Params, state: Params, *, create_graph: bool) -> tuple[Params, Params]: ...
 
 
-def _recomputed(step: _Step, params: Params, state: Params) -> tuple[Params, Params]:
-    """Returns what a step returns, keeping nothing for its derivative but what it started from."""
-    names: list[list[str]] = []
+def _recompute_in_backward(step: _Step, params: Params, state: Params) -> tuple[Params, Params]:
+    """Takes a step and keeps only its inputs in memory; the backward pass takes the step once more."""
+    output_names: list[list[str]] = []
 
-    def flat(values: Sequence[Tensor], create_graph: bool) -> tuple[Tensor, ...]:
-        inputs = dict(zip(params, values[: len(params)], strict=True))
-        kept = dict(zip(state, values[len(params) :], strict=True))
-        returned = step(inputs, kept, create_graph=create_graph)
-        names[:] = [list(group) for group in returned]
-        return tuple(value for group in returned for value in group.values())
+    def flat_step(values: Sequence[Tensor], create_graph: bool) -> tuple[Tensor, ...]:
+        step_params = dict(zip(params, values[: len(params)], strict=True))
+        step_state = dict(zip(state, values[len(params) :], strict=True))
+        outputs = step(step_params, step_state, create_graph=create_graph)
+        output_names[:] = [list(group) for group in outputs]
+        return tuple(value for group in outputs for value in group.values())
 
-    values = _Recomputed.apply(flat, *params.values(), *state.values())
-    adapted, new = names
-    return dict(zip(adapted, values, strict=False)), dict(zip(new, values[len(adapted) :], strict=True))
+    values = _RecomputeInBackward.apply(flat_step, *params.values(), *state.values())
+    param_names, state_names = output_names
+    new_state = values[len(param_names) :]
+    return dict(zip(param_names, values, strict=False)), dict(zip(state_names, new_state, strict=True))
 
 
-class _Recomputed(Function):
-    """A function of tensors that is computed once more when its derivative is asked for; once differentiable."""
+class _RecomputeInBackward(Function):
+    """Computes a function of tensors without a graph, and again with one in the backward pass. Once differentiable."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *values: Tensor) -> tuple[Tensor, ...]:
         ctx.function = function
         ctx.save_for_backward(*values)
         with torch.enable_grad():
-            started = [_leaf(value) for value in values]
-            return tuple(value.detach() for value in function(started, create_graph=False))
+            inputs = [_as_leaf(value) for value in values]
+            return tuple(value.detach() for value in function(inputs, create_graph=False))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
-            started = [_leaf(value) for value in ctx.saved_tensors]
-            ended = ctx.function(started, create_graph=True)
-            kept = [(value, gradient) for value, gradient in zip(ended, gradients, strict=True) if value.requires_grad]
-            wanted = [value for value in started if value.requires_grad]
-            outputs, their_gradients = zip(*kept, strict=True)
-            found = iter(torch.autograd.grad(outputs, wanted, their_gradients, materialize_grads=True))
-        return None, *(next(found) if value.requires_grad else None for value in started)
+            inputs = [_as_leaf(value) for value in ctx.saved_tensors]
+            outputs = ctx.function(inputs, create_graph=True)
+            pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
+            differentiable_inputs = [value for value in inputs if value.requires_grad]
+            differentiable_outputs, output_gradients = zip(*pairs, strict=True)
+            input_gradients = iter(
+                torch.autograd.grad(
+                    differentiable_outputs, differentiable_inputs, output_gradients, materialize_grads=True
+                )
+            )
+        return None, *(next(input_gradients) if value.requires_grad else None for value in inputs)
 
 
-def _leaf(value: Tensor) -> Tensor:
+def _as_leaf(value: Tensor) -> Tensor:
+    """Returns the tensor without its history; its gradient can be taken if it holds real numbers."""
     return value.detach().requires_grad_(value.is_floating_point())

@@ -1,4 +1,4 @@
-"""Gradient descent whose step sizes are meta-learnt with theta (section 2.2: "may be fixed or meta-learned")."""
+"""Adaptation by gradient descent with meta-learnt step sizes (section 2.2: "may be fixed or meta-learned")."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from maml.types import Params, PositiveFloat
 class LearnedSGD(Inner):
     """theta' = theta - alpha_{n,s} * gradient: one step size per parameter tensor n and step s.
 
-    They are part of theta, as ``inner.step_size.<parameter>``, ``(num_steps,)``. Steps beyond those of training use the
-    last one.
+    The step sizes are part of theta, as ``inner.step_size.<parameter>``, ``(num_steps,)``. If evaluation takes more
+    steps than training, the further steps use the last step size.
 
     Args:
-        step_size: the value from which every step size is learnt.
-        num_steps: gradient steps in training (evaluation has its own number).
+        step_size: initial value of every step size.
+        num_steps: number of gradient steps in training (evaluation has its own number).
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants.
-        adapt: which parameters adapt, as patterns of their names; a pattern behind ``!`` takes names out again.
+        adapt: which parameters adapt: patterns of parameter names, such as ``conv*``. A pattern that opens with ``!``
+            excludes names again.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class LearnedSGD(Inner):
     ) -> None:
         super().__init__(step_size, num_steps, order, adapt)
 
-    def init(self, params: Params) -> Params:
+    def init_learned(self, params: Params) -> Params:
         return {
             f"inner.step_size.{name}": params[name].new_full((self.num_steps,), self.step_size)
             for name in self.adapted_names(list(params))

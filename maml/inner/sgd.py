@@ -12,13 +12,14 @@ class SGD(Inner):
     """theta' = theta - alpha * gradient, on the full support set.
 
     Args:
-        step_size: the paper's alpha.
-        num_steps: gradient steps in training (evaluation has its own number).
+        step_size: step size of every step, the paper's alpha.
+        num_steps: number of gradient steps in training (evaluation has its own number).
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants (FOMAML).
-        adapt: which parameters adapt, as patterns of their names; a pattern behind ``!`` takes names out again.
+        adapt: which parameters adapt: patterns of parameter names, such as ``conv*``. A pattern that opens with ``!``
+            excludes names again.
     """
 
-    is_plain = True
+    is_plain_sgd = True
 
     def __init__(
         self, step_size: PositiveFloat, num_steps: NonNegativeInt, order: Literal[1, 2], adapt: list[str]

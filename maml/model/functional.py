@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from maml.hardware.precision import rounded
+from maml.hardware.precision import round_factors
 
 _BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
 
@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
     """Multiplies a matrix by another per task, in the precision of the run."""
-    return torch.bmm(*rounded(x, y)).to(x.dtype)
+    return torch.bmm(*round_factors(x, y)).to(x.dtype)
 
 
 def batch_statistics(x: Tensor, num_reference: int | None = None) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     Returns:
         ``(T, S, ceil(H / stride), ceil(W / stride), O)``.
     """
-    dtype, (x, weight) = x.dtype, rounded(x, weight)
+    dtype, (x, weight) = x.dtype, round_factors(x, weight)
     return _conv3x3(x, weight, stride).to(dtype)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.model.functional import linear, matmul
 from maml.seeding import Stream
-from maml.types import Count, Params, product
+from maml.types import Count, Params, num_elements
 
 
 class LSTM(Model):
@@ -25,7 +25,7 @@ class LSTM(Model):
     """
 
     def __init__(self, in_shape: Sequence[int], out_dim: int, hidden_size: Count = 40) -> None:
-        self.num_features = product(in_shape[1:])
+        self.num_features = num_elements(in_shape[1:])
         self.out_dim, self.hidden_size = out_dim, hidden_size
 
     def init(self, stream: Stream) -> Params:

@@ -11,7 +11,7 @@ from maml.model.base import Model, glorot_uniform, zeros
 from maml.model.functional import ACTIVATIONS, Activation, batch_norm, linear
 from maml.model.linearized import Linearized, LinearizedMLP
 from maml.seeding import Stream
-from maml.types import Count, Params, PositiveFloat, product
+from maml.types import Count, Params, PositiveFloat, num_elements
 
 
 class MLP(Model):
@@ -35,7 +35,7 @@ class MLP(Model):
         normalization: Literal["none", "batch"] = "none",
         weight_std: PositiveFloat | None = 0.01,
     ) -> None:
-        self.sizes = [product(in_shape), *hidden_sizes, out_dim]
+        self.sizes = [num_elements(in_shape), *hidden_sizes, out_dim]
         self.layers = [f"linear{i}" for i in range(1, len(self.sizes) - 1)] + ["head"]
         self.activation = activation
         self.normalization = normalization

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from maml.errors import MamlError
-from maml.hardware.precision import rounding
+from maml.hardware.precision import autocast
 from maml.model.base import Model
 from maml.seeding import Stream
 from maml.types import Params
@@ -91,7 +91,7 @@ class ModuleModel(Model):
         self.net.to(x.device)
 
         def run(params: Params, x: Tensor) -> Tensor:
-            with rounding(x.device):
+            with autocast(x.device):
                 return functional_call(self.net, params, (x,)).to(x.dtype)
 
         if self.vectorize:

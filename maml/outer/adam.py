@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maml.outer.base import Objective, Outer, OuterState
+from maml.outer.base import Objective, Outer, OuterState, flatten, unflatten
 from maml.types import Decay, Params, PositiveFloat
 
 
 class Adam(Outer):
     """Adam on the meta-gradient.
 
-    Departure from ``torch.optim.Adam``: epsilon is added before the bias correction, as TensorFlow does. It matters for
-    entries whose gradient is rounding noise, such as a convolution's bias in front of batch normalisation.
+    Departure from ``torch.optim.Adam``: epsilon is added before the bias correction, as in TensorFlow. The difference
+    matters for entries whose gradient is rounding noise, such as a convolution's bias before batch normalisation.
 
     Args:
-        step_size: the paper's beta.
-        clip: bound on each entry of the meta-gradient; None does not clip.
-        betas: decay of the two running means.
-        eps: added to the root of the second.
+        step_size: Adam's step size, the paper's beta.
+        clip: bound on the absolute value of each entry of the meta-gradient; None does not clip.
+        betas: decay rates of the running means of the gradient and of its square.
+        eps: added to the root of the mean square, so that nothing is divided by zero.
     """
 
     def __init__(
@@ -34,9 +34,12 @@ class Adam(Outer):
         self.betas = betas
         self.eps = eps
 
-    def init(self, theta: Params) -> OuterState:
-        """Returns zero means over all parameters as one vector, and a step counter (a tensor, to be captured)."""
-        flat = torch.cat([value.flatten() for value in theta.values()])
+    def init_state(self, theta: Params) -> OuterState:
+        """Returns the running means, zero, over all parameters as one vector; and the step counter, zero.
+
+        The counter is a tensor, so that a CUDA graph can update it.
+        """
+        flat = flatten(theta, theta)
         return {
             "step": torch.zeros((), dtype=torch.float64, device=flat.device),
             "mean": torch.zeros_like(flat),
@@ -47,17 +50,15 @@ class Adam(Outer):
     def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:
         """Updates theta and the state in place from one meta-gradient; returns the objective's metrics."""
         gradients, metrics = objective.gradient(theta)
-        gradient = torch.cat([gradients[name].flatten() for name in theta])
+        gradient = flatten(gradients, theta)
         if self.clip is not None:
             gradient = gradient.clamp(-self.clip, self.clip)
         beta1, beta2 = self.betas
         step = state["step"].add_(1)
         mean = state["mean"].lerp_(gradient, 1 - beta1)
         square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        # Kingma and Ba 2015, end of section 2: the corrections folded into the step size.
+        # Kingma and Ba 2015, end of section 2: the bias corrections are part of the step size.
         rate = self.step_size * torch.sqrt(1 - beta2**step) / (1 - beta1**step)
         update = mean / (square.sqrt() + self.eps) * rate.to(mean.dtype)
-        values = list(theta.values())
-        updates = update.split([value.numel() for value in values])
-        torch._foreach_sub_(values, [part.view_as(value) for part, value in zip(updates, values, strict=True)])
+        torch._foreach_sub_(list(theta.values()), list(unflatten(update, theta).values()))
         return metrics

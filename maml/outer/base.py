@@ -1,57 +1,78 @@
-"""What an outer optimizer is: it sees the meta-objective as functions of theta, and moves theta."""
+"""The interface of an outer optimizer: it evaluates the meta-objective at theta and updates theta."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
-from maml.types import Params, Product, Tasks
+from maml.types import MatrixVectorProduct, Params, Tasks
 
 OuterState = dict[str, Tensor]
-"""All that an optimizer carries from one iteration to the next, as named tensors; it is saved and restored whole."""
+"""Everything that an outer optimizer keeps from one iteration to the next, as named tensors; checkpoints hold it."""
 
 
 class Objective(ABC):
-    """The meta-objective of one meta-batch, whose data is fixed: it can be evaluated at any theta."""
+    """The meta-objective on one meta-batch as a function of theta; the data is fixed."""
 
     @abstractmethod
     def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
-        """Returns the gradient at theta, by name, and the batch's mean metrics (0-dim tensors)."""
+        """Returns the gradient at ``theta``, by name, and the mean metrics of the meta-batch, 0-dim tensors."""
 
     def evaluate(self, theta: Params) -> dict[str, Tensor]:
-        """Returns the batch's mean metrics at theta: ``loss``, and how far the policies moved, ``kl``."""
-        raise NotImplementedError
+        """Returns the mean metrics at ``theta``, 0-dim tensors.
 
-    def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, dict[str, Tensor]]:
-        """Returns the gradient of each task's loss with respect to its own parameters, and its metrics.
-
-        Args:
-            params: name -> ``(T, ...)``.
-            tasks: T tasks.
-
-        Returns:
-            name -> ``(T, ...)``; metrics ``(T,)``.
+        They include ``loss`` and, for policies, ``kl``: the mean KL divergence from the policies that collected the
+        rollouts.
         """
         raise NotImplementedError
 
-    def curvature(self, theta: Params, every: int = 1) -> Product:
-        """Returns the Hessian of the mean KL from the policies of ``theta``, at it; from every so many-th timestep."""
+    def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, dict[str, Tensor]]:
+        """Returns the gradient of each task's loss with respect to the task's own parameters, and its metrics.
+
+        Args:
+            params: parameters of each task, name -> ``(T, ...)``.
+            tasks: T tasks.
+
+        Returns:
+            The gradients, name -> ``(T, ...)``, and the metrics, name -> ``(T,)``.
+        """
         raise NotImplementedError
+
+    def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
+        """Returns the Hessian of the mean KL divergence from the policies of ``theta``, at ``theta``.
+
+        Args:
+            theta: the parameters of the policies.
+            every: 1 uses every timestep, n uses every n-th.
+        """
+        raise NotImplementedError
+
+
+def flatten(params: Params, theta: Params) -> Tensor:
+    """Returns parameters as one vector, in the order of theta's names."""
+    return torch.cat([params[name].flatten() for name in theta])
+
+
+def unflatten(vector: Tensor, theta: Params) -> Params:
+    """Splits a vector into parameters with the names and shapes of theta."""
+    parts = vector.split([value.numel() for value in theta.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(theta.items(), parts, strict=True)}
 
 
 class Outer(ABC):
     """The meta-update theta <- theta - beta * ... (Algorithm 1, line 8).
 
     Class attributes:
-        needs_policy: whether it asks how far a policy moves, which only RL domains can say.
+        needs_policy: whether the meta-update needs the KL divergence between policies, which only RL domains have.
     """
 
     needs_policy = False
 
     @abstractmethod
-    def init(self, theta: Params) -> OuterState:
-        """Returns the state before the first update."""
+    def init_state(self, theta: Params) -> OuterState:
+        """Returns the optimizer's state before the first update."""
 
     @abstractmethod
     def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Gradient descent as the outer optimizer; Reptile's update is one, with a step size that falls to zero."""
+"""Gradient descent as the outer optimizer; Reptile uses it with a step size that falls to zero."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from maml.types import Count, NonNegativeFloat, Params, PositiveFloat
 
 
 class SGD(Outer):
-    """theta <- theta - epsilon * gradient, epsilon linear in the iteration.
+    """theta <- theta - epsilon * gradient, where epsilon changes linearly with the iteration.
 
     Args:
-        step_size: epsilon at the first update.
-        final_step_size: epsilon after the last one; None keeps it constant.
-        num_iterations: updates from the one to the other.
+        step_size: step size epsilon at the first update.
+        final_step_size: step size after ``num_iterations`` updates; None keeps it constant.
+        num_iterations: number of updates in which the step size goes from the first value to the final one.
     """
 
     def __init__(
@@ -24,8 +24,8 @@ class SGD(Outer):
         self.step_size, self.num_iterations = step_size, num_iterations
         self.final_step_size = step_size if final_step_size is None else final_step_size
 
-    def init(self, theta: Params) -> OuterState:
-        """Returns a step counter (a tensor, to be captured)."""
+    def init_state(self, theta: Params) -> OuterState:
+        """Returns the step counter, zero. It is a tensor, so that a CUDA graph can update it."""
         return {"step": torch.zeros((), dtype=torch.float64, device=next(iter(theta.values())).device)}
 
     @torch.no_grad()

@@ -1,1 +1,1 @@
-"""Meta-training: one outer loop over meta-iterations, whatever the algorithm."""
+"""Meta-training: one loop over meta-iterations for all algorithms."""

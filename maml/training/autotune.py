@@ -1,4 +1,4 @@
-"""How many tasks are best batched at once on this machine, and whether compiling pays: measured, and remembered."""
+"""Measures which chunk of tasks is fastest on this machine and whether compiling pays off; results are cached."""
 
 from __future__ import annotations
 
@@ -20,62 +20,68 @@ from maml.record.run_folder import read_json, versions
 from maml.training.iteration import Iteration
 from maml.types import num_tasks
 
-_MIN_ITERATIONS = 1000  # of a run that is worth the seconds which measuring takes
+_MIN_ITERATIONS = 1000  # a shorter run would not win back the seconds that measuring takes
 _REPETITIONS = 3
-# Of a CPU, in which compiling (minutes, at each start) pays: images then take two thirds of the time. The program of
-# several inner steps is too long to compile.
+# Least CPU training time for which compiling pays off: it takes minutes at each start, then images are about 1.5 times
+# faster.
 _MIN_SECONDS_TO_COMPILE = 3600
-_ENOUGH_WORSE = 1.1  # times as slow as the best so far, twice in a row: larger chunks would be worse still
-_IRRELEVANT = ("outer.", "seed", "num_iterations")  # keys of training on which speed does not depend
+# Measuring stops after two sizes in a row that are this many times slower than the best.
+_SLOWER_THAN_BEST = 1.1
+_UNRELATED_KEYS = ("outer.", "seed", "num_iterations")  # training settings that do not change the speed
 
 
-def tuned(iterate: Iteration, execution: Execution, hardware: Hardware, config: Settings) -> Execution:
-    """Returns the execution with the fastest chunk of tasks, compiled if that pays; as it was, if measuring does not.
+def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware, config: Settings) -> Execution:
+    """Sets the fastest chunk of tasks, and whether to compile, by measurement.
 
-    Only a domain whose `Workload` says ``measure_chunk`` is measured; the others go by the rules of `Hardware`.
+    Measures only if the domain's `Workload` says ``measure_chunk``, the setting is ``auto``, and the run is long
+    enough. Otherwise the choice of `Hardware` stays.
 
     Args:
-        iterate: of the run; its state is left alone.
-        execution: what rules have chosen.
-        hardware: on which it runs.
-        config: of the run.
+        iterate: the run's iteration; its state is not changed.
+        execution: the choice of `Hardware`.
+        hardware: the run's hardware.
+        config: the run's settings.
+
+    Returns:
+        The execution to train with.
     """
-    can_pay = iterate.algorithms[0].domain.workload.measure_chunk
-    is_worth_it = can_pay and config.num_iterations >= _MIN_ITERATIONS and not execution.compile
+    may_pay_off = iterate.algorithms[0].domain.workload.measure_chunk
+    is_worth_it = may_pay_off and config.num_iterations >= _MIN_ITERATIONS and not execution.compile
     if hardware.task_chunk != "auto" or not is_worth_it:
         return execution
     tasks = iterate.sample_tasks(1)
-    settings = {key: value for key, value in training_config(config).items() if not key.startswith(_IRRELEVANT)}
+    settings = {key: value for key, value in training_config(config).items() if not key.startswith(_UNRELATED_KEYS)}
     settings |= {f"hardware.{name}": value for name, value in hardware.describe().items()}
     settings |= {"execution": replace(execution, task_chunk=None).as_dict(), "versions": versions()}
     settings |= {"num_tasks": num_tasks(tasks), "num_seeds": len(iterate.algorithms)}
     path = Path(config.cache_dir) / "execution" / f"{digest(settings)}.json"
-    seconds = _remembered(path)
+    seconds = _read_cache(path)
     if seconds is None:
-        seconds = measured(iterate)
+        seconds = measure_seconds_per_task(iterate)
         content = json.dumps({"seconds_per_task": seconds, "settings": settings}, indent=2) + "\n"
-        with suppress(OSError, MamlError):  # a cache that cannot be written costs the next run some seconds, no more
+        with suppress(OSError, MamlError):  # without a cache file, the next run only measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: file.write(content.encode()))
-        found = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
-        print(f"hardware.task_chunk=auto: measured by chunk, per task: {found}", file=sys.stderr)
+        table = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
+        print(f"hardware.task_chunk=auto: measured time per task, by chunk size: {table}", file=sys.stderr)
     chunk = min(seconds, key=seconds.__getitem__)
-    needed = seconds[chunk] * num_tasks(tasks) * config.num_iterations
+    training_seconds = seconds[chunk] * num_tasks(tasks) * config.num_iterations
+    # The program of several inner steps is too long to compile.
     is_compilable = hardware.device.type == "cpu" and iterate.algorithms[0].inner.num_steps == 1
-    pays = hardware.compile == "auto" and is_compilable and needed >= _MIN_SECONDS_TO_COMPILE
-    return replace(execution, task_chunk=chunk, compile=pays)
+    compiling_pays = hardware.compile == "auto" and is_compilable and training_seconds >= _MIN_SECONDS_TO_COMPILE
+    return replace(execution, task_chunk=chunk, compile=compiling_pays)
 
 
-def measured(iterate: Iteration) -> dict[int, float]:
-    """Returns the seconds that a task's meta-gradient takes, by the number of tasks (of each seed) batched at once."""
-    tasks, seeds = iterate.sample_tasks(1), len(iterate.algorithms)
-    count = num_tasks(tasks) // seeds
+def measure_seconds_per_task(iterate: Iteration) -> dict[int, float]:
+    """Returns the seconds that the meta-gradient of one task takes, by chunk size (number of tasks of each seed)."""
+    tasks, num_seeds = iterate.sample_tasks(1), len(iterate.algorithms)
+    count = num_tasks(tasks) // num_seeds
     params, on_gpu = iterate.params(), tasks[next(iter(tasks))].is_cuda
     sizes = sorted({min(2**power, count) for power in range(count.bit_length() + 1)}, reverse=on_gpu)
     seconds: dict[int, float] = {}
     best, num_worse = float("inf"), 0
     for size in sizes:
-        chunk = {name: value.unflatten(0, (seeds, -1))[:, :size].flatten(0, 1) for name, value in tasks.items()}
+        chunk = {name: value.unflatten(0, (num_seeds, -1))[:, :size].flatten(0, 1) for name, value in tasks.items()}
         times = []
         try:
             for _ in range(1 + _REPETITIONS):  # the first is a warm-up
@@ -86,16 +92,16 @@ def measured(iterate: Iteration) -> dict[int, float]:
                 times.append(time.perf_counter() - start)
         except torch.OutOfMemoryError:
             continue
-        seconds[size] = min(times[1:]) / (seeds * size)
-        num_worse = num_worse + 1 if seconds[size] > _ENOUGH_WORSE * best else 0
+        seconds[size] = min(times[1:]) / (num_seeds * size)
+        num_worse = num_worse + 1 if seconds[size] > _SLOWER_THAN_BEST * best else 0
         best = min(best, seconds[size])
         if num_worse == 2:
             break
-    return seconds or {1: 0.0}  # memory that does not suffice for one task is an error of the first iteration
+    return seconds or {1: 0.0}  # not even one task fits into memory: the first iteration will report that
 
 
-def _remembered(path: Path) -> dict[int, float] | None:
+def _read_cache(path: Path) -> dict[int, float] | None:
     try:
         return {int(size): float(value) for size, value in (read_json(path) or {})["seconds_per_task"].items()}
-    except (AttributeError, KeyError, ValueError, MamlError):  # absent or damaged: measured anew
+    except (AttributeError, KeyError, ValueError, MamlError):  # missing or damaged: measure again
         return None

@@ -1,4 +1,4 @@
-"""A meta-iteration as one CUDA graph: small kernels are launched by the device itself, as fast as it can run them."""
+"""Runs a meta-iteration as one CUDA graph, so that launching many small kernels costs no time on the CPU."""
 
 from __future__ import annotations
 
@@ -14,38 +14,46 @@ from maml.hardware import distributed
 from maml.hardware.base import Execution
 from maml.training.iteration import Iteration
 
-# Iterations as usual, in front of the capture: libraries choose and allocate in their first calls.
+# Number of plain iterations before the capture: libraries choose algorithms and allocate memory in their first calls.
 _NUM_WARM_UP = 3
-# Of the change that an iteration makes, by norm. Rounding turns the sign of an entry whose gradient is nothing else,
-# and Adam makes a full step of it; another meta-batch changes theta by more than its whole length.
+# Tolerance, relative to the norm of one update. Entries whose gradient is rounding noise may flip sign, and Adam turns
+# that into a full step. A wrong meta-batch would give an error above 1.
 _TOLERANCE = 0.2
 _log = logging.getLogger(__name__)
 
 Outputs = TypeVar("Outputs")
 State = dict[str, Tensor]
-"""All numbers that an iteration changes, by group, float64."""
+"""Everything that an iteration changes: one float64 vector for each group of tensors (and seed), by name."""
 
 
-def record(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-    """Captures a computation on the GPU; returns tensors that hold its outputs, and what computes them anew."""
+def capture(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+    """Captures a computation on the GPU as a graph.
+
+    Returns:
+        The computation's outputs, tensors that every replay overwrites; and the function that replays the graph.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        # Other threads may go on: with several GPUs, one watches over the communication.
+        # Other threads may use CUDA meanwhile: with several GPUs, NCCL has a thread that watches the communication.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = compute()
     finally:
-        torch.cuda.set_stream(stream)  # which a capture that failed does not do
+        torch.cuda.set_stream(stream)  # a failed capture does not restore it
     return outputs, graph.replay
 
 
-class Captured:
-    """Does what an `Iteration` does, from a graph: tasks are drawn from the iteration's number, which the graph reads.
+class CudaGraphIteration:
+    """An `Iteration` that is captured as a CUDA graph after a few plain iterations, then replayed.
 
-    It is used only if, once, it gave what the plain iteration gives; else a warning says why not, and the run goes on
-    without.
+    The graph reads the iteration's number from a tensor and draws the tasks from it. The first replay is compared with
+    the plain iteration. If they differ, or the capture fails, a warning gives the reason and the run continues with
+    plain iterations.
 
     Args:
-        iterate: to capture.
+        iterate: the iteration to capture.
+
+    Attributes:
+        has_failed: whether the run continues with plain iterations.
     """
 
     def __init__(self, iterate: Iteration) -> None:
@@ -55,72 +63,86 @@ class Captured:
         self.metrics: list[dict[str, Tensor]] = []
         self.replay: Callable[[], None] | None = None
         self.num_calls = 0
-        self.is_given_up = False
+        self.has_failed = False
 
     @property
     def execution(self) -> Execution:
-        """How the computation is cut by now."""
-        return replace(self.iterate.execution, cuda_graph=not self.is_given_up)
+        """The execution in use now: without the graph, if it has failed."""
+        return replace(self.iterate.execution, cuda_graph=not self.has_failed)
 
     def __call__(self, number: int) -> list[dict[str, Tensor]]:
-        """Makes the meta-update of an iteration; the metrics returned are those of the newest from then on."""
+        """Makes the meta-update of iteration ``number``.
+
+        Returns:
+            The mean metrics of each seed, 0-dim tensors. The next replay overwrites them.
+        """
         if self.replay is not None:
             self.number.fill_(number)
             self.replay()
             return self.metrics
         self.num_calls += 1
-        if self.is_given_up or self.num_calls <= _NUM_WARM_UP:
+        if self.has_failed or self.num_calls <= _NUM_WARM_UP:
             return self.iterate(number)
-        return self._capture(number)
+        return self._capture_and_compare(number)
 
-    def _capture(self, number: int) -> list[dict[str, Tensor]]:
+    def _capture_and_compare(self, number: int) -> list[dict[str, Tensor]]:
         before = self._state()
         expected = self.iterate(number)
         after = self._state()
         self._restore(before)
         self.number.fill_(number)
-        metrics, replay, reason = self._record()
-        # All processes or none: in a graph, too, they wait for each other.
+        metrics, replay, reason = self._try_capture()
+        # All processes replay or none does, because the graph waits for the other processes.
         if not distributed.all_reduce_max(bool(reason)):
             replay()
             reason = self._difference(before, after, expected, metrics)
         if distributed.all_reduce_max(bool(reason)):
             self._restore(after)
-            self.is_given_up = True
+            self.has_failed = True
             _log.warning(
-                "the iteration is not launched as one CUDA graph (%s): slower, with the same results",
-                reason or "another process of this run cannot",
+                "the iteration does not run as a CUDA graph (%s); the run continues without it: slower, same results",
+                reason or "it failed in another process of this run",
             )
             return expected
         self.metrics, self.replay = metrics, replay
         return metrics
 
-    def _record(self) -> tuple[list[dict[str, Tensor]], Callable[[], None], str]:
+    def _try_capture(self) -> tuple[list[dict[str, Tensor]], Callable[[], None], str]:
+        """Returns the metrics and the replay function of `capture`, and the reason of a failure; empty if it worked."""
         try:
-            return *record(lambda: self.iterate(self.number)), ""
+            return *capture(lambda: self.iterate(self.number)), ""
         except RuntimeError as error:
-            cause = error.__context__ or error  # what ends a capture fails too, where the capture has failed
+            cause = error.__context__ or error  # ending a failed capture raises another error, which hides the first
             return [], lambda: None, str(cause).splitlines()[0]
 
     def _difference(
         self, before: State, after: State, expected: list[dict[str, Tensor]], metrics: list[dict[str, Tensor]]
     ) -> str:
-        """Returns in what the graph departs from the plain iteration; nothing if in rounding only."""
-        for mine, theirs in zip(metrics, expected, strict=True):
-            for name, value in theirs.items():
-                if not torch.allclose(mine[name], value, rtol=1e-2, atol=1e-5):
-                    return f"its {name} is {mine[name].item():.6g}, not {value.item():.6g}"
-        now = self._state()
-        for name in now:
+        """Says how the graph differs from the plain iteration; empty if only by rounding.
+
+        Args:
+            before: the state before the iteration.
+            after: the state after the plain iteration.
+            expected: the plain iteration's metrics.
+            metrics: the graph's metrics.
+        """
+        for graph_metrics, plain_metrics in zip(metrics, expected, strict=True):
+            for name, value in plain_metrics.items():
+                if not torch.allclose(graph_metrics[name], value, rtol=1e-2, atol=1e-5):
+                    return f"its {name} is {graph_metrics[name].item():.6g}, not {value.item():.6g}"
+        replayed = self._state()
+        for name in replayed:
             change = (after[name].double() - before[name].double()).norm().item()
-            error = (now[name].double() - after[name].double()).norm().item()
+            error = (replayed[name].double() - after[name].double()).norm().item()
             if not error <= _TOLERANCE * change:
-                return f"it moves {name} by {error:.2g} elsewhere, of {change:.2g}"
+                return f"its change of {name} is off by {error:.2g}, at a norm of {change:.2g}"
         return ""
 
     def _state(self) -> State:
-        """Copies what an iteration changes: of each seed, each group of tensors as one vector of numbers."""
-        return {name: torch.cat([value.flatten().double() for value in its]) for name, its in self._groups().items()}
+        """Returns a copy of everything that an iteration changes."""
+        return {
+            name: torch.cat([value.flatten().double() for value in values]) for name, values in self._groups().items()
+        }
 
     def _restore(self, saved: State) -> None:
         for name, values in self._groups().items():
@@ -129,6 +151,7 @@ class Captured:
                 value.copy_(part.view_as(value))
 
     def _groups(self) -> dict[str, list[Tensor]]:
+        """Returns the tensors that an iteration changes, by seed and group."""
         return {
             f"{group} of seed {number}" if len(self.iterate.algorithms) > 1 else group: list(values.values())
             for number, algorithm in enumerate(self.iterate.algorithms)
@@ -136,6 +159,11 @@ class Captured:
         }
 
 
-def with_cuda_graph(iterate: Iteration) -> Iteration | Captured:
-    """Returns what makes iterations in the way that was chosen; a meta-update that looks at its numbers is no graph."""
-    return Captured(iterate) if iterate.execution.cuda_graph and iterate.algorithms[0].sums_over_tasks else iterate
+def with_cuda_graph(iterate: Iteration) -> Iteration | CudaGraphIteration:
+    """Returns the iteration as a CUDA graph if the execution asks for one and the algorithm allows it.
+
+    A meta-update whose course depends on computed numbers cannot be captured. Algorithms that do not sum over tasks
+    may have such a meta-update.
+    """
+    can_capture = iterate.algorithms[0].sums_over_tasks
+    return CudaGraphIteration(iterate) if iterate.execution.cuda_graph and can_capture else iterate

@@ -1,4 +1,4 @@
-"""One meta-iteration: drawing a meta-batch and moving theta by it, for one seed or for several side by side."""
+"""One meta-iteration: draws a meta-batch and makes a meta-update, for one seed or for several seeds at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
-from maml.algorithm.best import keep_best
+from maml.algorithm.best import update_best
 from maml.domain.base import Domain
 from maml.errors import MamlError
 from maml.hardware import distributed
@@ -19,19 +19,19 @@ from maml.types import Params, Tasks, num_tasks
 
 
 class Iteration:
-    """Makes the meta-update of an iteration, which depends on nothing but theta and the iteration's number.
+    """Makes the meta-update of an iteration, which depends on theta and the iteration's number only.
 
-    Seeds side by side see the tasks, and have the initial parameters, that they would have alone. Their gradients are
-    one computation, along one more axis; each has its own outer optimizer.
+    Several seeds can be trained at once. Each seed has the tasks and initial parameters that it has when it is trained
+    alone, and its own outer optimizer. Their meta-gradients are one batched computation.
 
     Args:
-        algorithms: one for each seed, otherwise alike.
-        streams: one for each seed.
-        meta_batch_size: B.
-        execution: how the computation is cut.
+        algorithms: one algorithm for each seed; they differ in the seed only.
+        streams: one random stream for each seed.
+        meta_batch_size: B, tasks per seed.
+        execution: chunk size, compilation and CUDA graph.
 
     Attributes:
-        meta_gradient: of all seeds.
+        meta_gradient: computes the meta-gradient of all seeds.
     """
 
     def __init__(
@@ -44,11 +44,14 @@ class Iteration:
 
     @property
     def execution(self) -> Execution:
-        """How the computation is cut by now: memory, or the compiler, may have failed at what was chosen."""
+        """The execution in use now: chunks shrink when memory is short, and compiling may fail."""
         return self.meta_gradient.execution
 
     def __call__(self, number: int | Tensor) -> list[dict[str, Tensor]]:
-        """Makes the meta-update of iteration ``number`` (from 1; a 0-dim tensor to be captured) of every seed.
+        """Makes the meta-update of one iteration, for every seed.
+
+        Args:
+            number: the iteration's number, from 1; a 0-dim tensor within a CUDA graph.
 
         Returns:
             The mean metrics of each seed, 0-dim tensors.
@@ -58,22 +61,26 @@ class Iteration:
             return [meta_update(self.algorithms[0], self.meta_gradient, tasks)]
         gradients, metrics = self.meta_gradient.gradient(self.params(), tasks)
         return [
-            algorithm.meta_update(PrecomputedGradient(_at(gradients, seed), _at(metrics, seed)), tasks)
-            for seed, algorithm in enumerate(self.algorithms)
+            algorithm.meta_update(PrecomputedGradient(_select(gradients, index), _select(metrics, index)), tasks)
+            for index, algorithm in enumerate(self.algorithms)
         ]
 
     def params(self) -> Params:
-        """Returns theta and the buffers; of several seeds, stacked along a leading seed axis."""
-        each = [algorithm.theta | algorithm.buffers for algorithm in self.algorithms]
-        return each[0] if len(each) == 1 else {name: torch.stack([its[name] for its in each]) for name in each[0]}
+        """Returns theta and the buffers. With several seeds they have a leading seed axis."""
+        per_seed = [algorithm.theta | algorithm.buffers for algorithm in self.algorithms]
+        if len(per_seed) == 1:
+            return per_seed[0]
+        return {name: torch.stack([params[name] for params in per_seed]) for name in per_seed[0]}
 
     def sample_tasks(self, number: int | Tensor) -> Tasks:
-        """Draws the meta-batch of an iteration: this process's share of it, seed by seed."""
+        """Draws this process's part of an iteration's meta-batch, concatenated over the seeds."""
         batches = [
-            distributed.share(algorithm.sample_tasks(self.meta_batch_size, stream.child(number)))
+            distributed.shard(algorithm.sample_tasks(self.meta_batch_size, stream.child(number)))
             for algorithm, stream in zip(self.algorithms, self.streams, strict=True)
         ]
-        return batches[0] if len(batches) == 1 else {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+        if len(batches) == 1:
+            return batches[0]
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def meta_update(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks) -> dict[str, Tensor]:
@@ -86,42 +93,53 @@ def meta_update(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks)
     """
     if algorithm.domain.on_policy:
         algorithm.collect(algorithm.params_per_task(num_tasks(tasks)), tasks)
-    summary = _summary(algorithm.domain, tasks)
+    rollout_metrics = _reduce_rollout_metrics(algorithm.domain, tasks)
     if algorithm.best:
         assert algorithm.domain.selected_by is not None
-        keep_best(algorithm.best, algorithm.theta, summary[algorithm.domain.selected_by])
-    return algorithm.meta_update(BatchObjective(meta_gradient, tasks), tasks) | summary
+        update_best(algorithm.best, algorithm.theta, rollout_metrics[algorithm.domain.selected_by])
+    return algorithm.meta_update(BatchObjective(meta_gradient, tasks), tasks) | rollout_metrics
 
 
-def _summary(domain: Domain, tasks: Tasks) -> dict[str, Tensor]:
-    """Returns what is logged of a meta-batch beside the losses, over the tasks of all processes."""
-    means, counts = domain.rollout_metrics(tasks)
-    if not means:
+def _reduce_rollout_metrics(domain: Domain, tasks: Tasks) -> dict[str, Tensor]:
+    """Returns the domain's `rollout_metrics`, averaged or summed over the tasks of all processes, 0-dim tensors."""
+    averaged, summed = domain.rollout_metrics(tasks)
+    if not averaged:
         return {}
-    averages = distributed.all_reduce_mean([value.sum() for value in means.values()], num_tasks(tasks))
-    sums = distributed.all_reduce_sum([value.sum() for value in counts.values()])
-    return dict(zip((*means, *counts), (*averages, *sums), strict=True))
+    means = distributed.all_reduce_mean([value.sum() for value in averaged.values()], num_tasks(tasks))
+    sums = distributed.all_reduce_sum([value.sum() for value in summed.values()])
+    return dict(zip((*averaged, *summed), (*means, *sums), strict=True))
 
 
-def check_shared(algorithm: Algorithm, num_seeds: int, meta_batch_size: int) -> None:
-    """Makes sure, before anything is written, that processes can share a meta-batch and seeds go side by side.
+def check_parallelism(algorithm: Algorithm, num_seeds: int, meta_batch_size: int) -> None:
+    """Checks that the processes can share a meta-batch and that several seeds can be trained at once.
+
+    Args:
+        algorithm: the algorithm of one seed.
+        num_seeds: number of seeds that are trained at once.
+        meta_batch_size: B.
 
     Raises:
-        MamlError: if they cannot.
+        MamlError: if the algorithm or domain does not allow it, or there are more processes than tasks.
     """
     name, domain = type(algorithm).__name__, type(algorithm.domain).__name__
     num_processes = distributed.world_size()
     if num_processes > 1 and not algorithm.sums_over_tasks:
-        raise MamlError(f"{name} makes no sum over tasks that processes could share; start it without torchrun")
+        raise MamlError(
+            f"{name} cannot be trained by several processes, because its meta-update is not a sum over tasks; start it "
+            "without torchrun"
+        )
     if num_processes > meta_batch_size:
         raise MamlError(
             f"meta_batch_size={meta_batch_size} cannot be shared by {num_processes} processes; raise it, or start fewer"
         )
-    sums_up = type(algorithm.domain).rollout_metrics is not Domain.rollout_metrics or algorithm.domain.on_policy
-    if num_seeds > 1 and (sums_up or not algorithm.sums_over_tasks):
-        what = domain if sums_up else name
-        raise MamlError(f"seeds={num_seeds}: {what} cannot run side by side; sweep instead, with -m seed=...")
+    has_rollouts = type(algorithm.domain).rollout_metrics is not Domain.rollout_metrics or algorithm.domain.on_policy
+    if num_seeds > 1 and (has_rollouts or not algorithm.sums_over_tasks):
+        part = domain if has_rollouts else name
+        raise MamlError(
+            f"seeds={num_seeds}: {part} cannot train several seeds as one computation; sweep instead, with -m seed=..."
+        )
 
 
-def _at(params: Params, seed: int) -> Params:
-    return {name: value[seed] for name, value in params.items()}
+def _select(params: Params, index: int) -> Params:
+    """Returns the entries at one position of the leading axis."""
+    return {name: value[index] for name, value in params.items()}

@@ -1,4 +1,4 @@
-"""One seed of a run: what learns, the folder that records it, and the logger that mirrors it."""
+"""One seed of a run: its algorithm, its run folder and its logger."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from maml.seeding import Stream
 
 
 class Learner:
-    """The one owner of a seed. Nothing is written before `opened`.
+    """Owns all that belongs to one seed. Nothing is written before `open`.
 
     Args:
-        settings: of this seed alone.
-        experiment: its name.
-        algorithm: built from the settings; its state is changed in place.
+        settings: the settings of this seed.
+        experiment: the experiment's name.
+        algorithm: the algorithm built from these settings; its state is changed in place.
 
     Attributes:
-        folder: of the run.
-        stream: of the seed; draws the meta-batches.
-        logger: a mirror of the metrics.
-        start: the iterations that the state has behind it.
-        report: of the run's own evaluation, once there is one.
+        folder: the run folder. Only rank 0 writes to it.
+        stream: the seed's random stream, which draws the meta-batches.
+        logger: sends metrics to the logging service; on rank 0 only.
+        start: number of iterations that the algorithm's state has been trained for.
+        report: the report of the run's own evaluation; None before that.
     """
 
     def __init__(self, settings: Settings, experiment: str, algorithm: Algorithm) -> None:
@@ -43,21 +43,24 @@ class Learner:
 
     @property
     def title(self) -> str:
-        """What the console calls the run."""
+        """The run's title on the console."""
         return f"{self.folder.experiment} {self.folder.run_id[:6]}, {self.algorithm.name}"
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Takes over the state of a checkpoint of this run."""
+        """Restores the algorithm's state from a checkpoint of this run."""
         self.algorithm.load_state_dict(saved["state"])
         self.start = saved["iteration"]
 
     @contextmanager
-    def opened(self, hardware: Hardware, num_seeds: int) -> Iterator[dict[str, Any] | None]:
-        """Holds folder and logger; yields the checkpoint to resume from, if there is one, and records the end.
+    def open(self, hardware: Hardware, num_seeds: int) -> Iterator[dict[str, Any] | None]:
+        """Opens the run folder and the logger; at the end, records how the run ended and closes both.
 
         Args:
-            hardware: on which the run trains.
-            num_seeds: number of seeds that are trained with this one, which share the time.
+            hardware: the hardware that the run trains on.
+            num_seeds: number of seeds that are trained at once, this one included; they share the training time.
+
+        Yields:
+            The checkpoint to resume from; None if there is none.
         """
         described, command = hardware.describe(), command_line()
         if num_seeds > 1:
@@ -73,5 +76,5 @@ class Learner:
             raise
         finally:
             status = "finished" if self.report is not None else status
-            self.folder.close(status)  # first: a mirror may take its time
+            self.folder.close(status)  # before the logger, which may wait for a network
             self.logger.finish(status)

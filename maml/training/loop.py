@@ -1,4 +1,4 @@
-"""The one outer loop: it knows neither domain nor algorithm; logging and checkpoints happen here only."""
+"""The outer training loop, the same for all domains and algorithms; only this module logs and saves checkpoints."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ def train(
     log_every: int,
     checkpoint_every: int,
 ) -> Execution:
-    """Meta-trains to ``num_iterations``; what iteration t sees depends only on the stream and t.
+    """Meta-trains to ``num_iterations``. The tasks of iteration t depend on the seed and t only.
 
-    Several seeds go side by side. Seeds that are behind train alone until they have caught up.
+    Several seeds are trained at once. Seeds that are behind train alone until they have caught up.
 
     Args:
-        learners: one for each seed.
-        execution: how the computation is cut; stored with the state.
-        num_iterations: meta-updates in all.
-        meta_batch_size: B.
-        log_every: iterations between two lines of metrics.
-        checkpoint_every: iterations between two checkpoints.
+        learners: one learner for each seed.
+        execution: chunk size, compilation and CUDA graph; saved in the checkpoints.
+        num_iterations: total number of meta-updates, those before a resume included.
+        meta_batch_size: B, tasks per seed.
+        log_every: number of iterations between two lines of metrics.
+        checkpoint_every: number of iterations between two checkpoints.
 
     Returns:
-        How the computation was cut in the end: memory, or the compiler, may have failed at what was chosen.
+        The execution in use at the end: chunks shrink when memory is short, and compiling may fail.
 
     Raises:
         MamlError: if the loss is not finite or a file cannot be written; the last checkpoint is intact.
         Interrupted: on SIGTERM or SIGINT, after a checkpoint.
     """
     starts = sorted({learner.start for learner in learners} | {num_iterations})
-    if num_iterations == 0:  # theta as it was drawn is all there is to keep
+    if num_iterations == 0:  # the loop below does not run, so the initial theta is saved here
         for learner in learners:
             if checkpoint.newest(learner.folder.checkpoint_path) is None:
                 learner.folder.save_checkpoint(0, learner.algorithm.state_dict(), execution.as_dict())
@@ -62,31 +62,32 @@ def train(
     title = learners[0].title if len(learners) == 1 else f"{learners[0].folder.experiment}, {len(learners)} seeds"
     with Progress(title, num_iterations, starts[0], console) as progress, _stop_signals() as stopped:
         for start, end in pairwise(starts):
-            together = [learner for learner in learners if learner.start <= start]
-            algorithms, streams = [each.algorithm for each in together], [each.stream for each in together]
+            active = [learner for learner in learners if learner.start <= start]
+            algorithms, streams = [each.algorithm for each in active], [each.stream for each in active]
             iterate = with_cuda_graph(Iteration(algorithms, streams, meta_batch_size, execution))
-            pending = PendingMetrics(together)
+            pending = PendingMetrics(active)
             for number in range(start + 1, end + 1):
                 metrics = iterate(number)
                 signal_number = distributed.all_reduce_max(stopped[0] if stopped else 0)
-                if distributed.rank() == 0:  # it waits for the device, now and then
-                    progress.update(number, lambda metrics=metrics: _floats(metrics[0]))  # type: ignore[misc]
+                if distributed.rank() == 0:  # the display reads metrics from the device, which blocks for a moment
+                    progress.update(number, lambda metrics=metrics: _to_floats(metrics[0]))  # type: ignore[misc]
                 last = number == end or bool(signal_number)
                 if number % log_every == 0 or number == num_iterations:
                     pending.add(number, metrics)
                 if number % checkpoint_every == 0 or last:
                     pending.write()
-                    for learner, its in zip(together, metrics, strict=True):
+                    for learner, seed_metrics in zip(active, metrics, strict=True):
                         state = learner.algorithm.state_dict()
-                        # The loss is that of theta before this update; a theta that has just diverged does not show
-                        # in it.
-                        _finite(_floats(its | _largest(state)), number, learner.folder)
+                        # The loss belongs to theta before this update. If this update made theta diverge, only the
+                        # state shows it.
+                        values = _to_floats(seed_metrics | _largest_entries(state))
+                        _check_finite(values, number, learner.folder)
                         learner.folder.save_checkpoint(number, state, iterate.execution.as_dict())
                 pending.write(if_ready=True)
                 if signal_number:
                     raise Interrupted(
                         f"stopped by {signal.Signals(signal_number).name} after iteration {number} of "
-                        f"{num_iterations}; saved in {', '.join(str(each.folder.path) for each in together)}: "
+                        f"{num_iterations}; saved in {', '.join(str(each.folder.path) for each in active)}: "
                         "the same command resumes",
                         signal_number,
                     )
@@ -95,48 +96,61 @@ def train(
 
 
 class PendingMetrics:
-    """Asynchronous copies of metrics from the device to the logs; training never blocks on them."""
+    """Asynchronous copies of metrics from the device to the logs; training never blocks on them.
+
+    Args:
+        learners: the learners whose metrics are logged, one for each seed.
+    """
 
     def __init__(self, learners: Sequence[Learner]) -> None:
         self.learners = learners
-        self.due: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
+        self._queue: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
 
     def add(self, number: int, metrics: Sequence[Mapping[str, Tensor]]) -> None:
-        """Sends for the metrics of an iteration, of each learner; `write` logs what has arrived."""
-        values = torch.stack([torch.stack(list(its.values())) for its in metrics])
-        arrived = None
+        """Starts to copy the metrics of one iteration.
+
+        Args:
+            number: the iteration's number.
+            metrics: for each learner, 0-dim tensors by name.
+        """
+        values = torch.stack([torch.stack(list(seed_metrics.values())) for seed_metrics in metrics])
+        copied = None
         if values.is_cuda:
             values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.due.append((number, list(metrics[0]), values, arrived))
+            copied = torch.cuda.Event()
+            copied.record()
+        self._queue.append((number, list(metrics[0]), values, copied))
 
     def write(self, if_ready: bool = False) -> None:
-        """Logs all that was sent for, or as far as it has arrived.
+        """Logs the metrics that were added.
+
+        Args:
+            if_ready: log only what has been copied already, instead of waiting for the rest.
 
         Raises:
             MamlError: if a number is not finite.
         """
-        while self.due:
-            number, names, values, arrived = self.due[0]
-            if arrived is not None:
-                if if_ready and not arrived.query():
+        while self._queue:
+            number, names, values, copied = self._queue[0]
+            if copied is not None:
+                if if_ready and not copied.query():
                     return
-                arrived.synchronize()
-            del self.due[0]
-            for learner, its in zip(self.learners, values.tolist(), strict=True):
-                found = _finite(dict(zip(names, its, strict=True)), number, learner.folder)
-                learner.folder.log(number, found)
-                learner.logger.log(found, number)
+                copied.synchronize()
+            del self._queue[0]
+            for learner, seed_values in zip(self.learners, values.tolist(), strict=True):
+                metrics = dict(zip(names, seed_values, strict=True))
+                _check_finite(metrics, number, learner.folder)
+                learner.folder.log(number, metrics)
+                learner.logger.log(metrics, number)
 
 
-def _floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+def _to_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     values = torch.stack(list(metrics.values())).tolist()  # one transfer from the device
     return dict(zip(metrics, values, strict=True))
 
 
-def _largest(state: Mapping[str, Params]) -> dict[str, Tensor]:
-    """Returns the largest absolute value of each group of tensors; NaN is larger than any."""
+def _largest_entries(state: Mapping[str, Params]) -> dict[str, Tensor]:
+    """Returns the largest absolute value in each group of tensors; NaN if the group holds a NaN."""
     return {
         group: torch.stack([value.abs().max().double() for value in tensors.values()]).max()
         for group, tensors in state.items()
@@ -144,31 +158,32 @@ def _largest(state: Mapping[str, Params]) -> dict[str, Tensor]:
     }
 
 
-def _finite(values: dict[str, float], iteration: int, run: RunFolder) -> dict[str, float]:
-    wrong = [name for name, value in values.items() if not math.isfinite(value)]
-    if wrong:
+def _check_finite(values: dict[str, float], iteration: int, run: RunFolder) -> None:
+    not_finite = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
+    if not_finite:
         raise MamlError(
-            f"{', '.join(f'{name}={values[name]}' for name in wrong)} at iteration {iteration}: training has diverged. "
-            f"Nothing of it was saved; what is in {run.path} is from before. "
+            f"{', '.join(not_finite)} at iteration {iteration}: training has diverged. "
+            f"The diverged state was not saved; the last checkpoint in {run.path} is from before. "
             "Lower inner.step_size or outer.step_size, or clip the meta-gradient (outer.clip)"
         )
-    return values
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collects the signals that stop a run in the list it yields; a second Ctrl-C acts as it always does."""
+    """Yields a list to which the numbers of stop signals are added. A second Ctrl-C stops the process at once."""
     received: list[int] = []
     before: dict[int, Any] = {}
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if number == signal.SIGINT:  # others may come twice, to a process and to its group, and nobody is impatient
+        # Only for Ctrl-C does a second signal mean impatience. The others may be sent to a process and again to its
+        # group.
+        if number == signal.SIGINT:
             signal.signal(number, before[number])
 
     try:
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the latter from SLURM
-            before[name] = signal.signal(name, remember)
+        for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the last two: from SLURM
+            before[stop_signal] = signal.signal(stop_signal, remember)
     except ValueError:
         pass  # not the main thread, where signals cannot be handled and do not arrive
     try:

@@ -1,4 +1,4 @@
-"""The meta-gradient: the mean gradient of the task losses with respect to theta, however the work is cut."""
+"""The meta-gradient: the gradient of the mean task loss with respect to theta, computed in chunks of tasks."""
 
 from __future__ import annotations
 
@@ -13,123 +13,122 @@ from maml.algorithm.base import Algorithm
 from maml.domain.base import Metrics
 from maml.hardware import distributed
 from maml.hardware.base import Execution
-from maml.hardware.compile import Compiled
-from maml.hardware.memory import recomputing, within_memory
+from maml.hardware.compile import CompiledFunction
+from maml.hardware.memory import halve_chunk_on_oom, recompute_inner_steps
 from maml.outer.base import Objective
-from maml.types import Params, Product, Tasks, expand, num_tasks, take
+from maml.types import MatrixVectorProduct, Params, Tasks, expand, num_tasks, take
 
 Computed = TypeVar("Computed")
 
 
 class MetaGradient:
-    """Computes an algorithm's meta-gradient, and all else that is a mean over the tasks of a meta-batch.
+    """Computes an algorithm's meta-gradient and all other means over the tasks of a meta-batch.
 
-    It alone knows how the work is cut: in chunks of tasks (halved where memory does not suffice), compiled or not,
-    shared by the processes of a run, for one seed or for several at once. With ``num_seeds``, parameters have a
-    leading seed axis, ``(seeds, ...)``, a meta-batch concatenates the seeds' tasks, and results have the seed axis.
+    Only this class knows how the work is divided: into chunks of tasks (halved when memory is short), compiled or not,
+    between the processes of a run, for one seed or for several seeds at once.
 
     Args:
-        algorithm: whose task losses are differentiated. With several seeds it stands for the others, which are alike.
-        execution: how the work is cut; None is all tasks at once, not compiled.
-        num_seeds: None is one seed, without a seed axis.
+        algorithm: the algorithm whose task losses are differentiated. With several seeds, that of any seed; they are
+            alike.
+        execution: chunk size, compilation and recomputation; None computes all tasks at once, not compiled.
+        num_seeds: number of seeds that are computed at once. If set, parameters and results have a leading seed axis,
+            ``(num_seeds, ...)``, and the meta-batch concatenates the seeds' tasks. None is one seed without a seed
+            axis.
     """
 
     def __init__(self, algorithm: Algorithm, execution: Execution | None = None, num_seeds: int | None = None) -> None:
         self.algorithm, self.num_seeds = algorithm, num_seeds
         self._execution = execution or Execution(num_threads=1, task_chunk=None, compile=False)
-        self._sums = Compiled(self._chunk_sums) if self._execution.compile else self._chunk_sums
-        self._each = Compiled(self._chunk_gradients) if self._execution.compile else self._chunk_gradients
+        compiles = self._execution.compile
+        self._compute_sums = CompiledFunction(self._chunk_sums) if compiles else self._chunk_sums
+        self._compute_gradients = CompiledFunction(self._chunk_gradients) if compiles else self._chunk_gradients
 
     @property
     def execution(self) -> Execution:
-        """How the work is cut by now: memory, or the compiler, may have failed at what was chosen."""
-        compiled = [function for function in (self._sums, self._each) if isinstance(function, Compiled)]
-        return replace(self._execution, compile=bool(compiled) and not any(each.failed for each in compiled))
+        """The execution in use now: chunks shrink when memory is short, and compiling may fail."""
+        functions = self._compute_sums, self._compute_gradients
+        compiled = [function for function in functions if isinstance(function, CompiledFunction)]
+        return replace(self._execution, compile=bool(compiled) and not any(function.failed for function in compiled))
 
     def gradient(self, params: Params, tasks: Tasks) -> tuple[Params, dict[str, Tensor]]:
         """Returns the gradient of the mean task loss with respect to theta, and the mean metrics.
 
         Args:
             params: theta and the buffers, without a task axis.
-            tasks: a meta-batch; this process's share of it.
+            tasks: this process's part of the meta-batch.
 
         Raises:
-            MamlError: if memory does not suffice for a single task.
+            MamlError: if a single task does not fit into memory.
         """
-        gradients, metrics = self._within_memory(lambda chunk: self.sums(params, tasks, chunk), tasks)
-        means = distributed.all_reduce_mean([*gradients.values(), *metrics.values()], self._count(tasks))
-        return (
-            dict(zip(gradients, means[: len(gradients)], strict=True)),
-            dict(zip(metrics, means[len(gradients) :], strict=True)),
-        )
+        gradients, metrics = self._in_chunks(lambda chunk: self.sums(params, tasks, chunk), tasks)
+        means = distributed.all_reduce_mean([*gradients.values(), *metrics.values()], self._tasks_per_seed(tasks))
+        return _split(means, gradients, metrics)
 
     def sums(self, params: Params, tasks: Tasks, task_chunk: int) -> tuple[Params, Metrics]:
-        """Returns sums over this process's tasks: of the gradient with respect to theta, and of the metrics.
+        """Returns the sums of the gradients with respect to theta and of the metrics, over this process's tasks.
 
         Args:
             params: theta and the buffers, without a task axis.
-            tasks: of all seeds.
-            task_chunk: number of tasks, of each seed, computed at once.
+            tasks: the tasks of all seeds.
+            task_chunk: number of tasks of each seed that are computed at once.
         """
         total: list[Tensor] = []
         for chunk in self._chunks(tasks, task_chunk):
-            with recomputing(self._execution.recompute):
-                gradients, metrics = self._sums(params, chunk)
+            with recompute_inner_steps(self._execution.recompute):
+                gradients, metrics = self._compute_sums(params, chunk)
             part = [*gradients.values(), *metrics.values()]
             total = list(torch._foreach_add(total, part)) if total else part
-        return (
-            dict(zip(gradients, total[: len(gradients)], strict=True)),
-            dict(zip(metrics, total[len(gradients) :], strict=True)),
-        )
+        return _split(total, gradients, metrics)
 
     def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
         """Returns the gradient of each task's loss with respect to the task's own parameters, and its metrics.
 
         Args:
-            params: name -> ``(T, ...)``: every task has parameters of its own.
+            params: parameters of each task, name -> ``(T, ...)``.
             tasks: T tasks.
 
         Returns:
-            name -> ``(T, ...)``; metrics ``(T,)``.
+            The gradients, name -> ``(T, ...)``, and the metrics, name -> ``(T,)``.
         """
 
         def compute(task_chunk: int) -> tuple[Params, Metrics]:
             starts = range(0, num_tasks(tasks), task_chunk)
             parts = [
-                self._each(*(take(group, start, start + task_chunk) for group in (params, tasks))) for start in starts
+                self._compute_gradients(*(take(group, start, start + task_chunk) for group in (params, tasks)))
+                for start in starts
             ]
             if len(parts) == 1:
                 return parts[0]
             gradients, metrics = zip(*parts, strict=True)
-            return _concatenated(gradients), _concatenated(metrics)
+            return _concatenate(gradients), _concatenate(metrics)
 
-        return self._within_memory(compute, tasks)
+        return self._in_chunks(compute, tasks)
 
     @torch.no_grad()
     def evaluate(self, params: Params, tasks: Tasks) -> dict[str, Tensor]:
-        """Returns the mean metrics, without a gradient; arguments are as in `gradient`."""
+        """Returns the mean metrics, without a gradient. The arguments are those of `gradient`."""
 
         def compute(task_chunk: int) -> Metrics:
             sums = []
             for chunk in self._chunks(tasks, task_chunk):
                 losses, metrics = self.algorithm.task_losses(self.per_task(params, num_tasks(chunk)), chunk)
-                sums.append(self._summed({"loss": losses} | metrics))
+                sums.append(self._sum_over_tasks({"loss": losses} | metrics))
             return {name: torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]}
 
-        own = self._within_memory(compute, tasks)
-        return dict(zip(own, distributed.all_reduce_mean(list(own.values()), self._count(tasks)), strict=True))
+        own = self._in_chunks(compute, tasks)
+        return dict(zip(own, distributed.all_reduce_mean(list(own.values()), self._tasks_per_seed(tasks)), strict=True))
 
-    def curvature(self, params: Params, tasks: Tasks, every: int = 1) -> Product:
+    def curvature(self, params: Params, tasks: Tasks, every: int = 1) -> MatrixVectorProduct:
         """Returns the Hessian of the mean KL divergence from the policies of theta, at theta.
 
         Args:
-            params: theta and the buffers, without a task axis: the policies by which the tasks' data were collected.
-            tasks: a meta-batch with its rollouts.
-            every: 1 uses every timestep, n every n-th.
+            params: theta and the buffers, without a task axis. These policies must have collected the rollouts.
+            tasks: this process's part of a meta-batch, with its rollouts.
+            every: 1 uses every timestep, n uses every n-th.
         """
         domain, theta = self.algorithm.domain, list(self.algorithm.theta)
 
-        def compute(task_chunk: int) -> list[tuple[Product, int]]:
+        def compute(task_chunk: int) -> list[tuple[MatrixVectorProduct, int]]:
             chunks = list(self._chunks(tasks, task_chunk))
             counts = [num_tasks(chunk) for chunk in chunks]
             return [
@@ -140,25 +139,26 @@ class MetaGradient:
                 for chunk, count in zip(chunks, counts, strict=True)
             ]
 
-        products = self._within_memory(compute, tasks)
+        products = self._in_chunks(compute, tasks)
 
         def product(vector: Params) -> Params:
             own: Params = {}
             for part, count in products:
                 added = {name: value.sum(0) for name, value in part(self.per_task(vector, count)).items()}
                 own = {name: own[name] + value for name, value in added.items()} if own else added
-            means = distributed.all_reduce_mean([own[name] for name in theta], self._count(tasks))
+            means = distributed.all_reduce_mean([own[name] for name in theta], self._tasks_per_seed(tasks))
             return dict(zip(theta, means, strict=True))
 
         return product
 
     def per_task(self, params: Params, count: int) -> Params:
-        """Returns the same parameters for each of ``count`` tasks; with a seed axis, those of the task's seed."""
+        """Returns one copy of the parameters for each of ``count`` tasks; with a seed axis, that of the task's seed."""
         if self.num_seeds is None:
             return expand(params, count)
-        each = (-1, count // self.num_seeds)
+        per_seed = count // self.num_seeds
         return {
-            name: value.unsqueeze(1).expand(*each, *value.shape[1:]).flatten(0, 1) for name, value in params.items()
+            name: value.unsqueeze(1).expand(-1, per_seed, *value.shape[1:]).flatten(0, 1)
+            for name, value in params.items()
         }
 
     def _chunk_sums(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
@@ -167,7 +167,7 @@ class MetaGradient:
         with torch.enable_grad():
             losses, metrics = self.algorithm.task_losses(self.per_task(params | theta, num_tasks(tasks)), tasks)
             gradients = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
-        return dict(zip(theta, gradients, strict=True)), self._summed({"loss": losses} | metrics)
+        return dict(zip(theta, gradients, strict=True)), self._sum_over_tasks({"loss": losses} | metrics)
 
     def _chunk_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
         """Returns `task_gradients` of one chunk."""
@@ -178,45 +178,54 @@ class MetaGradient:
         metrics = {name: value.detach() for name, value in ({"loss": losses} | metrics).items()}
         return dict(zip(theta, gradients, strict=True)), metrics
 
-    def _within_memory(self, compute: Callable[[int], Computed], tasks: Tasks) -> Computed:
-        """Returns what is computed in chunks; where they had to shrink, the run goes on with the smaller ones."""
-        count = self._count(tasks)
+    def _in_chunks(self, compute: Callable[[int], Computed], tasks: Tasks) -> Computed:
+        """Calls ``compute`` with the chunk size. If memory forces smaller chunks, later calls use them too."""
+        count = self._tasks_per_seed(tasks)
         chunk = min(self._execution.task_chunk or count, count)
-        computed, used = within_memory(compute, chunk)
-        if used < chunk:
-            self._execution = replace(self._execution, task_chunk=used)
-        return computed
+        result, used_chunk = halve_chunk_on_oom(compute, chunk)
+        if used_chunk < chunk:
+            self._execution = replace(self._execution, task_chunk=used_chunk)
+        return result
 
     def _chunks(self, tasks: Tasks, task_chunk: int) -> Iterator[Tasks]:
+        """Yields ``task_chunk`` tasks of each seed at a time."""
         if self.num_seeds is None:
             for start in range(0, num_tasks(tasks), task_chunk):
                 yield take(tasks, start, start + task_chunk)
             return
-        each = {name: value.unflatten(0, (self.num_seeds, -1)) for name, value in tasks.items()}
-        for start in range(0, self._count(tasks), task_chunk):
-            yield {name: value[:, start : start + task_chunk].flatten(0, 1) for name, value in each.items()}
+        by_seed = {name: value.unflatten(0, (self.num_seeds, -1)) for name, value in tasks.items()}
+        for start in range(0, self._tasks_per_seed(tasks), task_chunk):
+            yield {name: value[:, start : start + task_chunk].flatten(0, 1) for name, value in by_seed.items()}
 
-    def _count(self, tasks: Tasks) -> int:
-        """Returns the number of tasks of one seed that this process has."""
+    def _tasks_per_seed(self, tasks: Tasks) -> int:
+        """Returns this process's number of tasks of each seed."""
         return num_tasks(tasks) // (self.num_seeds or 1)
 
-    def _summed(self, metrics: Metrics) -> Metrics:
-        """Returns sums over tasks, or over those of each seed."""
+    def _sum_over_tasks(self, metrics: Metrics) -> Metrics:
+        """Returns the sums over the tasks; with a seed axis, over the tasks of each seed."""
         if self.num_seeds is None:
             return {name: value.detach().sum(0) for name, value in metrics.items()}
         return {name: value.detach().unflatten(0, (self.num_seeds, -1)).sum(1) for name, value in metrics.items()}
 
 
-def _concatenated(parts: Sequence[Params]) -> Params:
+def _concatenate(parts: Sequence[Params]) -> Params:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def _split(values: Sequence[Tensor], gradients: Params, metrics: Metrics) -> tuple[Params, Metrics]:
+    """Gives values the names of the gradients and then of the metrics."""
+    return (
+        dict(zip(gradients, values[: len(gradients)], strict=True)),
+        dict(zip(metrics, values[len(gradients) :], strict=True)),
+    )
+
+
 class BatchObjective(Objective):
-    """The meta-objective of one seed on one meta-batch, computed when it is asked for.
+    """The meta-objective of one seed on one meta-batch. Each method computes when it is called.
 
     Args:
-        meta_gradient: of one seed.
-        tasks: a meta-batch, with its rollouts if the domain is on-policy.
+        meta_gradient: computes for one seed.
+        tasks: this process's part of a meta-batch, with its rollouts if the domain is on-policy.
     """
 
     def __init__(self, meta_gradient: MetaGradient, tasks: Tasks) -> None:
@@ -231,7 +240,7 @@ class BatchObjective(Objective):
     def evaluate(self, theta: Params) -> dict[str, Tensor]:
         return self.meta_gradient.evaluate(self._params(theta), self.tasks)
 
-    def curvature(self, theta: Params, every: int = 1) -> Product:
+    def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
         return self.meta_gradient.curvature(self._params(theta), self.tasks, every)
 
     def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
@@ -239,7 +248,12 @@ class BatchObjective(Objective):
 
 
 class PrecomputedGradient(Objective):
-    """The meta-objective of one of several seeds, whose gradient has been computed with the others'."""
+    """The meta-objective of one seed, whose gradient was computed together with those of the other seeds.
+
+    Args:
+        gradients: the gradient with respect to theta, without a task axis.
+        metrics: mean metrics, 0-dim tensors.
+    """
 
     def __init__(self, gradients: Params, metrics: dict[str, Tensor]) -> None:
         self.gradients, self.metrics = gradients, metrics

@@ -1,4 +1,4 @@
-"""Shows how far a run is: a live bar on a terminal, a line now and then anywhere else."""
+"""Shows the progress of a run: a live bar on a terminal, a line every half minute elsewhere."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -14,17 +14,17 @@ from rich.table import Column
 
 REDRAW_SECONDS = 0.2  # on a terminal
 LINE_SECONDS = 30.0  # elsewhere
-WINDOW_SECONDS = 10.0  # the shown speed is that of the last iterations which took at least so long
+WINDOW_SECONDS = 10.0  # the speed is that of the iterations of the last ten seconds, or of the last one if longer
 
 
 class Progress:
     """The display of one training run; a context manager.
 
     Args:
-        title: what runs.
-        total: the iteration at which the run ends.
-        start: the iterations that are done already.
-        console: where to draw; None is standard error.
+        title: name of the run.
+        total: number of the last iteration.
+        start: number of iterations that were done before.
+        console: the console to draw on; None is standard error.
     """
 
     def __init__(self, title: str, total: int, start: int = 0, console: Console | None = None) -> None:
@@ -35,16 +35,16 @@ class Progress:
         self._next_draw = 0.0
         self._samples: deque[tuple[float, int]] = deque()
         self._bar = Bar(
-            BarColumn(bar_width=20),  # narrower where there is no room
+            BarColumn(bar_width=20),  # narrower on a narrow terminal
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[facts]}", markup=False),
             console=self._console,
-            auto_refresh=False,  # no thread that takes the interpreter from the training loop
+            auto_refresh=False,  # a refreshing thread would slow the training loop down
         )
         self._task = self._bar.add_task(title, completed=start, total=total, facts="")
 
     def __enter__(self) -> Self:
-        """Draws the bar, under its title."""
+        """Draws the title and the bar."""
         if self._live:
             self.message(self.title)
             self._bar.start()
@@ -53,22 +53,22 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leaves the bar as it stands."""
+        """Stops the bar, which stays on the screen."""
         if self._live:
             self._bar.stop()
 
     def update(self, iteration: int, metrics: Callable[[], Mapping[str, float]]) -> None:
-        """Tells that ``iteration`` iterations are done; cheap enough to call after each.
+        """Reports that ``iteration`` iterations are done. Most calls draw nothing, so it is cheap.
 
         Args:
-            iteration: from ``start`` + 1 to ``total``, which is always drawn, as is the first call.
-            metrics: gives the numbers to show; called only when they are drawn, as it may wait for the device.
+            iteration: from ``start`` + 1 to ``total``. The first call and the one for ``total`` always draw.
+            metrics: returns the numbers to show; called only for drawing, because it may wait for the device.
         """
         now = monotonic()
         if now < self._next_draw and iteration < self.total:
             return
         self._next_draw = now + self._interval
-        facts = [f"{name} {value:.4g}" for name, value in metrics().items()] + self._pace(iteration)
+        facts = [f"{name} {value:.4g}" for name, value in metrics().items()] + self._speed_and_time_left(iteration)
         if self._live:
             self._bar.update(self._task, completed=iteration, facts="  ".join(facts), refresh=True)
         else:
@@ -78,8 +78,8 @@ class Progress:
         """Prints a line, above the bar if there is one."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _pace(self, iteration: int) -> list[str]:
-        """Speed and time left. The first sample follows the first iteration, so compiling is in neither."""
+    def _speed_and_time_left(self, iteration: int) -> list[str]:
+        """Returns the speed and the time left. The first iteration, which may compile, does not count for either."""
         now = monotonic()
         self._samples.append((now, iteration))
         while len(self._samples) > 2 and now - self._samples[1][0] >= WINDOW_SECONDS:

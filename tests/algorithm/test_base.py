@@ -1,4 +1,4 @@
-"""What holds for every algorithm: interrupted and resumed, a run ends in the same bits."""
+"""Every algorithm: a run that is interrupted and resumed ends with the same bits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CASES += [
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, algorithm: type[Algorithm], iteration: int) -> None:
-    """Has SIGTERM arrive in front of the given meta-update of this process, counted from 1."""
+    """Sends SIGTERM before a meta-update of this process, which is given by its number, from 1."""
     meta_update, count = algorithm.meta_update, 0
 
     def stopping(self: Algorithm, objective: Objective, tasks: Tasks) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The pretrained classifier of the image baselines, on real images, against the library's own layers."""
+"""The pretrained classifier of the image baselines, on real images, against torch's own layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.seeding import Stream
 from tests import algorithms
-from tests.model.test_conv4 import native, native_values
+from tests.model.test_conv4 import library_network, library_values
 from tests.runs import TinyRuns
 
 AnyClassifier = TypeVar("AnyClassifier", bound=Classifier)
@@ -31,7 +31,7 @@ def _float64() -> Iterator[None]:
 
 
 def make(kind: type[AnyClassifier], tiny_images: TinyRuns, *overrides: str) -> AnyClassifier:
-    """Builds a small network for Omniglot and turns all of it to float64."""
+    """Builds a small network for Omniglot in float64."""
     config = tiny_images.config(
         f"algorithm={'finetune' if kind.__name__ == 'FineTune' else 'nearest_neighbor'}",
         "model.num_filters=4",
@@ -46,12 +46,12 @@ def make(kind: type[AnyClassifier], tiny_images: TinyRuns, *overrides: str) -> A
     assert isinstance(algorithm, kind)
     algorithm.theta = {name: value.double() for name, value in algorithm.theta.items()}
     algorithm.buffers = {name: value.double() for name, value in algorithm.buffers.items()}
-    algorithm.outer_state = algorithm.outer.init(algorithm.theta)
+    algorithm.outer_state = algorithm.outer.init_state(algorithm.theta)
     return algorithm
 
 
 def images_of(algorithm: Classifier, tasks: dict[str, Tensor]) -> Tensor:
-    """Returns a batch as the library wants it, ``(images, C, H, W)``, one drawing at a time."""
+    """Returns a batch in torch's layout, ``(images, C, H, W)``, built one drawing at a time."""
     drawings = []
     for cls, number, turns in zip(
         tasks["classes"][0], tasks["support_images"][0, :, 0], tasks["rotations"][0], strict=True
@@ -66,7 +66,7 @@ def test_batch_holds_no_image_twice_and_at_most_five_of_a_class(tiny_images: Tin
     labels = tasks["labels"][0]
     images = list(zip(labels.tolist(), tasks["support_images"].flatten().tolist(), strict=True))
     assert len(set(images)) == 4000
-    assert torch.bincount(labels).max() == 5  # of 1100 * 5 images
+    assert torch.bincount(labels).max() == 5  # among 1100 * 5 images
     assert set(labels.tolist()) == set(range(1100)), "all training classes, numbered within their split"
     assert torch.equal(tasks["classes"][0], algorithm.images.splits["train"][labels])
     assert algorithm.theta["head.weight"].shape[0] == 1100
@@ -76,27 +76,27 @@ def test_gradient_equals_the_librarys_in_training_mode(tiny_images: TinyRuns) ->
     algorithm = make(NearestNeighbor, tiny_images)
     tasks = algorithm.sample_tasks(12, Stream(0))
     gradient, metrics = algorithms.gradient(algorithm, algorithm.theta, tasks)
-    net = native(algorithm.theta)
+    net = library_network(algorithm.theta)
     outputs = net(images_of(algorithm, tasks))
     loss = F.cross_entropy(outputs, tasks["labels"][0])
     loss.backward()
     torch.testing.assert_close(metrics["loss"], loss.detach(), rtol=1e-10, atol=0.0)
     assert metrics["accuracy"].item() == (outputs.argmax(1) == tasks["labels"][0]).double().mean()
-    for name, value in native_values(net, list(gradient)).items():
+    for name, value in library_values(net, list(gradient)).items():
         torch.testing.assert_close(gradient[name], value.grad, rtol=1e-8, atol=1e-10)
 
 
 def test_running_statistics_follow_the_librarys(tiny_images: TinyRuns) -> None:
     algorithm = make(NearestNeighbor, tiny_images)
-    net = native(algorithm.theta | algorithm.buffers)
+    net = library_network(algorithm.theta | algorithm.buffers)
     for iteration in range(4):
         tasks = algorithm.sample_tasks(6, Stream(iteration))
         with torch.no_grad():
-            for name, value in native_values(net, list(algorithm.theta)).items():
+            for name, value in library_values(net, list(algorithm.theta)).items():
                 value.copy_(algorithm.theta[name])
             net(images_of(algorithm, tasks))
         assert set(algorithms.step(algorithm, tasks)) == {"loss", "accuracy"}
-        for name, value in native_values(net, list(algorithm.buffers)).items():
+        for name, value in library_values(net, list(algorithm.buffers)).items():
             torch.testing.assert_close(algorithm.buffers[name], value, rtol=1e-9, atol=1e-10)
 
 

@@ -1,4 +1,4 @@
-"""Adaptation of a context vector alone, against MAML one task at a time on a network with wider inputs."""
+"""Adaptation of a context vector alone, against MAML on a network with wider inputs, one task at a time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make(case: str, order: int = 2, num_steps: int = 1) -> tuple[ContextVector, 
 
 
 def with_context(forward: plain_maml.Forward) -> plain_maml.Forward:
-    """Puts one and the same z beside each input."""
+    """Appends the same z to each input."""
 
     def widened(params: Params, x: Tensor) -> Tensor:
         rest = {name: value for name, value in params.items() if name != "context"}

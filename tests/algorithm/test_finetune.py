@@ -1,4 +1,4 @@
-"""The fine-tuning baseline against a plain loop over episodes with the library's own layers."""
+"""The fine-tuning baseline against a plain loop over episodes with torch's own layers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from maml.seeding import Stream
 from maml.types import num_tasks
 from tests import algorithms
 from tests.algorithm.test_classifier import _float64, make  # noqa: F401 - a fixture
-from tests.model.test_conv4 import native
+from tests.model.test_conv4 import library_network
 from tests.runs import TinyRuns
 
 
 def pretrained(tiny_images: TinyRuns) -> FineTune:
-    """Returns the baseline after some batches, so that running statistics are no longer where they began."""
+    """Returns the baseline after some batches, so that the running statistics have changed."""
     algorithm = make(FineTune, tiny_images)
     algorithm.head = {name: value.double() for name, value in algorithm.head.items()}
     for iteration in range(3):
@@ -35,7 +35,7 @@ def test_adaptation_equals_the_plain_loop(num_shots: int, tiny_images: TinyRuns)
     predicted = [algorithm.model(params, domain.data(tasks, "query").x) for params in steps]
     support, query = (domain.data(tasks, role) for role in ("support", "query"))
     for task in range(3):
-        net = native(algorithm.theta | algorithm.buffers | algorithm.head)
+        net = library_network(algorithm.theta | algorithm.buffers | algorithm.head)
         for step in range(4):
             with torch.no_grad():
                 outputs = net.eval()(query.x[task].permute(0, 3, 1, 2))

@@ -22,14 +22,14 @@ from tests.algorithms import build_from
 from tests.runs import TinyRuns
 
 ALPHA = 0.1
-# A target of each task for adaptation, and one for the meta-objective.
+# For each task, a target for adaptation and a target for the meta-objective.
 SUPPORT, QUERY = (1.0, -2.0, 0.5), (3.0, 0.25, -1.0)
 A, B = 1.5, -0.7
 Order = Literal[1, 2]
 
 
 class Product(Model):
-    """The output is a * b, whatever the input."""
+    """A model whose output is a * b for every input."""
 
     def init(self, stream: Stream) -> Params:
         return {"a": torch.tensor(A, dtype=torch.float64), "b": torch.tensor(B, dtype=torch.float64)}
@@ -39,7 +39,7 @@ class Product(Model):
 
 
 class Targets(SupervisedDomain):
-    """A single number to reach, by squared error."""
+    """A domain whose tasks are single numbers to reach, with the squared error."""
 
     in_shape, out_dim, num_shots = (1,), 1, 1
     headline, larger_is_better = "loss", False
@@ -91,7 +91,7 @@ def test_one_step_on_a_alone_is_differentiated_by_hand() -> None:
 
 
 def test_first_order_takes_the_gradient_at_the_adapted_parameters() -> None:
-    """Of the same step, with the inner gradient a constant: d/da' and d/db of (a' b - d)^2."""
+    """The gradient of the same step with a constant inner gradient: d/da' and d/db of (a' b - d)^2."""
     gradient, _ = meta_gradient(1, 1, ["a"])
     adapted = [A - 2 * ALPHA * B * (A * B - c) for c in SUPPORT]
     errors = [a * B - d for a, d in zip(adapted, QUERY, strict=True)]
@@ -101,7 +101,7 @@ def test_first_order_takes_the_gradient_at_the_adapted_parameters() -> None:
 
 
 def two_steps(a: float, b: float) -> float:
-    """The meta-objective of two steps on both parameters, in numbers."""
+    """The meta-objective after two steps on both parameters, in plain numbers."""
     losses = []
     for c, d in zip(SUPPORT, QUERY, strict=True):
         own_a, own_b = a, b

@@ -22,7 +22,7 @@ from tests import algorithms, plain_adam, plain_maml
 from tests.algorithms import build_from
 
 STEP_SIZE, CHECK_EVERY = 0.02, 100
-MAX_ERROR = 4.8  # the first regressor gets there at the second look, the others at the first
+MAX_ERROR = 4.8  # the first regressor reaches it at the second check, the others at the first
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def trained_alone(
     centre: Params | None = None,
     task: Tasks | None = None,
 ) -> tuple[Params, float]:
-    """Trains regressor ``number`` on the task of that number, unless given; returns it and the last error looked at."""
+    """Trains regressor ``number``, on the task of that number if none is given; returns it and its last error."""
     task = task or take(TASKS, number, number + 1)
     params = MODEL.init(Stream(0).child("regressors").child(attempt).child(number))
     states = dict.fromkeys(params, plain_adam.NEW)
@@ -79,7 +79,7 @@ def trained_alone(
         leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
         gradients = torch.autograd.grad(error(leaves, task, "support"), list(leaves.values()))
         for name, gradient in zip(params, gradients, strict=True):
-            pull = 2 * weight * (params[name] - (centre[name] if centre else 0.0))  # of weight * |theta_i - centre|^2
+            pull = 2 * weight * (params[name] - (centre[name] if centre else 0.0))  # from weight * |theta_i - centre|^2
             params[name], states[name] = plain_adam.step(params[name], gradient + pull, states[name], STEP_SIZE)
         if step % CHECK_EVERY == 0 or step == num_steps:
             now = error(params, task, "query").item()
@@ -99,7 +99,7 @@ def assert_equal(theta: Params, expected: Params) -> None:
 
 
 def trained_until_good(number: int, **options: Any) -> tuple[Params, float]:
-    """The same, with as many attempts as it takes."""
+    """Trains a regressor with as many attempts as it needs."""
     for attempt in range(20):
         params, now = trained_alone(number, attempt, **options)
         if now < MAX_ERROR:
@@ -122,7 +122,7 @@ def test_theta_is_the_mean_of_regressors_trained_alone() -> None:
 def test_average_does_not_depend_on_the_chunk(pull: str) -> None:
     whole, cut = make(weight=0.02, pull=pull), make(weight=0.02, pull=pull)
     for algorithm, task_chunk in ((whole, None), (cut, 3)):
-        for _ in range(2):  # the second time there is a mean to be pulled to
+        for _ in range(2):  # in the second iteration there is a mean to pull to
             algorithms.step(algorithm, TASKS, task_chunk)
     for name, value in whole.theta.items():
         torch.testing.assert_close(cut.theta[name], value, rtol=1e-8, atol=1e-10)
@@ -142,7 +142,7 @@ def test_regressors_are_pulled_to_zero_or_to_the_mean_of_those_before(pull: str)
     regressors: list[Params] = []
     for number in range(3):
         algorithms.step(algorithm, take(TASKS, number, number + 1))
-        # The first has no mean before it, and is left free.
+        # Before the first regressor there is no mean, so nothing pulls it.
         weight = 0.0 if pull == "mean" and number == 0 else 0.02
         centre = mean(regressors) if pull == "mean" and regressors else None
         regressors.append(trained_until_good(number, weight=weight, centre=centre)[0])

@@ -11,7 +11,7 @@ from maml.seeding import Stream
 from maml.types import num_tasks
 from tests import algorithms
 from tests.algorithm.test_classifier import _float64, make  # noqa: F401 - a fixture
-from tests.model.test_conv4 import native
+from tests.model.test_conv4 import library_network
 from tests.runs import TinyRuns
 
 
@@ -28,7 +28,7 @@ def test_label_is_that_of_the_most_similar_support_image(num_shots: int, tiny_im
     domain, model = algorithm.images, algorithm.model
     tasks = domain.sample_tasks(4, Stream(7), "test", num_shots, num_query=3)
     support, query = (domain.data(tasks, role) for role in ("support", "query"))
-    features = native(algorithm.theta | algorithm.buffers).eval()
+    features = library_network(algorithm.theta | algorithm.buffers).eval()
     features.head = nn.Identity()
 
     def of(image: Tensor) -> Tensor:

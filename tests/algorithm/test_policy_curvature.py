@@ -1,4 +1,4 @@
-"""The curvature of the trust region, and the meta-gradient, of policies: against autograd and finite differences."""
+"""The curvature and the meta-gradient of policies, against autograd and finite differences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maml.model.gaussian_policy import GaussianPolicy
 from maml.model.mlp import MLP
 from maml.outer.trpo import TRPO
 from maml.seeding import Stream
-from maml.types import Params, Product, Tasks, expand
+from maml.types import MatrixVectorProduct, Params, Tasks, expand
 from tests import algorithms
 
 Case = tuple[Algorithm, Tasks]
@@ -52,7 +52,7 @@ def made(kind: str, activation: str, num_steps: int) -> Case:
     algorithm.collect(expand(algorithm.theta, 3), tasks)
     tasks = {name: value.double() if value.is_floating_point() else value for name, value in tasks.items()}
     algorithm.theta = {name: value.double() for name, value in algorithm.theta.items()}
-    # The policies that collected, to the last digit: then the divergence is zero, and its gradient too.
+    # Exactly the policies that collected the rollouts, so that the divergence and its gradient are zero.
     start = expand(algorithm.theta, 3)
     for step, params in enumerate(algorithm.inner_steps(start, tasks, algorithm.num_steps, None, False)):
         with torch.no_grad():
@@ -60,7 +60,7 @@ def made(kind: str, activation: str, num_steps: int) -> Case:
     return algorithm, tasks
 
 
-def curvature(algorithm: Algorithm, tasks: Tasks, task_chunk: int | None = None, every: int = 1) -> Product:
+def curvature(algorithm: Algorithm, tasks: Tasks, task_chunk: int | None = None, every: int = 1) -> MatrixVectorProduct:
     return algorithms.meta_gradient(algorithm, task_chunk).curvature(algorithm.theta, tasks, every)
 
 
@@ -116,7 +116,8 @@ def test_curvature_of_every_second_timestep_is_that_of_thinned_rollouts() -> Non
     assert torch.equal(flat(ours), flat(expected))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fomaml"])  # whose gradient is not the loss's
+# FOMAML is left out: its gradient is not that of the loss.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fomaml"])
 def test_meta_gradient_equals_finite_differences(kind: str) -> None:
     algorithm, tasks = made(kind, "tanh", 1)
     gradient = flat(algorithms.gradient(algorithm, algorithm.theta, tasks, task_chunk=2)[0])

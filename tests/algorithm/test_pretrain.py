@@ -1,4 +1,4 @@
-"""Pretraining on all tasks pooled, and the oracle that is told which task it is in."""
+"""Pretraining on all tasks pooled, and the oracle, whose inputs say which task it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.algorithms import build_from
 
 
 def make(oracle: bool = False, chunk: int | None = None) -> tuple[Pretrain, Params, Tasks]:
-    """Builds a float64 problem; theta is larger than the initial one, whose gradients are rounding noise."""
+    """Builds a float64 problem. Theta is larger than usual, because the usual theta's gradients are rounding noise."""
     domain = Sinusoid(num_shots=4, num_query=3, oracle=oracle)
     inner = SGD(step_size=0.1, num_steps=1, order=2, adapt=["*"])
     algorithm = build_from(Pretrain, domain, MLP(domain.in_shape, 1, [6, 5]), inner)

@@ -1,4 +1,4 @@
-"""No meta-learning: theta stays as it was drawn."""
+"""No meta-learning: theta keeps its initial value."""
 
 from __future__ import annotations
 

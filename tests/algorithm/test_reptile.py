@@ -30,7 +30,7 @@ State = dict[str, plain_adam.State]
 
 
 class Float64MLP(MLP):
-    """Initial parameters in float64, larger than the usual ones, whose gradients are rounding noise."""
+    """Initial parameters in float64; larger than usual, because the usual ones' gradients are rounding noise."""
 
     def init(self, stream: Stream) -> Params:
         return {
@@ -40,7 +40,7 @@ class Float64MLP(MLP):
 
 
 class Watched(FixedExamples):
-    """Notes the inputs of every inner step."""
+    """A domain that notes the inputs of every inner step."""
 
     def __init__(self) -> None:
         super().__init__((1,), classes=False)
@@ -78,7 +78,7 @@ def make(kind: Kind = "adam", num_test_examples: int = 3) -> tuple[Reptile, Watc
 def plain_steps(
     theta: Params, state: State, x: Tensor, y: Tensor, key: int, num_examples: int, num_steps: int, kind: Kind
 ) -> tuple[Params, State]:
-    """Steps on one task: passes over its support set in shuffled orders, cut into mini-batches."""
+    """Takes steps on one task: shuffled passes over its support set, cut into mini-batches."""
     order: list[int] = []
     for number in range(num_examples * num_steps // len(x) + 1):
         order += Stream(key).child(number).choice((), len(x), len(x)).tolist()
@@ -133,7 +133,7 @@ def test_meta_update_equals_the_plain_loop(kind: Kind, chunk: int | None) -> Non
         assert_close(algorithm.theta, theta)
         assert list(metrics) == ["loss"]
         torch.testing.assert_close(metrics["loss"], torch.stack(losses).mean())
-        if kind == "adam":  # the mean of the tasks' states is what the next meta-update starts from
+        if kind == "adam":  # the next meta-update starts from the mean of the tasks' states
             state = {name: mean_state([each for _, each in ends], name) for name in theta}
             adapted = [name for name in theta if name != "head.bias"]
             assert_close(

@@ -1,4 +1,4 @@
-"""Two algorithms as a user writes them, from the documented interface alone."""
+"""Two algorithms as a user might write them, using only the documented interface."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from maml.types import Count, Params, Tasks
 
 
 class ANIL(Algorithm):
-    """Almost no inner loop (Raghu et al. 2020): only the last layer adapts, theta learns its features.
+    """Almost no inner loop (Raghu et al. 2020): only the last layer adapts; meta-training learns the features below it.
 
     Args:
-        parts: of every algorithm.
-        step_size: of the inner steps.
+        parts: the parts that every algorithm gets.
+        step_size: step size of the inner steps.
         num_steps: number of inner steps in training.
     """
 
@@ -50,10 +50,10 @@ class ANIL(Algorithm):
 
 
 class Prototypical(Algorithm):
-    """Prototypical networks (Snell et al. 2017): the class whose mean support embedding is nearest wins.
+    """Prototypical networks (Snell et al. 2017): predicts the class with the nearest mean support embedding.
 
     Args:
-        parts: of every algorithm.
+        parts: the parts that every algorithm gets.
         num_features: length of an embedding.
     """
 

@@ -1,4 +1,4 @@
-"""What holds for every option of every group, found in conf/ and never named: a new yaml is tested unasked."""
+"""Contracts that every option in conf/ has to meet; options are found, not named, so a new yaml is tested too."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from maml.logger.base import Logger
 from maml.model.base import Model
 from maml.outer.base import Objective, Outer
 from maml.seeding import Stream
-from maml.types import Params, Product
+from maml.types import MatrixVectorProduct, Params
 from tests import algorithms
 from tests.options import PARTS, options, try_with
 
 Contract = Callable[..., None]
 
 
-def of_every(*parts: str) -> Callable[[Contract], Contract]:
-    """Runs a contract on every option of some parts."""
+def for_every_option_of(*parts: str) -> Callable[[Contract], Contract]:
+    """Parametrizes a test over all options of the given parts."""
     names = ("part", "option") if len(parts) > 1 else "option"
     found = [(part, option) for part in parts for option in options(part)]
     return pytest.mark.parametrize(names, found if len(parts) > 1 else [option for _, option in found])
@@ -37,20 +37,20 @@ def of_every(*parts: str) -> Callable[[Contract], Contract]:
 
 @pytest.fixture
 def conf() -> Path:
-    """The folder of configs that the contracts are about."""
+    """The folder of configs whose options are tested."""
     return CONF
 
 
-def composed(conf: Path, part: str, option: str, *overrides: str) -> Settings:
-    """Composes an option as its yaml says that it can be tried."""
+def compose_option(conf: Path, part: str, option: str, *overrides: str) -> Settings:
+    """Composes an option with the overrides from the ``# Try with:`` line of its yaml."""
     return compose([f"{part}={option}", *try_with(part, option, conf), *overrides], conf)[0]
 
 
-@of_every(*PARTS)
+@for_every_option_of(*PARTS)
 def test_option_composes_and_passes_the_check(part: str, option: str, cache_dir: Path, conf: Path) -> None:
-    config = composed(conf, part, option, f"cache_dir={cache_dir}")
+    config = compose_option(conf, part, option, f"cache_dir={cache_dir}")
     assert training_config(config)
-    if part in ("model", "algorithm"):  # those two are built from the others, as the experiments' tests do
+    if part in ("model", "algorithm"):  # building these needs the other parts; tests/test_experiments.py does it
         return
     if config.hardware["min_processes"] > 1:
         with pytest.raises(MamlError, match="1 process for hardware"):
@@ -69,12 +69,12 @@ def test_yaml_opens_with_a_sentence(path: Path) -> None:
     assert len(lines[0]) > 20
 
 
-@of_every("domain")
+@for_every_option_of("domain")
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_domain_draws_tasks_as_a_pure_function_of_the_stream(
     option: str, split: str, cache_dir: Path, conf: Path
 ) -> None:
-    config = composed(conf, "domain", option, f"cache_dir={cache_dir}")
+    config = compose_option(conf, "domain", option, f"cache_dir={cache_dir}")
     domain: Domain = build(config.domain)
     first, again, other, longer = (
         domain.sample_tasks(count, Stream(seed), split)  # type: ignore[arg-type]
@@ -87,39 +87,39 @@ def test_domain_draws_tasks_as_a_pure_function_of_the_stream(
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
 
 
-@of_every("domain")
+@for_every_option_of("domain")
 def test_domain_says_what_a_report_needs(option: str, cache_dir: Path, conf: Path) -> None:
-    config = composed(conf, "domain", option, f"cache_dir={cache_dir}")
+    config = compose_option(conf, "domain", option, f"cache_dir={cache_dir}")
     domain: Domain = build(config.domain)
     assert isinstance(domain, Domain)
     assert isinstance(domain.headline, str)
     assert isinstance(domain.larger_is_better, bool)
 
 
-def built_for_images_or_vectors(part: Part) -> tuple[Model, tuple[int, ...]]:
-    """Builds a model with six outputs for images or, where it takes none, for vectors; returns it and that shape."""
+def build_for_images_or_vectors(part: Part) -> tuple[Model, tuple[int, ...]]:
+    """Builds a model with six outputs, for images if possible, else for vectors; returns it and the input shape."""
     try:
         return build(part, in_shape=(28, 28, 1), out_dim=6), (28, 28, 1)
     except MamlError:
         return build(part, in_shape=(6,), out_dim=6), (6,)
 
 
-@of_every("model")
+@for_every_option_of("model")
 def test_model_draws_parameters_from_the_stream_alone(option: str, cache_dir: Path, conf: Path) -> None:
-    config = composed(conf, "model", option, f"cache_dir={cache_dir}")
-    model, in_shape = built_for_images_or_vectors(config.model)
+    config = compose_option(conf, "model", option, f"cache_dir={cache_dir}")
+    model, in_shape = build_for_images_or_vectors(config.model)
     first, again, other = (model.init(Stream(seed)) for seed in (1, 1, 2))
     x = Stream(3).uniform((1, 4, *in_shape))
     assert model({name: value.unsqueeze(0) for name, value in first.items()}, x).shape == (1, 4, 6)
     if not first:
-        pytest.skip("what its yaml tries it with has no parameters")
+        pytest.skip("the model that its yaml suggests has no parameters")
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@of_every("algorithm")
+@for_every_option_of("algorithm")
 def test_algorithm_learns_from_a_batch_and_adapts(option: str, cache_dir: Path, conf: Path) -> None:
-    config = composed(conf, "algorithm", option, f"cache_dir={cache_dir}", "hardware=cpu")
+    config = compose_option(conf, "algorithm", option, f"cache_dir={cache_dir}", "hardware=cpu")
     algorithm = build_algorithm(config, build(config.hardware))
     before = {name: value.clone() for name, value in algorithm.theta.items()}
     metrics = algorithms.step(algorithm, algorithm.sample_tasks(3, Stream(0)))
@@ -129,7 +129,7 @@ def test_algorithm_learns_from_a_batch_and_adapts(option: str, cache_dir: Path, 
     assert algorithm.theta.keys() == before.keys()
     assert all(value.isfinite().all() and not value.requires_grad for value in algorithm.theta.values())
     tasks = algorithm.domain.sample_tasks(2, Stream(1), "test")
-    steps = list(algorithm.adapt(algorithm.theta, tasks, 2))
+    steps = list(algorithm.adapt(algorithm.params_per_task(2), tasks, 2))
     assert len(steps) == 3
     for params in steps:
         assert [name for name, value in params.items() if value.shape[0] != 2] == []
@@ -138,12 +138,12 @@ def test_algorithm_learns_from_a_batch_and_adapts(option: str, cache_dir: Path, 
         assert measured[algorithm.domain.headline].shape == (2,)
 
 
-@of_every("inner")
+@for_every_option_of("inner")
 def test_inner_optimizer_adapts_in_any_number_of_steps(option: str, conf: Path) -> None:
-    config = composed(conf, "inner", option)
+    config = compose_option(conf, "inner", option)
     inner: Inner = build(config.inner)
     theta = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[0.5]])}
-    params = {name: value.expand(3, *value.shape) for name, value in (theta | inner.init(theta)).items()}
+    params = {name: value.expand(3, *value.shape) for name, value in (theta | inner.init_learned(theta)).items()}
 
     def loss(params: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         return params["a"].square().sum(1) + params["b"].square().sum((1, 2))
@@ -153,9 +153,9 @@ def test_inner_optimizer_adapts_in_any_number_of_steps(option: str, conf: Path) 
     assert all((after < before).all() for before, after in itertools.pairwise(losses))
 
 
-@of_every("outer")
+@for_every_option_of("outer")
 def test_outer_optimizer_descends_a_quadratic_from_any_restart(option: str, conf: Path) -> None:
-    config = composed(conf, "outer", option)
+    config = compose_option(conf, "outer", option)
     outer: Outer = build(config.outer)
 
     class Quadratic(Objective):
@@ -166,20 +166,20 @@ def test_outer_optimizer_descends_a_quadratic_from_any_restart(option: str, conf
             loss = torch.stack([value.square().sum() for value in theta.values()]).sum()
             return {"loss": loss, "kl": torch.zeros(())}
 
-        def curvature(self, theta: Params, every: int = 1) -> Product:
+        def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
             return lambda vector: vector
 
     objective: Objective = Quadratic()
     theta = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[0.5]])}
-    state = outer.init(theta)
+    state = outer.init_state(theta)
     size = float(sum(value.square().sum() for value in theta.values()))
     for _ in range(5):
         outer.step(objective, theta, state)
-        theta = {name: value.clone() for name, value in theta.items()}  # all it carries over is in the state
+        theta = {name: value.clone() for name, value in theta.items()}  # the optimizer must keep everything in `state`
         state = {name: value.clone() for name, value in state.items()}
     assert float(sum(value.square().sum() for value in theta.values())) < size
 
 
-@of_every("logger")
+@for_every_option_of("logger")
 def test_loggers_are_loggers(option: str, conf: Path) -> None:
-    assert isinstance(build(composed(conf, "logger", option).logger), Logger)
+    assert isinstance(build(compose_option(conf, "logger", option).logger), Logger)

@@ -1,4 +1,4 @@
-"""An algorithm written against the documented interface runs in every way that the project's own ones do."""
+"""Algorithms that use only the documented interface run in chunks, with several seeds or processes, and compiled."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def settings(tiny: TinyRuns, name: str, *overrides: str) -> Settings:
 
 
 @pytest.fixture(params=list(OWN))
-def own(request: pytest.FixtureRequest, tiny: TinyRuns) -> tuple[str, TinyRuns]:
+def own_algorithm(request: pytest.FixtureRequest, tiny: TinyRuns) -> tuple[str, TinyRuns]:
     if request.param == "Prototypical":
-        request.getfixturevalue("tiny_images")  # skips where the images are missing
+        request.getfixturevalue("tiny_images")  # skips the test if the images are missing
     return request.param, tiny
 
 
-def test_chunks_of_one_task_give_the_same_numbers(own: tuple[str, TinyRuns]) -> None:
-    name, tiny = own
+def test_chunks_of_one_task_give_the_same_numbers(own_algorithm: tuple[str, TinyRuns]) -> None:
+    name, tiny = own_algorithm
     whole, cut = settings(tiny, name), settings(tiny.beside("cut"), name, "hardware.task_chunk=1")
     for config in (whole, cut):
         run_experiment(config, "custom")
     assert_alike(*(RunFolder(config, "custom").path for config in (whole, cut)))
 
 
-def test_two_seeds_at_once_give_the_numbers_of_each(own: tuple[str, TinyRuns]) -> None:
-    name, tiny = own
+def test_two_seeds_at_once_give_the_numbers_of_each(own_algorithm: tuple[str, TinyRuns]) -> None:
+    name, tiny = own_algorithm
     together = settings(tiny.beside("together"), name, "seeds=2")
     run_experiment(together, "custom")
     for seed in (0, 1):
@@ -55,17 +55,18 @@ def test_two_seeds_at_once_give_the_numbers_of_each(own: tuple[str, TinyRuns]) -
         assert_alike(RunFolder(alone, "custom").path, RunFolder(together.for_seed(seed), "custom").path)
 
 
-def test_two_processes_give_the_numbers_of_one(own: tuple[str, TinyRuns]) -> None:
-    name, tiny = own
+def test_two_processes_give_the_numbers_of_one(own_algorithm: tuple[str, TinyRuns]) -> None:
+    name, tiny = own_algorithm
     alone, shared = settings(tiny, name), settings(tiny.beside("shared"), name)
     run_experiment(alone, "custom")
     assert Together(shared, 2).join() == [0, 0]
     assert_alike(*(RunFolder(config, "custom").path for config in (alone, shared)))
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
-def test_compiled_gradient_gives_the_same_numbers(own: tuple[str, TinyRuns]) -> None:
-    name, tiny = own
+# The compiler causes this warning, and here warnings are errors.
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_compiled_gradient_gives_the_same_numbers(own_algorithm: tuple[str, TinyRuns]) -> None:
+    name, tiny = own_algorithm
     plain, compiled = settings(tiny, name), settings(tiny.beside("compiled"), name, "hardware.compile=true")
     for config in (plain, compiled):
         run_experiment(config, "custom")

@@ -1,4 +1,4 @@
-"""Options of a user's own, a module and a yaml each, meet the contracts of ours without an edit of ours."""
+"""A user's own options, each a module and a yaml, pass the contract tests without any change to the project."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.contract import test_options as contracts
 from tests.options import options, try_with
 
 MODULE = '''
-"""A domain, a model, an algorithm and a logger as a user writes them."""
+"""A domain, a model, an algorithm and a logger as a user might write them."""
 
 import torch
 
@@ -73,8 +73,8 @@ YAML = {
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the configs with those of the user, whose module is on the path; returns the copy."""
+def own_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns a copy of conf/ with the user's yaml files added; the user's module can be imported."""
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
     for name, text in YAML.items():
@@ -85,38 +85,38 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return conf
 
 
-def test_own_options_are_found_and_meet_the_contracts(own: Path, cache_dir: Path) -> None:
+def test_own_options_are_found_and_meet_the_contracts(own_conf: Path, cache_dir: Path) -> None:
     parts = sorted(name.partition("/")[0] for name in YAML)
-    found = {part: set(options(part, own)) - set(options(part)) for part in parts}
+    found = {part: set(options(part, own_conf)) - set(options(part)) for part in parts}
     assert found == {"domain": {"shifted"}, "model": {"linear"}, "algorithm": {"damped"}, "logger": {"silent"}}
     for part, (option,) in found.items():
-        contracts.test_option_composes_and_passes_the_check(part, option, cache_dir, own)
-        contracts.test_yaml_opens_with_a_sentence(own / part / f"{option}.yaml")
+        contracts.test_option_composes_and_passes_the_check(part, option, cache_dir, own_conf)
+        contracts.test_yaml_opens_with_a_sentence(own_conf / part / f"{option}.yaml")
     for split in ("train", "val", "test"):
-        contracts.test_domain_draws_tasks_as_a_pure_function_of_the_stream("shifted", split, cache_dir, own)
-    contracts.test_domain_says_what_a_report_needs("shifted", cache_dir, own)
-    contracts.test_model_draws_parameters_from_the_stream_alone("linear", cache_dir, own)
-    contracts.test_algorithm_learns_from_a_batch_and_adapts("damped", cache_dir, own)
-    contracts.test_loggers_are_loggers("silent", own)
+        contracts.test_domain_draws_tasks_as_a_pure_function_of_the_stream("shifted", split, cache_dir, own_conf)
+    contracts.test_domain_says_what_a_report_needs("shifted", cache_dir, own_conf)
+    contracts.test_model_draws_parameters_from_the_stream_alone("linear", cache_dir, own_conf)
+    contracts.test_algorithm_learns_from_a_batch_and_adapts("damped", cache_dir, own_conf)
+    contracts.test_loggers_are_loggers("silent", own_conf)
 
 
-def test_own_option_that_breaks_a_contract_is_caught(own: Path, cache_dir: Path) -> None:
-    path = own.parent / "own_options.py"
+def test_own_option_that_breaks_a_contract_is_caught(own_conf: Path, cache_dir: Path) -> None:
+    path = own_conf.parent / "own_options.py"
     path.write_text(path.read_text().replace("stream.normal(self.shape)", "torch.randn(self.shape)"))
     with pytest.raises(AssertionError):
-        contracts.test_model_draws_parameters_from_the_stream_alone("linear", cache_dir, own)
+        contracts.test_model_draws_parameters_from_the_stream_alone("linear", cache_dir, own_conf)
 
 
-def test_option_that_cannot_do_without_a_value_says_so_in_its_yaml(own: Path, cache_dir: Path) -> None:
-    assert try_with("algorithm", "damped", own) == ["domain=shifted", "model=linear", "algorithm.damping=0.5"]
-    path = own / "algorithm" / "damped.yaml"
+def test_option_that_cannot_do_without_a_value_says_so_in_its_yaml(own_conf: Path, cache_dir: Path) -> None:
+    assert try_with("algorithm", "damped", own_conf) == ["domain=shifted", "model=linear", "algorithm.damping=0.5"]
+    path = own_conf / "algorithm" / "damped.yaml"
     path.write_text("\n".join(line for line in path.read_text().splitlines() if "Try with" not in line))
     with pytest.raises(MamlError, match=r"algorithm\.damping"):
-        contracts.test_option_composes_and_passes_the_check("algorithm", "damped", cache_dir, own)
+        contracts.test_option_composes_and_passes_the_check("algorithm", "damped", cache_dir, own_conf)
 
 
-def test_overrides_are_read_as_a_shell_would(own: Path) -> None:
-    path = own / "logger" / "silent.yaml"
+def test_overrides_are_read_as_a_shell_would(own_conf: Path) -> None:
+    path = own_conf / "logger" / "silent.yaml"
     path.write_text('# One.\n# Try with: a.b=1 "c={d: [1.0, 2.0]}"\n_target_: x  # Try with: nothing\n')
-    assert try_with("logger", "silent", own) == ["a.b=1", "c={d: [1.0, 2.0]}"]
-    assert try_with("logger", "local", own) == []
+    assert try_with("logger", "silent", own_conf) == ["a.b=1", "c={d: [1.0, 2.0]}"]
+    assert try_with("logger", "local", own_conf) == []

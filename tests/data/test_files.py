@@ -1,4 +1,4 @@
-"""Files of image sets: zips and folders are listed and read alike, and pickles without running them."""
+"""Files of image sets: zips and folders are read alike, and pickles are read without running code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTENT = {"set/a/1.png": b"one", "set/a/2.png": b"two!", "set/b/deep/3.png": b"
 
 @pytest.fixture(params=["zip", "folder"])
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The same files in either form."""
+    """The same files, once as a zip and once as a folder."""
     for name, content in CONTENT.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)

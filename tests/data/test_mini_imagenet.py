@@ -1,4 +1,4 @@
-"""Mini-ImageNet in the three forms that users have, small ones made here, whole or damaged."""
+"""Mini-ImageNet: small synthetic sets, intact or damaged, in the three supported layouts."""
 
 import csv
 import os
@@ -26,15 +26,15 @@ IMAGE_SIZE = 12
 
 
 @pytest.fixture(autouse=True)
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expects 3, 1 and 2 classes of 4 photos of 12x12."""
+def expect_few_photos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the loader expect 3, 1 and 2 classes of 4 photos of 12x12."""
     monkeypatch.setattr(photos, "NUM_CLASSES", {split: len(labels) for split, labels in LABELS.items()})
     monkeypatch.setattr(photos, "NUM_IMAGES", NUM_IMAGES)
     monkeypatch.setattr(mini_imagenet, "IMAGE_SIZE", IMAGE_SIZE)
 
 
 def pixels() -> dict[str, np.ndarray]:
-    """Photos of each class, ``(4, 12, 12, 3)``."""
+    """Returns the photos of each class, ``(4, 12, 12, 3)``."""
     random = np.random.default_rng(0)
     shape = (NUM_IMAGES, IMAGE_SIZE, IMAGE_SIZE, 3)
     return {label: random.integers(0, 256, shape, np.uint8) for labels in LABELS.values() for label in labels}
@@ -42,7 +42,7 @@ def pixels() -> dict[str, np.ndarray]:
 
 def save(image: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path, "png")  # by content a PNG, so that no pixel changes
+    Image.fromarray(image).save(path, "png")  # PNG content in spite of the name .jpg: lossless, so no pixel changes
 
 
 def write_list(path: Path, rows: list[tuple[str, str]]) -> None:
@@ -88,7 +88,7 @@ LAYOUTS = {"listed": make_listed, "pickles": make_pickles, "folders": make_folde
 
 
 def python2_pickle(image_data: np.ndarray, class_dict: dict[str, list[int]]) -> bytes:
-    """The opcodes that Python 2 and numpy of its time wrote: text as bytes, and flags as numbers."""
+    """Returns a pickle as Python 2 and its numpy wrote it: text as bytes, and flags as numbers."""
 
     def text(value: str) -> bytes:
         return b"U" + bytes([len(value)]) + value.encode()
@@ -113,15 +113,15 @@ def load(tmp_path: Path) -> ImageSet:
     return load_mini_imagenet(tmp_path / "data", tmp_path / "cache")
 
 
-def message(tmp_path: Path) -> str:
-    """Returns the refusal, which leaves no cache."""
+def error_message(tmp_path: Path) -> str:
+    """Returns the error message of a load that fails; checks that no cache is left."""
     with pytest.raises(MamlError) as caught:
         load(tmp_path)
     assert not list((tmp_path / "cache").glob("*"))
     return str(caught.value)
 
 
-def assert_is_the_whole_set(image_set: ImageSet) -> None:
+def assert_is_complete_set(image_set: ImageSet) -> None:
     assert image_set.classes == ["test/n05", "test/n06", "train/n01", "train/n02", "train/n03", "val/n04"]
     assert image_set.images.dtype == torch.uint8
     expected = np.stack([pixels()[name.split("/")[1]] for name in image_set.classes])
@@ -134,25 +134,25 @@ def test_every_layout_in_every_place_gives_the_same_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, place: str
 ) -> None:
     LAYOUTS[layout](tmp_path / "data" / place)
-    assert_is_the_whole_set(load(tmp_path))
+    assert_is_complete_set(load(tmp_path))
     monkeypatch.setattr(photos, "stack", lambda *args: pytest.fail("the cache should have been enough"))
     monkeypatch.setattr(mini_imagenet, "stack", lambda *args: pytest.fail("the cache should have been enough"))
-    assert_is_the_whole_set(load(tmp_path))
+    assert_is_complete_set(load(tmp_path))
     shutil.rmtree(tmp_path / "data")
-    assert_is_the_whole_set(load(tmp_path))
+    assert_is_complete_set(load(tmp_path))
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_of_every_protocol_give_the_same_tensor(tmp_path: Path, protocol: int) -> None:
     make_pickles(tmp_path / "data", protocol)
-    assert_is_the_whole_set(load(tmp_path))
+    assert_is_complete_set(load(tmp_path))
 
 
 def test_pickles_of_python_2_give_the_same_tensor(tmp_path: Path) -> None:
     make_pickles(tmp_path / "data")
     path = tmp_path / "data" / "mini-imagenet-cache-train.pkl"
     path.write_bytes(python2_pickle(**split_content("train")))
-    assert_is_the_whole_set(load(tmp_path))
+    assert_is_complete_set(load(tmp_path))
 
 
 def test_pickles_with_keys_of_bytes_and_indices_in_arrays_give_the_same_tensor(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_pickles_with_keys_of_bytes_and_indices_in_arrays_give_the_same_tensor(t
     content = split_content("train")
     classes = {label.encode(): np.array(rows[::-1]) for label, rows in content["class_dict"].items()}
     write_pickle(tmp_path / "data", "train", {b"image_data": content["image_data"], b"class_dict": classes})
-    assert_is_the_whole_set(load(tmp_path))
+    assert_is_complete_set(load(tmp_path))
 
 
 def test_class_splits_are_the_indices_of_each_split(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_images_of_other_sizes_and_modes_are_resized_rgb(tmp_path: Path) -> None
 
 
 def test_nothing_found_says_what_goes_where(tmp_path: Path) -> None:
-    text, place = message(tmp_path), tmp_path / "data" / "mini-imagenet"
+    text, place = error_message(tmp_path), tmp_path / "data" / "mini-imagenet"
     for part in ("images/*.jpg", "train.csv", "mini-imagenet-cache-train.pkl", "train/<class>/*.jpg"):
         assert f"{place}/{part}" in text
     assert "MAML_DATA" in text
@@ -193,13 +193,13 @@ def test_nothing_found_says_what_goes_where(tmp_path: Path) -> None:
 def test_missing_image_is_named_by_its_class(tmp_path: Path, layout: str) -> None:
     LAYOUTS[layout](tmp_path / "data")
     next((tmp_path / "data").rglob("*.jpg")).unlink()
-    assert "has 3 of 4 images" in message(tmp_path)
+    assert "has 3 of 4 images" in error_message(tmp_path)
 
 
 def test_image_that_a_list_names_and_is_missing_is_named(tmp_path: Path) -> None:
     make_listed(tmp_path / "data")
     (tmp_path / "data" / "images" / "n0200000003.jpg").unlink()
-    text = message(tmp_path)
+    text = error_message(tmp_path)
     assert "images/n0200000003.jpg of train.csv is missing" in text
     assert "train/n02 has 3 of 4 images" in text
     assert "n01" not in text
@@ -209,7 +209,8 @@ def test_many_missing_images_are_counted(tmp_path: Path) -> None:
     make_listed(tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "images")
     (tmp_path / "data" / "images").mkdir()
-    assert "and 17 more" in message(tmp_path)  # 24 images and the classes of 3 splits, of which 10 are named
+    # 24 images and the classes of 3 splits are missing; the message names 10.
+    assert "and 17 more" in error_message(tmp_path)
 
 
 def test_surplus_image_is_refused_and_hidden_files_are_not(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_surplus_image_is_refused_and_hidden_files_are_not(tmp_path: Path) -> No
     (tmp_path / "data" / "val" / "n04" / "._1.jpg").touch()
     (tmp_path / "data" / "val" / "n04" / "Thumbs.db").touch()
     save(pixels()["n01"][0], tmp_path / "data" / "train" / "n03" / "9.jpg")
-    text = message(tmp_path)
+    text = error_message(tmp_path)
     assert "train/n03 has 5 of 4 images" in text
     assert "n04" not in text
 
@@ -231,7 +232,7 @@ def test_missing_class_is_counted(tmp_path: Path, layout: str) -> None:
         content = split_content("test")
         del content["class_dict"]["n06"]
         write_pickle(tmp_path / "data", "test", content)
-    assert "test has 1 of 2 classes" in message(tmp_path)
+    assert "test has 1 of 2 classes" in error_message(tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -239,25 +240,25 @@ def test_missing_split_is_named(tmp_path: Path, layout: str) -> None:
     LAYOUTS[layout](tmp_path / "data")
     if layout == "folders":
         shutil.rmtree(tmp_path / "data" / "val")
-        assert "val has 0 of 1 classes" in message(tmp_path)
+        assert "val has 0 of 1 classes" in error_message(tmp_path)
     else:
         path = next((tmp_path / "data").glob("*val.[cp]*"))
         path.unlink()
-        assert path.name in message(tmp_path)
+        assert path.name in error_message(tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_class_in_two_splits_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     monkeypatch.setitem(LABELS, "test", ["n05", "n01"])
     LAYOUTS[layout](tmp_path / "data")
-    assert "n01 is a class of 2 splits" in message(tmp_path)
+    assert "n01 is a class of 2 splits" in error_message(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"<html>404</html>", b"", b"\xff\xfe\x00", b"name,class\na.jpg,n01\n"])
 def test_unusable_list_is_refused(tmp_path: Path, content: bytes) -> None:
     make_listed(tmp_path / "data")
     (tmp_path / "data" / "val.csv").write_bytes(content)
-    assert "val.csv cannot be read as a list" in message(tmp_path)
+    assert "val.csv cannot be read as a list" in error_message(tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["listed", "folders"])
@@ -267,12 +268,12 @@ def test_undecodable_image_is_named(tmp_path: Path, layout: str, damage: str) ->
     path = sorted((tmp_path / "data").rglob("*.jpg"))[5]
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"<html>404</html>")
-    text = message(tmp_path)
+    text = error_message(tmp_path)
     assert f"{path.relative_to(tmp_path / 'data')} in {tmp_path / 'data'} cannot be decoded" in text
 
 
-class Harm:
-    """Unpickles as a call of the shell."""
+class ShellCommand:
+    """Runs a shell command when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -284,9 +285,9 @@ class Harm:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path, protocol: int) -> None:
     make_pickles(tmp_path / "data")
-    content = split_content("val") | {"more": Harm(tmp_path / "harmed")}
+    content = split_content("val") | {"more": ShellCommand(tmp_path / "harmed")}
     write_pickle(tmp_path / "data", "val", content, protocol)
-    assert "system, which arrays do not need and could do harm" in message(tmp_path)
+    assert "system, which arrays do not need and could do harm" in error_message(tmp_path)
     assert not (tmp_path / "harmed").exists()
 
 
@@ -294,7 +295,7 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path, protocol: int) 
 def test_pickle_that_names_any_function_is_refused(tmp_path: Path, function: object) -> None:
     make_pickles(tmp_path / "data")
     write_pickle(tmp_path / "data", "val", {"image_data": function})
-    assert "could do harm" in message(tmp_path)
+    assert "could do harm" in error_message(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "page", "empty"])
@@ -303,7 +304,7 @@ def test_damaged_pickle_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "data" / "mini-imagenet-cache-test.pkl"
     content = path.read_bytes()
     path.write_bytes({"truncated": content[:-5], "page": b"<html>404</html>", "empty": b""}[damage])
-    assert f"{path} cannot be read as a pickled dictionary of arrays" in message(tmp_path)
+    assert f"{path} cannot be read as a pickled dictionary of arrays" in error_message(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +323,7 @@ def test_damaged_pickle_is_named(tmp_path: Path, damage: str) -> None:
 def test_pickle_of_something_else_says_what_it_holds(tmp_path: Path, content: object, expected: str) -> None:
     make_pickles(tmp_path / "data")
     write_pickle(tmp_path / "data", "val", content)
-    assert expected in message(tmp_path)
+    assert expected in error_message(tmp_path)
 
 
 @pytest.mark.skipif(
@@ -333,6 +334,6 @@ def test_real_lists_are_64_16_and_20_classes_of_600(tmp_path: Path, monkeypatch:
     place = SHARED_DATA / "mini-imagenet"
     names = [name for split in LABELS for name, _ in mini_imagenet._read_list(place / f"{split}.csv")]
     monkeypatch.setattr(mini_imagenet, "list_files", lambda *args: [(f"images/{name}", 1) for name in names])
-    listed = mini_imagenet._listed(place)  # raises unless they are
+    listed = mini_imagenet._listed(place)  # raises if the lists are not complete
     assert len(listed) == 100
     assert next(iter(listed["train/n01532829"])) == "images/n0153282900000005.jpg"

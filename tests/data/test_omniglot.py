@@ -1,4 +1,4 @@
-"""Omniglot, read from the real files in every layout that users have, whole or damaged."""
+"""Omniglot: the real files, intact or damaged, in every supported layout."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def tree(folder: Path) -> list[tuple[str, int, int]]:
+def list_tree(folder: Path) -> list[tuple[str, int, int]]:
     return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*"))
 
 
@@ -50,7 +50,7 @@ def zipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def extracted(tmp_path: Path, zipped: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A ``data_dir`` as torchvision leaves it, without the zips, of an Omniglot cut down to a few alphabets."""
+    """A ``data_dir`` with a few alphabets as torchvision extracts them, without the zips."""
     monkeypatch.setattr(omniglot, "ALPHABETS", FEW_ALPHABETS)
     data_dir = tmp_path / "extracted"
     for half, alphabets in FEW_ALPHABETS.items():
@@ -66,15 +66,15 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(zipped: Path, cache_dir: Path) -> ImageSet:
-    before = tree(zipped)
+def real_set(zipped: Path, cache_dir: Path) -> ImageSet:
+    before = list_tree(zipped)
     image_set = load_omniglot(zipped, cache_dir, download=False)
-    assert tree(zipped) == before, "data_dir was written to"
+    assert list_tree(zipped) == before, "data_dir was written to"
     return image_set
 
 
 @pytest.fixture
-def no_build(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_build(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("the cache should have been enough")
 
@@ -88,29 +88,29 @@ def install_torchvision(monkeypatch: pytest.MonkeyPatch, dataset: Callable[..., 
     monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
 
 
-def test_omniglot_has_1623_characters_of_20_binary_drawings(built: ImageSet) -> None:
-    assert built.images.shape == (1623, 20, 28, 28)
-    assert built.images.dtype == torch.uint8
-    assert set(np.unique(built.images.numpy())) == {0, 1}
+def test_omniglot_has_1623_characters_of_20_binary_drawings(real_set: ImageSet) -> None:
+    assert real_set.images.shape == (1623, 20, 28, 28)
+    assert real_set.images.dtype == torch.uint8
+    assert set(np.unique(real_set.images.numpy())) == {0, 1}
     assert [sum(ALPHABETS[half].values()) for half in HALVES] == [964, 659]
     assert [len(ALPHABETS[half]) for half in HALVES] == [30, 20]
 
 
-def test_omniglot_is_the_same_everywhere(built: ImageSet) -> None:
-    # Every result on Omniglot rests on these pixels in this order.
-    assert built.digest == "4cf8edd0738d6190acacd642df31ff3f5c464ee993611ac45a346ed441e24f46"
+def test_omniglot_is_the_same_everywhere(real_set: ImageSet) -> None:
+    # Every result on Omniglot depends on these pixels in this order.
+    assert real_set.digest == "4cf8edd0738d6190acacd642df31ff3f5c464ee993611ac45a346ed441e24f46"
 
 
-def test_classes_are_the_folders_of_both_halves_sorted(built: ImageSet, zipped: Path) -> None:
+def test_classes_are_the_folders_of_both_halves_sorted(real_set: ImageSet, zipped: Path) -> None:
     folders = set()
     for half in HALVES:
         with ZipFile(zipped / "omniglot" / f"{half}.zip") as archive:
             folders |= {"/".join(name.split("/")[1:3]) for name in archive.namelist()}
-    assert built.classes == sorted(folders)
+    assert real_set.classes == sorted(folders)
 
 
-def test_pixels_are_the_ones_of_the_authors_code(built: ImageSet, zipped: Path) -> None:
-    # The authors ask for Lanczos and invert. Which drawing is compared moves on from character to character.
+def test_pixels_are_the_ones_of_the_authors_code(real_set: ImageSet, zipped: Path) -> None:
+    # The authors' code asks for Lanczos and inverts. The compared drawing differs from character to character.
     compared = 0
     for half in HALVES:
         with ZipFile(zipped / "omniglot" / f"{half}.zip") as archive:
@@ -119,34 +119,34 @@ def test_pixels_are_the_ones_of_the_authors_code(built: ImageSet, zipped: Path) 
                 name = names[20 * character + character % 20]
                 with archive.open(name) as file, Image.open(file) as drawing:
                     reference = 1 - np.array(drawing.resize((28, 28), Image.Resampling.LANCZOS)).astype(np.uint8)
-                image = built.images[built.classes.index("/".join(name.split("/")[1:3])), character % 20]
+                image = real_set.images[real_set.classes.index("/".join(name.split("/")[1:3])), character % 20]
                 np.testing.assert_array_equal(image.numpy(), reference, err_msg=name)
                 compared += 1
     assert compared == 1623
 
 
-def test_ink_is_the_smaller_part_of_each_drawing(built: ImageSet) -> None:
-    ink = built.images.float().mean((2, 3))
+def test_ink_is_the_smaller_part_of_each_drawing(real_set: ImageSet) -> None:
+    ink = real_set.images.float().mean((2, 3))
     assert ink.min() > 0
     assert ink.max() < 0.5
 
 
-def test_extracted_folders_give_the_same_as_zips(built: ImageSet, extracted: Path, tmp_path: Path) -> None:
+def test_extracted_folders_give_the_same_as_zips(real_set: ImageSet, extracted: Path, tmp_path: Path) -> None:
     image_set = load_omniglot(extracted, tmp_path / "cache", download=False)
-    expected = [label for label in built.classes if label.split("/")[0] in ("Braille", "Greek", "Keble")]
+    expected = [label for label in real_set.classes if label.split("/")[0] in ("Braille", "Greek", "Keble")]
     assert image_set.classes == expected
-    assert torch.equal(image_set.images, built.images[[built.classes.index(label) for label in expected]])
+    assert torch.equal(image_set.images, real_set.images[[real_set.classes.index(label) for label in expected]])
 
 
 @pytest.mark.parametrize("place", ["omniglot", "omniglot-py", "."])
-@pytest.mark.usefixtures("no_build")
+@pytest.mark.usefixtures("forbid_build")
 def test_zips_are_found_in_every_place(
-    built: ImageSet, zipped: Path, cache_dir: Path, tmp_path: Path, place: str
+    real_set: ImageSet, zipped: Path, cache_dir: Path, tmp_path: Path, place: str
 ) -> None:
     (tmp_path / place).mkdir(exist_ok=True)
     for half in HALVES:
         (tmp_path / place / f"{half}.zip").symlink_to(zipped / "omniglot" / f"{half}.zip")
-    assert load_omniglot(tmp_path, cache_dir, download=False).digest == built.digest
+    assert load_omniglot(tmp_path, cache_dir, download=False).digest == real_set.digest
 
 
 @pytest.mark.parametrize("place", ["omniglot", "."])
@@ -164,16 +164,16 @@ def test_folders_are_found_in_every_place_and_zipping_them_keeps_the_cache(
     assert load_omniglot(tmp_path / "zipped", tmp_path / "cache", download=False).digest == reference.digest
 
 
-@pytest.mark.usefixtures("no_build")
-def test_cache_loads_in_a_fraction_of_a_second(built: ImageSet, zipped: Path, cache_dir: Path) -> None:
+@pytest.mark.usefixtures("forbid_build")
+def test_cache_loads_in_a_fraction_of_a_second(real_set: ImageSet, zipped: Path, cache_dir: Path) -> None:
     start = time.process_time()
-    assert load_omniglot(zipped, cache_dir).digest == built.digest
+    assert load_omniglot(zipped, cache_dir).digest == real_set.digest
     assert time.process_time() - start < 1
 
 
-@pytest.mark.usefixtures("no_build")
-def test_cache_is_enough_where_the_original_files_are_gone(built: ImageSet, cache_dir: Path, tmp_path: Path) -> None:
-    assert load_omniglot(tmp_path / "nowhere", cache_dir, download=True).digest == built.digest
+@pytest.mark.usefixtures("forbid_build")
+def test_cache_is_enough_where_the_original_files_are_gone(real_set: ImageSet, cache_dir: Path, tmp_path: Path) -> None:
+    assert load_omniglot(tmp_path / "nowhere", cache_dir, download=True).digest == real_set.digest
     assert list(tmp_path.iterdir()) == []
 
 
@@ -303,7 +303,7 @@ def test_download_fetches_the_missing_half_only(tmp_path: Path, zipped: Path, mo
     asked = []
 
     class Download:
-        """Behaves as torchvision's class: the verified zip lands in ``root/omniglot-py``."""
+        """Stands in for torchvision's class: writes the verified zip to ``root/omniglot-py``."""
 
         def __init__(self, root: str, background: bool, download: bool) -> None:
             asked.append((background, download))

@@ -1,4 +1,4 @@
-"""What mini-ImageNet and CIFAR-FS share: splits by name, the count of their photos, and their one tensor."""
+"""The code that mini-ImageNet and CIFAR-FS share: splits by name, photo counts, and stacking into one tensor."""
 
 from __future__ import annotations
 

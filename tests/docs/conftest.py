@@ -1,4 +1,4 @@
-"""What the tests of the pages share."""
+"""Shared fixtures of the tests of the pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.docs.pages import ROOT
 
 @pytest.fixture
 def clone(tmp_path: Path, cache_dir: Path) -> Path:
-    """A copy of what a user runs in."""
+    """A copy of the files that a user gets by cloning."""
     path = tmp_path / "clone"
     for name in ("maml", "conf"):
         if (ROOT / name).exists():

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/, read for what they tell a user to do."""
+"""Reads the README and the pages of docs/: their code blocks and commands."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ SHRINK = ["+debug=smoke", "hardware=cpu", "hardware.num_threads=1"]
 
 
 def blocks(page: Path, language: str) -> list[tuple[str, str]]:
-    """Returns the fenced blocks of a language: the title, empty if there is none, and the text."""
+    """Returns (title, text) of each fenced block in a language; the title may be empty."""
     found = re.findall(rf"^```{language}(?: title=\"(.*?)\")?\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     return [(title, text) for title, text in found]
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Returns the shell commands of a page as words, without their comments."""
+    """Returns the shell commands of a page, split into words, without comments."""
     lines = [line for _, text in blocks(page, "sh") for line in text.splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def trainings(page: Path) -> list[list[str]]:
-    """Returns the arguments of each ``python train.py`` of a page, without repetitions."""
+    """Returns the arguments of each different ``python train.py`` command of a page."""
     found = [tuple(words[2:]) for words in commands(page) if words[:2] == ["python", "train.py"]]
     return [list(words) for words in dict.fromkeys(found)]
 
 
 def run_in_order(clone: Path, runs: Sequence[Sequence[str]]) -> None:
-    """Runs trainings one after the other, each shrunk to seconds; stops at the first that fails."""
+    """Runs the commands in order, each shrunk to seconds; fails at the first command that fails."""
     lines = []
     for words in runs:
         shrunk = SHRINK if "+debug=smoke" not in words else SHRINK[1:]
         lines.append(shlex.join([sys.executable, "train.py", *words, *shrunk]))
-    # FILE stands for any checkpoint; the oldest is the first command's.
+    # FILE means any checkpoint; the oldest one comes from the first command.
     script = "\n".join(lines).replace("checkpoint=FILE", "checkpoint=$(ls -tr runs/*/*/checkpoint.pt | head -n 1)")
     environment = os.environ | {"PYTHONPATH": str(clone), "PYTHONWARNINGS": "error"}
     done = subprocess.run(

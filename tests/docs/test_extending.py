@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, as printed: written to the named files, and run by the printed commands."""
+"""The examples of docs/extending.md: each is written to its file and run with the printed command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RUNS = {"domain": "step_function", "algorithm": "prototypical", "module": "Small
 
 @pytest.fixture
 def extended(clone: Path) -> Path:
-    """A clone with the files of the page."""
+    """A clone to which the files of the page have been added."""
     for title, text in [*blocks(PAGE, "python"), *blocks(PAGE, "yaml")]:
         assert title
         path = clone / title

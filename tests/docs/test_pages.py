@@ -1,4 +1,4 @@
-"""The pages of docs/: their commands run, or at least compose, and what they name exists."""
+"""The pages of docs/: their commands run or at least compose, and the files that they name exist."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_runs_that_pages_name_are_committed() -> None:
 
 
 def _first(override: str) -> str:
-    """Returns a list of values as its first, which a single run can have."""
+    """Returns an override with only the first of its listed values, so that it fits a single run."""
     (parsed,) = OverridesParser.create().parse_overrides([override])
     if not parsed.is_sweep_override():
         return override
     if parsed.is_choice_sweep():
         key, _, values = override.partition("=")
         return f"{key}={values.split(',')[0]}"
-    return f"{override.partition('=')[0]}=0.01"  # an interval
+    return f"{override.partition('=')[0]}=0.01"  # an interval of a sweep: any value will do

@@ -15,16 +15,18 @@ PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 HEADINGS = re.findall(r"^#+ (.+)$", PROTOCOL, flags=re.MULTILINE)
 
 CITATION = re.compile(r"docs/protocol\.md(#[\w-]+)?")
-# A number alone leads nowhere in this repository: "protocol 6.8", "protocol, row 12", "fact 2", "(row 31)".
-OLD = re.compile(r"protocol,? (?:sections?|rows?|facts?)\b|protocol,? \d|\bfacts? \d|\(row \d", flags=re.IGNORECASE)
+# Citations by number, which a reader cannot follow: "protocol 6.8", "protocol, row 12", "fact 2", "(row 31)".
+BARE_NUMBER = re.compile(
+    r"protocol,? (?:sections?|rows?|facts?)\b|protocol,? \d|\bfacts? \d|\(row \d", flags=re.IGNORECASE
+)
 
 
 def slug(heading: str) -> str:
     return heading.lower().replace(" ", "-")
 
 
-def texts() -> dict[Path, str]:
-    """What people read and write: code, configs, pages; not the records of runs, nor what is built."""
+def written_texts() -> dict[Path, str]:
+    """Returns the text of all files written by people: code, configs and pages, but no run records or build outputs."""
     folders = [path for name in ("maml", "conf", "scripts", "tests", "docs") for path in (ROOT / name).rglob("*")]
     paths = [ROOT / "Makefile", *ROOT.glob("*.*"), *(ROOT / "results").glob("*"), *folders]
     kinds = (".py", ".yaml", ".yml", ".md", ".html", ".toml")
@@ -36,27 +38,27 @@ def texts() -> dict[Path, str]:
 
 
 def test_headings_give_the_same_anchor_everywhere() -> None:
-    # Pages on GitHub and those of a generated site disagree on punctuation, and on headings that occur twice.
+    # GitHub and the generated site make different anchors for punctuation and for headings that occur twice.
     assert [heading for heading in HEADINGS if not re.fullmatch(r"[A-Za-z0-9]+([ -][A-Za-z0-9]+)*", heading)] == []
     assert len({slug(heading) for heading in HEADINGS}) == len(HEADINGS)
 
 
 def test_citations_lead_to_a_heading() -> None:
     anchors = {slug(heading) for heading in HEADINGS}
-    citations = [(path, match[1]) for path, text in texts().items() for match in CITATION.finditer(text)]
+    citations = [(path, match[1]) for path, text in written_texts().items() for match in CITATION.finditer(text)]
     assert len({path for path, _ in citations}) > 30
     assert [(str(path), anchor) for path, anchor in citations if anchor and anchor[1:] not in anchors] == []
 
 
 def test_code_and_configs_cite_a_section_and_not_the_whole_page() -> None:
     folders = [ROOT / name for name in ("maml", "conf", "scripts")]
-    for path, text in texts().items():
+    for path, text in written_texts().items():
         if any(folder in path.parents for folder in folders):
             assert all(match[1] for match in CITATION.finditer(text)), path
 
 
 def test_no_citation_is_a_bare_number() -> None:
-    old = [(str(path), match[0]) for path, text in texts().items() for match in OLD.finditer(text)]
+    old = [(str(path), match[0]) for path, text in written_texts().items() for match in BARE_NUMBER.finditer(text)]
     assert old == []
 
 
@@ -64,7 +66,7 @@ def test_no_citation_is_a_bare_number() -> None:
     "text", ["protocol 6.8", "Protocol, row 12", "protocol, fact 1", "protocol sections 2", "fact 8"]
 )
 def test_bare_numbers_are_recognised(text: str) -> None:
-    assert OLD.search(text)
+    assert BARE_NUMBER.search(text)
 
 
 def test_links_within_the_page_lead_to_a_heading() -> None:

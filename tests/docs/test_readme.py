@@ -1,4 +1,4 @@
-"""The README, followed to the letter: its table, its commands in order, its Python."""
+"""The README: its table is up to date, and its commands and Python code run as printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every domain: defaults filled in once, a workload that a new domain need not state."""
+"""The base class of domains: default numbers of examples, and the default workload."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maml.types import Tasks
 from tests.runs import ROOT
 from tests.training.test_meta_gradient import FixedExamples
 
-# Threads, chunk of tasks, and whether long runs are compiled, on a CPU of five cores: what committed runs were cut by.
+# Threads, task chunk, and whether long runs are compiled, on a CPU with five cores, as in the committed runs.
 CHOSEN = {
     "sinusoid_10shot": (1, None, True),
     "sinusoid_sequence": (1, None, True),
@@ -38,7 +38,7 @@ CHOSEN = {
 
 
 class Recorded(Sinusoid):
-    """Notes what a draw was asked for."""
+    """Records the numbers of examples that each draw is asked for."""
 
     def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
         self.asked = (num_tasks, stream.key, split, num_shots, num_query)

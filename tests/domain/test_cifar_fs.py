@@ -1,4 +1,4 @@
-"""CIFAR-FS's episodes on the real photos."""
+"""CIFAR-FS tasks on the real photos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Episodes of few-shot classification on made-up images whose pixels say where they come from."""
+"""Few-shot classification tasks on synthetic images whose pixels encode their class and number."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ SPLITS: dict[Split, Tensor] = {
 }
 
 
-def on(images: Tensor, num_ways: int, num_shots: int, num_query: int | None, **facts: Any) -> FewShotClassification:
-    """Makes images, ``(classes, images per class, H, W[, C])``, a domain; ``facts`` are its class attributes."""
+def make_domain(
+    images: Tensor, num_ways: int, num_shots: int, num_query: int | None, **facts: Any
+) -> FewShotClassification:
+    """Returns a domain over images, ``(classes, images per class, H, W[, C])``; ``facts`` are its class attributes."""
     shape = tuple(images.shape[2:]) if images.dim() == 5 else (*images.shape[2:], 1)
 
     def load(self: FewShotClassification, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
@@ -39,22 +41,22 @@ def on(images: Tensor, num_ways: int, num_shots: int, num_query: int | None, **f
     return kind(num_ways, num_shots, data_dir="", cache_dir="", num_query=num_query)
 
 
-def domain(
+def marked_domain(
     num_ways: int = 3, num_shots: int = 2, num_query: int | None = None, **options: Any
 ) -> FewShotClassification:
-    """Images of 3x3 pixels: the first is the class, the second the number of the image, the last is 1."""
+    """Returns a domain of 3x3 images: the first pixel is the class, the second the image's number, the last is 1."""
     images = torch.zeros(NUM_CLASSES, NUM_IMAGES, SIZE, SIZE, dtype=torch.uint8)
     images[:, :, 0, 0] = torch.arange(NUM_CLASSES).unsqueeze(1)
     images[:, :, 0, 1] = torch.arange(NUM_IMAGES)
     images[:, :, 2, 2] = 1
-    return on(images, num_ways, num_shots, num_query, **{"scale": 1.0, "rotate": False} | options)
+    return make_domain(images, num_ways, num_shots, num_query, **{"scale": 1.0, "rotate": False} | options)
 
 
 @pytest.mark.parametrize("role", ["support", "query"])
 def test_images_come_in_blocks_of_one_of_each_class(role: Role) -> None:
-    it = domain(num_query=4)
-    tasks = it.sample_tasks(5, Stream(0))
-    x, y, num_shots = it.data(tasks, role)
+    domain = marked_domain(num_query=4)
+    tasks = domain.sample_tasks(5, Stream(0))
+    x, y, num_shots = domain.data(tasks, role)
     blocks = 2 if role == "support" else 4
     assert x.shape == (5, blocks * 3, SIZE, SIZE, 1)
     assert (y.shape, num_shots) == ((5, blocks * 3), 2)
@@ -67,9 +69,9 @@ def test_images_come_in_blocks_of_one_of_each_class(role: Role) -> None:
 
 
 def test_each_split_has_its_own_classes_and_no_image_is_drawn_twice() -> None:
-    it = domain(num_query=3)
+    domain = marked_domain(num_query=3)
     for split, classes in SPLITS.items():
-        tasks = it.sample_tasks(200, Stream(0), split)
+        tasks = domain.sample_tasks(200, Stream(0), split)
         assert set(tasks["classes"].flatten().tolist()) == set(classes.tolist())
         images = torch.cat([tasks["support_images"], tasks["query_images"]], dim=-1)
         assert set(images.flatten().tolist()) == set(range(NUM_IMAGES))
@@ -79,15 +81,15 @@ def test_each_split_has_its_own_classes_and_no_image_is_drawn_twice() -> None:
 
 
 def test_labels_are_reshuffled_in_every_task() -> None:
-    """A class is as often at each place, so that no label tells anything about a class."""
-    classes = domain().sample_tasks(3000, Stream(0))["classes"]
+    """Each class gets each label equally often, so a label says nothing about the class."""
+    classes = marked_domain().sample_tasks(3000, Stream(0))["classes"]
     counts = Counter((place, cls) for row in classes.tolist() for place, cls in enumerate(row))
     assert len(counts) == 3 * 6
     assert all(abs(count - 500) < 5 * math.sqrt(500) for count in counts.values())
 
 
 def test_a_class_is_turned_as_a_whole_by_its_own_quarter_turns() -> None:
-    upright, turned = domain(), domain(rotate=True)
+    upright, turned = marked_domain(), marked_domain(rotate=True)
     tasks = turned.sample_tasks(40, Stream(0))
     assert set(tasks["rotations"].flatten().tolist()) == {0, 1, 2, 3}
     for role in ("support", "query"):
@@ -99,16 +101,16 @@ def test_a_class_is_turned_as_a_whole_by_its_own_quarter_turns() -> None:
 
 
 def test_the_other_draws_of_a_task_do_not_depend_on_whether_it_is_turned() -> None:
-    plain, turned = (domain(rotate=rotate).sample_tasks(4, Stream(3)) for rotate in (False, True))
+    plain, turned = (marked_domain(rotate=rotate).sample_tasks(4, Stream(3)) for rotate in (False, True))
     assert all(torch.equal(value, turned[name]) for name, value in plain.items())
 
 
 def test_pixels_are_divided_by_the_scale_and_colours_kept() -> None:
     images = Stream(0).integers((NUM_CLASSES, NUM_IMAGES, 2, 3, 3), 256).to(torch.uint8)
-    it = on(images, 2, 1, None, scale=255.0)
-    tasks = it.sample_tasks(3, Stream(1))
-    x = it.data(tasks, "support").x
-    assert it.in_shape == (2, 3, 3)
+    domain = make_domain(images, 2, 1, None, scale=255.0)
+    tasks = domain.sample_tasks(3, Stream(1))
+    x = domain.data(tasks, "support").x
+    assert domain.in_shape == (2, 3, 3)
     for task in range(3):
         for way in range(2):
             drawn = images[tasks["classes"][task, way], tasks["support_images"][task, way, 0]]
@@ -116,7 +118,7 @@ def test_pixels_are_divided_by_the_scale_and_colours_kept() -> None:
 
 
 def test_a_task_does_not_depend_on_how_many_are_drawn() -> None:
-    few, many = (domain(rotate=True).sample_tasks(count, Stream(5), "val") for count in (2, 9))
+    few, many = (marked_domain(rotate=True).sample_tasks(count, Stream(5), "val") for count in (2, 9))
     assert all(torch.equal(value, take(many, 0, 2)[name]) for name, value in few.items())
 
 
@@ -133,17 +135,17 @@ def test_a_task_does_not_depend_on_how_many_are_drawn() -> None:
 def test_k_asked_for_brings_as_many_query_images_unless_they_are_asked_for_too(
     own_query: int | None, num_shots: int | None, num_query: int | None, expected: tuple[int, int]
 ) -> None:
-    it = domain(num_query=own_query)
-    tasks = it.sample_tasks(1, Stream(0), "test", num_shots, num_query)
+    domain = marked_domain(num_query=own_query)
+    tasks = domain.sample_tasks(1, Stream(0), "test", num_shots, num_query)
     assert tuple(tasks[f"{role}_images"].shape[-1] for role in ("support", "query")) == expected
-    assert it.data(tasks, "query").num_shots == expected[0]
+    assert domain.data(tasks, "query").num_shots == expected[0]
 
 
 def test_loss_is_the_cross_entropy_summed_and_divided_by_k() -> None:
-    it = domain(num_shots=2)
-    data = it.data(it.sample_tasks(2, Stream(0)), "support")
+    domain = marked_domain(num_shots=2)
+    data = domain.data(domain.sample_tasks(2, Stream(0)), "support")
     outputs = Stream(1).uniform((2, 6, 3), -2.0, 2.0, dtype=torch.float64)
-    losses, metrics = it.loss(outputs, data)
+    losses, metrics = domain.loss(outputs, data)
     for task in range(2):
         total, right = 0.0, 0
         for scores, label in zip(outputs[task].tolist(), data.y[task].tolist(), strict=True):
@@ -154,7 +156,7 @@ def test_loss_is_the_cross_entropy_summed_and_divided_by_k() -> None:
 
 
 class Centred(Model):
-    """Scores an image by its class less the mean class of the reference images: 0 if below it, else 1."""
+    """Predicts 1 for an image whose class number is above the mean class number of the reference images, else 0."""
 
     def init(self, stream: Stream) -> Params:
         return {}
@@ -170,15 +172,15 @@ def test_accuracies_differ_in_which_images_give_the_statistics() -> None:
         return Examples(torch.tensor(values).reshape(1, -1, 1, 1, 1), torch.tensor([labels]), num_shots=1)
 
     support, query = examples([0.0, 4.0], [0, 1]), examples([1.0, 3.0, 5.0, 7.0], [0, 1, 1, 1])
-    measured = domain(num_ways=2).measure(Centred(), {}, support, query, step=1)
+    measured = marked_domain(num_ways=2).measure(Centred(), {}, support, query, step=1)
     assert measured["accuracy_inductive"].tolist() == [1.0], "above the support images' mean of 2 are 3, 5 and 7"
     assert measured["accuracy_transductive"].tolist() == [0.75], "above the query images' mean of 4 are 5 and 7"
 
 
 def test_images_of_ordinary_classification_are_of_all_classes_and_none_twice() -> None:
-    it = domain(rotate=True)
-    tasks = it.sample_images(20, Stream(0), "train", num_per_class=4)
-    x = it.data(tasks, "support").x
+    domain = marked_domain(rotate=True)
+    tasks = domain.sample_images(20, Stream(0), "train", num_per_class=4)
+    x = domain.data(tasks, "support").x
     assert x.shape == (1, 20, SIZE, SIZE, 1)
     drawn = list(zip(tasks["classes"][0].tolist(), tasks["support_images"][0, :, 0].tolist(), strict=True))
     assert len(set(drawn)) == 20
@@ -186,23 +188,23 @@ def test_images_of_ordinary_classification_are_of_all_classes_and_none_twice() -
     assert SPLITS["train"][tasks["labels"][0]].tolist() == tasks["classes"][0].tolist()
     for image, (cls, number), turns in zip(x[0, ..., 0], drawn, tasks["rotations"][0].tolist(), strict=True):
         assert image.rot90(-turns).tolist()[0][:2] == [cls, number]
-    labels = it.sample_images(9, Stream(0), "test", 3)["labels"][0].tolist()
+    labels = domain.sample_images(9, Stream(0), "test", 3)["labels"][0].tolist()
     assert sorted(labels) == [0, 0, 0, 1, 1, 1, 2, 2, 2], "numbered within the split"
 
 
 def test_more_than_there_is_is_refused() -> None:
     with pytest.raises(MamlError, match=r"domain\.num_ways=4, but the smallest split has 3 classes"):
-        domain(num_ways=4)
+        marked_domain(num_ways=4)
     with pytest.raises(MamlError, match="num_shots=4 plus num_query=4 is 8, but there are 7 images of each class"):
-        domain(num_shots=4)
+        marked_domain(num_shots=4)
     with pytest.raises(MamlError, match="num_shots=2 plus num_query=6 is 8, but there are 7 images of each class"):
-        domain().sample_tasks(1, Stream(0), num_query=6)
+        marked_domain().sample_tasks(1, Stream(0), num_query=6)
     with pytest.raises(MamlError, match="10 images cannot be drawn from 3 each of 3 classes; lower it to 9"):
-        domain().sample_images(10, Stream(0), "val", 3)
+        marked_domain().sample_images(10, Stream(0), "val", 3)
 
 
 class Grey(FewShotClassification):
-    """An image set that notes where it was to be loaded from."""
+    """Grey synthetic images; records the folders that `load` is given."""
 
     in_shape = (2, 3, 1)
     scale = 10.0
@@ -214,30 +216,30 @@ class Grey(FewShotClassification):
         return ImageSet(torch.full((NUM_CLASSES, NUM_IMAGES, 2, 3), 10, dtype=torch.uint8), [], ""), SPLITS
 
 
-def grey(num_shots: int = 2) -> dict[str, Any]:
+def grey_arguments(num_shots: int = 2) -> dict[str, Any]:
     return {"num_ways": 3, "num_shots": num_shots, "data_dir": "data", "cache_dir": "cache"}
 
 
 def test_image_set_is_a_class_that_states_its_facts() -> None:
-    it = Grey(**grey())
+    domain = Grey(**grey_arguments())
     assert Grey.places == (Path("data"), Path("cache"))
-    tasks = it.sample_tasks(4, Stream(0))
-    data = it.data(tasks, "support")
+    tasks = domain.sample_tasks(4, Stream(0))
+    data = domain.data(tasks, "support")
     assert data.x.shape == (4, 6, 2, 3, 1)
     assert (data.x == 1).all()
     assert "rotations" not in tasks
 
 
 def test_without_data_nothing_is_loaded_and_the_facts_are_the_same() -> None:
-    with_images = Grey(**grey())
+    with_images = Grey(**grey_arguments())
     Grey.places = None
-    bare = Grey.without_data(**grey())
+    bare = Grey.without_data(**grey_arguments())
     assert Grey.places is None
     assert type(bare) is Grey
     for attribute in ("in_shape", "out_dim", "num_shots", "scale", "rotate", "workload"):
         assert getattr(bare, attribute) == getattr(with_images, attribute)
     assert len(bare.splits["train"]) == 6
-    Grey.without_data(**grey(num_shots=100))  # it cannot know how many images there are
+    Grey.without_data(**grey_arguments(num_shots=100))  # without data the number of images is unknown
 
 
 def test_images_of_another_shape_than_stated_are_an_error() -> None:
@@ -245,4 +247,4 @@ def test_images_of_another_shape_than_stated_are_an_error() -> None:
         in_shape = (3, 3, 1)
 
     with pytest.raises(AssertionError, match=r"Wrong.in_shape is not that of its images"):
-        Wrong(**grey())
+        Wrong(**grey_arguments())

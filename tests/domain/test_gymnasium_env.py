@@ -1,4 +1,4 @@
-"""Gymnasium environments as domains: tasks are numbers of the constructor, drawn from the ranges given."""
+"""Gymnasium environments as domains: tasks are constructor arguments drawn from the configured ranges."""
 
 from __future__ import annotations
 

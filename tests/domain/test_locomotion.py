@@ -1,4 +1,4 @@
-"""Goals of the half-cheetah and the ant: the authors' in meta-test, fresh ones in training."""
+"""Goals of the half-cheetah and the ant: the authors' goals in meta-test, new goals in training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VELOCITIES = [
     (CheetahVelocity(goal_range=(0.0, 2.0)), [0.834044, 1.440649, 0.000229]),
     (AntVelocity(goal_range=(0.0, 3.0)), [1.251066, 2.160973, 0.000343]),
 ]
-# The first ten of the authors' result files, and how many of the 40 run forward.
+# The first ten goals in the authors' result files, and the number of forward goals among all 40.
 DIRECTIONS = [
     (CheetahDirection(), [-1, 1, -1, -1, -1, -1, -1, -1, -1, 1], 18),
     (AntDirection(), [1, -1, 1, 1, -1, -1, -1, 1, -1, -1], 20),

@@ -1,4 +1,4 @@
-"""Mini-ImageNet's episodes, on small made-up files because the real photos may not be passed on."""
+"""Mini-ImageNet tasks on small synthetic files, because the real photos must not be redistributed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUM_IMAGES = 6
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., MiniImagenet]:
-    """Makes domains of 4, 2 and 3 classes of 6 photos."""
+    """Makes domains with 4 training, 2 validation and 3 test classes of 6 photos."""
     monkeypatch.setattr(photos, "NUM_CLASSES", NUM_CLASSES)
     monkeypatch.setattr(photos, "NUM_IMAGES", NUM_IMAGES)
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Omniglot's episodes on the real data, against docs/protocol.md#omniglot-tasks."""
+"""Omniglot tasks on the real data, against docs/protocol.md#omniglot-tasks."""
 
 from __future__ import annotations
 

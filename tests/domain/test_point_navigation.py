@@ -1,4 +1,4 @@
-"""Goals of point navigation: the authors' in meta-test, fresh ones in training."""
+"""Goals of point navigation: the authors' goals in meta-test, new goals in training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from maml.domain.base import Split
 from maml.domain.point_navigation import PointNavigation
 from maml.seeding import Stream
 
-# Of the authors' result files, to six digits: the first three goals, and the one of the lower Figure 4.
+# From the authors' result files, to six digits: the first three goals, and the goal of Figure 4, bottom.
 PUBLISHED = {0: (-0.082978, 0.220324), 1: (-0.499886, -0.197667), 2: (-0.353244, -0.407661), 6: (-0.295548, 0.378117)}
 
 
@@ -49,11 +49,11 @@ def test_fixed_goals_are_drawn_once_and_for_all() -> None:
     assert torch.equal(first["goals"][3:6], first["goals"][:3])
     assert len(first["goals"].unique(dim=0)) == 3
     assert torch.equal(domain.sample_tasks(2, Stream(5))["goals"], first["goals"][:2])
-    # The rest is as it would be: the authors' goals in meta-test, fresh ones in validation.
+    # Only training has fixed goals: meta-test has the authors' goals, validation new ones.
     splits: tuple[Split, ...] = ("test", "val")
     for split in splits:
-        theirs = PointNavigation().sample_tasks(8, Stream(0), split)["goals"]
-        assert torch.equal(domain.sample_tasks(8, Stream(0), split)["goals"], theirs)
+        without_fixed_goals = PointNavigation().sample_tasks(8, Stream(0), split)["goals"]
+        assert torch.equal(domain.sample_tasks(8, Stream(0), split)["goals"], without_fixed_goals)
 
 
 def test_shapes_are_the_papers() -> None:

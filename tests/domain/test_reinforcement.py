@@ -1,4 +1,4 @@
-"""What all domains of reinforcement learning share: their data, losses and metrics, and how training keeps the best."""
+"""The code that all RL domains share: data, losses and metrics, and keeping the best theta in training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maml.algorithm.best import keep_best
+from maml.algorithm.best import update_best
 from maml.algorithm.maml import MAML
 from maml.config.compose import compose
 from maml.config.schema import build
@@ -33,20 +33,20 @@ from maml.seeding import Stream
 from maml.types import Params, Tasks, expand, num_tasks
 from tests import algorithms
 from tests.algorithms import build_from
-from tests.environment.test_rollouts import Strolls
+from tests.environment.test_rollouts import RandomLengthWalks
 from tests.runs import TinyRuns
 
 
 @dataclass(kw_only=True, eq=False)
-class Strolling(Reinforcement):
-    """Walks that end early, often because they blow up."""
+class RandomLengthWalk(Reinforcement):
+    """Walks that end after a random number of steps, often because the simulation blows up."""
 
     num_shots: int = 3
     horizon: int = 12
     discount: float = 0.9
 
     def make_environments(self) -> Environments:
-        return Strolls()
+        return RandomLengthWalks()
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         return stream.uniform((count, 1), -1.0, 1.0)
@@ -62,7 +62,7 @@ def domains() -> dict[str, Reinforcement]:
     return {
         "point": PointNavigation(num_shots=2, horizon=12),
         "cheetah": CheetahVelocity(goal_range=(0.0, 2.0), num_shots=2, horizon=8),
-        "strolls": Strolling(),
+        "strolls": RandomLengthWalk(),
     }
 
 
@@ -71,14 +71,14 @@ def algorithm_on(domain: Reinforcement, seed: int = 0) -> MAML:
     return build_from(MAML, domain, model, SGD(0.1, 1, order=2, adapt=["*"]), TRPO(), seed)
 
 
-def collected(domain: Reinforcement, count: int = 3, seed: int = 1) -> tuple[MAML, Tasks]:
+def collect(domain: Reinforcement, count: int = 3, seed: int = 1) -> tuple[MAML, Tasks]:
     algorithm = algorithm_on(domain)
     tasks = algorithm.sample_tasks(count, Stream(seed))
     algorithm.collect(expand(algorithm.theta, count), tasks)
     return algorithm, tasks
 
 
-def copied(params: Params) -> Params:
+def clone_params(params: Params) -> Params:
     return {name: value.clone() for name, value in params.items()}
 
 
@@ -95,7 +95,7 @@ def test_log_prob_and_divergence_are_those_of_torch() -> None:
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_losses_are_means_over_the_timesteps_of_each_task(step: int) -> None:
-    algorithm, tasks = collected(Strolling())
+    algorithm, tasks = collect(RandomLengthWalk())
     domain, data = algorithm.domain, algorithm.domain.data(tasks, "support", step)
     lengths = (data.weights > 0).sum(1)
     assert len(lengths.unique()) > 1
@@ -123,7 +123,7 @@ def test_losses_are_means_over_the_timesteps_of_each_task(step: int) -> None:
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_at_the_policies_that_collected_the_objective_is_zero_and_so_is_the_divergence(step: int) -> None:
-    algorithm, tasks = collected(Strolling())
+    algorithm, tasks = collect(RandomLengthWalk())
     params = list(algorithm.inner_steps(expand(algorithm.theta, 3), tasks, 1, None, create_graph=False))[step]
     data = algorithm.domain.data(tasks, "query", step)
     loss, metrics = algorithm.domain.outer_loss(algorithm.model, params, data)
@@ -133,8 +133,8 @@ def test_at_the_policies_that_collected_the_objective_is_zero_and_so_is_the_dive
 
 def test_same_iteration_has_the_same_rollouts_whatever_ran_before() -> None:
     for domain in domains().values():
-        algorithm, first = collected(domain)
-        collected(domain, count=4, seed=2)
+        algorithm, first = collect(domain)
+        collect(domain, count=4, seed=2)
         Evaluation(num_tasks=2, num_steps=1)(algorithm)
         again = algorithm.sample_tasks(3, Stream(1))
         algorithm.collect(expand(algorithm.theta, 3), again)
@@ -146,7 +146,7 @@ def test_same_iteration_has_the_same_rollouts_whatever_ran_before() -> None:
 
 
 def test_steps_have_noise_of_their_own() -> None:
-    algorithm, tasks = collected(Strolling())
+    algorithm, tasks = collect(RandomLengthWalk())
     noise = []
     for step in range(2):
         data = algorithm.domain.data(tasks, "support", step)
@@ -169,9 +169,9 @@ def test_returns_do_not_depend_on_how_many_tasks_are_adapted_to(kind: str) -> No
 
 
 def test_oracle_sees_the_goal_behind_each_observation() -> None:
-    domain, plain = Strolling(oracle=True), Strolling()
+    domain, plain = RandomLengthWalk(oracle=True), RandomLengthWalk()
     assert (domain.in_shape, domain.out_dim, plain.in_shape) == ((4,), 4, (3,))
-    _, tasks = collected(domain)
+    _, tasks = collect(domain)
     data = domain.data(tasks, "support", 1)
     taken = data.weights > 0
     goals = tasks["goals"].unsqueeze(1).expand(-1, taken.shape[1], -1)
@@ -180,7 +180,7 @@ def test_oracle_sees_the_goal_behind_each_observation() -> None:
 
 
 def test_pooling_is_for_training_only() -> None:
-    domain = Strolling(pooled=True)
+    domain = RandomLengthWalk(pooled=True)
     algorithm = algorithm_on(domain)
     for split, pooled in (("train", True), ("val", False), ("test", False)):
         tasks = domain.sample_tasks(4, Stream(0), split)  # type: ignore[arg-type]
@@ -193,12 +193,12 @@ def test_pooling_is_for_training_only() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_thinned_rollouts_are_every_so_many_th_timestep(every: int) -> None:
-    algorithm, tasks = collected(Strolling())
-    before = copied(tasks)
-    thinned = algorithm.domain.subsample_timesteps(tasks, every)
+def test_subsampled_rollouts_are_every_nth_timestep(every: int) -> None:
+    algorithm, tasks = collect(RandomLengthWalk())
+    before = clone_params(tasks)
+    subsampled = algorithm.domain.subsample_timesteps(tasks, every)
     for step in range(2):
-        whole, data = (algorithm.domain.data(each, "query", step) for each in (tasks, thinned))
+        whole, data = (algorithm.domain.data(each, "query", step) for each in (tasks, subsampled))
         for name in ("observations", "actions", "outputs", "advantages"):
             assert torch.equal(getattr(data, name), getattr(whole, name)[:, ::every])
         torch.testing.assert_close(data.weights.sum(1), torch.ones(3))
@@ -210,7 +210,7 @@ def test_thinned_rollouts_are_every_so_many_th_timestep(every: int) -> None:
 
 
 def test_summary_is_of_the_last_step_and_counts_all_blow_ups() -> None:
-    algorithm = algorithm_on(Strolling())
+    algorithm = algorithm_on(RandomLengthWalk())
     tasks = algorithm.sample_tasks(4, Stream(1))
     for _ in algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, 2):
         pass
@@ -225,12 +225,12 @@ def test_summary_is_of_the_last_step_and_counts_all_blow_ups() -> None:
 
 
 def test_return_is_the_undiscounted_mean_over_episodes() -> None:
-    algorithm, tasks = collected(PointNavigation(num_shots=4, horizon=10))
+    algorithm, tasks = collect(PointNavigation(num_shots=4, horizon=10))
     data = algorithm.domain.data(tasks, "query", 0)
     goals, horizon = tasks["goals"], 10
     for task in range(3):
         path = data.observations[task].reshape(4, horizon, 2)
-        # Where a step leads to is where the next one starts; the last one's end is not kept, but its action is.
+        # Each step ends where the next one starts. The end of the last step is not stored, but follows from its action.
         end = path[:, -1] + 0.1 * data.actions[task].reshape(4, horizon, 2)[:, -1].clamp(-1, 1)
         reached = torch.cat([path[:, 1:], end.unsqueeze(1)], dim=1)
         expected = -(reached - goals[task]).norm(dim=-1).sum(1).mean()
@@ -257,32 +257,33 @@ def test_best_theta_is_that_of_the_best_training_return_and_is_what_is_evaluated
     returns: list[float] = []
     seen: list[tuple[float, Params]] = []
     for iteration in range(14):
-        theta = copied(algorithm.theta)
+        theta = clone_params(algorithm.theta)
         metrics = algorithms.step(algorithm, algorithm.sample_tasks(3, Stream(2).child(iteration)))
-        returns += [metrics["return"].item()] * (1 if returns else 10)  # the first stands for those before it
+        # The first return fills the window of ten iterations.
+        returns += [metrics["return"].item()] * (1 if returns else 10)
         seen.append((sum(returns[-10:]) / 10, theta))
     score, best = max(seen, key=lambda pair: pair[0])
-    assert score not in (seen[0][0], seen[-1][0]), "a case in which it matters"
+    assert score not in (seen[0][0], seen[-1][0]), "the best must not be the first or the last"
     state = algorithm.state_dict()["best"]
     assert state["score"] == pytest.approx(score, rel=1e-6)
     assert state.keys() == best.keys() | {"score", "recent"}
     assert all(torch.equal(state[name], value) for name, value in best.items())
 
     settings: dict[str, Any] = {"num_tasks": 3, "num_steps": 1}
-    (of_best,), *_ = Evaluation(**settings, theta="best")(algorithm)
-    (of_last,), *_ = Evaluation(**settings)(algorithm)
+    (curve_of_best,), *_ = Evaluation(**settings, theta="best")(algorithm)
+    (curve_of_last,), *_ = Evaluation(**settings)(algorithm)
     algorithm.theta = best
     (expected,), *_ = Evaluation(**settings)(algorithm)
-    assert torch.equal(of_best.values, expected.values)
-    assert not torch.equal(of_last.values, expected.values)
+    assert torch.equal(curve_of_best.values, expected.values)
+    assert not torch.equal(curve_of_last.values, expected.values)
 
 
 def test_return_that_is_not_a_number_is_never_the_best() -> None:
-    algorithm = algorithm_on(Strolling())
-    keep_best(algorithm.best, algorithm.theta, torch.tensor(torch.nan))
+    algorithm = algorithm_on(RandomLengthWalk())
+    update_best(algorithm.best, algorithm.theta, torch.tensor(torch.nan))
     assert algorithm.best["score"] == -torch.inf
     for _ in range(10):
-        keep_best(algorithm.best, algorithm.theta, torch.tensor(-3.0))
+        update_best(algorithm.best, algorithm.theta, torch.tensor(-3.0))
     assert algorithm.best["score"] == -3
 
 
@@ -301,20 +302,20 @@ TINY = (
 
 
 def test_log_counts_the_blow_ups(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, happened = PointEnvironments.step, [0]
+    step, blow_ups = PointEnvironments.step, [0]
 
-    def blowing_up(self: PointEnvironments, actions: Tensor, living: Tensor) -> Transition:
+    def step_with_blow_ups(self: PointEnvironments, actions: Tensor, living: Tensor) -> Transition:
         transition = step(self, actions, living)
         unstable = actions[:, 0] > 1.5
-        happened[0] += int(unstable.sum())
+        blow_ups[0] += int(unstable.sum())
         return transition._replace(unstable=unstable, terminated=transition.terminated | unstable)
 
-    monkeypatch.setattr(PointEnvironments, "step", blowing_up)
+    monkeypatch.setattr(PointEnvironments, "step", step_with_blow_ups)
     monkeypatch.setattr("maml.experiment._evaluate", lambda *_: ({"headline": None}, Path("none")))
     folder = tiny.run(*TINY)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
-    assert sum(line["num_unstable"] for line in lines) == happened[0] > 0
+    assert sum(line["num_unstable"] for line in lines) == blow_ups[0] > 0
 
 
 def test_checkpoint_of_other_observations_is_refused(tiny: TinyRuns) -> None:

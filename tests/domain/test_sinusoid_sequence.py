@@ -34,12 +34,12 @@ def test_sequences_alone_do_not_tell_the_target() -> None:
     tasks = domain.sample_tasks(2000, Stream(0))
     data = domain.data(tasks, "support")
     start, stop = (data.x[:, :, position].flatten() for position in (-2, -1))
-    following = 2 * math.cos(0.5) * stop - start  # sin x at the point asked for, exactly
-    torch.testing.assert_close(following, torch.sin(tasks["support_x"]).flatten(), atol=1e-5, rtol=0)
-    # A task's best linear readout of the last two samples is exact; the best one for all tasks is far off.
+    next_sample = 2 * math.cos(0.5) * stop - start  # exactly sin x at the query point
+    torch.testing.assert_close(next_sample, torch.sin(tasks["support_x"]).flatten(), atol=1e-5, rtol=0)
+    # A linear function of the last two samples fits one task exactly; no single one fits all tasks.
     features = torch.stack([data.x[:, :, -2], data.x[:, :, -1]], dim=2).squeeze(-1).double()
     targets = data.y.double()
-    own = features @ torch.linalg.lstsq(features, targets).solution
-    shared = features.flatten(0, 1) @ torch.linalg.lstsq(features.flatten(0, 1), targets.flatten(0, 1)).solution
-    assert (own - targets).square().mean() < 1e-6
-    assert (shared - targets.flatten(0, 1)).square().mean() > 1
+    per_task_fit = features @ torch.linalg.lstsq(features, targets).solution
+    shared_fit = features.flatten(0, 1) @ torch.linalg.lstsq(features.flatten(0, 1), targets.flatten(0, 1)).solution
+    assert (per_task_fit - targets).square().mean() < 1e-6
+    assert (shared_fit - targets.flatten(0, 1)).square().mean() > 1

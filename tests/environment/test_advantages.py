@@ -12,14 +12,14 @@ from torch import Tensor
 from maml.environment.advantages import advantages, features, fit_baseline
 from maml.environment.rollouts import Episodes
 
-EPISODES = [[7, 4, 7], [7, 7], [1, 2, 5, 7, 3]]  # lengths of each task's
+EPISODES = [[7, 4, 7], [7, 7], [1, 2, 5, 7, 3]]  # episode lengths of each task
 
 
-def made(dtype: torch.dtype = torch.float64) -> Episodes:
-    """Rollouts of three tasks, of unequal lengths; observations go beyond where they are clipped."""
+def make_episodes(dtype: torch.dtype = torch.float64) -> Episodes:
+    """Returns rollouts of three tasks with unequal lengths; some observations exceed the clipping bound."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([sum(task) for task in EPISODES])
-    longest = int(lengths.max()) + 2  # two timesteps that no task fills
+    longest = int(lengths.max()) + 2  # two timesteps more than any task has
     taken = torch.arange(longest) < lengths.unsqueeze(1)
     observations = 6 * torch.randn(3, longest, 2, generator=generator, dtype=torch.float64)
     times = torch.zeros(3, longest, dtype=torch.int64)
@@ -43,7 +43,7 @@ def plain_features(observation: np.ndarray, time: int) -> list[float]:
 
 
 def plain_advantages(episodes: Episodes, tasks: list[int]) -> list[np.ndarray]:
-    """Advantages of tasks that share a baseline and a standardisation."""
+    """Returns the advantages of tasks that share one baseline and one standardisation."""
     rows, targets = [], []
     for task in tasks:
         for step in range(int(episodes.lengths[task])):
@@ -76,7 +76,7 @@ def test_baseline_is_the_ridge_regression() -> None:
     assert np.allclose(fit_baseline(inputs.T @ inputs, inputs.T @ targets).numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_baseline_of_inputs_that_say_the_same_is_finite() -> None:
+def test_baseline_of_collinear_features_is_finite() -> None:
     inputs = torch.ones(20, 5, dtype=torch.float64)
     targets = torch.full((20,), 3.0, dtype=torch.float64)
     coefficients = fit_baseline(inputs.T @ inputs, inputs.T @ targets)
@@ -88,21 +88,22 @@ def test_baseline_of_inputs_that_say_the_same_is_finite() -> None:
 def test_ridge_grows_where_the_fit_is_not_finite(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
     solve, ridges = torch.linalg.solve_ex, []
 
-    def failing(gram: Tensor, moments: Tensor) -> Any:
+    def solve_with_failures(gram: Tensor, moments: Tensor) -> Any:
         ridges.append(gram[0, 0].item())
         return solve(gram, moments if len(ridges) > failures else torch.full_like(moments, torch.nan))
 
-    monkeypatch.setattr(torch.linalg, "solve_ex", failing)
-    inputs = torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=torch.float64)  # so that the ridge stands there alone
+    monkeypatch.setattr(torch.linalg, "solve_ex", solve_with_failures)
+    # The first feature is 0, so gram[0, 0] is the ridge.
+    inputs = torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
     targets = torch.tensor([1.0, 2.0], dtype=torch.float64)
     coefficients = fit_baseline(inputs.T @ inputs, inputs.T @ targets)
     assert np.allclose(ridges, [1e-5 * 10**attempt for attempt in range(min(failures + 1, 5))])
-    assert bool(coefficients.isfinite().all()) == (failures < 5), "after five tries it is given up"
+    assert bool(coefficients.isfinite().all()) == (failures < 5), "five failures in a row give up"
 
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_advantages_equal_those_of_plain_loops(pooled: bool) -> None:
-    episodes = made()
+    episodes = make_episodes()
     ours = advantages(episodes, pooled)
     groups = [[0, 1, 2]] if pooled else [[0], [1], [2]]
     for group in groups:
@@ -113,7 +114,7 @@ def test_advantages_equal_those_of_plain_loops(pooled: bool) -> None:
 
 
 def test_advantages_have_mean_zero_and_standard_deviation_one() -> None:
-    episodes = made(torch.float32)
+    episodes = make_episodes(torch.float32)
     ours = advantages(episodes, pooled=False)
     assert ours.dtype == torch.float32
     filled = torch.arange(ours.shape[1]) < episodes.lengths.unsqueeze(1)
@@ -123,8 +124,8 @@ def test_advantages_have_mean_zero_and_standard_deviation_one() -> None:
 
 
 def test_baseline_is_fitted_to_the_rollouts_it_is_used_on() -> None:
-    """Returns that the features explain leave no advantage, but for what a single timestep adds."""
-    episodes = made()
+    """Returns that are linear in the features give no advantage, except for a single changed timestep."""
+    episodes = make_episodes()
     inputs = features(episodes.observations, episodes.times)
     explained = inputs @ torch.linspace(-2.0, 3.0, inputs.shape[-1], dtype=torch.float64)
     explained[0, 5] += 1.0
@@ -134,13 +135,13 @@ def test_baseline_is_fitted_to_the_rollouts_it_is_used_on() -> None:
 
 
 def test_same_rollouts_have_the_same_advantages_to_the_bit() -> None:
-    first = advantages(made(), pooled=False)
+    first = advantages(make_episodes(), pooled=False)
     for _ in range(10):
-        assert torch.equal(advantages(made(), pooled=False), first)
+        assert torch.equal(advantages(make_episodes(), pooled=False), first)
 
 
 def test_tasks_have_baselines_of_their_own_unless_pooled() -> None:
-    episodes = made()
+    episodes = make_episodes()
     changed = episodes._replace(returns_to_go=episodes.returns_to_go.clone())
     changed.returns_to_go[2] *= -3
     for pooled in (False, True):

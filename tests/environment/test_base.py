@@ -1,4 +1,4 @@
-"""Environments that tell their goals: what an oracle sees."""
+"""Environments that append the goal to observations, for oracle policies."""
 
 from __future__ import annotations
 

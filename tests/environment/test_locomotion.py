@@ -32,13 +32,13 @@ GOALS: dict[type[Locomotion], tuple[str, Any]] = {
     AntDirection: ("goal_direction", -1),
 }
 PHYSICS = ["paper", "gymnasium"]
-every = pytest.mark.parametrize("kind", KINDS)
-either = pytest.mark.parametrize("physics", PHYSICS)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_physics = pytest.mark.parametrize("physics", PHYSICS)
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """MuJoCo writes its warnings to a file in the working directory unless it is told not to."""
+def no_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails if a test leaves a file: MuJoCo by default writes its warnings to the working directory."""
     monkeypatch.chdir(tmp_path)
     yield
     assert list(tmp_path.iterdir()) == []
@@ -49,7 +49,7 @@ def build(kind: type[Locomotion], **arguments: Any) -> Locomotion:
     return kind(**{name: goal, **arguments})
 
 
-def registered(kind: type[Locomotion], **arguments: Any) -> gymnasium.Env:
+def make_registered(kind: type[Locomotion], **arguments: Any) -> gymnasium.Env:
     name, goal = GOALS[kind]
     return gymnasium.make(f"maml/{kind.__name__}-v0", **{name: goal, **arguments})
 
@@ -59,8 +59,8 @@ def actions(environment: Locomotion, count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, size)).astype(np.float32)
 
 
-def reference(kind: type[Locomotion]) -> tuple[Any, Any]:
-    """The model of the paper's physics, by editing the text of Gymnasium's file, at rest in its starting pose."""
+def reference_simulation(kind: type[Locomotion]) -> tuple[Any, Any]:
+    """Returns the paper's physics, made by editing Gymnasium's xml, at rest in its starting pose."""
     name = "half_cheetah" if "Cheetah" in kind.__name__ else "ant"
     text = (files("gymnasium") / f"envs/mujoco/assets/{name}.xml").read_text()
     if name == "ant":
@@ -80,16 +80,16 @@ def refresh(model: Any, data: Any) -> None:
     mujoco.mj_rnePostConstraint(model, data)
 
 
-@every
-@either
+@each_kind
+@each_physics
 def test_gymnasiums_checker_has_nothing_to_say(kind: type[Locomotion], physics: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(registered(kind, physics=physics).unwrapped, skip_render_check=True)
+        check_env(make_registered(kind, physics=physics).unwrapped, skip_render_check=True)
 
 
 def test_pictures_pass_the_checker_and_show_something(tmp_path_factory: pytest.TempPathFactory) -> None:
-    # OpenGL is chosen when it is first loaded, so in a process of its own.
+    # A process chooses its OpenGL library only once, so rendering needs its own process.
     script = """
 import gymnasium, maml.environment, warnings
 from gymnasium.utils.env_checker import check_env
@@ -114,16 +114,16 @@ environment.close()
     assert run.stdout.strip() == "(480, 640, 3) uint8 True", run.stderr
 
 
-@every
+@each_kind
 def test_ids_end_after_200_steps(kind: type[Locomotion]) -> None:
-    environment = registered(kind)
+    environment = make_registered(kind)
     environment.reset(seed=0)
     assert isinstance(environment.unwrapped, kind)
     truncated = [environment.step(np.zeros(environment.action_space.shape, np.float32))[3] for _ in range(200)]
     assert truncated == [False] * 199 + [True]
 
 
-@every
+@each_kind
 def test_docstrings_have_gymnasiums_sections(kind: type[Locomotion]) -> None:
     sections = [line[3:] for line in (inspect.getdoc(kind) or "").splitlines() if line.startswith("## ")]
     assert sections == [
@@ -138,8 +138,8 @@ def test_docstrings_have_gymnasiums_sections(kind: type[Locomotion]) -> None:
     ]
 
 
-@every
-@either
+@each_kind
+@each_physics
 def test_pickling_keeps_the_state(kind: type[Locomotion], physics: str) -> None:
     environment = build(kind, physics=physics)
     environment.reset(seed=3)
@@ -154,8 +154,8 @@ def test_pickling_keeps_the_state(kind: type[Locomotion], physics: str) -> None:
     assert np.array_equal(environment.reset()[0], copy.reset()[0])
 
 
-@every
-@either
+@each_kind
+@each_physics
 def test_seed_decides_the_start(kind: type[Locomotion], physics: str) -> None:
     environment, other = build(kind, physics=physics), build(kind, physics=physics)
     first, second = environment.reset(seed=1)[0], environment.reset()[0]
@@ -169,7 +169,7 @@ def test_seed_decides_the_start(kind: type[Locomotion], physics: str) -> None:
 @pytest.mark.parametrize("kind", [CheetahVelocity, AntVelocity])
 def test_start_is_the_pose_and_noise(kind: type[Locomotion], physics: str, deviation: float) -> None:
     environment = build(kind, physics=physics)
-    pose = reference(kind)[1].qpos.copy()
+    pose = reference_simulation(kind)[1].qpos.copy()
     if physics == "gymnasium" and kind is AntVelocity:
         pose = environment.model.qpos0
         assert pose[2] == 0.75
@@ -191,26 +191,26 @@ def test_ant_stands_at_055_and_has_gymnasiums_masses() -> None:
     environment = AntVelocity(1.0)
     environment.reset(options={"noise": np.zeros(29)})
     assert environment.data.qpos[2] == 0.55
-    theirs = mujoco.MjModel.from_xml_path(str(files("gymnasium") / "envs/mujoco/assets/ant.xml"))
+    gymnasium_model = mujoco.MjModel.from_xml_path(str(files("gymnasium") / "envs/mujoco/assets/ant.xml"))
     for fact in ("body_mass", "body_inertia", "actuator_gear", "jnt_range", "dof_armature"):
-        assert np.array_equal(getattr(environment.model, fact), getattr(theirs, fact)), fact
+        assert np.array_equal(getattr(environment.model, fact), getattr(gymnasium_model, fact)), fact
     assert environment.model.opt.timestep == 0.02
     assert environment.model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
 
 
 def test_cheetah_has_gymnasiums_masses() -> None:
     model = CheetahVelocity(1.0).model
-    theirs = reference(CheetahVelocity)[0]
+    reference_model = reference_simulation(CheetahVelocity)[0]
     assert model.body_mass.sum() == pytest.approx(14)
-    assert model.stat.meaninertia == theirs.stat.meaninertia  # scales the solver's tolerance
+    assert model.stat.meaninertia == reference_model.stat.meaninertia  # meaninertia scales the solver's tolerance
     for fact in ("body_mass", "body_inertia", "actuator_gear", "jnt_range", "dof_damping"):
-        assert np.array_equal(getattr(model, fact), getattr(theirs, fact)), fact
+        assert np.array_equal(getattr(model, fact), getattr(reference_model, fact)), fact
 
 
-@every
+@each_kind
 def test_papers_physics_is_that_of_a_model_made_by_hand(kind: type[Locomotion]) -> None:
     environment = build(kind)
-    model, data = reference(kind)
+    model, data = reference_simulation(kind)
     noise = np.random.default_rng(1).standard_normal(model.nq + model.nv)
     data.qpos += 0.01 * noise[: model.nq]
     data.qvel += 0.1 * noise[model.nq :]
@@ -247,7 +247,7 @@ def test_papers_physics_is_that_of_a_model_made_by_hand(kind: type[Locomotion]) 
     assert touched == (1.0 if "Ant" in kind.__name__ else 0.0)
 
 
-@every
+@each_kind
 def test_velocity_is_the_momentum_of_all_bodies_over_their_mass(kind: type[Locomotion]) -> None:
     environment = build(kind)
     environment.reset(seed=0)
@@ -256,24 +256,24 @@ def test_velocity_is_the_momentum_of_all_bodies_over_their_mass(kind: type[Locom
         info = environment.step(action)[4]
         motion, momentum = np.zeros(6), 0.0
         for body in range(1, model.nbody):
-            # The frame of inertia, so that what is linear is of the body's centre of mass.
+            # In the inertial frame, the linear velocity is that of the body's centre of mass.
             mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_BODY, body, motion, 0)
             momentum += model.body_mass[body] * motion[3]
         assert info["x_velocity"] == pytest.approx(momentum / model.body_mass.sum(), abs=1e-12)
 
 
 def test_gymnasiums_physics_is_half_cheetah_v5() -> None:
-    theirs: Any = gymnasium.make("HalfCheetah-v5").unwrapped
-    theirs.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_WARMSTART
+    gymnasium_env: Any = gymnasium.make("HalfCheetah-v5").unwrapped
+    gymnasium_env.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_WARMSTART
     ours = {goal: CheetahDirection(goal, physics="gymnasium") for goal in (1, -1)}
     at_speed = CheetahVelocity(1.5, physics="gymnasium")
-    theirs.reset(seed=0)
+    gymnasium_env.reset(seed=0)
     noise = np.random.default_rng(0).uniform(-1, 1, 18)
-    theirs.set_state(theirs.init_qpos + 0.1 * noise[:9], 0.1 * noise[9:])
+    gymnasium_env.set_state(gymnasium_env.init_qpos + 0.1 * noise[:9], 0.1 * noise[9:])
     for environment in (*ours.values(), at_speed):
         environment.reset(options={"noise": noise})
     for action in np.clip(actions(at_speed, 100), -1, 1):
-        seen, forward, _, _, info = theirs.step(action.astype(float))
+        seen, forward, _, _, info = gymnasium_env.step(action.astype(float))
         results = {goal: environment.step(action) for goal, environment in ours.items()}
         assert np.array_equal(results[1][0], seen)
         assert results[1][1] == pytest.approx(forward, abs=1e-12)
@@ -283,24 +283,24 @@ def test_gymnasiums_physics_is_half_cheetah_v5() -> None:
 
 
 def test_gymnasiums_physics_is_ant_v5() -> None:
-    theirs: Any = gymnasium.make("Ant-v5").unwrapped
-    theirs.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_WARMSTART
+    gymnasium_env: Any = gymnasium.make("Ant-v5").unwrapped
+    gymnasium_env.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_WARMSTART
     ours = AntVelocity(1.5, physics="gymnasium")
-    theirs.reset(seed=0)
+    gymnasium_env.reset(seed=0)
     noise = np.random.default_rng(0).uniform(-1, 1, 29)
-    theirs.set_state(theirs.init_qpos + 0.1 * noise[:15], 0.1 * noise[15:])
+    gymnasium_env.set_state(gymnasium_env.init_qpos + 0.1 * noise[:15], 0.1 * noise[15:])
     ours.reset(options={"noise": noise})
     ended = False
     for action in np.clip(actions(ours, 1000), -1, 1):
-        start = theirs.data.qpos[0]
-        seen, _, terminated, _, info = theirs.step(action.astype(float))
-        refresh(theirs.model, theirs.data)  # theirs are of the state before the last substep
-        forces = np.clip(theirs.data.cfrc_ext[1:], -1, 1).ravel()
+        start = gymnasium_env.data.qpos[0]
+        seen, _, terminated, _, info = gymnasium_env.step(action.astype(float))
+        refresh(gymnasium_env.model, gymnasium_env.data)  # Gymnasium's fields are from before the last substep
+        forces = np.clip(gymnasium_env.data.cfrc_ext[1:], -1, 1).ravel()
         observation, reward, ended, _, _ = ours.step(action)
         assert observation.shape == seen.shape
         assert np.array_equal(observation, np.concatenate([seen[:27], forces]))
         assert ended == terminated
-        velocity = (theirs.data.qpos[0] - start) / theirs.dt
+        velocity = (gymnasium_env.data.qpos[0] - start) / gymnasium_env.dt
         costs = 0.5 * np.sum(action.astype(float) ** 2) + 5e-4 * np.sum(forces**2)
         assert reward == pytest.approx(1 - abs(velocity - 1.5) + info["reward_survive"] - costs, abs=1e-12)
         if ended:
@@ -309,22 +309,23 @@ def test_gymnasiums_physics_is_ant_v5() -> None:
     assert ended
 
 
-@either
+@each_physics
 @pytest.mark.parametrize(("height", "over"), [(0.15, True), (0.3, False), (0.9, False), (1.1, True)])
 def test_ant_ends_when_it_is_too_low_or_too_high(physics: str, height: float, over: bool) -> None:
     environment = AntVelocity(1.0, physics=physics)  # type: ignore[arg-type]
     environment.reset(seed=0)
     environment.data.qpos[2] = height
     environment.data.qvel[:] = 0
-    environment.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT  # or the floor would push it up
+    # Without contacts the floor does not push it up.
+    environment.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT
     _, reward, terminated, _, info = environment.step(np.zeros(8, np.float32))
     assert terminated == over
     assert not info["unstable"]
     assert reward != 0
 
 
-@every
-@either
+@each_kind
+@each_physics
 @pytest.mark.parametrize("bad", [np.nan, 1e12, 1e300])
 @pytest.mark.parametrize("part", ["qpos", "qvel"])
 def test_blown_up_simulation_ends_the_episode(kind: type[Locomotion], physics: str, bad: float, part: str) -> None:
@@ -348,14 +349,14 @@ def test_blown_up_simulation_ends_the_episode(kind: type[Locomotion], physics: s
 def test_accelerations_beyond_mujocos_limit_count_as_unstable() -> None:
     environment = CheetahVelocity(1.0)
     environment.reset(seed=0)
-    environment.data.xfrc_applied[1, 0] = 1e12  # the velocity after one step is still within the limit
+    environment.data.xfrc_applied[1, 0] = 1e12  # after one step the velocity is still within its limit
     _, _, terminated, _, info = environment.step(np.zeros(6, np.float32))
     assert np.abs(environment.data.qvel).max() < 1e10
     assert terminated
     assert info["unstable"]
 
 
-@every
+@each_kind
 def test_actions_beyond_the_motors_are_clipped(kind: type[Locomotion]) -> None:
     small, large = build(kind), build(kind)
     small.reset(seed=0)

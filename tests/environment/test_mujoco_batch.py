@@ -1,4 +1,4 @@
-"""Many half-cheetahs and ants against one at a time, and against the returns of random policies that were published."""
+"""Batched half-cheetahs and ants against single ones, and against published returns of random policies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS = [CheetahVelocity, CheetahDirection, AntVelocity, AntDirection]
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     yield
     assert list(tmp_path.iterdir()) == []
@@ -172,7 +172,7 @@ FORWARD = np.random.RandomState(2).uniform(0.1, 0.8, 40) >= 0.4
 @pytest.mark.parametrize(
     ("kind", "goals", "expected", "spread", "tolerance"),
     [
-        # Means and spreads over the goals that the authors tested on; tolerances of four standard errors of ours.
+        # Mean and spread over the authors' test goals; the tolerance is four standard errors of our estimate.
         (CheetahVelocity, 2 * VELOCITIES, -244, 121, 8),
         (CheetahDirection, np.where(2 * VELOCITIES >= 1, 1, -1), -29, None, 8),
         (AntVelocity, 3 * VELOCITIES, -71, 129, 20),
@@ -198,6 +198,6 @@ def test_random_policy_returns_what_was_published(
     if spread is not None:
         assert returns.reshape(40, rollouts).mean(1).std().item() == pytest.approx(spread, rel=0.15)
     if kind in (AntVelocity, AntDirection):
-        assert 0.7 < steps / (200 * count) < 0.95  # it often falls, but late
+        assert 0.7 < steps / (200 * count) < 0.95  # it often falls, but late in the episode
     else:
         assert steps == 200 * count

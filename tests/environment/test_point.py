@@ -21,25 +21,25 @@ from maml.errors import MamlError
 from maml.seeding import Stream
 
 PAPER = Path(__file__).parents[2] / "results" / "paper"
-RECORDED_GOAL = (-0.29555, 0.37812)  # figure 4, bottom
+RECORDED_GOAL = (-0.29555, 0.37812)  # Figure 4, bottom
 ID = "maml/PointNavigation-v0"
 
 
-def rows(name: str) -> list[dict[str, str]]:
+def read_rows(name: str) -> list[dict[str, str]]:
     with open(PAPER / f"{name}.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def recorded_paths() -> dict[tuple[str, str], np.ndarray]:
-    """What the policies saw in the first rollout, ``(H, 2)``; where the last action led is not recorded."""
+    """Returns the positions of each first rollout, ``(H, 2)``; the end of the last step is not recorded."""
     paths: dict[tuple[str, str], list[list[float]]] = {}
-    for row in rows("fig4_paths_trajectories"):
+    for row in read_rows("fig4_paths_trajectories"):
         paths.setdefault((row["method"], row["grad_step"]), []).append([float(row["x"]), float(row["y"])])
     return {name: np.array(path) for name, path in paths.items()}
 
 
 def replay(path: np.ndarray, reward: Reward = "distance") -> tuple[np.ndarray, list[float], list[bool]]:
-    """Takes the steps of a path in the environment: where they led, what they gave, and whether they ended it."""
+    """Repeats the steps of a path in the environment; returns its observations, rewards and ends."""
     environment = PointNavigation(RECORDED_GOAL, reward)
     seen, rewards, ended = [environment.reset()[0]], [], []
     for here, there in pairwise(path):
@@ -54,7 +54,7 @@ def test_recorded_actions_lead_where_they_led() -> None:
     paths = recorded_paths()
     assert len(paths) == 4
     for path in paths.values():
-        assert np.abs(np.diff(path, axis=0)).max() == pytest.approx(0.1, abs=2e-6)  # reached, and never exceeded
+        assert np.abs(np.diff(path, axis=0)).max() == pytest.approx(0.1, abs=2e-6), "the largest move allowed"
         assert np.allclose(replay(path)[0], path, atol=2e-6)
 
 
@@ -64,14 +64,14 @@ def test_recorded_episodes_went_on_for_as_long_as_ours() -> None:
         _, _, ended = replay(path)
         assert not any(ended)
         lengths.append(len(path))
-        if len(path) < 100:  # it ended with the step that is not recorded, so the goal was within reach
-            back = [*path, np.array(RECORDED_GOAL)]
-            assert replay(np.array(back))[2][-1]
+        if len(path) < 100:  # the unrecorded last step reached the goal
+            path_to_goal = [*path, np.array(RECORDED_GOAL)]
+            assert replay(np.array(path_to_goal))[2][-1]
     assert lengths == [100, 50, 100, 100]
 
 
 def test_recorded_returns_are_of_distances_not_of_their_squares() -> None:
-    summary = {(row["method"], row["grad_step"]): row for row in rows("fig4_paths_summary")}
+    summary = {(row["method"], row["grad_step"]): row for row in read_rows("fig4_paths_summary")}
     for name, path in recorded_paths().items():
         row = summary[name]
         mean, deviation = float(row["mean_return"]), float(row["std_return_over_rollouts"])
@@ -121,7 +121,7 @@ def test_picture_shows_goal_path_and_agent() -> None:
         environment.step(np.array([0.0, 1.0]))
     picture = environment.render()
     assert picture is not None and picture.shape == (256, 256, 3)
-    # 0.6 to each side of the origin, up is up.
+    # The picture shows 0.6 to each side of the origin; positive y is up.
     middle, right, up = 128, round(128 * (1 + 0.3 / 0.6)), round(128 * (1 - 0.4 / 0.6))
     assert picture[middle, right].tolist() == [0, 128, 0]
     assert picture[up, middle].tolist() == [0, 0, 255]

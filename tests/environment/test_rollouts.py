@@ -1,4 +1,4 @@
-"""Rollouts of many tasks at once against one environment stepped alone, episode after episode."""
+"""Batched rollouts of many tasks against a single environment stepped episode by episode."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from maml.seeding import Stream
 DISCOUNT = 0.9
 
 
-class Strolls(Environments):
-    """A walk in the plane that ends after a random number of steps, and of three such ends one is a blow-up."""
+class RandomLengthWalks(Environments):
+    """Walks in the plane that end after a random number of steps; one end in three is a blow-up."""
 
     observation_dim = 3
     action_dim = 2
@@ -50,8 +50,8 @@ def streams(count: int) -> Stream:
     return Stream(5).child(torch.arange(count))
 
 
-def pull(goals: Tensor) -> Policy:
-    """Pulls each task's agents towards a place, with standard deviation 1: every operation rounds alike everywhere."""
+def pull_policy(goals: Tensor) -> Policy:
+    """Returns a policy that pulls each task's agents to its goal; its operations round alike for any batch size."""
 
     def policy(observations: Tensor) -> Tensor:
         means = 0.5 * (goals[:, :1].unsqueeze(1) - observations[..., :2])
@@ -60,18 +60,18 @@ def pull(goals: Tensor) -> Policy:
     return policy
 
 
-def network(count: int, observation_dim: int) -> tuple[GaussianPolicy, dict[str, Tensor]]:
-    """A policy of each of so many tasks."""
+def network_policies(count: int, observation_dim: int) -> tuple[GaussianPolicy, dict[str, Tensor]]:
+    """Returns a model and its parameters for ``count`` tasks, different for each task."""
     model = GaussianPolicy((observation_dim,), 4, hidden_sizes=[8])
     inits = [model.init(Stream(task)) | {"log_std": torch.full((2,), 0.1 * task)} for task in range(count)]
     return model, {name: torch.stack([init[name] for init in inits]) for name in inits[0]}
 
 
-def alone(
+def roll_out_one_task(
     environments: Environments, policy: Policy, goal: Tensor, stream: Stream, num_rollouts: int, horizon: int
 ) -> dict[str, Any]:
-    """One task, one environment: episode after episode until there are enough timesteps."""
-    taken: dict[str, list[Tensor]] = {"observations": [], "actions": [], "outputs": []}
+    """Collects one task in one environment, episode by episode, until there are enough timesteps."""
+    recorded: dict[str, list[Tensor]] = {"observations": [], "actions": [], "outputs": []}
     returns: list[float] = []
     times: list[int] = []
     total, episode, unstable, steps = 0.0, 0, 0, 0
@@ -84,8 +84,8 @@ def alone(
             output = policy(observation.unsqueeze(1))[:, 0]
             mean, log_std = output.chunk(2, dim=-1)
             action = mean + log_std.exp() * noise[:, time]
-            for name, value in zip(taken, (observation, action, output), strict=True):
-                taken[name].append(value[0])
+            for name, value in zip(recorded, (observation, action, output), strict=True):
+                recorded[name].append(value[0])
             transition = environments.step(action, torch.zeros(1, dtype=torch.int64))
             rewards.append(transition.rewards.item())
             times.append(time)
@@ -98,7 +98,7 @@ def alone(
         total += sum(rewards)
         steps += len(rewards)
         episode += 1
-    return {name: torch.stack(values) for name, values in taken.items()} | {
+    return {name: torch.stack(values) for name, values in recorded.items()} | {
         "returns_to_go": torch.tensor(returns),
         "times": torch.tensor(times),
         "lengths": steps,
@@ -108,8 +108,8 @@ def alone(
     }
 
 
-def assert_same(episodes: Episodes, task: int, expected: dict[str, Any], tolerance: float) -> None:
-    """Asserts that a task's rollouts are those expected, and that nothing stands behind them."""
+def assert_same_rollouts(episodes: Episodes, task: int, expected: dict[str, Any], tolerance: float) -> None:
+    """Asserts that a task's rollouts are as expected and followed by zeros only."""
     steps = expected["lengths"]
     for name in ("lengths", "num_episodes", "num_unstable"):
         assert getattr(episodes, name)[task] == expected[name], name
@@ -127,20 +127,24 @@ GOALS = {
 }
 
 
-def made(kind: str) -> Environments:
-    return Strolls() if kind == "strolls" else PointEnvironments()
+def make_environments(kind: str) -> Environments:
+    return RandomLengthWalks() if kind == "strolls" else PointEnvironments()
 
 
 @pytest.mark.parametrize(("num_rollouts", "horizon"), [(1, 1), (1, 12), (4, 7), (3, 30)])
 @pytest.mark.parametrize("kind", list(GOALS))
 def test_rollouts_are_to_the_bit_those_of_one_environment(kind: str, num_rollouts: int, horizon: int) -> None:
     goals, stream = GOALS[kind], streams(5)
-    episodes = collect_episodes(made(kind), pull(goals), goals, stream, num_rollouts, horizon, DISCOUNT)
+    episodes = collect_episodes(
+        make_environments(kind), pull_policy(goals), goals, stream, num_rollouts, horizon, DISCOUNT
+    )
     for task in range(5):
-        only = slice(task, task + 1)
-        own = Stream(stream.key[only])
-        expected = alone(made(kind), pull(goals[only]), goals[only], own, num_rollouts, horizon)
-        assert_same(episodes, task, expected, tolerance=0.0)
+        one_task = slice(task, task + 1)
+        own = Stream(stream.key[one_task])
+        expected = roll_out_one_task(
+            make_environments(kind), pull_policy(goals[one_task]), goals[one_task], own, num_rollouts, horizon
+        )
+        assert_same_rollouts(episodes, task, expected, tolerance=0.0)
     assert episodes.observations.shape[1] == episodes.lengths.max()
     assert (episodes.lengths >= num_rollouts * horizon).all()
     assert (episodes.lengths < (num_rollouts + 1) * horizon).all()
@@ -152,8 +156,8 @@ def test_rollouts_are_to_the_bit_those_of_one_environment(kind: str, num_rollout
 @pytest.mark.parametrize("kind", list(GOALS))
 def test_rollouts_of_networks_are_those_of_each_alone(kind: str) -> None:
     goals, stream = GOALS[kind], streams(5)
-    environments = made(kind)
-    model, params = network(5, environments.observation_dim)
+    environments = make_environments(kind)
+    model, params = network_policies(5, environments.observation_dim)
     episodes = collect_episodes(environments, lambda x: model(params, x), goals, stream, 3, 12, DISCOUNT)
     for task in range(5):
         own = {name: value[task : task + 1] for name, value in params.items()}
@@ -161,28 +165,32 @@ def test_rollouts_of_networks_are_those_of_each_alone(kind: str) -> None:
         def policy(x: Tensor, own: dict[str, Tensor] = own) -> Tensor:
             return model(own, x)
 
-        only = slice(task, task + 1)
-        expected = alone(made(kind), policy, goals[only], Stream(stream.key[only]), 3, 12)
-        assert_same(episodes, task, expected, tolerance=1e-4)
+        one_task = slice(task, task + 1)
+        expected = roll_out_one_task(
+            make_environments(kind), policy, goals[one_task], Stream(stream.key[one_task]), 3, 12
+        )
+        assert_same_rollouts(episodes, task, expected, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("kind", list(GOALS))
 @pytest.mark.parametrize("chosen", [[2], [3, 4], [4, 0, 2]])
 def test_neighbours_do_not_matter(kind: str, chosen: list[int]) -> None:
     goals, stream = GOALS[kind], streams(5)
-    together = collect_episodes(made(kind), pull(goals), goals, stream, 3, 12, DISCOUNT)
-    some = goals[chosen]
-    apart = collect_episodes(made(kind), pull(some), some, Stream(stream.key[chosen]), 3, 12, DISCOUNT)
+    together = collect_episodes(make_environments(kind), pull_policy(goals), goals, stream, 3, 12, DISCOUNT)
+    chosen_goals = goals[chosen]
+    apart = collect_episodes(
+        make_environments(kind), pull_policy(chosen_goals), chosen_goals, Stream(stream.key[chosen]), 3, 12, DISCOUNT
+    )
     for name, value in apart._asdict().items():
         expected = getattr(together, name)[chosen]
         assert torch.equal(value, expected[:, : value.shape[1]] if value.dim() > 1 else expected), name
 
 
 def test_rollouts_that_run_to_the_horizon_are_all_collected_at_once() -> None:
-    environments = Strolls(longest=1)
+    environments = RandomLengthWalks(longest=1)
     environments.longest = 10**9
     goals = GOALS["strolls"]
-    episodes = collect_episodes(environments, pull(goals), goals, streams(5), 4, 6, DISCOUNT)
+    episodes = collect_episodes(environments, pull_policy(goals), goals, streams(5), 4, 6, DISCOUNT)
     assert environments.started == [20]
     assert episodes.lengths.tolist() == [24] * 5
     assert episodes.num_episodes.tolist() == [4] * 5
@@ -191,7 +199,7 @@ def test_rollouts_that_run_to_the_horizon_are_all_collected_at_once() -> None:
 
 def test_episodes_that_end_at_once_are_collected_until_there_are_enough() -> None:
     goals = GOALS["strolls"]
-    episodes = collect_episodes(Strolls(longest=1), pull(goals), goals, streams(5), 2, 6, DISCOUNT)
+    episodes = collect_episodes(RandomLengthWalks(longest=1), pull_policy(goals), goals, streams(5), 2, 6, DISCOUNT)
     assert episodes.lengths.tolist() == episodes.num_episodes.tolist() == [12] * 5
     assert not episodes.times.any()
     assert (episodes.observations[:, :, 2] == 0).all()
@@ -207,20 +215,22 @@ def test_policy_that_is_not_finite_is_refused(broken: str) -> None:
         if broken == "mean":
             outputs[..., 0] = torch.where(observations[..., 2] == 2, torch.nan, 0.0)
         elif broken == "log_std":
-            outputs[..., 3] = 200.0  # whose exponential is infinite
+            outputs[..., 3] = 200.0  # its exponential is infinite in float32
         else:
             outputs[1] = torch.nan
         return outputs
 
     affected = {"mean": r"\d+ of \d+", "log_std": "10 of 10", "both of one task": "2 of 10"}[broken]
     with pytest.raises(MamlError, match=rf"action is not finite in {affected} environments.*Lower inner\.step_size"):
-        collect_episodes(Strolls(), policy, goals, streams(5), 2, 6, DISCOUNT)
+        collect_episodes(RandomLengthWalks(), policy, goals, streams(5), 2, 6, DISCOUNT)
 
 
 def test_stream_decides_what_happens() -> None:
     goals = GOALS["strolls"]
     first, again, other = (
-        collect_episodes(Strolls(), pull(goals), goals, Stream(seed).child(torch.arange(5)), 2, 8, DISCOUNT)
+        collect_episodes(
+            RandomLengthWalks(), pull_policy(goals), goals, Stream(seed).child(torch.arange(5)), 2, 8, DISCOUNT
+        )
         for seed in (1, 1, 2)
     )
     assert all(torch.equal(value, same) for value, same in zip(first, again, strict=True))

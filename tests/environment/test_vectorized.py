@@ -1,4 +1,4 @@
-"""Any Gymnasium environment as a family of tasks, against stepping each by hand."""
+"""Gymnasium environments as batches of tasks, against stepping each environment by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRAVITIES = torch.tensor([[9.5], [1.25], [9.5], [4.0]])
 
 
 class Counter(gymnasium.Env):
-    """Adds its action up; beyond its limit the sum, or the reward, is no longer finite."""
+    """Sums up its actions; beyond a limit the sum or the reward becomes infinite or NaN."""
 
     def __init__(self, limit: float, broken: float = 0.0, start: float = 0.0) -> None:
         self.action_space = Box(-1.0, 1.0, (1,), np.float64)
@@ -35,7 +35,7 @@ class Counter(gymnasium.Env):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         assert action.dtype == np.float64 and np.abs(action).max() <= 1
-        self.sum[0] += action[0]  # the same array at every step, as some environments have it
+        self.sum[0] += action[0]  # returns the same array at every step, as some environments do
         beyond = self.sum[0] > self.limit
         if beyond and self.broken == 1:
             self.sum[1] = np.nan
@@ -51,7 +51,7 @@ def streams(count: int) -> Stream:
     return Stream(torch.arange(count) + 7)
 
 
-def everyone(goals: Tensor) -> Tensor:
+def all_indices(goals: Tensor) -> Tensor:
     return torch.arange(len(goals))
 
 
@@ -63,9 +63,9 @@ def test_pendulums_equal_those_stepped_by_hand() -> None:
     seeds = stream.integers((), 2**31).tolist()
     first = [one.reset(seed=seed)[0] for one, seed in zip(ones, seeds, strict=True)]
     assert torch.equal(many.reset(GRAVITIES, stream), torch.from_numpy(np.stack(first)))
-    actions = Stream(0).normal((200, 4, 1), std=3.0)  # many beyond the limit of 2
+    actions = Stream(0).normal((200, 4, 1), std=3.0)  # many exceed the limit of 2
     for step in range(200):
-        transition = many.step(actions[step], everyone(GRAVITIES))
+        transition = many.step(actions[step], all_indices(GRAVITIES))
         taken = actions[step].clamp(-2.0, 2.0).numpy()
         expected = [one.step(action) for one, action in zip(ones, taken, strict=True)]
         observations, rewards, terminated, truncated, _ = zip(*expected, strict=True)
@@ -79,7 +79,7 @@ def test_pendulums_equal_those_stepped_by_hand() -> None:
 def test_environments_do_not_depend_on_their_neighbours() -> None:
     many, few = (VectorizedEnvironments("Pendulum-v1", ["g"], [9.5]) for _ in range(2))
     stream, chosen = streams(4), torch.tensor([1, 3])
-    many.reset(torch.full_like(GRAVITIES, 9.5), streams(4))  # leaves environments behind to be taken over
+    many.reset(torch.full_like(GRAVITIES, 9.5), streams(4))  # creates environments that the next reset reuses
     first = many.reset(GRAVITIES, stream)
     assert torch.equal(few.reset(GRAVITIES[chosen], Stream(stream.key[chosen])), first[chosen])
     for _ in range(5):
@@ -118,7 +118,7 @@ def test_environments_of_the_same_goals_are_built_once() -> None:
 
     environments = VectorizedEnvironments(build, ["limit"], [1.0])
     environments.reset(torch.tensor([[1.0], [2.0], [1.0]]), streams(3))
-    assert [one.limit for one in built] == [1.0, 2.0, 1.0]  # the example first
+    assert [one.limit for one in built] == [1.0, 2.0, 1.0]  # the first is the example
     environments.reset(torch.tensor([[1.0], [1.0], [2.0]]), streams(3))
     assert len(built) == 3 and all(one.open for one in built)
     environments.reset(torch.tensor([[3.0], [2.0]]), streams(2))
@@ -135,7 +135,7 @@ def test_slowness_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "Pendulum-v1" in message and "slow" in message
 
 
-def with_spaces(**spaces: gymnasium.Space) -> Any:
+def counter_with_spaces(**spaces: gymnasium.Space) -> Any:
     def build(limit: float) -> Counter:
         environment = Counter(limit)
         vars(environment).update(spaces)
@@ -151,11 +151,11 @@ def with_spaces(**spaces: gymnasium.Space) -> Any:
         ("Pendulums-v1", ["g"], [9.5], "cannot be made .*Did you mean"),
         (Counter, ["limits"], [9.5], "Counter cannot be made .*unexpected keyword argument 'limits'"),
         ("Pendulum-v1", ["g"], [9.5, 1.0], "give a number for each"),
-        (with_spaces(action_space=Discrete(2)), ["limit"], [1.0], r"action space Discrete\(2\)"),
-        (with_spaces(action_space=Box(0, 3, (2,), np.int64)), ["limit"], [1.0], "int64.*floating dtype"),
-        (with_spaces(action_space=Box(-1, 1, (2, 2))), ["limit"], [1.0], "Box of one axis"),
-        (with_spaces(observation_space=Dict(x=Box(0, 1))), ["limit"], [1.0], "observation space Dict.*Flatten"),
-        (with_spaces(observation_space=Box(0, 1, (8, 8))), ["limit"], [1.0], "observation space Box.*Flatten"),
+        (counter_with_spaces(action_space=Discrete(2)), ["limit"], [1.0], r"action space Discrete\(2\)"),
+        (counter_with_spaces(action_space=Box(0, 3, (2,), np.int64)), ["limit"], [1.0], "int64.*floating dtype"),
+        (counter_with_spaces(action_space=Box(-1, 1, (2, 2))), ["limit"], [1.0], "Box of one axis"),
+        (counter_with_spaces(observation_space=Dict(x=Box(0, 1))), ["limit"], [1.0], "observation space Dict.*Flatten"),
+        (counter_with_spaces(observation_space=Box(0, 1, (8, 8))), ["limit"], [1.0], "observation space Box.*Flatten"),
     ],
 )
 def test_unsuitable_environment_is_refused(

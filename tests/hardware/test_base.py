@@ -1,4 +1,4 @@
-"""Where a run computes: what auto chooses, what a checkpoint keeps, and that none of it changes a result."""
+"""The device of a run: what auto chooses, what a checkpoint keeps, and that none of it changes a result."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def chunk_sums(algorithm: MAML) -> compile.ChunkGradient:
 def test_compiled_gradient_equals_eager_on_new_tasks() -> None:
     algorithm = sinusoid()
     first, second = (algorithm.domain.sample_tasks(3, Stream(seed)) for seed in (1, 2))
-    compiled = compile.Compiled(chunk_sums(algorithm))
+    compiled = compile.CompiledFunction(chunk_sums(algorithm))
     compiled(algorithm.theta, first)
     for ours, expected in zip(
         compiled(algorithm.theta, second), chunk_sums(algorithm)(algorithm.theta, second), strict=True
@@ -47,7 +47,7 @@ def test_failing_compiler_is_announced_and_the_run_goes_on(
     monkeypatch.setattr(compile, "make_fx", broken)
     algorithm = sinusoid()
     tasks = algorithm.domain.sample_tasks(3, Stream(1))
-    compiled = compile.Compiled(chunk_sums(algorithm))
+    compiled = compile.CompiledFunction(chunk_sums(algorithm))
     with caplog.at_level(logging.WARNING):
         results = [compiled(algorithm.theta, tasks) for _ in range(2)]
     assert [record.message for record in caplog.records] == [

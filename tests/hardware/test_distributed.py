@@ -1,4 +1,4 @@
-"""Several processes on one run: the same numbers as one alone, and a clear end when one of them dies."""
+"""Several processes on one run: the numbers of a single process, and a clear error when one of them dies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RL: tuple[str, ...] = (
     "model.hidden_sizes=[10]",
     "evaluation.step_size=0.5",
     "evaluation.num_shots=null",
-    "outer.damping=0.1",  # without, conjugate gradients magnify rounding errors
+    "outer.damping=0.1",  # with less, conjugate gradients magnify rounding errors
 )
 SMALL = (
     "precision=float64",
@@ -51,7 +51,7 @@ KINDS = {
 
 
 def _run_as(config: Settings, rank: int, size: int, port: int, said: Path) -> None:
-    """What one of several processes does; its exit status is train.py's."""
+    """The main function of one process; its exit status is that of train.py."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
@@ -66,7 +66,7 @@ def _run_as(config: Settings, rank: int, size: int, port: int, said: Path) -> No
 
 
 class Together:
-    """Several processes that run one config."""
+    """Several processes that train one run together."""
 
     def __init__(self, config: Settings, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -82,7 +82,7 @@ class Together:
             self.processes.append(process)
 
     def join(self) -> list[int | None]:
-        """Returns their exit statuses."""
+        """Waits for all processes and returns their exit statuses."""
         for process in self.processes:
             process.join(90)
             assert not process.is_alive(), "still waiting for one that is gone"
@@ -94,7 +94,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def assert_alike(mine: Path, theirs: Path) -> None:
-    """Asserts equality up to rounding, of float64."""
+    """Asserts equality up to the rounding of float64."""
     for one, other in zip(metrics(mine), metrics(theirs), strict=True):
         assert one == pytest.approx(other, rel=1e-6, abs=1e-9)
     first, second = state(mine), state(theirs)
@@ -136,7 +136,7 @@ def test_killed_process_stops_the_others_and_the_run_goes_on_with_another_number
 
     together = Together(tiny.config(*overrides), 2)
     _wait_for_checkpoint(folder, reached + 20)
-    os.kill(together.processes[1].pid or 0, signal.SIGTERM)  # one of them alone is told to stop
+    os.kill(together.processes[1].pid or 0, signal.SIGTERM)  # only one process gets the signal
     assert together.join() == [128 + signal.SIGTERM] * 2
     record = read_json(folder / "run.json")
     assert record is not None
@@ -160,8 +160,8 @@ def _wait_for_checkpoint(folder: Path, iteration: int = 1) -> None:
     ("overrides", "message"),
     [
         (("meta_batch_size=2",), "meta_batch_size=2 cannot be shared by 3 processes"),
-        (("+experiment=sinusoid_multitask_average",), "MultitaskAverage makes no sum over tasks"),
-        (("hardware.min_processes=4",), "3 processes for hardware.min_processes=4"),
+        (("+experiment=sinusoid_multitask_average",), "MultitaskAverage cannot be trained by several processes"),
+        (("hardware.min_processes=4",), "3 processes, fewer than hardware.min_processes=4"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_is_written(
@@ -180,7 +180,7 @@ def test_shares_follow_each_other_and_leave_nothing_out(size: int, monkeypatch: 
     shares = []
     for rank in range(size):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(distributed.share(tasks)["x"])
+        shares.append(distributed.shard(tasks)["x"])
     assert torch.equal(torch.cat(shares), tasks["x"])
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

@@ -1,4 +1,4 @@
-"""What happens where memory does not suffice: smaller chunks, the same gradient, a clear end; and keeping it."""
+"""Running out of memory: smaller chunks, the same gradient, a clear error; and reuse of freed memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maml.algorithm.maml import MAML
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
-from maml.hardware.memory import within_memory
+from maml.hardware.memory import halve_chunk_on_oom
 from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
 from maml.record import checkpoint
@@ -27,7 +27,7 @@ from tests.runs import TinyRuns, state
 
 
 def small_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
-    """Lets the network fail for more than ``most`` tasks at once; returns what it was given."""
+    """Makes the network run out of memory above ``most`` tasks. Returns a list that collects the numbers of tasks."""
     given: list[int] = []
     compute = MLP.__call__
 
@@ -48,7 +48,7 @@ def test_chunk_is_halved_until_it_fits_and_stays_so(caplog: pytest.LogCaptureFix
         return "done"
 
     with caplog.at_level(logging.WARNING):
-        assert within_memory(compute, 25) == ("done", 3)
+        assert halve_chunk_on_oom(compute, 25) == ("done", 3)
     assert [record.getMessage().split("=")[-1] for record in caplog.records] == ["12", "6", "3"]
 
 
@@ -101,7 +101,7 @@ import resource, torch
 from maml.hardware.memory import keep_freed_memory
 torch.set_num_threads(1)
 keep_freed_memory()
-for _ in range(10):  # until the heap has found its shape
+for _ in range(10):  # until the heap stops growing
     torch.ones(2**24).sum()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
@@ -113,4 +113,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_reused() -> None:
     done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 5 * 2**24 * 4 / resource.getpagesize()  # by default ten tensors' pages
+    assert int(done.stdout) < 5 * 2**24 * 4 / resource.getpagesize()  # without it, the pages of ten tensors

@@ -1,4 +1,4 @@
-"""The numbers that a run computes with: set for the run alone, part of its id, refused where they make no sense."""
+"""The precision of a run: set for this run only, part of its id, refused if it makes no sense."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from maml.algorithm.maml import MAML
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError, Unavailable
-from maml.hardware.precision import Precision, check, computing_in
+from maml.hardware.precision import Precision, check, use_precision
 from maml.inner.sgd import SGD
 from maml.model.conv4 import Conv4
 from maml.model.functional import conv3x3, linear
@@ -40,11 +40,11 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def meta_gradient(precision: Precision, kind: str) -> tuple[Params, torch.dtype]:
-    """Returns the meta-gradient of the same theta and tasks, and the type of the parameters."""
+    """Returns the meta-gradient, always of the same theta and tasks, and the type of the parameters."""
     inner = SGD(step_size=0.02, num_steps=2, order=2, adapt=["*", "!*.shift"])
     domain: Any = Sinusoid() if kind == "vectors" else FixedExamples(SMALL, classes=True)
     exact = build_from(MAML, domain, MODELS[kind](), inner).theta
-    with computing_in(precision):
+    with use_precision(precision):
         algorithm = build_from(MAML, domain, MODELS[kind](), inner)
         theta = {name: exact[name].to(value.dtype) for name, value in algorithm.theta.items()}
         tasks = {
@@ -76,7 +76,7 @@ def test_bf16_rounds_the_factors_and_not_the_sums() -> None:
     weights, x = torch.full((1, 1, 2), 1.0), torch.tensor([[[1.0, 2.0**-12]]])
     bias = torch.full((1, 1), 2.0**-14)
     assert linear(x, weights, bias).item() == 1 + 2.0**-12 + 2.0**-14
-    with computing_in("bf16"):
+    with use_precision("bf16"):
         assert linear(x, weights, bias).dtype == torch.float32
         assert linear(torch.tensor([[[1 + 2.0**-12, 0.0]]]), weights, bias).item() == 1 + 2.0**-14
         for tasks in (1, 2):

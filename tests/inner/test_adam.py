@@ -1,4 +1,4 @@
-"""Adaptation by Adam against the library's, whose epsilon is set so that its place does not matter."""
+"""Adaptation by Adam against torch's Adam, whose epsilon is converted to ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maml.inner.adam import Adam
 from maml.types import Params
 from tests.runs import TinyRuns
 
-STEP_SIZE, EPS = 0.1, 0.05  # an epsilon so large that its place shows
+STEP_SIZE, EPS = 0.1, 0.05  # an epsilon so large that its position in the formula matters
 
 
 def adam(betas: tuple[float, float] = (0.0, 0.999)) -> Adam:
@@ -21,7 +21,7 @@ def adam(betas: tuple[float, float] = (0.0, 0.999)) -> Adam:
 
 
 def loss(params: Params, step: int) -> Tensor:
-    """Depends on the task and on the step."""
+    """A loss that depends on the task and on the step."""
     weights = torch.tensor([1.0, -2.0, 0.01], dtype=torch.float64)
     vector = (weights * (params["x"] - step) ** 3).sum(1)
     return vector + (params["m"] ** 2).sum((1, 2)) + 0 * params["fixed"].sum(1)
@@ -42,7 +42,7 @@ def test_steps_of_each_task_equal_the_librarys(betas: tuple[float, float]) -> No
         params = {name: value[task : task + 1].clone().requires_grad_() for name, value in start().items()}
         optimizer = torch.optim.Adam([params["x"], params["m"]], lr=STEP_SIZE, betas=betas)
         for step in range(6):
-            # The library adds its epsilon behind the bias correction, ours stands in front of it.
+            # torch adds epsilon after the bias correction, we add it before.
             optimizer.param_groups[0]["eps"] = EPS / math.sqrt(1 - betas[1] ** (step + 1))
             optimizer.zero_grad()
             loss(params, step).sum().backward()

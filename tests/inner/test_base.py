@@ -1,4 +1,4 @@
-"""What every inner optimizer shares: which parameters adapt, and the loop over steps."""
+"""The base class of inner optimizers: which parameters adapt, and the loop over steps."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_what_an_optimizer_itself_learns_never_adapts() -> None:
 
 
 class Counting(Inner):
-    """Moves by the gradients seen so far, whose number its state holds; notes what it was given."""
+    """Scales each gradient by the number of steps so far, which it keeps in its state."""
 
-    def start(self, params: Params) -> Params:
+    def init_state(self, params: Params) -> Params:
         return {f"{name}.count": torch.zeros_like(value) for name, value in params.items()}
 
     def update(
@@ -56,7 +56,7 @@ class Counting(Inner):
 
 
 def slope(params: Params, step: int) -> Tensor:
-    """A loss whose gradient by x is 1 in the first step, 2 in the second, and so on."""
+    """A loss whose gradient with respect to x is 1 in the first step, 2 in the second, and so on."""
     return (step + 1) * params["x"].sum(1) + 0 * params["y"].sum(1)
 
 

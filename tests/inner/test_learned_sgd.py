@@ -1,4 +1,4 @@
-"""Meta-learnt step sizes: where they stand in theta, what they do, and their meta-gradient."""
+"""Meta-learnt step sizes: their place in theta, their effect, and their meta-gradient."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make(
     activation: Activation = "relu",
     kind: type[LearnedSGD | SGD] = LearnedSGD,
 ) -> tuple[MAML, Params, Tasks]:
-    """Builds MAML, and a theta in float64 all of whose entries differ, step sizes included."""
+    """Builds MAML and a theta in float64 whose entries, step sizes included, all differ."""
     domain = FixedExamples((2,), classes=False)
     inner: Inner = kind(step_size=0.3, num_steps=num_steps, order=order, adapt=["*", "!head.bias"])  # type: ignore[arg-type]
     algorithm = build_from(MAML, domain, MLP((2,), 1, [6], activation), inner)
@@ -41,7 +41,7 @@ def make(
 
 
 def plain_outer_loss(theta: Params, tasks: Tasks, num_steps: int, order: int) -> Tensor:
-    """Mean query loss, one task at a time."""
+    """The mean query loss, computed one task at a time."""
     total = torch.zeros((), dtype=torch.float64)
     for x, y, query_x, query_y in as_list(tasks):
         params = {name: value for name, value in theta.items() if not name.startswith("inner.")}

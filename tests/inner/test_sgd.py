@@ -17,7 +17,7 @@ def sgd(adapt: list[str], num_steps: int = 1) -> SGD:
 
 
 def quadratic(params: Params, step: int) -> Tensor:
-    """Gradient a * (x - 1); parameter b takes no part in it."""
+    """A loss whose gradient is a * (x - 1); it does not depend on parameter b."""
     return (0.5 * params["a"] * (params["x"] - 1) ** 2).sum(1) + 0 * params["b"].sum(1)
 
 

@@ -1,4 +1,4 @@
-"""What models share: initial weights, and the linearization that needs no more than the model itself."""
+"""The code that all models share: initial weights, and a linearization that works for any model."""
 
 from __future__ import annotations
 
@@ -40,5 +40,6 @@ def test_linearization_of_any_model_is_its_own_derivative() -> None:
     delta = torch.tensor([[[1.0], [-2.0]], [[0.5], [3.0]]], dtype=torch.float64)
     per_task = (delta * x**3).sum(1)
     torch.testing.assert_close(linear.vjp(delta)["w"], 2 * params["w"] * per_task)
-    curved = linear.hessian(delta, torch.zeros_like)(direction)  # of delta * outputs, linear in the outputs
+    # The Hessian of delta * outputs, which is linear in the outputs.
+    curved = linear.hessian(delta, torch.zeros_like)(direction)
     torch.testing.assert_close(curved["w"], 2 * direction["w"] * per_task)

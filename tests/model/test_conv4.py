@@ -23,7 +23,7 @@ def mini_imagenet() -> Conv4:
     return Conv4((84, 84, 3), 5, num_filters=32, pooling="max", head="flatten")
 
 
-_NATIVE = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
+_LIBRARY_NAMES = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
 
 
 class _FlattenImage(nn.Module):
@@ -31,8 +31,8 @@ class _FlattenImage(nn.Module):
         return x.permute(0, 2, 3, 1).flatten(1)
 
 
-def native(params: Params, ceil_mode: bool = False) -> nn.Sequential:
-    """Builds the network with 2x2 pooling from the library's own layers, for one task; images are ``(S, C, H, W)``."""
+def library_network(params: Params, ceil_mode: bool = False) -> nn.Sequential:
+    """Builds the network with 2x2 pooling from PyTorch's layers, for one task; images are ``(S, C, H, W)``."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i in range(1, 5):
         filters, channels = params[f"conv{i}.weight"].shape[:2]
@@ -44,16 +44,16 @@ def native(params: Params, ceil_mode: bool = False) -> nn.Sequential:
     layers["head"] = nn.Linear(params["head.weight"].shape[1], params["head.weight"].shape[0])
     net = nn.Sequential(layers).to(params["head.weight"].dtype)
     with torch.no_grad():
-        for name, value in native_values(net, list(params)).items():
+        for name, value in library_values(net, list(params)).items():
             value.copy_(params[name])
     return net
 
 
-def native_values(net: nn.Sequential, names: list[str]) -> Params:
-    """Returns the library's own tensors under our names."""
+def library_values(net: nn.Sequential, names: list[str]) -> Params:
+    """Returns the network's tensors under the names that Conv4 uses."""
     own = dict(net.named_parameters()) | dict(net.named_buffers())
     layers = {name: name.rpartition(".") for name in names}
-    return {name: own[f"{layer}.{_NATIVE.get(kind, kind)}"] for name, (layer, _, kind) in layers.items()}
+    return {name: own[f"{layer}.{_LIBRARY_NAMES.get(kind, kind)}"] for name, (layer, _, kind) in layers.items()}
 
 
 def test_parameter_counts_are_the_papers() -> None:
@@ -95,7 +95,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 def tasks_of_a_scaled_network(
     pooling: str = "max", count: int = 2, size: int = 17
 ) -> tuple[Conv4, list[Params], Tensor]:
-    """Returns a network, parameters of each task, all drawn at random and in float64, and images."""
+    """Returns a network, random parameters of each task in float64, and images."""
     model = Conv4((size, size, 2), 3, num_filters=4, pooling=pooling, head="flatten", norm_scale=True)  # type: ignore[arg-type]
     tasks = [
         {
@@ -115,11 +115,11 @@ def stacked(tasks: list[Params]) -> Params:
 @pytest.mark.parametrize("pooling", ["max", "max_keep_odd"])
 def test_scaled_normalisation_equals_the_librarys(num_tasks: int, pooling: str) -> None:
     model, tasks, x = tasks_of_a_scaled_network(pooling, num_tasks)
-    drawn = model.init(Stream(0))
-    assert all(torch.equal(drawn[f"norm{i}.scale"], torch.ones(4)) for i in range(1, 5))
+    initial = model.init(Stream(0))
+    assert all(torch.equal(initial[f"norm{i}.scale"], torch.ones(4)) for i in range(1, 5))
     outputs = model(stacked(tasks), x)
     for task, params in enumerate(tasks):
-        expected = native(params, ceil_mode=pooling == "max_keep_odd")(x[task].permute(0, 3, 1, 2))
+        expected = library_network(params, ceil_mode=pooling == "max_keep_odd")(x[task].permute(0, 3, 1, 2))
         torch.testing.assert_close(outputs[task], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -130,9 +130,9 @@ def test_statistics_seen_are_those_that_the_library_averages(num_tasks: int) -> 
     model.features({name: value.requires_grad_() for name, value in stacked(tasks).items()}, x, seen=seen)
     assert len(seen) == 8 and not any(value.requires_grad for value in seen.values())
     for task, params in enumerate(tasks):
-        net = native(params)
+        net = library_network(params)
         net(x[task].permute(0, 3, 1, 2))
-        for name, averaged in native_values(net, list(seen)).items():
+        for name, averaged in library_values(net, list(seen)).items():
             start = 1.0 if name.endswith("variance") else 0.0
             torch.testing.assert_close(0.9 * start + 0.1 * seen[name][task], averaged, rtol=1e-9, atol=1e-9)
 
@@ -147,7 +147,7 @@ def test_running_statistics_normalise_where_there_are_any(num_tasks: int) -> Non
             params[f"norm{i}.variance"] = stream.child("variance").uniform((4,), 0.5, 2.0, dtype=torch.float64)
     outputs = model(stacked(tasks), x)
     for task, params in enumerate(tasks):
-        expected = native(params).eval()(x[task].permute(0, 3, 1, 2))
+        expected = library_network(params).eval()(x[task].permute(0, 3, 1, 2))
         torch.testing.assert_close(outputs[task], expected, rtol=1e-9, atol=1e-9)
     one_image = model(stacked(tasks), x[:, :1])
     torch.testing.assert_close(one_image, outputs[:, :1], rtol=1e-9, atol=1e-9)
@@ -158,7 +158,7 @@ def test_pooling_that_keeps_odd_sizes_halves_84_to_6() -> None:
     params = model.init(Stream(0))
     x = Stream(1).uniform((1, 2, 84, 84, 3))
     sizes = []
-    net = native(params, ceil_mode=True)
+    net = library_network(params, ceil_mode=True)
     for i in range(1, 5):
         net.get_submodule(f"pool{i}").register_forward_hook(
             lambda module, given, output: sizes.append(output.shape[2:])
@@ -168,4 +168,4 @@ def test_pooling_that_keeps_odd_sizes_halves_84_to_6() -> None:
     features = model.features({name: value.unsqueeze(0) for name, value in params.items()}, x)
     assert features.shape == (1, 2, model.num_features) == (1, 2, 6 * 6 * 2)
     torch.testing.assert_close(model.outputs(stacked([params]), features)[0], expected, rtol=1e-4, atol=1e-5)
-    assert mini_imagenet().num_features == 5 * 5 * 32, "and dropping them, to 5"
+    assert mini_imagenet().num_features == 5 * 5 * 32, "pooling that drops odd rows and columns gives 5"

@@ -1,4 +1,4 @@
-"""Layers with a task axis against the library's own, one task at a time, in float64 and to second derivatives."""
+"""Layers with a task axis against PyTorch's layers, task by task, in float64 and up to second derivatives."""
 
 from __future__ import annotations
 
@@ -18,38 +18,40 @@ from maml.seeding import Stream
 
 Layer = Callable[..., Tensor]
 
-# Convolutions take one of three ways: a single task, tasks one by one (wide), all tasks as one product (else).
-SINGLE, ONE_BY_ONE, TOGETHER = (1, 2, 5, 4, 3), (2, 10, 5, 5, 16), (3, 2, 5, 4, 2)
+# Three code paths of the convolution: one task; wide layers, task by task; all other shapes, all tasks as one product.
+ONE_TASK, TASK_BY_TASK, ALL_TASKS = (1, 2, 5, 4, 3), (2, 10, 5, 5, 16), (3, 2, 5, 4, 2)
 
 
 def random(*shape: int, seed: int = 0, low: float = -1.0) -> Tensor:
     return Stream(seed).uniform(shape, low, 1.0, dtype=torch.float64)
 
 
-def leaves(*values: Tensor) -> list[Tensor]:
+def with_gradients(*values: Tensor) -> list[Tensor]:
     return [value.clone().requires_grad_() for value in values]
 
 
-def by_task(layer: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    """Applies a layer of one task to every task."""
+def for_each_task(layer: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """Applies a layer to each task separately."""
     return torch.stack([layer(*own) for own in zip(*values, strict=True)])
 
 
 def derivatives(layer: Layer, *values: Tensor) -> list[Tensor]:
     """Returns a layer's output, its gradients, and the gradients of a function of these, as in a meta-gradient."""
-    inputs = leaves(*values)
+    inputs = with_gradients(*values)
     output = layer(*inputs)
     first = torch.autograd.grad((output * random(*output.shape, seed=11)).sum(), inputs, create_graph=True)
-    # Squared, so that what the layer is linear in has second derivatives too.
-    total = sum(((value * random(*value.shape, seed=12 + i)) ** 2).sum() for i, value in enumerate(first))
-    total = total + (layer(*(value - 0.1 * gradient for value, gradient in zip(inputs, first, strict=True))) ** 2).sum()
-    second = torch.autograd.grad(total, inputs)
+    # Squares, so that second derivatives exist even for arguments in which the layer is linear.
+    scalar = sum(((value * random(*value.shape, seed=12 + i)) ** 2).sum() for i, value in enumerate(first))
+    scalar = (
+        scalar + (layer(*(value - 0.1 * gradient for value, gradient in zip(inputs, first, strict=True))) ** 2).sum()
+    )
+    second = torch.autograd.grad(scalar, inputs)
     return [output.detach(), *(value.detach() for value in first), *second]
 
 
 def assert_same_derivatives(layer: Layer, reference: Layer, *values: Tensor) -> None:
-    for mine, theirs in zip(derivatives(layer, *values), derivatives(reference, *values), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    for result, expected in zip(derivatives(layer, *values), derivatives(reference, *values), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
 
 
 def conv_of_one_task(stride: int) -> Layer:
@@ -60,14 +62,17 @@ def conv_of_one_task(stride: int) -> Layer:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", [SINGLE, ONE_BY_ONE, TOGETHER], ids=["single", "one-by-one", "together"])
+@pytest.mark.parametrize("shape", [ONE_TASK, TASK_BY_TASK, ALL_TASKS], ids=["one task", "task by task", "all tasks"])
 def test_convolution_equals_the_librarys_for_each_task_to_second_derivatives(
     shape: tuple[int, ...], stride: int
 ) -> None:
     x, weight = random(*shape, seed=1), random(shape[0], 4, shape[-1], 3, 3, seed=2)
     reference = conv_of_one_task(stride)
     assert_same_derivatives(
-        lambda x, weight: functional.conv3x3(x, weight, stride), lambda *both: by_task(reference, *both), x, weight
+        lambda x, weight: functional.conv3x3(x, weight, stride),
+        lambda *both: for_each_task(reference, *both),
+        x,
+        weight,
     )
     assert functional.conv3x3(x, weight, stride).shape == (
         *shape[:2],
@@ -78,28 +83,28 @@ def test_convolution_equals_the_librarys_for_each_task_to_second_derivatives(
 
 
 def test_shapes_above_take_all_three_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[str] = []
+    calls: list[str] = []
     convolve, columns = functional._convolve, functional._Columns.apply
 
-    def counted(way: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def recording(way: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(*args: Any) -> Tensor:
-            counts.append(way)
+            calls.append(way)
             return function(*args)
 
         return run
 
-    monkeypatch.setattr(functional, "_convolve", counted("task", convolve))
-    monkeypatch.setattr(functional._Columns, "apply", counted("all", columns))
-    for shape, ways in ((SINGLE, ["task"]), (ONE_BY_ONE, ["task", "task"]), (TOGETHER, ["all"])):
+    monkeypatch.setattr(functional, "_convolve", recording("task", convolve))
+    monkeypatch.setattr(functional._Columns, "apply", recording("all", columns))
+    for shape, ways in ((ONE_TASK, ["task"]), (TASK_BY_TASK, ["task", "task"]), (ALL_TASKS, ["all"])):
         functional.conv3x3(random(*shape), random(shape[0], 4, shape[-1], 3, 3))
-        assert counts == ways
-        counts.clear()
+        assert calls == ways
+        calls.clear()
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("num_tasks", [1, 2])
 def test_convolution_has_the_derivatives_of_finite_differences(num_tasks: int, stride: int) -> None:
-    x, weight = leaves(random(num_tasks, 1, 3, 4, 2, seed=1), random(num_tasks, 2, 2, 3, 3, seed=2))
+    x, weight = with_gradients(random(num_tasks, 1, 3, 4, 2, seed=1), random(num_tasks, 2, 2, 3, 3, seed=2))
     assert gradcheck(partial(functional.conv3x3, stride=stride), (x, weight))
     assert gradgradcheck(partial(functional.conv3x3, stride=stride), (x, weight))
 
@@ -109,7 +114,7 @@ def test_convolution_differentiates_one_argument_alone(stride: int) -> None:
     x, weight = random(1, 2, 5, 4, 2, seed=1), random(1, 3, 2, 3, 3, seed=2)
 
     def reference(x: Tensor, weight: Tensor) -> Tensor:
-        return by_task(conv_of_one_task(stride), x, weight)
+        return for_each_task(conv_of_one_task(stride), x, weight)
 
     assert_same_derivatives(lambda x: functional.conv3x3(x, weight, stride), lambda x: reference(x, weight), x)
     assert_same_derivatives(lambda weight: functional.conv3x3(x, weight, stride), partial(reference, x), weight)
@@ -127,8 +132,8 @@ def test_gathering_and_adding_back_are_each_others_transpose() -> None:
 
 def test_linear_equals_the_librarys_for_each_task_to_second_derivatives() -> None:
     values = random(3, 4, 2, seed=1), random(3, 5, 2, seed=2), random(3, 5, seed=3)
-    assert_same_derivatives(functional.linear, lambda *all_tasks: by_task(F.linear, *all_tasks), *values)
-    assert gradgradcheck(functional.linear, leaves(*(value[:2] for value in values)))
+    assert_same_derivatives(functional.linear, lambda *all_tasks: for_each_task(F.linear, *all_tasks), *values)
+    assert gradgradcheck(functional.linear, with_gradients(*(value[:2] for value in values)))
 
 
 @pytest.mark.parametrize("num_reference", [None, 2])
@@ -151,7 +156,7 @@ def test_statistics_are_mean_and_biased_variance_of_the_leading_examples(
 
 @pytest.mark.parametrize("num_reference", [None, 2])
 def test_statistics_have_the_derivatives_of_finite_differences(num_reference: int | None) -> None:
-    (x,) = leaves(random(2, 3, 2, 2, 2))
+    (x,) = with_gradients(random(2, 3, 2, 2, 2))
     assert gradcheck(lambda x: functional.batch_statistics(x, num_reference), (x,))
     assert gradgradcheck(lambda x: functional.batch_statistics(x, num_reference), (x,))
 
@@ -163,7 +168,7 @@ def test_normalisation_equals_the_formula_to_second_derivatives() -> None:
         return (x - mean) / torch.sqrt(variance + 1e-3) + shift
 
     values = random(3, 2, 3, 2, 4, seed=1), random(3, 4, seed=2)
-    assert_same_derivatives(functional.batch_norm, lambda *both: by_task(formula, *both), *values)
+    assert_same_derivatives(functional.batch_norm, lambda *both: for_each_task(formula, *both), *values)
 
 
 def test_normalisation_by_given_statistics_equals_the_librarys() -> None:
@@ -175,12 +180,12 @@ def test_normalisation_by_given_statistics_equals_the_librarys() -> None:
         )
         given = (value[task : task + 1] for value in (x, mean, variance, shift, scale))
         torch.testing.assert_close(functional.normalize(*given)[0], expected, rtol=1e-12, atol=1e-12)
-    assert gradgradcheck(functional.normalize, leaves(x[:1], mean[:1], variance[:1], shift[:1], scale[:1]))
+    assert gradgradcheck(functional.normalize, with_gradients(x[:1], mean[:1], variance[:1], shift[:1], scale[:1]))
 
 
 @pytest.mark.parametrize("keep_odd", [False, True])
 def test_pooling_takes_the_maximum_of_each_window_and_its_gradient_goes_there(keep_odd: bool) -> None:
-    (x,) = leaves(random(2, 3, 5, 4, 2))
+    (x,) = with_gradients(random(2, 3, 5, 4, 2))
     pooled = functional.max_pool(x, keep_odd)
     rows = 3 if keep_odd else 2
     assert pooled.shape == (2, 3, rows, 2, 2)

@@ -1,4 +1,4 @@
-"""Derivatives along directions, by hand and by autograd, against full Jacobians and Hessians, in float64."""
+"""Directional derivatives, hand-written and by autograd, against full Jacobians and Hessians in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maml.algorithm.context_vector import _WithContext
+from maml.algorithm.context_vector import _ModelWithContext
 from maml.model import linearized
 from maml.model.base import Model
 from maml.model.functional import Activation
@@ -36,11 +36,11 @@ MODELS: dict[str, Model] = {
     "batch": MLP((NUM_IN,), NUM_OUT, [6, 5], "softplus", normalization="batch"),
     "policy": policy((NUM_IN,), NUM_OUT),
     "lstm": LSTM((NUM_IN,), NUM_OUT, hidden_size=3),
-    "context_policy": _WithContext(policy, (NUM_IN,), NUM_OUT, 2, "glorot"),
-    "context_batch": _WithContext(
+    "context_policy": _ModelWithContext(policy, (NUM_IN,), NUM_OUT, 2, "glorot"),
+    "context_batch": _ModelWithContext(
         lambda in_shape, out_dim: MLP(in_shape, out_dim, [6, 5], normalization="batch"), (NUM_IN,), NUM_OUT, 2, "glorot"
     ),
-    "context_lstm": _WithContext(
+    "context_lstm": _ModelWithContext(
         lambda in_shape, out_dim: LSTM(in_shape, out_dim, hidden_size=3), (2, NUM_IN), NUM_OUT, 2, "glorot"
     ),
 }
@@ -64,12 +64,12 @@ def inputs(name: str, num_tasks: int) -> Tensor:
     return draw((num_tasks, NUM_ROWS, *shape), "inputs")
 
 
-def flat(params: Params) -> Tensor:
+def flatten(params: Params) -> Tensor:
     return torch.cat([value.flatten(1) for value in params.values()], dim=1)
 
 
-def unflat(vector: Tensor, like: Params) -> Params:
-    """``(P,)`` -> one task's parameters, ``(1, ...)``."""
+def unflatten(vector: Tensor, like: Params) -> Params:
+    """Turns a vector, ``(P,)``, into one task's parameters, ``(1, ...)``."""
     parts = vector.split([value[0].numel() for value in like.values()])
     return {name: part.reshape(1, *like[name].shape[1:]) for name, part in zip(like, parts, strict=True)}
 
@@ -88,59 +88,61 @@ def test_derivatives_equal_the_full_jacobian_and_hessian(name: str, linearize: L
     delta, targets = draw((num_tasks, NUM_ROWS, NUM_OUT), "delta"), draw((num_tasks, NUM_ROWS, NUM_OUT), "targets")
     moved_delta = draw((num_tasks, NUM_ROWS, NUM_OUT), "moved")
 
-    def loss(outputs: Tensor, task: int) -> Tensor:  # rows do not stand apart in its second derivative
+    def loss(outputs: Tensor, task: int) -> Tensor:  # its Hessian couples the rows
         return (outputs.square() * targets[task]).sum().sin() + outputs.pow(3).mean()
 
-    def of_losses(function: Callable[..., Tensor], outputs: Tensor) -> Tensor:
+    def for_each_loss(function: Callable[..., Tensor], outputs: Tensor) -> Tensor:
         return torch.stack([function(lambda y, task=task: loss(y, task), outputs[task]) for task in range(num_tasks)])
 
-    at = linearize(model, params, x)
-    gradient = of_losses(torch.autograd.functional.jacobian, at.outputs)
-    curvature = of_losses(torch.autograd.functional.hessian, at.outputs)
-    jvp, vjp = at.jvp(direction), at.vjp(delta)
-    hessian = at.hessian(gradient, lambda dy: torch.einsum("tndme,tme->tnd", curvature, dy))
-    dy, backward = at.second_order(delta)(direction)
+    linear = linearize(model, params, x)
+    gradient = for_each_loss(torch.autograd.functional.jacobian, linear.outputs)
+    curvature = for_each_loss(torch.autograd.functional.hessian, linear.outputs)
+    jvp, vjp = linear.jvp(direction), linear.vjp(delta)
+    hessian = linear.hessian(gradient, lambda dy: torch.einsum("tndme,tme->tnd", curvature, dy))
+    dy, backward = linear.second_order(delta)(direction)
     moved = backward(moved_delta)
-    product, again = hessian(direction), hessian({key: 2 * value for key, value in direction.items()})
+    product, doubled = hessian(direction), hessian({key: 2 * value for key, value in direction.items()})
     assert not jvp.requires_grad and not product["head.bias"].requires_grad
 
-    assert_close(at.outputs, model(params, x))
+    assert_close(linear.outputs, model(params, x))
     assert_close(dy, jvp)
-    results = [flat({key: result[key] for key in params}) for result in (vjp, product, again, moved)]
-    assert all(result.keys() == params.keys() for result in (vjp, product, again, moved))
+    results = [flatten({key: result[key] for key in params}) for result in (vjp, product, doubled, moved)]
+    assert all(result.keys() == params.keys() for result in (vjp, product, doubled, moved))
     for task in range(num_tasks):
 
         def outputs(vector: Tensor, task: int = task) -> Tensor:
-            return model(unflat(vector, params), x[task : task + 1])[0]
+            return model(unflatten(vector, params), x[task : task + 1])[0]
 
-        point, v = flat(params)[task], flat(direction)[task]
+        point, v = flatten(params)[task], flatten(direction)[task]
         jacobian = torch.autograd.functional.jacobian(outputs, point)
-        full = torch.autograd.functional.hessian(lambda vector, task=task: loss(outputs(vector), task), point)
-        bent = torch.autograd.functional.hessian(lambda vector, task=task: (outputs(vector) * delta[task]).sum(), point)
+        loss_hessian = torch.autograd.functional.hessian(lambda vector, task=task: loss(outputs(vector), task), point)
+        output_hessian = torch.autograd.functional.hessian(
+            lambda vector, task=task: (outputs(vector) * delta[task]).sum(), point
+        )
         assert_close(jvp[task], jacobian @ v)
         expected = [
             torch.einsum("ndp,nd->p", jacobian, delta[task]),
-            full @ v,
-            2 * full @ v,
-            bent @ v + torch.einsum("ndp,nd->p", jacobian, moved_delta[task]),
+            loss_hessian @ v,
+            2 * loss_hessian @ v,
+            output_hessian @ v + torch.einsum("ndp,nd->p", jacobian, moved_delta[task]),
         ]
         for result, value in zip(results, expected, strict=True):
             assert_close(result[task], value)
 
 
 def test_other_models_and_batch_normalisation_are_left_to_autograd() -> None:
-    left = {
+    by_autograd = {
         name
         for name, model in MODELS.items()
         if isinstance(model.linearize(parameters(model, 1), inputs(name, 1)), LinearizedByAutograd)
     }
-    assert left == {"batch", "lstm", "context_policy", "context_batch", "context_lstm"}
+    assert by_autograd == {"batch", "lstm", "context_policy", "context_batch", "context_lstm"}
 
 
 @pytest.mark.parametrize("linearize", [Model.linearize, GaussianPolicy.linearize])
 @pytest.mark.parametrize("activation", ["relu", "softplus", "tanh"])
 def test_hessian_of_a_policy_gradient_loss_at_shared_parameters(activation: Activation, linearize: Linearize) -> None:
-    """The inner loss of REINFORCE, -mean(log pi * A), where one of the deviations is at its floor."""
+    """The inner loss of REINFORCE, -mean(log pi * A), with one standard deviation at its floor."""
     model = GaussianPolicy((NUM_IN,), NUM_OUT, [6, 5], activation)
     theta = {name: value[0] for name, value in parameters(model, 1).items()}
     theta["log_std"] = torch.tensor([0.3, math.log(1e-6) - 1], dtype=torch.float64)
@@ -155,10 +157,10 @@ def test_hessian_of_a_policy_gradient_loss_at_shared_parameters(activation: Acti
         log_pi = (-0.5 * ((actions - means) / log_std.exp()).square() - log_std).sum(2)
         return -(log_pi * advantages).mean(1)
 
-    at = linearize(model, params, x)
-    outputs = at.outputs.clone().requires_grad_()
+    linear = linearize(model, params, x)
+    outputs = linear.outputs.clone().requires_grad_()
     (delta,) = torch.autograd.grad(losses(outputs).sum(), outputs, create_graph=True)
-    product = at.hessian(delta.detach(), lambda dy: torch.autograd.grad(delta, outputs, dy, retain_graph=True)[0])
+    product = linear.hessian(delta.detach(), lambda dy: torch.autograd.grad(delta, outputs, dy, retain_graph=True)[0])
     direction = {name: draw(tuple(value.shape), "direction", name) for name, value in theta.items()}
     result = product({name: value.expand(2, *value.shape) for name, value in direction.items()})
     assert not result["log_std"][:, 1].any()

@@ -1,4 +1,4 @@
-"""The LSTM against the library's own, and the meta-gradient through it against plain loops, in float64."""
+"""The LSTM against PyTorch's, and the meta-gradient through it against plain loops, in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HIDDEN, NUM_TASKS = 7, 3
 
 
 def library_lstm(params: Params, x: Tensor) -> Tensor:
-    """``(S, L, D)`` -> ``(S, out_dim)``."""
+    """Runs PyTorch's LSTM for one task: ``(S, L, D)`` to ``(S, out_dim)``."""
     weights = {
         "weight_ih_l0": params["input.weight"],
         "weight_hh_l0": params["hidden.weight"],
@@ -36,7 +36,7 @@ def library_lstm(params: Params, x: Tensor) -> Tensor:
 
 
 def random_params(model: LSTM, seed: int) -> Params:
-    """Initial weights with noise on all of them, biases included."""
+    """Returns initial parameters plus noise, biases included, in float64."""
     return {
         name: value.double() + Stream(seed).child(name).uniform(value.shape, -0.4, 0.4, dtype=torch.float64)
         for name, value in model.init(Stream(seed)).items()
@@ -58,7 +58,7 @@ def test_a_vector_is_a_sequence_of_numbers() -> None:
     assert torch.equal(LSTM((5,), 1, HIDDEN)(params, x), LSTM((5, 1), 1, HIDDEN)(params, x.unsqueeze(-1)))
 
 
-def test_cells_remember_at_first() -> None:
+def test_initial_forget_gates_are_open() -> None:
     params = LSTM((10, 1), 1).init(Stream(0))
     assert sum(value.numel() for value in params.values()) == 4 * 40 * (1 + 40 + 1) + 41
     admit, keep, candidate, emit = params["gates.bias"].chunk(4)
@@ -92,7 +92,7 @@ def test_meta_gradient_equals_the_plain_loop(order: Literal[1, 2], num_steps: in
 def test_meta_gradient_equals_finite_differences(num_steps: int) -> None:
     algorithm, theta, tasks = make(num_steps, order=2)
     gradient, _ = algorithms.gradient(algorithm, theta, tasks, task_chunk=2)
-    first_order, *_ = make(num_steps, order=1)  # the same loss for less: no gradient is needed
+    first_order, *_ = make(num_steps, order=1)  # same loss, but cheaper: no gradient is needed
     for name, value in theta.items():
         direction = Stream(3).child(name).uniform(value.shape, -1.0, 1.0, dtype=torch.float64)
 
@@ -101,6 +101,6 @@ def test_meta_gradient_equals_finite_differences(num_steps: int) -> None:
             return first_order.task_losses(expand(moved, NUM_TASKS), tasks)[0].mean().item()
 
         step = 1e-3
-        # Fourth order in the step, so that the difference is exact enough for the bound.
+        # A fourth-order difference: accurate enough for the tolerance.
         slope = (8 * (loss_at(step) - loss_at(-step)) - (loss_at(2 * step) - loss_at(-2 * step))) / (12 * step)
         assert (gradient[name] * direction).sum().item() == pytest.approx(slope, rel=1e-6)

@@ -14,7 +14,7 @@ from tests import plain_maml
 def test_initial_weights_are_a_normal_cut_at_two_deviations() -> None:
     weight = MLP((1,), 1, [200, 200]).init(Stream(0))["linear2.weight"]
     assert weight.abs().max() <= 0.02
-    assert abs(weight.std().item() - 0.01 * 0.8796) < 1e-4  # std of a normal cut at +-2
+    assert abs(weight.std().item() - 0.01 * 0.8796) < 1e-4  # standard deviation of a normal truncated at +-2
     assert not MLP((1,), 1, [4]).init(Stream(0))["linear1.bias"].any()
 
 

@@ -1,4 +1,4 @@
-"""A user's own network through the adapter."""
+"""The adapter for a user's own torch.nn.Module."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_modules_that_do_not_fit_the_domain_are_refused() -> None:
 
 
 class Linear(nn.Module):
-    """Asks for the domain's number of outputs."""
+    """A linear model whose constructor takes the number of outputs."""
 
     def __init__(self, out_dim: int, in_shape: tuple[int, ...] = (), width: int = 5) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from maml.types import Params
 
 
 class Given(Objective):
-    """An objective whose gradient is handed to it."""
+    """An objective with a given gradient."""
 
     def __init__(self, gradient: Params) -> None:
         self.given = gradient
@@ -25,7 +25,7 @@ class Given(Objective):
 
 def steps(adam: Adam, gradients: list[list[float]]) -> list[float]:
     theta = {"a": torch.tensor([1.0], dtype=torch.float64), "b": torch.tensor([[2.0]], dtype=torch.float64)}
-    state = adam.init(theta)
+    state = adam.init_state(theta)
     for a, b in gradients:
         given = {"b": torch.tensor([[b]], dtype=torch.float64), "a": torch.tensor([a], dtype=torch.float64)}
         adam.step(Given(given), theta, state)

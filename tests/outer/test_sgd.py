@@ -18,7 +18,7 @@ def start() -> Params:
 
 
 def moves(sgd: SGD, theta: Params, state: OuterState, count: int) -> list[float]:
-    """Returns by how many gradients each of so many updates moves theta."""
+    """Makes updates; returns by how many gradients each moves theta."""
     moved = []
     for _ in range(count):
         before = {name: value.clone() for name, value in theta.items()}
@@ -40,13 +40,13 @@ def moves(sgd: SGD, theta: Params, state: OuterState, count: int) -> list[float]
 def test_step_size_falls_linearly_and_stays_at_its_end(final: float | None, expected: list[float]) -> None:
     sgd = SGD(step_size=1.0, num_iterations=4, final_step_size=final)
     theta = start()
-    assert moves(sgd, theta, sgd.init(theta), 6) == expected
+    assert moves(sgd, theta, sgd.init_state(theta), 6) == expected
 
 
 def test_copied_state_goes_on_where_it_was() -> None:
     sgd = SGD(step_size=1.0, num_iterations=4, final_step_size=0.0)
     theta = start()
-    state = sgd.init(theta)
+    state = sgd.init_state(theta)
     moves(sgd, theta, state, 2)
     copied = {name: value.clone() for name, value in state.items()}
     assert moves(SGD(step_size=1.0, num_iterations=4, final_step_size=0.0), start(), copied, 2) == [0.5, 0.25]

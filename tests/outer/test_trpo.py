@@ -14,7 +14,7 @@ from maml.domain.point_navigation import PointNavigation
 from maml.inner.sgd import SGD
 from maml.model.functional import Activation
 from maml.model.gaussian_policy import GaussianPolicy
-from maml.outer.base import Objective, Product
+from maml.outer.base import MatrixVectorProduct, Objective
 from maml.outer.trpo import TRPO, conjugate_gradient
 from maml.seeding import Stream
 from maml.types import Params
@@ -41,10 +41,10 @@ def flat(theta: Params) -> Tensor:
 
 
 class Quadratic(Objective):
-    """A quadratic loss, and a divergence that is exactly quadratic around theta.
+    """A quadratic loss, and a KL divergence that is exactly quadratic around theta.
 
     Args:
-        judge: what stands in place of loss and divergence at the tries of the line search, by their number from 0.
+        judge: gives the loss and the divergence at each try of the line search, from the try's number, from 0.
     """
 
     def __init__(self, judge: Callable[[int], tuple[float, float]] | None = None) -> None:
@@ -64,7 +64,7 @@ class Quadratic(Objective):
     def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
         slope = self.hessian @ (flat(theta) - self.minimum)
         metrics = {"loss": self.loss(flat(theta)), "kl": torch.tensor(0.0), "other": torch.tensor(7.0)}
-        return {"b": slope[4:], "a": slope[:4].reshape(2, 2)}, metrics  # in another order than theta
+        return {"b": slope[4:], "a": slope[:4].reshape(2, 2)}, metrics  # theta has another order
 
     def evaluate(self, theta: Params) -> dict[str, Tensor]:
         self.tried.append(flat(theta).clone())
@@ -74,7 +74,7 @@ class Quadratic(Objective):
         away = flat(theta) - self.start
         return {"loss": self.loss(flat(theta)), "kl": 0.5 * away @ self.metric @ away}
 
-    def curvature(self, theta: Params, every: int = 1) -> Product:
+    def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
         self.every.append(every)
 
         def product(vector: Params) -> Params:
@@ -85,7 +85,7 @@ class Quadratic(Objective):
 
 
 def full_step(objective: Quadratic, max_kl: float, damping: float) -> np.ndarray:
-    """Returns what is subtracted from theta where nothing shortens it."""
+    """Returns the full step, which the line search does not shorten."""
     damped = objective.metric.numpy() + damping * np.eye(SIZE)
     direction = np.linalg.solve(damped, objective.slope().numpy())
     return np.sqrt(2 * max_kl / (direction @ damped @ direction)) * direction
@@ -139,7 +139,7 @@ def test_metrics_are_those_before_the_step_and_after() -> None:
     assert metrics["loss_after"] == objective.loss(flat(theta)) < metrics["loss"]
     assert set(metrics) == {"loss", "kl", "other", "loss_after", "step_fraction"}
     assert all(value.dim() == 0 for value in metrics.values())
-    assert TRPO().init(theta) == {}
+    assert TRPO().init_state(theta) == {}
 
 
 BAD = {
@@ -208,7 +208,7 @@ def test_gradient_of_zero_moves_nothing() -> None:
 
 
 def test_direction_of_negative_curvature_is_tried_at_length_one() -> None:
-    """As in the authors' code: a length that is not a number is 1."""
+    """As in the authors' code, a length of NaN becomes 1."""
 
     class Saddle(Quadratic):
         def __init__(self) -> None:
@@ -241,7 +241,7 @@ def test_loss_falls_and_policies_stay_in_the_trust_region() -> None:
 
 
 def test_divergence_is_what_the_curvature_foretold() -> None:
-    """Of a smooth network: the second derivative does not see the kinks of a ReLU that a step runs across."""
+    """The network is smooth: with ReLU, a step may cross kinks, which second derivatives do not see."""
     algorithm = navigating(1e-4, "tanh")
     for iteration in range(3):
         metrics = algorithms.step(algorithm, algorithm.sample_tasks(8, Stream(1).child(iteration)))

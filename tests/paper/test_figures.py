@@ -20,6 +20,17 @@ PANEL = Panel("MAML", 0, False, SINUSOID)
 main = runpy.run_path(str(ROOT / "scripts" / "paper_figures.py"))["main"]
 
 
+@pytest.fixture
+def painted() -> None:
+    """Asks for pictures. A test that does not has none: to paint seven of them takes nearly all of its time."""
+
+
+@pytest.fixture(autouse=True)
+def _painted_on_demand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "painted" not in request.fixturenames:
+        monkeypatch.setattr(Canvas, "savefig", lambda *_, **__: None)
+
+
 def render(tmp_path: Path, figure: str = "figure3", status: int = 0) -> list[dict[str, str]]:
     assert main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path)]) == status
     return rendered(tmp_path, figure)
@@ -44,6 +55,7 @@ def evidence(root: Path, source: Source = SINUSOID) -> Evidence:
     return find_evidence(source, find_runs(root)[0])
 
 
+@pytest.mark.usefixtures("painted")
 def test_without_runs_figure_3_shows_the_papers_levels_and_says_not_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,6 +69,7 @@ def test_without_runs_figure_3_shows_the_papers_levels_and_says_not_run(
     pictures(tmp_path)
 
 
+@pytest.mark.usefixtures("painted")
 def test_a_finished_run_is_drawn_and_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     render(tmp_path)
     without = pictures(tmp_path)

@@ -64,9 +64,9 @@ def test_algorithm_goes_on_from_what_was_exported_and_keeps_its_own_optimizer(tm
 def test_parameters_of_another_network_are_refused() -> None:
     with pytest.raises(MamlError, match=r"theta\.linear1\.weight has shape \(5, 1\), but this model's has \(4, 1\)"):
         restore(sinusoid(seed=0), {"theta": sinusoid(seed=0, hidden=5).theta})
-    with pytest.raises(MamlError, match=r"lacks \['theta\.linear2\.weight'\] and has \['theta\.linear3\.weight'\]"):
+    with pytest.raises(MamlError, match=r"lacks \['theta\.head\.weight'\] and has \['theta\.linear3\.weight'\]"):
         theta = dict(sinusoid(seed=0).theta)
-        theta["linear3.weight"] = theta.pop("linear2.weight")
+        theta["linear3.weight"] = theta.pop("head.weight")
         restore(sinusoid(seed=0), {"theta": theta})
 
 

@@ -31,7 +31,7 @@ SPEC.loader.exec_module(paper)
 
 TINY = ["meta_batch_size=2", "evaluation.num_tasks=3", "log_every=3", "checkpoint_every=7", "hardware=cpu"]
 TINY += ["hardware.num_threads=1"]
-LONG, SHORT = [*TINY, "num_iterations=1500"], [*TINY, "num_iterations=20"]
+LONG, SHORT = [*TINY, "num_iterations=800"], [*TINY, "num_iterations=20"]
 
 Results = Callable[..., Path]
 

@@ -1,4 +1,4 @@
-"""Choosing the chunk of tasks by measuring: once, where it pays, and kept by the run."""
+"""Measuring the fastest chunk of tasks: done once, only if it pays off, and kept in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maml.errors import Interrupted
 from maml.hardware.base import Execution, Hardware
 from maml.record import checkpoint
 from maml.training import autotune
-from maml.training.autotune import measured, tuned
+from maml.training.autotune import measure_seconds_per_task, tune_execution
 from maml.training.iteration import Iteration
 from maml.types import num_tasks
 from tests.runs import TinyRuns, before_iteration
@@ -32,7 +32,7 @@ LONG = (
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], num_seeds: int = 1) -> list[int]:
-    """Has a chunk of so many tasks seem to take so long; returns the sizes that were tried."""
+    """Fakes the clock: each chunk size takes the given seconds. Returns a list that collects the sizes tried."""
     tried, now = list[int](), 0.0
 
     def compute(theta: Any, tasks: Any, chunk: int) -> None:
@@ -40,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], num_seeds:
         assert num_tasks(tasks) == chunk * num_seeds
         if not tried or tried[-1] != chunk:
             tried.append(chunk)
-            now += 100.0  # the first time counts for nothing
+            now += 100.0  # the warm-up is slow and must not count
         if seconds[chunk] < 0:
             raise torch.OutOfMemoryError
         now += seconds[chunk]
@@ -54,7 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], num_seeds:
     ("seconds", "best", "tried"),
     [
         ({1: 1.0, 2: 1.5, 4: 2.8, 8: 5.5, 16: 12.0, 20: 30.0}, 8, [1, 2, 4, 8, 16, 20]),
-        ({1: 1.0, 2: 3.0, 4: 7.0}, 1, [1, 2, 4]),  # twice worse: no more
+        ({1: 1.0, 2: 3.0, 4: 7.0}, 1, [1, 2, 4]),  # slower twice in a row: stops
         ({1: 1.0, 2: 1.8, 4: -1, 8: -1, 16: -1, 20: -1}, 2, [1, 2, 4, 8, 16, 20]),
     ],
 )
@@ -63,7 +63,7 @@ def test_chunk_is_the_one_that_takes_least_per_task(
 ) -> None:
     iterate = iteration("omniglot_5way_1shot", 20, cache_dir, torch.device("cpu"))
     given = clock(monkeypatch, seconds)
-    found = measured(iterate)
+    found = measure_seconds_per_task(iterate)
     assert min(found, key=found.__getitem__) == best
     assert given == tried
     assert found[best] == pytest.approx(seconds[best] / best)
@@ -72,7 +72,7 @@ def test_chunk_is_the_one_that_takes_least_per_task(
 def test_seeds_are_measured_together(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
     iterate = iteration("omniglot_5way_1shot", 2, cache_dir, torch.device("cpu"), seeds=(0, 1, 2))
     clock(monkeypatch, {1: 3.0, 2: 3.0}, num_seeds=3)
-    assert measured(iterate) == {1: 1.0, 2: 0.5}
+    assert measure_seconds_per_task(iterate) == {1: 1.0, 2: 0.5}
 
 
 def test_measuring_changes_nothing_and_is_remembered(tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,13 +82,13 @@ def test_measuring_changes_nothing_and_is_remembered(tiny_images: TinyRuns, monk
         (cache_dir / file.name).symlink_to(file)
     tiny = TinyRuns(tiny_images.runs_dir, cache_dir, tiny_images.base)
     calls = []
-    real = measured
+    real = measure_seconds_per_task
 
     def counting(iterate: Iteration) -> dict[int, float]:
         calls.append(1)
         return dict.fromkeys(real(iterate), 1.0) | {2: 0.5}
 
-    monkeypatch.setattr(autotune, "measured", counting)
+    monkeypatch.setattr(autotune, "measure_seconds_per_task", counting)
     for number, overrides in enumerate([LONG, (*LONG, "seed=1")]):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             before_iteration(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
@@ -108,7 +108,7 @@ def test_measuring_changes_nothing_and_is_remembered(tiny_images: TinyRuns, monk
 def test_nothing_is_measured_where_it_does_not_pay_or_is_not_asked_for(
     setting: str, tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(autotune, "measured", lambda iterate: pytest.fail("measured"))
+    monkeypatch.setattr(autotune, "measure_seconds_per_task", lambda iterate: pytest.fail("measured"))
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         before_iteration(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         tiny_images.run(*LONG, setting)
@@ -117,9 +117,9 @@ def test_nothing_is_measured_where_it_does_not_pay_or_is_not_asked_for(
 @pytest.mark.parametrize(
     ("experiment", "seconds", "compile"),
     [
-        ("omniglot_5way_1shot", 0.1, True),  # of 60,000 iterations of 2 tasks
+        ("omniglot_5way_1shot", 0.1, True),  # times 60,000 iterations of 2 tasks
         ("omniglot_5way_1shot", 0.001, False),
-        ("cifar_fs_5way_1shot", 0.1, False),  # of five inner steps
+        ("cifar_fs_5way_1shot", 0.1, False),  # five inner steps
     ],
 )
 def test_long_runs_of_one_inner_step_are_compiled(
@@ -127,7 +127,7 @@ def test_long_runs_of_one_inner_step_are_compiled(
 ) -> None:
     iterate = iteration(experiment, 2, cache_dir, torch.device("cpu"))
     config, _ = compose([f"+experiment={experiment}", "hardware=cpu", f"cache_dir={tmp_path}"])
-    monkeypatch.setattr(autotune, "measured", lambda iterate: {1: seconds, 2: 2 * seconds})
+    monkeypatch.setattr(autotune, "measure_seconds_per_task", lambda iterate: {1: seconds, 2: 2 * seconds})
     execution = Execution(1, 2, False)
-    assert tuned(iterate, execution, Hardware("cpu"), config) == Execution(1, 1, compile)
-    assert tuned(iterate, execution, Hardware("cpu", compile=False), config) == Execution(1, 1, False)
+    assert tune_execution(iterate, execution, Hardware("cpu"), config) == Execution(1, 1, compile)
+    assert tune_execution(iterate, execution, Hardware("cpu", compile=False), config) == Execution(1, 1, False)

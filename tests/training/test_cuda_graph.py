@@ -1,4 +1,4 @@
-"""Launching an iteration as one graph, with a stand-in for the graph: when it is used, and when given up."""
+"""Running an iteration as a CUDA graph, with a fake graph: when it is used, and when the run continues without it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
 from maml.seeding import Stream
 from maml.training import cuda_graph
-from maml.training.cuda_graph import Captured
+from maml.training.cuda_graph import CudaGraphIteration
 from maml.training.iteration import Iteration
 from tests.algorithms import build_from
 
@@ -27,13 +27,13 @@ def iteration() -> Iteration:
     return Iteration([algorithm], [Stream(0)], 4, Execution(1, None, False, cuda_graph=True))
 
 
-def recording(iterate: Iteration, distort: Callable[[int], Any] = lambda calls: None) -> Any:
-    """Returns what stands in for the graph: it runs nothing when recorded, and writes into the same tensors ever after.
+def fake_capture(iterate: Iteration, distort: Callable[[int], Any] = lambda calls: None) -> Any:
+    """Returns a fake `capture`: capturing computes nothing, and every replay writes into the same tensors.
 
     ``distort`` is called in front of each replay.
     """
 
-    def record(compute: Callable[[], list[dict[str, Tensor]]]) -> Any:
+    def capture(compute: Callable[[], list[dict[str, Tensor]]]) -> Any:
         (algorithm,) = iterate.algorithms
         before = {name: value.clone() for name, value in _flat(algorithm).items()}
         outputs = [{name: value.clone() for name, value in its.items()} for its in compute()]
@@ -51,7 +51,7 @@ def recording(iterate: Iteration, distort: Callable[[int], Any] = lambda calls: 
 
         return outputs, replay
 
-    return record
+    return capture
 
 
 def _flat(algorithm: Any) -> dict[str, Tensor]:
@@ -60,8 +60,8 @@ def _flat(algorithm: Any) -> dict[str, Tensor]:
 
 def test_graph_goes_on_where_the_plain_iterations_were(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, iterate = iteration(), iteration()
-    captured = Captured(iterate)
-    monkeypatch.setattr(cuda_graph, "record", recording(iterate))
+    captured = CudaGraphIteration(iterate)
+    monkeypatch.setattr(cuda_graph, "capture", fake_capture(iterate))
     for number in range(1, 11):
         expected = {name: value.item() for name, value in plain(number)[0].items()}
         assert {name: value.item() for name, value in captured(number)[0].items()} == expected
@@ -74,11 +74,11 @@ def test_graph_goes_on_where_the_plain_iterations_were(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("factor", [0.0, -1.0, 3.0])
 def test_graph_whose_theta_goes_elsewhere_is_given_up(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     iterate = iteration()
-    captured = Captured(iterate)
+    captured = CudaGraphIteration(iterate)
     theta = iterate.algorithms[0].theta
 
     def skewed(compute: Callable[[], Any]) -> Any:
-        outputs, replay = recording(iterate)(compute)
+        outputs, replay = fake_capture(iterate)(compute)
 
         def wrong() -> None:
             start = {name: value.clone() for name, value in theta.items()}
@@ -88,10 +88,10 @@ def test_graph_whose_theta_goes_elsewhere_is_given_up(factor: float, monkeypatch
 
         return outputs, wrong
 
-    monkeypatch.setattr(cuda_graph, "record", skewed)
+    monkeypatch.setattr(cuda_graph, "capture", skewed)
     for number in range(1, 6):
         captured(number)
-    assert captured.is_given_up
+    assert captured.has_failed
 
 
 @pytest.mark.parametrize("what", ["tasks", "capture"])
@@ -99,7 +99,7 @@ def test_graph_that_does_something_else_is_given_up_and_nothing_is_lost(
     what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, iterate = iteration(), iteration()
-    captured = Captured(iterate)
+    captured = CudaGraphIteration(iterate)
 
     def refuse(compute: Callable[[], Any]) -> Any:
         try:
@@ -107,8 +107,8 @@ def test_graph_that_does_something_else_is_given_up_and_nothing_is_lost(
         except RuntimeError:
             raise RuntimeError("the capture has failed")  # noqa: B904 - as torch does
 
-    record = recording(iterate, lambda calls: captured.number.fill_(99))
-    monkeypatch.setattr(cuda_graph, "record", refuse if what == "capture" else record)
+    capture = fake_capture(iterate, lambda calls: captured.number.fill_(99))
+    monkeypatch.setattr(cuda_graph, "capture", refuse if what == "capture" else capture)
     with caplog.at_level(logging.WARNING):
         for number in range(1, 8):
             plain(number)

@@ -1,4 +1,4 @@
-"""One meta-iteration: it follows from its number alone, and makes the host wait for nothing."""
+"""One meta-iteration: it depends on its number only, and the CPU never waits for the device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXPERIMENTS = [
     "mini_imagenet_5way_1shot",
     "mini_imagenet_5way_1shot_finetune",
 ]
-ELSEWHERE = torch.device("meta")  # has shapes and no values, so that whatever looks at a value fails there
+ELSEWHERE = torch.device("meta")  # tensors without values: any code that reads a value fails
 
 
 def iteration(
@@ -56,7 +56,7 @@ def iteration(
 
 
 class NothingFromTheHost(TorchDispatchMode):
-    """Refuses tensors of the host, but for numbers: they would be copied to the device, and waited for."""
+    """Refuses CPU tensors, except 0-dim ones: they would be copied to the device, and the CPU would wait."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = tree_leaves((args, kwargs))
@@ -75,7 +75,7 @@ def test_iteration_makes_the_host_wait_for_nothing(
     experiment: str, seeds: tuple[int, ...], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if len(seeds) > 1 and experiment.endswith("finetune"):
-        return  # is not run for several seeds at once
+        return  # several seeds are not trained at once here
     iterate = iteration(experiment, 4, cache_dir, ELSEWHERE, seeds)
     number = torch.ones((), dtype=torch.int64, device=ELSEWHERE)
     monkeypatch.setattr(torch, "tensor", _refuse)

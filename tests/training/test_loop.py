@@ -1,4 +1,4 @@
-"""The outer loop on an algorithm that only counts: what it draws, logs and saves, and when."""
+"""The outer loop with an algorithm that only counts: what is drawn, logged and saved, and when."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STREAM = Stream(5)
 
 
 class Counting:
-    """Adds up what it is given; its loss is the iteration's number."""
+    """Sums up the numbers of the iterations; its loss is the iteration's number."""
 
     def __init__(self) -> None:
         self.name = "Counting"
@@ -184,7 +184,7 @@ def test_second_signal_does_not_wait(tiny: TinyRuns) -> None:
         raise AssertionError("still waiting")
 
     loop.algorithm.meta_update = impatient
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores SIGINT from its start
     try:
         with pytest.raises(KeyboardInterrupt) as stop:
             loop()

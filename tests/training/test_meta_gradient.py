@@ -1,4 +1,4 @@
-"""The engine's meta-gradient against a plain loop over tasks and against finite differences, in float64."""
+"""The meta-gradient against a plain loop over tasks and against finite differences, in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maml.algorithm.maml import MAML
 from maml.domain.base import Metrics, Role, Split, SupervisedDomain
-from maml.hardware.memory import recomputing
+from maml.hardware.memory import recompute_inner_steps
 from maml.inner.sgd import SGD
 from maml.model.base import Model
 from maml.model.conv4 import Conv4
@@ -27,7 +27,7 @@ NUM_TASKS, NUM_SUPPORT, NUM_QUERY, NUM_WAYS = 4, 5, 6, 5
 
 
 class FixedExamples(SupervisedDomain):
-    """Random inputs of a given shape with random targets; classification where ``classes`` says so."""
+    """Random inputs of a given shape with random targets; classification if ``classes`` is set."""
 
     headline = "loss"
     larger_is_better = False
@@ -92,7 +92,7 @@ CASES: dict[str, tuple[tuple[int, ...], bool, Callable[[], Model], plain_maml.Fo
         plain_maml.mlp,
     ),
     "conv4-stride": (SMALL, True, lambda: Conv4(SMALL, NUM_WAYS, 6, "stride"), plain_maml.conv4("stride", "mean")),
-    # Wide enough for tasks to be convolved one by one.
+    # With this many channels, tasks are convolved one by one.
     "conv4-stride-wide": (WIDE, True, lambda: Conv4(WIDE, NUM_WAYS, 16, "stride"), plain_maml.conv4("stride", "mean")),
     "conv4-max-pool": (
         SMALL,
@@ -123,7 +123,7 @@ def make(
     domain = FixedExamples(in_shape, classes)
     inner = SGD(step_size=0.3, num_steps=num_steps, order=order, adapt=["*", "!*.shift"])  # type: ignore[arg-type]
     algorithm = build_from(MAML, domain, model, inner)
-    # Larger than the initial weights of 0.01, at which second derivatives would be lost in rounding.
+    # Larger than the initial weights of 0.01, for which second derivatives would be lost in rounding.
     theta = {
         name: value.double() + Stream(1).child(name).uniform(value.shape, -0.4, 0.4, dtype=torch.float64)
         for name, value in algorithm.theta.items()
@@ -172,14 +172,14 @@ def test_recomputed_steps_give_the_same_meta_gradient(case: str) -> None:
 
 
 class Held:
-    """What autograd keeps for as long as it keeps it."""
+    """A number that autograd keeps; counted for as long as autograd keeps it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def test_recomputed_steps_keep_no_more_of_five_steps_than_of_one() -> None:
-    """Counts what autograd holds for the outer gradient, in numbers."""
+    """Counts the numbers that autograd keeps for the meta-gradient."""
     held = {}
     for recompute in (False, True):
         for num_steps in (1, 5):
@@ -193,7 +193,7 @@ def test_recomputed_steps_keep_no_more_of_five_steps_than_of_one() -> None:
 
             leaves = {name: value.requires_grad_() for name, value in theta.items()}
             hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda held_tensor: held_tensor.tensor)
-            with recomputing(recompute), hooks:
+            with recompute_inner_steps(recompute), hooks:
                 losses, _ = algorithm.task_losses(expand(leaves, NUM_TASKS), tasks)
             held[recompute, num_steps] = sum({each.tensor.data_ptr(): each.tensor.numel() for each in alive}.values())
             del losses
@@ -208,7 +208,7 @@ def test_meta_gradient_equals_finite_differences(num_steps: int, chunk: int | No
     model = Conv4(SMALL, NUM_WAYS, 4, "mean", "flatten", activation="softplus")
     algorithm, theta, tasks = make(SMALL, True, model, num_steps, order=2)
     gradient, _ = algorithms.gradient(algorithm, theta, tasks, chunk)
-    first_order, *_ = make(SMALL, True, model, num_steps, order=1)  # the same loss for less: no gradient is needed
+    first_order, *_ = make(SMALL, True, model, num_steps, order=1)  # has the same loss and is cheaper
     for name, value in theta.items():
         direction = Stream(3).child(name).uniform(value.shape, -1.0, 1.0, dtype=torch.float64)
 
@@ -217,9 +217,9 @@ def test_meta_gradient_equals_finite_differences(num_steps: int, chunk: int | No
             return first_order.task_losses(expand(moved, NUM_TASKS), tasks)[0].mean().item()
 
         step = 1e-4
-        # Fourth order in the step, so that the difference is exact enough for the bound.
+        # A fourth-order difference, which is exact enough for the tolerance.
         slope = (8 * (loss_at(step) - loss_at(-step)) - (loss_at(2 * step) - loss_at(-2 * step))) / (12 * step)
-        if name.startswith("conv") and name.endswith("bias"):  # cancelled by the normalisation behind it
+        if name.startswith("conv") and name.endswith("bias"):  # has no effect, because normalisation follows
             assert abs((gradient[name] * direction).sum().item()) < 1e-9
         else:
             assert (gradient[name] * direction).sum().item() == pytest.approx(slope, rel=1e-5)

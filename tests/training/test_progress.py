@@ -1,4 +1,4 @@
-"""The progress display, on a terminal and elsewhere, against a clock that the test moves."""
+"""The progress display, on a terminal and elsewhere, with a fake clock."""
 
 import io
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Several seeds side by side in one computation: each gives what it would give alone, in a folder of its own."""
+"""Several seeds trained at once: each gives the result that it gives alone, in its own run folder."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_seed_that_is_being_trained_elsewhere_stops_the_others_before_they_begin
 def test_seed_killed_before_its_checkpoint_catches_up_bit_exactly(
     tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seeds are saved one after the other, and a kill may come in between."""
+    """Seeds are saved one after another, so a kill may leave some of them behind."""
     settings = ("seeds=2", "num_iterations=20", "hardware.task_chunk=2")
     whole = tiny.beside("whole")
     whole.run(*settings)
@@ -135,11 +135,11 @@ def test_seed_killed_before_its_checkpoint_catches_up_bit_exactly(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("run_dir=here",), "run_dir= and checkpoint= name one run"),
-        (("+experiment=sinusoid_multitask_average",), "seeds=2: MultitaskAverage cannot run side by side"),
+        (("run_dir=here",), "run_dir= and checkpoint= are for one run"),
+        (("+experiment=sinusoid_multitask_average",), "seeds=2: MultitaskAverage cannot train several seeds"),
         (
             ("+experiment=point_navigation_maml", "evaluation.num_steps=4"),
-            "seeds=2: PointNavigation cannot run side by side; sweep instead, with -m seed=",
+            "seeds=2: PointNavigation cannot train several seeds as one computation; sweep instead, with -m seed=",
         ),
     ],
 )

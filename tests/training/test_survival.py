@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, run out of disk or diverge: what is left, and what the same command makes of it."""
+"""Runs that are killed, stopped, run out of disk or diverge: which files remain, and how the same command resumes."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Reference = Callable[[TinyRuns], Path]
 
 
 def count_lines(folder: Path) -> int:
-    """Returns how often a run has logged so far."""
+    """Returns the number of lines that a run has logged so far."""
     metrics = folder / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def wait_for_metrics(folder: Path, lines: int, process: Popen[str]) -> None:
-    """Returns as soon as a run has logged so often."""
+    """Waits until a run has logged this many lines."""
     deadline = time.monotonic() + 120
     while count_lines(folder) < lines:
         assert process.poll() is None, f"ended too early: {process.communicate()[1]}"
@@ -130,7 +130,7 @@ def test_signal_between_two_checkpoints_saves_the_iteration_at_hand(
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
 def test_compiled_run_resumes_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full runs on vectors are compiled; that they were stands in the checkpoint."""
+    """Full runs on vectors are compiled, and the checkpoint says so."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         before_iteration(patch, 11, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         tiny.run("num_iterations=30", "hardware.compile=true")
@@ -201,7 +201,7 @@ def test_metrics_with_garbage_behind_the_checkpoint_are_completed(
     stopped: Path, tiny: TinyRuns, uninterrupted: Reference
 ) -> None:
     metrics = stopped / "metrics.jsonl"
-    metrics.write_bytes(metrics.read_bytes() + b"\0\0\xff\xfe\0\n\0")  # what a power failure may leave
+    metrics.write_bytes(metrics.read_bytes() + b"\0\0\xff\xfe\0\n\0")  # a power failure may leave such bytes
     tiny.run()
     assert_same_run(stopped, uninterrupted(tiny))
 
@@ -244,7 +244,7 @@ def test_run_dir_of_another_run_is_refused_with_the_difference(stopped: Path, ti
     assert files(stopped) == before
     for path in stopped.glob("checkpoint*"):
         path.unlink()
-    with pytest.raises(MamlError, match="seed: 3 here"):  # by its record, where no checkpoint was reached yet
+    with pytest.raises(MamlError, match="seed: 3 here"):  # from run.json, because there is no checkpoint yet
         tiny.run(f"run_dir={stopped}", "seed=3")
 
 
@@ -269,7 +269,7 @@ def test_checkpoint_for_training_is_refused(stopped: Path, tiny: TinyRuns) -> No
 
 @contextmanager
 def disk_full_behind(size: int) -> Iterator[None]:
-    """Lets no file of this process grow beyond so many bytes: a real failure of a real write."""
+    """Limits the size of this process's files to a number of bytes, so that a real write fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -282,7 +282,7 @@ def test_no_room_for_a_checkpoint_leaves_the_one_before(
     tiny: TinyRuns, uninterrupted: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny.folder()
-    limit = disk_full_behind(8000)  # less than a checkpoint, more than any other file so early
+    limit = disk_full_behind(8000)  # less than a checkpoint, more than any other file at this time
     with monkeypatch.context() as patch:
         before_iteration(patch, 16, lambda _: limit.__enter__())
         try:
@@ -377,7 +377,7 @@ def test_diverged_run_names_the_iteration_and_saves_nothing_of_it(
 def test_state_that_diverges_under_a_finite_loss_is_not_saved(
     where: str, tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss is that of the parameters before the update, so it is finite one iteration longer than they are."""
+    """The loss belongs to the parameters before the update, so it stays finite one iteration longer than they do."""
     meta_update, count = MAML.meta_update, 0
 
     def overflowing(self: MAML, objective: Objective, tasks: Tasks) -> dict[str, torch.Tensor]:
@@ -403,7 +403,7 @@ def test_diverging_step_size_is_reported_as_such(tiny: TinyRuns) -> None:
 def test_second_process_on_a_run_is_refused(tiny: TinyRuns, uninterrupted: Reference) -> None:
     process = tiny.start()
     wait_for_metrics(tiny.folder(), 1, process)
-    process.send_signal(signal.SIGSTOP)  # so that it is still there
+    process.send_signal(signal.SIGSTOP)  # so that it stays alive
     try:
         with pytest.raises(MamlError, match=r"process \d+ on .* is training in .*; wait for it, or stop it"):
             tiny.run()
@@ -424,5 +424,5 @@ def test_evaluation_of_an_unfinished_run_is_marked_and_stands_apart(
     assert report is not None
     assert (report["iteration"], report["num_iterations"]) == (20, 200)
     assert not (stopped / "report.json").exists()
-    tiny.run()  # it does not count as the run's evaluation
+    tiny.run()  # the earlier evaluation does not count as the run's own
     assert_same_run(stopped, uninterrupted(tiny))

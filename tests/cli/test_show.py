@@ -1,0 +1,58 @@
+"""The output of `maml list` and `maml describe`, and their messages for unknown names."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from maml.config.paths import CONF
+from tests.cli.test_cli import printed, refused
+from tests.runs import ROOT
+
+
+def test_list_has_a_line_for_every_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "list").splitlines()
+    assert [line.split()[0] for line in lines] == sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+    assert len({re.match(r"  \S+ +", line).end() for line in lines}) == 1, "aligned"  # type: ignore[union-attr]
+    assert not [line for line in lines if "python train.py" in line]
+
+
+def test_list_finds_text_in_names_and_descriptions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "list", "5WAY_1SHOT_fomaml").count("\n") == 3
+    assert "ant_direction_maml" in printed(capsys, "list", "figure 5")
+
+
+def test_list_is_quick_because_it_needs_no_torch() -> None:
+    code = "import sys; from maml.cli import main; main(['list']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_unknown_words_are_answered_with_what_was_meant() -> None:
+    assert "did you mean omniglot?" in refused("list", "omniglt")
+    assert refused("describe", "step_size").endswith(
+        "did you mean inner.step_size or outer.step_size or evaluation.step_size?"
+    )
+    assert "did you mean inner.step_size?" in refused("describe", "inner.step_sise")
+    assert "did you mean model=conv4?" in refused("describe", "model=conv5")
+    assert "did you mean domain?" in refused("describe", "domian")
+    assert refused("describe", "a", "b").startswith("maml describe takes one word")
+
+
+def test_describe_key_gives_meaning_type_range_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "describe", "inner.step_size")
+    for part in ("meaning  The paper's alpha.", "type     number", "range    > 0", "default  0.01  (inner=sgd)"):
+        assert part in text
+    assert "none: you must set it  (evaluation=accuracy)" in printed(capsys, "describe", "evaluation.num_steps")
+
+
+def test_describe_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "domain=omniglot " in printed(capsys, "describe", "domain")
+    text = printed(capsys, "describe", "model=conv4")
+    assert "maml.model.conv4.Conv4" in text
+    assert "model.num_filters=64" in text
+    assert "inner.order=1" in printed(capsys, "describe", "algorithm=fomaml")
+    assert "Config groups" in printed(capsys, "describe")
+    assert "num_iterations" in printed(capsys, "describe", "+experiment=sinusoid_10shot")

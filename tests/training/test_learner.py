@@ -1,0 +1,98 @@
+"""The owner of a seed: what it holds while it trains, and how the end of a training is recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maml.errors import Disconnected, Diverged, Interrupted
+from maml.experiment import build_algorithm
+from maml.hardware.base import Hardware
+from maml.logger.base import Logger
+from maml.record.run_folder import read_json
+from maml.training.learner import Learner
+from tests.runs import TinyRuns
+
+
+class Closing(Logger):
+    """Keeps what the record said when it was closed, and the status it was given."""
+
+    closed: list[tuple[str, str]] = []
+    folder: Path
+
+    def start(self, run_dir: Path, *_: Any) -> None:
+        self.folder = run_dir
+
+    def finish(self, status: str) -> None:
+        record = read_json(self.folder / "run.json")
+        assert record is not None
+        self.closed.append((record["status"], status))
+
+
+def learner(tiny: TinyRuns, *overrides: str) -> Learner:
+    settings = tiny.config(f"logger._target_={__name__}.Closing", *overrides)
+    return Learner(settings, "custom", build_algorithm(settings, Hardware("cpu")))
+
+
+def test_nothing_is_written_before_it_is_opened(tiny: TinyRuns) -> None:
+    mine = learner(tiny)
+    assert mine.title == f"custom {mine.folder.run_id[:6]}, MAML"
+    assert (mine.start, mine.report) == (0, None)
+    assert not tiny.runs_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (Diverged("loss=nan"), "failed"),
+        (RuntimeError("a bug"), "failed"),
+        (Interrupted("stopped", 15), "interrupted"),
+        (SystemExit(0), "interrupted"),
+        (Disconnected("another process is gone"), "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else value,
+)
+def test_error_says_how_a_training_ended_in_the_record_first_and_in_the_mirror(
+    tiny: TinyRuns, error: BaseException, status: str
+) -> None:
+    Closing.closed.clear()
+    mine = learner(tiny)
+    with pytest.raises(type(error)), mine.opened(Hardware("cpu"), num_seeds=1) as saved:
+        assert saved is None
+        record = read_json(mine.folder.path / "run.json")
+        assert record is not None and record["status"] == "running"
+        raise error
+    assert Closing.closed == [(status, status)]
+
+
+@pytest.mark.parametrize(("report", "status"), [({"headline": 1.0}, "finished"), (None, "failed")])
+def test_training_is_finished_once_it_has_its_report(
+    tiny: TinyRuns, report: dict[str, Any] | None, status: str
+) -> None:
+    Closing.closed.clear()
+    mine = learner(tiny)
+    with mine.opened(Hardware("cpu"), num_seeds=3):
+        mine.report = report
+    assert Closing.closed == [(status, status)]
+    record = read_json(mine.folder.path / "run.json")
+    assert record is not None
+    assert record["segments"][0]["hardware"]["seeds"] == 3, "whose time it is, together"
+
+
+def test_opened_again_it_gives_the_checkpoint_and_takes_it_over(tiny: TinyRuns) -> None:
+    first = learner(tiny)
+    with pytest.raises(Interrupted), first.opened(Hardware("cpu"), num_seeds=1):
+        first.folder.save_checkpoint(7, first.algorithm.state_dict(), {"num_threads": 1})
+        raise Interrupted("stopped", 15)
+    second = learner(tiny)
+    for value in second.algorithm.theta.values():
+        value.zero_()
+    with second.opened(Hardware("cpu"), num_seeds=1) as saved:
+        assert saved is not None
+        second.restore(saved)
+        second.report = {}
+    assert second.start == 7
+    assert all(torch.equal(value, second.algorithm.theta[name]) for name, value in first.algorithm.theta.items())
