@@ -1,9 +1,9 @@
-# Every target sets up its own .venv first; nothing outside this folder is touched.
+# Every target first sets up .venv in this folder. Nothing outside this folder is changed.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-# A GPU's tables stand beside the CPU's.
+# The tables of a GPU are written beside those of the CPU, with a suffix.
 BENCH = $(if $(DEVICE),--device $(DEVICE) --suffix _$(DEVICE))
 
 .DEFAULT_GOAL := help
@@ -14,30 +14,30 @@ help:  ## list the targets
 
 setup: $(VENV)/installed  ## create or update .venv from constraints.txt
 
-# Of pip's output, only what takes long is shown: large downloads and the unpacking. Errors always are.
+# From pip's output, only the slow steps are shown (large downloads, the installation), and all errors.
 $(VENV)/installed: SHELL := bash
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.11 ...")'
 	@echo "setup 1 of 2: $(VENV) with $$($(PYTHON) --version)"
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@echo "setup 2 of 2: PyTorch and the other packages of constraints.txt into $(VENV), once; PyTorch alone is 0.2 GB to" \
-		"download for CPUs and about 3 GB with CUDA. One to ten minutes"
+	@echo "setup 2 of 2: PyTorch and the other packages of constraints.txt into $(VENV), once. The download of PyTorch" \
+		"is 0.2 GB for CPUs and about 3 GB with CUDA. This takes one to ten minutes"
 	@set -o pipefail; $(RUN) -m pip install --disable-pip-version-check --progress-bar off \
 			--constraint constraints.txt --editable '.[dev]' | while read -r line; do \
 		case "$$line" in \
 			*[0-9][0-9].[0-9]\ MB\)|*\ GB\)) echo "  $$line" ;; \
-			"Installing collected packages"*) set -- $${line#*: }; echo "  All is here. Unpacking $$# packages, a minute or so" ;; \
+			"Installing collected packages"*) set -- $${line#*: }; echo "  Downloads are complete. Installing $$# packages, about a minute" ;; \
 		esac; done
 	@touch $@
 	@echo "setup: done"
 
-demo: setup  ## meta-train the sinusoid experiment at full budget and compare it with the paper (minutes)
+demo: setup  ## meta-train the sinusoid experiment with the full budget and compare it with the paper (minutes)
 	$(RUN) scripts/demo.py
 
 test: setup  ## run the tests
 	$(RUN) -m pytest -q
 
-test-slow: setup  ## run the long tests as well
+test-slow: setup  ## run all tests, with the slow ones
 	$(RUN) -m pytest -q -m 'slow or not slow'
 
 check: setup  ## lint and type-check
@@ -45,20 +45,20 @@ check: setup  ## lint and type-check
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-paper: setup  ## run what is missing for the paper, then render; PLAN=1 ONLY=table2,figure3 SMOKE=1 WANDB=1 JOBS=2 SEEDS=0,1
+paper: setup  ## run the paper's missing runs, then render; PLAN=1 ONLY=table2,figure3 SMOKE=1 WANDB=1 JOBS=2 SEEDS=0,1
 	$(RUN) scripts/paper.py $(if $(PLAN),--plan) $(if $(SMOKE),--smoke) $(if $(WANDB),--wandb) \
 		$(if $(ONLY),--only '$(ONLY)') $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS))
 
-paper-tables: setup  ## render the paper's tables from what has been run
+paper-tables: setup  ## render the paper's tables from all runs
 	$(RUN) scripts/paper_tables.py
 
-paper-figures: setup  ## render the paper's figures from what has been run
+paper-figures: setup  ## render the paper's figures from all runs
 	$(RUN) scripts/paper_figures.py
 
-paper-report: paper-figures  ## render one page with every number and the evidence behind it, results/report.html
+paper-report: paper-figures  ## render one page with every number and its evidence, results/report.html
 	$(RUN) scripts/report.py
 
-readme: setup  ## write the results table of README.md from the committed runs (make test says when it is out of date)
+readme: setup  ## write the results table of README.md from the committed runs (make test fails if it is out of date)
 	$(RUN) scripts/readme.py
 
 docs: setup  ## build the documentation, without network, into site/
@@ -68,13 +68,13 @@ docs: setup  ## build the documentation, without network, into site/
 verify: setup  ## evaluate a committed checkpoint again: CELL=table2_multitask/MAML/K5_gradsteps_1, or all of them
 	$(RUN) scripts/verify.py $(if $(CELL),'$(CELL)',--all)
 
-checkpoints: setup  ## export the parameters behind every number to results/checkpoints
+checkpoints: setup  ## export the parameters of every number to results/checkpoints
 	$(RUN) scripts/export_checkpoints.py
 
-claims: setup  ## measure what section 5.2 says in prose: FOMAML's speed-up, the number of parameters
+claims: setup  ## measure two claims of section 5.2: FOMAML's speed-up, the number of parameters
 	$(RUN) scripts/claims.py
 
-bench: setup  ## time all there is to time (an hour on one CPU core), DEVICE=cuda on a GPU: tables and plots in results/benchmarks
+bench: setup  ## run all benchmarks (an hour on one CPU core), DEVICE=cuda on a GPU: tables and plots in results/benchmarks
 	$(RUN) scripts/bench_meta_gradient.py $(BENCH)
 	$(RUN) scripts/bench_training.py $(BENCH)
 	$(RUN) scripts/bench_scaling.py $(BENCH)

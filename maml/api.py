@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.hints import near_miss
 from maml.config.identity import digest, training_config
 from maml.config.paths import CHECKPOINTS, CONF, TRAIN
@@ -79,7 +79,7 @@ def _exported(folder: Path, experiment: str | None = None, file: str | None = No
         e for e in entries if (e.file, e.experiment, e.overrides) == (first.file, first.experiment, first.overrides)
     ]
     about = index.files[first.file]
-    config = composed(first.experiment, (*first.overrides, f"seed={about.seed}"))
+    config = compose_experiment(first.experiment, (*first.overrides, f"seed={about.seed}"))
     state = unpack(folder / first.file, about.sha256)
     sizes = {entry.num_shots: entry.step_sizes for entry in entries}
     return _network(first.experiment, about.run_id, about.iteration, config, state, sizes)

@@ -1,9 +1,9 @@
-"""Times a meta-test of 600 tasks, as at the end of training, against a plain loop over the tasks.
+"""Times a meta-test of 600 tasks, as at the end of training, and compares it with a plain loop over the tasks.
 
     python scripts/bench_evaluation.py --rounds 2
 
-Both adapt to the same frozen bank and measure after every gradient step, on images both transductively and
-inductively. They must agree on every task before they are timed, in one process and in turns.
+Both adapt to the same frozen bank and evaluate after every gradient step; images are evaluated both transductively and
+inductively. Before the timing, both must give equal values for every task. They then take turns in one process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark import Spread, choose_clock, describe, parser, table, take_turns, target, times_as_fast, write
+from benchmark import (
+    Spread,
+    argument_parser,
+    choose_clock,
+    describe_conditions,
+    markdown_table,
+    output_path,
+    time_in_turns,
+    times_as_fast,
+    write_results,
+)
 from implementations import Problem, batch_norm, default_dtype, network
 from torch import Tensor
 
@@ -25,15 +35,15 @@ from maml.types import Params, Tasks
 EXPERIMENTS = ("sinusoid_10shot", "omniglot_5way_1shot")
 
 
-def ours(problem: Problem, evaluation: Evaluation, bank: Tasks) -> dict[str, Tensor]:
-    """Returns the values of every metric, ``(num_steps + 1, tasks)``."""
+def evaluate_batched(problem: Problem, evaluation: Evaluation, bank: Tasks) -> dict[str, Tensor]:
+    """Evaluates all tasks as training does; returns the values of every metric, ``(num_steps + 1, tasks)``."""
     algorithm = problem.algorithm
     curves = evaluation.curves(algorithm, algorithm.domain.num_shots, bank, None)
     return {curve.metric: curve.values for curve in curves}
 
 
-def loop(problem: Problem, evaluation: Evaluation, bank: Tasks) -> dict[str, Tensor]:
-    """Returns the same from one task after the other."""
+def evaluate_in_loop(problem: Problem, evaluation: Evaluation, bank: Tasks) -> dict[str, Tensor]:
+    """Returns the same values as `evaluate_batched`, computed one task at a time."""
     inner, theta = problem.algorithm.inner, problem.algorithm.theta
     adapted = inner.adapted_names([*theta])
     tasks: list[list[dict[str, Tensor]]] = []
@@ -68,7 +78,7 @@ def loop(problem: Problem, evaluation: Evaluation, bank: Tasks) -> dict[str, Ten
 def make(
     experiment: str, num_tasks: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Problem, Evaluation, Tasks]:
-    """Returns what is evaluated, how, and the bank, at the K of training."""
+    """Returns the problem, the evaluation and the task bank, with the K of training."""
     problem = Problem(experiment, [f"evaluation.num_tasks={num_tasks}", "evaluation.num_shots=null"], device, dtype)
     evaluation: Evaluation = build(problem.config.evaluation)
     return (
@@ -79,18 +89,18 @@ def make(
 
 
 def check(experiment: str, device: torch.device, num_tasks: int = 20) -> None:
-    """Makes sure, in float64, that both say the same of every task.
+    """Checks in float64 that both implementations give equal values for every task.
 
     Raises:
-        RuntimeError: if not.
+        RuntimeError: if they differ.
     """
     with default_dtype(torch.float64):
         problem, evaluation, bank = make(experiment, num_tasks, device, torch.float64)
-        mine, theirs = ours(problem, evaluation, bank), loop(problem, evaluation, bank)
-    for name, values in mine.items():
-        if not torch.allclose(values, theirs[name].to(values), rtol=1e-6, atol=1e-6):
+        batched, looped = evaluate_batched(problem, evaluation, bank), evaluate_in_loop(problem, evaluation, bank)
+    for name, values in batched.items():
+        if not torch.allclose(values, looped[name].to(values), rtol=1e-6, atol=1e-6):
             raise RuntimeError(
-                f"{name} of the loop differs from ours in {experiment}; a time for it would mean nothing"
+                f"{name} of the loop differs from ours in {experiment}, so its time would mean nothing; fix it first"
             )
 
 
@@ -100,23 +110,26 @@ def measure(
     """Returns the rows of the table and of the CSV of one experiment."""
     check(experiment, device)
     problem, evaluation, bank = make(experiment, num_tasks, device, torch.float32)
-    runs = {"ours": lambda: ours(problem, evaluation, bank), "loop": lambda: loop(problem, evaluation, bank)}
-    seconds = take_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0])
+    runs = {
+        "ours": lambda: evaluate_batched(problem, evaluation, bank),
+        "loop": lambda: evaluate_in_loop(problem, evaluation, bank),
+    }
+    seconds = time_in_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0])
     shown, rows = [], []
     for name in runs:
         spread, against = Spread.of(seconds[name]), times_as_fast(seconds[name], seconds["loop"])
         assert spread is not None and against is not None
-        what = {"experiment": experiment, "tasks": num_tasks, "steps": evaluation.num_steps, "implementation": name}
-        shown.append({key: str(value) for key, value in what.items()})
+        labels = {"experiment": experiment, "tasks": num_tasks, "steps": evaluation.num_steps, "implementation": name}
+        shown.append({key: str(value) for key, value in labels.items()})
         shown[-1] |= {"seconds": str(spread), "ratio to loop": str(against)}
-        rows.append(what | {"rounds": rounds, "seconds": spread.median, "min": spread.low, "max": spread.high})
+        rows.append(labels | {"rounds": rounds, "seconds": spread.median, "min": spread.low, "max": spread.high})
         rows[-1] |= {"times_loop": against.median, "times_loop_min": against.low, "times_loop_max": against.high}
     return shown, rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and writes; files are rewritten after each experiment, so that a run cut short leaves what it has."""
-    options = parser(__doc__, "evaluation", rounds=2)
+    """Measures all experiments; the files are written after each one, so that an interrupted run keeps its results."""
+    options = argument_parser(__doc__, "evaluation", rounds=2)
     options.add_argument("--experiments", nargs="+", default=list(EXPERIMENTS))
     options.add_argument("--tasks", type=int, default=600, help="tasks in the bank (default %(default)s)")
     args = options.parse_args(arguments)
@@ -124,11 +137,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(args.device)
     shown, rows = [], []
     for experiment in args.experiments:
-        cells, found = measure(experiment, args.tasks, args.rounds, device)
-        shown += cells
-        rows += found
-        write(args, "Evaluation", describe(device, args.threads), [f"Of {args.tasks} tasks.", *table(shown)], rows)
-    print(target(args).read_text())
+        table_rows, csv_rows = measure(experiment, args.tasks, args.rounds, device)
+        shown += table_rows
+        rows += csv_rows
+        write_results(
+            args,
+            "Evaluation",
+            describe_conditions(device, args.threads),
+            [f"A meta-test of {args.tasks} tasks.", *markdown_table(shown)],
+            rows,
+        )
+    print(output_path(args).read_text())
 
 
 if __name__ == "__main__":

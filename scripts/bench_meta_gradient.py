@@ -1,9 +1,10 @@
-"""Times one second-order meta-gradient against a plain loop and other libraries, after checking that all of them agree.
+"""Times one second-order meta-gradient, and compares it with a plain loop and with other libraries.
 
     python scripts/bench_meta_gradient.py --experiments sinusoid_10shot omniglot_5way_1shot --rounds 20
 
-An implementation computes everything from theta and the drawn tasks to the gradient of the mean query loss. All run in
-one process and take turns, so that a ratio compares neighbours in time; the reported ratio is the median over rounds.
+Every implementation computes the gradient of the mean query loss from theta and the sampled tasks. Before the timing,
+all gradients must agree. All implementations run in one process and take turns, so that a ratio compares measurements
+that are close in time. The reported ratio is the median over rounds.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ import torch
 from benchmark import (
     PEERS,
     Spread,
+    argument_parser,
     choose_clock,
-    describe,
-    parser,
+    describe_conditions,
+    markdown_table,
+    output_path,
     resident_mib,
-    table,
-    take_turns,
-    target,
+    time_in_turns,
     times_as_fast,
     verdict,
-    write,
+    write_results,
 )
-from floor import NOTES, Cost, Rates, where_time_goes
+from floor import NOTES, Cost, Rates, slowest_operations
 from implementations import IMPLEMENTATIONS, Problem, prepare
 
-# How many times as fast as the loop on one CPU core.
+# Required ratio to the loop on one CPU core: how many times as fast an implementation must be.
 BARS: dict[str, dict[str, float]] = {
     "sinusoid_10shot": {"ours": 10, "ours compiled": 25},
     "omniglot_5way_1shot": {"ours": 1.4, "ours compiled": 1.4},
@@ -43,17 +44,18 @@ BARS: dict[str, dict[str, float]] = {
 MAX_MEMORY_RATIO = 2.0
 
 TEXT = """
-A ratio says how many times as fast an implementation is: the median over rounds of (other's time / its time in the
-same round), least and most in brackets. Each gave the loop's gradient before it was timed; `error` is the relative
-difference in float64 and in float32. Peak memory is what stays resident beyond libraries, theta and data.
+A ratio says how many times as fast an implementation is: the median over rounds of (time of the other / its own time in
+the same round), with the lowest and highest ratio in brackets. Before the timing, each gave the loop's gradient;
+`error` is the relative difference in float64 and in float32. Peak memory does not count libraries, theta and data.
 """.strip()
 
 
 def peak_memory(name: str, experiment: str, device: str, num_threads: int) -> tuple[float, float]:
-    """Returns the peak memory of meta-gradients, beyond what was there before, and of the whole process, in MiB.
+    """Returns the peak memory that meta-gradients add, and the peak memory of the whole process, in MiB.
 
-    On a CPU both are high-water marks of the resident set, reset once libraries, theta and data are loaded: they count
-    what PyTorch's allocator does not see, such as the scratch space of convolutions. To be run in a fresh process.
+    On a CPU, both are high-water marks of the resident set, which is reset after libraries, theta and data are loaded.
+    So they include memory that PyTorch's allocator does not see, such as the scratch space of convolutions. Run this in
+    a fresh process.
     """
     torch.set_num_threads(num_threads)
     problem = Problem(experiment, device=device)
@@ -75,11 +77,11 @@ def peak_memory(name: str, experiment: str, device: str, num_threads: int) -> tu
 def measure(
     experiment: str, names: Sequence[str], rounds: int, device: torch.device, rates: Rates, with_bars: bool
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Returns the section and the rows of one experiment."""
+    """Returns the lines of one experiment's section and its rows for the CSV."""
     num_threads = torch.get_num_threads()
     problem, ready, errors, missing = prepare(names, experiment, device=device)
     runs = {name: lambda way=way: way.gradient(problem.tasks) for name, way in ready.items()}
-    seconds = take_turns(runs, rounds, choose_clock(device, num_threads)[0])
+    seconds = time_in_turns(runs, rounds, choose_clock(device, num_threads)[0])
     bars = BARS.get(experiment, {}) if with_bars else {}
     shown: list[Mapping[str, str]] = []
     rows: list[dict[str, Any]] = []
@@ -107,10 +109,10 @@ def measure(
             row |= _cells(f"times_{other}", speeds.get(other))
         row |= dict(zip(("error_float64", "error_float32"), errors.get(name, ("", "")), strict=True))
         rows.append(row)
-    lines = [f"## {experiment}", *table(shown)]
+    lines = [f"## {experiment}", *markdown_table(shown)]
     cost = Cost.of(runs["loop"])
     lines += [f"Floor: {', '.join(f'{key} {value}' for key, value in cost.row(rates).items())}.", ""]
-    lines += ["Where the time of ours goes:", *table(where_time_goes(runs["ours"], device))]
+    lines += ["Where the time of ours goes:", *markdown_table(slowest_operations(runs["ours"], device))]
     peaks = {}
     for name in ("ours", "loop"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
@@ -134,27 +136,27 @@ def _cells(name: str, spread: Spread | None) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and writes; files are rewritten after each experiment, so that a run cut short leaves what it has."""
-    options = parser(__doc__, "meta_gradient", rounds=10)
+    """Measures all experiments; the files are written after each one, so that an interrupted run keeps its results."""
+    options = argument_parser(__doc__, "meta_gradient", rounds=10)
     options.add_argument("--experiments", nargs="+", default=list(BARS))
-    options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries beside the loop")
-    compiled = ["sinusoid_10shot"]  # the others take minutes to compile, and training does not compile them
+    options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries besides the loop")
+    compiled = ["sinusoid_10shot"]  # the other experiments take minutes to compile, and training does not compile them
     options.add_argument("--compile", nargs="*", default=compiled, help="experiments to time compiled as well")
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     rates = Rates.measure(device)
-    conditions = describe(device, args.threads) | {"rates": str(rates)}
+    conditions = describe_conditions(device, args.threads) | {"rates": str(rates)}
     text, rows = [TEXT, "", NOTES, ""], []
     with_bars = device.type == "cpu" and args.threads == 1
     for experiment in args.experiments:
-        also = ["ours compiled"] if experiment in args.compile else []
-        names = ["ours", *also, "loop", "loop, fused norm", *args.peers]
-        lines, found = measure(experiment, names, args.rounds, device, rates, with_bars)
+        compiled = ["ours compiled"] if experiment in args.compile else []
+        names = ["ours", *compiled, "loop", "loop, fused norm", *args.peers]
+        lines, csv_rows = measure(experiment, names, args.rounds, device, rates, with_bars)
         text += lines
-        rows += found
-        write(args, "Time and memory of one second-order meta-gradient", conditions, text, rows)
-    print(target(args).read_text())
+        rows += csv_rows
+        write_results(args, "Time and memory of one second-order meta-gradient", conditions, text, rows)
+    print(output_path(args).read_text())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Times meta-RL on one core: the sampler against Gymnasium's vector environments, and whole meta-iterations by phase.
+"""Times meta-RL on one core: our sampler and Gymnasium's vector environments, and the phases of a meta-iteration.
 
     python scripts/bench_meta_rl.py --rounds 10
 
-The sampler is what training uses, every environment of a meta-batch at once, with noise for a policy. Gymnasium's steps
-our own single environments with the same noise, and keeps nothing of what it sees. They take turns, so that a ratio
-compares neighbours in time; the reported ratio is the median over rounds. A meta-iteration is everything between two
-updates of theta, at the sizes of section 5.3, in a process of its own whose peak memory is read at its end.
+Our sampler is the one of training: it steps all environments of a meta-batch at once, with noise instead of a policy.
+Gymnasium's vector environments step our single environments with the same noise, and store nothing. The samplers take
+turns, so that a ratio compares measurements that are close in time. The reported ratio is the median over rounds. A
+meta-iteration is one update of theta at the sizes of section 5.3. It runs in its own process, whose peak memory is
+read at the end.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from typing import Any
 import torch
 from benchmark import (
     Spread,
+    argument_parser,
     choose_clock,
-    describe,
-    parser,
+    describe_conditions,
+    markdown_table,
+    output_path,
     resident_mib,
-    table,
-    target,
     times_as_fast,
     verdict,
-    write,
+    write_results,
 )
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
@@ -57,13 +58,13 @@ class Shape:
     """The sizes of one meta-iteration (docs/protocol.md#rl-training).
 
     Attributes:
-        experiment: whose policy, optimizers and environment.
-        num_tasks: B.
-        num_rollouts: per task and gradient step.
-        horizon: H.
-        times_sync: how many times as fast as SyncVectorEnv the sampler shall be.
-        steps_per_second: how fast at least.
-        max_seconds: of a meta-iteration.
+        experiment: name of the experiment with the policy, optimizers and environment.
+        num_tasks: number of tasks, B.
+        num_rollouts: number of rollouts per task and gradient step.
+        horizon: number of steps of a rollout, H.
+        times_sync: required ratio of the sampler's speed to that of SyncVectorEnv; None is no requirement.
+        steps_per_second: required speed of the sampler, in environment steps per second; None is no requirement.
+        max_seconds: longest allowed time of a meta-iteration, in seconds; None is no requirement.
     """
 
     experiment: str
@@ -75,7 +76,7 @@ class Shape:
     max_seconds: float | None = None
 
     def build(self) -> MetaGradient:
-        """Returns what training would build."""
+        """Builds what training would build."""
         sizes = f"domain.num_shots={self.num_rollouts}", f"domain.horizon={self.horizon}"
         config, _ = compose([f"+experiment={self.experiment}", *sizes])
         hardware = Hardware("cpu")
@@ -83,7 +84,7 @@ class Shape:
         return MetaGradient(algorithm, hardware.choose(algorithm.domain, num_iterations=1, earlier={}))
 
     def sizes(self) -> str:
-        """Says tasks x rollouts x steps."""
+        """Returns the sizes as text: tasks x rollouts x steps."""
         return f"{self.num_tasks} x {self.num_rollouts} x {self.horizon}"
 
 
@@ -96,13 +97,15 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured on one shape.
+    """The measurements of one shape.
 
     Attributes:
-        speeds: env-steps per second by sampler, one number per round.
-        seconds: of the meta-iterations.
-        phases: seconds of each phase, mean over them.
-        peak_mib: memory of the process that made them, and of the same process before the first.
+        name: name of the shape.
+        shape: the sizes.
+        speeds: environment steps per second by sampler, one number per round.
+        seconds: seconds of each meta-iteration.
+        phases: seconds of each phase, mean over the meta-iterations.
+        peak_mib: peak memory of the process of the meta-iterations, and its memory before the first one, in MiB.
     """
 
     name: str
@@ -116,11 +119,11 @@ class Result:
 # Sampling.
 
 Sampler = Callable[[], int]
-"""Samples for a while, and returns how many steps environments took."""
+"""Samples for a while, and returns the number of environment steps."""
 
 
-def batched(domain: Reinforcement, shape: Shape) -> Sampler:
-    """Returns the project's own: episodes with all that is learnt from, but for the policy's network."""
+def our_sampler(domain: Reinforcement, shape: Shape) -> Sampler:
+    """Returns our sampler; it records episodes as in training, but has no policy network."""
     tasks = domain.sample_tasks(shape.num_tasks, Stream(0))
     outputs = torch.zeros(domain.out_dim)  # mean 0 and standard deviation 1
 
@@ -137,8 +140,8 @@ def batched(domain: Reinforcement, shape: Shape) -> Sampler:
     return sample
 
 
-def vectorized(environments: VectorEnv, num_steps: int) -> Sampler:
-    """Returns one of Gymnasium's."""
+def gymnasium_sampler(environments: VectorEnv, num_steps: int) -> Sampler:
+    """Returns a sampler that steps Gymnasium's vector environments."""
     environments.reset(seed=0)
     count, size = environments.num_envs, environments.single_action_space.shape
     assert size is not None
@@ -153,7 +156,7 @@ def vectorized(environments: VectorEnv, num_steps: int) -> Sampler:
 
 
 def steps_per_second(sampler: Sampler, turn_seconds: float) -> float:
-    """Times one turn, by the wall clock: Gymnasium's asynchronous environments live in other processes."""
+    """Times one turn by the wall clock, because Gymnasium's asynchronous environments run in other processes."""
     steps, start, elapsed = 0, time.perf_counter(), 0.0
     while elapsed < turn_seconds:
         steps += sampler()
@@ -167,19 +170,19 @@ def compare_samplers(shape: Shape, rounds: int, turn_seconds: float) -> dict[str
     assert isinstance(domain, Reinforcement)
     goals = domain.draw_goals(shape.num_rollouts, Stream(0))
     makers = [partial(domain.make_single, goal) for goal in goals]
-    # A step that ends an episode also begins the next: every call steps every environment.
+    # With SAME_STEP, a step that ends an episode also begins the next one, so every call steps every environment.
     synchronous = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     asynchronous = AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     samplers = {
-        "ours": batched(domain, shape),
-        "SyncVectorEnv": vectorized(synchronous, shape.horizon),
-        "AsyncVectorEnv": vectorized(asynchronous, shape.horizon),
+        "ours": our_sampler(domain, shape),
+        "SyncVectorEnv": gymnasium_sampler(synchronous, shape.horizon),
+        "AsyncVectorEnv": gymnasium_sampler(asynchronous, shape.horizon),
     }
     speeds: dict[str, list[float]] = defaultdict(list)
     for turn in range(rounds + 1):
         for name, sampler in samplers.items():
             speed = steps_per_second(sampler, turn_seconds)
-            if turn > 0:  # the first warms up
+            if turn > 0:  # the first turn is a warm-up
                 speeds[name].append(speed)
     synchronous.close()
     asynchronous.close()
@@ -190,10 +193,10 @@ def compare_samplers(shape: Shape, rounds: int, turn_seconds: float) -> dict[str
 
 
 class Stopwatch:
-    """Tells the time of phases that call each other: every moment belongs to the innermost.
+    """Times phases that call each other; time in a nested phase counts for the innermost phase only.
 
     Attributes:
-        seconds: by phase.
+        seconds: seconds by phase.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -201,48 +204,48 @@ class Stopwatch:
         self._clock, self._phase, self._since = clock, "rest", clock()
 
     def enter(self, phase: str) -> str:
-        """Returns the phase that was before."""
-        now, before = self._clock(), self._phase
-        self.seconds[before] += now - self._since
+        """Switches to a phase and returns the previous one."""
+        now, previous = self._clock(), self._phase
+        self.seconds[previous] += now - self._since
         self._phase, self._since = phase, now
-        return before
+        return previous
 
-    def timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the same function as a phase."""
+    def time_phase(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps a function so that its time counts for a phase."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            before = self.enter(phase)
+            previous = self.enter(phase)
             try:
                 return call(*args, **kwargs)
             finally:
-                self.enter(before)
+                self.enter(previous)
 
         return run
 
 
-def watch(meta_gradient: MetaGradient, stopwatch: Stopwatch) -> None:
-    """Has the phases of this process's meta-iterations timed."""
-    curvature: Callable[..., MatrixVectorProduct] = stopwatch.timed("curvature", meta_gradient.curvature)
+def time_phases(meta_gradient: MetaGradient, stopwatch: Stopwatch) -> None:
+    """Replaces functions of this process by timed ones, so that the stopwatch sees every phase."""
+    curvature: Callable[..., MatrixVectorProduct] = stopwatch.time_phase("curvature", meta_gradient.curvature)
 
     def timed_curvature(params: Params, tasks: Tasks, every: int = 1) -> MatrixVectorProduct:
-        return stopwatch.timed("conjugate gradient", curvature(params, tasks, every))
+        return stopwatch.time_phase("conjugate gradient", curvature(params, tasks, every))
 
     algorithm: Any = meta_gradient.algorithm
-    algorithm.collect = stopwatch.timed("advantages and adaptation", algorithm.collect)
+    algorithm.collect = stopwatch.time_phase("advantages and adaptation", algorithm.collect)
     for name, replacement in {
-        "gradient": stopwatch.timed("gradient", meta_gradient.gradient),
+        "gradient": stopwatch.time_phase("gradient", meta_gradient.gradient),
         "curvature": timed_curvature,
-        "evaluate": stopwatch.timed("line search", meta_gradient.evaluate),
+        "evaluate": stopwatch.time_phase("line search", meta_gradient.evaluate),
     }.items():
         setattr(meta_gradient, name, replacement)
-    reinforcement.collect_episodes = stopwatch.timed("sampling", reinforcement.collect_episodes)
+    reinforcement.collect_episodes = stopwatch.time_phase("sampling", reinforcement.collect_episodes)
 
 
 def meta_iterations(shape: Shape, count: int) -> tuple[list[float], dict[str, float], tuple[float, float]]:
-    """Trains for some iterations behind a first one; returns seconds, phases and memory. To be run in a fresh process.
+    """Trains for a warm-up iteration and ``count`` more; returns seconds, phases and memory. Run in a fresh process.
 
-    The memory is the high-water mark of the resident set. That of `resource.getrusage` would not do: it begins with the
-    resident set of the process that started this one.
+    The memory is the high-water mark of the resident set. `resource.getrusage` cannot be used, because its value starts
+    with the resident set of the parent process.
     """
     torch.set_num_threads(NUM_THREADS)
     clock, _ = choose_clock(torch.device("cpu"), NUM_THREADS)
@@ -250,12 +253,12 @@ def meta_iterations(shape: Shape, count: int) -> tuple[list[float], dict[str, fl
     algorithm = meta_gradient.algorithm
     before = resident_mib("VmRSS")
     stopwatch = Stopwatch(clock)
-    watch(meta_gradient, stopwatch)
+    time_phases(meta_gradient, stopwatch)
     seconds = []
     for iteration in range(count + 1):
         stopwatch.enter("rest")
         if iteration == 1:
-            stopwatch.seconds.clear()  # the first warms up
+            stopwatch.seconds.clear()  # the first iteration is a warm-up
         start = clock()
         meta_update(algorithm, meta_gradient, algorithm.sample_tasks(shape.num_tasks, Stream(0).child(iteration)))
         seconds.append(clock() - start)
@@ -276,21 +279,21 @@ def measure(name: str, shape: Shape, rounds: int, turn_seconds: float, iteration
 SAMPLING = """
 ## Sampling
 
-Env-steps per second (wall clock), all on one core. Ours samples a whole meta-batch, `sizes` being tasks x rollouts x
-steps; Gymnasium's vector environments hold as many environments as a task has rollouts, and more would not make them
-faster. A ratio is the median over rounds of those of one round, least and most in brackets.
+Environment steps per second (wall clock), all on one core. Our sampler samples a whole meta-batch; `sizes` is tasks x
+rollouts x steps. Gymnasium's vector environments hold as many environments as a task has rollouts; more would not make
+them faster. A ratio is the median over rounds of the ratio within a round, with the lowest and highest in brackets.
 """.strip()
 META_ITERATIONS = """
 ## Meta-iterations
 
-Seconds of CPU time, median over iterations, least and most in brackets; of the phases the mean. `gradient` is the
-meta-gradient, `curvature` what is prepared once for its products with the vectors of `conjugate gradient`. Peak memory
-is that of the whole process, and what it adds to libraries and theta.
+Seconds of CPU time: the median over iterations, with the lowest and highest in brackets; for phases, the mean.
+`gradient` is the meta-gradient. `curvature` is the preparation of the curvature-vector products that
+`conjugate gradient` makes. Peak memory is that of the whole process; added memory does not count libraries and theta.
 """.strip()
 
 
-def numbers(result: Result) -> list[dict[str, Any]]:
-    """Returns one row per measured number."""
+def csv_rows(result: Result) -> list[dict[str, Any]]:
+    """Returns the rows of the CSV, one per measured quantity."""
     measured = {f"{sampler}, steps per second": values for sampler, values in result.speeds.items()}
     measured |= {"meta-iteration, seconds": result.seconds}
     measured |= {f"{phase}, seconds": [value] for phase, value in result.phases.items()}
@@ -303,11 +306,11 @@ def numbers(result: Result) -> list[dict[str, Any]]:
     return rows
 
 
-def sampling(result: Result, with_bars: bool) -> dict[str, object]:
-    """Returns a row of the table of samplers, our bars beside the ratios if they apply."""
+def sampling_row(result: Result, with_bars: bool) -> dict[str, object]:
+    """Returns one row of the table of samplers; ``with_bars`` adds the required values."""
     shape, speeds = result.shape, {name: Spread.of(values) for name, values in result.speeds.items()}
     ours, sync, asynchronous = (result.speeds[name] for name in ("ours", "SyncVectorEnv", "AsyncVectorEnv"))
-    ratio, speed = times_as_fast(sync, ours), speeds["ours"]  # of speeds, not of seconds
+    ratio, speed = times_as_fast(sync, ours), speeds["ours"]  # swapped, because these are speeds and not seconds
     assert ratio is not None and speed is not None
     bars = [
         verdict(ratio.median, shape.times_sync, " x Sync"),
@@ -323,8 +326,8 @@ def sampling(result: Result, with_bars: bool) -> dict[str, object]:
     }
 
 
-def iterating(result: Result, with_bars: bool) -> dict[str, object]:
-    """Returns a row of the table of meta-iterations."""
+def meta_iteration_row(result: Result, with_bars: bool) -> dict[str, object]:
+    """Returns one row of the table of meta-iterations; ``with_bars`` adds the required value."""
     seconds = Spread.of(result.seconds)
     assert seconds is not None
     peak, before = result.peak_mib
@@ -340,17 +343,17 @@ def iterating(result: Result, with_bars: bool) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and writes; the files are rewritten after each shape, so that a run cut short leaves what it has."""
-    own = parser(__doc__, "meta_rl", rounds=10, only_one_core=True)
-    own.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    own.add_argument("--iterations", type=int, default=5, help="meta-iterations (default %(default)s)")
-    own.add_argument("--quick", action="store_true", help="tiny sizes, for tests; the numbers mean nothing")
-    options = own.parse_args(arguments)
+    """Measures all shapes; the files are written after each one, so that an interrupted run keeps its results."""
+    parser = argument_parser(__doc__, "meta_rl", rounds=10, only_one_core=True)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--iterations", type=int, default=5, help="meta-iterations (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, for tests; the numbers mean nothing")
+    options = parser.parse_args(arguments)
     if hasattr(os, "sched_setaffinity"):  # Linux: also for processes that this one starts
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(NUM_THREADS)
-    conditions = describe(torch.device("cpu"), NUM_THREADS)
-    conditions["clock"] = "of samplers the wall's; of meta-iterations the CPU's, which other load disturbs less"
+    conditions = describe_conditions(torch.device("cpu"), NUM_THREADS)
+    conditions["clock"] = "wall clock for samplers; CPU time for meta-iterations, which other load disturbs less"
     results: list[Result] = []
     with_bars = not options.quick
     for name in options.shapes:
@@ -359,11 +362,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(measure(name, tiny, rounds=2, turn_seconds=0.01, iterations=2))
         else:
             results.append(measure(name, SHAPES[name], options.rounds, TURN_SECONDS, options.iterations))
-        text = [SAMPLING, *table([sampling(result, with_bars) for result in results])]
-        text += [META_ITERATIONS, *table([iterating(result, with_bars) for result in results])]
-        rows = [row for result in results for row in numbers(result)]
-        write(options, "Time and memory of meta-RL on one core", conditions, text, rows)
-    print(target(options).read_text())
+        text = [SAMPLING, *markdown_table([sampling_row(result, with_bars) for result in results])]
+        text += [META_ITERATIONS, *markdown_table([meta_iteration_row(result, with_bars) for result in results])]
+        rows = [row for result in results for row in csv_rows(result)]
+        write_results(options, "Time and memory of meta-RL on one core", conditions, text, rows)
+    print(output_path(options).read_text())
 
 
 if __name__ == "__main__":

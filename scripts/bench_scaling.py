@@ -1,9 +1,9 @@
-"""Measures how the cost of one meta-gradient grows with tasks, shots, inner steps and width, for us and for the loop.
+"""Measures how the time of one meta-gradient grows with tasks, shots, inner steps and width, for ours and the loop.
 
     python scripts/bench_scaling.py --rounds 3
 
-Each is varied on its own, the rest as in the experiment. An exponent is the slope of a straight line through the
-medians on logarithmic axes: 1 is proportional, less means that overhead is shared.
+Each quantity is varied alone; the others have the experiment's values. An exponent is the slope of a straight line
+through the medians on logarithmic axes: 1 means proportional, and less than 1 means that overhead is shared.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import Spread, choose_clock, describe, parser, table, take_turns, target, write
+from benchmark import (
+    Spread,
+    argument_parser,
+    choose_clock,
+    describe_conditions,
+    markdown_table,
+    output_path,
+    time_in_turns,
+    write_results,
+)
 from implementations import IMPLEMENTATIONS, Problem
 
-from maml.record.checkpoint import write_whole
+from maml.record.checkpoint import write_atomically
 
 NAMES = ("ours", "loop")
-# What is varied, by experiment: its override, and the values.
+# The varied quantities of each experiment: an override, and the values.
 SWEEPS: dict[str, dict[str, tuple[str, Sequence[int]]]] = {
     "sinusoid_10shot": {
         "tasks": ("meta_batch_size={}", (5, 10, 25, 50, 100)),
@@ -36,7 +45,7 @@ SWEEPS: dict[str, dict[str, tuple[str, Sequence[int]]]] = {
         "width": ("model.num_filters={}", (16, 32, 64, 128)),
     },
 }
-# The images of the sweeps would take minutes otherwise, and a plain loop's cost is proportional to the tasks.
+# Fewer tasks for images, whose sweeps would otherwise take minutes. A plain loop's time is proportional to the tasks.
 FEWER_TASKS = {"omniglot_5way_1shot": "meta_batch_size=8"}
 
 Medians = Mapping[str, Sequence[tuple[int, float]]]
@@ -44,76 +53,76 @@ Medians = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
-    """Returns b of the power law a * x ** b that fits the points best on logarithmic axes."""
+    """Returns the exponent b of the power law a * x ** b that fits the points best on logarithmic axes."""
     x, y = zip(*((math.log(at), math.log(value)) for at, value in points), strict=True)
     return statistics.linear_regression(x, y).slope
 
 
 def sweep(
-    experiment: str, what: str, rounds: int, device: torch.device, values: Sequence[int] | None = None
+    experiment: str, quantity: str, rounds: int, device: torch.device, values: Sequence[int] | None = None
 ) -> dict[str, list[tuple[int, list[float]]]]:
-    """Returns seconds per meta-gradient over the rounds, by implementation and value."""
-    override, usual = SWEEPS[experiment][what]
-    fixed = [FEWER_TASKS[experiment]] if experiment in FEWER_TASKS and what != "tasks" else []
+    """Returns the seconds per meta-gradient, one number per round, by implementation and value."""
+    override, default_values = SWEEPS[experiment][quantity]
+    fixed = [FEWER_TASKS[experiment]] if experiment in FEWER_TASKS and quantity != "tasks" else []
     clock, _ = choose_clock(device, torch.get_num_threads())
-    found: dict[str, list[tuple[int, list[float]]]] = {name: [] for name in NAMES}
-    for value in values or usual:
+    times: dict[str, list[tuple[int, list[float]]]] = {name: [] for name in NAMES}
+    for value in values or default_values:
         problem = Problem(experiment, [*fixed, override.format(value)], device)
         ready = {name: IMPLEMENTATIONS[name](problem) for name in NAMES}
         runs = {name: lambda way=way, problem=problem: way.gradient(problem.tasks) for name, way in ready.items()}
         for run in runs.values():
             run()
-        for name, seconds in take_turns(runs, rounds, clock).items():
-            found[name].append((value, seconds))
-    return found
+        for name, seconds in time_in_turns(runs, rounds, clock).items():
+            times[name].append((value, seconds))
+    return times
 
 
 def plot(panels: Mapping[tuple[str, str], Medians], path: Path) -> None:
-    """Draws a row per experiment and a column per what is varied, with the fitted exponents."""
-    from matplotlib.figure import Figure  # here, because it takes half a second to import
+    """Plots a row per experiment and a column per varied quantity, with the fitted exponents."""
+    from matplotlib.figure import Figure  # imported here because it takes half a second
 
     experiments = list(dict.fromkeys(experiment for experiment, _ in panels))
-    columns = list(dict.fromkeys(what for _, what in panels))
+    columns = list(dict.fromkeys(quantity for _, quantity in panels))
     size = (3.2 * len(columns), 2.8 * len(experiments))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(experiments), len(columns), squeeze=False)
-    for (experiment, what), medians in panels.items():
-        axes = grid[experiments.index(experiment)][columns.index(what)]
+    for (experiment, quantity), medians in panels.items():
+        axes = grid[experiments.index(experiment)][columns.index(quantity)]
         for name, points in medians.items():
             x, y = zip(*points, strict=True)
             axes.loglog(x, [1e3 * value for value in y], marker="o", label=f"{name}, exponent {exponent(points):.2f}")
         axes.set_xticks(x, [str(value) for value in x])
         axes.minorticks_off()
-        axes.set_xlabel(what)
+        axes.set_xlabel(quantity)
         axes.set_ylabel("ms per meta-gradient")
         axes.set_title(experiment, fontsize=9)
         axes.legend(fontsize=7)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and writes; the files are rewritten after each sweep, so that a run cut short leaves what it has."""
-    options = parser(__doc__, "scaling", rounds=3)
+    """Measures all sweeps; the files are written after each one, so that an interrupted run keeps its results."""
+    options = argument_parser(__doc__, "scaling", rounds=3)
     options.add_argument("--experiments", nargs="+", choices=SWEEPS, default=list(SWEEPS))
-    options.add_argument("--values", nargs="+", type=int, help="of every sweep, instead of its own")
+    options.add_argument("--values", nargs="+", type=int, help="values of every sweep, instead of the default ones")
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    conditions = describe(device, args.threads)
+    conditions = describe_conditions(device, args.threads)
     panels: dict[tuple[str, str], Medians] = {}
     shown: list[dict[str, str]] = []
     rows: list[dict[str, Any]] = []
     for experiment in args.experiments:
-        for what in SWEEPS[experiment]:
-            found = sweep(experiment, what, args.rounds, device, args.values)
-            panels[experiment, what] = {
+        for quantity in SWEEPS[experiment]:
+            times = sweep(experiment, quantity, args.rounds, device, args.values)
+            panels[experiment, quantity] = {
                 name: [(value, statistics.median(seconds)) for value, seconds in points]
-                for name, points in found.items()
+                for name, points in times.items()
             }
-            for name, points in found.items():
+            for name, points in times.items():
                 spreads = [(value, Spread.of(seconds)) for value, seconds in points]
-                medians = panels[experiment, what][name]
-                varied = {"experiment": experiment, "varied": what, "implementation": name}
+                medians = panels[experiment, quantity][name]
+                varied = {"experiment": experiment, "varied": quantity, "implementation": name}
                 milliseconds = ", ".join(f"{1e3 * seconds:.3g}" for _, seconds in medians)
                 values = ", ".join(str(value) for value, _ in medians)
                 shown.append(varied | {"values": values, "ms": milliseconds, "exponent": f"{exponent(medians):.2f}"})
@@ -121,15 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     assert spread is not None
                     rows.append(varied | {"value": value, "rounds": args.rounds, "seconds": spread.median})
                     rows[-1] |= {"min": spread.low, "max": spread.high, "exponent": exponent(medians)}
-            text = ["Each is varied on its own; an exponent of 1 is a cost in proportion. On images, all but the tasks"]
-            text += [
-                f"are varied at {', '.join(FEWER_TASKS.values())}.",
-                *table(shown),
-                f"![plot]({target(args, 'png').name})",
+            text = [
+                "Each quantity is varied alone; an exponent of 1 means that the time is proportional to it. On images,",
+                f"all quantities other than the tasks are varied with {', '.join(FEWER_TASKS.values())}.",
+                *markdown_table(shown),
+                f"![plot]({output_path(args, 'png').name})",
             ]
-            write(args, "How the cost of one meta-gradient grows", conditions, text, rows)
-            plot(panels, target(args, "png"))
-    print(target(args).read_text())
+            write_results(args, "How the cost of one meta-gradient grows", conditions, text, rows)
+            plot(panels, output_path(args, "png"))
+    print(output_path(args).read_text())
 
 
 if __name__ == "__main__":

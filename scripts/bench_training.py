@@ -1,11 +1,12 @@
-"""Times whole training steps, as `python train.py` makes them, against a plain loop and other libraries.
+"""Times whole training steps of `python train.py`, and compares them with a plain loop and with other libraries.
 
     python scripts/bench_training.py --rounds 5
     python scripts/bench_training.py --device cuda --suffix _cuda
 
-A step draws the tasks, gathers their data, computes the meta-gradient and makes Adam's update; drawing and gathering
-are ours for all. Ours is built from the experiment's config and does what training does on this hardware, compiling
-included. All run in one process and take turns, and gave the same meta-gradient before.
+A step samples the tasks, gathers their data, computes the meta-gradient and makes Adam's update. All implementations
+use our code for sampling and gathering. Ours is built from the experiment's config and does the same as in training on
+this hardware, with compilation. Before the timing, all must give the same meta-gradient. They then take turns in one
+process.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ import torch
 from benchmark import (
     PEERS,
     Spread,
+    argument_parser,
     choose_clock,
-    describe,
-    parser,
-    table,
-    take_turns,
-    target,
+    describe_conditions,
+    markdown_table,
+    output_path,
+    time_in_turns,
     times_as_fast,
     verdict,
-    write,
+    write_results,
 )
-from floor import NOTES, Cost, Rates, kernels, where_time_goes
+from floor import NOTES, Cost, Rates, kernels, slowest_operations
 from implementations import Implementation, Problem, prepare
 
-# On one GPU, in iterations per second.
+# Required iterations per second on one GPU.
 BARS = {
     "sinusoid_10shot": 1500.0,
     "omniglot_5way_1shot": 300.0,
@@ -39,18 +40,18 @@ BARS = {
     "cifar_fs_5way_1shot": 100.0,
     "mini_imagenet_5way_1shot": 40.0,
 }
-LOOP_BARS = {"omniglot_5way_1shot": 20.0}  # times as fast as the loop on the same GPU
-BUSY_BARS = {"omniglot_5way_1shot": 80.0}  # per cent of the time in which the GPU computes
+LOOP_BARS = {"omniglot_5way_1shot": 20.0}  # required ratio to the loop on the same GPU
+BUSY_BARS = {"omniglot_5way_1shot": 80.0}  # required share of the time in which the GPU computes, in percent
 OURS = "ours as trained"
 
 TEXT = """
-A ratio says how many times as fast an implementation is: the median over rounds of (other's time / its time in the
-same round), least and most in brackets.
+A ratio says how many times as fast an implementation is: the median over rounds of (time of the other / its own time in
+the same round), with the lowest and highest ratio in brackets.
 """.strip()
 
 
-def training(problem: Problem, implementation: Implementation) -> Callable[[], object]:
-    """Returns what makes the next iteration."""
+def make_iterations(problem: Problem, implementation: Implementation) -> Callable[[], object]:
+    """Returns a function that makes the next training iteration at each call."""
     iterations = itertools.count(1)
     return lambda: implementation.iterate(problem, next(iterations))
 
@@ -58,12 +59,12 @@ def training(problem: Problem, implementation: Implementation) -> Callable[[], o
 def measure(
     experiment: str, names: Sequence[str], rounds: int, device: torch.device, rates: Rates
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Returns the section and the rows of one experiment."""
+    """Returns the lines of one experiment's section and its rows for the CSV."""
     problem, ready, _, missing = prepare(names, experiment, device=device)
-    runs = {name: training(problem, way) for name, way in ready.items()}
-    for run in runs.values():  # Adam's state, and whatever else is made on first use
+    runs = {name: make_iterations(problem, way) for name, way in ready.items()}
+    for run in runs.values():  # a warm-up, which makes Adam's state
         run()
-    seconds = take_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0])
+    seconds = time_in_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0])
     on_gpu = device.type == "cuda"
     shown, rows = [], []
     for name in names:
@@ -86,40 +87,40 @@ def measure(
     cost = Cost.of(lambda: ready["loop"].gradient(problem.tasks))
     floor = cost.seconds(rates)
     rows[0] |= {"operations": cost.operations, "bytes": cost.bytes, "floor_seconds": floor}
-    lines = [f"## {experiment}", *table(shown)]
+    lines = [f"## {experiment}", *markdown_table(shown)]
     lines += [f"Floor: {', '.join(f'{key} {value}' for key, value in cost.row(rates).items())}: {1 / floor:,.0f} it/s."]
     if OURS not in ready:
         return lines, rows
     if on_gpu:
         computing, count = kernels(runs[OURS], device)
-        busy = 100 * computing / Spread.of(seconds[OURS]).median  # type: ignore[union-attr] # it ran
+        busy = 100 * computing / Spread.of(seconds[OURS]).median  # type: ignore[union-attr] # there are seconds
         rows[0] |= {"busy_percent": busy, "kernels": count}
         judged = verdict(busy, BUSY_BARS.get(experiment), " %")
         lines += [
             "",
             f"The GPU computes {busy:.0f} % of the time of ours, {count:,.0f} kernels per iteration. {judged}",
         ]
-    lines += ["", "Where the time of ours goes:", *table(where_time_goes(runs[OURS], device))]
+    lines += ["", "Where the time of ours goes:", *markdown_table(slowest_operations(runs[OURS], device))]
     return lines, rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and writes; files are rewritten after each experiment, so that a run cut short leaves what it has."""
-    options = parser(__doc__, "training", rounds=5)
+    """Measures all experiments; the files are written after each one, so that an interrupted run keeps its results."""
+    options = argument_parser(__doc__, "training", rounds=5)
     options.add_argument("--experiments", nargs="+", default=list(BARS))
-    options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries beside the loop")
+    options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries besides the loop")
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     rates = Rates.measure(device)
-    conditions = describe(device, args.threads) | {"rates": str(rates)}
+    conditions = describe_conditions(device, args.threads) | {"rates": str(rates)}
     text, rows = [TEXT, "", NOTES, ""], []
     for experiment in args.experiments:
-        lines, found = measure(experiment, [OURS, "loop", *args.peers], args.rounds, device, rates)
+        lines, csv_rows = measure(experiment, [OURS, "loop", *args.peers], args.rounds, device, rates)
         text += [*lines, ""]
-        rows += found
-        write(args, "Whole training steps", conditions, text, rows)
-    print(target(args).read_text())
+        rows += csv_rows
+        write_results(args, "Whole training steps", conditions, text, rows)
+    print(output_path(args).read_text())
 
 
 if __name__ == "__main__":

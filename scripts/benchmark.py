@@ -1,4 +1,4 @@
-"""What the benchmarks share: the conditions they state, the clock, taking turns, ratios and bars, and their files."""
+"""Shared code of the benchmarks: conditions, clocks, timing in turns, ratios and bars, and result files."""
 
 from __future__ import annotations
 
@@ -23,39 +23,43 @@ from maml.record.run_folder import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("learn2learn", "higher", "torchopt", "jax")
-MIN_TURN_SECONDS = 0.2  # a turn repeats the computation for at least so long
+MIN_TURN_SECONDS = 0.2  # shortest duration of a turn, which repeats the computation
 
 Clock = Callable[[], float]
 
 
 class Unavailable(Exception):
-    """Something cannot be measured here; the message says why, and stands where the number would."""
+    """An implementation cannot be measured here; the message says why and is shown in place of the number."""
 
 
 # Conditions.
 
 
-def parser(description: str | None, name: str, rounds: int, only_one_core: bool = False) -> argparse.ArgumentParser:
-    """Returns a parser of what every benchmark can be told; without a choice of device if there is none."""
+def argument_parser(
+    description: str | None, name: str, rounds: int, only_one_core: bool = False
+) -> argparse.ArgumentParser:
+    """Returns a parser with the options of all benchmarks; ``only_one_core`` leaves out device and threads."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=rounds, help="turns of each (default %(default)s)")
+    options.add_argument(
+        "--rounds", type=int, default=rounds, help="turns of each implementation (default %(default)s)"
+    )
     if not only_one_core:
         options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         options.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s; bars need 1)")
     folder = ROOT / "results" / "benchmarks"
     options.add_argument("--out", type=Path, default=folder, help="folder (default results/benchmarks)")
-    options.add_argument("--suffix", default="", help=f"of the files in it, {name}.md and .csv")
+    options.add_argument("--suffix", default="", help=f"suffix of the file names {name}.md and {name}.csv")
     options.set_defaults(name=name)
     return options
 
 
-def describe(device: torch.device, num_threads: int) -> dict[str, str]:
-    """Returns what a reader needs to judge or repeat the numbers."""
-    found = versions()
+def describe_conditions(device: torch.device, num_threads: int) -> dict[str, str]:
+    """Returns the conditions that a reader needs to judge or repeat the numbers."""
+    packages = versions()
     for peer in PEERS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[peer] = importlib.metadata.version(peer)
-    # What was measured is the code, not the tables that a benchmark has just rewritten.
+            packages[peer] = importlib.metadata.version(peer)
+    # Without results/: the benchmark itself rewrites files there.
     git = ["git", "-C", str(ROOT)]
     commit = _output([*git, "rev-parse", "HEAD"]) or "unknown"
     changed = _output([*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"])
@@ -66,7 +70,7 @@ def describe(device: torch.device, num_threads: int) -> dict[str, str]:
         "hardware": ", ".join(f"{key} {value}" for key, value in hardware.items()),
         "threads": str(num_threads),
         "clock": choose_clock(device, num_threads)[1],
-        "versions": ", ".join(f"{package} {version}" for package, version in found.items()),
+        "versions": ", ".join(f"{package} {version}" for package, version in packages.items()),
     }
 
 
@@ -89,34 +93,37 @@ def choose_clock(device: torch.device, num_threads: int) -> tuple[Clock, str]:
 
         return synchronized, "wall clock, synchronised with the GPU"
     if num_threads == 1:
-        return time.process_time, "CPU time of the process, all its threads: other load on the machine disturbs it less"
+        return time.process_time, "CPU time of all threads of the process, which other load disturbs less"
     return time.perf_counter, "wall clock"
 
 
-def seconds_per_call(run: Callable[[], object], clock: Clock, least: float = MIN_TURN_SECONDS) -> float:
-    """Times one turn: as many calls as take so many seconds at least."""
+def seconds_per_call(run: Callable[[], object], clock: Clock, min_seconds: float = MIN_TURN_SECONDS) -> float:
+    """Returns the seconds per call in one turn, which calls ``run`` until ``min_seconds`` have passed."""
     gc.collect()
     calls, start, elapsed = 0, clock(), 0.0
-    while elapsed < least or not calls:
+    while elapsed < min_seconds or not calls:
         run()
         calls += 1
         elapsed = clock() - start
     return elapsed / calls
 
 
-def take_turns(
-    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Clock, least: float = MIN_TURN_SECONDS
+def time_in_turns(
+    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Clock, min_seconds: float = MIN_TURN_SECONDS
 ) -> dict[str, list[float]]:
-    """Returns seconds per call by name, one number per round: within a round, neighbours in time."""
+    """Times functions in turns; returns seconds per call by name, one number per round.
+
+    Numbers of the same round were measured one after the other, so their ratio is hardly disturbed by other load.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            seconds[name].append(seconds_per_call(run, clock, least))
+            seconds[name].append(seconds_per_call(run, clock, min_seconds))
     return seconds
 
 
 def resident_mib(field: str) -> float:
-    """Returns ``VmRSS``, what of this process is in memory, or ``VmHWM``, the most that ever was."""
+    """Returns this process's resident memory (``VmRSS``) or its highest value so far (``VmHWM``), in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(f"{field}:"))
 
@@ -125,7 +132,7 @@ def resident_mib(field: str) -> float:
 
 
 class Spread(NamedTuple):
-    """Some numbers in short."""
+    """The median, lowest and highest of some numbers."""
 
     median: float
     low: float
@@ -133,7 +140,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread | None:
-        """Returns None of no numbers."""
+        """Summarises numbers; returns None if there are none."""
         numbers = list(values)
         return cls(statistics.median(numbers), min(numbers), max(numbers)) if numbers else None
 
@@ -142,12 +149,12 @@ class Spread(NamedTuple):
 
 
 def times_as_fast(seconds: Sequence[float], other: Sequence[float]) -> Spread | None:
-    """Returns how many times as fast the first is as the other, over the rounds."""
-    return Spread.of(theirs / mine for mine, theirs in zip(seconds, other, strict=False))
+    """Returns how many times as fast the first implementation is as the other, over the rounds."""
+    return Spread.of(slower / faster for faster, slower in zip(seconds, other, strict=False))
 
 
 def verdict(value: float, bar: float | None, unit: str = "", at_most: bool = False) -> str:
-    """Says whether a number meets its bar; nothing without one."""
+    """Returns whether a number meets its bar, as text; empty if there is no bar."""
     if bar is None:
         return ""
     met = value <= bar if at_most else value >= bar
@@ -157,30 +164,30 @@ def verdict(value: float, bar: float | None, unit: str = "", at_most: bool = Fal
 # Writing.
 
 
-def table(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """Returns the lines of a table; each row has the same columns."""
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """Returns the lines of a Markdown table; all rows have the same columns."""
     lines: list[list[object]] = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)]]
     lines += ([*row.values()] for row in rows)
     return ["", *(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines), ""]
 
 
-def target(options: argparse.Namespace, kind: str = "md") -> Path:
-    """Returns the benchmark's file of one kind: ``md``, ``csv`` or ``png``."""
+def output_path(options: argparse.Namespace, kind: str = "md") -> Path:
+    """Returns the path of the benchmark's file of a kind: ``md``, ``csv`` or ``png``."""
     return options.out / f"{options.name}{options.suffix}.{kind}"
 
 
-def write(
+def write_results(
     options: argparse.Namespace,
     title: str,
     conditions: Mapping[str, str],
     text: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes the page, and the numbers with the conditions in every row."""
+    """Writes the Markdown page, and the CSV, which has the conditions in every row."""
     options.out.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in conditions.items()), "", *text]
-    target(options).write_text("\n".join(lines).rstrip() + "\n")
-    with target(options, "csv").open("w", newline="") as file:
+    output_path(options).write_text("\n".join(lines).rstrip() + "\n")
+    with output_path(options, "csv").open("w", newline="") as file:
         columns = dict.fromkeys(key for row in rows for key in (*row, *conditions))
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()

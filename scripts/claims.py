@@ -1,10 +1,10 @@
-"""Measures what section 5.2 says in prose: how much time the first-order approximation saves, and parameter counts.
+"""Measures two claims of section 5.2: the time that the first-order approximation saves, and parameter counts.
 
     python scripts/claims.py --rounds 10
 
-The paper says that without second derivatives the network's computation was roughly 33 % faster at nearly the same
-accuracy, and that MAML has fewer parameters than matching networks and the meta-learner LSTM, because it has none but
-the classifier's.
+The paper says that the network's computation was roughly 33 % faster without second derivatives, at nearly the same
+accuracy. It also says that MAML has fewer parameters than matching networks and the meta-learner LSTM, because it has
+no parameters besides the classifier's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import choose_clock, describe, seconds_per_call
+from benchmark import choose_clock, describe_conditions, seconds_per_call
 from implementations import Noise
 
 from maml.algorithm.base import Parts
@@ -36,14 +36,14 @@ SHAPES = {"omniglot_5way_1shot": (28, 28, 1), "mini_imagenet_5way_1shot": (84, 8
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured thing.
+    """One measured quantity.
 
     Attributes:
-        claim: what is measured.
-        published: what the paper says of it; empty if nothing.
-        ours: the number.
-        range: least and most over the rounds; empty for a count.
-        shape: the experiment whose sizes were used.
+        claim: name of the quantity.
+        published: the paper's statement about it; empty if there is none.
+        ours: our number.
+        range: lowest and highest number over the rounds; empty for a count.
+        shape: name of the experiment whose sizes were used.
     """
 
     claim: str
@@ -56,8 +56,11 @@ class Measurement:
 # Time.
 
 
-def learner(experiment: str, algorithm: str) -> tuple[MetaGradient, int]:
-    """Builds what an experiment trains, and its meta-batch size. Pixels are noise: the time does not depend on them."""
+def build_meta_gradient(experiment: str, algorithm: str) -> tuple[MetaGradient, int]:
+    """Builds an experiment's meta-gradient, and returns it with the meta-batch size.
+
+    The pixels are noise, because the time does not depend on them.
+    """
     config, _ = compose([f"+experiment={experiment}", f"algorithm={algorithm}"])
     ways, shots, query = (config.domain[key] for key in ("num_ways", "num_shots", "num_query"))
     domain = Noise(config.domain["_target_"], ways, shots, query)
@@ -70,12 +73,12 @@ def learner(experiment: str, algorithm: str) -> tuple[MetaGradient, int]:
     return MetaGradient(build(config.algorithm, parts=parts), execution), config.meta_batch_size
 
 
-def speed_up(experiment: str, rounds: int) -> list[Measurement]:
-    """Times a meta-gradient of MAML and of FOMAML in turns, so that a ratio compares neighbours in time."""
+def measure_speed_up(experiment: str, rounds: int) -> list[Measurement]:
+    """Times a meta-gradient of MAML and of FOMAML in turns, so that a ratio compares times measured close together."""
     clock, _ = choose_clock(DEVICE, NUM_THREADS)
     runs = []
     for name in ("maml", "fomaml"):
-        ours, count = learner(experiment, name)
+        ours, count = build_meta_gradient(experiment, name)
         tasks = ours.algorithm.domain.sample_tasks(count, Stream(1))
         runs.append(lambda ours=ours, tasks=tasks: ours.gradient(ours.algorithm.theta, tasks)[0])
         runs[-1]()
@@ -83,7 +86,7 @@ def speed_up(experiment: str, rounds: int) -> list[Measurement]:
     for _ in range(rounds):
         second_order, first_order = (seconds_per_call(run, clock) for run in runs)
         ratios.append(second_order / first_order)
-    # The sentence can be read either way, and names only MiniImagenet.
+    # The paper's sentence can mean either of the two quantities. It is about MiniImagenet only.
     published = "roughly 33 %" if experiment.startswith("mini_imagenet") else ""
     readings = {
         "speed-up of FOMAML: t_maml / t_fomaml - 1": [ratio - 1 for ratio in ratios],
@@ -101,51 +104,51 @@ def speed_up(experiment: str, rounds: int) -> list[Measurement]:
 
 
 def embedding_size(in_shape: tuple[int, ...], num_filters: int) -> tuple[int, int]:
-    """Returns parameters and outputs of four modules of 3x3 convolution, batch normalisation and 2x2 max-pooling.
+    """Returns the numbers of parameters and outputs of four modules: 3x3 convolution, batch norm, 2x2 max-pooling.
 
-    A module has 9 * inputs * filters weights, and per filter a bias, a scale and a shift. MAML's has no scales.
+    A module has 9 * inputs * filters weights, and a bias, a scale and a shift per filter. MAML's modules have no scale.
     """
     height, width, channels = in_shape
-    later = 3 * (9 * num_filters + 3) * num_filters
-    return (9 * channels + 3) * num_filters + later, (height // 16) * (width // 16) * num_filters
+    later_modules = 3 * (9 * num_filters + 3) * num_filters
+    return (9 * channels + 3) * num_filters + later_modules, (height // 16) * (width // 16) * num_filters
 
 
 def lstm_size(num_inputs: int, hidden_size: int) -> int:
-    """Returns the parameters of an LSTM layer: four gates, each with weights for input and state, and one bias."""
+    """Returns the number of parameters of an LSTM layer: four gates with weights for input and state, and one bias."""
     return 4 * hidden_size * (num_inputs + hidden_size + 1)
 
 
 def matching_networks_size(in_shape: tuple[int, ...], full_context: bool) -> int:
-    """Returns the parameters of matching networks (Vinyals et al. 2016): at least the embedding, with 64 filters.
+    """Returns a lower bound on the number of parameters of matching networks (Vinyals et al. 2016).
 
-    Full context embeddings, as in Table 1's row, add LSTMs as wide as the embedding's E outputs: a bidirectional one
-    over the support set, and one that reads the query's embedding and what it attends to, 2 E inputs. A lower bound:
-    queries and support images share one embedding network, as in Ravi and Larochelle's code.
+    The embedding has 64 filters and E outputs. Full context embeddings, as in Table 1's row, add LSTMs with E units: a
+    bidirectional one over the support set, and one with 2 E inputs, the query's embedding and the attention's result.
+    Queries and support images share one embedding network, as in Ravi and Larochelle's code.
     """
     size, outputs = embedding_size(in_shape, 64)
     return size + full_context * (2 * lstm_size(outputs, outputs) + lstm_size(2 * outputs, outputs))
 
 
 def meta_learner_lstm_size(in_shape: tuple[int, ...], num_ways: int) -> int:
-    """Returns the parameters of the meta-learner LSTM (Ravi and Larochelle 2017): learner and meta-learner.
+    """Returns the number of parameters of the meta-learner LSTM (Ravi and Larochelle 2017): learner and meta-learner.
 
-    The learner is a classifier with 32 filters, whose parameters are the initial cell state. The meta-learner's weights
-    are shared by all of them: an LSTM of 20 units on loss and gradient (two numbers each), then an input and a forget
-    gate on those 20, on the parameter and on the gate's last value, with a bias each.
+    The learner is a classifier with 32 filters, whose parameters are the initial cell state. All of them share the
+    weights of the meta-learner: an LSTM with 20 units, whose inputs are the loss and the gradient (two numbers each),
+    and an input gate and a forget gate, whose inputs are those 20 units, the parameter and the gate's last value.
     """
     size, outputs = embedding_size(in_shape, 32)
     return size + num_ways * (outputs + 1) + lstm_size(4, 20) + 2 * (20 + 2 + 1)
 
 
 def parameter_counts(experiment: str, in_shape: tuple[int, ...]) -> list[Measurement]:
-    """Counts what MAML meta-learns, from the config, and what the others do, from their published architectures."""
-    meta_gradient, _ = learner(experiment, "maml")
+    """Counts meta-learned parameters: MAML's from the config, the other methods' from their published architectures."""
+    meta_gradient, _ = build_meta_gradient(experiment, "maml")
     algorithm = meta_gradient.algorithm
     ours = sum(value.numel() for value in algorithm.theta.values())
     classifier = sum(value.numel() for value in algorithm.model.init(Stream(0)).values())
     on_mini_imagenet = experiment.startswith("mini_imagenet")
     counts = {
-        # The size of the authors' published checkpoint.
+        # 32,773 is the size of the authors' published checkpoint.
         "MAML": (ours, "32,773" if on_mini_imagenet else ""),
         "MAML, beyond its classifier": (ours - classifier, "none"),
         "matching networks, embedding alone": (matching_networks_size(in_shape, False), "more than MAML"),
@@ -163,11 +166,11 @@ def parameter_counts(experiment: str, in_shape: tuple[int, ...]) -> list[Measure
 # Writing.
 
 NOTES = """
-Times are of one meta-gradient (`Algorithm.gradient`, one meta-batch, noise for pixels). MAML and FOMAML take turns; a
-number is the median over rounds, its range the least and the most. The paper's 33 % is of MiniImagenet, and may mean
-either of the two rows. The other half of the claim, the same accuracy, is for the FOMAML rows of Table 1 to show.
+Times are those of one meta-gradient (one meta-batch, with noise for pixels). MAML and FOMAML take turns; a number is
+the median over rounds, its range the lowest and the highest. The paper's 33 % is for MiniImagenet, and may mean either
+of the two rows. The FOMAML rows of Table 1 show the other half of the claim, the same accuracy.
 
-MAML's parameters are counted from the config. The others' are lower bounds, from their published architectures:
+MAML's parameters are counted from the config. The other counts are lower bounds, from the published architectures:
 
 - one module of the embedding: (9 * inputs + 3) * filters, for 3x3 weights, bias, and batch normalisation's scale and
   shift; four modules; E = outputs after four halvings, rounded down
@@ -177,14 +180,14 @@ MAML's parameters are counted from the config. The others' are lower bounds, fro
 - meta-learner LSTM: 32 filters, + ways * (E + 1) for the learner, whose parameters are the initial cell state,
   + LSTM(4, 20) + 2 * (20 + 2 + 1) for the meta-learner
 
-Left out: running averages, second biases of LSTM implementations, and all state of optimizers. Matching networks have
-no classifier layer, so it is their width and their context LSTMs that make them larger, not their having more parts to
-meta-learn: where both nets have 64 filters, as on Omniglot, the embedding alone is no larger than MAML's classifier.
+Not counted: running averages, the second biases of LSTM implementations, and the state of optimizers. Matching networks
+have no classifier layer. Their width and their context LSTMs make them larger, not additional meta-learned parts: if
+both networks have 64 filters, as on Omniglot, the embedding alone is no larger than MAML's classifier.
 """
 
 
 def write(out: Path, measurements: Sequence[Measurement], conditions: Mapping[str, str]) -> None:
-    """Writes claims.csv, with one row per measured thing, and claims.md."""
+    """Writes claims.csv, with one row per measured quantity, and claims.md."""
     out.mkdir(parents=True, exist_ok=True)
     kept = {key: conditions[key] for key in ("hardware", "commit", "command")}
     rows: list[dict[str, Any]] = [asdict(measurement) | kept for measurement in measurements]
@@ -192,7 +195,7 @@ def write(out: Path, measurements: Sequence[Measurement], conditions: Mapping[st
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    lines = ["# What section 5.2 says in prose", ""]
+    lines = ["# Claims of section 5.2", ""]
     lines += [f"- {key}: {value}" for key, value in conditions.items()]
     lines += ["", "| claim | shape | published | ours | range |", "| --- | --- | ---: | ---: | ---: |"]
     lines += [f"| {m.claim} | {m.shape} | {m.published} | {m.ours} | {m.range} |" for m in measurements]
@@ -200,17 +203,17 @@ def write(out: Path, measurements: Sequence[Measurement], conditions: Mapping[st
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and writes."""
+    """Measures all claims and writes the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="turns of each algorithm (default %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "claims", help="folder (default results/claims)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(NUM_THREADS)
-    conditions = describe(DEVICE, NUM_THREADS) | {"rounds": str(options.rounds)}
+    conditions = describe_conditions(DEVICE, NUM_THREADS) | {"rounds": str(options.rounds)}
     measurements = [
         measurement
         for experiment, in_shape in SHAPES.items()
-        for measurement in (*speed_up(experiment, options.rounds), *parameter_counts(experiment, in_shape))
+        for measurement in (*measure_speed_up(experiment, options.rounds), *parameter_counts(experiment, in_shape))
     ]
     write(options.out, measurements, conditions)
     print((options.out / "claims.md").read_text())

@@ -2,8 +2,8 @@
 
     python scripts/demo.py
 
-The run is the one of ``python train.py +experiment=sinusoid_10shot``: it resumes if it was cut off, and shows
-its results at once if it was run before.
+The run is the same as that of ``python train.py +experiment=sinusoid_10shot``. It resumes if it was interrupted, and
+shows its results at once if it has already finished.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from maml.config.compose import compose
 from maml.errors import Interrupted, MamlError
 from maml.experiment import run_experiment
 from maml.paper.cells import Source, load_figures, load_levels, load_tables
-from maml.paper.figures import Drawn, curve_readings, plot_figure
+from maml.paper.figures import DrawnCurve, curve_readings, plot_figure
 from maml.paper.tables import reading_text, verdict
 from maml.record.index import Report
 from maml.record.run_folder import RunFolder
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     smoke = ["+debug=smoke"] if options.smoke else []
     config, experiment = compose([f"+experiment={EXPERIMENT}", f"runs_dir={options.runs_dir}", *smoke])
-    print(f"{experiment}: {config.num_iterations:,} iterations. Stop it when you like: the same command goes on.")
+    print(
+        f"{experiment}: {config.num_iterations:,} iterations. You can stop it at any time; the same command resumes it."
+    )
     run_experiment(config, experiment)
     run = RunFolder(config, experiment)
     report = Report.model_validate(run.finished_report())
@@ -46,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"run folder  {run.path}\n"
         f"picture     {picture}\n"
         f"table       {run.path / 'comparison.md'}\n"
-        f"to go on    python train.py +experiment={EXPERIMENT} seed=1   (or any other file of conf/experiment/)\n"
-        "            make paper-tables, make paper-figures   (what has been run, beside the paper)"
+        f"next steps  python train.py +experiment={EXPERIMENT} seed=1   (or any other file of conf/experiment/)\n"
+        "            make paper-tables, make paper-figures   (all finished runs, compared with the paper)"
     )
 
 
@@ -80,11 +82,11 @@ def comparison(report: Report, smoke: bool) -> str:
 
 
 def draw_figure(report: Report, smoke: bool, path: Path) -> Path:
-    """Draws Figure 3, our MAML curve over the paper's; returns the file."""
+    """Plots Figure 3 with our MAML curve over the paper's; returns the file."""
     (figure,) = (figure for figure in load_figures(RESULTS) if figure.name == "figure3")
     curves = [curve for curve in figure.curves if curve.source.experiment == EXPERIMENT]
     note = f" ({report.num_iterations} iterations: a smoke test)" if smoke else ""
-    lines = [Drawn(curve, f"{curve.row}, ours{note}", curve_readings(curve, report)) for curve in curves]
+    lines = [DrawnCurve(curve, f"{curve.row}, ours{note}", curve_readings(curve, report)) for curve in curves]
     return plot_figure(figure, lines, path)
 
 

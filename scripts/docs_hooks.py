@@ -1,4 +1,4 @@
-"""What `make docs` adds to the pages in docs/: results, and the reference of every config key."""
+"""Hooks of `make docs`: they add the results and the reference of all config keys to the pages in docs/."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Adapts links between docs/ and results/: in the site the latter lies in the former."""
+    """Adapts the links between docs/ and results/, because the site contains results/ in the folder of docs/."""
     if page.file.src_uri.startswith("results/"):
         return markdown.replace("../docs/", "../")
     return markdown.replace("](../results/", "](results/")
 
 
 def reference_pages() -> dict[str, str]:
-    """Returns a page for each config group, by its path in the site: every option and every key of it."""
+    """Returns a page for each config group, with all options and keys, by its path in the site."""
     pages = {}
     for group in reference():
         lines = [f"# {group.name or 'Every run'}", "", group.meaning, "", *([] if group.name else [_HOW_TO_READ, ""])]

@@ -1,10 +1,10 @@
-"""Exports the parameters behind every number that has been run: results/checkpoints/*.safetensors and index.json.
+"""Exports the parameters of every number that has been run to results/checkpoints/*.safetensors and index.json.
 
     python scripts/export_checkpoints.py
 
-A cell or curve is given by its complete run of the lowest seed, or by the one that is furthest, as in the tables; the
-index says at which iteration. Equal runs give equal bytes. A file that was exported before is kept where the run's
-checkpoint.pt is not there any more; files that no number needs are deleted.
+As in the tables, the run of a cell or curve is the complete run with the lowest seed, or, if there is none, the run
+with the most iterations; the index contains the iteration. Equal runs give equal bytes. If a run's checkpoint.pt no
+longer exists, its exported file is kept. Files that no number needs are deleted.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from maml.config.paths import CHECKPOINTS
 from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources
 from maml.record import checkpoint
-from maml.record.exported import Entry, Exported, Index, Reading, pack, read_index, unpack, write_index
+from maml.record.exported import Entry, ExportedFile, Index, Reading, pack, read_index, unpack, write_index
 from maml.record.index import Evidence, Report, Run, find_evidence, find_runs
 from maml.record.run_folder import read_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-MAX_BYTES = 1_500_000  # of a file: all of them are committed
+MAX_BYTES = 1_500_000  # largest allowed file, because all files are committed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exports all that can be; returns 1 if some number that has been run has no file, else 0."""
+    """Exports all parameters; returns 1 if a number that has been run has no file, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--runs-dir",
         type=Path,
         nargs="+",
         default=[RESULTS / "runs"],
-        help="where run folders are; a checkpoint that one lacks may be in the next (default: results/runs)",
+        help="folders of run folders; a missing checkpoint is looked for in the next folder (default: results/runs)",
     )
     parser.add_argument("--out", type=Path, default=CHECKPOINTS, help="where to write (default: results/checkpoints)")
     options = parser.parse_args(arguments)
@@ -72,18 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Exported | None) -> Exported:
-    """Writes the parameters that a report is of, and returns what they are of.
+def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: ExportedFile | None) -> ExportedFile:
+    """Writes the parameters with which a report was computed, and returns their entry for the index.
 
     Args:
-        runs: all that were found.
-        run: of the report.
-        report: of the number.
-        path: of the file.
-        before: what the index said of it.
+        runs: all runs, which may include copies of ``run``.
+        run: the run of the report.
+        report: the report of the number.
+        path: path of the file to write.
+        before: the earlier index's entry of the file; None if there is none.
 
     Raises:
-        MamlError: if there is no checkpoint of the report's iteration, or it is too large.
+        MamlError: if there is no checkpoint of the report's iteration, or if it is too large.
     """
     for folder in (other.path for other in runs if other.record.run_id == report.run_id):
         if not (folder / "checkpoint.pt").exists():
@@ -93,18 +93,18 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
             break
     else:
         if before is not None and before.iteration == report.iteration:
-            unpack(path, before.sha256)  # makes sure that it is still that file
+            unpack(path, before.sha256)  # checks that the file is unchanged
             return before
         raise MamlError(
-            f"no checkpoint.pt of run {report.run_id} at iteration {report.iteration} is in {run.path}, or in the "
-            "other --runs-dir"
+            f"{run.path} and its copies in --runs-dir have no checkpoint.pt of run {report.run_id} at iteration "
+            f"{report.iteration}; train the run again, or add the folder that has it to --runs-dir"
         )
     content = pack(saved["state"], f"{run.path.parent.name} {report.run_id}, iteration {report.iteration}")
     if len(content) > MAX_BYTES:
-        raise MamlError(f"{path.name} would have {len(content):,} bytes, more than {MAX_BYTES:,}")
-    checkpoint.write_whole(path, lambda file: file.write(content))
+        raise MamlError(f"{path.name} would have {len(content):,} bytes, but at most {MAX_BYTES:,} are allowed")
+    checkpoint.write_atomically(path, lambda file: file.write(content))
     record = read_json(run.path / "run.json") or {}
-    return Exported(
+    return ExportedFile(
         sha256=hashlib.sha256(content).hexdigest(),
         run_id=report.run_id,
         seed=report.seed,
@@ -117,7 +117,7 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
 
 
 def entry(source: Source, steps: Sequence[int], report: Report, file: str) -> Entry:
-    """Returns what the index says of one cell or curve."""
+    """Returns the index entry of one cell or curve."""
     (curve,) = (
         curve for curve in report.curves if (curve.metric, curve.num_shots) == (source.metric, source.num_shots)
     )

@@ -1,4 +1,4 @@
-"""What a computation costs at least on this machine, and where its time goes: beside a number that misses its bar."""
+"""The least time of a computation on this machine (its floor), and its slowest operations."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from torch.utils.flop_counter import flop_registry
 
 _MIN_PROFILED_SECONDS = 0.5
 NOTES = """
-The floor is what the machine would need for the loop's matrix products and convolutions alone: the larger of their
-operations over the measured rate of a large matrix product, and of the bytes of their operands and results, each moved
-once, over the measured rate of a copy. All that is between them, and every launch, is free in it.
+The floor is the time that the machine needs for the loop's matrix products and convolutions alone. It is the larger of
+two times: their operations, at the measured rate of a large matrix product; and the bytes of their operands and
+results, each moved once, at the measured rate of a copy. It ignores all other operations and every kernel launch.
 """.strip()
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does per second, measured.
+    """The measured rates of the machine, per second.
 
     Attributes:
-        operations: of a large float32 matrix product.
-        bytes: read and written by a copy that no cache holds.
+        operations: floating-point operations per second in a large float32 matrix product.
+        bytes: bytes read and written per second by a copy that is larger than any cache.
     """
 
     operations: float
@@ -37,7 +37,7 @@ class Rates:
 
     @classmethod
     def measure(cls, device: torch.device) -> Rates:
-        """Measures both."""
+        """Measures both rates."""
         clock, _ = choose_clock(device, torch.get_num_threads())
         size, length = (8192, 2**28) if device.type == "cuda" else (1024, 2**26)
         a, x = torch.ones(size, size, device=device), torch.ones(length, device=device)
@@ -52,12 +52,12 @@ class Rates:
 
 @dataclass
 class Cost:
-    """What matrix products and convolutions of a computation take.
+    """The cost of the matrix products and convolutions of a computation.
 
     Attributes:
-        operations: multiplications and additions.
-        bytes: of operands and results.
-        calls: how many there are.
+        operations: number of multiplications and additions.
+        bytes: total size of operands and results, in bytes.
+        calls: number of matrix products and convolutions.
     """
 
     operations: int = 0
@@ -66,18 +66,18 @@ class Cost:
 
     @classmethod
     def of(cls, run: Callable[[], object]) -> Cost:
-        """Counts them while it runs."""
+        """Runs a computation and counts its cost."""
         cost = cls()
-        with _Counting(cost):
+        with _CostCounter(cost):
             run()
         return cost
 
     def seconds(self, rates: Rates) -> float:
-        """Returns the floor."""
+        """Returns the floor, in seconds."""
         return max(self.operations / rates.operations, self.bytes / rates.bytes)
 
     def row(self, rates: Rates) -> dict[str, str]:
-        """Returns the cells of a table."""
+        """Returns the cells of one row of a table."""
         bound = "operations" if self.operations / rates.operations > self.bytes / rates.bytes else "bytes"
         return {
             "GFLOP": f"{self.operations / 1e9:.3g}",
@@ -87,7 +87,7 @@ class Cost:
         }
 
 
-class _Counting(TorchDispatchMode):
+class _CostCounter(TorchDispatchMode):
     def __init__(self, cost: Cost) -> None:
         super().__init__()
         self.cost = cost
@@ -102,7 +102,7 @@ class _Counting(TorchDispatchMode):
         return result
 
 
-def _profiled(run: Callable[[], object], device: torch.device, times: int = 1) -> profile:
+def _profile_calls(run: Callable[[], object], device: torch.device, times: int = 1) -> profile:
     run()
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
@@ -113,15 +113,15 @@ def _profiled(run: Callable[[], object], device: torch.device, times: int = 1) -
     return profiler
 
 
-def where_time_goes(run: Callable[[], object], device: torch.device, count: int = 6) -> list[dict[str, str]]:
-    """Returns a table of the operations that take the most of its time, on the device that computes."""
+def slowest_operations(run: Callable[[], object], device: torch.device, count: int = 6) -> list[dict[str, str]]:
+    """Returns a table of the operations that take the most time, on the device that computes."""
     run()
     start = time.perf_counter()
     run()
-    # Of a single short call, one interruption by another process would be the largest part.
+    # Several calls: in a single short one, an interruption by another process would dominate.
     times = max(1, min(100, int(_MIN_PROFILED_SECONDS / (time.perf_counter() - start))))
     kind = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
-    averages = _profiled(run, device, times).key_averages()
+    averages = _profile_calls(run, device, times).key_averages()
     events = sorted(averages, key=lambda event: getattr(event, kind), reverse=True)
     total = sum(getattr(event, kind) for event in events) or 1.0
     return [
@@ -131,17 +131,17 @@ def where_time_goes(run: Callable[[], object], device: torch.device, count: int 
 
 
 def kernels(run: Callable[[], object], device: torch.device, times: int = 20) -> tuple[float, float]:
-    """Returns, per call, the seconds in which at least one kernel runs on the GPU, and how many kernels there are."""
-    events = _profiled(run, device, times).events() or []
+    """Returns, per call, the seconds in which at least one kernel runs on the GPU, and the number of kernels."""
+    events = _profile_calls(run, device, times).events() or []
     events = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
-    seconds = covered((event.time_range.start, event.time_range.end) for event in events) / 1e6
+    seconds = union_length((event.time_range.start, event.time_range.end) for event in events) / 1e6
     return seconds / times, len(events) / times
 
 
-def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Returns the length of a union of intervals."""
-    total, reached = 0.0, float("-inf")
+def union_length(intervals: Iterable[tuple[float, float]]) -> float:
+    """Returns the total length of the union of intervals (start, end)."""
+    total, last_end = 0.0, float("-inf")
     for start, end in sorted(intervals):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
+        total += max(0.0, end - max(start, last_end))
+        last_end = max(last_end, end)
     return total

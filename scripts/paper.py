@@ -1,11 +1,11 @@
-"""Runs what is missing or cut off for the paper's tables and figures, several at a time, and renders them.
+"""Runs all missing or interrupted runs of the paper's tables and figures, several at a time, and renders the results.
 
     python scripts/paper.py                               # everything
-    python scripts/paper.py --only table2,figure3         # what these need; table2/MAML is one row
-    python scripts/paper.py --plan                        # what would run, and how long it would take
-    python scripts/paper.py --smoke                       # all of the path in minutes; its numbers mean nothing
+    python scripts/paper.py --only table2,figure3         # the runs of these; table2/MAML is one row
+    python scripts/paper.py --plan                        # list the runs and their estimated times
+    python scripts/paper.py --smoke                       # test everything in minutes; its numbers mean nothing
 
-Stop it when you like, in any way: the same command goes on from what is saved.
+You can stop it at any time and in any way. The same command resumes from the last checkpoints.
 """
 
 from __future__ import annotations
@@ -41,27 +41,33 @@ RENDERERS = {
     "paper_tables.py": "",
     "paper_figures.py": "",
     "report.py": "report.html",
-}  # and what they write in results/
+}  # and the file that each writes in results/; "" is results/ itself
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Plans, runs and renders; returns 1 if something failed or a damaged run was left out, 128 + n on signal n."""
+    """Plans, runs and renders.
+
+    Returns:
+        1 if a job failed or a damaged run was left out, 128 + n after signal n, else 0.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", metavar="NAMES", type=_names, help="what to run, as artifact[/row[/column]], comma-separated"
+        "--only", metavar="NAMES", type=_parse_names, help="cells to run, as artifact[/row[/column]], comma-separated"
     )
-    parser.add_argument("--plan", action="store_true", help="print what would run, and how long it would take")
-    parser.add_argument("--smoke", action="store_true", help="tiny runs, kept apart; their numbers mean nothing")
+    parser.add_argument("--plan", action="store_true", help="only print the runs and their estimated times")
+    parser.add_argument("--smoke", action="store_true", help="tiny runs in other folders; their numbers mean nothing")
     parser.add_argument("--wandb", action="store_true", help="mirror runs to Weights & Biases, grouped by table")
     parser.add_argument(
-        "--jobs", type=int, help="how many run at once (default: one per GPU; else as many as fit on the cores)"
-    )
-    parser.add_argument("--seeds", type=_seeds, default=[0], help="of each experiment, comma-separated (default: 0)")
-    parser.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), help="where run folders are made (default: runs)"
+        "--jobs", type=int, help="most jobs at once (default: one per GPU; without GPU, as many as fit on the cores)"
     )
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="the folder of cells.yaml, where to write (default: results)"
+        "--seeds", type=_parse_seeds, default=[0], help="seeds of each experiment, comma-separated (default: 0)"
+    )
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), help="folder in which run folders are made (default: runs)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of cells.yaml, and of the output (default: results)"
     )
     options = parser.parse_args(arguments)
     if options.jobs is not None and options.jobs < 1:
@@ -78,43 +84,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plan:
         runs, damaged = find_runs(*roots)
         print_plan(plan(needs, options.seeds, runs, runs_dir), runs)
-        return _name_damaged(damaged)
-    with _alone(runs_dir):
+        return _report_damaged(damaged)
+    with _exclusive_lock(runs_dir):
         runs, damaged = find_runs(*roots)
         jobs = plan(needs, options.seeds, runs, runs_dir, options.wandb)
         if options.smoke:
             refuse_mixing(jobs, plan(list_needs(options.results), options.seeds, [], options.runs_dir))
-        failed = _name_damaged(damaged)
-        stopped_by, is_whole = run_jobs(jobs, options.jobs)
+        failed = _report_damaged(damaged)
+        stopped_by, all_succeeded = run_jobs(jobs, options.jobs)
     if stopped_by:
-        print(f"stopped by {signal.Signals(stopped_by).name}; all that was done is saved: {command_line()} goes on")
+        print(
+            f"stopped by {signal.Signals(stopped_by).name}; all progress is saved. Run the same command again to "
+            f"continue: {command_line()}"
+        )
         return 128 + stopped_by
     rendered = render(roots, results, options.smoke)
-    return int(bool(failed) or not is_whole or not rendered)
+    return int(bool(failed) or not all_succeeded or not rendered)
 
 
-def _names(text: str) -> list[str]:
+def _parse_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _seeds(text: str) -> list[int]:
+def _parse_seeds(text: str) -> list[int]:
     return [int(seed) for seed in text.split(",")]
 
 
-def _name_damaged(messages: Sequence[str]) -> int:
+def _report_damaged(messages: Sequence[str]) -> int:
     for message in messages:
         print(f"ERROR, left out: {message}", file=sys.stderr)
     return int(bool(messages))
 
 
 @contextmanager
-def _alone(runs_dir: Path) -> Iterator[None]:
-    """Refuses to run beside another process of this script: each would start what the other is about to start."""
+def _exclusive_lock(runs_dir: Path) -> Iterator[None]:
+    """Makes sure that only one process runs this script, because two would start the same jobs."""
     runs_dir.mkdir(parents=True, exist_ok=True)
     path = runs_dir / ".paper.lock"
     lock = acquire(path)
     if lock is None:
-        raise MamlError(f"another `make paper` ({holder(path)}) is at work in {runs_dir}; {advice(path)}")
+        raise MamlError(f"another `make paper` ({holder(path)}) is running in {runs_dir}; {advice(path)}")
     try:
         yield
     finally:
@@ -122,21 +131,22 @@ def _alone(runs_dir: Path) -> Iterator[None]:
 
 
 def refuse_mixing(smoke: Sequence[Job], real: Sequence[Job]) -> None:
-    """Makes sure that no smoke test would be found as a real run.
+    """Checks that no smoke test has the run id of a real run.
 
     Raises:
-        MamlError: if one trains what a real experiment trains.
+        MamlError: if a smoke test has the training settings of a real experiment.
     """
     mixed = {job.run_id: job.name for job in smoke}.keys() & {job.run_id for job in real}
     if mixed:
         names = ", ".join(job.name for job in real if job.run_id in mixed)
         raise MamlError(
-            f"a smoke test of {names} would be the real thing; make its experiment longer than a smoke test"
+            f"a smoke test of {names} would have the settings of the real run; give the experiment more iterations "
+            "than a smoke test"
         )
 
 
 def print_plan(jobs: Sequence[Job], runs: Sequence[Run]) -> None:
-    """Prints a table of all jobs, with what they will take."""
+    """Prints a table of all jobs, with their estimated times and sizes."""
     rows, hours, size, unknown = [], 0.0, 0, 0
     for job in jobs:
         expected = estimate(job, runs) if job.state not in ("done", "cannot") else None
@@ -180,12 +190,12 @@ def _megabytes(size: int | None) -> str:
 
 
 class Worker:
-    """A job that runs: one process of ``train.py`` after the other, with their output in a log beside the run folder.
+    """A running job: its ``train.py`` processes run one after the other; their output goes to a log beside the folder.
 
     Args:
-        job: what to run.
-        slot: which of those that run at once it is.
-        environment: of the processes.
+        job: the job to run.
+        slot: number of the job among the jobs that run at once.
+        environment: environment variables of the processes.
     """
 
     def __init__(self, job: Job, slot: int, environment: dict[str, str]) -> None:
@@ -207,26 +217,26 @@ class Worker:
                 stdout=log,
                 stderr=log,
                 env=self.environment,
-                start_new_session=True,  # so that Ctrl-C in a terminal reaches it once, through us
+                start_new_session=True,  # so that Ctrl-C in a terminal reaches it only once, passed on by this script
             )
 
     @property
     def lines(self) -> list[str]:
-        """What the process has said so far."""
+        """The output of the process so far, without empty lines."""
         with open(self.log, errors="replace") as log:
             log.seek(self.begin)
             return [line.strip() for line in log if line.strip()]
 
 
 def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
-    """Runs all that can be run and is not done; what fails does not keep the rest from running.
+    """Runs all unfinished jobs that can run here; a failed job does not stop the others.
 
     Args:
-        jobs: what is needed.
-        limit: how many run at once; None is one per GPU, and without one as many as the cores have threads for.
+        jobs: all jobs of the plan.
+        limit: most jobs at once; None is one per GPU, or, without a GPU, as many as fit on the cores.
 
     Returns:
-        The signal that stopped it, if one did, and whether nothing failed.
+        The signal that stopped the jobs, or None, and whether no job failed.
     """
     print(f"{_counts(jobs)}")
     impossible = {job.name: job.impossible for job in jobs if job.state == "cannot"}
@@ -236,20 +246,20 @@ def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
     gpus = visible_gpus()
     room = limit or len(gpus) or os.cpu_count() or 1
 
-    def takes(job: Job) -> int:
+    def threads_for(job: Job) -> int:
         return 1 if limit or gpus else min(job.num_threads, room)
 
-    foreign: set[str] = set()
-    with _signals() as received, _Display() as display:
+    trained_elsewhere: set[str] = set()
+    with _signals() as received, _StatusDisplay() as display:
         passed_on = 0
         while workers or (waiting and not received):
             for job in () if received else tuple(waiting):
-                if sum(takes(worker.job) for worker in workers) + takes(job) > room:
+                if sum(threads_for(worker.job) for worker in workers) + threads_for(job) > room:
                     break
-                if job.alive:  # perhaps left behind by a `make paper` that was killed; it is continued when it ends
-                    if job.name not in foreign:
+                if job.alive:  # perhaps started by a `make paper` that was killed; the job continues after it ends
+                    if job.name not in trained_elsewhere:
                         display.say(f"waiting for {job.name}: another process is training it")
-                    foreign.add(job.name)
+                    trained_elsewhere.add(job.name)
                     continue
                 waiting.remove(job)
                 slot = min(set(range(room)) - {worker.slot for worker in workers})
@@ -266,19 +276,21 @@ def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
                     worker.start()
                     continue
                 workers.remove(worker)
-                name, said = worker.job.name, worker.lines
+                name, output = worker.job.name, worker.lines
                 if status == 0 and not worker.commands:
                     display.say(f"finished {name}")
                 elif received:
-                    display.say(f"stopped {name}: {said[-1] if said else 'before it began'}")
+                    display.say(f"stopped {name}: {output[-1] if output else 'before it began'}")
                 elif status == os.EX_UNAVAILABLE:
-                    impossible[name] = said[-1]
+                    impossible[name] = output[-1]
                     display.say(f"cannot run here: {name}")
                 else:
                     display.say(f"FAILED {name}")
                     command = shlex.join(["python", "train.py", *worker.arguments])
                     failed.append(
-                        "\n    ".join([f"FAILED {name} (status {status}): {command}", *said[-5:], f"log: {worker.log}"])
+                        "\n    ".join(
+                            [f"FAILED {name} (status {status}): {command}", *output[-5:], f"log: {worker.log}"]
+                        )
                     )
             display.show(workers)
             time.sleep(REDRAW_SECONDS)
@@ -292,10 +304,10 @@ def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
     return (received[0] if received else None), not failed
 
 
-def _start(job: Job, slot: int, gpus: Sequence[str], display: _Display) -> Worker:
+def _start(job: Job, slot: int, gpus: Sequence[str], display: _StatusDisplay) -> Worker:
     if job.committed and not job.folder.exists():
         display.say(
-            f"{job.name} goes on from {job.committed}: copied to {job.folder}, what is committed stays as it is"
+            f"{job.name} resumes from {job.committed}, copied to {job.folder}; the committed run does not change"
         )
     job.prepare()
     environment = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
@@ -306,7 +318,7 @@ def _start(job: Job, slot: int, gpus: Sequence[str], display: _Display) -> Worke
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects the signals that ask to stop; a terminal that is closed asks as SIGTERM does."""
+    """Collects signals to stop; SIGHUP, from a closed terminal, counts as SIGTERM."""
     received: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -320,14 +332,14 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Display:
-    """One line per running job: live on a terminal, and now and then anywhere else."""
+class _StatusDisplay:
+    """Shows one line per running job: updated live on a terminal, printed at intervals elsewhere."""
 
     def __init__(self) -> None:
         self.console = Console(soft_wrap=True, highlight=False, markup=False)
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> _StatusDisplay:
         if self.console.is_interactive:
             self.live.start()
         return self
@@ -340,7 +352,7 @@ class _Display:
         self.console.print(text)
 
     def show(self, workers: Sequence[Worker]) -> None:
-        """Shows what each job said last."""
+        """Shows the last line of each job's output."""
         status = {worker: f"{worker.job.name}: {(worker.lines or ['starting'])[-1]}" for worker in workers}
         if self.console.is_interactive:
             self.live.update(Text("\n".join(status.values()), no_wrap=True, overflow="ellipsis"), refresh=True)
@@ -352,10 +364,10 @@ class _Display:
 
 
 def render(roots: Sequence[Path], results: Path, smoke: bool) -> bool:
-    """Renders tables, figures and the report; returns whether all of them succeeded."""
-    places = ["--runs-dir", *map(str, roots), "--results", str(results)]
+    """Renders tables, figures and the report; returns whether all renderers succeeded."""
+    folders = ["--runs-dir", *map(str, roots), "--results", str(results)]
     statuses = [
-        subprocess.run([sys.executable, str(ROOT / "scripts" / name), *places, "--out", str(results / out)]).returncode
+        subprocess.run([sys.executable, str(ROOT / "scripts" / name), *folders, "--out", str(results / out)]).returncode
         for name, out in RENDERERS.items()
     ]
     for path in results.rglob("*.md") if smoke else ():

@@ -1,4 +1,4 @@
-"""Renders the paper's figures from what has been run: results/figures.md, and a folder for each of them.
+"""Renders the paper's figures from all finished runs: results/figures.md, and a folder for each figure.
 
     python scripts/paper_figures.py
 
@@ -17,31 +17,31 @@ from typing import Any
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures
-from maml.paper.figures import CurveComparison, drawn, figure_rows, plot_figure
+from maml.paper.figures import CurveComparison, figure_rows, plot_figure, prepare_curve
 from maml.paper.tables import summary
 from maml.record.index import Evidence, find_evidence, find_runs, provenance
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NOTE = (
-    "Bands are 95 % intervals over test tasks where nothing else is said. Of several seeds the lowest is drawn. A "
-    "curve is reproduced if every step is that can be judged; else its status is that of the last step that is not. "
-    "Numbers, and the status of each step: the CSV beside each picture. Made by `make paper-figures`."
+    "Bands are 95 % intervals over test tasks unless stated otherwise. If several seeds were run, the lowest is drawn. "
+    "A curve is reproduced if all steps with a published value are; otherwise it has the status of the last step that "
+    "is not. The CSV beside each picture has all numbers and the status of each step. Made by `make paper-figures`."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes all figures and prints how far each curve is; returns 1 if a damaged run folder had to be left out."""
+    """Writes all figures and prints the status of each curve; returns 1 if a damaged run was left out, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--runs-dir",
         type=Path,
         nargs="+",
         default=[Path("runs"), RESULTS / "runs"],
-        help="where run folders are; of equal runs the first counts (default: runs, then results/runs)",
+        help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write (default: results)")
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="the folder of cells.yaml and paper/ (default: results)"
+        "--results", type=Path, default=RESULTS, help="folder of cells.yaml and paper/ (default: results)"
     )
     options = parser.parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
@@ -52,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for curve in figure.curves:
             evidence = find_evidence(curve.source, runs)
             try:
-                curves.append((curve, evidence, drawn(curve, evidence)))
+                curves.append((curve, evidence, prepare_curve(curve, evidence)))
             except MamlError as error:
                 damaged.append(str(error))
-                curves.append((curve, Evidence(), drawn(curve, Evidence())))
+                curves.append((curve, Evidence(), prepare_curve(curve, Evidence())))
         plot_figure(figure, [item for _, _, item in curves], path.with_suffix(".png"))
         _write_csv(path, [row for curve, evidence, _ in curves for row in figure_rows(curve, evidence)])
         compared = [CurveComparison(curve, evidence) for curve, evidence, _ in curves]
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _path(out: Path, name: str) -> Path:
-    """Returns the file of a figure without its suffix; the parts of one figure share its folder."""
+    """Returns the path of a figure's files without the suffix; all parts of a figure share one folder."""
     folder = out / name.partition("_")[0]
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
@@ -104,23 +104,23 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _section(figure: Figure | Picture, path: Path, found: Mapping[str, tuple[str, str, Source, Evidence]]) -> list[str]:
-    """Prints the status of each curve or panel of a figure and returns a section in Markdown, with their provenance.
+def _section(figure: Figure | Picture, path: Path, items: Mapping[str, tuple[str, str, Source, Evidence]]) -> list[str]:
+    """Prints the status of each curve or panel of a figure; returns its section in Markdown, with the provenance.
 
     Args:
-        figure: with its title and note.
-        path: of its files, without a suffix.
-        found: by label: the status, the same in Markdown, the source, and what has been run of it.
+        figure: the figure, with its title and note.
+        path: path of its files, without the suffix.
+        items: status, status in Markdown, source and runs of each curve or panel, by label.
     """
     picture = f"{path.parent.name}/{path.name}"
     lines = [f"## {figure.title}", "", f"![{figure.title}]({picture}.png)", "", f"[PDF]({picture}.pdf)", ""]
     lines += [figure.note, ""] if figure.note else []
     lines += ["| drawn | status | seeds | commit | hardware | command |", "|" + " --- |" * 6]
-    for label, (status, text, source, evidence) in found.items():
+    for label, (status, text, source, evidence) in items.items():
         print(f"{figure.title}, {label}: {status}")
-        beside = provenance(source, evidence)
-        cells = [label, text, *(beside[name] for name in ("seeds", "commit", "hardware"))]
-        lines.append("| " + " | ".join([*cells, f"`{beside['command']}`"]) + " |")
+        origin = provenance(source, evidence)
+        cells = [label, text, *(origin[name] for name in ("seeds", "commit", "hardware"))]
+        lines.append("| " + " | ".join([*cells, f"`{origin['command']}`"]) + " |")
     return [*lines, ""]
 
 

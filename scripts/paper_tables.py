@@ -1,4 +1,4 @@
-"""Renders the paper's tables from what has been run: results/tables.md and tables.tex, and a folder for each of them.
+"""Renders the paper's tables from all finished runs: results/tables.md, tables.tex, and a folder for each table.
 
     python scripts/paper_tables.py
 
@@ -23,32 +23,32 @@ from maml.record.index import find_evidence, find_runs
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 SEEDS_NOTE = (
-    "Number, interval (over test tasks) and status are those of the lowest seed; in brackets, the number of seeds and "
-    "from where to where their means go."
+    "Number, interval (over test tasks) and status are those of the lowest seed. In brackets: the number of seeds and "
+    "the range of their means."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes all tables and prints the summary; returns 1 if a damaged run folder had to be left out, else 0."""
+    """Writes all tables and prints the summary; returns 1 if a damaged run folder was left out, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--runs-dir",
         type=Path,
         nargs="+",
         default=[Path("runs"), RESULTS / "runs"],
-        help="where run folders are; of equal runs the first counts (default: runs, then results/runs)",
+        help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write (default: results)")
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="the folder of cells.yaml and paper/ (default: results)"
+        "--results", type=Path, default=RESULTS, help="folder of cells.yaml and paper/ (default: results)"
     )
     options = parser.parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
     tables = load_tables(options.results)
     comparisons = compare(tables, cache(lambda source: find_evidence(source, runs)))
-    counted, *beside = counts_of(tables, comparisons)
+    counted, *other_counts = counts_of(tables, comparisons)
     cells = [comparison for group in comparisons.values() for comparison in group]
-    overview = ["# The paper's tables", "", f"{counted}.", "", *(f"{line}.\n" for line in beside)]
+    overview = ["# The paper's tables", "", f"{counted}.", "", *(f"{line}.\n" for line in other_counts)]
     overview += [headline_markdown(cells, "notes.md"), "", SEEDS_NOTE, ""]
     overview += [f"**ERROR, left out:** {message}\n" for message in damaged]
     overview += ["| table | " + " | ".join(STATUSES) + " |", "| --- |" + " --- |" * len(STATUSES)]
@@ -69,17 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.out / "tables.md").write_text("\n".join([*overview, "", "Made by `make paper-tables`.", ""]))
     for message in damaged:
         print(f"ERROR, left out: {message}", file=sys.stderr)
-    print(*(line for line in (counted, *beside)), sep="\n")
+    print(*(line for line in (counted, *other_counts)), sep="\n")
     print(f"written to {options.out / 'tables.md'}")
     return 1 if damaged else 0
 
 
 def counts_of(tables: Sequence[Table], comparisons: Mapping[str, Sequence[Comparison]]) -> list[str]:
-    """Returns the summary of the paper's cells, and apart from it that of later papers' cells."""
-    mine, others = (
-        [c for table in tables if table.in_paper == own for c in comparisons[table.name]] for own in (True, False)
+    """Returns the summary of the paper's cells, and a separate one of later papers' cells."""
+    of_paper, of_others = (
+        [c for table in tables if table.in_paper == in_paper for c in comparisons[table.name]]
+        for in_paper in (True, False)
     )
-    return [summary(mine), f"Not in the paper and counted apart: {summary(others)}"]
+    return [summary(of_paper), f"Not in the paper, counted separately: {summary(of_others)}"]
 
 
 if __name__ == "__main__":

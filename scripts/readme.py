@@ -3,7 +3,7 @@
     python scripts/readme.py
     python scripts/readme.py --check
 
-Runs that only a user's clone has do not count, so the table is the same on every machine.
+It does not read a user's own runs, so the table is the same on every machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 BEGIN, END = "<!-- table: made by make readme -->\n", "<!-- end of table -->\n"
 
-# The cells that the README shows, and what the reader calls them.
+# The cells that the README shows, with a description for the reader.
 SHOWN = {
     "table2_multitask/MAML/K5_gradsteps_1": "Sinusoid, 5 points, 1 gradient step: mean squared error",
     "table2_multitask/MAML/K5_gradsteps_10": "the same after 10 steps",
@@ -37,7 +37,7 @@ SHOWN = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the table, or with ``--check`` returns 1 if it is not what the committed runs give."""
+    """Writes the table, or, with ``--check``, returns 1 if the table does not agree with the committed runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the table is out of date")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file (default: README.md)")
@@ -61,7 +61,7 @@ def results_table() -> str:
     """Returns the table as Markdown.
 
     Raises:
-        MamlError: if a cell that is shown does not exist or was not run.
+        MamlError: if a cell in `SHOWN` does not exist or was not run.
     """
     runs, problems = find_runs(RESULTS / "runs")
     if problems:

@@ -2,10 +2,10 @@
 
     python scripts/render.py +experiment=cheetah_velocity_maml --goal 6 --steps 0 3
 
-The run is that of ``python train.py`` with the same overrides, as far as it is trained; the goal is one of those it is
-evaluated on, and adaptation is the evaluation's. Every panel is one episode of Gymnasium's environment; all begin in
-the same state and draw the same action noise, so that they differ in the policy alone. With ``logger=wandb`` the
-picture of a finished run also goes to its W&B run.
+The policy is the newest checkpoint of the run of ``python train.py`` with the same overrides. The goal is one of the
+evaluation's goals, and adaptation is the same as in the evaluation. Every panel is one episode of Gymnasium's
+environment. All episodes begin in the same state and sample the same action noise, so they differ in the policy alone.
+With ``logger=wandb``, the picture of a finished run is also sent to its W&B run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from maml.types import Params, num_tasks, take
 
 LOG = logging.getLogger(__name__)
 
-_MAX_FPS = 25  # pictures per second; more make the file larger and the motion no clearer
+_MAX_FPS = 25  # most pictures per second; more would only make the file larger
 _PANEL_HEIGHT = 256  # pixels
 _LINE_HEIGHT = 20
 _MARGIN = 8
@@ -54,9 +54,9 @@ class Frame(NamedTuple):
     """One picture of an episode.
 
     Attributes:
-        picture: as rendered.
-        time: steps so far.
-        total_reward: sum of their rewards.
+        picture: the rendered image.
+        time: number of steps so far.
+        total_reward: sum of the rewards so far.
     """
 
     picture: Image.Image
@@ -66,12 +66,12 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class Episode:
-    """What one policy did.
+    """One episode of a policy.
 
     Attributes:
-        num_steps: gradient steps by which it was adapted.
-        frames: never none.
-        seconds: between two of them.
+        num_steps: number of gradient steps of the policy's adaptation.
+        frames: the pictures, at least one.
+        seconds: seconds between two pictures.
     """
 
     num_steps: int
@@ -85,20 +85,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--goal", type=int, default=0, help="its place in the evaluation's bank (default: 0)")
+    parser.add_argument("--goal", type=int, default=0, help="number of the goal in the evaluation's bank (default: 0)")
     parser.add_argument(
         "--steps", type=int, nargs="+", help="gradient steps, a panel for each (default: 0 and the evaluation's last)"
     )
     parser.add_argument("--output", type=Path, help="the file (default: policy_goal_<N>.gif in the run's folder)")
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    overrides = [word for word in given if "=" in word and not word.startswith("-")]  # wherever they stand
-    options = parser.parse_args([word for word in given if word not in overrides])
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]  # at any position
+    options = parser.parse_args([word for word in words if word not in overrides])
     config, experiment = compose(overrides, CONF)
     evaluation: Evaluation = build(config.evaluation)
-    backend = os.environ.pop("MUJOCO_GL", None)  # else importing MuJoCo would fail wherever this backend does
+    backend = os.environ.pop("MUJOCO_GL", None)  # removed, because importing MuJoCo fails if the backend does not work
     algorithm = build_algorithm(config, Hardware("cpu"))
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        backend = backend or "egl"  # which needs no display
+        backend = backend or "egl"  # EGL needs no display
     os.environ |= {"MUJOCO_GL": backend} if backend else {}
     steps = sorted(set(options.steps or [0, evaluation.num_steps]))
     check(algorithm, evaluation, options.goal, steps)
@@ -119,15 +119,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check(algorithm: Algorithm, evaluation: Evaluation, goal: int, steps: Sequence[int]) -> None:
-    """Refuses what cannot be shown.
+    """Checks that the experiment has a policy, and that the goal and the gradient steps exist.
 
     Raises:
-        MamlError: if there is no policy, no such goal, or no such gradient step.
+        MamlError: if one of them does not.
     """
     if not isinstance(algorithm.domain, Reinforcement):
         raise MamlError(
-            f"{type(algorithm.domain).__name__} has no policy to look at; name an experiment of reinforcement "
-            "learning, such as +experiment=point_navigation_maml"
+            f"{type(algorithm.domain).__name__} has no policy; name an experiment of reinforcement learning, such as "
+            "+experiment=point_navigation_maml"
         )
     if not 0 <= goal < evaluation.num_tasks:
         raise MamlError(
@@ -142,13 +142,13 @@ def check(algorithm: Algorithm, evaluation: Evaluation, goal: int, steps: Sequen
 
 
 def restore(algorithm: Algorithm, run: RunFolder) -> int:
-    """Loads the run's newest checkpoint, or the one that the config names; returns its iteration.
+    """Loads the run's newest checkpoint, or the file in the config's ``checkpoint``; returns its iteration.
 
     Raises:
-        MamlError: if there is none.
+        MamlError: if there is no checkpoint.
     """
-    given = run.config.checkpoint
-    saved = run.load_checkpoint(Path(given) if given else None)
+    file = run.config.checkpoint
+    saved = run.load_checkpoint(Path(file) if file else None)
     if saved is None:
         raise MamlError(
             f"there is no policy in {run.path} yet: train first (python train.py with the same overrides), say where "
@@ -162,51 +162,53 @@ def restore(algorithm: Algorithm, run: RunFolder) -> int:
 def play(
     algorithm: Algorithm, evaluation: Evaluation, index: int, steps: Sequence[int]
 ) -> tuple[Tensor, list[Episode]]:
-    """Adapts to a goal of the bank, as the evaluation does, and runs an episode after each of some steps.
+    """Adapts to a goal of the bank, as the evaluation does, and runs an episode after each of the ``steps``.
 
     Returns:
         The goal, ``(G,)``, and the episodes.
     """
     domain = algorithm.domain
     assert isinstance(domain, Reinforcement)
-    torch.set_num_threads(1)  # one task is too little work for more
+    torch.set_num_threads(1)  # one task is too little work for several threads
     num_shots = (evaluation.num_shots or [domain.num_shots])[0]
-    sizes = (
+    step_sizes = (
         evaluation.search(evaluation, algorithm, num_shots) if evaluation.search else evaluation.step_sizes(num_shots)
     )
     tasks = take(evaluation.bank(domain, num_shots), index, index + 1)
     goal = tasks["goals"][0]
     episodes = []
     start = algorithm.params_per_task(num_tasks(tasks), evaluation.choose_theta(algorithm))
-    for step, params in enumerate(algorithm.adapt(start, tasks, steps[-1], sizes)):
+    for step, params in enumerate(algorithm.adapt(start, tasks, steps[-1], step_sizes)):
         if step in steps:
             environment = domain.make_single(goal, render_mode="rgb_array")
-            told = goal if domain.oracle else goal[:0]
-            frames = run_episode(environment, algorithm.model, params, told, domain.horizon)
-            episodes.append(Episode(step, frames, _every(environment) / environment.metadata["render_fps"]))
+            oracle_goal = goal if domain.oracle else goal[:0]
+            frames = run_episode(environment, algorithm.model, params, oracle_goal, domain.horizon)
+            episodes.append(Episode(step, frames, _steps_per_frame(environment) / environment.metadata["render_fps"]))
             environment.close()
     return goal, episodes
 
 
-def run_episode(environment: gymnasium.Env, model: Model, params: Params, told: Tensor, horizon: int) -> list[Frame]:
-    """Runs one episode, and takes pictures of its start, its end and between.
+def run_episode(
+    environment: gymnasium.Env, model: Model, params: Params, oracle_goal: Tensor, horizon: int
+) -> list[Frame]:
+    """Runs one episode and takes pictures at its start, at its end and at regular intervals.
 
     Args:
-        environment: with pictures.
-        model: the policy.
-        params: of one task, name -> ``(1, ...)``.
-        told: what the policy sees behind each observation: an oracle's goal, or nothing.
-        horizon: its longest duration.
+        environment: an environment that renders pictures.
+        model: the policy network.
+        params: parameters of one task, name -> ``(1, ...)``.
+        oracle_goal: the goal that an oracle policy sees after each observation, ``(G,)``; ``(0,)`` for other policies.
+        horizon: largest number of steps.
 
     Raises:
         MamlError: if OpenGL cannot start.
     """
     observation, _ = environment.reset(seed=0)
-    frames, total, every = [Frame(first_picture(environment), 0, 0.0)], 0.0, _every(environment)
+    frames, total, every = [Frame(first_picture(environment), 0, 0.0)], 0.0, _steps_per_frame(environment)
     (num_actions,) = environment.action_space.shape or ()
     for time, noise in enumerate(Stream(0).child("render").normal((horizon, num_actions)), start=1):
-        seen = torch.cat([torch.as_tensor(observation, dtype=torch.float32), told])
-        mean, log_std = model(params, seen.view(1, 1, -1)).flatten().chunk(2)
+        policy_input = torch.cat([torch.as_tensor(observation, dtype=torch.float32), oracle_goal])
+        mean, log_std = model(params, policy_input.view(1, 1, -1)).flatten().chunk(2)
         action = mean + log_std.exp() * noise
         observation, reward, terminated, truncated, _ = environment.step(action.numpy())
         total += float(reward)
@@ -219,14 +221,14 @@ def run_episode(environment: gymnasium.Env, model: Model, params: Params, told: 
 
 
 def first_picture(environment: gymnasium.Env) -> Image.Image:
-    """Takes a picture, which is when OpenGL starts, where an environment needs it.
+    """Takes the first picture, which starts OpenGL if the environment needs it.
 
     Raises:
-        MamlError: if it cannot start.
+        MamlError: if OpenGL cannot start.
     """
     try:
         return _picture(environment)
-    except Exception as error:  # every way to OpenGL fails in its own way
+    except Exception as error:  # each OpenGL backend raises other exceptions
         raise MamlError(
             f"{type(environment.unwrapped).__name__} cannot be drawn, because OpenGL does not start with "
             f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({type(error).__name__}: {error}). Without a display, "
@@ -239,19 +241,19 @@ def _picture(environment: gymnasium.Env) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _every(environment: gymnasium.Env) -> int:
-    """Returns how many steps there are between two pictures."""
+def _steps_per_frame(environment: gymnasium.Env) -> int:
+    """Returns the number of environment steps between two pictures."""
     return ceil(environment.metadata["render_fps"] / _MAX_FPS)
 
 
 def caption(episode: Episode) -> str:
-    """Says whose episode it is."""
+    """Returns the caption of an episode's panel."""
     plural = "" if episode.num_steps == 1 else "s"
     return f"after {episode.num_steps} gradient step{plural}" if episode.num_steps else "before adaptation"
 
 
 def save(path: Path, heading: str, episodes: Sequence[Episode]) -> None:
-    """Writes the GIF, in real time and without end; an episode that is over stands still until the longest is.
+    """Writes the GIF, in real time and as an endless loop; a shorter episode shows its last picture until the end.
 
     Raises:
         MamlError: if the file cannot be written.
@@ -261,7 +263,7 @@ def save(path: Path, heading: str, episodes: Sequence[Episode]) -> None:
         draw(heading, [(caption(e), e.frames[min(number, len(e.frames) - 1)]) for e in episodes])
         for number in range(longest)
     ]
-    durations = [round(1000 * episodes[0].seconds)] * (longest - 1) + [1500]  # milliseconds; the end may be looked at
+    durations = [round(1000 * episodes[0].seconds)] * (longest - 1) + [1500]  # milliseconds; the last picture is held
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         pages[0].save(path, "GIF", save_all=True, append_images=pages[1:], duration=durations, loop=0)
@@ -270,7 +272,7 @@ def save(path: Path, heading: str, episodes: Sequence[Episode]) -> None:
 
 
 def draw(heading: str, panels: Sequence[tuple[str, Frame]]) -> Image.Image:
-    """Sets captioned pictures side by side below a heading."""
+    """Draws pictures with captions side by side, below a heading."""
     font = ImageFont.load_default(14)
     pictures = [
         frame.picture.resize((frame.picture.width * _PANEL_HEIGHT // frame.picture.height, _PANEL_HEIGHT))
@@ -293,7 +295,7 @@ def draw(heading: str, panels: Sequence[tuple[str, Frame]]) -> Image.Image:
 
 
 def mirror(config: Settings, run: RunFolder, path: Path) -> None:
-    """Adds the picture, beside the report again, to where the config's logger shows the run."""
+    """Sends the picture, together with the report, to the service of the config's logger."""
     logger: Logger = build(config.logger)
     report = run.finished_report()
     if report is not None:
@@ -302,7 +304,7 @@ def mirror(config: Settings, run: RunFolder, path: Path) -> None:
         logger.finish("finished")
     elif isinstance(logger, Mirror):
         LOG.warning(
-            "%s has no report yet, so %s does not show its picture; it will once training is over",
+            "%s has no report yet, so %s does not show its picture; run this again when training is complete",
             run.path,
             logger.name,
         )

@@ -1,4 +1,4 @@
-"""Makes results/report.html: every table, figure and departure, and the evidence behind each number, on one page.
+"""Makes results/report.html: one page with every table, figure and departure, and the evidence for each number.
 
     python scripts/report.py
 
@@ -20,14 +20,14 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the page; returns 1 if something damaged had to be left out, else 0."""
+    """Writes the page; returns 1 if a damaged run folder or file was left out, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--runs-dir",
         type=Path,
         nargs="+",
         default=[Path("runs"), RESULTS / "runs"],
-        help="where run folders are; of equal runs the first counts (default: runs, then results/runs)",
+        help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "report.html", help="the file to write (default: results/report.html)"
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--results",
         type=Path,
         default=RESULTS,
-        help="the folder of cells.yaml and what was rendered (default: results)",
+        help="folder of cells.yaml and of the rendered figures (default: results)",
     )
     options = parser.parse_args(arguments)
     page, problems = render(options.results, *find_runs(*options.runs_dir))

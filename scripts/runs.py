@@ -1,8 +1,8 @@
-"""Lists, shows, compares and tidies what has been run: the folders below runs/ and the committed ones in results/runs/.
+"""Lists, shows, compares and deletes runs: the folders in runs/ and the committed ones in results/runs/.
 
     python scripts/runs.py list 'sinusoid_*' --set inner.step_size=0.001 --by-seed
 
-Nothing is written but a mark in the folder of a superseded run, and nothing deleted but by `prune --yes`.
+Only `supersede` writes anything, a mark in the run's folder. Only `prune --yes` deletes anything.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.hints import near_miss
 from maml.config.identity import digest, evaluation_config, training_config
 from maml.config.paths import CONF
@@ -47,7 +47,7 @@ UNKNOWN = Parameter.empty
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns 1 if it could not, or if `list` had to leave out a run folder, else 0."""
+    """Runs a subcommand; returns 1 if it failed, or if `list` left out a damaged run folder, else 0."""
     options = _parser().parse_args(arguments)
     runs, problems = read_runs(*options.runs_dir)
     try:
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         default=[Path("runs"), RESULTS / "runs"],
-        help="where run folders are; of equal runs the first counts (default: runs, then results/runs)",
+        help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
     )
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -78,46 +78,52 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(act=act)
         return added
 
-    found = command("list", list_runs, "one line per run")
-    found.add_argument("experiment", nargs="?", default="*", help="only these, as in 'sinusoid_*'")
-    found.add_argument("--status", help="finished, running, interrupted, failed, killed, superseded or conflict")
-    found.add_argument("--seed", type=int, help="only this one")
-    found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="only what was trained with it")
-    ended = found.add_mutually_exclusive_group()
-    ended.add_argument("--finished", action="store_true", default=None, help="only what was trained to the end")
-    ended.add_argument("--unfinished", dest="finished", action="store_false", default=None, help="only what was not")
-    found.add_argument(
+    list_parser = command("list", list_runs, "one line per run")
+    list_parser.add_argument("experiment", nargs="?", default="*", help="only these experiments, as in 'sinusoid_*'")
+    list_parser.add_argument(
+        "--status", help="only this status: finished, running, interrupted, failed, killed, superseded or conflict"
+    )
+    list_parser.add_argument("--seed", type=int, help="only this seed")
+    list_parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="only runs that were trained with it"
+    )
+    list_group = list_parser.add_mutually_exclusive_group()
+    list_group.add_argument("--finished", action="store_true", default=None, help="only completely trained runs")
+    list_group.add_argument(
+        "--unfinished", dest="finished", action="store_false", default=None, help="only incompletely trained runs"
+    )
+    list_parser.add_argument(
         "--by-seed",
         action="store_true",
-        help="one line per group of runs that differ in seed only; of finished ones that are neither superseded nor in "
-        "conflict with an equal one",
+        help="one line per group of finished runs that differ in seed only; superseded runs and runs in conflict with "
+        "an equal run are left out",
     )
-    found.add_argument("--csv", action="store_true", help="more columns, in full precision")
+    list_parser.add_argument("--csv", action="store_true", help="as CSV, with more columns and in full precision")
 
-    shown = command("show", show_run, "a run's settings, segments and evaluations, and the cells that it serves")
-    shown.add_argument("run", help="its folder, or the beginning of its id")
+    show_parser = command("show", show_run, "a run's settings, segments and evaluations, and the cells that use it")
+    show_parser.add_argument("run", help="its folder, or the beginning of its id")
 
-    compared = command("compare", compare_runs, "what differs between two runs: settings, and numbers task by task")
-    compared.add_argument("a", help="a run's folder, or the beginning of its id")
-    compared.add_argument("b", help="the same of another")
+    compare_parser = command("compare", compare_runs, "the differences of two runs: settings, and numbers task by task")
+    compare_parser.add_argument("a", help="a run's folder, or the beginning of its id")
+    compare_parser.add_argument("b", help="another run's folder, or the beginning of its id")
 
-    marked = command("supersede", supersede_run, "mark a run, in its own folder, as no evidence any more")
-    marked.add_argument("run", help="its folder, or the beginning of its id")
-    marked.add_argument("--by", metavar="RUN", help="the run that takes its place")
-    marked.add_argument("--reason", default="", metavar="TEXT", help="why")
-    marked.add_argument("--undo", action="store_true", help="remove the mark")
+    supersede_parser = command("supersede", supersede_run, "mark a run as no longer evidence")
+    supersede_parser.add_argument("run", help="its folder, or the beginning of its id")
+    supersede_parser.add_argument("--by", metavar="RUN", help="the run that replaces it")
+    supersede_parser.add_argument("--reason", default="", metavar="TEXT", help="why it is no longer evidence")
+    supersede_parser.add_argument("--undo", action="store_true", help="remove the mark")
 
-    pruned = command("prune", prune_runs, "delete superseded runs, and failed ones in which nothing was saved")
-    pruned.add_argument("--days", type=float, default=7, help="how old a failed run has to be (default: 7)")
-    pruned.add_argument("--yes", action="store_true", help="do it, instead of only saying what would be deleted")
+    prune_parser = command("prune", prune_runs, "delete superseded runs, and failed runs in which nothing was saved")
+    prune_parser.add_argument("--days", type=float, default=7, help="least age of a failed run in days (default: 7)")
+    prune_parser.add_argument("--yes", action="store_true", help="delete the runs instead of only listing them")
     return parser
 
 
 def find(name: str, runs: Sequence[Run]) -> Run:
-    """Returns the run of a folder, or the one whose id begins so.
+    """Returns the run with a folder, or with an id that begins with ``name``.
 
     Raises:
-        MamlError: if there is none, or several, or the folder is damaged.
+        MamlError: if there is no such run, or several, or the folder is damaged.
     """
     if Path(name).is_dir():
         run = next((run for run in runs if run.path.samefile(name)), None) or read_run(Path(name))
@@ -128,13 +134,13 @@ def find(name: str, runs: Sequence[Run]) -> Run:
     if len(matches) == 1:
         return matches[0]
     if not matches:
-        raise MamlError(f"there is no run {name}; `python scripts/runs.py list` shows those that there are")
+        raise MamlError(f"there is no run {name}; `python scripts/runs.py list` shows all runs")
     folders = "\n  ".join(str(run.path) for run in matches)
-    raise MamlError(f"{name} may be any of {len(matches)} runs; give more of the id, or a folder:\n  {folders}")
+    raise MamlError(f"{name} matches {len(matches)} runs; give more of the id, or a folder:\n  {folders}")
 
 
 def print_table(rows: Sequence[Mapping[str, str]]) -> None:
-    """Prints a table with lines on a terminal, without them elsewhere."""
+    """Prints a table, with ruled lines on a terminal and as plain text elsewhere."""
     if not rows:
         print("none")
         return
@@ -155,8 +161,8 @@ def print_table(rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """Prints the runs that pass all filters."""
-    wanted = [_wanted(text, runs) for text in options.set]
+    """Prints the runs that match all filters."""
+    wanted = [_parse_setting(text, runs) for text in options.set]
     chosen = [
         run
         for run in sorted(runs, key=lambda run: (run.experiment, run.record.seed, run.record.run_id))
@@ -166,7 +172,7 @@ def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         and options.finished in (None, run.iteration == run.num_iterations)
         and all(setting(run.record.training, key) == value for key, value in wanted)
     ]
-    rows = _by_seed(chosen) if options.by_seed else [_row(run) for run in chosen]
+    rows = _rows_by_seed(chosen) if options.by_seed else [_row(run) for run in chosen]
     if options.csv:
         writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
@@ -178,12 +184,12 @@ def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
             print(f"left out, {run.superseded}: {run.path}")
 
 
-def _wanted(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
-    """Returns key and value of a setting that is written as for train.py."""
+def _parse_setting(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
+    """Parses a setting in the syntax of train.py's overrides; returns key and value."""
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise MamlError(f"--set {text} is no setting; give KEY=VALUE, as in --set inner.step_size=0.4") from error
+        raise MamlError(f"--set {text} is not a setting; give KEY=VALUE, as in --set inner.step_size=0.4") from error
     key = override.key_or_group
     if runs and all(setting(run.record.training, key) is UNKNOWN for run in runs):
         known = sorted({name for run in runs for name in run.record.training})
@@ -192,7 +198,7 @@ def _wanted(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
 
 
 def setting(settings: Mapping[str, Any], key: str) -> Any:
-    """Returns a setting, or its default where that was left out; `UNKNOWN` if there is neither."""
+    """Returns a setting, or the constructor's default if it is not recorded; `UNKNOWN` if there is no default."""
     if key in settings:
         return settings[key]
     part, _, name = key.rpartition(".")
@@ -204,7 +210,7 @@ def setting(settings: Mapping[str, Any], key: str) -> Any:
 def _default(target: str, name: str) -> Any:
     try:
         parameter = signature(get_class(target)).parameters.get(name)
-    except (ImportError, ValueError):  # of a run from before a class was renamed, or of a user's own
+    except (ImportError, ValueError):  # the run used a class that was renamed since, or a user's class
         return UNKNOWN
     return parameter.default if parameter else UNKNOWN
 
@@ -254,28 +260,28 @@ def _where(row: Mapping[str, Any]) -> str:
 
 
 def reading_text(mean: float | None, ci95: float | None) -> str:
-    """Returns mean and half-width of its 95 % interval over tasks."""
+    """Formats a mean and the half-width of its 95 % interval over tasks."""
     return "diverged" if mean is None or ci95 is None else f"{mean:.4g} ± {ci95:.2g}"
 
 
-def _by_seed(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Joins the rows of runs that differ in seed only; a seed on which adaptation diverged leaves no mean over them."""
+def _rows_by_seed(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Returns one row per group of runs that differ in seed only; the mean over seeds is nan if a seed diverged."""
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
         if run.report and run.report.complete and not run.superseded and not run.conflict:
             training = {key: value for key, value in run.record.training.items() if key != "seed"}
             settings = digest({"training": training, "evaluation": run.report.evaluation})
-            groups.setdefault(settings, {}).setdefault(run.record.seed, run)  # of equal runs the first counts
+            groups.setdefault(settings, {}).setdefault(run.record.seed, run)  # keeps the first of equal runs
     rows = []
     for group in groups.values():
         row, *others = [_row(group[seed]) for seed in sorted(group)]
-        means = np.array([one["mean"] for one in (row, *others)], dtype=float)
-        beside = ("metric", "num_shots", "step", "mean", "ci95", "num_tasks")
+        means = np.array([seed_row["mean"] for seed_row in (row, *others)], dtype=float)
+        columns = ("metric", "num_shots", "step", "mean", "ci95", "num_tasks")
         rows.append(
             {
                 "experiment": row["experiment"],
                 "lowest_seed_run": row["run"],
-                **{name: row[name] for name in beside},
+                **{name: row[name] for name in columns},
                 "seeds": " ".join(map(str, sorted(group))),
                 "num_seeds": len(group),
                 "seeds_mean": means.mean(),
@@ -305,7 +311,7 @@ def _group_text(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """Prints all that is known of one run."""
+    """Prints the settings, segments and evaluations of one run, and the cells that use it."""
     run = find(options.run, runs)
     print_table([{"run": name, run.record.run_id: value} for name, value in _row_text(_row(run)).items()][1:])
     print(f"\nin {run.path}")
@@ -349,21 +355,24 @@ def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         if evaluation and report.evaluation != evaluation:
             print(f"\nEvaluation settings of {report.folder.relative_to(run.path)} that differ from the experiment's:")
             print_differences(report.evaluation, evaluation, "run", "experiment")
-    print("\nServes:")
-    print("\n".join(_served(run, [other for other in runs if not other.superseded and not other.conflict])) or "none")
+    print("\nUsed by:")
+    print(
+        "\n".join(_artifacts_using(run, [other for other in runs if not other.superseded and not other.conflict]))
+        or "none"
+    )
 
 
 def _settings_of(experiment: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the training and evaluation settings of an experiment; empty if there is none of that name any more."""
+    """Returns the training and evaluation settings of an experiment; both are empty if it no longer exists."""
     if not (CONF / "experiment" / f"{experiment}.yaml").is_file():
         return {}, {}
-    config = composed(experiment)
+    config = compose_experiment(experiment)
     return training_config(config), evaluation_config(config)
 
 
-def _served(run: Run, runs: Sequence[Run]) -> list[str]:
+def _artifacts_using(run: Run, runs: Sequence[Run]) -> list[str]:
     """Returns every cell, curve and panel that shows the run."""
-    has = {(curve.metric, curve.num_shots) for report in run.reports for curve in report.curves}
+    measured = {(curve.metric, curve.num_shots) for report in run.reports for curve in report.curves}
     sources: dict[Source, list[str]] = {}
     for table in load_tables(RESULTS):
         for cell in table.cells:
@@ -378,18 +387,16 @@ def _served(run: Run, runs: Sequence[Run]) -> list[str]:
     return [
         name
         for source, names in sources.items()
-        if (source.metric, source.num_shots) in has  # composing an experiment takes a tenth of a second
+        if (source.metric, source.num_shots) in measured  # checked first: composing an experiment takes 0.1 s
         and any(evaluated.path.samefile(run.path) for evaluated, _ in find_evidence(source, runs).evaluated)
         for name in dict.fromkeys(names)
     ]
 
 
-def print_differences(mine: Mapping[str, Any], other: Mapping[str, Any], my_name: str, other_name: str) -> None:
-    """Prints the settings in which two differ, with the defaults that were left out."""
-    keys = [key for key in sorted(mine.keys() | other.keys()) if mine.get(key, UNKNOWN) != other.get(key, UNKNOWN)]
-    print_table(
-        [{"setting": key, my_name: _value_text(mine, key), other_name: _value_text(other, key)} for key in keys]
-    )
+def print_differences(a: Mapping[str, Any], b: Mapping[str, Any], a_name: str, b_name: str) -> None:
+    """Prints the settings that differ, with their defaults where they are not recorded."""
+    keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key, UNKNOWN) != b.get(key, UNKNOWN)]
+    print_table([{"setting": key, a_name: _value_text(a, key), b_name: _value_text(b, key)} for key in keys])
 
 
 def _value_text(settings: Mapping[str, Any], key: str) -> str:
@@ -401,7 +408,7 @@ def _value_text(settings: Mapping[str, Any], key: str) -> str:
 
 
 def compare_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """Prints in what two runs differ."""
+    """Prints the differences of two runs."""
     a, b = find(options.a, runs), find(options.b, runs)
     rows = _row_text(_row(a)) | {"folder": str(a.path)}, _row_text(_row(b)) | {"folder": str(b.path)}
     print_table([{"": name, "A": rows[0][name], "B": rows[1][name]} for name in rows[0]])
@@ -412,29 +419,29 @@ def compare_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         raise MamlError(f"{(a if a.report is None else b).path} has no evaluation, so no numbers can be compared")
     direction = "larger" if a.report.larger_is_better else "smaller"
     print(f"\nB - A ({direction} is better), paired task by task: 95 % bootstrap, {RESAMPLES:,} resamples of n tasks")
-    theirs = {(curve.metric, curve.num_shots): curve for curve in b.report.curves}
-    compared = []
+    unmatched = {(curve.metric, curve.num_shots): curve for curve in b.report.curves}
+    rows_of_curves = []
     for curve in a.report.curves:
-        other = theirs.pop((curve.metric, curve.num_shots), None)
-        compared += _difference_rows(a, b, curve, other) if other else [_only("A", curve)]
-    print_table(compared + [_only("B", curve) for curve in theirs.values()])
+        other = unmatched.pop((curve.metric, curve.num_shots), None)
+        rows_of_curves += _difference_rows(a, b, curve, other) if other else [_unmatched_row("A", curve)]
+    print_table(rows_of_curves + [_unmatched_row("B", curve) for curve in unmatched.values()])
 
 
-def _only(name: str, curve: CurveRecord) -> dict[str, str]:
+def _unmatched_row(name: str, curve: CurveRecord) -> dict[str, str]:
     columns = dict.fromkeys(("curve", "step", "A", "B", "B - A", "95 % interval", "n"), "")
     return columns | {"curve": f"{curve.metric}, K={curve.num_shots}", "95 % interval": f"only {name} has this curve"}
 
 
-def _difference_rows(a: Run, b: Run, mine: CurveRecord, other: CurveRecord) -> list[dict[str, str]]:
-    """Returns a line per step that both have: their means, and the difference with its interval or why it has none."""
+def _difference_rows(a: Run, b: Run, a_curve: CurveRecord, b_curve: CurveRecord) -> list[dict[str, str]]:
+    """Returns one row per common step: both means, and their difference with its interval or why there is none."""
     assert a.report is not None
     assert b.report is not None
-    bank = str(mine.num_shots)
-    source = Source(a.experiment, mine.metric, mine.num_shots)
+    bank = str(a_curve.num_shots)
+    source = Source(a.experiment, a_curve.metric, a_curve.num_shots)
     rows = []
-    for first, second in zip(mine.steps, other.steps, strict=False):
+    for first, second in zip(a_curve.steps, b_curve.steps, strict=False):
         row = {
-            "curve": f"{mine.metric}, K={mine.num_shots}",
+            "curve": f"{a_curve.metric}, K={a_curve.num_shots}",
             "step": str(first.step),
             "A": reading_text(first.mean, first.ci95),
             "B": reading_text(second.mean, second.ci95),
@@ -446,7 +453,7 @@ def _difference_rows(a: Run, b: Run, mine: CurveRecord, other: CurveRecord) -> l
             row["B - A"] = f"{second.mean - first.mean:+.4g}"
             try:
                 if a.report.banks[bank] != b.report.banks[bank]:
-                    raise MamlError("they have other task banks")
+                    raise MamlError("their task banks are different")
                 low, high = paired_interval(*(run.per_task(source, first.step) for run in (a.report, b.report)))
                 row["95 % interval"] = f"{low:+.4g} to {high:+.4g}"
             except MamlError as error:
@@ -460,14 +467,14 @@ def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
     Args:
         a: one value per task, ``(tasks,)``.
-        b: the same of the same tasks.
+        b: another value per task, ``(tasks,)``, for the same tasks.
     """
-    low, high = np.percentile(_draws(len(a)) @ (b - a), (2.5, 97.5))
+    low, high = np.percentile(_resample_weights(len(a)) @ (b - a), (2.5, 97.5))
     return float(low), float(high)
 
 
 @cache
-def _draws(count: int) -> np.ndarray:
+def _resample_weights(count: int) -> np.ndarray:
     """Returns the weight of each task in each resample, ``(RESAMPLES, count)``."""
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
 
@@ -483,33 +490,33 @@ def supersede_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         print(f"{run.path} is evidence again")
         return
     if not (options.by or options.reason):
-        raise MamlError("say which run takes its place, with --by RUN, or why it is no evidence, with --reason TEXT")
+        raise MamlError("name the run that replaces it with --by RUN, or give the reason with --reason TEXT")
     other = find(options.by, runs) if options.by else None
     if other and other.path.samefile(run.path):
-        raise MamlError(f"{run.path} cannot take its own place; --by names another run")
+        raise MamlError(f"{run.path} cannot replace itself; name another run with --by")
     if other and other.superseded:
-        raise MamlError(f"{other.path} is no evidence itself: {other.superseded}; name another run with --by")
+        raise MamlError(f"{other.path} is no longer evidence itself: {other.superseded}; name another run with --by")
     supersede(run, other, options.reason)
     print(
-        f"{run.path} is left out from now on. Its command would still find it finished: to run that anew, delete the "
-        "folder, or let `prune --yes` do it. To undo: supersede --undo"
+        f"{run.path} is left out from now on. Its command would still find it finished; to run it again, delete the "
+        "folder, by hand or with `prune --yes`. To remove the mark: supersede --undo"
     )
 
 
 def prune_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """Deletes, or only names, what no table or figure can use; never what is in results/ or has a process in it."""
-    expendable = [(run, reason) for run in runs if (reason := _expendable(run, options.days))]
-    for run, reason in expendable:
-        outcome = "would delete" if not options.yes else "deleted" if _delete(run) else "left, a process is in it:"
+    """Deletes, or only lists, runs that no table or figure can use; never those in results/ or those in progress."""
+    unneeded = [(run, reason) for run in runs if (reason := _prune_reason(run, options.days))]
+    for run, reason in unneeded:
+        outcome = "would delete" if not options.yes else "deleted" if _delete(run) else "kept, a process is using it:"
         print(f"{outcome} {run.path} ({reason})")
-    if not expendable:
+    if not unneeded:
         print("nothing to delete")
     elif not options.yes:
         print("nothing is deleted without --yes")
 
 
-def _expendable(run: Run, days: float) -> str:
-    """Returns why a run can be deleted; empty if it cannot."""
+def _prune_reason(run: Run, days: float) -> str:
+    """Returns why a run can be deleted; empty if it must be kept."""
     if run.alive or run.path.resolve().is_relative_to(RESULTS):
         return ""
     if run.superseded:
@@ -522,12 +529,12 @@ def _expendable(run: Run, days: float) -> str:
 
 
 def _delete(run: Run) -> bool:
-    """Deletes a run folder; false if a process holds its lock."""
+    """Deletes a run folder; returns False, and keeps it, if a process holds its lock."""
     lock = acquire(run.path / "lock")
     if lock is None:
         return False
     try:
-        # Away at once and as a whole: what is left if this is cut short is no run.
+        # Renamed first, in one step: if the deletion is interrupted, the rest is not read as a run.
         trash = run.path.rename(run.path.parents[1] / f".deleted-{run.path.name}-{os.getpid()}")
     finally:
         lock.release()
@@ -536,5 +543,5 @@ def _delete(run: Run) -> bool:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` is not an error
     sys.exit(main())

@@ -1,14 +1,14 @@
-"""Evaluates exported parameters again, on the frozen task bank, and compares with the committed number.
+"""Evaluates exported parameters again on the frozen task bank, and compares the result with the committed number.
 
     python scripts/verify.py table2_multitask/MAML/K5_gradsteps_1
     python scripts/verify.py --all
 
-A cell is <table>/<row>/<column>, as in results/paper/; a curve is <figure>/<row>/<panel>, where the panel is its file
-there, or where that has no exact numbers K5, K10, K20. The number must be the same to the last bit where versions and
-machine are those that it was computed with, on a CPU. Elsewhere it may differ: in classification by one query image in
-600 tasks, in regression by 0.01 %. In reinforcement learning rounding grows within a rollout until it is another one,
-so all that can be asked elsewhere is that the number lies in the committed 95 % interval. The exit status is 1 if
-something is not verified.
+A cell is <table>/<row>/<column>, with the names in results/paper/. A curve is <figure>/<row>/<panel>. The panel is its
+file in results/paper/, or K5, K10 or K20 if the file has no exact numbers. On a CPU, with the same versions and the
+same machine, the number must be equal to the last bit. On another machine it may differ: in classification by one query
+image in 600 tasks, in regression by 0.01 %. In reinforcement learning, rounding differences grow within a rollout, so
+on another machine the number must only lie in the committed 95 % interval. The exit status is 1 if a number is not
+verified.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from maml.algorithm.base import Algorithm
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import differences, digest, evaluation_config, training_config
 from maml.config.paths import CHECKPOINTS
 from maml.config.schema import Settings, build
@@ -34,42 +34,44 @@ from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.hardware.precision import use_precision
 from maml.paper.cells import load_tables, named_sources
-from maml.record.exported import Entry, Exported, Index, Reading, State, read_index, restore, unpack
+from maml.record.exported import Entry, ExportedFile, Index, Reading, State, read_index, restore, unpack
 from maml.record.run_folder import versions
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-_RELATIVE = 1e-4  # of a mean squared error on another machine
-_ROUNDING = 1e-6  # of an accuracy in float32
+_RELATIVE = 1e-4  # relative tolerance of a mean squared error on another machine
+_ROUNDING = 1e-6  # absolute tolerance of an accuracy, for rounding in float32
 
 
-class Repeated(NamedTuple):
-    """What a second evaluation gave.
+class Reevaluation(NamedTuple):
+    """The result of a second evaluation.
 
     Attributes:
-        curve: of the entry's metric.
-        algorithm: with the parameters.
-        evaluation: its settings.
-        departures: what is not as it was: versions, machine.
+        curve: the curve of the entry's metric.
+        algorithm: the algorithm with the exported parameters.
+        evaluation: the evaluation that was repeated.
+        changes: differences of versions and machine from the first evaluation.
     """
 
     curve: Curve
     algorithm: Algorithm
     evaluation: Evaluation
-    departures: list[str]
+    changes: list[str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a verdict on each cell; returns 1 if one is not verified, else 0."""
+    """Prints a verdict for each cell; returns 1 if a cell is not verified, else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n    ")[0], epilog=__doc__.partition("--all\n\n")[2]
     )
     parser.add_argument("cells", metavar="CELL", nargs="*", help="<table>/<row>/<column>, or <figure>/<row>/<panel>")
-    parser.add_argument("--all", action="store_true", help="everything that has a checkpoint")
+    parser.add_argument("--all", action="store_true", help="all cells and curves with a checkpoint")
     parser.add_argument(
-        "--elsewhere", action="store_true", help="judge as on another machine; some processors share a name"
+        "--elsewhere",
+        action="store_true",
+        help="use the tolerance for another machine, for processors that differ but have the same name",
     )
     parser.add_argument(
-        "--checkpoints", type=Path, default=CHECKPOINTS, help="where they are (default: results/checkpoints)"
+        "--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the checkpoints (default: results/checkpoints)"
     )
     options = parser.parse_args(arguments)
     if bool(options.cells) == options.all:
@@ -79,15 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         check_name(name, index)
 
-    done: dict[str, Repeated] = {}
+    done: dict[str, Reevaluation] = {}
     failed = 0
     for name in names:
         entry = index.cells[name]
         try:
-            work = entry.model_dump_json(exclude={"readings"})  # cells of one curve share it
-            if work not in done:
-                done[work] = evaluate(entry, index.files[entry.file], options.checkpoints)
-            good, text = judge(entry.readings, done[work], options.elsewhere)
+            key = entry.model_dump_json(exclude={"readings"})  # cells of the same curve share one evaluation
+            if key not in done:
+                done[key] = evaluate(entry, index.files[entry.file], options.checkpoints)
+            good, text = judge(entry.readings, done[key], options.elsewhere)
         except MamlError as error:
             good, text = False, str(error)
         failed += not good
@@ -98,52 +100,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check_name(name: str, index: Index) -> None:
-    """Refuses a name that nothing is known of.
+    """Refuses a name without a checkpoint.
 
     Raises:
-        MamlError: says whether there is no such cell, or no checkpoint of it, and what to do.
+        MamlError: if there is no such cell, or no checkpoint of it; the message says what to do.
     """
     if name in index.cells:
         return
     sources = named_sources(RESULTS)
     if name in sources:
         raise MamlError(
-            f"{name} has no checkpoint: nothing of it is committed. Run it with {sources[name][0].command([])}, then "
-            "scripts/export_checkpoints.py --runs-dir runs results/runs"
+            f"{name} has no committed checkpoint. Run it with {sources[name][0].command([])}, then "
+            "python scripts/export_checkpoints.py --runs-dir runs results/runs"
         )
     printed = {f"{cell.table}/{cell.row}/{cell.column}": cell for table in load_tables(RESULTS) for cell in table.cells}
     if name in printed:
-        why = "is quoted by the paper from others" if printed[name].quoted else "has no experiment yet"
-        raise MamlError(f"{name} {why}, so there is nothing of ours to verify")
+        why = "is quoted by the paper from other authors" if printed[name].quoted else "has no experiment yet"
+        raise MamlError(f"{name} {why}, so there is no number of ours to verify")
     known = list(dict.fromkeys([*sources, *printed]))
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    meant = f"Did you mean {', '.join(close)}?" if close else f"There are, with a checkpoint: {', '.join(index.cells)}"
-    raise MamlError(f"there is no cell {name}: it is <table>/<row>/<column>, as in results/paper/. {meant}")
+    hint = f"Did you mean {', '.join(close)}?" if close else f"Cells with a checkpoint: {', '.join(index.cells)}"
+    raise MamlError(f"there is no cell {name}; a cell is <table>/<row>/<column>, as in results/paper/. {hint}")
 
 
-def evaluate(entry: Entry, exported: Exported, folder: Path) -> Repeated:
+def evaluate(entry: Entry, exported: ExportedFile, folder: Path) -> Reevaluation:
     """Builds the experiment, loads the parameters and evaluates them on the bank.
 
     Args:
-        entry: what to evaluate; step sizes that were searched for are not searched for again.
-        exported: its file.
-        folder: where that is.
+        entry: the index entry to evaluate; it has the result of a search for step sizes, which is not repeated.
+        exported: the index entry of its file.
+        folder: folder of the file.
 
     Raises:
-        MamlError: if the file, the experiment or the bank is not what it was, or data is missing.
+        MamlError: if the file, the experiment or the bank has changed, or data is missing.
     """
     state = unpack(folder / entry.file, exported.sha256)
-    config = composed(entry.experiment, (*entry.overrides, f"seed={exported.seed}"))
+    config = compose_experiment(entry.experiment, (*entry.overrides, f"seed={exported.seed}"))
     if digest(training_config(config)) != exported.run_id:
-        raise MamlError(f"conf/ does not give run {exported.run_id} any more: {entry.experiment} trains something else")
+        raise MamlError(
+            f"{entry.experiment} no longer has run id {exported.run_id}, because its training settings in conf/ have "
+            "changed; restore them, or train and export it again"
+        )
     if evaluation_config(config) != entry.evaluation:
         changed = differences(evaluation_config(config), entry.evaluation)
-        raise MamlError(f"{entry.experiment} is evaluated otherwise now:\n{changed}")
+        raise MamlError(
+            f"the evaluation settings of {entry.experiment} in conf/ have changed; restore them, or export the run "
+            f"again:\n{changed}"
+        )
     with use_precision(config.precision):
         return _evaluate(config, state, entry, exported)
 
 
-def _evaluate(config: Settings, state: State, entry: Entry, exported: Exported) -> Repeated:
+def _evaluate(config: Settings, state: State, entry: Entry, exported: ExportedFile) -> Reevaluation:
     recorded = exported.hardware["device"]
     hardware = Hardware("cuda" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu")
     algorithm = build_algorithm(config, hardware)
@@ -154,81 +162,84 @@ def _evaluate(config: Settings, state: State, entry: Entry, exported: Exported) 
     bank = evaluation.bank(algorithm.domain, entry.num_shots)
     if bank_hash(bank) != entry.bank:
         raise MamlError(
-            f"the task bank is another: its hash is {bank_hash(bank)}, not {entry.bank}. Either the data "
-            "differ, or the code that draws tasks has changed"
+            f"the task bank is different: its hash is {bank_hash(bank)}, not {entry.bank}. Either the data differ, or "
+            "the code that samples tasks has changed"
         )
     curves = evaluation.curves(algorithm, entry.num_shots, bank, entry.step_sizes)
     (curve,) = (curve for curve in curves if curve.metric == entry.metric)
-    return Repeated(curve, algorithm, evaluation, _departures(exported, hardware))
+    return Reevaluation(curve, algorithm, evaluation, _changes_since(exported, hardware))
 
 
-def _departures(exported: Exported, hardware: Hardware) -> list[str]:
-    """Returns what is not as it was, of all that was recorded."""
+def _changes_since(exported: ExportedFile, hardware: Hardware) -> list[str]:
+    """Returns the recorded versions and machine properties that are now different."""
     now = {**versions(), **hardware.describe()}
-    before = {**exported.versions, **exported.hardware}
-    return [f"{key} {now.get(key, 'none')}, not {value}" for key, value in before.items() if now.get(key) != value]
+    recorded = {**exported.versions, **exported.hardware}
+    return [f"{key} {now.get(key, 'none')}, not {value}" for key, value in recorded.items() if now.get(key) != value]
 
 
-def judge(committed: Mapping[int, Reading], repeated: Repeated, elsewhere: bool = False) -> tuple[bool, str]:
-    """Compares, and returns whether the committed numbers were landed on and a sentence that says so.
+def judge(committed: Mapping[int, Reading], reevaluation: Reevaluation, elsewhere: bool = False) -> tuple[bool, str]:
+    """Compares the second evaluation with the committed numbers.
 
     Args:
-        committed: by gradient step.
-        repeated: the second evaluation.
-        elsewhere: allows what is allowed on another machine, though this one seems to be the same.
+        committed: the committed numbers, by gradient step.
+        reevaluation: the second evaluation.
+        elsewhere: use the tolerance for another machine, even if this one seems to be the same.
+
+    Returns:
+        Whether all numbers agree, and a sentence for the user.
     """
     if elsewhere:
-        repeated = repeated._replace(departures=[*repeated.departures, "--elsewhere"])
-    steps = {record["step"]: record["mean"] for record in repeated.curve.summary()["steps"]}
-    exact = not repeated.departures and repeated.algorithm.stream.device.type == "cpu"
+        reevaluation = reevaluation._replace(changes=[*reevaluation.changes, "--elsewhere"])
+    steps = {record["step"]: record["mean"] for record in reevaluation.curve.summary()["steps"]}
+    exact = not reevaluation.changes and reevaluation.algorithm.stream.device.type == "cpu"
     worst, text = -1.0, ""
     for step, reading in committed.items():
-        found, allowed = steps[step], 0.0
-        if found is None or reading.mean is None:
-            difference = 0.0 if found is reading.mean else float("inf")
+        mean, allowed = steps[step], 0.0
+        if mean is None or reading.mean is None:
+            difference = 0.0 if mean is reading.mean else float("inf")
         else:
-            difference = abs(found - reading.mean)
-            allowed = 0.0 if exact else tolerance(reading, repeated)
+            difference = abs(mean - reading.mean)
+            allowed = 0.0 if exact else tolerance(reading, reevaluation)
         if difference > allowed:
             return False, (
-                f"after {_steps(step)} {_shown(found)}, but {_shown(reading.mean)} is committed: "
-                f"{difference:.3g} apart, where {_why(allowed, exact, repeated)}"
+                f"after {_steps(step)} it is {_format_mean(mean)}, but {_format_mean(reading.mean)} is committed. They "
+                f"differ by {difference:.3g}; {_explain_tolerance(allowed, exact, reevaluation)}"
             )
         if difference > worst:
-            worst, text = difference, f"{_shown(found)} after {_steps(step)}"
+            worst, text = difference, f"{_format_mean(mean)} after {_steps(step)}"
     if len(committed) > 1:
-        text = f"{len(committed)} gradient steps, the worst {text}"
+        text = f"{len(committed)} gradient steps, with the largest difference at {text}"
     match = "exactly the committed number" if worst == 0 else f"{worst:.3g} from the committed number"
-    return True, f"{text}, {match} ({_why(tolerance(reading, repeated), exact, repeated)})"
+    return True, f"{text}, {match} ({_explain_tolerance(tolerance(reading, reevaluation), exact, reevaluation)})"
 
 
-def tolerance(reading: Reading, repeated: Repeated) -> float:
-    """Returns how far apart two machines may be, in the metric's unit."""
-    domain, evaluation = repeated.algorithm.domain, repeated.evaluation
+def tolerance(reading: Reading, reevaluation: Reevaluation) -> float:
+    """Returns the largest allowed difference between two machines, in the metric's unit."""
+    domain, evaluation = reevaluation.algorithm.domain, reevaluation.evaluation
     if isinstance(domain, FewShotClassification):
-        num_query = evaluation.num_query or repeated.curve.num_shots
+        num_query = evaluation.num_query or reevaluation.curve.num_shots
         return 1 / (min(600, evaluation.num_tasks) * domain.num_ways * num_query) + _ROUNDING
     if domain.on_policy:
         return reading.ci95 or 0.0
     return _RELATIVE * abs(reading.mean or 0.0)
 
 
-def _why(allowed: float, exact: bool, repeated: Repeated) -> str:
+def _explain_tolerance(allowed: float, exact: bool, reevaluation: Reevaluation) -> str:
     if exact:
         return "same versions and machine: every bit must be the same"
-    what = "; ".join(repeated.departures) or "a GPU, whose sums come in any order"
-    return f"up to {allowed:.3g} is allowed on another machine: {what}"
+    reason = "; ".join(reevaluation.changes) or "a GPU, whose order of summation varies"
+    return f"up to {allowed:.3g} is allowed on another machine: {reason}"
 
 
 def _steps(count: int) -> str:
     return f"{count} gradient step{'' if count == 1 else 's'}"
 
 
-def _shown(mean: float | None) -> str:
+def _format_mean(mean: float | None) -> str:
     return "diverged" if mean is None else repr(mean)
 
 
-def _budget(exported: Exported) -> str:
+def _budget(exported: ExportedFile) -> str:
     if exported.iteration == exported.num_iterations:
         return ""
     return f" [reduced budget: {exported.iteration:,} of {exported.num_iterations:,} iterations]"

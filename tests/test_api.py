@@ -16,7 +16,7 @@ from torch import Tensor
 
 import maml
 from maml import api
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.schema import Settings, build, without_data
 from maml.data.omniglot import load_omniglot
 from maml.domain.classification import FewShotClassification
@@ -56,7 +56,7 @@ def same(params: Params, other: Params) -> bool:
 def test_sinusoid_adapts_and_predicts_as_the_framework() -> None:
     network = maml.load(SINUSOID)
     assert (network.iteration, network.complete) == (70_000, True)
-    _, found = by_the_framework(network, composed(SINUSOID), task=3, num_shots=5)
+    _, found = by_the_framework(network, compose_experiment(SINUSOID), task=3, num_shots=5)
     predictor = network.adapt(found["support"].x[0].numpy(), found["support"].y[0].tolist())
     assert same(predictor.params, found["params"])
     values = predictor(found["query"].x[0])
@@ -69,7 +69,7 @@ def test_sinusoid_adapts_and_predicts_as_the_framework() -> None:
 @pytest.mark.parametrize("experiment", [OMNIGLOT, "omniglot_5way_1shot_context_vector"])
 def test_omniglot_adapts_and_predicts_as_the_framework(tiny_images: TinyRuns, experiment: str) -> None:
     network = maml.load(experiment)
-    config = composed(experiment)
+    config = compose_experiment(experiment)
     config = replace(config, domain={**config.domain, "cache_dir": str(tiny_images.cache_dir)})
     domain, found = by_the_framework(network, config, task=1, num_shots=1)
     raw = (found["support"].x[0, ..., 0] * domain.scale).to(torch.uint8)
@@ -113,7 +113,7 @@ def test_tiny_run_is_loaded_from_folder_and_file(tiny: TinyRuns) -> None:
 @pytest.mark.parametrize("experiment", ["sinusoid_pretrain", SINUSOID])
 def test_step_sizes_are_those_of_meta_test_and_of_the_nearest_k(experiment: str) -> None:
     network = maml.load(experiment)
-    evaluation: Evaluation = build(composed(experiment).evaluation)
+    evaluation: Evaluation = build(compose_experiment(experiment).evaluation)
     for given, known in {5: 5, 1: 5, 9: 10, 100: 20}.items():
         sizes = evaluation.step_sizes(known)
         assert network._step_sizes(given, 10) == sizes
@@ -137,7 +137,7 @@ def test_domain_without_its_images_is_like_the_one_with_them(name: str, tiny_ima
 
 @pytest.mark.parametrize("baseline", ["finetune", "nearest_neighbor"])
 def test_baselines_adapt_without_the_images_they_were_trained_on(baseline: str, tmp_path: Path) -> None:
-    config = composed(f"mini_imagenet_5way_1shot_{baseline}")
+    config = compose_experiment(f"mini_imagenet_5way_1shot_{baseline}")
     config = replace(config, domain={**config.domain, "data_dir": str(tmp_path), "cache_dir": str(tmp_path)})
     algorithm = build_algorithm(replace(config, domain=without_data(config.domain)), Hardware("cpu"))
     network = api.Network("it", 0, 0, algorithm, build(config.evaluation), {})

@@ -1,4 +1,4 @@
-"""The console script ``maml``: train, evaluate, list what there is, and say what a key means."""
+"""The console script ``maml``: train, evaluate, list experiments, and describe config keys."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _USAGE = """\
 usage: maml COMMAND ...
 
   maml train ARGS...      train (or resume) and evaluate; ARGS as in `maml train +experiment=sinusoid_10shot seed=1`
-  maml eval ARGS...       evaluate what has been trained so far
-  maml list [TEXT]        the experiments whose name or description has TEXT in it
-  maml describe [KEY]     a key (inner.step_size), a config group (domain) or an option (model=conv4)
+  maml eval ARGS...       evaluate the newest checkpoint of the run with these ARGS
+  maml list [TEXT]        list the experiments whose name or description contains TEXT
+  maml describe [KEY]     describe a key (inner.step_size), a config group (domain) or an option (model=conv4)
   maml --version
 """
 
@@ -24,17 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command.
 
     Args:
-        arguments: without the script's name; None takes those of the process.
+        arguments: command-line words without the script's name; None is ``sys.argv[1:]``.
 
     Raises:
-        SystemExit: if it fails: 2 for a command that does not exist, 1 for what is wrong with its arguments.
+        SystemExit: if the command fails, with status 2 for an unknown command and 1 for wrong arguments.
     """
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if command in ("train", "eval"):
         from maml.cli.train import main as train
 
-        sys.path.insert(0, os.getcwd())  # for classes of your own, as `python train.py` has it
-        sys.argv[1:] = rest if command == "train" else in_eval_mode(rest)
+        sys.path.insert(0, os.getcwd())  # so that a user's classes can be imported, as with `python train.py`
+        sys.argv[1:] = rest if command == "train" else eval_arguments(rest)
         train()
     elif command in ("list", "describe"):
         from maml.cli import show
@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def in_eval_mode(arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments of ``maml train`` that do what ``maml eval`` with these does."""
-    # In front of the first override: Hydra takes no overrides behind an option that follows other overrides.
+def eval_arguments(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments of ``maml train`` that are equivalent to ``maml eval`` with these arguments."""
+    # Before the first override: Hydra accepts no overrides after an option that follows other overrides.
     first = next((i for i, word in enumerate(arguments) if "=" in word and not word.startswith("-")), len(arguments))
     return [*arguments[:first], "mode=eval", *arguments[first:]]

@@ -1,4 +1,4 @@
-"""What ``maml list`` and ``maml describe`` print."""
+"""The output of ``maml list`` and ``maml describe``."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ def experiments(text: str = "") -> str:
     """Returns one line per experiment: its name, and the first sentence of its file.
 
     Args:
-        text: what the name or the sentence has to contain, in whatever case.
+        text: only experiments whose name or sentence contains this text are listed; upper case does not matter.
 
     Raises:
-        MamlError: if none does.
+        MamlError: if no experiment contains the text.
     """
     rows = [(path.stem, files.read(path).summary) for path in sorted((CONF / "experiment").glob("*.yaml"))]
-    found = [row for row in rows if text.lower() in " ".join(row).lower()]
-    if not found:
+    matches = [row for row in rows if text.lower() in " ".join(row).lower()]
+    if not matches:
         words = sorted({word for name, _ in rows for word in name.split("_")})
         raise MamlError(f"no experiment has {text!r} in its name or description{near_miss(text, words)}")
-    return _columns(found)
+    return _columns(matches)
 
 
 def description(name: str = "") -> str:
-    """Describes a key, a config group or an option of one; nothing given are the groups and the keys of the root.
+    """Describes a key, a config group or an option; without a name, all groups and the keys of the root.
 
     Raises:
-        MamlError: if there is no such thing, with what was probably meant.
+        MamlError: if the name is unknown; the message suggests a similar one.
     """
-    from maml.config.reference import reference  # it imports all of the framework, for its docstrings
+    from maml.config.reference import reference  # imported here because it imports the whole framework
 
     root, *groups = reference()
     name = name.lstrip("+")
     if not name:
         return "\n\n".join((_group_list(groups), _option(root.options[0])))
     choice, is_option, value = name.partition("=")
-    group = next((one for one in groups if one.name == choice), None)
+    group = next((group for group in groups if group.name == choice), None)
     if group is not None:
-        return _chosen(group, value) if is_option and value else _group(group)
-    hits = [(option, key) for one in (root, *groups) for option in one.options for key in option.keys]
-    if hits := [(option, key) for option, key in hits if key.name == choice]:
-        return _key(choice, hits)
-    raise _unknown(choice, [root, *groups])
+        return _find_option(group, value) if is_option and value else _group(group)
+    pairs = [(option, key) for group in (root, *groups) for option in group.options for key in option.keys]
+    if matches := [(option, key) for option, key in pairs if key.name == choice]:
+        return _key(choice, matches)
+    raise _unknown_name_error(choice, [root, *groups])
 
 
-def _unknown(name: str, groups: Sequence[Group]) -> MamlError:
+def _unknown_name_error(name: str, groups: Sequence[Group]) -> MamlError:
     keys = list(dict.fromkeys(key.name for group in groups for option in group.options for key in option.keys))
     parent, _, last = name.rpartition(".")
     siblings = [key for key in keys if key.rpartition(".")[0] == parent]
@@ -82,7 +82,7 @@ def _group(group: Group) -> str:
     return f"{group.name}: {group.meaning}{default}\n{lines}"
 
 
-def _chosen(group: Group, name: str) -> str:
+def _find_option(group: Group, name: str) -> str:
     for option in group.options:
         if option.name == name:
             return _option(option)
@@ -92,7 +92,7 @@ def _chosen(group: Group, name: str) -> str:
 
 def _option(option: Option) -> str:
     title = f"{option.group}={option.name}: " if option.group else ""
-    lines = [_wrapped(f"{title}{option.header}", "", "")]
+    lines = [_wrap(f"{title}{option.header}", "", "")]
     lines.append(f"  conf/{option.file}{f', {option.target}' if option.target else ''}")
     if option.keys:
         lines += ["", _columns((f"{key.name}={key.initial}", _meaning(key)) for key in option.keys)]
@@ -104,45 +104,45 @@ def _option(option: Option) -> str:
 
 def _meaning(key: Key) -> str:
     allowed = key.type + (f", {key.range}" if key.range else "")
-    return _plain(f"{key.meaning} [{allowed}]")
+    return _single_backticks(f"{key.meaning} [{allowed}]")
 
 
-def _key(name: str, hits: Sequence[tuple[Option, Key]]) -> str:
-    """Describes a key of several options; those in which it is the same thing stand together."""
+def _key(name: str, matches: Sequence[tuple[Option, Key]]) -> str:
+    """Describes a key of several options; options in which the key has the same meaning share one block."""
     groups: dict[tuple[str, str, str], list[tuple[Option, Key]]] = {}
-    for option, key in hits:
+    for option, key in matches:
         groups.setdefault((key.type, key.range, key.meaning), []).append((option, key))
     blocks = []
     for (type_, range_, meaning), members in groups.items():
-        rows = [("meaning", _plain(meaning)), ("type", type_)]
+        rows = [("meaning", _single_backticks(meaning)), ("type", type_)]
         rows += [("range", range_)] if range_ else []
         values: dict[str, list[str]] = {}
         for option, key in members:
             values.setdefault(key.initial, []).append(f"{option.group}={option.name}" if option.group else "")
         for value, options in values.items():
             where = f"  ({', '.join(options)})" if any(options) else ""
-            shown = "none: it has to be given" if value == "???" else value
+            shown = "none: you must set it" if value == "???" else value
             rows.append(("default", f"{shown}{where}"))
         blocks.append(_columns(rows))
     return f"{name}\n" + "\n\n".join(blocks)
 
 
-def _plain(text: str) -> str:
+def _single_backticks(text: str) -> str:
     return text.replace("``", "`")
 
 
 def _columns(rows: Iterable[tuple[str, str]]) -> str:
-    """Returns two aligned columns, the second wrapped to the terminal; one line a row where there is none, for grep."""
+    """Returns two aligned columns. On a terminal the second is wrapped; elsewhere each row is one line, for grep."""
     rows = list(rows)
     width = min(max(len(left) for left, _ in rows), 46)
     lines = []
     for left, right in rows:
         opening = f"  {left.ljust(width)}  "
-        lines.append(_wrapped(right, opening, " " * (width + 4)) if right else opening.rstrip())
+        lines.append(_wrap(right, opening, " " * (width + 4)) if right else opening.rstrip())
     return "\n".join(lines)
 
 
-def _wrapped(text: str, first: str, others: str) -> str:
+def _wrap(text: str, first: str, others: str) -> str:
     if not sys.stdout.isatty():
         return first + text
     columns = max(60, shutil.get_terminal_size().columns)

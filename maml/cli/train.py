@@ -1,4 +1,4 @@
-"""What ``python train.py ...`` and ``maml train ...`` do: compose a config, run it, and end with the right status."""
+"""The command behind ``python train.py`` and ``maml train``: composes a config, runs it, and sets the exit status."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from maml.config.compose import check_order, experiment_name, plain
+from maml.config.compose import check_order, experiment_name, to_plain_config
 from maml.config.hints import explain_override_error
 from maml.config.paths import CONF
 from maml.config.schema import check
@@ -24,48 +24,48 @@ from maml.paper.verdicts import cell_verdicts
 def run(cfg: DictConfig) -> float:
     """Runs one experiment and returns its headline number, which sweeps optimise.
 
-    Hydra calls it, here or in the process that a launcher made.
+    Hydra calls this function, in this process or in a launcher's process.
     """
     job = HydraConfig.get()
     try:
         check_order(job.overrides.task)
         if job.mode is RunMode.MULTIRUN and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise MamlError(
-                "torchrun is for one run, -m for many: start a sweep with python, or each of its runs alone"
+                "torchrun cannot start a sweep (-m); start the sweep with python, or each of its runs with torchrun"
             )
-        return run_experiment(check(plain(cfg)), experiment_name(job.runtime.choices), cell_verdicts)
+        return run_experiment(check(to_plain_config(cfg)), experiment_name(job.runtime.choices), cell_verdicts)
     except Interrupted as stop:
         requeue = signal.getsignal(stop.signal_number)
-        if stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):  # the launcher's
+        if stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):  # the launcher's handler
             requeue(stop.signal_number, None)
         raise
     except MamlError as error:
-        if job.mode is RunMode.MULTIRUN:  # of several jobs that fail, Hydra reports only the first, and at the end
+        if job.mode is RunMode.MULTIRUN:  # Hydra itself reports only the first failed job, at the end of the sweep
             print(f"{' '.join(job.overrides.task)}: {error}", file=sys.stderr)
-        elif isinstance(error, Unavailable):  # a status of its own, for what starts many runs
+        elif isinstance(error, Unavailable):  # a special exit status, for scripts that start many runs
             print(error, file=sys.stderr)
             sys.exit(os.EX_UNAVAILABLE)
-        raise CompactHydraException(str(error)) from None  # its message without a traceback
+        raise CompactHydraException(str(error)) from None  # Hydra prints its message without a traceback
 
 
 def main() -> None:
-    """Runs what ``sys.argv`` says.
+    """Runs the command in ``sys.argv``.
 
     Raises:
-        SystemExit: if the run failed or was stopped: 128 + the signal's number, ``os.EX_UNAVAILABLE`` where the machine
-            lacks something, else 1.
+        SystemExit: if the run failed or was stopped. The status is 128 + the signal's number after a signal,
+            ``os.EX_UNAVAILABLE`` if the machine lacks data or hardware, else 1.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
-    if not is_first:  # until they have joined, what is wrong in one process is wrong in the first, which says it
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lasts
+    is_rank_zero = os.environ.get("RANK", "0") == "0"
+    if not is_rank_zero:  # before they join, all processes fail alike; only rank 0 reports
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run)()
     except Interrupted as stop:
-        if is_first:
+        if is_rank_zero:
             print(stop, file=sys.stderr)
         sys.exit(128 + stop.signal_number)
-    except KeyboardInterrupt:  # before or after training: there is nothing to save
-        print("stopped by SIGINT; the same command goes on from what is saved", file=sys.stderr)
+    except KeyboardInterrupt:  # before or after training, when there is nothing to save
+        print("stopped by SIGINT; run the same command again to continue from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except SystemExit as end:
         if end.code:

@@ -1,1 +1,1 @@
-"""From yaml to checked settings: schema, identity of a run, composition, hints."""
+"""The config: composition of yaml files, schema, identity of a run, and hints for wrong keys."""

@@ -1,4 +1,4 @@
-"""From yaml files and overrides to checked settings, as ``train.py`` has them."""
+"""Composes yaml files and overrides into checked settings, as ``train.py`` does."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from maml.config.schema import Settings, check
 from maml.errors import MamlError
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """Returns a config as resolved, plain containers.
+def to_plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """Converts a config to plain dicts and lists, with all interpolations resolved.
 
     Raises:
         MamlError: if an interpolation cannot be resolved or a mandatory value is missing.
@@ -30,13 +30,26 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def compose(overrides: Sequence[str], config_dir: Path = CONF) -> tuple[Settings, str]:
-    """Composes and checks a config as ``train.py`` does; returns it with the experiment's name."""
+    """Composes and checks a config as ``train.py`` does.
+
+    Args:
+        overrides: words of the command line, such as ``+experiment=sinusoid_10shot``.
+        config_dir: folder of the yaml files.
+
+    Returns:
+        The settings, and the experiment's name.
+
+    Raises:
+        MamlError: if the config is not valid, or ``+debug=`` stands before ``+experiment=``.
+        HydraException: if an override names no key or no file.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     check_order(overrides)
-    running = GlobalHydra.instance().hydra  # of train.py, which composes another config when it judges its numbers
+    # Inside train.py, Hydra is already running: it composes a second config to compare the numbers with the paper.
+    running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
@@ -44,19 +57,19 @@ def compose(overrides: Sequence[str], config_dir: Path = CONF) -> tuple[Settings
     finally:
         GlobalHydra.instance().hydra = running
     experiment = experiment_name(cfg.hydra.runtime.choices)
-    config = plain(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
+    config = to_plain_config(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
     return check(config), experiment
 
 
 def check_order(overrides: Sequence[str]) -> None:
-    """Refuses a ``+debug=`` in front of ``+experiment=``: the experiment would undo it and run in full.
+    """Refuses ``+debug=`` before ``+experiment=``: the experiment would override it and run in full.
 
     Raises:
         MamlError: if the order is wrong.
     """
     names = [override.partition("=")[0] for override in overrides]
     if "+debug" in names and "+experiment" in names and names.index("+debug") < names.index("+experiment"):
-        raise MamlError("+debug= must stand behind +experiment=, which would otherwise undo it; swap the two")
+        raise MamlError("+debug= must come after +experiment=, which would otherwise override it; swap the two")
 
 
 def experiment_name(choices: Mapping[str, str]) -> str:
@@ -65,6 +78,6 @@ def experiment_name(choices: Mapping[str, str]) -> str:
 
 
 @cache
-def composed(experiment: str, overrides: tuple[str, ...] = ()) -> Settings:
-    """Returns the settings of an experiment, composed once."""
+def compose_experiment(experiment: str, overrides: tuple[str, ...] = ()) -> Settings:
+    """Returns the settings of an experiment; the result is cached."""
     return compose([f"+experiment={experiment}", *overrides])[0]

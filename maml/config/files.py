@@ -1,4 +1,4 @@
-"""The yaml files of ``conf/`` as they are written: how they open, what they set, and the comments beside it."""
+"""Reads the yaml files of ``conf/`` as text: their header comments, their values, and the comments beside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 @dataclass(frozen=True)
 class Entry:
-    """A value as it stands in the file, and the comment behind it."""
+    """A value as written in the file, and the comment on its line."""
 
     value: str
     comment: str
@@ -21,29 +21,29 @@ class Entry:
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A file together with those of its folder that it takes over.
+    """A yaml file, merged with the files of the same folder that its defaults list includes.
 
     Attributes:
-        header: the comment that opens the file.
-        is_global: whether it sets keys of the root, rather than of its folder's config group.
-        entries: what it sets, by dotted name.
-        chosen: the options that it chooses, by config group.
+        header: the comment at the top of the file.
+        is_global: whether it sets keys of the root instead of keys of its folder's config group.
+        entries: the values that it sets, by dotted name.
+        choices: the options that its defaults list chooses, by config group.
     """
 
     header: str
     is_global: bool
     entries: dict[str, Entry]
-    chosen: dict[str, str]
+    choices: dict[str, str]
 
     @property
     def summary(self) -> str:
-        """The first sentence of the header, without the command that may stand behind it."""
+        """The first sentence of the header, without the command that may follow it."""
         return re.split(r"(?<=[.:])\s{2,}|(?<=\.)\s+(?=[A-Z])", self.header, maxsplit=1)[0]
 
 
 @cache
 def read(path: Path) -> ConfigFile:
-    """Reads a file."""
+    """Reads a yaml file; the result is cached."""
     text = path.read_text()
     lines = text.splitlines()
     is_global = "# @package _global_" in lines
@@ -55,20 +55,20 @@ def read(path: Path) -> ConfigFile:
             opening.append(line.removeprefix("#").strip())
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     entries: dict[str, Entry] = {}
-    chosen: dict[str, str] = {}
+    choices: dict[str, str] = {}
     if isinstance(root, yaml.MappingNode):
         for node in _defaults(root):
             if isinstance(node, yaml.MappingNode):  # `model: mlp`, `override /inner: adam`
                 for key, value in node.value:
                     name = key.value.removeprefix("override ").removeprefix("/").replace("/", ".")
                     if value.value != "null":
-                        chosen[name] = value.value
+                        choices[name] = value.value
             elif node.value != "_self_":
                 other = read(path.with_name(f"{node.value}.yaml"))
                 entries |= other.entries
-                chosen |= other.chosen
+                choices |= other.choices
         entries |= dict(_entries(root, "", is_global, text, lines))
-    return ConfigFile(" ".join(opening), is_global, entries, chosen)
+    return ConfigFile(" ".join(opening), is_global, entries, choices)
 
 
 def _defaults(root: yaml.MappingNode) -> list[yaml.Node]:
@@ -81,18 +81,21 @@ def _defaults(root: yaml.MappingNode) -> list[yaml.Node]:
 def _entries(
     node: yaml.MappingNode, prefix: str, has_parts: bool, text: str, lines: Sequence[str]
 ) -> Iterator[tuple[str, Entry]]:
-    """Yields the values of a mapping by dotted name; one that makes an object is one value, unless it is a part."""
+    """Yields the values of a mapping by dotted name.
+
+    A nested mapping with a ``_target_`` counts as one value, unless it is a part of a global file (``has_parts``).
+    """
     for key, value in node.value:
         name = f"{prefix}{key.value}"
         if name == "defaults":
             continue
-        makes_object = isinstance(value, yaml.MappingNode) and "_target_" in [one.value for one, _ in value.value]
+        makes_object = isinstance(value, yaml.MappingNode) and "_target_" in [inner.value for inner, _ in value.value]
         if isinstance(value, yaml.MappingNode) and value.value and (has_parts or not makes_object):
             yield from _entries(value, f"{name}.", False, text, lines)
         else:
             raw = text[value.start_mark.index : value.end_mark.index]
             if isinstance(value, yaml.MappingNode) and "\n" in raw:
-                raw = "{" + ", ".join(f"{one.value}: {its.value}" for one, its in value.value) + "}"
+                raw = "{" + ", ".join(f"{inner.value}: {item.value}" for inner, item in value.value) + "}"
             ended = value.end_mark if value.end_mark.line == key.start_mark.line else key.end_mark
-            behind = re.search(r"\s#\s+(.*)$", lines[key.start_mark.line][ended.column :])
-            yield name, Entry(" ".join(raw.split()), behind[1] if behind else "")
+            comment = re.search(r"\s#\s+(.*)$", lines[key.start_mark.line][ended.column :])
+            yield name, Entry(" ".join(raw.split()), comment[1] if comment else "")

@@ -1,4 +1,4 @@
-"""Hints behind an error: what was probably meant, and what is missing."""
+"""Hints that follow an error message: the probable spelling, and the package to install."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from maml.config.paths import CONF, EXTRAS
 
 
 def near_miss(name: str, allowed: Sequence[str], prefix: str = "") -> str:
-    """Returns a hint behind an unknown name: what was probably meant, and what there is."""
+    """Returns a hint for an unknown name: the most similar allowed name, if any, and all allowed names."""
     close = difflib.get_close_matches(name, allowed, n=1)
     meant = f": did you mean {prefix}{close[0]}?" if close else ";"
     return f"{meant} allowed: {', '.join(allowed)}"
 
 
 def _explain_missing_plugin(option: Path) -> None:
-    """Says what to install, if the plugin of Hydra that a launcher or sweeper overrides is missing."""
+    """Prints the install command if the launcher's or sweeper's Hydra plugin is missing."""
     (plugin,) = OmegaConf.load(option).defaults[0].values()
     extra, group = plugin.partition("_")[0], option.parent.name
     try:
@@ -35,7 +35,7 @@ def _explain_missing_plugin(option: Path) -> None:
 
 
 def explain_override_error(arguments: Sequence[str]) -> None:
-    """Adds what Hydra's own message lacks when an override names no key or no file: what was probably meant."""
+    """Prints the probable spelling when an override names no key or no file; Hydra's own message does not."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -57,12 +57,15 @@ def explain_override_error(arguments: Sequence[str]) -> None:
             elif group.name in ("launcher", "sweeper") and value in options:
                 _explain_missing_plugin(group / f"{value}.yaml")
                 if value == "slurm" and shutil.which("srun") is None:
-                    print("launcher=slurm: no SLURM here (no srun); launcher=slurm_local does without", file=sys.stderr)
+                    print(
+                        "launcher=slurm: this machine has no SLURM (srun not found); launcher=slurm_local needs none",
+                        file=sys.stderr,
+                    )
         elif known is not None and not name.startswith(("+", "~", "hydra")):
             *parents, last = name.split(".")
             if last.startswith("_"):
                 continue
             node = OmegaConf.select(known, ".".join(parents)) if parents else known
-            if isinstance(node, DictConfig) and last not in list(node):  # `in` denies what has no value yet
+            if isinstance(node, DictConfig) and last not in list(node):  # `in node` is False for keys without a value
                 keys = [str(key) for key in node if not str(key).startswith("_")]
                 print(f"{name} is not a key{near_miss(last, keys, ''.join(p + '.' for p in parents))}", file=sys.stderr)

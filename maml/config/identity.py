@@ -1,4 +1,4 @@
-"""What a run is known by: a hash of the settings on which its numbers depend."""
+"""The identity of a run: a hash of the settings on which its numbers depend."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pydantic import PydanticUserError, TypeAdapter
 from maml.config.names import locate, stable_name
 from maml.config.schema import TRAINING_PARTS, Settings, argument_types
 
-# Keys that say where things are, not what they are.
-_PLACES = {"data_dir", "cache_dir"}
-# The keys of the root on which trained numbers depend.
+# Keys that say where data is stored. Results do not depend on them.
+_LOCATION_KEYS = {"data_dir", "cache_dir"}
+# The root keys on which trained numbers depend.
 _TRAINING_KEYS = ("seed", "num_iterations", "meta_batch_size", "precision")
 
 
 def training_config(settings: Settings) -> dict[str, Any]:
-    """Returns what trained numbers depend on, as dotted keys; keys at their default are left out.
+    """Returns the settings on which trained numbers depend, by dotted key, without those at their default.
 
-    So an option added later, at its default, leaves the id of every earlier run as it is.
+    Because defaults are left out, an option that is added later does not change the ids of earlier runs.
     """
     flat: dict[str, Any] = {}
     for part in TRAINING_PARTS:
@@ -35,18 +35,19 @@ def training_config(settings: Settings) -> dict[str, Any]:
 
 
 def evaluation_config(settings: Settings) -> dict[str, Any]:
-    """Returns what an evaluation of given parameters depends on, as `training_config` does."""
+    """Returns the settings on which an evaluation of trained parameters depends, in the form of `training_config`."""
     flat = _differences_from_defaults("evaluation", settings.evaluation)
     return flat | ({"algorithm._target_": stable_name(settings.algorithm["_target_"])} if _trained_as(settings) else {})
 
 
 def _trained_as(settings: Settings) -> str | None:
-    """Returns the algorithm that this one is in training; None unless they part in meta-test only."""
-    return getattr(locate(settings.algorithm["_target_"]), "trained_as", None)  # a user's may be no `Algorithm`
+    """Returns the algorithm that trains identically and differs in meta-test only; None if there is none."""
+    # A user's class need not inherit from `Algorithm`, so the attribute may be missing.
+    return getattr(locate(settings.algorithm["_target_"]), "trained_as", None)
 
 
 def _differences_from_defaults(path: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    """Flattens a part to dotted keys, without those at the constructor's own default."""
+    """Flattens a part to dotted keys, without those that equal the constructor's default."""
     target = locate(value["_target_"])
     parameters, hints = inspect.signature(target).parameters, argument_types(target)
     flat: dict[str, Any] = {}
@@ -56,35 +57,36 @@ def _differences_from_defaults(path: str, value: Mapping[str, Any]) -> dict[str,
             continue
         default = parameters[name].default if name in parameters else inspect.Parameter.empty
         if name in hints and not (isinstance(item, Mapping) and "_target_" in item):
-            item = _typed(item, hints[name])
-        if name in _PLACES or (default is not inspect.Parameter.empty and item == default):
+            item = _cast_to_annotation(item, hints[name])
+        if name in _LOCATION_KEYS or (default is not inspect.Parameter.empty and item == default):
             continue
         if isinstance(item, Mapping) and "_target_" in item:
             flat |= _differences_from_defaults(f"{path}.{name}", item)
         else:
-            flat[f"{path}.{name}"] = json.loads(json.dumps(item))  # as it will be read back: lists, and names as keys
+            # Through JSON, so that it equals what is read back: tuples become lists, mapping keys become strings.
+            flat[f"{path}.{name}"] = json.loads(json.dumps(item))
     return flat
 
 
-def _typed(value: Any, annotation: Any) -> Any:
-    """Returns a checked value in the type of its argument, so that 1 and 1.0 are one step size."""
+def _cast_to_annotation(value: Any, annotation: Any) -> Any:
+    """Converts a checked value to its argument's type, so that step sizes 1 and 1.0 are equal."""
     try:
         return TypeAdapter(annotation).validate_json(json.dumps(value))
     except PydanticUserError:
-        return value  # a user's annotation that says nothing about configs
+        return value  # a user's annotation that pydantic cannot check
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """Returns a short name for settings: equal settings, equal name."""
+    """Returns a hash of settings, 12 hexadecimal digits; equal settings have equal hashes."""
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Returns one line per key in which two settings differ: ``key: this run's value, not the other's``."""
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """Returns one line for each key in which two settings differ: ``key: VALUE here, VALUE there``."""
     lines = [
-        f"  {key}: {mine.get(key, 'its default')!s} here, {other.get(key, 'its default')!s} there"
-        for key in sorted(mine.keys() | other.keys())
-        if mine.get(key) != other.get(key)
+        f"  {key}: {here.get(key, 'its default')!s} here, {there.get(key, 'its default')!s} there"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
     ]
     return "\n".join(lines)

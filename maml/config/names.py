@@ -1,4 +1,4 @@
-"""Names of classes in configs: a class may move, but the name under which its runs are known stays."""
+"""Names of classes in configs: a class may move to another module without a change of its runs' ids."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from typing import Any
 
 from hydra.utils import get_class
 
-# Where a class is now, and the name that hashes of its runs and older configs contain. Whoever moves a class that any
-# run has used adds a line; no run's id changes, and old run folders can still be read.
+# Current address of a class: the old address, which run ids and old configs contain. Add a line whenever a class that
+# runs have used moves. Run ids then stay the same, and old run folders stay readable.
 MOVED = {
     "maml.hardware.base.Hardware": "maml.hardware.Hardware",
 }
 
 
 def stable_name(address: str) -> str:
-    """Returns the name of a class in hashes: the address at which its first runs found it."""
+    """Returns the name of a class that is hashed into run ids: its address before it moved."""
     return MOVED.get(address, address)
 
 
 def current_address(name: str) -> str:
-    """Returns where the class of a name, stable or not, can be imported from."""
+    """Returns the address to import a class from, given its stable name or its current address."""
     return next((address for address, stable in MOVED.items() if stable == name), name)
 
 
 def locate(name: str) -> Any:
-    """Returns the class of a ``_target_``.
+    """Imports the class of a ``_target_``.
 
     Raises:
-        Exception: whatever its import raises.
+        Exception: any error of the import.
     """
     return get_class(current_address(name))

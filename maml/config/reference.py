@@ -1,6 +1,6 @@
-"""Every key of the config, with its type, range, default and meaning: read from constructors, annotations and yaml.
+"""The reference of all config keys: type, range, default and meaning, read from constructors and yaml files.
 
-`maml describe` and the reference pages of the documentation both come from `reference`.
+`reference` is the source of `maml describe` and of the documentation's reference pages.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Key:
     """One key of an option, or of the root.
 
     Attributes:
-        name: as on the command line: ``inner.step_size``, ``num_iterations``.
-        type: in words: ``number or null``, ``relu, softplus or tanh``, ``list of integers``.
-        range: what its numbers may be: ``> 0``, ``>= 0 and < 1``; empty if anything of the type may be.
-        default: the constructor's, as yaml; None if it has none.
-        value: the option's yaml file has this; None if the file does not have the key.
+        name: name on the command line: ``inner.step_size``, ``num_iterations``.
+        type: type in words: ``number or null``, ``relu, softplus or tanh``, ``list of integers``.
+        range: allowed range of its numbers: ``> 0``, ``>= 0 and < 1``; empty if unlimited.
+        default: the constructor's default, as yaml; None if there is none.
+        value: the value in the option's yaml file; None if the file does not set the key.
         meaning: one or more sentences.
     """
 
@@ -47,18 +47,18 @@ class Key:
 
     @property
     def initial(self) -> str:
-        """The value before the command line changes it; ``???`` if the command line has to give one."""
+        """The value if the command line does not set the key; ``???`` if the command line must set it."""
         return next((text for text in (self.value, self.default) if text is not None), "???")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What an option sets besides keys of its own, such as ``inner.order`` of ``algorithm=fomaml``.
+    """A key of another group that an option sets, such as ``inner.order`` of ``algorithm=fomaml``.
 
     Attributes:
-        name: of the key; of a config group, if the option chooses one of its options.
-        value: as yaml.
-        comment: beside it in the file; empty if there is none.
+        name: name of the key, or of the config group whose option is chosen.
+        value: the value, as yaml.
+        comment: the comment on its line in the file; empty if there is none.
     """
 
     name: str
@@ -71,14 +71,14 @@ class Option:
     """One yaml file of a config group.
 
     Attributes:
-        group: its folder; empty for the root.
-        name: what one chooses it by, ``inner=sgd``.
-        file: below ``conf/``, with forward slashes.
-        header: the comment that opens the file.
+        group: name of its config group; empty for the root.
+        name: name of the option, such as ``sgd`` in ``inner=sgd``.
+        file: path below ``conf/``, with forward slashes.
+        header: the comment at the top of the file.
         summary: the first sentence of the header.
         target: address of the class whose constructor has the keys; empty if the option only has settings.
-        keys: of that constructor; of `Settings`, for the root.
-        settings: the rest of the file.
+        keys: the constructor's arguments; for the root, the attributes of `Settings`.
+        settings: all other values that the file sets.
     """
 
     group: str
@@ -93,13 +93,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Group:
-    """A config group, ``conf/<name>/``; the root is the first, has an empty name and one option, ``config``.
+    """A config group, ``conf/<name>/``. The root is a group with an empty name and one option, ``config``.
 
     Attributes:
-        name: of the folder; empty for the root.
-        meaning: what is chosen.
-        default: name of the option that is chosen unless the command line does; None if none is.
-        options: sorted by name.
+        name: name of the folder; empty for the root.
+        meaning: one sentence on what its options decide.
+        default: name of the option that is used if the command line chooses none; None if there is none.
+        options: the options, sorted by name.
     """
 
     name: str
@@ -108,30 +108,30 @@ class Group:
     options: tuple[Option, ...]
 
 
-# Groups that are no part of a run, and so no attribute of `Settings`.
+# Meanings of the groups that are not attributes of `Settings`.
 _MEANINGS = {
-    "": "What every run has.",
+    "": "Keys that every run has.",
     "experiment": "All settings of one experiment: +experiment=NAME.",
-    "debug": "Shrinks any experiment: +debug=NAME, behind +experiment=.",
+    "debug": "Shrinks any experiment: +debug=NAME, after +experiment=.",
     "launcher": "Where the jobs of a sweep (-m) run.",
-    "sweeper": "Which jobs a sweep (-m) has.",
+    "sweeper": "How a sweep (-m) chooses its jobs.",
 }
 
 
 @cache
 def reference(conf: Path = CONF) -> tuple[Group, ...]:
-    """Returns the root and then every config group, with all options and their keys.
+    """Returns the root, then every config group, with all options and their keys.
 
     Args:
-        conf: the folder of the configs.
+        conf: folder of the yaml files.
     """
-    chosen = files.read(conf / "config.yaml").chosen
+    chosen = files.read(conf / "config.yaml").choices
     meanings = _meanings(Settings) | _MEANINGS
     names = ["", *PARTS, *sorted(path.name for path in conf.iterdir() if path.is_dir() and path.name not in PARTS)]
     return tuple(
         Group(
             name,
-            _sentence(meanings.get(name, "")),
+            _as_sentence(meanings.get(name, "")),
             chosen.get(name),
             tuple(_option(path, name) for path in _files(conf, name)),
         )
@@ -152,13 +152,16 @@ def _option(path: Path, group: str) -> Option:
     if not group:
         keys = list(_keys(Settings, "", entries, set()))
         for part in PARTS:
-            choice = file.chosen.get(part)
-            keys = [_replaced(key, part, f"one of conf/{part}/", choice) if key.name == part else key for key in keys]
+            choice = file.choices.get(part)
+            keys = [
+                _replace_type_and_value(key, part, f"one of conf/{part}/", choice) if key.name == part else key
+                for key in keys
+            ]
     elif group in PARTS and f"{group}._target_" in entries:
         target = entries[f"{group}._target_"].value
         keys = list(_keys(locate(target), f"{group}.", entries, SUPPLIED.get(group, set())))
     known = {key.name for key in keys} | {f"{group}._target_"}
-    settings = [Setting(name, choice, "") for name, choice in file.chosen.items() if group]
+    settings = [Setting(name, choice, "") for name, choice in file.choices.items() if group]
     settings += [
         Setting(name, entry.value, entry.comment)
         for name, entry in entries.items()
@@ -168,22 +171,22 @@ def _option(path: Path, group: str) -> Option:
     return Option(group, path.stem, name, file.header, file.summary, target, tuple(keys), tuple(settings))
 
 
-def _replaced(key: Key, name: str, type_: str, value: str | None) -> Key:
+def _replace_type_and_value(key: Key, name: str, type_: str, value: str | None) -> Key:
     return Key(name, type_, "", key.default, value, key.meaning)
 
 
 def _keys(target: Any, prefix: str, entries: Mapping[str, Entry], supplied: set[str]) -> Iterator[Key]:
-    """Yields the keys of a constructor; behind one that is itself a documented class, the keys of that."""
+    """Yields the keys of a constructor. An argument that is a documented class is followed by that class's keys."""
     types_, meanings = argument_types(target), _meanings(target)
     for name, parameter in inspect.signature(target).parameters.items():
         if name in supplied or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         annotation, entry = types_.get(name, Any), entries.get(f"{prefix}{name}")
-        words, ranges = _words(annotation), list(dict.fromkeys(_ranges(annotation)))
+        words, ranges = _type_in_words(annotation), list(dict.fromkeys(_ranges(annotation)))
         default = None if parameter.default is parameter.empty else _as_yaml(parameter.default)
         meaning = meanings.get(name) or (entry.comment if entry else "")
         yield Key(
-            f"{prefix}{name}", words, "; ".join(ranges), default, entry.value if entry else None, _sentence(meaning)
+            f"{prefix}{name}", words, "; ".join(ranges), default, entry.value if entry else None, _as_sentence(meaning)
         )
         for nested in _classes(annotation):
             yield from _keys(nested, f"{prefix}{name}.", entries, set())
@@ -201,10 +204,10 @@ def _as_yaml(value: Any) -> str:
 _YAML = {"None": "null", "True": "true", "False": "false"}
 
 
-def _sentence(text: str) -> str:
-    """Returns a meaning as a sentence, in yaml's words for None, True and False.
+def _as_sentence(text: str) -> str:
+    """Returns a meaning as a sentence, with yaml's words for None, True and False.
 
-    It opens with a capital, unless a formula stands there: ``theta'`` in capitals would be something else.
+    The first letter becomes a capital, unless the text starts with a formula such as ``theta'``.
     """
     if not text:
         return ""
@@ -219,7 +222,7 @@ def _sentence(text: str) -> str:
 
 
 def _union(annotation: Any) -> tuple[Any, ...]:
-    """Returns the members of a union; of anything else, itself."""
+    """Returns the members of a union, or the annotation itself if it is not a union."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
@@ -233,8 +236,8 @@ _PLAIN = {
 _COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 
-def _words(annotation: Any) -> str:
-    """Says what an annotation allows: ``integer, auto or all``."""
+def _type_in_words(annotation: Any) -> str:
+    """Returns the type that an annotation allows, in words: ``integer, auto or all``."""
     words: list[str] = []
     ends_with_null = False
     for member in _union(annotation):
@@ -242,32 +245,34 @@ def _words(annotation: Any) -> str:
             ends_with_null = True
         elif get_origin(member) is Literal:
             words += [_as_yaml(value) for value in get_args(member)]
-        elif _bare(member) is bool:
+        elif _without_metadata(member) is bool:
             words += ["true", "false"]
         else:
-            words.append(_one(member, plural=False))
+            words.append(_member_in_words(member, plural=False))
     words += ["null"] * ends_with_null
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _bare(annotation: Any) -> Any:
+def _without_metadata(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _one(annotation: Any, plural: bool) -> str:
-    annotation = _bare(annotation)
+def _member_in_words(annotation: Any, plural: bool) -> str:
+    annotation = _without_metadata(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in _PLAIN:
         return _PLAIN[annotation][plural]
     if origin is Literal:
         return " or ".join(_as_yaml(value) for value in arguments)
     if origin is tuple and Ellipsis not in arguments:
-        return f"{_COUNTS.get(len(arguments), len(arguments))} {_one(arguments[0], plural=len(arguments) > 1)}"
+        return (
+            f"{_COUNTS.get(len(arguments), len(arguments))} {_member_in_words(arguments[0], plural=len(arguments) > 1)}"
+        )
     if origin in (list, tuple, Sequence) or (isinstance(origin, type) and issubclass(origin, Sequence)):
-        return f"list{'s' * plural} of {_one(arguments[0], plural=True)}"
+        return f"list{'s' * plural} of {_member_in_words(arguments[0], plural=True)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         key, value = arguments
-        return f"mapping of {_one(key, plural=True)} to {_one(value, plural=True)}"
+        return f"mapping of {_member_in_words(key, plural=True)} to {_member_in_words(value, plural=True)}"
     if origin is not None and isinstance(origin, type) and issubclass(origin, Callable):  # type: ignore[arg-type]
         return "class (_target_) and its arguments"
     if isinstance(annotation, type):
@@ -276,7 +281,7 @@ def _one(annotation: Any, plural: bool) -> str:
 
 
 def _ranges(annotation: Any) -> Iterator[str]:
-    """Yields what the numbers and lists of an annotation are held to."""
+    """Yields the bounds on an annotation's numbers and on the lengths of its lists."""
     for member in _union(annotation):
         if get_origin(member) is Annotated:
             bare, *metadata = get_args(member)
@@ -286,7 +291,7 @@ def _ranges(annotation: Any) -> Iterator[str]:
             yield from _ranges(bare)
         elif get_origin(member) is not Literal:
             for argument in get_args(member):
-                if argument is not Ellipsis and not isinstance(argument, list):  # a list: of a callable's arguments
+                if argument is not Ellipsis and not isinstance(argument, list):  # list: a callable's argument types
                     yield from _ranges(argument)
 
 
@@ -308,9 +313,9 @@ def _bound(metadata: Any) -> str:
 
 
 def _classes(annotation: Any) -> Iterator[type]:
-    """Yields the classes of an annotation whose constructors say what their keys mean."""
+    """Yields the classes of an annotation whose constructors document their arguments."""
     for member in _union(annotation):
-        bare = _bare(member)
+        bare = _without_metadata(member)
         if inspect.isclass(bare) and get_origin(bare) is None and bare.__module__ != "builtins" and _meanings(bare):
             yield bare
 
@@ -319,18 +324,18 @@ def _classes(annotation: Any) -> Iterator[type]:
 
 
 def _meanings(target: Any) -> dict[str, str]:
-    """Returns what a class and the classes that it inherits from say of their arguments, by name."""
-    found: dict[str, str] = {}
-    for one in inspect.getmro(target):
-        doc = one.__dict__.get("__doc__")
-        if doc and one.__module__ != "builtins":
-            for section in ("Args", *(["Attributes"] if is_dataclass(one) else [])):
-                found = _section(inspect.cleandoc(doc), section) | found
-    return found
+    """Returns the documented meaning of each constructor argument, from a class and its base classes."""
+    meanings: dict[str, str] = {}
+    for cls in inspect.getmro(target):
+        doc = cls.__dict__.get("__doc__")
+        if doc and cls.__module__ != "builtins":
+            for section in ("Args", *(["Attributes"] if is_dataclass(cls) else [])):
+                meanings = _section(inspect.cleandoc(doc), section) | meanings
+    return meanings
 
 
 def _section(doc: str, name: str) -> dict[str, str]:
-    """Returns the entries of one section of a docstring in Google's style."""
+    """Returns the entries of one section of a Google-style docstring, by name."""
     match = re.search(rf"^{name}:\n((?:[ \t]+.*\n?|\n)+)", doc, flags=re.MULTILINE)
     if match is None:
         return {}

@@ -1,1 +1,1 @@
-"""Mirrors of a run's local record: where its numbers are shown beside the files that hold them."""
+"""Loggers: services that show a run's metrics and reports, in addition to the files in its run folder."""

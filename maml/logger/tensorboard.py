@@ -32,7 +32,7 @@ class TensorBoard(Mirror):
         for curve in report["curves"]:
             tag = f"evaluation/{curve['metric']}_{curve['num_shots']}shot"
             for step in curve["steps"]:  # gradient steps on the horizontal axis
-                if step["mean"] is not None:  # adaptation diverged
+                if step["mean"] is not None:  # None: adaptation diverged
                     self._writer.add_scalar(tag, step["mean"], step["step"])
         for name, path in pictures.items():
             image = np.asarray(Image.open(path).convert("RGB"))

@@ -10,22 +10,22 @@ from maml.logger.base import Mirror, cause
 
 
 class WandB(Mirror):
-    """A W&B run whose id follows from the experiment and the run id, so that a resumed run continues it.
+    """A W&B run whose id is derived from the experiment and the run id, so that a resumed run continues it.
 
-    Its files lie in ``<run_dir>/wandb``. What W&B did not get while the run lasted, ``wandb sync <run_dir>/wandb``
-    sends; there the parts of an interrupted run become one W&B run, and what was sent is not sent twice.
+    Its files are in ``<run_dir>/wandb``. ``wandb sync <run_dir>/wandb`` later sends the data that W&B did not receive
+    during the run. It joins the parts of an interrupted run into one W&B run and sends nothing twice.
 
     Args:
-        project: the W&B project.
-        entity: the W&B user or team; None is the account's default.
-        group: None groups the runs of an experiment.
-        tags: labels of the run.
-        mode: "auto" obeys WANDB_MODE and ``wandb offline``, and else is online where there are credentials. A run
-            that cannot be online after all is mirrored offline, with a warning.
+        project: name of the W&B project.
+        entity: W&B user or team; None is the account's default.
+        group: W&B group of the run; None is the experiment's name.
+        tags: W&B tags of the run.
+        mode: whether the run is sent online or kept offline; ``auto`` follows WANDB_MODE and ``wandb offline``, and is
+            otherwise online if there are credentials. If the connection fails, the run is kept offline, with a warning.
     """
 
     name = "W&B"
-    # Seconds to wait for the server; ``patience`` covers both, and turning to offline in between.
+    # Seconds to wait for the server. ``patience`` is longer than their sum plus the time of a switch to offline.
     init_timeout = 15.0
     finish_timeout = 30.0
 
@@ -58,16 +58,16 @@ class WandB(Mirror):
             config=dict(config),
             dir=run_dir.resolve(),
             id=re.sub(r"[^A-Za-z0-9_-]", "-", f"{experiment}-{run_id}"),
-            # Without "allow" the W&B run of this id starts anew, as the local record did.
+            # "allow" continues the W&B run of this id. None starts it again, for a run folder that starts again.
             resume="allow" if resumed else None,
-            reinit="create_new",  # shares no state with the other runs of a multirun
+            reinit="create_new",  # a separate run for each job of a multirun in this process
             settings=wandb.Settings(
                 console="off",
                 silent=True,
                 init_timeout=self.init_timeout,
                 finish_timeout=self.finish_timeout,
                 finish_timeout_raises=True,
-                allow_offline_artifacts=False,  # an offline table is then sent from the run folder, wherever that is
+                allow_offline_artifacts=False,  # so that an offline table is sent even if the run folder has moved
             ),
         )
         try:
@@ -80,10 +80,10 @@ class WandB(Mirror):
             self._warn(
                 f"W&B mirrors this run offline ({cause(error)}), `wandb sync {run_dir / 'wandb'}` sends it later"
             )
-            wandb.teardown()  # or the id may still be in use
-            wandb.setup(wandb.Settings(silent=True, mode="offline"))  # also for what follows in a multirun
+            wandb.teardown()  # without it, the id may still be in use
+            wandb.setup(wandb.Settings(silent=True, mode="offline"))  # also for the later jobs of a multirun
             self._run = init(mode="offline")
-        # A resumed run logs the iterations since its checkpoint again, which W&B refuses on its own rising step axis.
+        # A resumed run logs the iterations after its checkpoint again. W&B's own step axis only accepts rising steps.
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
@@ -120,4 +120,6 @@ class WandB(Mirror):
             self._run.finish(exit_code=0 if status == "finished" else 1)
         except TimeoutError:
             command = f"wandb sync --include-online {self._run.sync_dir}"
-            self._warn(f"W&B did not take all of this run in {self.finish_timeout:.0f} seconds, `{command}` sends it")
+            self._warn(
+                f"W&B did not receive all of this run in {self.finish_timeout:.0f} seconds, `{command}` sends the rest"
+            )

@@ -1,1 +1,1 @@
-"""The paper's cells and curves, what has been run of them, and the tables and figures made of both."""
+"""The paper's cells and curves, our runs of them, and the tables and figures that compare both."""

@@ -1,4 +1,4 @@
-"""Single sinusoids and a finished run's adaptation to them: Figures 2 and 7."""
+"""Figures 2 and 7: a finished run's adaptation to single sinusoids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from maml.algorithm.base import Algorithm
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
@@ -19,30 +19,30 @@ from maml.record import checkpoint
 from maml.record.index import Evidence
 from maml.seeding import Stream
 
-# The gradient steps drawn, and how: the paper's dotted, dashed and full line.
+# The gradient steps that are drawn, with label, colour and line style (dotted, dashed and solid as in the paper).
 STEPS = {0: ("pre-update", "0.6", ":"), 1: ("1 gradient step", "C2", "--"), 10: ("10 gradient steps", "C2", "-")}
 _NUM_INPUTS = 101
 
 
 @torch.no_grad()
 def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[str, Any]]:
-    """Adapts to the panel's task from the theta of the lowest seed that was trained to the end.
+    """Adapts to the panel's task, from theta of the finished run with the lowest seed.
 
     Args:
-        picture: its name and the number of the task are all that the task depends on.
-        panel: one of its panels.
-        evidence: what has been run of the panel's source.
+        picture: the figure; the task depends on its name and on the panel's task number only.
+        panel: one of the figure's panels.
+        evidence: the runs of the panel's source.
 
     Returns:
-        One row for each input, first an even grid over the input range, then the support points: the truth, and the
-        network's output after each of `STEPS`. Nothing if no run is finished.
+        One row for each input, first an even grid over the input range, then the support points. A row has the true
+        value and the network's output after each of `STEPS`. Empty if no run is finished.
 
     Raises:
-        MamlError: if the finished run's checkpoint is missing, damaged or of another run.
+        MamlError: if the finished run's checkpoint is missing, damaged, or belongs to another run.
     """
     if not evidence.complete:
         return []
-    algorithm, num_shots = restored(panel.source, evidence), panel.source.num_shots
+    algorithm, num_shots = load_trained(panel.source, evidence), panel.source.num_shots
     domain, model = algorithm.domain, algorithm.model
 
     tasks = domain.sample_tasks(1, Stream(0).child(picture.name).child(panel.task), "test", num_shots)
@@ -54,40 +54,46 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
     adapted = list(algorithm.adapt(algorithm.params_per_task(1), tasks, max(STEPS), step_sizes))
     x, truth, _ = domain.data(tasks, "query")
     columns = {"x": x, "truth": truth} | {f"step_{step}": model(adapted[step], x) for step in STEPS}
-    # Six digits: further ones may differ from machine to machine.
+    # Six digits: the digits after them can differ between machines.
     values = zip(*([float(f"{v:.6g}") for v in column.flatten().tolist()] for column in columns.values()), strict=True)
-    beside = {"method": panel.row, "num_shots": num_shots, "task": panel.task}
+    labels = {"method": panel.row, "num_shots": num_shots, "task": panel.task}
     return [
-        beside | {"is_support": int(number >= _NUM_INPUTS)} | dict(zip(columns, point, strict=True))
+        labels | {"is_support": int(number >= _NUM_INPUTS)} | dict(zip(columns, point, strict=True))
         for number, point in enumerate(values)
     ]
 
 
-def restored(source: Source, evidence: Evidence) -> Algorithm:
-    """Returns the algorithm as the finished run of the lowest seed left it.
+def load_trained(source: Source, evidence: Evidence) -> Algorithm:
+    """Builds the algorithm and loads the checkpoint of the finished run with the lowest seed.
 
     Raises:
-        MamlError: if its checkpoint is missing, damaged or of another run.
+        MamlError: if the checkpoint is missing, damaged, or belongs to another run.
     """
     run, report = evidence.evaluated[0]
     saved = checkpoint.load(run.path / "checkpoint.pt")
     if (saved["run_id"], saved["iteration"]) != (report.run_id, report.iteration):
-        raise MamlError(f"{run.path / 'checkpoint.pt'} is not what the report beside it is of; restore it")
-    torch.set_num_threads(1)  # or the last digits would hang on the number of cores
-    algorithm = build_algorithm(composed(source.experiment, source.overrides), Hardware("cpu"))
+        raise MamlError(f"{run.path / 'checkpoint.pt'} does not belong to the report.json beside it; restore it")
+    torch.set_num_threads(1)  # because the last digits depend on the number of threads
+    algorithm = build_algorithm(compose_experiment(source.experiment, source.overrides), Hardware("cpu"))
     algorithm.load_state_dict(saved["state"])
     return algorithm
 
 
-def plot_picture(picture: Picture, found: Sequence[tuple[Panel, Evidence, list[dict[str, Any]]]], path: Path) -> Path:
-    """Draws a panel for each task and method; one without rows says why, and the command. Returns the PNG."""
-    from matplotlib.figure import Figure as Canvas  # here, because it takes half a second to import
+def plot_picture(picture: Picture, panels: Sequence[tuple[Panel, Evidence, list[dict[str, Any]]]], path: Path) -> Path:
+    """Plots a panel for each task and method; a panel without rows shows the reason and the command. Returns the PNG.
+
+    Args:
+        picture: the figure.
+        panels: its panels, with the runs and the rows of each.
+        path: path of the PNG.
+    """
+    from matplotlib.figure import Figure as Canvas  # imported here because it takes half a second
 
     num_tasks = len({panel.task for panel in picture.panels})
     num_methods = len(picture.panels) // num_tasks
     canvas = Canvas(figsize=(4.2 * num_methods, 2.2 * num_tasks + 0.8), layout="constrained")
     grid = canvas.subplots(num_tasks, num_methods, squeeze=False, sharex=True, sharey="row")
-    for axes, (panel, evidence, rows) in zip(grid.flat, found, strict=True):
+    for axes, (panel, evidence, rows) in zip(grid.flat, panels, strict=True):
         axes.set_title(f"{panel.row}, K={panel.source.num_shots}")
         axes.set_xlim(-5, 5)
         if not rows:

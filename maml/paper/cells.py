@@ -1,4 +1,4 @@
-"""The published numbers, curves and pictures, each with the experiment that gives ours: ``results/cells.yaml``."""
+"""Reads ``results/cells.yaml``: the published numbers, curves and pictures, and the experiment for each of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from maml.errors import MamlError
 from maml.record.index import Source
 
-# What a line of cells.yaml says besides where our number is found.
-_NOT_OF_SOURCE = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal", "note"}
+# Keys of a line in cells.yaml that are not fields of its `Source`.
+_NON_SOURCE_KEYS = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal", "note"}
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class Cell:
     """One printed number.
 
     Attributes:
-        table: the file in ``results/paper/`` that holds it.
-        row: its ``method`` there.
-        column: its ``setting`` there.
-        value: as printed; empty if nothing is published.
-        ci: half-width of its 95 % interval as printed (or as the figure file has it); empty if there is none.
-        quoted: whether the paper quotes it from others.
-        source: of our number; None if there is no experiment yet.
+        table: name of the file in ``results/paper/`` that contains it.
+        row: its ``method`` in that file.
+        column: its ``setting`` in that file.
+        value: the number as printed; empty if none is published.
+        ci: half-width of its 95 % interval, as printed or from the figure's file; empty if there is none.
+        quoted: whether the paper quotes the number from other authors.
+        source: source of our number; None if there is no experiment yet.
         step: the gradient step after which our number is taken.
-        ci_is_printed: whether the interval stands beside the value in print.
-        note: the anchor in ``results/notes.md`` of what is known of the reason if our number differs; empty if nothing.
+        ci_is_printed: whether the paper prints the interval beside the value.
+        note: anchor of the section in ``results/notes.md`` that explains why our number differs; may be empty.
     """
 
     table: str
@@ -48,13 +48,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a table is printed.
+    """The printed layout of a table.
 
     Attributes:
-        corner: what stands above the names of the rows.
-        columns: by column, the words above it, from top to bottom.
-        groups: of rows that a line divides; in each, by row, its printed name.
-        own: the rows of the paper's own method, the only ones with bold numbers.
+        corner: heading of the column of row names.
+        columns: heading of each column, as lines of text from top to bottom.
+        groups: groups of rows, separated by lines; a group maps each row to its printed name.
+        own: the rows of the paper's own method; only these have bold numbers.
     """
 
     corner: str
@@ -65,7 +65,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: its name in ``results/``, its title, its cells in print order, and its layout."""
+    """One table: its folder in ``results/``, its title, its cells in printed order, and its layout."""
 
     name: str
     title: str
@@ -74,24 +74,24 @@ class Table:
 
     @property
     def in_paper(self) -> bool:
-        """Whether the paper prints it; the others are of later papers, whose names their files have."""
+        """Whether the table is in the paper; other tables are from later papers and have those papers' names."""
         return self.name.startswith("table")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One drawn curve.
+    """One curve of a figure.
 
     Attributes:
         row: its ``method`` in the paper's file.
-        panel: the title of the panel that it is drawn in.
-        source: of our curve.
-        num_steps: the last gradient step drawn; 0 if nothing adapts, which is drawn as a flat line.
-        levels: by gradient step, where known: the 68 % interval of the printed mean; where only the image is published,
-            the lowest and highest value that the printed curve may have.
-        cells: the printed mean at every gradient step; none where only the image is published.
-        is_plotted: whether the paper draws it.
-        note: as of `Cell`.
+        panel: title of its panel.
+        source: source of our curve.
+        num_steps: the last gradient step; 0 for a method that does not adapt, which is drawn as a flat line.
+        levels: interval (low, high) by gradient step, where known: the 68 % interval of the printed mean. If only the
+            image is published, it is the range in which the printed curve lies.
+        cells: the printed mean at every gradient step; empty if only the image is published.
+        is_plotted: whether the paper plots it.
+        note: the same as in `Cell`.
     """
 
     row: str
@@ -105,7 +105,7 @@ class Curve:
 
     @property
     def label(self) -> str:
-        """What tells it from the figure's other curves."""
+        """A name that is unique within the figure."""
         return f"{self.row}, {self.panel}"
 
 
@@ -114,12 +114,12 @@ class Figure:
     """One figure of curves.
 
     Attributes:
-        name: in ``results/``.
-        title: above it.
-        ylabel: of the vertical axis.
-        curves: panel by panel.
-        axes: what Matplotlib is to set on each panel's axes.
-        note: what a reader has to know of it.
+        name: name of its files in ``results/``.
+        title: title above the figure.
+        ylabel: label of the vertical axis.
+        curves: the curves, panel by panel.
+        axes: arguments of Matplotlib's ``Axes.set`` for each panel.
+        note: a remark for the reader; empty if there is none.
     """
 
     name: str
@@ -132,13 +132,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Panel:
-    """One method's adaptation to one task.
+    """One panel of a picture: one method's adaptation to one task.
 
     Attributes:
-        row: the name of the method.
-        task: which of the picture's tasks; of navigation, which of the goals of meta-test.
+        row: name of the method.
+        task: number of the task in the picture, or, in navigation, number of the meta-test goal.
         one_half: whether all support points lie in the right half of the input range.
-        source: of the method; its K is the task's.
+        source: source of the method's run; its K is also the task's.
     """
 
     row: str
@@ -148,7 +148,7 @@ class Panel:
 
     @property
     def label(self) -> str:
-        """What was run for it."""
+        """The method and K."""
         return f"{self.row}, K={self.source.num_shots}"
 
 
@@ -157,11 +157,11 @@ class Picture:
     """One figure of single tasks.
 
     Attributes:
-        name: in ``results/``; behind a ``_`` is which part of the figure it is.
-        title: above it.
-        panels: by task and then by method.
-        published: the lines of its file of published trajectories; none if it is of sinusoids.
-        note: as of `Figure`.
+        name: name of its files in ``results/``; the part after ``_`` names the part of the figure.
+        title: title above the figure.
+        panels: the panels, by task and then by method.
+        published: the lines of the file of published trajectories; empty for sinusoids.
+        note: the same as in `Figure`.
     """
 
     name: str
@@ -172,10 +172,10 @@ class Picture:
 
 
 def load_tables(results: Path) -> list[Table]:
-    """Reads every printed number, with its source where there is one.
+    """Reads all tables: every printed number, with the source of ours if there is one.
 
     Args:
-        results: the folder of ``cells.yaml`` and ``paper/``.
+        results: folder of ``cells.yaml`` and ``paper/``.
 
     Raises:
         MamlError: if ``cells.yaml`` names a row or cell that the paper does not have.
@@ -184,24 +184,24 @@ def load_tables(results: Path) -> list[Table]:
 
 
 def load_figures(results: Path) -> list[Figure]:
-    """Reads every curve that there is an experiment for; ``results`` as in `load_tables`."""
+    """Reads all figures of curves that have an experiment; ``results`` as in `load_tables`."""
     return [_figure(results, name, entry) for name, entry in _entries(results)["figures"].items()]
 
 
 def load_pictures(results: Path) -> list[Picture]:
-    """Reads every panel that there is an experiment for; ``results`` as in `load_tables`."""
+    """Reads all pictures of single tasks that have an experiment; ``results`` as in `load_tables`."""
     return [_picture(results, name, entry) for name, entry in _entries(results)["pictures"].items()]
 
 
 def load_levels(results: Path, name: str, row: str, num_shots: int, num_steps: int) -> dict[int, tuple[float, float]]:
-    """Reads the ranges that a printed curve may have.
+    """Reads the range in which a printed curve lies at each gradient step.
 
     Args:
         results: as in `load_tables`.
-        name: of the file of levels.
-        row: its ``method``.
+        name: name of the file of ranges in ``paper/``.
+        row: the curve's ``method`` in that file.
         num_shots: K.
-        num_steps: the last gradient step that is wanted.
+        num_steps: the last gradient step to read.
 
     Returns:
         Lowest and highest value by gradient step, where known.
@@ -215,7 +215,9 @@ def load_levels(results: Path, name: str, row: str, num_shots: int, num_steps: i
             steps = range(num_steps + 1) if line["grad_step"] == "any" else [int(line["grad_step"])]
             levels |= dict.fromkeys(steps, (float(line["mse_low"]), float(line["mse_high"])))
     if not levels:
-        raise MamlError(f"results/paper/{name}.csv has no method {row} at K={num_shots}; correct results/cells.yaml")
+        raise MamlError(
+            f"results/paper/{name}.csv has no method {row} at K={num_shots}; correct it in results/cells.yaml"
+        )
     return levels
 
 
@@ -255,8 +257,8 @@ def _refuse_unknown(
     unknown |= {"/".join(cell) for cell in cells - {(line["method"], line["setting"]) for line in published}}
     if unknown:
         raise MamlError(
-            f"results/cells.yaml, {name}: there is no {', '.join(sorted(unknown))} in results/paper/{name}.csv; "
-            "a row is its `method`, a column its `setting`"
+            f"results/cells.yaml, {name}: results/paper/{name}.csv has no {', '.join(sorted(unknown))}; "
+            "a row must be a `method` in that file, a column a `setting`"
         )
 
 
@@ -273,7 +275,7 @@ def _curve(results: Path, entry: Mapping[str, Any], line: Mapping[str, Any]) -> 
         levels = load_levels(results, entry["levels"], row, source.num_shots, num_steps)
         return Curve(row, f"K={source.num_shots}", source, num_steps, levels, note=fields.get("note", ""))
     printed = [
-        found for found in _read(results, file) if found["method"] == row and int(found["grad_step"]) <= num_steps
+        point for point in _read(results, file) if point["method"] == row and int(point["grad_step"]) <= num_steps
     ]
     if len(printed) != num_steps + 1:
         raise MamlError(
@@ -284,10 +286,10 @@ def _curve(results: Path, entry: Mapping[str, Any], line: Mapping[str, Any]) -> 
         f"{fields['title']}, K={source.num_shots}",
         source,
         num_steps,
-        {step: (float(found["boot68_low"]), float(found["boot68_high"])) for step, found in enumerate(printed)},
+        {step: (float(point["boot68_low"]), float(point["boot68_high"])) for step, point in enumerate(printed)},
         tuple(
-            Cell(file, row, f"gradsteps_{step}", found["mean"], found["ci95_halfwidth"], False, source, step)
-            for step, found in enumerate(printed)
+            Cell(file, row, f"gradsteps_{step}", point["mean"], point["ci95_halfwidth"], False, source, step)
+            for step, point in enumerate(printed)
         ),
         printed[0]["plotted_in_paper"] == "yes",
         fields.get("note", ""),
@@ -310,8 +312,8 @@ def _picture(results: Path, name: str, entry: Mapping[str, Any]) -> Picture:
 
 
 def _source(fields: Mapping[str, Any]) -> Source:
-    own = {name: value for name, value in fields.items() if name not in _NOT_OF_SOURCE}
-    return Source(**{**own, "overrides": tuple(fields.get("overrides", ()))})
+    kept = {name: value for name, value in fields.items() if name not in _NON_SOURCE_KEYS}
+    return Source(**{**kept, "overrides": tuple(fields.get("overrides", ()))})
 
 
 def _figure_ci(lines: list[dict[str, str]], row: str, column: str) -> str:
@@ -325,11 +327,12 @@ def _read(results: Path, name: str) -> list[dict[str, str]]:
 
 
 def named_sources(results: Path) -> dict[str, tuple[Source, Sequence[int]]]:
-    """Returns every cell and curve that there is an experiment for, and its gradient steps.
+    """Returns the source and the gradient steps of every cell and curve that has an experiment, by name.
 
-    The last part of a curve's name is its panel's file in ``results/paper/``, or where that has no exact numbers its K.
+    The last part of a curve's name is its panel's file in ``results/paper/``, or ``K5`` (its K) if the panel has no
+    exact numbers.
     """
-    found: dict[str, tuple[Source, Sequence[int]]] = {
+    sources: dict[str, tuple[Source, Sequence[int]]] = {
         f"{table.name}/{cell.row}/{cell.column}": (cell.source, [cell.step])
         for table in load_tables(results)
         for cell in table.cells
@@ -338,5 +341,5 @@ def named_sources(results: Path) -> dict[str, tuple[Source, Sequence[int]]]:
     for figure in load_figures(results):
         for curve in figure.curves:
             panel = curve.cells[0].table if curve.cells else f"K{curve.source.num_shots}"
-            found[f"{figure.name}/{curve.row}/{panel}"] = curve.source, range(curve.num_steps + 1)
-    return found
+            sources[f"{figure.name}/{curve.row}/{panel}"] = curve.source, range(curve.num_steps + 1)
+    return sources

@@ -1,4 +1,4 @@
-"""Small charts as SVG, which take their colours from the page they stand in."""
+"""Small SVG charts; the style sheet of the page sets their colours."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Scale = Callable[[float], float]
 
 
 def line_chart(curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, log: bool) -> Markup:
-    """Draws curves of points (x, y) over one another.
+    """Draws several curves into one chart.
 
     Args:
-        curves: by their labels, not all empty.
-        xlabel: of the horizontal axis.
-        ylabel: of the vertical axis.
-        log: whether the vertical axis is logarithmic, where all values are positive.
+        curves: points (x, y) by label; at least one curve has points.
+        xlabel: label of the horizontal axis.
+        ylabel: label of the vertical axis.
+        log: whether the vertical axis is logarithmic; ignored if a value is not positive.
     """
     points = np.array([point for curve in curves.values() for point in curve])
     (left, low), (right, high) = points.min(0), points.max(0)
@@ -41,7 +41,13 @@ def line_chart(curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str,
 
 
 def histogram(values: np.ndarray, marks: Mapping[str, float], xlabel: str) -> Markup:
-    """Draws how many of the finite values lie where, with vertical lines at the marks, whose names are classes."""
+    """Draws a histogram of the finite values, with a vertical line at each mark.
+
+    Args:
+        values: the values, ``(N,)``; at least one is finite.
+        marks: positions of the lines, by CSS class.
+        xlabel: label of the horizontal axis.
+    """
     values = values[np.isfinite(values)]
     numbers = [values.min(), values.max(), *marks.values()]
     counts, edges = np.histogram(values, _NUM_BINS, (min(numbers), max(numbers)))
@@ -66,14 +72,14 @@ def histogram(values: np.ndarray, marks: Mapping[str, float], xlabel: str) -> Ma
 
 
 def _scale(low: float, high: float, start: float, end: float, log: bool = False) -> Scale:
-    """Returns what takes low to start and high to end."""
-    of = math.log if log else float
-    span = of(high) - of(low) or 1.0
-    return lambda value: start + (of(value) - of(low)) / span * (end - start)
+    """Returns the map from values to pixels that takes ``low`` to ``start`` and ``high`` to ``end``."""
+    transform = math.log if log else float
+    span = transform(high) - transform(low) or 1.0
+    return lambda value: start + (transform(value) - transform(low)) / span * (end - start)
 
 
 def _ticks(low: float, high: float, log: bool = False) -> list[float]:
-    from matplotlib.ticker import LogLocator, MaxNLocator  # here, because it takes a while to import
+    from matplotlib.ticker import LogLocator, MaxNLocator  # imported here because it is slow to import
 
     values: list[float] = []
     if log:
@@ -100,10 +106,12 @@ def _chart(
         for value in yticks
     ]
     labels = [
-        element("text", _short(value), x=_LEFT - 6, y=f"{y(value) + 3.5:.1f}", text_anchor="end") for value in yticks
+        element("text", _tick_label(value), x=_LEFT - 6, y=f"{y(value) + 3.5:.1f}", text_anchor="end")
+        for value in yticks
     ]
     labels += [
-        element("text", _short(value), x=f"{x(value):.1f}", y=bottom + 14, text_anchor="middle") for value in xticks
+        element("text", _tick_label(value), x=f"{x(value):.1f}", y=bottom + 14, text_anchor="middle")
+        for value in xticks
     ]
     labels += [
         element("text", xlabel, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 6, text_anchor="middle"),
@@ -121,5 +129,5 @@ def _chart(
     )
 
 
-def _short(value: float) -> str:
+def _tick_label(value: float) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:.6g}"

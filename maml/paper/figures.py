@@ -1,4 +1,4 @@
-"""The paper's figures with our curves over the published ones, or over the ranges that the printed ones may have."""
+"""The paper's figures: our curves over the published curves, or over ranges that were read off the printed ones."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-_RESAMPLES = 5000  # as many as the authors' plots took
+_RESAMPLES = 5000  # the number in the authors' plots
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A curve as it is drawn.
+class DrawnCurve:
+    """A curve with our numbers, ready to draw.
 
     Attributes:
-        curve: with what the paper has of it.
-        label: of our line; says so when nothing, or not everything, was run.
-        readings: our mean and half-width of its 95 % interval at each gradient step; empty if nothing was run.
-        intervals: beside a published mean, the 68 % interval of ours at each gradient step.
+        curve: the published curve.
+        label: label of our line, which also tells if runs are missing or incomplete.
+        readings: our mean and the half-width of its 95 % interval, at each gradient step; empty if nothing was run.
+        intervals: the 68 % interval of our mean, at each gradient step, if exact means are published; else empty.
     """
 
     curve: Curve
@@ -39,41 +39,41 @@ class Drawn:
 
     @property
     def means(self) -> list[float]:
-        """Our curve."""
+        """Our mean at each gradient step."""
         return [mean for mean, _ in self.readings]
 
     @property
     def bands(self) -> list[tuple[float, float]]:
-        """From where to where our band goes at each gradient step."""
+        """The lower and upper end of our band at each gradient step."""
         return list(self.intervals) or [(mean - ci, mean + ci) for mean, ci in self.readings]
 
 
 @dataclass(frozen=True)
 class CurveComparison:
-    """A curve beside what has been run of it."""
+    """A published curve and our runs of it."""
 
     curve: Curve
     evidence: Evidence
 
     @property
     def steps(self) -> list[str]:
-        """The status at each gradient step; ``measured`` where the printed curve could not be read off."""
+        """The status at each gradient step; ``measured`` if the printed value could not be read off the image."""
         return [self._at(step) for step in range(self.curve.num_steps + 1)]
 
     @property
     def status(self) -> str:
-        """``reproduced`` only if every step is that is judged; else that of the last step that is not."""
+        """``reproduced`` if all judged steps are; else the status of the last step that is not reproduced."""
         judged = [status for status in self.steps if status != "measured"]
         return next((status for status in reversed(judged) if status != "reproduced"), "reproduced")
 
     @property
     def reason(self) -> str:
-        """As `reason_for` has it."""
+        """The result of `reason_for`."""
         return reason_for(self.status, self.curve.note)
 
     @property
     def text(self) -> str:
-        """Its status in Markdown, with the number of steps that are reproduced where not all of them are."""
+        """The status in Markdown; if not all steps are reproduced, with the number of those that are."""
         text = status_markdown(self.status, self.reason, "notes.md")
         if self.status not in ("better", "worse"):
             return text
@@ -89,41 +89,41 @@ class CurveComparison:
             return "measured"
         report, (low, high) = self.evidence.evaluated[0][1], self.curve.levels[step]
         mean, ci = report.reading(self.curve.source, step)
-        # Where the printed mean is within the range is not known, so the intervals need only overlap.
+        # The printed mean may lie anywhere in the range, so it is enough that the intervals overlap.
         return verdict(mean, ci + (high - low) / 2, (low + high) / 2, 0.0, report.larger_is_better)
 
 
-def drawn(curve: Curve, evidence: Evidence) -> Drawn:
-    """Returns a curve with what has been run of it.
+def prepare_curve(curve: Curve, evidence: Evidence) -> DrawnCurve:
+    """Joins a published curve with our numbers.
 
     Raises:
-        MamlError: if the values per task are wanted, and are missing or damaged.
+        MamlError: if ``tasks.csv`` is needed for 68 % intervals, but is missing or damaged.
     """
     note = ", ".join(filter(None, [evidence.state, evidence.progress]))
     label = f"{curve.row}, ours" if evidence.complete else f"{curve.row}, ours: {note}"
     if not evidence.evaluated:
-        return Drawn(curve, label, [])
+        return DrawnCurve(curve, label, [])
     report = evidence.evaluated[0][1]
     intervals = [bootstrap_interval(report.per_task(curve.source, cell.step)) for cell in curve.cells]
-    return Drawn(curve, label, curve_readings(curve, report), intervals)
+    return DrawnCurve(curve, label, curve_readings(curve, report), intervals)
 
 
 def curve_readings(curve: Curve, report: Report) -> list[tuple[float, float]]:
-    """Returns mean and half-width of the 95 % interval at each gradient step."""
+    """Returns the mean and the half-width of its 95 % interval at each gradient step."""
     return [report.reading(curve.source, step) for step in range(curve.num_steps + 1)]
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the mean's 68 % bootstrap interval: the paper's shaded bands (docs/protocol.md#figures-4-and-5)."""
-    chosen = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.percentile(values[chosen].mean(1), (16, 84))
+    """Returns the mean's 68 % bootstrap interval, as in the paper's bands (docs/protocol.md#figures-4-and-5)."""
+    indices = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.percentile(values[indices].mean(1), (16, 84))
     return float(low), float(high)
 
 
 def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
     """Returns one row per gradient step, for the CSV."""
-    item, nothing = drawn(curve, evidence), [("", "")] * (curve.num_steps + 1)
-    beside = provenance(curve.source, evidence)
+    item, nothing = prepare_curve(curve, evidence), [("", "")] * (curve.num_steps + 1)
+    origin = provenance(curve.source, evidence)
     rows, statuses = [], CurveComparison(curve, evidence).steps
     for step, (ours, ci) in enumerate(item.readings or nothing):
         low, high = curve.levels.get(step, ("", ""))
@@ -136,32 +136,32 @@ def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
             row |= {"ours": ours, "ours_ci95": ci, "ours_low68": our_low, "ours_high68": our_high}
         else:
             row |= {"paper_low": low, "paper_high": high, "ours": ours, "ours_ci95": ci}
-        rows.append(row | {"status": statuses[step]} | beside)
+        rows.append(row | {"status": statuses[step]} | origin)
     return rows
 
 
-def plot_figure(figure: Figure, curves: Sequence[Drawn], path: Path) -> Path:
-    """Draws our curves with their bands over what the paper has, panel by panel, as `save` does; returns the PNG."""
-    from matplotlib.figure import Figure as Canvas  # here, because it takes half a second to import
+def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Path:
+    """Plots our curves and bands over the published ones, panel by panel; writes a PNG and a PDF, returns the PNG."""
+    from matplotlib.figure import Figure as Canvas  # imported here because it takes half a second
 
-    panels: dict[str, list[Drawn]] = {}
+    panels: dict[str, list[DrawnCurve]] = {}
     for item in curves:
         panels.setdefault(item.curve.panel, []).append(item)
     num_columns = 2 if len(panels) > 3 else len(panels)
     num_rows = math.ceil(len(panels) / num_columns)
     canvas = Canvas(figsize=(5.5 * num_columns, 4.5 * num_rows), layout="constrained")
-    # Panels of exact numbers are of different tasks, each with returns of its own.
+    # Panels with exact numbers show different environments, whose returns have different ranges.
     grid = canvas.subplots(num_rows, num_columns, squeeze=False, sharey=not any(item.curve.cells for item in curves))
     for axes, (title, items) in zip(grid.flat, panels.items(), strict=True):
-        axes.use_sticky_edges = False  # else the axis would end at the bottom of the lowest bar
+        axes.use_sticky_edges = False  # otherwise the axis would end at the bottom of the lowest bar
         num_steps = max(item.curve.num_steps for item in items)
         for number, item in enumerate(items):
             if item.curve.is_plotted:
                 _plot_curve(axes, item, num_steps, f"C{number}")
-        _set(axes, figure.axes)
+        _set_axes(axes, figure.axes)
         axes.set_xlabel("gradient steps")
         axes.set_title(title)
-        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below, off all curves
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below the curves
     for axes in grid[:, 0]:
         axes.set_ylabel(figure.ylabel)
     canvas.suptitle(figure.title)
@@ -169,14 +169,15 @@ def plot_figure(figure: Figure, curves: Sequence[Drawn], path: Path) -> Path:
 
 
 def save(canvas: Canvas, path: Path) -> Path:
-    """Writes a PNG and, beside it, a PDF: equal bytes from equal numbers, so without a date. Returns the PNG."""
+    """Writes a PNG and a PDF, without a date so that equal numbers give equal bytes. Returns the PNG's path."""
     canvas.savefig(path, dpi=150, metadata={"Software": None})
     canvas.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None, "Creator": None, "Producer": None})
     return path
 
 
-def _plot_curve(axes: Axes, item: Drawn, num_steps: int, colour: str) -> None:
-    curve, times = item.curve, 1 if item.curve.num_steps else num_steps + 1  # what never adapts is a flat line
+def _plot_curve(axes: Axes, item: DrawnCurve, num_steps: int, colour: str) -> None:
+    # A method that does not adapt has one value, which is repeated to give a flat line.
+    curve, times = item.curve, 1 if item.curve.num_steps else num_steps + 1
     if curve.cells:
         published = [float(cell.value) for cell in curve.cells]
         _plot_line(
@@ -202,8 +203,8 @@ def _plot_line(axes: Axes, means: Sequence[float], bands: Sequence[tuple[float, 
     axes.fill_between(steps, bottom, top, color=style["color"], alpha=0.2, lw=0)
 
 
-def _set(axes: Axes, settings: Mapping[str, Any]) -> None:
-    """Sets what the figure asks for; limits give way to a curve that goes beyond them."""
+def _set_axes(axes: Axes, settings: Mapping[str, Any]) -> None:
+    """Applies the figure's axes settings; the limits are widened if a curve exceeds them."""
     axes.set(**settings)
     if "ylim" in settings:
         lowest, highest = settings["ylim"]

@@ -1,4 +1,4 @@
-"""The tables in LaTeX: the paper's layout with booktabs, and one document of all of them."""
+"""The tables in LaTeX: the paper's layout with booktabs, and one document with all tables."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from maml.paper.tables import (
     SYMBOLS,
     Comparison,
     bold_cells,
+    layout_rows,
     our_value,
-    placed,
     printed_value,
 )
 
@@ -34,24 +34,25 @@ _ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 
 def escape(text: str) -> str:
-    """Returns plain text as LaTeX."""
+    """Escapes plain text for LaTeX."""
     return "".join(_ESCAPES.get(character, character) for character in text)
 
 
 def table_latex(table: Table, comparisons: Sequence[Comparison]) -> str:
-    """Returns a table environment, which needs the package booktabs: the paper's rows and columns, and ours below each.
+    """Returns a table environment in the paper's layout, with our numbers below each row; it needs booktabs.
 
-    What misses the paper's number has a footnote: how far it is, and which section of ``results/notes.md`` says why.
+    A number of ours that is not reproduced has a footnote, with the iterations done if training is not complete, and
+    the section of ``results/notes.md`` that explains the difference.
     """
     layout, bold, footnotes = table.layout, bold_cells(table), list[str]()
     title = f"The paper's {table.title}" if table.in_paper else table.title
     body = []
-    for group in placed(table, comparisons):
+    for group in layout_rows(table, comparisons):
         body.append(r"\midrule")
         for row in group:
             printed = [_number(printed_value(item.cell) or NOTHING if item else NOTHING) for item in row.items]
-            places = [(row.row, column) in bold for column in layout.columns]
-            marked = [rf"\textbf{{{text}}}" if own else text for text, own in zip(printed, places, strict=True)]
+            is_bold = [(row.row, column) in bold for column in layout.columns]
+            marked = [rf"\textbf{{{text}}}" if strong else text for text, strong in zip(printed, is_bold, strict=True)]
             name = escape(row.name) + (f" {escape(SYMBOLS['quoted'])}" if row.quoted else "")
             body.append(_line(rf"\textbf{{{name}}}" if row.row in layout.own else name, marked))
             if not row.quoted:
@@ -86,7 +87,7 @@ def table_latex(table: Table, comparisons: Sequence[Comparison]) -> str:
 
 
 def document(summary: str, names: Sequence[str]) -> str:
-    """Returns a document of all tables, to be compiled where their folders are; it needs booktabs and geometry."""
+    """Returns a document with all tables, to be compiled in ``results/``; it needs booktabs and geometry."""
     return "\n".join(
         [
             r"\documentclass{article}",
@@ -102,7 +103,7 @@ def document(summary: str, names: Sequence[str]) -> str:
 
 
 def _header(corner: str, columns: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the words above the columns; what several share stands once above them, with a line below."""
+    """Returns the heading lines; equal words of neighbouring columns are merged into one cell with a line below."""
     *upper, lowest = zip(*columns, strict=True)
     lines = []
     for words in upper:
@@ -120,12 +121,15 @@ def _line(name: str, cells: Sequence[str]) -> str:
 
 
 def _number(text: str) -> str:
-    """Returns escaped numbers, each minus sign as one."""
+    """Escapes a text of numbers and typesets each hyphen as a minus sign."""
     return escape(text).replace("-", "$-$") if text != NOTHING else escape(text)
 
 
 def _mark(comparison: Comparison, footnotes: list[str]) -> str:
-    """Returns the mark of the footnote on a number that is missed, adding it to those before; empty for any other."""
+    """Returns the footnote mark of a number of ours, and appends its text to ``footnotes`` if it is new.
+
+    The mark is empty if the number needs no footnote.
+    """
     if not (comparison.reason or comparison.evidence.progress):
         return ""
     reason = comparison.reason

@@ -1,4 +1,4 @@
-"""HTML and SVG elements whose text is escaped unless it is markup already."""
+"""HTML and SVG elements; text is escaped unless it is already markup."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import TypeAlias
 
 
 class Markup(str):
-    """Text that is HTML already; any other is escaped where it becomes part of an element."""
+    """Text that is already HTML; every other string is escaped when it becomes part of an element."""
 
 
 Content: TypeAlias = str | Iterable["Content"]
-"""Text, markup, or several of them one behind the other."""
+"""Text, markup, or a sequence of both."""
 
 _VOID = ("br", "img", "link", "meta")
 
 
 def join(content: Content) -> Markup:
-    """Returns content as markup."""
+    """Converts content to markup."""
     if isinstance(content, Markup):
         return content
     return Markup(escape(content) if isinstance(content, str) else "".join(map(join, content)))
@@ -28,10 +28,10 @@ def element(tag: str, *content: Content, **attributes: object) -> Markup:
     """Returns one element.
 
     Args:
-        tag: its name.
-        content: what stands in it.
-        attributes: ``class_`` is ``class`` and ``data_of`` is ``data-of``; True is an attribute without a value; None
-            and False are left out.
+        tag: name of the element.
+        content: content of the element.
+        attributes: attributes by name; ``class_`` stands for ``class`` and ``data_of`` for ``data-of``. True gives an
+            attribute without a value; None and False are left out.
     """
     text = "".join(
         f" {name.strip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(str(value))}"')

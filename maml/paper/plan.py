@@ -1,4 +1,4 @@
-"""What has to be run for the paper's cells, curves and pictures: one job per training, and how far each of them is."""
+"""Plans the runs that the paper's cells, curves and pictures need: one job per training, and its progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import digest, evaluation_config, training_config
 from maml.config.schema import Settings, build, without_data
 from maml.errors import MamlError, Unavailable
@@ -28,7 +28,7 @@ SMOKE = "+debug=smoke"
 
 @dataclass(frozen=True)
 class Need:
-    """A cell, curve or panel, and where its number is found; no source if there is no experiment for it."""
+    """A cell, curve or panel, and the source of its number; the source is None if there is no experiment yet."""
 
     artifact: str
     row: str
@@ -37,23 +37,23 @@ class Need:
 
     @property
     def path(self) -> tuple[str, str, str]:
-        """What it is called, from the outside in."""
+        """Its name in three parts: artifact, row and column."""
         return self.artifact, self.row, self.column
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training, and the evaluations of it that are needed.
+    """One training run and its missing evaluations.
 
     Attributes:
-        name: the first experiment, and the seed.
-        artifacts: that need it.
-        commands: what ``train.py`` is given, once for each evaluation that is missing; none if all is done.
-        config: of the training.
-        folder: where it is, or will be, run.
-        iteration: how many iterations are saved; None if nothing is.
-        committed: the folder that these are saved in, if that is not ``folder``.
-        impossible: why it cannot be run here, as far as that is known beforehand; else empty.
+        name: the first experiment that needs it, its overrides, and the seed.
+        artifacts: names of the tables and figures that need it.
+        commands: arguments of ``train.py``, one command for each missing evaluation; empty if all are done.
+        config: settings of the training.
+        folder: folder of the run, which may not exist yet.
+        iteration: number of iterations of the newest checkpoint; None if there is no checkpoint.
+        committed: committed run folder with that checkpoint, if it is not in ``folder``.
+        impossible: why it cannot run on this machine, if that is known before the start; else empty.
     """
 
     name: str
@@ -67,17 +67,17 @@ class Job:
 
     @property
     def run_id(self) -> str:
-        """Names the training."""
+        """The hash of the training settings."""
         return digest(training_config(self.config))
 
     @property
     def left(self) -> int:
-        """The iterations that are to be run."""
+        """The number of iterations that are still to run."""
         return self.config.num_iterations - (self.iteration or 0) if self.commands else 0
 
     @property
     def state(self) -> str:
-        """How far it is, in words."""
+        """The progress, in words."""
         if not self.commands:
             return "done"
         if self.impossible:
@@ -88,29 +88,29 @@ class Job:
 
     @property
     def num_threads(self) -> int:
-        """The CPU threads that it takes, as `Hardware` chooses them on a CPU."""
-        asked = self.config.hardware["num_threads"]
-        if asked != "auto":
-            return asked
+        """The number of CPU threads that it will use; for ``auto``, the number that `Hardware` chooses on a CPU."""
+        num_threads = self.config.hardware["num_threads"]
+        if num_threads != "auto":
+            return num_threads
         workload = build(without_data(self.config.domain)).workload
         return (os.cpu_count() or 1) if workload.threads_pay == "always" else 1
 
     @property
     def alive(self) -> bool:
-        """Whether another process trains in its folder now."""
+        """Whether another process is training in its folder."""
         try:
             run = read_run(self.folder)
         except MamlError:
-            return False  # damaged, as train.py will say
+            return False  # the folder is damaged; train.py will report it
         return run is not None and run.alive
 
     def prepare(self) -> None:
-        """Copies what is committed to where it goes on: all of it, or nothing if it is killed meanwhile."""
+        """Copies the committed run to the folder in which training continues; the copy is atomic."""
         if self.committed is None or (self.folder / "run.json").exists():
             return
-        # One level deeper than run folders are, so that half a copy is not taken for one.
+        # One level deeper than run folders, so that an incomplete copy is not read as a run.
         staging = self.folder.parents[1] / ".copying" / self.folder.parent.name / self.folder.name
-        for leftover in (staging, self.folder):  # the latter holds a lock at most, as nothing is recorded
+        for leftover in (staging, self.folder):  # without a run.json, the run's folder contains at most a lock
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.copytree(self.committed, staging)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -136,41 +136,41 @@ def list_needs(results: Path) -> list[Need]:
 
 
 def select(needs: Sequence[Need], names: Iterable[str]) -> list[Need]:
-    """Picks what is named as ``artifact``, ``artifact/row`` or ``artifact/row/column``.
+    """Selects needs by name: ``artifact``, ``artifact/row`` or ``artifact/row/column``.
 
-    Upper case, blanks and hyphens do not matter. A name stands for all that begin with it, but for rows and columns
-    where one is just it: ``figure4`` has its trajectories with it, and ``table5/MAML`` is one row.
+    Upper case, blanks and hyphens do not matter. A name selects everything that begins with it. For rows and columns,
+    an exact match has priority: ``figure4`` includes its trajectories, but ``table5/MAML`` is one row.
 
     Raises:
-        MamlError: if a name stands for nothing, or only for what there is no experiment for.
+        MamlError: if a name matches nothing, or only cells without an experiment.
     """
     chosen: dict[Need, None] = {}
     for name in names:
-        found = list(needs)
+        matches = list(needs)
         for level, part in enumerate(name.split("/", 2)):
-            wanted, candidates = _normal(part), found
-            found = [need for need in candidates if _normal(need.path[level]).startswith(wanted)]
-            exact = [need for need in found if _normal(need.path[level]) == wanted]
-            found = exact if exact and level else found
-            if not found:
+            wanted, candidates = _normalised(part), matches
+            matches = [need for need in candidates if _normalised(need.path[level]).startswith(wanted)]
+            exact = [need for need in matches if _normalised(need.path[level]) == wanted]
+            matches = exact if exact and level else matches
+            if not matches:
                 known = dict.fromkeys("/".join(need.path[: level + 1]) for need in candidates)
                 raise MamlError(f"--only: results/cells.yaml has no {name}{_near_miss(name, known)}")
-        if not any(need.source for need in found):
+        if not any(need.source for need in matches):
             raise MamlError(f"--only: results/cells.yaml has no experiment for {name}, so there is nothing to run")
-        chosen |= dict.fromkeys(found)
+        chosen |= dict.fromkeys(matches)
     return list(chosen)
 
 
 def _near_miss(name: str, known: Iterable[str]) -> str:
     known = list(known)
     words = known + [path.partition("_")[0] for path in known if "/" not in path]
-    by_key = {_normal(path): path for path in words}
-    close = [by_key[key] for key in difflib.get_close_matches(_normal(name), by_key)]
-    return f"; did you mean {' or '.join(close)}?" if close else f"; there is {', '.join(known)}"
+    by_key = {_normalised(path): path for path in words}
+    close = [by_key[key] for key in difflib.get_close_matches(_normalised(name), by_key)]
+    return f"; did you mean {' or '.join(close)}?" if close else f"; allowed: {', '.join(known)}"
 
 
-def _normal(name: str) -> str:
-    """Returns a name as it is compared: ``Table 2`` is ``table2``, and other words are joined by ``_``."""
+def _normalised(name: str) -> str:
+    """Normalises a name for comparison: ``Table 2`` becomes ``table2``, and other words are joined by ``_``."""
     words = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
     return re.sub(r"^(table|figure)_(?=\d)", r"\1", words)
 
@@ -178,17 +178,17 @@ def _normal(name: str) -> str:
 def plan(
     needs: Sequence[Need], seeds: Sequence[int], runs: Sequence[Run], runs_dir: Path, wandb: bool = False
 ) -> list[Job]:
-    """Finds out what there is of each source and seed, and what is missing.
+    """Plans a job for each source and seed, with the progress that existing runs have made.
 
     Args:
-        needs: what is to be shown.
-        seeds: of each source.
-        runs: what there is, in ``runs_dir`` and among the committed.
-        runs_dir: where jobs are run.
-        wandb: mirrors them to W&B, grouped by the first of the artifacts that need them and tagged with all.
+        needs: the cells, curves and panels to show.
+        seeds: the seeds of each source.
+        runs: existing runs, in ``runs_dir`` and among the committed ones.
+        runs_dir: folder in which jobs make their run folders.
+        wandb: whether jobs are mirrored to W&B, grouped by their first artifact and tagged with all artifacts.
 
     Returns:
-        One job per training, in the order of the needs.
+        One job per training run, in the order of the needs.
     """
     artifacts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for need in needs:
@@ -197,7 +197,7 @@ def plan(
     groups: dict[str, list[_Command]] = {}
     for (experiment, overrides), names in artifacts.items():
         for seed in seeds:
-            config = replace(composed(experiment, overrides), seed=seed, runs_dir=str(runs_dir))
+            config = replace(compose_experiment(experiment, overrides), seed=seed, runs_dir=str(runs_dir))
             command = _Command(experiment, overrides, config, tuple(dict.fromkeys(names)))
             groups.setdefault(digest(training_config(config)), []).append(command)
     return [_job(group, runs, wandb) for group in groups.values()]
@@ -205,7 +205,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Command:
-    """One experiment with one seed, and what needs it."""
+    """One experiment with one seed, and the artifacts that need it."""
 
     experiment: str
     overrides: tuple[str, ...]
@@ -213,7 +213,7 @@ class _Command:
     artifacts: tuple[str, ...]
 
     def arguments(self, wandb: bool) -> tuple[str, ...]:
-        """What ``train.py`` is given; no defaults, as the record of a run is to show what one would type."""
+        """Returns the arguments of ``train.py``, without defaults, so that the run's record shows a short command."""
         words = [f"+experiment={self.experiment}", *self.overrides]
         words += [f"seed={self.config.seed}"] if self.config.seed else []
         words += [f"runs_dir={self.config.runs_dir}"] if self.config.runs_dir != "runs" else []
@@ -223,18 +223,18 @@ class _Command:
 
 
 def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
-    """Joins commands that train the same thing."""
+    """Makes one job from the commands with the same training settings."""
     config = group[0].config
     training, folder = training_config(config), RunFolder(config, group[0].experiment).path
-    mine = [run for run in runs if run.record.training == training]
-    evaluated = [report.evaluation for run in mine for report in run.reports if report.complete]
+    trained = [run for run in runs if run.record.training == training]
+    evaluated = [report.evaluation for run in trained for report in run.reports if report.complete]
     missing = []
     for command in group:
         evaluation = evaluation_config(command.config)
         if evaluation not in evaluated:
             evaluated.append(evaluation)
             missing.append(command.arguments(wandb))
-    resumable = [run for run in mine if checkpoint.newest(run.path / "checkpoint.pt")]
+    resumable = [run for run in trained if checkpoint.newest(run.path / "checkpoint.pt")]
     here = next((run for run in resumable if run.path == folder), None)
     committed = None
     if here is None and not (folder / "run.json").exists():
@@ -242,7 +242,7 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
     start = here or committed
     impossible = ""
     if missing:
-        impossible = _lacking(config)
+        impossible = _missing_requirement(config)
         if (folder / SUPERSEDED).exists():
             impossible = f"{folder} is marked as superseded; delete it to run this again"
     words = [group[0].experiment, *group[0].overrides, *([f"seed={config.seed}"] if config.seed else [])]
@@ -259,8 +259,8 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
     )
 
 
-def _lacking(config: Settings) -> str:
-    """Says what this machine lacks for a run, as far as a glance tells; images are neither read nor downloaded."""
+def _missing_requirement(config: Settings) -> str:
+    """Returns what this machine lacks for a run, or an empty text; images are neither read nor downloaded."""
     try:
         build(config.hardware)
         build(without_data(config.domain)).check_available()
@@ -271,12 +271,12 @@ def _lacking(config: Settings) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job will take, as far as runs that differ in seed and length at most tell; None is unknown.
+    """The estimated cost of a job, from runs that differ in seed and number of iterations only; None if unknown.
 
     Attributes:
-        hours: for the iterations that are left.
-        size: of its folder in the end, in bytes.
-        machine: that the hours were measured on; empty if it is this one.
+        hours: hours for the remaining iterations.
+        size: final size of its folder, in bytes.
+        machine: machine on which the hours were measured; empty if it is this one.
     """
 
     hours: float | None
@@ -285,48 +285,49 @@ class Estimate:
 
 
 def estimate(job: Job, runs: Sequence[Run]) -> Estimate:
-    """Estimates from the newest run of the same settings, one on this machine if there is any."""
-    described = build(job.config.hardware).describe()
-    mine = HardwareRecord(cpu=described["cpu"], gpu=described.get("gpu"))
-    training = _regardless_of_length(training_config(job.config))
-    alike = [run for run in runs if _regardless_of_length(run.record.training) == training]
-    alike.sort(key=lambda run: run.record.segments[-1].started, reverse=True)
-    size = next((_size(run.path) for run in alike if (run.path / "checkpoint.pt").exists()), None)
+    """Estimates a job's cost from the newest run with the same settings, if possible one on this machine."""
+    hardware = build(job.config.hardware).describe()
+    this_machine = HardwareRecord(cpu=hardware["cpu"], gpu=hardware.get("gpu"))
+    training = _without_seed_and_length(training_config(job.config))
+    similar = [run for run in runs if _without_seed_and_length(run.record.training) == training]
+    similar.sort(key=lambda run: run.record.segments[-1].started, reverse=True)
+    size = next((_size_in_bytes(run.path) for run in similar if (run.path / "checkpoint.pt").exists()), None)
     if not job.left:
         return Estimate(0.0, size)
     timed = [
         (run, part.hardware)
-        for run in alike
+        for run in similar
         for part in reversed(run.record.segments)
         if part.seconds and part.last_iteration > part.first_iteration
     ]
     if not timed:
         return Estimate(None, size)
-    run, machine = next((pair for pair in timed if pair[1] == mine), timed[0])
+    run, machine = next((pair for pair in timed if pair[1] == this_machine), timed[0])
     parts = [part for part in run.record.segments if part.hardware == machine]
     seconds, iterations = (
         sum(values)
         for values in zip(*((part.seconds, part.last_iteration - part.first_iteration) for part in parts), strict=True)
     )
-    return Estimate(job.left * seconds / iterations / 3600, size, "" if machine == mine else machine.gpu or machine.cpu)
+    hours = job.left * seconds / iterations / 3600
+    return Estimate(hours, size, "" if machine == this_machine else machine.gpu or machine.cpu)
 
 
-def _regardless_of_length(training: Mapping[str, Any]) -> dict[str, Any]:
+def _without_seed_and_length(training: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in training.items() if key not in ("seed", "num_iterations")}
 
 
-def _size(folder: Path) -> int:
-    """Returns the bytes of a run folder, with the checkpoint before the last, which a committed one does without."""
+def _size_in_bytes(folder: Path) -> int:
+    """Returns the size of a run folder, including a previous checkpoint, which committed folders do not have."""
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     return sum(({"checkpoint.previous.pt": sizes["checkpoint.pt"]} | sizes).values())
 
 
 def write_smoke_cells(results: Path, out: Path) -> None:
-    """Writes a ``cells.yaml`` whose experiments are smoke tests and whose titles say so, beside the published numbers.
+    """Writes a ``cells.yaml`` whose experiments are smoke tests and whose titles say so, and copies ``paper/``.
 
     Args:
-        results: the folder of ``cells.yaml`` and ``paper/``.
-        out: the same for the smoke test.
+        results: folder of ``cells.yaml`` and ``paper/``.
+        out: folder of the smoke test's ``cells.yaml`` and ``paper/``.
     """
     entries: Any = OmegaConf.to_container(OmegaConf.load(results / "cells.yaml"))
     for entry in (entry for kind in entries.values() for entry in kind.values()):
@@ -334,7 +335,7 @@ def write_smoke_cells(results: Path, out: Path) -> None:
         entry.setdefault("defaults", {}).setdefault("overrides", [])
         _append_smoke(entry)
     shutil.copytree(results / "paper", out / "paper", dirs_exist_ok=True)
-    for path in (results / "notes.md", results / "departures.yaml"):  # what else the renderers read
+    for path in (results / "notes.md", results / "departures.yaml"):  # other files that the renderers read
         if path.exists():
             shutil.copy(path, out)
     OmegaConf.save(OmegaConf.create(entries), out / "cells.yaml")
@@ -345,6 +346,6 @@ def _append_smoke(entry: Any) -> None:
         if key == "overrides":
             value.append(SMOKE)
         elif key == "goal":
-            entry[key] = 0  # a smoke test has few
+            entry[key] = 0  # a smoke test has only a few goals
         else:
             _append_smoke(value)

@@ -1,4 +1,4 @@
-"""The report: one static page with every table and figure of the paper, and the evidence behind each number."""
+"""The report: one static HTML page with every table and figure of the paper, and the evidence for each number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import evaluation_config, training_config
 from maml.errors import MamlError
 from maml.paper.cells import Figure, Panel, Picture, Source, Table, load_figures, load_pictures, load_tables
@@ -38,34 +38,34 @@ from maml.paper.tables import (
 from maml.record.exported import read_index
 from maml.record.index import Evidence, Run, find_evidence, provenance
 
-_NUM_POINTS = 200  # of a learning curve, at most
+_NUM_POINTS = 200  # most points of a learning curve
 
 _STEP_HEADS = ("step", "paper", "ours", "verdict")
 
-# What each status means, in the order of `STATUSES`, and the sign that says so without colour.
-_MEANINGS = {
+# The sign and the meaning of each status. The sign makes the status readable without colour.
+_STATUS_MEANINGS = {
     "reproduced": ("=", "the paper's value lies in our 95 % interval, or ours in the paper's"),
-    "better": ("▲", "in neither interval; ours is the better one"),
-    "worse": ("▼", "in neither interval; the paper's is the better one"),
-    "measured": ("•", "finished, but no published number to compare it with"),
-    "reduced budget": ("◐", "training has not ended: no reproduction, whatever the number"),
-    "quoted": ("†", "a row that the paper quotes from others, never ours"),
-    "running": ("…", "training goes on"),
-    "not run": ("○", "nothing was evaluated; the cell has its command"),
+    "better": ("▲", "neither value lies in the other's interval, and ours is better"),
+    "worse": ("▼", "neither value lies in the other's interval, and the paper's is better"),
+    "measured": ("•", "finished, but there is no published number to compare with"),
+    "reduced budget": ("◐", "training is not complete, so this number is not a reproduction"),
+    "quoted": ("†", "the paper quotes this row from other authors; we did not run it"),
+    "running": ("…", "training is running"),
+    "not run": ("○", "nothing was evaluated yet; the cell shows the command"),
     "finished": ("•", "trained to the end and evaluated"),
 }
 
 
 def render(results: Path, runs: Sequence[Run], problems: Sequence[str]) -> tuple[str, list[str]]:
-    """Makes the page.
+    """Renders the page.
 
     Args:
-        results: the folder of ``cells.yaml``, ``departures.yaml``, ``notes.md``, ``paper/`` and the rendered figures.
-        runs: that may be evidence.
+        results: folder of ``cells.yaml``, ``departures.yaml``, ``notes.md``, ``paper/`` and the rendered figures.
+        runs: the runs that may be evidence.
         problems: one message for each run that was left out.
 
     Returns:
-        The page, and all problems: those given, and files beside a run that are missing or damaged.
+        The page, and all problems: ``problems``, and one message for each missing or damaged file in a run folder.
     """
     page = _Page(results, runs)
     tables = load_tables(results)
@@ -113,7 +113,7 @@ def _header(of_paper: Sequence[Comparison], sections: Sequence[str], problems: S
             "li",
             element("strong", str(counts[status])),
             _chip(status),
-            element("span", _MEANINGS[status][1]),
+            element("span", _STATUS_MEANINGS[status][1]),
             class_="tile",
         )
         for status in STATUSES
@@ -134,8 +134,8 @@ def _header(of_paper: Sequence[Comparison], sections: Sequence[str], problems: S
         element("ul", tiles, class_="tiles"),
         element(
             "p",
-            "Each number is the mean over test tasks, ± the half-width of its 95 % interval, of the lowest seed. "
-            "Select one to see what stands behind it, or the head of a column to sort by it.",
+            "Each number is the mean over test tasks ± the half-width of its 95 % interval, for the lowest seed. "
+            "Select a number to see its evidence, or the head of a column to sort the rows.",
         ),
         element("section", element("h2", "Left out"), element("ul", errors), class_="problems") if errors else "",
         element("nav", [element("a", title, href=f"#{_slug(title)}") for title in sections]),
@@ -147,12 +147,12 @@ def _section(title: str, content: Content) -> Markup:
 
 
 class _Page:
-    """What all parts of the page share.
+    """The parts of the page, and the data that they share.
 
     Attributes:
-        results: as of `render`.
-        find: looks up what has been run of a source, once.
-        problems: met on the way.
+        results: the same as in `render`.
+        find: returns the runs of a source; results are cached.
+        problems: problems found while rendering.
         verifiable: names of the cells and curves whose checkpoint is committed.
         notes: heading and text of each section of ``notes.md``, by its anchor.
     """
@@ -166,15 +166,15 @@ class _Page:
         except MamlError as error:
             self.problems.append(str(error))
             self.verifiable = set()
-        # <a id="anchor"></a>, a heading and what stands below it
+        # A section is <a id="anchor"></a>, a heading and the text below it.
         parts = re.split(r'<a id="([\w-]+)"></a>\s+## (.+)\n', (results / "notes.md").read_text())
         self.notes = {parts[i]: (parts[i + 1], parts[i + 2]) for i in range(1, len(parts), 3)}
 
     def table(self, table: Table, comparisons: Sequence[Comparison]) -> Markup:
-        """Returns a table in the paper's layout and a panel for each of its cells."""
+        """Returns a table in the paper's layout, and a panel for each of its cells."""
         layout, bold = table.layout, bold_cells(table)
-        found = {(item.cell.row, item.cell.column): item for item in comparisons}
-        heads = [element("th", _sorter(layout.corner), rowspan="2", scope="col", aria_sort="none")]
+        by_cell = {(item.cell.row, item.cell.column): item for item in comparisons}
+        heads = [element("th", _sort_button(layout.corner), rowspan="2", scope="col", aria_sort="none")]
         heads += [
             element(
                 "th", words[0] if len(words) == 1 else [words[0], element("br"), words[1]], colspan="2", scope="col"
@@ -182,7 +182,7 @@ class _Page:
             for words in layout.columns.values()
         ]
         subheads = [
-            element("th", _sorter(whose), scope="col", aria_sort="none")
+            element("th", _sort_button(whose), scope="col", aria_sort="none")
             for _ in layout.columns
             for whose in ("paper" if table.in_paper else "published", "ours")
         ]
@@ -191,7 +191,7 @@ class _Page:
             for row, name in group.items():
                 cells = [element("th", name, scope="row", data_sort=name, class_="own" if row in layout.own else None)]
                 for column, words in layout.columns.items():
-                    item = found.get((row, column))
+                    item = by_cell.get((row, column))
                     cells += self._numbers(item, (row, column) in bold)
                     if item:
                         setting = f"step {words[0]}" if words[0].isdigit() else ", ".join(words)
@@ -203,7 +203,7 @@ class _Page:
             "article",
             element("h3", table.title),
             element("p", summary(comparisons), ".", class_="muted"),
-            _scrolling(element("table", head, element("tbody", rows), class_="sortable numbers"), table.title),
+            _scroll_box(element("table", head, element("tbody", rows), class_="sortable numbers"), table.title),
             panels,
             id=table.name,
         )
@@ -231,7 +231,7 @@ class _Page:
             facts["ours"] = reading_text(*item.ours, item.decimals)
         if item.spread:
             facts["seeds"] = item.spread_text
-        content: list[Content] = [_facts(facts), element("p", _MEANINGS[item.status][1], class_="muted")]
+        content: list[Content] = [_fact_list(facts), element("p", _STATUS_MEANINGS[item.status][1], class_="muted")]
         if cell.source:
             content.append(self._reason(item.reason))
             content.append(self._evidence(_cell_id(item), cell.source, item.evidence, cell.step, cell.value))
@@ -249,17 +249,17 @@ class _Page:
     def _evidence(
         self, name: str, source: Source, evidence: Evidence, step: int | None = None, published: str = ""
     ) -> Markup:
-        """Returns all that stands behind a reading.
+        """Returns the evidence for a number: command, seeds, charts and settings.
 
         Args:
-            name: of the cell or curve.
-            source: of it.
-            evidence: what has been run of it.
-            step: after how many gradient steps; None if the picture is of all of them.
-            published: the paper's value, if it has one.
+            name: name of the cell or curve.
+            source: source of our number.
+            evidence: the runs of the source.
+            step: number of gradient steps; None for a picture, which shows several.
+            published: the paper's value; empty if there is none.
         """
-        beside = provenance(source, evidence)
-        content: list[Content] = [_command(beside["command"])]
+        origin = provenance(source, evidence)
+        content: list[Content] = [_command(origin["command"])]
         if evidence.evaluated and name in self.verifiable:
             content.append(_command(f"make verify CELL={name}"))
         if evidence.progress:
@@ -270,14 +270,14 @@ class _Page:
             )
         metric = f"{source.metric.replace('_', ' ')} at K={source.num_shots}"
         facts: dict[str, Content] = {"reading": metric if step is None else f"{metric}, step {step}"}
-        if beside["inner_order"]:
-            facts["gradient order"] = str(beside["inner_order"])
-        if beside["task_bank"]:
-            facts["task bank"] = element("code", beside["task_bank"])
+        if origin["inner_order"]:
+            facts["gradient order"] = str(origin["inner_order"])
+        if origin["task_bank"]:
+            facts["task bank"] = element("code", origin["task_bank"])
         charts = [self._training(source, evidence)]
         if evidence.evaluated and step is not None:
             charts.append(self._tasks(source, evidence, step, published))
-        content += [_facts(facts), element("div", charts, class_="charts")]
+        content += [_fact_list(facts), element("div", charts, class_="charts")]
         return element("div", content, self._settings(source, evidence))
 
     def _seeds(self, source: Source, evidence: Evidence, step: int | None, decimals: int) -> Markup:
@@ -296,10 +296,10 @@ class _Page:
             for run, report in evidence.evaluated
         ]
         head = element("thead", element("tr", [element("th", name, scope="col") for name in names]))
-        return _scrolling(element("table", head, element("tbody", rows)), "Seeds")
+        return _scroll_box(element("table", head, element("tbody", rows)), "Seeds")
 
     def _training(self, source: Source, evidence: Evidence) -> Content:
-        """Returns the learning curves of all seeds; nothing if there are none."""
+        """Returns the learning curves of all seeds; empty if there are none."""
         runs = [run for run, _ in evidence.evaluated] or ([evidence.unevaluated] if evidence.unevaluated else [])
         curves, metric = {}, ""
         for run in runs:
@@ -321,7 +321,7 @@ class _Page:
         return element("figure", chart, element("figcaption", f"Training: {metric} of the meta-batch. ", keys))
 
     def _tasks(self, source: Source, evidence: Evidence, step: int, published: str) -> Content:
-        """Returns how the values of the test tasks are spread, of the lowest seed; nothing if there are none."""
+        """Returns a histogram of the test tasks' values for the lowest seed; empty if they cannot be read."""
         report = evidence.evaluated[0][1]
         try:
             values = report.per_task(source, step)
@@ -330,7 +330,7 @@ class _Page:
             return ""
         finite, metric = values[np.isfinite(values)], source.metric.replace("_", " ")
         num_diverged = len(values) - len(finite)
-        caption = f"{metric} of each of {len(values)} test tasks, seed {report.seed}."
+        caption = f"{metric} of each of the {len(values)} test tasks, seed {report.seed}."
         if num_diverged:
             caption += f" Not drawn: {num_diverged} that diverged."
         if num_diverged == len(values):
@@ -341,8 +341,8 @@ class _Page:
         return element("figure", histogram(finite, marks, metric), element("figcaption", f"{caption} ", keys))
 
     def _settings(self, source: Source, evidence: Evidence) -> list[Markup]:
-        """Returns the settings that are not a constructor's default, and the whole config."""
-        config = composed(source.experiment, source.overrides)
+        """Returns the settings that differ from a constructor's default, and the whole config."""
+        config = compose_experiment(source.experiment, source.overrides)
         whole = OmegaConf.to_yaml(config.as_dict())
         if evidence.evaluated:
             run, report = evidence.evaluated[0]
@@ -359,7 +359,7 @@ class _Page:
             element(
                 "details",
                 element("summary", f"Settings that differ from defaults ({len(settings)})"),
-                _scrolling(element("table", element("tbody", rows), class_="settings"), "Settings"),
+                _scroll_box(element("table", element("tbody", rows), class_="settings"), "Settings"),
             ),
             element("details", element("summary", "config.yaml"), element("pre", whole, tabindex="0")),
         ]
@@ -373,10 +373,12 @@ class _Page:
             name = f"{figure.name}/{curve.row}/{curve.cells[0].table if curve.cells else f'K{curve.source.num_shots}'}"
             published = curve.cells[-1].value if curve.cells else ""
             evidence = self._evidence(name, curve.source, item.evidence, curve.num_steps, published)
-            openers.append(_opener(name, curve.label, item.status))
+            openers.append(_open_button(name, curve.label, item.status))
             content = [_steps(item), self._reason(item.reason), evidence]
             panels.append(_panel(name, curve.label, figure.title, content))
-        return self._drawn(figure, element("p", summary(items, "curves"), ".", class_="muted"), openers, panels)
+        return self._figure_article(
+            figure, element("p", summary(items, "curves"), ".", class_="muted"), openers, panels
+        )
 
     def picture(self, picture: Picture) -> Markup:
         """Returns a figure of single tasks and a panel for each method in it."""
@@ -384,11 +386,11 @@ class _Page:
         shown: dict[str, Panel] = {panel.label: panel for panel in picture.panels}
         for label, panel in shown.items():
             evidence, name = self.find(panel.source), f"{picture.name}/{label}"
-            openers.append(_opener(name, label, evidence.state))
+            openers.append(_open_button(name, label, evidence.state))
             panels.append(_panel(name, label, picture.title, self._evidence(name, panel.source, evidence)))
-        return self._drawn(picture, "", openers, panels)
+        return self._figure_article(picture, "", openers, panels)
 
-    def _drawn(
+    def _figure_article(
         self, figure: Figure | Picture, counted: Content, openers: Sequence[Markup], panels: Sequence[Markup]
     ) -> Markup:
         path = self.results / figure.name.partition("_")[0] / f"{figure.name}.png"
@@ -425,12 +427,12 @@ class _Page:
                     element("td", self._effect(entry.get("measured")), data_label="effect"),
                 )
             )
-        heads = [element("th", _sorter(name), scope="col", aria_sort="none") for name in ("#", "topic")]
+        heads = [element("th", _sort_button(name), scope="col", aria_sort="none") for name in ("#", "topic")]
         heads += [element("th", name, scope="col") for name in ("paper", "authors' code", "here", "effect")]
         head = element("thead", element("tr", heads))
         lead = (
-            "Where the paper's text and its authors' code differ, and what we do: mostly as the code, which the "
-            "published numbers come from. The effect is that of runs with either choice, in the order of their seeds."
+            "The paper's text and its authors' code differ in these points. We mostly follow the code, because the "
+            "published numbers come from it. The effect compares runs with either choice, in the order of their seeds."
         )
         return element(
             "article",
@@ -449,15 +451,15 @@ class _Page:
             values = [reading_text(*report.reading(source, step), 2) for _, report in evidence.evaluated]
             text: Content = "; ".join(values)
             if not evidence.complete:
-                so_far = [text, f" ({evidence.progress}) "] if values else []
-                text = [so_far, _chip(evidence.state), element("code", source.command([]))]
+                partial = [text, f" ({evidence.progress}) "] if values else []
+                text = [partial, _chip(evidence.state), element("code", source.command([]))]
             lines.append(element("li", element("b", label), ": ", text))
-        what = measured["what"] if is_measured else f"effect not measured; {measured['what']}"
-        return [element("span", what, class_="muted"), element("ul", lines)]
+        quantity = measured["what"] if is_measured else f"effect not measured; {measured['what']}"
+        return [element("span", quantity, class_="muted"), element("ul", lines)]
 
     def notes_section(self) -> Markup:
-        """Returns the notes on the numbers, which verdicts link to."""
-        # Raw HTML in them stays text.
+        """Returns the notes on the numbers, to which verdicts link."""
+        # Raw HTML in the notes is shown as text.
         markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
         return element(
             "article",
@@ -498,19 +500,19 @@ def _slug(text: str) -> str:
 
 
 def _chip(status: str) -> Markup:
-    sign = element("span", _MEANINGS[status][0], aria_hidden="true")
+    sign = element("span", _STATUS_MEANINGS[status][0], aria_hidden="true")
     return element("span", sign, " ", status, class_=f"chip {_slug(status)}")
 
 
-def _sorter(name: str) -> Markup:
+def _sort_button(name: str) -> Markup:
     return element("button", name, type="button", class_="sorter")
 
 
-def _opener(identity: str, label: str, state: str) -> Markup:
+def _open_button(identity: str, label: str, state: str) -> Markup:
     return element("button", element("span", label), _chip(state), type="button", data_opens=identity)
 
 
-def _scrolling(table: Markup, label: str) -> Markup:
+def _scroll_box(table: Markup, label: str) -> Markup:
     return element("div", table, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 
@@ -520,7 +522,7 @@ def _panel(identity: str, name: str, title: str, content: Content) -> Markup:
     return element("dialog", element("div", heading, close, class_="top"), content, id=identity, aria_label=name)
 
 
-def _facts(facts: Mapping[str, Content]) -> Markup:
+def _fact_list(facts: Mapping[str, Content]) -> Markup:
     return element(
         "dl",
         [element("div", element("dt", name), element("dd", value)) for name, value in facts.items()],
@@ -539,7 +541,7 @@ def _duration(seconds: float) -> str:
 
 
 def _steps(item: CurveComparison) -> Markup:
-    """Returns a curve as a table, step by step."""
+    """Returns a curve as a table with one row per gradient step."""
     curve, rows = item.curve, []
     for step, status in enumerate(item.steps):
         paper = printed_value(curve.cells[step]) if curve.cells else ""
@@ -550,20 +552,20 @@ def _steps(item: CurveComparison) -> Markup:
         cells = [element("td", text) for text in (paper, ours, _chip(status))]
         rows.append(element("tr", element("th", str(step), scope="row"), cells))
     head = element("thead", element("tr", [element("th", name, scope="col") for name in _STEP_HEADS]))
-    return _scrolling(element("table", head, element("tbody", rows)), "Steps")
+    return _scroll_box(element("table", head, element("tbody", rows)), "Steps")
 
 
 def _read_metrics(run: Run) -> list[dict[str, Any]]:
-    """Reads what was logged in training; empty if nothing was.
+    """Reads a run's ``metrics.jsonl``; empty if the file does not exist.
 
     Raises:
-        MamlError: if it is damaged.
+        MamlError: if the file is damaged.
     """
     path = run.path / "metrics.jsonl"
     if not path.exists():
         return []
     try:
-        *lines, _ = path.read_text().split("\n")  # behind the last line there is nothing, or one that is being written
+        *lines, _ = path.read_text().split("\n")  # without the last piece: it is empty, or is being written
         records = [json.loads(line) for line in lines]
         if not all(isinstance(record, dict) and "iteration" in record for record in records):
             raise ValueError("a line without iteration")
@@ -573,20 +575,20 @@ def _read_metrics(run: Run) -> list[dict[str, Any]]:
 
 
 def _downsampled(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Returns means over so many neighbours that few points are left."""
+    """Averages neighbouring points so that at most `_NUM_POINTS` are left."""
     width = math.ceil(len(points) / _NUM_POINTS) or 1
     groups = (np.array(points[start : start + width], float) for start in range(0, len(points), width))
     return [(float(x), float(y)) for x, y in (group.mean(0) for group in groups)]
 
 
 def _image(path: Path, title: str) -> Markup:
-    """Returns an image file as part of the page: as a lossless WebP, which is less than half of a PNG."""
+    """Embeds an image file in the page as lossless WebP, which is less than half the size of a PNG."""
     from PIL import Image
 
     buffer = BytesIO()
     with Image.open(path) as image:
         image.convert("RGB").save(buffer, "WEBP", lossless=True)
-        width = round(image.width * 96 / 150)  # figures have 150 pixels per inch, a page 96
+        width = round(image.width * 96 / 150)  # figures have 150 pixels per inch, web pages 96
     source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     drawing = element("img", src=source, alt=title, width=width, loading="lazy")
     return element("div", drawing, class_="drawing wide" if width > 900 else "drawing")

@@ -1,4 +1,4 @@
-"""The paper's tables with our numbers beside the printed ones, and a verdict on each cell."""
+"""The paper's tables with our numbers beside the printed ones, and a verdict for each cell."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from typing import Any, Protocol
 import numpy as np
 from hydra.utils import get_class
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.paper.cells import Cell, Source, Table
 from maml.record.index import Evidence, provenance
 
 STATUSES = ("reproduced", "better", "worse", "measured", "reduced budget", "quoted", "running", "not run")
 _ALWAYS_COUNTED = {"reproduced", "better", "worse", "reduced budget", "not run"}
-# How they are marked in the paper's layout; the others are words.
+# Marks of a status in the paper's layout; other statuses are written as words.
 SYMBOLS = {"reproduced": "=", "better": "△", "worse": "▽", "reduced budget": "○", "quoted": "†"}
-NOTHING = "\N{EN DASH}"  # in a place where nothing is printed
+NOTHING = "\N{EN DASH}"  # printed where the paper has no number
 NO_REASON = "no reason known yet"
 REDUCED_BUDGET = "reduced-budget"  # the anchor of its section in results/notes.md
 
 LEGEND = (
-    "Below each row of the paper ours: mean ± half-width of the 95 % interval over test tasks, of the lowest seed; of "
-    "several, below, their number and from where to where their means go. = reproduced: the paper's value lies in our "
-    "interval or ours in the paper's; △ better; ▽ worse; ○ reduced budget: training has not ended, so this is no "
-    "reproduction; † quoted by the paper from others. Bold, as in the paper: its own method, where nothing between the "
-    "same two lines is better by more than the interval printed beside it."
+    "Below each row of the paper is ours: the mean ± the half-width of its 95 % interval over test tasks, for the "
+    "lowest seed. If there are several seeds, the row below gives their number and the range of their means. "
+    "= reproduced: the paper's value lies in our interval or ours in the paper's; △ better; ▽ worse; ○ reduced budget: "
+    "training is not complete, so this is not a reproduction; † quoted by the paper from other authors. Bold as in the "
+    "paper: numbers of its own method, if no number between the same two lines is better by more than the interval "
+    "printed beside it."
 )
 
 _HEADER = ("row", "column", "paper", "ours", "status", "seeds", "inner order", "commit", "hardware", "command")
 _NOTES = (
-    "*measured*: nothing is published to compare with. A status that is a link leads to what is known of the reason.",
-    "`+` behind a commit: with changes that were not committed. All numbers in full, the runs and their task banks:",
-    "the CSV beside this file.",
+    "*measured*: no number is published to compare with. A status that is a link leads to the reason, as far as it is",
+    "known. `+` after a commit: with uncommitted changes. The CSV beside this file has all numbers in full precision,",
+    "the runs and their task banks.",
 )
 
 
 class Judged(Protocol):
-    """What has a status: a cell or a curve beside what has been run of it."""
+    """Anything with a status: a cell or a curve, compared with our runs."""
 
     @property
     def status(self) -> str:
@@ -49,25 +50,25 @@ class Judged(Protocol):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A cell beside what has been run of it."""
+    """A published cell and our runs of it."""
 
     cell: Cell
     evidence: Evidence
 
     @property
     def ours(self) -> tuple[float, float] | None:
-        """Our mean and half-width of its 95 % interval over tasks, from the lowest seed; None if there is none."""
+        """Our mean and the half-width of its 95 % interval over tasks, for the lowest seed; None if not run."""
         return self.by_seed[0] if self.by_seed else None
 
     @property
     def by_seed(self) -> list[tuple[float, float]]:
-        """The same for every evaluated seed."""
+        """The mean and the half-width of its interval for every evaluated seed, lowest seed first."""
         source = self.cell.source
         return [report.reading(source, self.cell.step) for _, report in self.evidence.evaluated] if source else []
 
     @property
     def spread(self) -> tuple[float, float] | None:
-        """The lowest and the highest mean over seeds, nan if one diverged; None if there are no two seeds."""
+        """The lowest and the highest mean over seeds; nan if a seed diverged, None if there is only one seed."""
         means = [mean for mean, _ in self.by_seed]
         return (float(np.min(means)), float(np.max(means))) if len(means) > 1 else None
 
@@ -87,17 +88,17 @@ class Comparison:
 
     @property
     def reason(self) -> str:
-        """As `reason_for` has it."""
+        """The result of `reason_for`."""
         return reason_for(self.status, self.cell.note)
 
     @property
     def decimals(self) -> int:
-        """One more than printed, so that a verdict can be checked."""
+        """The number of decimals shown: one more than printed, so that a reader can check the verdict."""
         return len(self.cell.value.partition(".")[2]) + 1
 
     @property
     def spread_text(self) -> str:
-        """The number of seeds and the spread of their means; empty if there are no two seeds."""
+        """The number of seeds and the range of their means; empty if there is only one seed."""
         if self.spread is None:
             return ""
         lowest, highest = self.spread
@@ -110,8 +111,8 @@ class Row:
 
     Attributes:
         row: its name in the paper's file.
-        name: as printed.
-        items: what stands in each column; None where nothing does.
+        name: its printed name.
+        items: the comparison in each column; None if the column is empty.
     """
 
     row: str
@@ -120,27 +121,28 @@ class Row:
 
     @property
     def quoted(self) -> bool:
-        """Whether the paper quotes it from others, so that there is nothing of ours."""
+        """Whether the paper quotes the row from other authors; such a row has no numbers of ours."""
         return any(item.cell.quoted for item in self.items if item)
 
     @property
     def has_spread(self) -> bool:
-        """Whether something in it was run with several seeds."""
+        """Whether a cell of the row was run with several seeds."""
         return any(item.spread for item in self.items if item)
 
 
 def verdict(ours: float, ours_ci: float, published: float, published_ci: float, larger_is_better: bool) -> str:
-    """Judges a number that was trained to the end.
+    """Judges a number from complete training.
 
     Args:
-        ours: our mean; nan, if adaptation diverged, is worse than anything.
+        ours: our mean; nan if adaptation diverged, which counts as worse.
         ours_ci: half-width of our 95 % interval.
         published: the printed value.
-        published_ci: half-width of its interval; 0 if none is printed.
-        larger_is_better: the metric's direction.
+        published_ci: half-width of the printed interval; 0 if none is printed.
+        larger_is_better: whether a larger value of the metric is better.
 
     Returns:
-        ``reproduced`` if the printed value lies in our interval or ours in the printed one; else ``better``, ``worse``.
+        ``reproduced`` if the printed value lies in our interval or ours in the printed one; else ``better`` or
+        ``worse``.
     """
     if abs(ours - published) <= max(ours_ci, published_ci):
         return "reproduced"
@@ -148,12 +150,12 @@ def verdict(ours: float, ours_ci: float, published: float, published_ci: float, 
 
 
 def reading_text(mean: float, ci95: float, decimals: int) -> str:
-    """Returns mean and interval as they are printed."""
+    """Formats a mean and the half-width of its interval; nan becomes ``diverged``."""
     return "diverged" if math.isnan(mean) else f"{mean:.{decimals}f} ± {ci95:.{decimals}f}"
 
 
 def compare(tables: Sequence[Table], find: Callable[[Source], Evidence]) -> dict[str, list[Comparison]]:
-    """Looks up every cell; returns the comparisons by table name."""
+    """Looks up our runs of every cell; returns the comparisons by table name."""
     return {
         table.name: [Comparison(cell, find(cell.source) if cell.source else Evidence()) for cell in table.cells]
         for table in tables
@@ -161,21 +163,24 @@ def compare(tables: Sequence[Table], find: Callable[[Source], Evidence]) -> dict
 
 
 def reason_for(status: str, note: str) -> str:
-    """Returns why a number is missed: an anchor in ``results/notes.md``, or `NO_REASON`; empty if it is not missed."""
+    """Returns why a number differs from the paper's: an anchor in ``results/notes.md``, or `NO_REASON`.
+
+    Empty for a status that needs no reason.
+    """
     if status == "reduced budget":
         return REDUCED_BUDGET
     return (note or NO_REASON) if status in ("better", "worse") else ""
 
 
 def status_markdown(status: str, reason: str, notes: str) -> str:
-    """Returns a status with the way to its reason; ``notes`` is where ``results/notes.md`` is for the reader."""
+    """Returns a status with a link to its reason; ``notes`` is the path of ``results/notes.md`` for the reader."""
     if not reason:
         return status
     return f"{status}, {reason}" if reason == NO_REASON else f"[{status}]({notes}#{reason})"
 
 
 def summary(judged: Iterable[Judged], things: str = "cells") -> str:
-    """Returns one line that counts the cells, or other things, of each status."""
+    """Returns one line with the number of cells (or other ``things``) of each status."""
     counts = Counter(item.status for item in judged)
     shown = [f"{counts[name]} {name}" for name in STATUSES if counts[name] or name in _ALWAYS_COUNTED]
     return ", ".join([shown[0].replace(" ", f" of {counts.total()} {things} ", 1), *shown[1:]])
@@ -184,13 +189,13 @@ def summary(judged: Iterable[Judged], things: str = "cells") -> str:
 def bold_cells(table: Table) -> set[tuple[str, str]]:
     """Returns row and column of each number that the paper prints in bold.
 
-    These are numbers of its own method than which none of the group is better, or not beyond the interval printed
-    beside them: both of MiniImagenet's MAML are bold, and neither row is at the last step of Table 4.
+    A number of the paper's own method is bold if no number of its group is better by more than the interval printed
+    beside it. So both MAML rows of MiniImagenet are bold, and no row is bold at the last step of Table 4.
     """
     if not table.layout.own:
         return set()
     source = next(cell.source for cell in table.cells if cell.source)
-    domain: Any = get_class(composed(source.experiment, source.overrides).domain["_target_"])
+    domain: Any = get_class(compose_experiment(source.experiment, source.overrides).domain["_target_"])
     sign = 1 if domain.larger_is_better else -1
     bold = set()
     for group in table.layout.groups:
@@ -204,7 +209,7 @@ def bold_cells(table: Table) -> set[tuple[str, str]]:
 
 
 def table_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Returns one row per cell, in full precision, for the CSV."""
+    """Returns the rows of the CSV, one per cell, in full precision."""
     rows = []
     for comparison in comparisons:
         cell = comparison.cell
@@ -218,7 +223,7 @@ def table_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def table_markdown(table: Table, comparisons: Sequence[Comparison]) -> str:
-    """Returns the table in the paper's layout with ours below each row, and all that stands behind each cell."""
+    """Returns the table in the paper's layout with our numbers below each row, and a list with details of each cell."""
     lines = [f"# {table.title}", "", summary(comparisons) + ".", "", *_layout_markdown(table, comparisons), ""]
     lines += [LEGEND, "", "## Cell by cell", "", "| " + " | ".join(_HEADER) + " |"]
     lines += ["| " + " | ".join("---" for _ in _HEADER) + " |"]
@@ -227,11 +232,13 @@ def table_markdown(table: Table, comparisons: Sequence[Comparison]) -> str:
 
 
 def headline_markdown(comparisons: Iterable[Comparison], notes: str) -> str:
-    """Returns the numbers that have been run, one line each even if two tables print it: what a visitor sees first.
+    """Returns a table of all numbers that have been run, for the top of the README.
+
+    A number that two tables print has one line.
 
     Args:
-        comparisons: every cell's.
-        notes: where ``results/notes.md`` is for the reader.
+        comparisons: the comparisons of all cells.
+        notes: path of ``results/notes.md`` for the reader.
     """
     lines = ["| cell | paper | ours, 95 % interval | status | seeds | command |", "|" + " --- |" * 6]
     shown = set()
@@ -246,23 +253,23 @@ def headline_markdown(comparisons: Iterable[Comparison], notes: str) -> str:
 
 
 def printed_value(cell: Cell) -> str:
-    """Returns value and interval as the paper prints them."""
+    """Returns the value and its interval as the paper prints them."""
     return f"{cell.value} ± {cell.ci}" if cell.ci and cell.ci_is_printed else cell.value
 
 
 def our_value(comparison: Comparison) -> str:
-    """Returns our mean and interval with the verdict's symbol; without a number, what is the case."""
+    """Returns our mean and interval with the verdict's symbol, or the status if there is no number."""
     if comparison.ours is None:
         return comparison.status
     text = reading_text(*comparison.ours, comparison.decimals)
     return f"{text} {SYMBOLS.get(comparison.status, '')}".strip()
 
 
-def placed(table: Table, comparisons: Sequence[Comparison]) -> list[list[Row]]:
-    """Returns the rows of the printed table, in groups between two lines."""
-    found = {(comparison.cell.row, comparison.cell.column): comparison for comparison in comparisons}
+def layout_rows(table: Table, comparisons: Sequence[Comparison]) -> list[list[Row]]:
+    """Returns the rows of the printed table, in the groups that its lines separate."""
+    by_cell = {(comparison.cell.row, comparison.cell.column): comparison for comparison in comparisons}
     return [
-        [Row(row, name, [found.get((row, column)) for column in table.layout.columns]) for row, name in group.items()]
+        [Row(row, name, [by_cell.get((row, column)) for column in table.layout.columns]) for row, name in group.items()]
         for group in table.layout.groups
     ]
 
@@ -273,9 +280,9 @@ def _layout_markdown(table: Table, comparisons: Sequence[Comparison]) -> list[st
         [layout.corner, *(" ".join(words) for words in layout.columns.values())],
         ["---"] * (len(layout.columns) + 1),
     ]
-    for row in (row for group in placed(table, comparisons) for row in group):
+    for row in (row for group in layout_rows(table, comparisons) for row in group):
         printed = [printed_value(item.cell) or NOTHING if item else NOTHING for item in row.items]
-        places = [(row.row, column) in bold for column in layout.columns]
+        is_bold = [(row.row, column) in bold for column in layout.columns]
         name = (
             f"**{row.name}**"
             if row.row in layout.own
@@ -284,7 +291,7 @@ def _layout_markdown(table: Table, comparisons: Sequence[Comparison]) -> list[st
             else row.name
         )
         lines.append(
-            [name, *(f"**{text}**" if is_bold else text for text, is_bold in zip(printed, places, strict=True))]
+            [name, *(f"**{text}**" if strong else text for text, strong in zip(printed, is_bold, strict=True))]
         )
         if not row.quoted:
             lines.append(["ours", *(our_value(item) if item else "" for item in row.items)])
@@ -294,15 +301,15 @@ def _layout_markdown(table: Table, comparisons: Sequence[Comparison]) -> list[st
 
 
 def _markdown_row(comparison: Comparison, notes: str) -> list[str]:
-    cell, beside = comparison.cell, provenance(comparison.cell.source, comparison.evidence)
-    seeds = beside["seeds"].replace(" ", ", ")
+    cell, origin = comparison.cell, provenance(comparison.cell.source, comparison.evidence)
+    seeds = origin["seeds"].replace(" ", ", ")
     if comparison.spread:
         seeds += f" ({comparison.spread_text})"
-    so_far = comparison.evidence.progress
+    progress = comparison.evidence.progress
     ours = reading_text(*comparison.ours, comparison.decimals) if comparison.ours else ""
-    if so_far:
-        ours = f"{ours} ({so_far})" if ours else so_far
-    command = f"`{beside['command']}`" if cell.source else "" if cell.quoted else "no experiment yet"
+    if progress:
+        ours = f"{ours} ({progress})" if ours else progress
+    command = f"`{origin['command']}`" if cell.source else "" if cell.quoted else "no experiment yet"
     return [
         cell.row,
         cell.column,
@@ -310,8 +317,8 @@ def _markdown_row(comparison: Comparison, notes: str) -> list[str]:
         ours,
         status_markdown(comparison.status, comparison.reason, notes),
         seeds,
-        str(beside["inner_order"]),
-        beside["commit"],
-        beside["hardware"],
+        str(origin["inner_order"]),
+        origin["commit"],
+        origin["hardware"],
         command,
     ]

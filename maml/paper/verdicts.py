@@ -1,11 +1,11 @@
-"""What a report says of the paper's cells, judged as soon as it is made."""
+"""Compares a new report with the paper's cells at the end of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import evaluation_config, training_config
 from maml.config.paths import RESULTS
 from maml.config.schema import Settings
@@ -15,15 +15,16 @@ from maml.record.index import Report
 
 
 def cell_verdicts(experiment: str, config: Settings, report: Mapping[str, Any]) -> dict[str, str]:
-    """Judges each cell that the report of an experiment gives.
+    """Judges each cell whose number comes from the report.
 
     Args:
-        experiment: its name.
-        config: of the run; with other settings than the experiment's own (but for the seed), no cell is its.
-        report: as in ``report.json``.
+        experiment: name of the experiment.
+        config: settings of the run. A run has no cells if its settings, other than the seed, differ from the
+            experiment's.
+        report: the content of ``report.json``.
 
     Returns:
-        Number and verdict by ``table/row/column``; nothing outside the repository, where no cells are listed.
+        Number and verdict by ``table/row/column``; empty outside a clone, where there is no ``cells.yaml``.
     """
     if not (RESULTS / "cells.yaml").exists():
         return {}
@@ -31,7 +32,7 @@ def cell_verdicts(experiment: str, config: Settings, report: Mapping[str, Any]) 
     for table in load_tables(RESULTS):
         for cell in table.cells:
             source = cell.source
-            if source is None or source.experiment != experiment or not _is_of(config, source):
+            if source is None or source.experiment != experiment or not _has_settings_of(config, source):
                 continue
             read = Report.model_validate(report)
             ours, ci95 = read.reading(source, cell.step)
@@ -45,7 +46,7 @@ def cell_verdicts(experiment: str, config: Settings, report: Mapping[str, Any]) 
     return verdicts
 
 
-def _is_of(config: Settings, source: Source) -> bool:
-    own = composed(source.experiment, source.overrides)
-    trained, wanted = (training_config(one) | {"seed": 0} for one in (config, own))
-    return trained == wanted and evaluation_config(config) == evaluation_config(own)
+def _has_settings_of(config: Settings, source: Source) -> bool:
+    expected = compose_experiment(source.experiment, source.overrides)
+    training, expected_training = (training_config(settings) | {"seed": 0} for settings in (config, expected))
+    return training == expected_training and evaluation_config(config) == evaluation_config(expected)

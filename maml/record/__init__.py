@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, checkpoints, pictures, and the index of all run folders."""
+"""The record of runs: run folders, checkpoints, plots, locks, and the index of all run folders."""

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, the one before kept, and never read on trust."""
+"""Checkpoint files: written atomically, with the previous one kept, and verified when read."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from maml.errors import MamlError
 _FORMAT = "maml checkpoint 1"
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file under a temporary name, flushes it to the disk and renames it: readers see all of it or none.
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file under a temporary name, flushes it to disk and renames it, so that no reader sees half a file.
 
     Raises:
-        MamlError: if it cannot be written (a full disk, say); what stood at ``path`` is untouched.
+        MamlError: if the file cannot be written (a full disk, for example); an earlier file at ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -32,20 +32,20 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise MamlError(
             f"{path} could not be written ({error.strerror or error}); what was saved before is intact. "
-            "Free some space or choose another runs_dir, then give the same command again"
+            "Free some disk space or choose another runs_dir, then run the same command again"
         ) from error
 
 
-def previous(path: Path) -> Path:
-    """Returns where the checkpoint before the one at ``path`` is kept."""
+def previous_path(path: Path) -> Path:
+    """Returns the path of the checkpoint that was saved before the one at ``path``."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Saves a checkpoint and keeps the one before.
+    """Saves a checkpoint and keeps the previous one.
 
     Args:
-        path: of the newest checkpoint.
+        path: path of the newest checkpoint.
         content: tensors, numbers, strings and containers of them.
 
     Raises:
@@ -56,12 +56,12 @@ def save(path: Path, content: dict[str, Any]) -> None:
     def write(file: IO[bytes]) -> None:
         try:
             torch.save({"format": _FORMAT, **content}, file)
-        except RuntimeError as error:  # torch reports a failing file this way
+        except RuntimeError as error:  # torch raises this when writing to the file fails
             raise OSError(str(error).splitlines()[0]) from error
 
-    write_whole(fresh, write)
+    write_atomically(fresh, write)
     if path.exists():
-        os.replace(path, previous(path))
+        os.replace(path, previous_path(path))
     os.replace(fresh, path)
 
 
@@ -69,32 +69,35 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint.
 
     Args:
-        path: of a checkpoint file.
+        path: path of a checkpoint file.
 
     Raises:
-        MamlError: if there is none, or the file is damaged or is something else.
+        MamlError: if the file does not exist, is damaged, or is not a checkpoint.
     """
     try:
         with open(path, "rb") as file:
-            damaged = ZipFile(file).testzip()  # torch writes check sums, but does not read them
+            damaged = ZipFile(file).testzip()  # torch writes checksums, but does not verify them
             if damaged is not None:
-                raise BadZipFile(f"the check sum of {damaged} is wrong")
+                raise BadZipFile(f"the checksum of {damaged} is wrong")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise MamlError(f"there is no checkpoint at {path}") from error
     except Exception as error:
-        older = previous(path)
-        advice = f"; the one before is {older}: rename it to {path.name} to go on from there" if older.exists() else ""
+        older = previous_path(path)
+        advice = f"; the previous one is {older}: rename it to {path.name} to resume from it" if older.exists() else ""
         raise MamlError(f"{path} is damaged or not a checkpoint ({_first_line(error)}){advice}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise MamlError(f"{path} is not a checkpoint of this project (no mark {_FORMAT!r})")
+        raise MamlError(f"{path} is not a checkpoint of this project: its format is not {_FORMAT!r}")
     return content
 
 
 def newest(path: Path) -> Path | None:
-    """Returns the file to resume from: ``path``, or what a kill between two renames left of it, or None."""
-    candidates = (path, path.with_name(f"{path.stem}.new{path.suffix}"), previous(path))
+    """Returns the newest checkpoint file, or None.
+
+    It has another name than ``path`` if the process was killed between the two renames of `save`.
+    """
+    candidates = (path, path.with_name(f"{path.stem}.new{path.suffix}"), previous_path(path))
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 

@@ -1,4 +1,4 @@
-"""The exported parameters behind the numbers: a safetensors file per run, and an index from cell to file and number."""
+"""Exported parameters: one safetensors file per run, and an index of the cells and numbers computed from each file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from maml.record.run_folder import read_json
 from maml.types import Params
 
 State = dict[str, Params]
-"""What evaluation needs of an algorithm's state: ``theta``, ``buffers`` and ``best``, not the outer optimizer's."""
+"""The groups of an algorithm's state that evaluation needs: ``theta``, ``buffers`` and ``best``."""
 
 
 class Reading(BaseModel):
-    """One number of a report, in its unit; where adaptation diverged, there is none."""
+    """One number of a report, in the report's unit; both fields are None if adaptation diverged."""
 
     mean: float | None
     ci95: float | None
 
 
-class Exported(BaseModel):
-    """What a file is of: the run, how far it was trained, and what its numbers were computed with."""
+class ExportedFile(BaseModel):
+    """The origin of an exported file: its run, its iteration, and the versions and hardware of its numbers."""
 
     sha256: str
     run_id: str
@@ -42,7 +42,7 @@ class Exported(BaseModel):
 
 
 class Entry(BaseModel):
-    """A cell, or a curve of a figure: its file, how that is evaluated, and what came of it by gradient step."""
+    """A table cell or a figure's curve: its file, its evaluation settings, and its numbers by gradient step."""
 
     file: str
     experiment: str
@@ -58,15 +58,15 @@ class Entry(BaseModel):
 class Index(BaseModel):
     """``index.json``: files by name; entries by ``<table>/<row>/<column>`` or ``<figure>/<row>/<panel>``."""
 
-    files: dict[str, Exported] = {}
+    files: dict[str, ExportedFile] = {}
     cells: dict[str, Entry] = {}
 
 
 def read_index(folder: Path) -> Index:
-    """Reads a folder's ``index.json``; there is nothing in it if there is none.
+    """Reads a folder's ``index.json``; the index is empty if the file does not exist.
 
     Raises:
-        MamlError: if it is damaged.
+        MamlError: if the file is damaged.
     """
     path = folder / "index.json"
     try:
@@ -78,44 +78,44 @@ def read_index(folder: Path) -> Index:
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Writes ``index.json``: equal content, equal bytes."""
+    """Writes ``index.json``; equal indices give equal bytes."""
     text = json.dumps(index.model_dump(), indent=1, sort_keys=True) + "\n"
-    checkpoint.write_whole(folder / "index.json", lambda file: file.write(text.encode()))
+    checkpoint.write_atomically(folder / "index.json", lambda file: file.write(text.encode()))
 
 
 def pack(state: State, title: str) -> bytes:
-    """Returns the content of a safetensors file: equal arguments, equal bytes.
+    """Returns the content of a safetensors file; equal arguments give equal bytes.
 
     Args:
-        state: its groups other than those that evaluation needs are left out.
-        title: kept in the file's header, for whoever finds it alone.
+        state: state of an algorithm; only the groups that evaluation needs are kept.
+        title: description of the run, stored in the file's header.
     """
     tensors = {
         f"{group}.{name}": value.contiguous()
         for group in ("theta", "buffers", "best")
         for name, value in state.get(group, {}).items()
     }
-    return safetensors.torch.save(tensors, {"run": title})  # a single entry: several come in any order
+    return safetensors.torch.save(tensors, {"run": title})  # one entry only: the order of several is not fixed
 
 
 def unpack(path: Path, sha256: str) -> State:
-    """Reads what `pack` gave.
+    """Reads a file whose content `pack` made.
 
     Args:
-        path: of the file.
-        sha256: of its content.
+        path: path of the file.
+        sha256: the expected SHA-256 of its content.
 
     Raises:
-        MamlError: if it is missing, or its content is another.
+        MamlError: if the file is missing, or has another content.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise MamlError(f"{path} cannot be read ({error.strerror}); restore it") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != sha256:
         raise MamlError(
-            f"{path} has a wrong hash: its SHA-256 is {found}, but index.json beside it says {sha256}. The file was "
+            f"{path} has a wrong hash: its SHA-256 is {actual}, but index.json beside it says {sha256}. The file was "
             "damaged or replaced; restore both"
         )
     state: State = {}
@@ -124,15 +124,15 @@ def unpack(path: Path, sha256: str) -> State:
     except SafetensorError as error:
         raise MamlError(f"{path} is no safetensors file ({error}); restore it") from error
     for name, value in tensors.items():
-        group, _, own = name.partition(".")
-        state.setdefault(group, {})[own] = value
+        group, _, parameter = name.partition(".")
+        state.setdefault(group, {})[parameter] = value
     return state
 
 
 def restore(algorithm: Algorithm, state: State) -> None:
-    """Puts a state into an algorithm, whose outer optimizer stays as it is.
+    """Loads a state into an algorithm and leaves its outer optimizer unchanged.
 
     Raises:
-        MamlError: if it is of another algorithm or model.
+        MamlError: if the state belongs to another algorithm or model.
     """
     algorithm.load_state_dict(state | {"outer": algorithm.outer_state})

@@ -1,4 +1,4 @@
-"""What has been run: the index of run folders, and which of them belong to a cell or curve."""
+"""The index of all run folders, and the runs that belong to a cell or curve of the paper."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ import numpy as np
 from annotated_types import MinLen
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import digest, evaluation_config, training_config
 from maml.config.names import locate
 from maml.config.paths import ROOT
 from maml.config.schema import Settings
 from maml.errors import MamlError
-from maml.record.checkpoint import write_whole
+from maml.record.checkpoint import write_atomically
 from maml.record.lock import is_held
 from maml.record.run_folder import read_json
 
-SUPERSEDED = "superseded.json"  # in a run's folder
+SUPERSEDED = "superseded.json"  # the file in a run's folder that marks the run as superseded
 
-# What evaluating the same parameters on another machine may change: one query image of 600 tasks is 1/3,000 or less.
+# Largest relative change of a mean when the same parameters are evaluated again on another machine. One query image
+# more or less in 600 tasks changes an accuracy by at most 1/3,000.
 _TOLERANCE = 1e-3
 
 PROVENANCE = (
@@ -47,14 +48,14 @@ Content = TypeVar("Content", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Source:
-    """Where our number is found: one curve in the report of one experiment.
+    """The source of a number of ours: one curve in the report of one experiment.
 
     Attributes:
-        experiment: a file in ``conf/experiment/``.
-        metric: a metric of its report.
+        experiment: name of a file in ``conf/experiment/``.
+        metric: a metric of the experiment's report.
         num_shots: K.
-        scale: takes our unit to the paper's.
-        overrides: what stands behind the experiment on the command line.
+        scale: factor from our unit to the paper's.
+        overrides: overrides that follow the experiment on the command line.
     """
 
     experiment: str
@@ -65,30 +66,36 @@ class Source:
 
     @property
     def arguments(self) -> list[str]:
-        """What ``train.py`` is given."""
+        """The arguments of ``train.py``."""
         return [f"+experiment={self.experiment}", *self.overrides]
 
     def command(self, seeds: Sequence[int]) -> str:
-        """Returns the command that runs these seeds; none given is the default seed."""
+        """Returns the command that runs these seeds; an empty list stands for the default seed."""
         values = ",".join(map(str, seeds))
         words = ["python", "train.py", *(["-m"] if len(seeds) > 1 else []), *self.arguments]
         return shlex.join(words + ([f"seed={values}"] if values not in ("", "0") else []))
 
 
 class StepRecord(BaseModel):
-    """One gradient step of a curve in ``report.json``; where adaptation diverged, there are no numbers."""
+    """One gradient step of a curve in ``report.json``; the mean and interval are None if adaptation diverged."""
 
     step: int
     mean: FiniteFloat | None
     ci95: FiniteFloat | None
     num_tasks: int
 
-    def agrees_with(self, other: StepRecord, elsewhere: bool) -> bool:
-        """Whether both may come of the same training and tasks; on another machine its roundings grow."""
+    def agrees_with(self, other: StepRecord, other_machine: bool) -> bool:
+        """Returns whether both numbers can come from the same training and tasks.
+
+        Args:
+            other: the number to compare with.
+            other_machine: whether the two were trained on different machines. Rounding differences grow in training,
+                so the numbers then only need to agree within the confidence interval.
+        """
         if self.mean is None or other.mean is None:
             return self.mean is other.mean
         rounding = _TOLERANCE * (abs(self.mean) + (self.ci95 or 0))
-        return abs(self.mean - other.mean) <= max(rounding, self.ci95 or 0 if elsewhere else 0)
+        return abs(self.mean - other.mean) <= max(rounding, self.ci95 or 0 if other_machine else 0)
 
 
 class CurveRecord(BaseModel):
@@ -100,16 +107,16 @@ class CurveRecord(BaseModel):
 
 
 class Report(BaseModel):
-    """What is read of a ``report.json``; step sizes, by K, are None where they were the inner optimizer's own."""
+    """The parts of a ``report.json`` that are used; step sizes, by K, are None if the inner optimizer's own apply."""
 
-    folder: Path = Path()  # it was read from there, and holds its tasks.csv
+    folder: Path = Path()  # the folder that the report was read from; tasks.csv is in it too
     run_id: str
     seed: int
     iteration: int
     num_iterations: int
     evaluation: dict[str, Any]
     banks: dict[str, str]
-    step_sizes: dict[str, list[float] | None] = {}  # the oldest reports do not have them: None throughout
+    step_sizes: dict[str, list[float] | None] = {}  # the oldest reports have no step sizes, which means None
     headline_metric: str
     headline: FiniteFloat | None
     larger_is_better: bool
@@ -117,11 +124,13 @@ class Report(BaseModel):
 
     @property
     def complete(self) -> bool:
-        """Whether training had ended."""
+        """Whether the run was trained to its last iteration when it was evaluated."""
         return self.iteration == self.num_iterations
 
     def reading(self, source: Source, step: int) -> tuple[float, float]:
-        """Returns mean and half-width of the 95 % interval over tasks, in the paper's unit; nan if it diverged.
+        """Returns the mean and the half-width of its 95 % interval over tasks, in the paper's unit.
+
+        Both are nan if adaptation diverged.
 
         Raises:
             MamlError: if the report has no such curve or step.
@@ -139,56 +148,59 @@ class Report(BaseModel):
         )
 
     def per_task(self, source: Source, step: int) -> np.ndarray:
-        """Returns the value of each task, in the paper's unit, whose mean `reading` gives.
+        """Returns the value of each task, ``(tasks,)``, in the paper's unit; `reading` returns their mean.
 
         Raises:
-            MamlError: if ``tasks.csv`` is missing, damaged or of another report.
+            MamlError: if ``tasks.csv`` is missing, damaged, or belongs to another report.
         """
         path, curve = self.folder / "tasks.csv", (str(source.num_shots), source.metric)
         try:
             lines = [line for line in self.task_lines if (line["num_shots"], line["metric"]) == curve]
             if not lines:
-                raise ValueError(f"it has no lines of {source.metric} at K={source.num_shots}")
+                raise ValueError(f"it has no lines for {source.metric} at K={source.num_shots}")
             values = source.scale * np.array([float(line[f"step_{step}"]) for line in lines])
             mean, _ = self.reading(source, step)
             with np.errstate(over="ignore", invalid="ignore"):
                 if math.isnan(mean):
-                    is_mine = not math.isfinite(values.std())
+                    matches = not math.isfinite(values.std())
                 else:
-                    is_mine = math.isclose(values.mean(), mean, rel_tol=0, abs_tol=1e-5 * np.abs(values).max())
+                    matches = math.isclose(values.mean(), mean, rel_tol=0, abs_tol=1e-5 * np.abs(values).max())
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise MamlError(f"{path} is missing or damaged ({error}); restore it") from error
-        if not is_mine:
-            raise MamlError(f"{path} is not of the report beside it; restore it")
+        if not matches:
+            raise MamlError(f"{path} does not belong to the report.json beside it; restore it")
         return values
 
     @cached_property
     def task_lines(self) -> list[dict[str, str]]:
-        """The lines of ``tasks.csv``, read once."""
+        """The lines of ``tasks.csv``; the file is read once."""
         with open(self.folder / "tasks.csv", newline="") as file:
             return list(csv.DictReader(file))
 
-    def disagreement(self, other: Report, elsewhere: bool) -> str:
-        """Says what is not as in another run of the same settings; empty if they agree.
+    def disagreement(self, other: Report, other_machine: bool) -> str:
+        """Describes the first difference from the report of another run with the same settings; empty if they agree.
 
         Args:
-            other: its evaluation.
-            elsewhere: whether it was trained on another machine, so that only the intervals need to agree.
+            other: the other run's report.
+            other_machine: whether the other run was trained on another machine, so that the numbers only need to agree
+                within their confidence intervals.
         """
         if self.banks != other.banks:
-            return "its task banks are others"
-        theirs = {(curve.metric, curve.num_shots, step.step): step for curve in other.curves for step in curve.steps}
+            return "its task banks are different"
+        expected_steps = {
+            (curve.metric, curve.num_shots, step.step): step for curve in other.curves for step in curve.steps
+        }
         for curve in self.curves:
-            for mine in curve.steps:
-                its = theirs.get((curve.metric, curve.num_shots, mine.step), mine)
-                if not mine.agrees_with(its, elsewhere):
-                    values = ["diverged" if mean is None else f"{mean:.5g}" for mean in (mine.mean, its.mean)]
-                    return f"{curve.metric} at K={curve.num_shots}, step {mine.step}, is {', not '.join(values)}"
+            for step in curve.steps:
+                expected = expected_steps.get((curve.metric, curve.num_shots, step.step), step)
+                if not step.agrees_with(expected, other_machine):
+                    values = ["diverged" if mean is None else f"{mean:.5g}" for mean in (step.mean, expected.mean)]
+                    return f"{curve.metric} at K={curve.num_shots}, step {step.step}, is {', not '.join(values)}"
         return ""
 
 
 class HardwareRecord(BaseModel):
-    """The machine of a segment."""
+    """The machine on which a segment of a run was trained."""
 
     cpu: str
     gpu: str | None = None
@@ -196,7 +208,7 @@ class HardwareRecord(BaseModel):
 
 
 class Segment(BaseModel):
-    """One stretch of a run between start and stop, in ``run.json``."""
+    """The part of a run between one start and the next stop, in ``run.json``."""
 
     started: str
     seconds: float
@@ -208,18 +220,18 @@ class Segment(BaseModel):
 
     @property
     def commit_name(self) -> str:
-        """The commit, shortened; ``+`` marks one with changes that were not committed."""
+        """The shortened commit hash; ``+`` marks uncommitted changes."""
         return f"{self.commit[:7]}{'+' if self.dirty else ''}" if self.commit else "?"
 
     @property
     def machine(self) -> str:
-        """The device, and how many processes had one each."""
+        """The name of the device, with the number of processes if there were several, each with its own device."""
         name = self.hardware.gpu or f"CPU, {self.hardware.cpu}"
         return f"{self.hardware.processes} x {name}" if self.hardware.processes > 1 else name
 
 
 class RunRecord(BaseModel):
-    """What is read of a ``run.json``."""
+    """The parts of a ``run.json`` that are used."""
 
     run_id: str
     seed: int
@@ -230,9 +242,9 @@ class RunRecord(BaseModel):
 
 
 class Superseded(BaseModel):
-    """What is read of a ``superseded.json``: somebody said that this run is no evidence any more."""
+    """The content of a ``superseded.json``, with which a user marks that a run is no longer evidence."""
 
-    by: str  # the folder of another run; empty if there is none
+    by: str  # folder of the run that replaces it; empty if there is none
     reason: str
 
     def __str__(self) -> str:
@@ -241,15 +253,15 @@ class Superseded(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and all that was evaluated in it.
+    """A run folder and its evaluations.
 
     Attributes:
-        path: of the folder.
-        record: of its training.
-        reports: of its evaluations.
+        path: path of the folder.
+        record: the record of its training.
+        reports: the reports of its evaluations.
         alive: whether a process is training in it.
-        superseded: why it is no evidence any more; None if it is.
-        conflict: why it is none beside an equal run, whose numbers it does not have; empty if it is.
+        superseded: the mark that this run is no longer evidence; None if there is no mark.
+        conflict: why this run is ignored: it disagrees with an equal, earlier run; empty if it does not.
     """
 
     path: Path
@@ -261,12 +273,12 @@ class Run:
 
     @property
     def experiment(self) -> str:
-        """The one whose folder it is in; others may train the same thing and share it."""
+        """The experiment whose folder it is in; other experiments with the same training settings share the run."""
         return self.path.parent.name
 
     @property
     def status(self) -> str:
-        """As recorded, but for what a record cannot know: it was killed, or its numbers are not used."""
+        """The recorded status, or ``superseded``, ``conflict`` or ``killed``, which the record cannot know."""
         if self.superseded:
             return "superseded"
         if self.conflict:
@@ -275,22 +287,25 @@ class Run:
 
     @property
     def iteration(self) -> int:
-        """The iterations that are saved."""
+        """The number of iterations of the newest checkpoint."""
         return self.record.segments[-1].last_iteration
 
     @property
     def num_iterations(self) -> int:
-        """The iterations that are planned."""
+        """The number of iterations of the complete training."""
         return self.record.training["num_iterations"]
 
     @property
     def report(self) -> Report | None:
-        """The evaluation of the furthest iteration, the run's own before others; None if nothing was evaluated."""
+        """The report of the last evaluated iteration; None if nothing was evaluated.
+
+        If several reports have this iteration, the one in the run's own folder is returned.
+        """
         return max(self.reports, key=lambda report: report.iteration, default=None)
 
     @property
     def headline(self) -> tuple[CurveRecord, StepRecord] | None:
-        """The curve in its `report` that ends in the headline number, and that end."""
+        """The curve in `report` whose last step is the headline number, and that step."""
         report = self.report
         if report is None:
             return None
@@ -299,7 +314,7 @@ class Run:
 
     @property
     def commits(self) -> str:
-        """The commits it was trained from."""
+        """The commits with which it was trained."""
         return ", ".join(dict.fromkeys(part.commit_name for part in self.record.segments))
 
     @property
@@ -312,18 +327,18 @@ def find_runs(*roots: Path) -> tuple[list[Run], list[str]]:
     """Reads every run that can be evidence, from ``<root>/<experiment>/<run id>/``.
 
     Args:
-        roots: in the order in which equal runs are preferred.
+        roots: folders of run folders; of two equal runs, the one in the earlier root is preferred.
 
     Returns:
-        The runs, and one message for each folder that is left out: because it is damaged, or because its numbers are
-        not those of an equal run before it. Superseded ones are left out without a message.
+        The runs, and one message for each folder that is left out because it is damaged, or because its numbers
+        disagree with an equal, earlier run. Superseded runs are left out without a message.
     """
     runs, problems = read_runs(*roots)
     return [run for run in runs if not run.superseded and not run.conflict], problems
 
 
 def read_runs(*roots: Path) -> tuple[list[Run], list[str]]:
-    """Reads every run as `find_runs` does, but leaves out only those that are damaged."""
+    """Reads every run as `find_runs` does, but also returns superseded runs and runs in conflict."""
     runs, problems = [], []
     for folder in (folder for root in roots for folder in sorted(root.glob("*/*/"))):
         try:
@@ -338,27 +353,30 @@ def read_runs(*roots: Path) -> tuple[list[Run], list[str]]:
 
 
 def _conflicts(runs: Sequence[Run]) -> dict[Path, str]:
-    """Returns by folder a message for every run that should have the numbers of one before it, and has not."""
+    """Returns a message, by folder, for every run that disagrees with an earlier run of the same settings."""
     first: dict[str, tuple[Run, Report]] = {}
     messages = {}
     for run in runs:
         for report in run.reports:
             settings = {"training": run.record.training, "evaluation": report.evaluation}
-            counting, its = first.setdefault(digest(settings | {"iteration": report.iteration}), (run, report))
-            difference = report.disagreement(its, elsewhere=run.hardware != counting.hardware)
+            valid_run, valid_report = first.setdefault(
+                digest(settings | {"iteration": report.iteration}), (run, report)
+            )
+            difference = report.disagreement(valid_report, other_machine=run.hardware != valid_run.hardware)
             if difference:
                 messages[run.path] = (
-                    f"{run.path} has the settings and the seed of {counting.path}, which counts, but {difference}; see "
-                    "`python scripts/runs.py compare` with both, and mark the wrong one with its `supersede`"
+                    f"{run.path} has the settings and the seed of {valid_run.path}, which is used, but {difference}. "
+                    "Look at both with `python scripts/runs.py compare`, and mark the wrong one with "
+                    "`python scripts/runs.py supersede`"
                 )
     return messages
 
 
 def read_run(folder: Path) -> Run | None:
-    """Reads one run folder; None if nothing was recorded in it.
+    """Reads one run folder; returns None if nothing was recorded in it.
 
     Raises:
-        MamlError: if it is damaged.
+        MamlError: if the folder is damaged.
     """
     paths = [
         path for path in (folder / "report.json", *sorted(folder.glob("evaluations/*/report.json"))) if path.exists()
@@ -367,39 +385,42 @@ def read_run(folder: Path) -> Run | None:
     if record is None:
         if paths:
             raise MamlError(
-                f"{folder} has a report but no run.json, so nothing tells what was run; restore it or delete both"
+                f"{folder} has a report but no run.json, so it is unknown what was run; restore run.json, or delete "
+                "the folder"
             )
-        return None  # stopped before anything was recorded
+        return None  # the run was stopped before anything was recorded
     reports = []
     for path in paths:
         report = _read(path, Report)
         assert report is not None
-        mine = record.run_id, record.seed, record.training.get("num_iterations")
-        if (report.run_id, report.seed, report.num_iterations) != mine:
-            raise MamlError(f"{path} is not of the run in {folder / 'run.json'}; evaluate again with mode=eval")
+        recorded = record.run_id, record.seed, record.training.get("num_iterations")
+        if (report.run_id, report.seed, report.num_iterations) != recorded:
+            raise MamlError(
+                f"{path} does not belong to the run in {folder / 'run.json'}; evaluate again with mode=eval"
+            )
         report.folder = path.parent
         reports.append(report)
-    # A process that was killed leaves its record as it was, but no lock.
+    # A killed process leaves the status "running" in its record, but no longer holds the lock.
     alive = record.status == "running" and is_held(folder / "lock")
     return Run(folder, record, tuple(reports), alive, _read(folder / SUPERSEDED, Superseded))
 
 
 def supersede(run: Run, by: Run | None, reason: str) -> None:
-    """Marks a run as no evidence any more, in its own folder.
+    """Writes into a run's folder that the run is no longer evidence.
 
     Args:
-        run: it.
-        by: the run that takes its place, if there is one.
-        reason: why; may be empty.
+        run: the run to mark.
+        by: the run that replaces it, if there is one.
+        reason: why the run is no longer evidence; may be empty.
 
     Raises:
         MamlError: if the mark cannot be written.
     """
-    place = by.path.resolve() if by else Path()
-    if place.is_relative_to(ROOT):  # it may be committed, and read on another machine
-        place = place.relative_to(ROOT)
-    content = Superseded(by=str(place) if by else "", reason=reason).model_dump_json(indent=2) + "\n"
-    write_whole(run.path / SUPERSEDED, lambda file: file.write(content.encode()))
+    replacement = by.path.resolve() if by else Path()
+    if replacement.is_relative_to(ROOT):  # relative, because the mark may be committed and read on another machine
+        replacement = replacement.relative_to(ROOT)
+    content = Superseded(by=str(replacement) if by else "", reason=reason).model_dump_json(indent=2) + "\n"
+    write_atomically(run.path / SUPERSEDED, lambda file: file.write(content.encode()))
 
 
 def _read(path: Path, schema: type[Content]) -> Content | None:
@@ -418,12 +439,12 @@ def _read(path: Path, schema: type[Content]) -> Content | None:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What has been run of one source.
+    """The runs that belong to one source.
 
     Attributes:
-        evaluated: runs with the source's settings and their reports. Complete ones, one per seed, lowest seed first;
-            if there is none, only the one that is furthest.
-        unevaluated: the furthest run without such a report, if none has one.
+        evaluated: runs with the source's settings, with their reports: the complete runs, one per seed, lowest seed
+            first. If no run is complete, only the run with the most iterations.
+        unevaluated: if no run was evaluated, the run with the most iterations; else None.
     """
 
     evaluated: tuple[tuple[Run, Report], ...] = ()
@@ -431,19 +452,19 @@ class Evidence:
 
     @property
     def complete(self) -> bool:
-        """Whether what is evaluated was trained to the end."""
+        """Whether the evaluated runs were trained to the end."""
         return bool(self.evaluated) and self.evaluated[0][1].complete
 
     @property
     def state(self) -> str:
-        """How far the source has been run; ``finished`` is evaluated after all of training."""
+        """The progress of the source's runs; ``finished`` means trained to the end and evaluated."""
         if self.evaluated:
             return "finished" if self.complete else "reduced budget"
         return "running" if self.unevaluated and self.unevaluated.alive else "not run"
 
     @property
     def progress(self) -> str:
-        """The iterations done, where that is neither all nor none of them."""
+        """The number of iterations done, as text; empty if training is complete or has not begun."""
         if self.complete:
             return ""
         if self.evaluated:
@@ -458,11 +479,11 @@ class Evidence:
 
 
 def find_evidence(source: Source, runs: Sequence[Run]) -> Evidence:
-    """Picks the runs of one source: equal training settings but for the seed, and equal evaluation settings."""
-    config = composed(source.experiment, source.overrides)
+    """Returns the runs of one source: those with its evaluation settings and, except for the seed, its training."""
+    config = compose_experiment(source.experiment, source.overrides)
     training, evaluation = _without_seed(training_config(config)), evaluation_config(config)
-    mine = [run for run in runs if _without_seed(run.record.training) == training]
-    evaluated = [(run, report) for run in mine for report in run.reports if report.evaluation == evaluation]
+    trained = [run for run in runs if _without_seed(run.record.training) == training]
+    evaluated = [(run, report) for run in trained for report in run.reports if report.evaluation == evaluation]
     by_seed: dict[int, tuple[Run, Report]] = {}
     for run, report in evaluated:
         if report.complete:
@@ -471,7 +492,7 @@ def find_evidence(source: Source, runs: Sequence[Run]) -> Evidence:
         return Evidence(tuple(by_seed[seed] for seed in sorted(by_seed)))
     if evaluated:
         return Evidence((max(evaluated, key=lambda pair: pair[1].iteration),))
-    return Evidence(unevaluated=max(mine, key=lambda run: (run.alive, run.iteration), default=None))
+    return Evidence(unevaluated=max(trained, key=lambda run: (run.alive, run.iteration), default=None))
 
 
 def _without_seed(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -479,25 +500,25 @@ def _without_seed(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inner_order(config: Settings) -> int | str:
-    """Returns the order of the meta-gradient; nothing for an algorithm that has none."""
+    """Returns the order of the meta-gradient, 1 or 2; empty for an algorithm without a meta-gradient."""
     algorithm: Any = locate(config.algorithm["_target_"])
     return config.inner["order"] if algorithm.differentiates_adaptation else ""
 
 
 def provenance(source: Source | None, evidence: Evidence) -> dict[str, Any]:
-    """Returns all that stands beside a number, by the names in `PROVENANCE`; empty where there is nothing to say."""
-    beside: dict[str, Any] = dict.fromkeys(PROVENANCE, "")
+    """Returns the provenance of a number, by the names in `PROVENANCE`; unknown values are empty strings."""
+    values: dict[str, Any] = dict.fromkeys(PROVENANCE, "")
     if source is None:
-        return beside
+        return values
     seeds = [report.seed for _, report in evidence.evaluated]
-    beside |= {
+    values |= {
         "seeds": " ".join(map(str, seeds)),
-        "inner_order": _inner_order(composed(source.experiment, source.overrides)),
+        "inner_order": _inner_order(compose_experiment(source.experiment, source.overrides)),
         "command": source.command(seeds),
     }
     if evidence.evaluated:
         run, report = evidence.evaluated[0]
-        beside |= {
+        values |= {
             "iteration": report.iteration,
             "num_iterations": report.num_iterations,
             "commit": run.commits,
@@ -505,4 +526,4 @@ def provenance(source: Source | None, evidence: Evidence) -> dict[str, Any]:
             "run_id": report.run_id,
             "task_bank": report.banks[str(source.num_shots)],
         }
-    return beside
+    return values

@@ -1,4 +1,4 @@
-"""Lock files that one process at a time can hold, and that a process which has died does not keep."""
+"""Lock files: one process at a time can hold a lock, and the lock is free again when the process dies."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 LOG = logging.getLogger(__name__)
 
-# What file systems without flock answer; some network and cluster file systems are mounted so.
+# Error codes of file systems without flock, as on some network and cluster file systems.
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 
 
-def acquire(path: Path, patience: float = 0.0) -> BaseFileLock | None:
-    """Takes a lock and writes into its file who holds it.
+def acquire(path: Path, timeout: float = 0.0) -> BaseFileLock | None:
+    """Acquires a lock and writes the process and its machine into the lock file.
 
-    Where the file system has no ``flock``, the lock is a second file, ``<name>.marker``, that names its process. A
-    marker whose process is gone is taken over; the marker of another machine's process has to be deleted by hand.
+    On a file system without ``flock``, the lock is a second file, ``<name>.marker``, that names the process. The
+    marker of a dead process on this machine is taken over. The marker of another machine must be deleted by hand.
 
     Args:
-        path: the lock's file, which stays when the lock is released.
-        patience: seconds to try for; `is_held` may have the lock for an instant.
+        path: the lock file; it is not deleted when the lock is released.
+        timeout: seconds to keep trying; `is_held` in another process may hold the lock for an instant.
 
     Returns:
         The lock, held until its ``release`` or the end of the process; None if another process holds it.
@@ -37,15 +37,13 @@ def acquire(path: Path, patience: float = 0.0) -> BaseFileLock | None:
     lock: BaseFileLock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
         try:
-            lock.acquire(timeout=patience)
+            lock.acquire(timeout=timeout)
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
-            _say_that_there_is_no_flock(path.parent)
+            _warn_no_flock(path.parent)
             lock = SoftFileLock(_marker(path), thread_local=False)
-            lock.acquire(
-                timeout=max(patience, 0.2)
-            )  # one attempt may do no more than clear away a dead process' marker
+            lock.acquire(timeout=max(timeout, 0.2))  # the first attempt may only remove the marker of a dead process
     except Timeout:
         return None
     path.write_text(f"process {os.getpid()} on {platform.node()}")
@@ -53,10 +51,10 @@ def acquire(path: Path, patience: float = 0.0) -> BaseFileLock | None:
 
 
 def is_held(path: Path) -> bool:
-    """Tells whether a process holds a lock, and leaves it as it is."""
+    """Returns whether a process holds a lock, without changing the lock."""
     try:
         with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two processes may ask at the same time
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that two processes can check at once
     except (FileNotFoundError, NotADirectoryError):
         return False
     except BlockingIOError:
@@ -69,7 +67,7 @@ def is_held(path: Path) -> bool:
 
 
 def holder(path: Path) -> str:
-    """Returns who holds a lock, or held it last: ``process PID on HOST``; ``another process`` if that is not known."""
+    """Returns the current or last holder of a lock: ``process PID on HOST``, or ``another process`` if unknown."""
     try:
         return path.read_text() or "another process"
     except OSError:
@@ -77,9 +75,9 @@ def holder(path: Path) -> str:
 
 
 def advice(path: Path) -> str:
-    """Returns what to do about a lock that another process holds."""
+    """Returns advice for a user whose lock another process holds."""
     marker = _marker(path)
-    return f"wait for it, or stop it{f'; if it is gone, delete {marker}' if marker.exists() else ''}"
+    return f"wait for it, or stop it{f'; if it has ended, delete {marker}' if marker.exists() else ''}"
 
 
 def _marker(path: Path) -> Path:
@@ -87,7 +85,7 @@ def _marker(path: Path) -> Path:
 
 
 def _is_dead(name: str) -> bool:
-    """Tells whether a holder is known to be gone: a process of this machine that is not there."""
+    """Returns whether a lock's holder is known to have ended: a process of this machine that no longer exists."""
     words = name.split(" ", 3)
     if len(words) != 4 or words[3] != platform.node() or not words[1].isdigit():
         return False
@@ -95,15 +93,15 @@ def _is_dead(name: str) -> bool:
         os.kill(int(words[1]), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # somebody else's
+    except PermissionError:  # the process exists, but belongs to another user
         return False
     return False
 
 
 @cache
-def _say_that_there_is_no_flock(folder: Path) -> None:
+def _warn_no_flock(folder: Path) -> None:
     LOG.warning(
-        "The file system of %s has no file locks (flock): a file that names the process stands in. It does its work "
-        "on one machine; take care not to start the same run on two.",
+        "The file system of %s has no file locks (flock). A marker file that names the process replaces the lock. It "
+        "protects a run on one machine only: do not start the same run on two machines.",
         folder,
     )

@@ -1,4 +1,4 @@
-"""Pictures of results."""
+"""Plots of evaluation reports."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maml.record.checkpoint import write_whole
+from maml.record.checkpoint import write_atomically
 
 
 def plot_report(report: Mapping[str, Any], path: Path) -> Path:
-    """Draws the leading metric against gradient steps, with 95 % bands, one line per K; returns the file."""
-    from matplotlib.figure import Figure  # here, because it takes half a second to import
+    """Plots the headline metric against gradient steps, one line per K with its 95 % interval; returns the PNG."""
+    from matplotlib.figure import Figure  # imported here because it takes half a second
 
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
     for curve in report["curves"]:
         if curve["metric"] != report["headline_metric"]:
             continue
-        finite = [step for step in curve["steps"] if step["ci95"] is not None]  # the others diverged
+        finite = [step for step in curve["steps"] if step["ci95"] is not None]  # None: adaptation diverged
         steps, means, bands = ([step[key] for step in finite] for key in ("step", "mean", "ci95"))
         axes.plot(steps, means, marker="o", markersize=3, label=f"K={curve['num_shots']}")
         low, high = ([mean + sign * band for mean, band in zip(means, bands, strict=True)] for sign in (-1, 1))
@@ -27,5 +27,5 @@ def plot_report(report: Mapping[str, Any], path: Path) -> Path:
     axes.set_ylabel(report["headline_metric"].replace("_", " "))
     axes.set_title(report["experiment"])
     axes.legend()
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
     return path

@@ -1,4 +1,4 @@
-"""The run folder: what was run, from which commit, on which machine, and all that came of it."""
+"""The run folder: settings, commit, machine, checkpoints, metrics and reports of one run."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "gymnasium", "mujoco")
 
 
 class RunFolder:
-    """One run's folder. The id is a hash of what training depends on, so the same training is found, not repeated.
+    """One run's folder. The run id is a hash of the training settings, so an equal run is found and not repeated.
 
     Nothing is written before `open`.
 
     Args:
-        config: the plain config.
-        experiment: its name.
+        config: the run's settings.
+        experiment: name of the experiment.
     """
 
     def __init__(self, config: Settings, experiment: str) -> None:
@@ -54,38 +54,40 @@ class RunFolder:
         self._record: dict[str, Any] = {}
         self._is_trained = False
 
-    def _find(self, given: str | None, runs_dir: Path) -> Path:
-        """Returns the folder given, or of an experiment that trains the same thing, or one of its own."""
-        own = runs_dir / self.experiment / self.run_id
-        if given:
-            return Path(given)
+    def _find(self, run_dir: str | None, runs_dir: Path) -> Path:
+        """Returns ``run_dir`` if it is set, or the folder of an equal run of any experiment, or a new folder."""
+        default_path = runs_dir / self.experiment / self.run_id
+        if run_dir:
+            return Path(run_dir)
         others = (path.parent for path in sorted(runs_dir.glob(f"*/{self.run_id}/run.json")))
-        return own if own.exists() else next(others, own)
+        return default_path if default_path.exists() else next(others, default_path)
 
     def open(self, hardware: Mapping[str, Any], command: str, algorithm: str) -> dict[str, Any] | None:
-        """Makes or reopens the folder for training and returns the checkpoint to resume from, if there is one.
+        """Creates or reopens the folder for training and returns the checkpoint to resume from, if there is one.
 
         Args:
-            hardware: the machine of this stretch.
-            command: that started it.
-            algorithm: its name.
+            hardware: description of the machine that trains from here on.
+            command: the command that started this process.
+            algorithm: name of the algorithm.
 
         Raises:
             MamlError: if the folder holds another run, another process is writing to it, or its checkpoint is damaged.
         """
-        self.load_checkpoint()  # refuses before anything is written
+        self.load_checkpoint()  # raises its errors before anything is written
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MamlError(f"the run folder {self.path} cannot be made ({error.strerror}); change runs_dir") from error
+            raise MamlError(
+                f"the run folder {self.path} cannot be created ({error.strerror}); change runs_dir"
+            ) from error
         self._lock = self._acquire()
-        for leftover in self.path.glob(".checkpoint*"):  # of a process that was killed while it wrote
+        for leftover in self.path.glob(".checkpoint*"):  # temporary files of a process that was killed while writing
             leftover.unlink()
-        saved = self.load_checkpoint()  # the process that held the lock may have gone on meanwhile
+        saved = self.load_checkpoint()  # again: before we had the lock, another process may have saved a newer one
         iteration = saved["iteration"] if saved else 0
         earlier = read_json(self.path / "run.json")
         self._is_trained = bool(saved and earlier and iteration >= self.config.num_iterations)
-        if self._is_trained:  # what is left is an evaluation, perhaps of another experiment: the record stays as it is
+        if self._is_trained:  # only an evaluation follows, perhaps of another experiment: the record must not change
             self._record = earlier or {}
             return saved
         self._write_config(self.path)
@@ -120,74 +122,74 @@ class RunFolder:
         return saved
 
     def check_free(self) -> None:
-        """Makes sure, writing nothing, that no process is training here.
+        """Checks, without writing anything, that no process is training in this folder.
 
         Raises:
-            MamlError: if one is.
+            MamlError: if a process is.
         """
         if lock.is_held(self.path / "lock"):
             raise self._held()
 
     def _acquire(self) -> BaseFileLock:
         try:
-            taken = lock.acquire(self.path / "lock", patience=0.2)
+            acquired = lock.acquire(self.path / "lock", timeout=0.2)
         except OSError as error:
             raise MamlError(
                 f"the run folder {self.path} cannot be written ({error.strerror}); change runs_dir"
             ) from error
-        if taken is None:
+        if acquired is None:
             raise self._held()
-        return taken
+        return acquired
 
     def _held(self) -> MamlError:
         path = self.path / "lock"
         return MamlError(f"{lock.holder(path)} is training in {self.path}; {lock.advice(path)}")
 
     def load_checkpoint(self, path: Path | None = None) -> dict[str, Any] | None:
-        """Reads the run's newest checkpoint, or the file given, and makes sure that it is this run's.
+        """Reads the run's newest checkpoint, or the file at ``path``, and checks that it belongs to this run.
 
         Raises:
-            MamlError: if it is damaged, or was trained with another config (the difference is shown).
+            MamlError: if it is damaged, or was trained with other settings (the message lists the differences).
         """
-        found = path or checkpoint.newest(self.checkpoint_path)
-        if found is None:
-            self._refuse_foreign(read_json(self.path / "run.json"), self.path)
+        file = path or checkpoint.newest(self.checkpoint_path)
+        if file is None:
+            self._refuse_other_run(read_json(self.path / "run.json"), self.path)
             return None
-        saved = checkpoint.load(found)
-        self._refuse_foreign(saved, found)
+        saved = checkpoint.load(file)
+        self._refuse_other_run(saved, file)
         return saved
 
-    def _refuse_foreign(self, saved: Mapping[str, Any] | None, where: Path) -> None:
+    def _refuse_other_run(self, saved: Mapping[str, Any] | None, where: Path) -> None:
         if saved is not None and saved["training"] != self.training_config:
             raise MamlError(
                 f"{where} belongs to another run ({saved['experiment']}):\n"
                 f"{differences(self.training_config, saved['training'])}\n"
-                "Give the command that it was trained with, or leave the folder to the run id"
+                "Use the settings that it was trained with, or remove run_dir and checkpoint from the command"
             )
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line of metrics; it holds nothing that a repetition would not give again."""
+        """Appends one line to ``metrics.jsonl``. Lines hold no times, so a repeated run writes equal lines."""
         try:
             if self._metrics is None:
-                self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115 - held while the run is
+                self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115 - open until `close`
             self._metrics.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise self._no_metrics(error) from error
+            raise self._metrics_error(error) from error
 
-    def _no_metrics(self, error: OSError) -> MamlError:
+    def _metrics_error(self, error: OSError) -> MamlError:
         return MamlError(
             f"{self.path / 'metrics.jsonl'} could not be written ({error.strerror}); the last checkpoint is intact. "
-            "Free some space, then give the same command again"
+            "Free some disk space, then run the same command again"
         )
 
     def save_checkpoint(self, iteration: int, state: Mapping[str, Any], execution: Mapping[str, Any]) -> None:
         """Saves the training state after ``iteration`` meta-updates."""
         try:
             if self._metrics is not None:
-                os.fsync(self._metrics.fileno())  # no checkpoint may know of a line that the disk does not
+                os.fsync(self._metrics.fileno())  # all metrics before a checkpoint must be on disk before it
         except OSError as error:
-            raise self._no_metrics(error) from error
+            raise self._metrics_error(error) from error
         checkpoint.save(
             self.checkpoint_path,
             {
@@ -203,9 +205,9 @@ class RunFolder:
         self._update_record(iteration, "running")
 
     def close(self, status: str) -> None:
-        """Records how the run ended and lets go of the folder."""
+        """Records the final status and releases the folder's lock."""
         if self._metrics is not None:
-            with suppress(OSError):  # a line that a full disk refused, and was reported, is tried once more
+            with suppress(OSError):  # on a full disk, closing tries to write the last line again; `log` has reported it
                 self._metrics.close()
             self._metrics = None
         if self._lock is not None:
@@ -219,21 +221,23 @@ class RunFolder:
                 self._lock.release()
                 self._lock = None
 
-    def save_report(self, report: Mapping[str, Any], tasks: list[dict[str, Any]], beside: Path | None = None) -> Path:
+    def save_report(self, report: Mapping[str, Any], tasks: list[dict[str, Any]], parent: Path | None = None) -> Path:
         """Writes ``report.json`` and ``tasks.csv`` and returns their folder.
 
+        The first evaluation of the fully trained run is written to the run's folder. Every other one gets its own
+        folder ``evaluations/<hash of its settings>``, so that no evaluation overwrites another.
+
         Args:
-            report: of an evaluation.
-            tasks: its rows per task.
-            beside: None is the evaluation at the end of training, which belongs to the run's own folder; any other goes
-                to a folder of its own below the one given, so that no evaluation overwrites another.
+            report: the report of an evaluation.
+            tasks: its rows of ``tasks.csv``, one per task and curve.
+            parent: folder of ``evaluations/``, for an evaluation of a checkpoint file; None is the run's folder.
         """
         settings = {"iteration": report["iteration"], **report["evaluation"]}
         first = read_json(self.path / "report.json")
         folder = self.path
         unfinished = report["iteration"] < report["num_iterations"]
-        if beside is not None or unfinished or (first and first["evaluation"] != report["evaluation"]):
-            folder = (beside or self.path) / "evaluations" / digest(settings)
+        if parent is not None or unfinished or (first and first["evaluation"] != report["evaluation"]):
+            folder = (parent or self.path) / "evaluations" / digest(settings)
         folder.mkdir(parents=True, exist_ok=True)
         if folder != self.path:
             self._write_config(folder)
@@ -241,19 +245,20 @@ class RunFolder:
         writer = csv.DictWriter(table, fieldnames=list(tasks[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(tasks)
-        checkpoint.write_whole(folder / "tasks.csv", lambda file: file.write(table.getvalue().encode()))
-        checkpoint.write_whole(
+        checkpoint.write_atomically(folder / "tasks.csv", lambda file: file.write(table.getvalue().encode()))
+        checkpoint.write_atomically(
             folder / "report.json", lambda file: file.write((json.dumps(report, indent=2) + "\n").encode())
         )
         return folder
 
     def finished_report(self) -> dict[str, Any] | None:
-        """Returns the report of this run and these evaluation settings, if training ended and it was made."""
-        wanted = evaluation_config(self.config)
+        """Returns the report with these evaluation settings, or None if training or the evaluation is not complete."""
+        evaluation = evaluation_config(self.config)
         for path in (self.path / "report.json", *sorted(self.path.glob("evaluations/*/report.json"))):
             report = read_json(path)
-            complete = report is not None and report["iteration"] == report["num_iterations"]
-            if report is not None and complete and report["evaluation"] == wanted and report["run_id"] == self.run_id:
+            if report is None or report["iteration"] != report["num_iterations"]:
+                continue
+            if report["evaluation"] == evaluation and report["run_id"] == self.run_id:
                 return report
         return None
 
@@ -270,14 +275,14 @@ class RunFolder:
 
     def _write_config(self, folder: Path) -> None:
         content = OmegaConf.to_yaml(self.config.as_dict()).encode()
-        checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(content))
+        checkpoint.write_atomically(folder / "config.yaml", lambda file: file.write(content))
 
     def _write_record(self) -> None:
         content = (json.dumps(self._record, indent=2) + "\n").encode()
-        checkpoint.write_whole(self.path / "run.json", lambda file: file.write(content))
+        checkpoint.write_atomically(self.path / "run.json", lambda file: file.write(content))
 
     def _truncate_metrics(self, iteration: int) -> None:
-        """Drops lines that the checkpoint does not know of; they will be computed, and logged, again."""
+        """Drops the lines after the checkpoint's iteration; training computes and logs them again."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
@@ -287,12 +292,12 @@ class RunFolder:
                 if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
                     kept.append(line)
             except ValueError:
-                break  # cut off in the middle of a write
-        checkpoint.write_whole(path, lambda file: file.write("".join(kept).encode()))
+                break  # the line was cut off in the middle of a write
+        checkpoint.write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
 
-class Follower(RunFolder):
-    """The same folder in the other processes of a run, which leave all writing to the first."""
+class NonWritingRunFolder(RunFolder):
+    """The same folder in processes other than rank 0, which write nothing."""
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -302,10 +307,10 @@ class Follower(RunFolder):
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON file; None if there is none.
+    """Reads a JSON file; returns None if it does not exist.
 
     Raises:
-        MamlError: if it is damaged.
+        MamlError: if the file is damaged.
     """
     try:
         return json.loads(path.read_text())
@@ -316,19 +321,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that numbers may depend on."""
-    found = {"python": platform.python_version()}
+    """Returns the versions of Python and of the packages on which numbers may depend, by name."""
+    packages = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["torch"] = torch.__version__
-    return found
+    packages["torch"] = torch.__version__
+    return packages
 
 
 def command_line() -> str:
-    """Returns the command that started this process, as one would type it."""
+    """Returns the command that started this process, in a form that can be copied to a shell."""
     script, arguments = Path(sys.argv[0]), sys.argv[1:]
     num_processes = distributed.local_world_size()
     torchrun = ["torchrun", f"--nproc-per-node={num_processes}"] if distributed.world_size() > 1 else []
@@ -342,9 +347,9 @@ def command_line() -> str:
 
 
 def _commit() -> dict[str, Any]:
-    """Returns the commit of the clone, and whether tracked files differ from it; None if this is no clone.
+    """Returns the clone's commit and whether tracked files differ from it; both are None outside a clone.
 
-    A wheel, or a copy of the files, may lie inside another project's repository, whose commit says nothing of ours.
+    An installed wheel, or a copy of the files, may be inside another project's repository. That commit is not used.
     """
     unknown = {"commit": None, "dirty": None}
     if not IN_CLONE:
@@ -355,7 +360,8 @@ def _commit() -> dict[str, Any]:
             for words in (
                 ["rev-parse", "--show-toplevel"],
                 ["rev-parse", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"],  # a run may live there
+                # Without results/, because a run may write there.
+                ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"],
             )
         )
     except (OSError, subprocess.SubprocessError):

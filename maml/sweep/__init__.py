@@ -1,1 +1,1 @@
-"""Several runs at once: what became of each, and a GPU for each."""
+"""Sweeps: a record and a summary of all jobs, and one GPU per job."""

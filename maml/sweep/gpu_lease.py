@@ -1,4 +1,4 @@
-"""The GPUs of this machine, one for each job: a pool of file locks, which no process that has died can keep."""
+"""Gives each job of a sweep its own GPU, with one file lock per GPU; the locks of a dead process are free again."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ _POLL_SECONDS = 1.0
 
 
 def visible_gpus() -> list[str]:
-    """Returns the names by which a process can be given one GPU of those that we see."""
+    """Returns the names of the GPUs that this process can use, in the form of ``CUDA_VISIBLE_DEVICES``."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
 def lease_gpu(pool: Path) -> BaseFileLock | None:
-    """Waits for a GPU that no other process has, and lets this one see no other from now on.
+    """Waits for a GPU that no other process has leased, and makes it the only GPU that this process can see.
 
-    CUDA must not be in use yet. A process that has had a GPU before gets the same again, as CUDA does not change it.
+    CUDA must not be initialised yet. A process that leases a GPU again gets the same one, because the first call hides
+    all others.
 
     Args:
-        pool: the folder of the locks.
+        pool: folder of the locks.
 
     Returns:
-        The lock, held until it is released or the process ends; None where there is no GPU.
+        The lock, held until it is released or the process ends; None if there is no GPU.
     """
     names = visible_gpus()
     pool.mkdir(exist_ok=True)
@@ -50,10 +51,10 @@ def lease_gpu(pool: Path) -> BaseFileLock | None:
 
 
 class OneGpuPerJob(Callback):
-    """Gives each job of a sweep a GPU of its own; for launchers that do not do so themselves."""
+    """Gives each job of a sweep its own GPU; for launchers that do not do this themselves."""
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # One pool for all sweeps of this user on this machine.
+        # All sweeps of this user on this machine share one pool.
         self._lock = lease_gpu(Path(tempfile.gettempdir()) / f"maml_gpus_{os.getuid()}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:

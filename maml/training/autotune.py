@@ -15,7 +15,7 @@ from maml.config.identity import digest, training_config
 from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.hardware.base import Execution, Hardware
-from maml.record.checkpoint import write_whole
+from maml.record.checkpoint import write_atomically
 from maml.record.run_folder import read_json, versions
 from maml.training.iteration import Iteration
 from maml.types import num_tasks
@@ -61,7 +61,7 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
         content = json.dumps({"seconds_per_task": seconds, "settings": settings}, indent=2) + "\n"
         with suppress(OSError, MamlError):  # without a cache file, the next run only measures again
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda file: file.write(content.encode()))
+            write_atomically(path, lambda file: file.write(content.encode()))
         table = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
         print(f"hardware.task_chunk=auto: measured time per task, by chunk size: {table}", file=sys.stderr)
     chunk = min(seconds, key=seconds.__getitem__)

@@ -12,7 +12,7 @@ from maml.errors import Disconnected
 from maml.hardware import distributed
 from maml.hardware.base import Hardware
 from maml.logger.base import Logger
-from maml.record.run_folder import Follower, RunFolder, command_line
+from maml.record.run_folder import NonWritingRunFolder, RunFolder, command_line
 from maml.seeding import Stream
 
 
@@ -35,7 +35,7 @@ class Learner:
     def __init__(self, settings: Settings, experiment: str, algorithm: Algorithm) -> None:
         self.settings, self.algorithm = settings, algorithm
         on_rank_zero = distributed.rank() == 0
-        self.folder = RunFolder(settings, experiment) if on_rank_zero else Follower(settings, experiment)
+        self.folder = RunFolder(settings, experiment) if on_rank_zero else NonWritingRunFolder(settings, experiment)
         self.logger: Logger = build(settings.logger) if on_rank_zero else Logger()
         self.stream = Stream(settings.seed, algorithm.stream.device)
         self.start = 0

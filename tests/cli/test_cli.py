@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import maml
-from maml.cli import in_eval_mode, main
+from maml.cli import eval_arguments, main
 from maml.record.run_folder import command_line
 from tests.runs import ROOT
 
@@ -38,7 +38,7 @@ def test_unknown_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_eval_is_train_in_another_mode(given: str, wanted: str) -> None:
-    assert in_eval_mode(given.split()) == wanted.split()
+    assert eval_arguments(given.split()) == wanted.split()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Composition as train.py does it: what Hydra is asked for, in whatever order, and what it cannot give."""
+"""Composition as train.py does it: overrides in any order, and the errors of a config that cannot be composed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_unresolvable_value_is_named(tiny: TinyRuns) -> None:
 
 
 def test_debug_before_experiment_is_refused() -> None:
-    with pytest.raises(MamlError, match=r"\+debug= must stand behind \+experiment=.*; swap the two"):
+    with pytest.raises(MamlError, match=r"\+debug= must come after \+experiment=.*; swap the two"):
         compose(["+debug=smoke", f"+experiment={EXPERIMENTS[0]}"])
 
 

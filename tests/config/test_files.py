@@ -49,9 +49,9 @@ def test_file_takes_over_its_defaults_and_names_the_options_it_chooses(tmp_path:
     text = "# The rest.\ndefaults:\n  - base\n  - override /model: conv4\n  - /logger: null\n  - _self_\nb: 3\n"
     file = read(written(tmp_path, "rest", text))
     assert file.entries == {"a": Entry("1", "of the base"), "b": Entry("3", "")}
-    assert file.chosen == {"model": "conv4"}
+    assert file.choices == {"model": "conv4"}
 
 
 def test_file_of_comments_alone_sets_nothing(tmp_path: Path) -> None:
     file = read(written(tmp_path, "a", "# Nothing to set.\n"))
-    assert (file.header, file.entries, file.chosen) == ("Nothing to set.", {}, {})
+    assert (file.header, file.entries, file.choices) == ("Nothing to set.", {}, {})

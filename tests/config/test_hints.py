@@ -1,4 +1,4 @@
-"""Hints behind an error: what was probably meant, and silence where nothing was misspelt."""
+"""Hints that follow an error: the probable spelling, and no hint where nothing was misspelt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's id: what it depends on and what not, and that every committed run keeps the one it has."""
+"""A run's id: the settings that change it, the settings that do not, and the unchanged ids of committed runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import differences, digest, training_config
 from maml.config.schema import check
 from tests.config.test_schema import changed
 from tests.runs import ROOT, TinyRuns
 
 RUNS = sorted(path.parent for path in (ROOT / "results" / "runs").glob("*/*/run.json"))
-# Committed runs that their experiment alone does not give, and what their command added to it.
+# Committed runs whose command had overrides besides the experiment.
 ADDED = {
     ("sinusoid_10shot", run_id): ("inner.step_size=0.01",)  # trained before the experiment's step size was settled
     for run_id in ("2f60af4e622c", "c2cb79b89b9b", "89e00df25d96")
@@ -41,7 +41,7 @@ def test_committed_run_is_named_by_the_settings_it_recorded(folder: Path) -> Non
 @every_committed_run
 def test_experiment_of_a_committed_run_still_gives_its_id(folder: Path) -> None:
     experiment = folder.parent.name
-    settings = composed(experiment, ADDED.get((experiment, folder.name), ()))
+    settings = compose_experiment(experiment, ADDED.get((experiment, folder.name), ()))
     mine = training_config(replace(settings, seed=record(folder)["seed"]))
     assert digest(mine) == folder.name, differences(mine, record(folder)["training"])
 

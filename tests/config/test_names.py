@@ -1,4 +1,4 @@
-"""Names of classes: one that moves keeps the ids of its runs, and its old configs can still be built."""
+"""Names of classes: a moved class keeps the ids of its runs, and its old configs can still be built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OLD, NEW = "maml.model.mlp.MLP", "networks.perceptron.MLP"
 
 @pytest.fixture
 def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type:
-    """MLP in another module, and no longer in its own; returns it."""
+    """Moves MLP to another module, which is returned."""
     package = tmp_path / "sources" / "networks"
     package.mkdir(parents=True)
     (package / "perceptron.py").write_text(Path(mlp.__file__).read_text())

@@ -1,4 +1,4 @@
-"""The reference of all keys: complete, and true to constructors, annotations and yaml files."""
+"""The reference of all keys: complete, and consistent with constructors, annotations and yaml files."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_option_says_what_it_sets_elsewhere() -> None:
     ],
 )
 def test_annotation_in_words(annotation: Any, words: str, ranges: list[str]) -> None:
-    assert ref._words(annotation) == words
+    assert ref._type_in_words(annotation) == words
     assert list(ref._ranges(annotation)) == ranges
 
 
@@ -121,6 +121,6 @@ def test_meanings_are_read_from_docstrings_with_those_inherited() -> None:
 
 
 def test_meaning_is_a_sentence_in_the_words_of_yaml() -> None:
-    assert ref._sentence("of two; None is one") == "Of two; null is one."
-    assert ref._sentence("theta' is adapted.") == "theta' is adapted."
-    assert ref._sentence("") == ""
+    assert ref._as_sentence("of two; None is one") == "Of two; null is one."
+    assert ref._as_sentence("theta' is adapted.") == "theta' is adapted."
+    assert ref._as_sentence("") == ""

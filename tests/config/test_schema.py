@@ -1,4 +1,4 @@
-"""The schema: every mistake is refused by name before anything is written; a user's class needs no annotations."""
+"""The schema: every wrong key is named before anything is written; a user's class needs no annotations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Config = dict[str, Any]
 
 
 def changed(config: Config | Settings, key: str, value: Any) -> Config:
-    """Returns a copy in which a dotted key has another value; without it where the value is ``...``."""
+    """Returns a copy with another value at a dotted key, or without the key if the value is ``...``."""
     config = copy.deepcopy(config.as_dict() if isinstance(config, Settings) else config)
     *parents, last = key.split(".")
     node = config
@@ -38,7 +38,7 @@ def changed(config: Config | Settings, key: str, value: Any) -> Config:
 
 
 def refusal(config: Config | Settings) -> str:
-    """Returns why a config is refused, and makes sure that nothing was written by then."""
+    """Returns the message with which a config is refused, and checks that nothing was written."""
     with pytest.raises(MamlError) as caught:
         settings = config if isinstance(config, Settings) else check(config)
         run_experiment(settings, "custom")
@@ -156,7 +156,7 @@ def test_added_key_that_nobody_reads_is_refused(tiny: TinyRuns, override: str) -
 
 
 class Inheriting(Sinusoid):
-    """A user's domain without a constructor of its own."""
+    """A user's domain that does not define a constructor."""
 
 
 class Flexible(Sinusoid):
@@ -165,7 +165,7 @@ class Flexible(Sinusoid):
 
 
 class Oddly(Sinusoid):
-    """Annotations that say nothing about configs, or exist for a type checker only."""
+    """Annotations that pydantic cannot check, or that exist for a type checker only."""
 
     def __init__(self, num_shots: int, layers: list[nn.Module], other: NotImported = None) -> None:  # type: ignore[name-defined]  # noqa: F821
         super().__init__(num_shots)

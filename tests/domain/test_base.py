@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.schema import build, without_data
 from maml.domain.base import Split, Workload
 from maml.domain.sinusoid import Sinusoid
@@ -75,7 +75,7 @@ def test_new_domain_is_taken_for_one_of_small_vectors(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("experiment", CHOSEN)
 def test_execution_of_an_experiment_is_the_one_its_runs_had(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
-    domain = build(without_data(composed(experiment).domain))
+    domain = build(without_data(compose_experiment(experiment).domain))
     threads, chunk, compiled = CHOSEN[experiment]
     for num_iterations in (4999, 5000):
         expected = Execution(threads, chunk, compiled and num_iterations == 5000)
@@ -88,7 +88,7 @@ def test_execution_of_an_experiment_is_the_one_its_runs_had(experiment: str, mon
 
 @pytest.mark.parametrize("experiment", ["sinusoid_10shot", "point_navigation_maml"])
 def test_domain_that_reads_nothing_is_the_same_without_data(experiment: str) -> None:
-    config = composed(experiment).domain
+    config = compose_experiment(experiment).domain
     bare, domain = build(without_data(config)), build(config)
     assert type(bare) is type(domain)
     bare.check_available()

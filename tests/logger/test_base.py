@@ -1,4 +1,4 @@
-"""The guard around every mirror: calls in order in one thread, one warning, and no run that waits or fails."""
+"""The base class of mirrors: calls in order in one thread, one warning, and no run that waits or fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maml.logger.base import Logger, Mirror, cause
 
 
 class Noting(Mirror):
-    """Notes its calls and the threads they came from; a call in `broken` does what is given there."""
+    """Records its calls and their threads; a call named in `broken` runs the function given there instead."""
 
     name = "Noting"
 
@@ -75,7 +75,7 @@ def test_first_failure_is_warned_of_and_ends_the_mirror(broken: str, caplog: pyt
     assert [name for name, *_ in logger.calls].count(broken) == 1
     assert logger.calls[-1][0] == broken
     assert caplog.messages == [
-        "Noting stopped mirroring this run (ConnectionError: no route); the run goes on and its local record is "
+        "Noting stopped mirroring this run (ConnectionError: no route); the run continues, and its run folder is "
         "complete."
     ]
     assert caplog.records[0].levelno == logging.WARNING
@@ -101,7 +101,7 @@ def test_slow_mirror_holds_up_no_call_and_is_left_behind(
     assert [name for name, *_ in logger.calls] == ["start"]
     release.set()
     (message,) = caplog.messages
-    assert message.startswith("Noting did not answer for 0 seconds and was left behind")
+    assert message.startswith("Noting did not finish within 0 seconds and was abandoned")
 
 
 def test_cause_is_kind_and_first_line() -> None:

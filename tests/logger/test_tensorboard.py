@@ -1,4 +1,4 @@
-"""The TensorBoard mirror: what its event files hold, and that its absence does not reach the run."""
+"""The TensorBoard mirror: the content of its event files, and a run without TensorBoard installed."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The W&B mirror: what it writes offline, and that nothing that W&B does reaches the run."""
+"""The W&B mirror: what it writes offline, and that no failure of W&B affects the run."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ REPORT = {
 
 @pytest.fixture
 def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The real library without credentials, its files kept out of the user's folders."""
+    """The real library, without credentials and without access to the user's folders."""
     wandb = pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_SERVICE"):
         monkeypatch.delenv(name, raising=False)
@@ -54,7 +54,7 @@ def fold(items: Any) -> dict[str, Any]:
 
 
 def read_run(run_dir: Path, part: int = 0) -> dict[str, Any]:
-    """Reads a .wandb file: LevelDB's log format (32 KiB blocks; crc, length, type) behind a header of 7 bytes."""
+    """Reads a .wandb file: LevelDB's log format (32 KiB blocks; crc, length, type) after a header of 7 bytes."""
     import wandb
     from wandb.proto import wandb_internal_pb2
 
@@ -209,7 +209,7 @@ def test_online_without_credentials_warns_and_is_offline(
 
 
 class Broken:
-    """A stand-in for the library and for a run of it, of which one function fails."""
+    """A fake of the library and its run object, with one function that fails."""
 
     def __init__(self, broken: str, how: Any) -> None:
         self.broken, self.how = broken, how
@@ -243,7 +243,7 @@ def test_error_in_wandb_gives_one_warning_and_no_exception(
     logger.finish("finished")
     error = "BrokenPipeError: the pipe" if how is fail else "SystemExit: 1"
     assert warned(caplog) == [
-        f"W&B stopped mirroring this run ({error}); the run goes on and its local record is complete."
+        f"W&B stopped mirroring this run ({error}); the run continues, and its run folder is complete."
     ]
     assert caplog.records[0].levelno == logging.WARNING
 
@@ -271,7 +271,7 @@ def test_hanging_wandb_is_left_behind(
     logger.finish("finished")
     release.set()
     (warning,) = warned(caplog)
-    assert "did not answer" in warning
+    assert "did not finish" in warning
 
 
 def test_importing_the_logger_does_not_import_wandb() -> None:

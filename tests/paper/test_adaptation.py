@@ -1,4 +1,4 @@
-"""Adaptation to single sinusoids, as Figures 2 and 7 show it, against gradient descent written out."""
+"""Adaptation to single sinusoids, as in Figures 2 and 7, compared with a plain gradient descent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maml.paper.adaptation import panel_rows
 from maml.paper.cells import Panel, Picture
 from maml.record import checkpoint
 from maml.record.index import find_evidence, find_runs
-from tests.paper.made_up import SINUSOID, edit, make_run_with_checkpoint
+from tests.paper.fake_runs import SINUSOID, edit, make_run_with_checkpoint
 from tests.paper.test_figures import evidence
 from tests.runs import ROOT
 
@@ -25,7 +25,7 @@ def test_a_checkpoint_of_another_iteration_is_refused(tmp_path: Path) -> None:
     folder = make_run_with_checkpoint(tmp_path)
     earlier = checkpoint.load(folder / "checkpoint.pt") | {"iteration": 69_000}
     checkpoint.save(folder / "checkpoint.pt", earlier)
-    with pytest.raises(MamlError, match="is not what the report beside it is of"):
+    with pytest.raises(MamlError, match=r"does not belong to the report\.json beside it"):
         panel_rows(PICTURE, PANEL, evidence(tmp_path))
 
 

@@ -1,11 +1,11 @@
-"""The list of cells: it is complete, says what the paper says, and names experiments that there are."""
+"""The list of cells: it is complete, agrees with the paper, and names experiments that exist."""
 
 import csv
 from pathlib import Path
 
 import pytest
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.schema import build
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
@@ -75,7 +75,7 @@ def test_every_curve_and_panel_composes_and_evaluates_what_it_draws() -> None:
 
 
 def assert_evaluates(source: Source, step: int) -> None:
-    config = composed(source.experiment, source.overrides)
+    config = compose_experiment(source.experiment, source.overrides)
     assert step <= config.evaluation["num_steps"]
     assert source.num_shots in (config.evaluation["num_shots"] or [config.domain["num_shots"]])
 
@@ -127,7 +127,7 @@ def test_figures_2_and_7_have_their_tasks_and_one_has_its_points_in_one_half() -
 
 
 def test_pretrained_curves_and_panels_take_the_step_sizes_of_the_papers_legends() -> None:
-    evaluation = build(composed("sinusoid_pretrain").evaluation)
+    evaluation = build(compose_experiment("sinusoid_pretrain").evaluation)
     for figure in load_figures(RESULTS):
         for curve in figure.curves:
             if curve.row.startswith("pretrained_step"):
@@ -206,7 +206,7 @@ def test_a_row_that_the_paper_does_not_have_is_named(right: str, wrong: str, nam
     assert right in text
     (tmp_path / "cells.yaml").write_text(text.replace(right, wrong))
     (tmp_path / "paper").symlink_to(RESULTS / "paper")
-    with pytest.raises(MamlError, match=f"there is no {named}.* in results/paper/table"):
+    with pytest.raises(MamlError, match=f"results/paper/table.*csv has no {named}"):
         load_tables(tmp_path)
 
 

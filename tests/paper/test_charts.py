@@ -1,4 +1,4 @@
-"""Charts as SVG: where values lie, and values that are hard to draw."""
+"""SVG charts: positions of values, and values that are hard to draw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of what has been run, and of nothing."""
+"""Figures with runs and without."""
 
 import csv
 import runpy
@@ -10,9 +10,9 @@ from matplotlib.figure import Figure as Canvas
 
 from maml.errors import MamlError
 from maml.paper.cells import Curve, Figure, Panel, Picture, Source, load_figures
-from maml.paper.figures import CurveComparison, Drawn, bootstrap_interval, drawn, plot_figure
+from maml.paper.figures import CurveComparison, DrawnCurve, bootstrap_interval, plot_figure, prepare_curve
 from maml.record.index import Evidence, find_evidence, find_runs
-from tests.paper.made_up import POINT, SINUSOID, make_run, make_run_with_checkpoint
+from tests.paper.fake_runs import POINT, SINUSOID, make_run, make_run_with_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PICTURE = Picture("figure2", "Figure 2", ())
@@ -111,9 +111,9 @@ def test_an_unfinished_run_is_reduced_budget_and_its_tasks_are_not_drawn(tmp_pat
 @pytest.mark.parametrize(
     ("level", "expected"),
     [
-        ((0.3, 0.5), "reproduced"),  # the range in our interval, 0.3 to 0.7
-        ((0.6, 3.0), "reproduced"),  # an overlap
-        ((0.7, 0.9), "reproduced"),  # at the very edge
+        ((0.3, 0.5), "reproduced"),  # the range lies in our interval, 0.3 to 0.7
+        ((0.6, 3.0), "reproduced"),  # the range and our interval overlap
+        ((0.7, 0.9), "reproduced"),  # the range touches our interval
         ((0.8, 0.9), "better"),
         ((0.1, 0.2), "worse"),
         ((0.5, 0.5), "reproduced"),
@@ -166,14 +166,14 @@ def test_a_finished_run_without_its_checkpoint_is_named_once_and_its_curves_draw
 
 
 def test_each_k_is_a_panel_and_what_never_adapts_a_flat_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    items: list[Drawn] = []
+    items: list[DrawnCurve] = []
     for num_shots in (5, 20):
         adapts, flat = (
             Curve(row, f"K={num_shots}", Source(row, "mse", num_shots), num_steps, {0: (0.0, 0.1)})
             for row, num_steps in (("MAML", 2), ("oracle", 0))
         )
-        items += [Drawn(adapts, "MAML, ours", [(3.0, 0.1), (2.0, 0.1), (1.0, 0.1)])]
-        items += [Drawn(flat, "oracle, ours", [(0.5, 0.1)])]
+        items += [DrawnCurve(adapts, "MAML, ours", [(3.0, 0.1), (2.0, 0.1), (1.0, 0.1)])]
+        items += [DrawnCurve(flat, "oracle, ours", [(0.5, 0.1)])]
     canvas = drawn_canvas(Figure("figure6", "Figure 6", "mse", ()), items, monkeypatch)
     assert [axes.get_title() for axes in canvas.axes] == ["K=5", "K=20"]
     for axes in canvas.axes:
@@ -196,7 +196,7 @@ def test_bootstrap_interval_equals_a_slow_reference() -> None:
 
 
 def test_bootstrap_interval_is_about_one_standard_error_to_both_sides() -> None:
-    # The published mean and spread over goals of MAML's first row in fig4_point.csv, whose band is -42.43 to -38.40.
+    # MAML's first row in fig4_point.csv: the published mean and spread over goals; the band is -42.43 to -38.40.
     values = np.random.default_rng(1).normal(size=40)
     low, high = bootstrap_interval(-40.4072 + 12.9246 * (values - values.mean()) / values.std())
     assert (low, high) == pytest.approx((-42.4292, -38.4041), abs=0.25)
@@ -225,7 +225,7 @@ def test_without_runs_figure_4_has_the_papers_numbers_and_says_not_run(tmp_path:
 
 def test_figure_4_judges_every_step_of_a_finished_run_as_the_tables_do(tmp_path: Path) -> None:
     make_run_with_checkpoint(tmp_path / "runs", source=POINT, mean=-11.0, ci95=0.1)
-    rows = [row for row in render(tmp_path, "figure4", status=1) if row["curve"] == "MAML"]  # the trajectory is not its
+    rows = [row for row in render(tmp_path, "figure4", status=1) if row["curve"] == "MAML"]  # without the trajectory
     assert [row["status"] for row in rows] == ["better", "reproduced", "worse", "worse"]
     assert {(row["ours"], row["ours_ci95"]) for row in rows} == {("-11.0", "0.1")}
     expected = bootstrap_interval(-11.0 + np.linspace(-1, 1, 40))
@@ -244,7 +244,7 @@ def test_figure_4_judges_nothing_that_was_not_trained_to_the_end(tmp_path: Path)
     [
         (None, r"tasks\.csv is missing or damaged"),
         ("num_shots,metric,task\n40,return,0\n", r"tasks\.csv is missing or damaged"),
-        ("num_shots,metric,task,step_0\n40,return,0,-12\n", r"tasks\.csv is not of the report beside it"),
+        ("num_shots,metric,task,step_0\n40,return,0,-12\n", r"tasks\.csv does not belong to the report"),
     ],
 )
 def test_values_per_task_that_are_missing_or_not_the_reports_are_refused(
@@ -265,7 +265,7 @@ def test_a_curve_without_its_values_per_task_is_named_and_left_out(tmp_path: Pat
     assert (tmp_path / "figures.md").read_text().count("tasks.csv is missing or damaged") == 1
 
 
-def drawn_canvas(figure: Figure, items: list[Drawn], monkeypatch: pytest.MonkeyPatch) -> Canvas:
+def drawn_canvas(figure: Figure, items: list[DrawnCurve], monkeypatch: pytest.MonkeyPatch) -> Canvas:
     canvases: list[Canvas] = []
     monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
     plot_figure(figure, items, Path("unused.png"))
@@ -277,7 +277,7 @@ def test_figure_5_draws_the_published_curve_in_each_panel_and_leaves_out_what_th
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (figure,) = (figure for figure in load_figures(ROOT / "results") if figure.name == "figure5")
-    canvas = drawn_canvas(figure, [drawn(curve, Evidence()) for curve in figure.curves], monkeypatch)
+    canvas = drawn_canvas(figure, [prepare_curve(curve, Evidence()) for curve in figure.curves], monkeypatch)
     assert len(canvas.axes) == 4
     for axes in canvas.axes:
         curves = [curve for curve in figure.curves if curve.panel == axes.get_title()]
@@ -294,7 +294,7 @@ def test_figure_4_has_the_papers_axis_and_widens_it_for_a_curve_beyond(
     (figure,) = (figure for figure in load_figures(ROOT / "results") if figure.name == "figure4")
     for mean, limits in ((-11.0, (-100, -2)), (-1.0, (-100, pytest.approx(-0.8, abs=0.15)))):
         make_run(tmp_path, source=POINT, mean=mean)
-        items = [drawn(curve, evidence(tmp_path, curve.source)) for curve in figure.curves]
+        items = [prepare_curve(curve, evidence(tmp_path, curve.source)) for curve in figure.curves]
         (axes,) = drawn_canvas(figure, items, monkeypatch).axes
         assert (axes.get_yscale(), axes.get_ylim()) == ("symlog", limits)
         lines = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}

@@ -1,4 +1,4 @@
-"""The tables in LaTeX: well formed, and, where there is a compiler, compiled."""
+"""The tables in LaTeX: they are well formed, and compile if a compiler is installed."""
 
 import re
 import runpy
@@ -13,7 +13,7 @@ from maml.paper.cells import Cell, Layout, Table, load_tables
 from maml.paper.latex import document, escape, table_latex
 from maml.paper.tables import Comparison, bold_cells, compare
 from maml.record.index import Evidence, find_evidence, find_runs
-from tests.paper.made_up import SINUSOID, make_run
+from tests.paper.fake_runs import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -28,7 +28,7 @@ COMMANDS = re.compile(
 
 
 def assert_well_formed(text: str) -> None:
-    """A small strict reading of LaTeX: ASCII, known commands, braces, mathematics, environments, widths of rows."""
+    """A strict check of LaTeX: ASCII, known commands, braces, mathematics, environments, widths of rows."""
     assert text.isascii()
     assert all(COMMANDS.fullmatch(name) for name in re.findall(r"\\([A-Za-z]+)", text))
     bare = re.sub(r"\\(\\|[&%$#_{}])", "", text)  # without line breaks and escaped characters
@@ -39,7 +39,7 @@ def assert_well_formed(text: str) -> None:
         assert depth >= 0
     assert depth == 0
     assert bare.count("$") % 2 == 0
-    words = re.sub(r"\\(input|label|begin|end)\{[^}]*\}", "", bare)  # file names and the like are no text
+    words = re.sub(r"\\(input|label|begin|end)\{[^}]*\}", "", bare)  # file names and labels are not text
     outside = "".join(words.split("$")[::2])
     assert not set("%#_^~") & set(outside)
     opened: list[str] = []
@@ -98,7 +98,7 @@ def test_escape_leaves_no_special_character() -> None:
 
 
 def numbers(text: str) -> list[list[str]]:
-    r"""Returns the cells of each row, as plain text: ``*`` in front of bold ones."""
+    r"""Returns the cells of each row, as plain text; bold cells start with ``*``."""
     body = text[text.index(r"\midrule") : text.index(r"\bottomrule")]
     rows = []
     for line in body.splitlines():

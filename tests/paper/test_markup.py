@@ -1,4 +1,4 @@
-"""Elements of a page: what is escaped and what is not."""
+"""Elements of a page: text is escaped, markup is not."""
 
 from __future__ import annotations
 

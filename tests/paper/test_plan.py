@@ -1,4 +1,4 @@
-"""What is missing, where it goes on, and what it will take: jobs of made-up runs."""
+"""The plan of jobs: missing runs, runs to resume, and estimated costs, for runs with invented numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maml.errors import MamlError
 from maml.paper.cells import Source
 from maml.paper.plan import SMOKE, WATERMARK, Job, Need, estimate, list_needs, plan, select, write_smoke_cells
 from maml.record.index import find_runs
-from tests.paper.made_up import SINUSOID, edit, make_run, make_run_with_checkpoint
+from tests.paper.fake_runs import SINUSOID, edit, make_run, make_run_with_checkpoint
 from tests.runs import files
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -24,7 +24,7 @@ NOWHERE = ("data_dir=/nowhere", "cache_dir=/nowhere")
 
 
 def jobs(root: Path, *sources: Source, seeds: Sequence[int] = (0,), wandb: bool = False) -> list[Job]:
-    """Plans in ``runs``, beside what is committed in ``committed``."""
+    """Plans jobs in the folder ``runs``, with the committed runs in ``committed``."""
     needs = [Need(f"table{number}", "row", "column", source) for number, source in enumerate(sources)]
     runs, _ = find_runs(root / "runs", root / "committed")
     return plan(needs, seeds, runs, root / "runs", wandb)
@@ -55,7 +55,7 @@ def test_name_stands_for_what_begins_with_it(name: str, artifacts: set[str], row
         ("tabel2", "has no tabel2; did you mean table2"),
         ("figure9", "has no figure9; did you mean figure"),
         ("table2/MAMI", "has no table2/MAMI; did you mean table2_multitask/MAML"),
-        ("x", "has no x; there is table1_omniglot, "),
+        ("x", "has no x; allowed: table1_omniglot, "),
         ("table1/MANN", "no experiment for table1/MANN"),
     ],
 )
@@ -113,12 +113,12 @@ def test_unfinished_committed_run_is_copied_whole_and_stays_as_it_is(tmp_path: P
     before = files(committed)
     (job,) = jobs(tmp_path, SINUSOID)
     assert (job.state, job.committed) == ("continue from 30,000", committed)
-    half = tmp_path / "runs" / ".copying" / "sinusoid_10shot" / job.run_id  # of a copy that was killed
+    half = tmp_path / "runs" / ".copying" / "sinusoid_10shot" / job.run_id  # left by a copy that was killed
     shutil.copytree(committed, half)
     (half / "checkpoint.pt").write_bytes(b"half")
     assert find_runs(tmp_path / "runs") == ([], [])
     job.folder.mkdir(parents=True)
-    (job.folder / "lock").touch()  # of a process that was killed before it recorded anything
+    (job.folder / "lock").touch()  # left by a process that was killed before it recorded anything
     job.prepare()
     assert files(job.folder) == files(committed) == before
     assert not half.exists()

@@ -1,4 +1,4 @@
-"""The report: what stands on the page, what is left out by name, and how it behaves in a browser."""
+"""The report: the content of the page, the list of runs left out, and its behaviour in a browser."""
 
 import json
 import runpy
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import training_config
 from maml.paper.cells import load_tables
 from maml.paper.report import load_departures, measured_readings, render
 from maml.record.index import find_runs
 from tests.browser import Browser, find_browser
-from tests.paper.made_up import make_run
+from tests.paper.fake_runs import make_run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -22,11 +22,11 @@ main = runpy.run_path(str(ROOT / "scripts" / "report.py"))["main"]
 
 
 def make_runs(root: Path) -> None:
-    """Makes two seeds of a finished run with learning curves, one of which diverged."""
+    """Makes two seeds of a finished run with learning curves; one of them diverged."""
     for seed, mean in enumerate([0.7, None]):
         folder = make_run(root, mean=mean, seed=seed)
         lines = [json.dumps({"iteration": i, "loss": 5.0 / i}) + "\n" for i in range(1, 1000)]
-        (folder / "metrics.jsonl").write_text("".join(lines) + '{"iteration": 10')  # the last is being written
+        (folder / "metrics.jsonl").write_text("".join(lines) + '{"iteration": 10')  # the last line is being written
 
 
 def report(root: Path) -> str:
@@ -113,7 +113,7 @@ def test_departures_are_measured_by_what_they_name() -> None:
     for measured in (entry["measured"] for entry in load_departures(RESULTS) if "measured" in entry):
         choices = []
         for label, source, step in measured_readings(measured):
-            config = composed(source.experiment, source.overrides)
+            config = compose_experiment(source.experiment, source.overrides)
             evaluation, domain = config.evaluation, config.domain
             assert source.num_shots in (evaluation["num_shots"] or [domain["num_shots"]]), label
             assert step <= evaluation["num_steps"]
@@ -203,7 +203,7 @@ def test_column_sorts_both_ways_and_back(browser: Browser, page: Path) -> None:
     assert browser.run(methods) == printed
     browser.click("#table2_multitask thead th .sorter")
     assert browser.run(methods) == sorted(printed, key=str.lower)
-    browser.click("#table2_multitask thead tr + tr th + th .sorter")  # ours: only one has been run, and it comes first
+    browser.click("#table2_multitask thead tr + tr th + th .sorter")  # "ours": only one row was run
     assert browser.run(methods)[0] == "MAML"
 
 

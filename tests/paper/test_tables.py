@@ -26,7 +26,7 @@ from maml.paper.tables import (
     verdict,
 )
 from maml.record.index import Evidence, find_evidence, find_runs
-from tests.paper.made_up import SINUSOID, make_run
+from tests.paper.fake_runs import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -47,12 +47,12 @@ def rendered(*comparisons: Comparison) -> str:
 @pytest.mark.parametrize(
     ("ours", "published", "larger_is_better", "expected"),
     [
-        ((98.5, 0.3), (98.7, 0.4), True, "reproduced"),  # each in the other's
-        ((98.0, 0.8), (98.7, 0.4), True, "reproduced"),  # the paper's in ours
-        ((98.4, 0.1), (98.7, 0.4), True, "reproduced"),  # ours in the paper's
-        ((98.0, 0.5), (98.7, 0.4), True, "worse"),  # the intervals overlap, but hold neither value
+        ((98.5, 0.3), (98.7, 0.4), True, "reproduced"),  # each value lies in the other's interval
+        ((98.0, 0.8), (98.7, 0.4), True, "reproduced"),  # the paper's value lies in our interval
+        ((98.4, 0.1), (98.7, 0.4), True, "reproduced"),  # our value lies in the paper's interval
+        ((98.0, 0.5), (98.7, 0.4), True, "worse"),  # the intervals overlap, but contain neither value
         ((99.4, 0.5), (98.7, 0.4), True, "better"),
-        ((0.75, 0.25), (0.5, 0.0), False, "reproduced"),  # no interval printed, at the very edge of ours
+        ((0.75, 0.25), (0.5, 0.0), False, "reproduced"),  # no printed interval; the value is at the edge of ours
         ((0.80, 0.25), (0.5, 0.0), False, "worse"),
         ((0.20, 0.25), (0.5, 0.0), False, "better"),
         ((-50.0, 1.0), (-40.4, 4.1), True, "worse"),
@@ -159,7 +159,8 @@ def test_script_renders_runs_and_names_a_corrupt_one(tmp_path: Path, capsys: pyt
     counted, beside, _ = capsys.readouterr().out.splitlines()
     assert counted == "1 of 71 cells reproduced, 0 better, 2 worse, 0 reduced budget, 22 quoted, 46 not run"
     assert beside == (
-        "Not in the paper and counted apart: 0 of 34 cells reproduced, 0 better, 0 worse, 0 reduced budget, 34 not run"
+        "Not in the paper, counted separately: "
+        "0 of 34 cells reproduced, 0 better, 0 worse, 0 reduced budget, 34 not run"
     )
     assert f"{counted}.\n\n{beside}." in overview
     with open(out / "table2_multitask" / "table2_multitask.csv", newline="") as file:
@@ -185,7 +186,7 @@ def test_headline_shows_a_number_once_though_two_tables_print_it(tmp_path: Path)
     assert [line.split(" |")[0] for line in lines] == ["| table2_multitask/MAML/K5_gradsteps_1"] * 2
 
 
-# Of the numbers of the paper's own method, all but two are printed in bold; of the others none.
+# All but two numbers of the paper's own method are printed in bold, and no other numbers.
 OWN = {
     "table1_omniglot": {"MAML_noconv", "MAML_conv"},
     "table1_miniimagenet": {"FOMAML", "MAML"},

@@ -1,4 +1,4 @@
-"""The lower half of Figure 4: rollouts of what was evaluated, beside the published ones."""
+"""The lower half of Figure 4: rollouts of the evaluated policy beside the published ones."""
 
 import csv
 from dataclasses import replace
@@ -11,19 +11,19 @@ import torch
 from matplotlib.figure import Figure as Canvas
 
 from maml.algorithm.base import Algorithm
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.schema import build
 from maml.errors import MamlError
 from maml.evaluation import Evaluation, per_task_rows
-from maml.paper.adaptation import restored
+from maml.paper.adaptation import load_trained
 from maml.paper.cells import Panel, load_pictures
 from maml.paper.trajectories import panel_rows, plot_picture
 from maml.record.index import Evidence, find_evidence, find_runs
-from tests.paper.made_up import POINT, edit, make_run_with_checkpoint
+from tests.paper.fake_runs import POINT, edit, make_run_with_checkpoint
 
 RESULTS = Path(__file__).parents[2] / "results"
 (PICTURE,) = (picture for picture in load_pictures(RESULTS) if picture.published)
-# As in meta-test, but for fewer and shorter rollouts.
+# As in meta-test, but with fewer and shorter rollouts.
 SMALL = replace(
     POINT, num_shots=4, overrides=("domain.horizon=20", "evaluation.num_tasks=8", "evaluation.num_shots=[4]")
 )
@@ -35,7 +35,10 @@ def evaluated_run(root: Path) -> tuple[Evidence, Evaluation, Algorithm]:
     """Makes a run whose report is the evaluation of its checkpoint."""
     folder = make_run_with_checkpoint(root, source=SMALL)
     found = find_evidence(SMALL, find_runs(root)[0])
-    evaluation, algorithm = build(composed(SMALL.experiment, SMALL.overrides).evaluation), restored(SMALL, found)
+    evaluation, algorithm = (
+        build(compose_experiment(SMALL.experiment, SMALL.overrides).evaluation),
+        load_trained(SMALL, found),
+    )
     bank = evaluation.bank(algorithm.domain, SMALL.num_shots)
     curves = evaluation.curves(algorithm, SMALL.num_shots, bank, STEP_SIZES)
     edit(folder / "report.json", curves=[curve.summary() for curve in curves], step_sizes={"4": STEP_SIZES})

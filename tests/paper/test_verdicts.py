@@ -1,4 +1,4 @@
-"""What a run says of the paper's cells when it ends."""
+"""The verdicts on the paper's cells at the end of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from maml.config.compose import compose
 from maml.paper import verdicts
 from maml.paper.verdicts import cell_verdicts
-from tests.paper.made_up import make_run
+from tests.paper.fake_runs import make_run
 
 CELL = "table2_multitask/MAML/K5_gradsteps_1"
 

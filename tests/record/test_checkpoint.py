@@ -1,4 +1,4 @@
-"""Checkpoint files: what is saved comes back, what is damaged is noticed, and a failed write costs nothing."""
+"""Checkpoint files: saved content is read back, damage is noticed, and a failed write loses nothing."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_saving_keeps_the_one_before_and_nothing_else(path: Path) -> None:
         checkpoint.save(path, content(iteration))
     assert {file.name for file in path.parent.iterdir()} == {"checkpoint.pt", "checkpoint.previous.pt"}
     assert checkpoint.load(path)["iteration"] == 3
-    assert checkpoint.load(checkpoint.previous(path))["iteration"] == 2
+    assert checkpoint.load(checkpoint.previous_path(path))["iteration"] == 2
 
 
 def test_newest_is_found_at_every_point_of_saving(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each system call of a save in turn is the last one before a kill."""
+    """A save is killed after each of its system calls in turn."""
 
     class Killed(BaseException):
         pass
@@ -112,7 +112,7 @@ def test_every_flipped_bit_is_noticed_or_harmless(path: Path) -> None:
         except MamlError:
             noticed += 1
         else:
-            assert_equal(loaded, content())  # it was padding
+            assert_equal(loaded, content())  # the changed byte was padding
     assert noticed > 100
 
 
@@ -123,7 +123,7 @@ def test_flipped_bit_in_a_tensor_is_noticed_where_torch_does_not(path: Path) -> 
     bad[bad.index(weight.numpy().tobytes()) + 2] ^= 1
     path.write_bytes(bad)
     assert not torch.equal(torch.load(path, weights_only=True)["state"]["theta"]["weight"], weight)
-    with pytest.raises(MamlError, match=r"damaged or not a checkpoint \(the check sum of .* is wrong\)"):
+    with pytest.raises(MamlError, match=r"damaged or not a checkpoint \(the checksum of .* is wrong\)"):
         checkpoint.load(path)
 
 
@@ -136,7 +136,7 @@ def test_truncated_file_is_refused_and_the_one_before_named(path: Path, share: f
     with pytest.raises(MamlError) as caught:
         checkpoint.load(path)
     assert f"{path} is damaged or not a checkpoint" in str(caught.value)
-    assert f"the one before is {checkpoint.previous(path)}: rename it to checkpoint.pt" in str(caught.value)
+    assert f"the previous one is {checkpoint.previous_path(path)}: rename it to checkpoint.pt" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", [b"", b"<html>404</html>", b"PK\x03\x04", b"\x80\x02]q\x00."])
@@ -194,13 +194,13 @@ def test_missing_folder_is_reported(tmp_path: Path) -> None:
 
 def test_readers_see_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    checkpoint.write_whole(path, lambda file: file.write(b"old"))
+    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
 
     def write(file: IO[bytes]) -> None:
         file.write(b"half")
         file.flush()
         assert path.read_bytes() == b"old"
 
-    checkpoint.write_whole(path, write)
+    checkpoint.write_atomically(path, write)
     assert path.read_bytes() == b"half"
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]

@@ -1,4 +1,4 @@
-"""Exported parameters: what a file keeps, that damage is noticed, and that an algorithm goes on from it."""
+"""Exported parameters: a file keeps what evaluation needs, damage is noticed, and an algorithm can load it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
-from maml.record.exported import Entry, Exported, Index, Reading, pack, read_index, restore, unpack, write_index
+from maml.record.exported import Entry, ExportedFile, Index, Reading, pack, read_index, restore, unpack, write_index
 from tests.algorithms import build_from
 
 
@@ -71,7 +71,7 @@ def test_parameters_of_another_network_are_refused() -> None:
 
 
 def an_index() -> Index:
-    about = Exported(
+    about = ExportedFile(
         sha256="0", run_id="1f2e3d", seed=0, iteration=3, num_iterations=4, execution={}, versions={}, hardware={}
     )
     entry = Entry(

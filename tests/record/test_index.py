@@ -1,4 +1,4 @@
-"""Finding runs: the right ones, the best of them, and nothing that is damaged."""
+"""Finding runs: those with the right settings, complete ones first, and no damaged ones."""
 
 import fcntl
 import json
@@ -14,7 +14,7 @@ import pytest
 from maml.config.paths import CONF
 from maml.errors import MamlError
 from maml.record.index import SUPERSEDED, Evidence, find_evidence, find_runs, provenance, read_run, read_runs, supersede
-from tests.paper.made_up import SINUSOID, edit, make_run, write
+from tests.paper.fake_runs import SINUSOID, edit, make_run, write
 from tests.runs import files
 
 
@@ -65,7 +65,7 @@ def test_of_equal_runs_that_disagree_the_first_counts_and_the_other_is_named(tmp
     runs, problems = find_runs(tmp_path / "local", tmp_path / "committed")
     assert readings(find_evidence(SINUSOID, runs)) == [0.5, 0.7]
     assert len(problems) == 1
-    assert f"{committed} has the settings and the seed of {local}, which counts, but mse at K=5, step 0" in problems[0]
+    assert f"{committed} has the settings and the seed of {local}, which is used, but mse at K=5, step 0" in problems[0]
     assert "is 0.6, not 0.5" in problems[0]
     every, _ = read_runs(tmp_path / "local", tmp_path / "committed")
     assert {run.path for run in every if run.status == "conflict"} == {committed}
@@ -75,7 +75,7 @@ def test_of_equal_runs_that_disagree_the_first_counts_and_the_other_is_named(tmp
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"mean": 0.5004}, ""),  # within a query image of 600 tasks
+        ({"mean": 0.5004}, ""),  # differs by less than one query image in 600 tasks
         ({"mean": 0.52}, "is 0.52, not 0.5"),
         ({"mean": None}, "is diverged, not 0.5"),
         ({"mean": 0.9, "seed": 1}, ""),
@@ -107,7 +107,7 @@ def test_other_task_banks_disagree_and_a_curve_that_only_one_has_does_not(tmp_pa
     report = make_run(tmp_path, name="b") / "report.json"
     banks, curves = (json.loads(report.read_text())[name] for name in ("banks", "curves"))
     edit(report, banks=banks | {"5": "another"})
-    assert "but its task banks are others" in find_runs(tmp_path)[1][0]
+    assert "but its task banks are different" in find_runs(tmp_path)[1][0]
     edit(report, banks=banks, curves=curves[1:])
     assert find_runs(tmp_path)[1] == []
 
@@ -178,7 +178,7 @@ def test_values_per_task_may_have_diverged(tmp_path: Path) -> None:
     tasks.write_text(tasks.read_text().replace("nan", "inf"))
     assert np.isinf(read_runs(tmp_path)[0][0].reports[0].per_task(SINUSOID, 1)).all()
     tasks.write_text(tasks.read_text().replace("inf", "1.0"))
-    with pytest.raises(MamlError, match=r"tasks\.csv is not of the report"):
+    with pytest.raises(MamlError, match=r"tasks\.csv does not belong to the report\.json"):
         read_runs(tmp_path)[0][0].reports[0].per_task(SINUSOID, 1)
 
 

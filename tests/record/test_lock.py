@@ -1,4 +1,4 @@
-"""Locks: who gets one, who is refused and told by whom, and what stands in where there is no flock."""
+"""Locks: one holder at a time, a message that names the holder, and a marker file where there is no flock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.runs import TinyRuns
 
 ME = f"process {os.getpid()} on {platform.node()}"
 WITHOUT = {"ENOSYS": errno.ENOSYS, "ENOTSUP": errno.ENOTSUP, "EINVAL": errno.EINVAL, "ENOLCK": errno.ENOLCK}
-# Holds the lock of argv[1] until its standard input is closed; with argv[2], on a file system without flock.
+# Holds the lock at argv[1] until standard input is closed; with argv[2], as on a file system without flock.
 HOLD = """
 import errno, fcntl, sys
 from pathlib import Path
@@ -45,7 +45,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    lock._say_that_there_is_no_flock.cache_clear()
+    lock._warn_no_flock.cache_clear()
 
 
 @pytest.fixture(params=["flock", "no flock"])
@@ -114,7 +114,8 @@ def test_run_starts_where_flock_is_not_supported_and_says_so_once(
         second.open({"device": "cpu"}, "", "MAML")
         second.close("finished")
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
-        f"The file system of {run.path} has no file locks (flock)"
+        f"The file system of {run.path} has no file locks (flock). A marker file that names the process replaces the "
+        "lock. It protects a run on one machine only"
     ]
     assert not list(run.path.glob("*.marker"))
 
@@ -127,7 +128,7 @@ def test_marker_of_another_machine_is_an_obstacle(tmp_path: Path, monkeypatch: p
     assert lock.is_held(path)
     assert lock.acquire(path) is None
     assert SoftFileLock(tmp_path / "lock.marker").pid == 1234567
-    assert lock.advice(path).endswith(f"if it is gone, delete {tmp_path / 'lock.marker'}")
+    assert lock.advice(path).endswith(f"if it has ended, delete {tmp_path / 'lock.marker'}")
 
 
 def test_other_errors_are_no_matter_of_flock(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The picture of a report: which curves it draws, and which points of them."""
+"""The plot of a report: the curves and points that it draws."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REPORT = {
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
-    """The figures that are drawn, as they are made."""
+    """Collects the figures that are drawn."""
     made: list[matplotlib.figure.Figure] = []
 
     class Kept(matplotlib.figure.Figure):

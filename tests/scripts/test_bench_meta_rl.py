@@ -1,4 +1,4 @@
-"""The benchmark of meta-RL in its quick mode: what it writes, and that its phases add up."""
+"""The benchmark of meta-RL in its quick mode: its files, and the sum of its phases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PHASES = ("sampling", "advantages and adaptation", "gradient", "curvature", "con
 
 
 def test_quick_run_writes_all_it_measures(tmp_path: Path) -> None:
-    """As a process of its own: it keeps itself to one core."""
+    """In a separate process, because the benchmark restricts its process to one core."""
     command = [sys.executable, "scripts/bench_meta_rl.py", "--quick", "--shapes", "ant", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -32,6 +32,6 @@ def test_quick_run_writes_all_it_measures(tmp_path: Path) -> None:
     assert all(medians[f"{name}, steps per second"] > 0 for name in ("ours", "SyncVectorEnv", "AsyncVectorEnv"))
     phases = [medians[f"{phase}, seconds"] for phase in PHASES]
     assert min(phases) > 0
-    # Two iterations, whose median is their mean.
+    # With two iterations, the median is the mean.
     assert sum(phases) == pytest.approx(medians["meta-iteration, seconds"], rel=0.05)
     assert medians["peak memory, MiB"] > medians["memory before, MiB"] > 50

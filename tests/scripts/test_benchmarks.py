@@ -1,4 +1,4 @@
-"""The benchmarks: all implementations compute one thing, ratios, bars, floors and exponents are right, tiny runs."""
+"""The benchmarks: equal gradients of all implementations; ratios, bars, floors and exponents; tiny runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PEERS = ("learn2learn", "higher", "torchopt", "jax")
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Imports a script, which imports its neighbours."""
+    """Imports a script, which imports other scripts of its folder."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     return importlib.import_module
 
@@ -47,14 +47,14 @@ def test_ours_and_loops_have_one_gradient_and_take_one_step(
     for name, way in ready.items():
         way.step(problem.sample(1))
         after[name] = dict(way.gradient(problem.tasks))
-    assert implementations.relative_error(after["loop"], before["loop"]) > 1e-2  # it has moved
-    # In float32 Adam makes a step of any gradient, also of one that is rounding noise: those of biases.
+    assert implementations.relative_error(after["loop"], before["loop"]) > 1e-2  # theta has changed
+    # In float32, Adam makes a full step even if a gradient is only rounding noise, as for biases.
     assert all(implementations.relative_error(gradient, after["loop"]) < 0.05 for gradient in after.values())
 
 
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("case", [SINUSOID, IMAGES], ids=["sinusoid", "images"])
-@pytest.mark.filterwarnings("default")  # of others
+@pytest.mark.filterwarnings("default")  # other libraries may warn
 def test_peer_has_the_loops_gradient_or_is_not_installed(
     implementations: ModuleType, case: tuple[str, list[str]], peer: str
 ) -> None:
@@ -76,7 +76,7 @@ def test_another_gradient_is_refused(implementations: ModuleType, monkeypatch: p
 
 
 def test_float32_is_checked_on_single_tasks(implementations: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One task that a kink has spoilt does not condemn an implementation; all of them do."""
+    """An implementation may be wrong on one task, near a ReLU's kink, but not on all tasks."""
     spoilt = {0}
 
     class Kinked(implementations.Ours):  # type: ignore[name-defined]
@@ -118,9 +118,9 @@ def test_turns_are_taken_and_ratios_compare_neighbours(script: Callable[[str], A
     benchmark = script("benchmark")
     turns: list[str] = []
     runs = {name: lambda name=name: turns.append(name) for name in ("a", "b")}
-    seconds = benchmark.take_turns(runs, 3, clock=lambda: float(len(turns)), least=1.0)
+    seconds = benchmark.time_in_turns(runs, 3, clock=lambda: float(len(turns)), min_seconds=1.0)
     assert turns == ["a", "b"] * 3 and seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
-    # The machine is ten times as slow in the second round: for both.
+    # In the second round the machine is ten times as slow for both.
     assert benchmark.times_as_fast([1.0, 10.0, 1.0], [2.0, 20.0, 3.0]) == (2.0, 2.0, 3.0)
     assert benchmark.times_as_fast([], [2.0]) is None
 
@@ -138,7 +138,7 @@ def test_floor_counts_products_and_covers_intervals(script: Callable[[str], Any]
     assert (cost.operations, cost.bytes, cost.calls) == (2 * 3 * 4 * 5, 4 * (12 + 20 + 15), 1)
     assert cost.seconds(floor.Rates(operations=1.0, bytes=1e9)) == 120
     assert cost.seconds(floor.Rates(operations=1e9, bytes=1.0)) == 188
-    assert floor.covered([(3.0, 4.0), (0.0, 2.0), (1.0, 2.5), (1.2, 1.4)]) == pytest.approx(3.5)
+    assert floor.union_length([(3.0, 4.0), (0.0, 2.0), (1.0, 2.5), (1.2, 1.4)]) == pytest.approx(3.5)
 
 
 def rows(folder: Path, name: str) -> list[dict[str, str]]:
@@ -153,7 +153,7 @@ def test_scaling_writes_table_and_plot(
     module = script("bench_scaling")
     few = {what: module.SWEEPS["sinusoid_10shot"][what] for what in ("shots", "width")}
     monkeypatch.setitem(module.SWEEPS, "sinusoid_10shot", few)
-    monkeypatch.setattr(module, "take_turns", partial(module.take_turns, least=0.0))
+    monkeypatch.setattr(module, "time_in_turns", partial(module.time_in_turns, min_seconds=0.0))
     arguments = ["--experiments", "sinusoid_10shot", "--values", "1", "2", "--rounds", "1", "--out", str(tmp_path)]
     module.main(arguments)
     found = rows(tmp_path, "scaling")
@@ -161,13 +161,13 @@ def test_scaling_writes_table_and_plot(
     assert len(found) == 2 * 2 * 2 and (tmp_path / "scaling.png").stat().st_size > 1000
 
 
-@pytest.mark.filterwarnings("default")  # of others, where installed
+@pytest.mark.filterwarnings("default")  # other libraries may warn
 def test_training_shows_who_is_missing(
     script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, ways, floor = script("bench_training"), script("implementations"), script("floor")
     monkeypatch.setattr(floor.Rates, "measure", classmethod(lambda cls, device: cls(1e11, 1e10)))
-    monkeypatch.setitem(ways.IMPLEMENTATIONS, "ours as trained", ways.Ours)  # to compile takes a minute
+    monkeypatch.setitem(ways.IMPLEMENTATIONS, "ours as trained", ways.Ours)  # compiling takes a minute
 
     def absent(problem: Any) -> None:
         ways._library("no_such_library")
@@ -200,8 +200,8 @@ def test_time_to_accuracy_goes_on_from_its_state(script: Callable[[str], Any], t
     assert [int(row["iteration"]) for row in both] == [2 * (index + 1) for index in range(len(both))]
     seconds = [float(row["seconds"]) for row in both]
     assert seconds == sorted(seconds) and seconds[0] > 0
-    with pytest.raises(RuntimeError, match="move it away to begin anew"):
+    with pytest.raises(RuntimeError, match="move it away to start again"):
         module.main([*call, "--accuracy", "0.001"])
     state.unlink()
-    module.main([*call, "--accuracy", "0.001"])  # a squared error is larger
+    module.main([*call, "--accuracy", "0.001"])  # reached, because the metric is a squared error
     assert "Reached after 2 iterations" in (tmp_path / "time_to_accuracy.md").read_text()

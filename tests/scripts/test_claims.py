@@ -1,4 +1,4 @@
-"""The claims of section 5.2: counts against networks built from PyTorch's layers, and a tiny run of the script."""
+"""The claims of section 5.2: counts compared with networks of PyTorch's layers, and a tiny run of the script."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MINI, OMNIGLOT = ("mini_imagenet_5way_1shot", (84, 84, 3)), ("omniglot_5way_1sho
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # the script imports its neighbour
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # the script imports other scripts
     return runpy.run_path(str(ROOT / "scripts" / "claims.py"))["main"]
 
 
@@ -46,7 +46,7 @@ def test_counts_of_the_others_are_those_of_built_networks(
         assert script["embedding_size"](in_shape, filters) == (size(net), net(images).shape[1])
     assert script["matching_networks_size"](in_shape, False) == size(embedding(channels, 64))
 
-    assert script["lstm_size"](3, 7) == size(nn.LSTM(3, 7)) - 4 * 7  # PyTorch's has two biases
+    assert script["lstm_size"](3, 7) == size(nn.LSTM(3, 7)) - 4 * 7  # PyTorch's LSTM has two biases
 
     classifier, gates = nn.Linear(embedding(channels, 32)(images).shape[1], 5), nn.Linear(20 + 2, 2)
     expected = size(embedding(channels, 32), classifier, nn.LSTM(4, 20), gates) - 4 * 20
@@ -88,6 +88,6 @@ def test_script_writes_what_it_measured(
 
 
 def percentages(row: dict[str, str]) -> tuple[float, float, float]:
-    """Least, median and most."""
+    """Returns the lowest, median and highest percentage."""
     low, high = row["range"].split(" to ")
     return tuple(float(text.removesuffix("%")) / 100 for text in (low, row["ours"], high))  # type: ignore[return-value]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maml.record.index import find_evidence, find_runs
-from tests.paper.made_up import SINUSOID, make_run
+from tests.paper.fake_runs import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]
 main = runpy.run_path(str(ROOT / "scripts" / "demo.py"))["main"]
@@ -39,7 +39,7 @@ def test_demo_runs_compares_and_shows_the_same_again(
     assert (folder / "report.json").stat().st_mtime_ns == report
     assert results == {path: path.stat().st_mtime_ns for path in (ROOT / "results").rglob("*")}
 
-    # A real run folder has all that the index reads, and what the tests of the index make up.
+    # A real run folder has every key of the fake ones, with which the index is tested.
     runs, damaged = find_runs(tmp_path / "runs")
     assert damaged == []
     found = find_evidence(replace(SINUSOID, overrides=("+debug=smoke",)), runs)

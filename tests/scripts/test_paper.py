@@ -1,4 +1,4 @@
-"""`make paper` on tiny experiments: stopped, killed, with jobs that fail or cannot run, and as a smoke test."""
+"""`make paper` on tiny experiments: interrupted, killed, with jobs that fail or cannot run, and as a smoke test."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Results = Callable[..., Path]
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
-    """Makes a results folder whose one table has the rows given, by experiment and overrides; nothing is rendered."""
+    """Makes a results folder with one table; each row has an experiment and overrides. Nothing is rendered."""
     monkeypatch.setattr(paper, "RENDERERS", {})
 
     def make(**rows: tuple[str, list[str]]) -> Path:
@@ -70,7 +70,7 @@ def start(results: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def wait_for_metrics(results: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Returns as soon as so many runs have logged."""
+    """Waits until ``count`` runs have logged metrics."""
     deadline = time.monotonic() + 120
     while len([path for path in results.with_name("runs").glob("*/*/metrics.jsonl") if path.stat().st_size]) < count:
         assert process.poll() is None, process.communicate()
@@ -79,7 +79,7 @@ def wait_for_metrics(results: Path, count: int, process: subprocess.Popen[str]) 
 
 
 def reference(tmp_path: Path, experiment: str, overrides: list[str]) -> Path:
-    """Runs the same undisturbed."""
+    """Runs an experiment without interruption and returns its folder."""
     config, _ = compose([f"+experiment={experiment}", *overrides])
     run_experiment(replace(config, runs_dir=str(tmp_path / "undisturbed")), experiment)
     (folder,) = (tmp_path / "undisturbed" / experiment).iterdir()
@@ -94,7 +94,8 @@ def test_stopped_jobs_save_and_go_on(results: Results, capsys: pytest.CaptureFix
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (130, "")
     assert "stopped by SIGINT after iteration " in stdout
-    assert "stopped by SIGINT; all that was done is saved: python scripts/paper.py --results" in stdout.splitlines()[-1]
+    last = stdout.splitlines()[-1]
+    assert "stopped by SIGINT; all progress is saved" in last and "continue: python scripts/paper.py --results" in last
     (record_path,) = folder.with_name("runs").glob("*/*/run.json")
     record = read_json(record_path)
     assert record and record["status"] == "interrupted"
@@ -111,7 +112,7 @@ def test_killed_at_any_point_loses_nothing_and_repeats_nothing(
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.communicate()
-    os.kill(int(children[0]), signal.SIGKILL)  # the other is left to itself
+    os.kill(int(children[0]), signal.SIGKILL)  # the other child keeps running
 
     assert paper.main(arguments(folder)) == 0
     first = capsys.readouterr().out
@@ -132,7 +133,7 @@ def test_killed_at_any_point_loses_nothing_and_repeats_nothing(
 def test_job_that_fails_or_lacks_data_leaves_the_rest_alone(
     results: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("maml.paper.plan.check_provided", lambda *_: None)  # so that train.py finds out
+    monkeypatch.setattr("maml.domain.mini_imagenet.check_provided", lambda *_: None)  # train.py finds out
     photos = ["data_dir=/nowhere", "cache_dir=/nowhere", "meta_batch_size=1"]
     folder = results(
         bad=("sinusoid_10shot", [*SHORT, "inner.step_size=1e6", "inner.num_steps=5"]),
@@ -161,7 +162,7 @@ def test_unfinished_committed_run_goes_on_in_runs(
     shutil.copytree(run, committed)
     before = files(committed)
     assert paper.main(arguments(folder)) == 0
-    assert f"goes on from {committed}: copied to {tmp_path / 'runs'}" in capsys.readouterr().out
+    assert f"resumes from {committed}, copied to {tmp_path / 'runs'}" in capsys.readouterr().out
     assert files(committed) == before
     assert_same_run(tmp_path / "runs" / "sinusoid_10shot" / run.name, whole)
 
@@ -170,7 +171,10 @@ def test_second_of_two_at_once_is_refused(
     results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = results(MAML=("sinusoid_10shot", SHORT))
-    with paper._alone(tmp_path / "runs"), pytest.raises(paper.MamlError, match="another `make paper` is at work"):
+    with (
+        paper._exclusive_lock(tmp_path / "runs"),
+        pytest.raises(paper.MamlError, match="another `make paper` is running"),
+    ):
         paper.main(arguments(folder))
     capsys.readouterr()
 
@@ -196,6 +200,6 @@ def test_smoke_test_that_would_be_the_real_thing_is_refused(
     results: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = [*TINY, "num_iterations=3", "domain.num_shots=2"]
-    with pytest.raises(paper.MamlError, match=r"a smoke test of sinusoid_10shot .* would be the real thing"):
+    with pytest.raises(paper.MamlError, match=r"a smoke test of sinusoid_10shot .* would have the settings of"):
         paper.main(arguments(results(MAML=("sinusoid_10shot", tiny)), "--smoke"))
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Pictures of policies: single environments against the batch, and GIFs of tiny runs."""
+"""Pictures of policies: single environments compared with the batch, and GIFs of tiny runs."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ TINY = (
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MUJOCO_GL", "")  # so that what the script sets is undone
+    monkeypatch.setenv("MUJOCO_GL", "")  # so that the script's change of it is undone
     monkeypatch.delenv("MUJOCO_GL")
 
 
 def trained(experiment: str, runs_dir: Path, *overrides: str) -> list[str]:
-    """Trains for some iterations, and returns the overrides of the run."""
+    """Trains for some iterations and returns the overrides of the run."""
     run = [f"+experiment={experiment}", "+debug=smoke", *TINY, f"runs_dir={runs_dir}", *overrides]
     run_experiment(*compose(run))
     return run
@@ -136,7 +136,7 @@ def test_oracle_is_told_the_goal_and_has_one_panel(tmp_path: Path) -> None:
         assert picture.width < 2 * 256
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a viewer that was not made
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the viewer is not created
 def test_cheetah_is_drawn_in_real_time_where_opengl_starts(tmp_path: Path) -> None:
     pytest.importorskip("mujoco")
     run = trained("cheetah_velocity_maml", tmp_path)
@@ -167,7 +167,7 @@ def test_opengl_that_does_not_start_names_variable_and_packages(monkeypatch: pyt
 def test_what_cannot_be_shown_is_said(tmp_path: Path) -> None:
     point = ["+experiment=point_navigation_maml", f"runs_dir={tmp_path}"]
     for arguments, message in {
-        ("+experiment=sinusoid_10shot",): "Sinusoid has no policy to look at",
+        ("+experiment=sinusoid_10shot",): "Sinusoid has no policy; name",
         (*point, "--goal", "40"): "the goals are 0 to 39",
         (*point, "--goal", "-1"): "the goals are 0 to 39",
         (*point, "--steps", "0", "5"): "after 0 to 4 gradient steps",

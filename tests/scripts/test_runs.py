@@ -1,4 +1,4 @@
-"""scripts/runs.py: what it lists, shows and compares of made-up runs, and that it deletes only what may go."""
+"""scripts/runs.py: lists, details and comparisons of fake runs, and the deletion of unneeded runs only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from maml.record.index import SUPERSEDED
-from tests.paper.made_up import SINUSOID, edit, make_run
+from tests.paper.fake_runs import SINUSOID, edit, make_run
 from tests.runs import ROOT, files
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "runs.py"))
@@ -32,7 +32,7 @@ Lines = Callable[..., list[str]]
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Lines:
-    """Runs the script on this test's folder and returns the lines it printed, errors last."""
+    """Runs the script on this test's folder and returns its output lines, errors last."""
 
     def call(*arguments: str, status: int = 0) -> list[str]:
         assert main([*arguments, "--runs-dir", str(tmp_path)]) == status
@@ -95,7 +95,7 @@ def test_list_filters_by_everything_it_offers(tmp_path: Path, run: Lines) -> Non
         (["--set", "inner.step_size=0.001"], "ac"),
         (["--set", "inner.step_size=0.001", "--finished"], "a"),
         (["--set", "inner.num_steps=1", "--set", "seed=0"], "a"),
-        (["--set", "seed=0"], "a"),  # a default, which no run writes down
+        (["--set", "seed=0"], "a"),  # a default, which runs do not record
         (["--set", "model.activation=relu"], "abc"),
         (["--set", "num_iterations=70_000"], "abc"),
     ]:
@@ -107,7 +107,7 @@ def test_list_filters_by_everything_it_offers(tmp_path: Path, run: Lines) -> Non
     [
         ("inner.step_sise=0.01", "no run was trained with inner.step_sise: did you mean inner.step_size?"),
         ("sead=1", "no run was trained with sead: did you mean seed?"),
-        ("inner.step_size", "is no setting; give KEY=VALUE"),
+        ("inner.step_size", "is not a setting; give KEY=VALUE"),
     ],
 )
 def test_a_setting_that_there_is_not_is_named(tmp_path: Path, run: Lines, text: str, named: str) -> None:
@@ -202,7 +202,7 @@ def test_show_of_a_superseded_run_says_so_and_that_it_serves_nothing(tmp_path: P
     run("supersede", str(folder), "--reason", "a wrong bank")
     lines = run("show", str(folder))
     assert "left out of tables and figures: superseded: a wrong bank" in lines
-    assert lines[-2:] == ["Serves:", "none"]
+    assert lines[-2:] == ["Used by:", "none"]
 
 
 def test_a_run_is_found_by_folder_or_by_the_beginning_of_its_id(tmp_path: Path, run: Lines) -> None:
@@ -230,7 +230,7 @@ def test_compare_pairs_runs_task_by_task(tmp_path: Path, run: Lines) -> None:
     assert "B - A (smaller is better)" in text
     rows = [[part.strip() for part in row if part.strip()] for row in compared(lines)]
     assert len(rows) == 3 * 11
-    # Every task of one is 0.25 below the same task of the other.
+    # The value of every task is 0.25 lower in one run than in the other.
     assert rows[0] == ["mse, K=5", "0", "0.5 ± 0.1", "0.25 ± 0.1", "-0.25", "-0.25 to -0.25", "600"]
 
 
@@ -239,7 +239,7 @@ def test_compare_says_why_it_cannot_pair(tmp_path: Path, run: Lines) -> None:
     report = json.loads((b / "report.json").read_text())
     edit(b / "report.json", banks=report["banks"] | {"5": "another"}, curves=report["curves"][:2])
     text = "\n".join(run("compare", str(a), str(b)))
-    assert text.count("not paired: they have other task banks") == 11
+    assert text.count("not paired: their task banks are different") == 11
     assert text.count("-0.25 to -0.25") == 11
     assert text.count("only A has this curve") == 1
     (b / "tasks.csv").unlink()
@@ -275,11 +275,11 @@ def test_supersede_writes_one_file_and_undo_removes_it(tmp_path: Path, run: Line
 def test_supersede_refuses_what_makes_no_sense(tmp_path: Path, run: Lines) -> None:
     folder, other = make_run(tmp_path), make_run(tmp_path, seed=1)
     before = files(tmp_path)
-    assert "say which run takes its place" in run("supersede", str(folder), status=1)[0]
-    assert "cannot take its own place" in run("supersede", str(folder), "--by", str(folder), status=1)[0]
+    assert "name the run that replaces it" in run("supersede", str(folder), status=1)[0]
+    assert "cannot replace itself" in run("supersede", str(folder), "--by", str(folder), status=1)[0]
     assert files(tmp_path) == before
     run("supersede", str(folder), "--by", str(other))
-    assert "is no evidence itself" in run("supersede", str(other), "--by", str(folder), status=1)[0]
+    assert "is no longer evidence itself" in run("supersede", str(other), "--by", str(folder), status=1)[0]
 
 
 def age(folder: Path, days: float) -> None:
@@ -331,7 +331,7 @@ def test_prune_leaves_a_run_that_a_process_is_in(tmp_path: Path, run: Lines) -> 
     with open(alive / "lock", "w") as one, open(evaluating / "lock", "w") as other:
         fcntl.flock(one, fcntl.LOCK_EX)
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert run("prune", "--yes") == [f"left, a process is in it: {evaluating} (superseded: wrong)"]
+        assert run("prune", "--yes") == [f"kept, a process is using it: {evaluating} (superseded: wrong)"]
     assert alive.is_dir()
     assert evaluating.is_dir()
     run("prune", "--yes")

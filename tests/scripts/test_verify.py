@@ -1,4 +1,4 @@
-"""Exported checkpoints and their verification: a committed cell for real, and everything that may be wrong with one."""
+"""Exported checkpoints and their verification: a committed cell, and all errors that a cell can have."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from maml.paper.cells import named_sources
 from maml.record import checkpoint
 from maml.record.exported import Reading, read_index, unpack
 from maml.record.index import find_evidence, find_runs
-from tests.paper.made_up import make_run, make_run_with_checkpoint
+from tests.paper.fake_runs import make_run, make_run_with_checkpoint
 from tests.runs import ROOT
 
 RESULTS = ROOT / "results"
@@ -37,7 +37,7 @@ CELL = "table2_multitask/MAML/K5_gradsteps_1"
 
 @pytest.fixture
 def committed(tmp_path: Path) -> Path:
-    """A copy of the cell's file and of the index."""
+    """A copy of the cell's file and its index."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     for name in ("index.json", read_index(CHECKPOINTS).cells[CELL].file):
@@ -54,7 +54,7 @@ def test_committed_cell_and_curve_are_landed_on(committed: Path, capsys: pytest.
     first, second, curve, count = capsys.readouterr().out.splitlines()
     assert first.startswith(f"VERIFIED  {CELL}: 0.66188")
     assert "after 10 gradient steps" in second
-    assert "11 gradient steps, the worst" in curve
+    assert "11 gradient steps, with the largest difference at" in curve
     assert count == "3 of 3 verified"
 
 
@@ -94,8 +94,8 @@ def test_wrong_hash_missing_and_damaged_files_fail(committed: Path, capsys: pyte
 
 def test_other_bank_run_or_evaluation_fails(committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes: dict[str, Callable[[Any], object]] = {
-        "the task bank is another": lambda index: index["cells"][CELL].update(bank="0"),
-        "is evaluated otherwise now": lambda index: index["cells"][CELL]["evaluation"].update(
+        "the task bank is different": lambda index: index["cells"][CELL].update(bank="0"),
+        "the evaluation settings of .* have changed": lambda index: index["cells"][CELL]["evaluation"].update(
             {"evaluation.bank_seed": 1}
         ),
         "does not give run": lambda index: index["cells"][CELL].update(overrides=["inner.step_size=0.02"]),
@@ -111,7 +111,7 @@ def test_other_bank_run_or_evaluation_fails(committed: Path, capsys: pytest.Capt
 def test_cells_without_a_checkpoint_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, message in {
         "table2_multitask/MAML/K5_gradstep_1": f"there is no cell .*Did you mean {CELL}",
-        "table1_omniglot/Siamese/5way_1shot": "is quoted by the paper from others",
+        "table1_omniglot/Siamese/5way_1shot": "is quoted by the paper from other authors",
         "table5_cheetah_dir/MAML/gradsteps_1": r"train.py \+experiment=cheetah_direction_maml, then",
     }.items():
         with pytest.raises(MamlError, match=message):
@@ -123,11 +123,11 @@ def test_cells_without_a_checkpoint_say_why(tmp_path: Path, capsys: pytest.Captu
 
 
 def judged(domain: Domain[Any], values: Tensor, committed: float | None, ci95: float = 0.0) -> bool:
-    """Judges one step on another machine."""
+    """Judges one gradient step as on another machine."""
     evaluation = Evaluation(num_tasks=len(values), num_steps=0)
     algorithm = SimpleNamespace(domain=domain, stream=SimpleNamespace(device=torch.device("cpu")))
-    repeated = VERIFY["Repeated"](Curve(1, "it", values.double()[None]), algorithm, evaluation, ["torch"])
-    return VERIFY["judge"]({0: Reading(mean=committed, ci95=ci95)}, repeated)[0]
+    reevaluation = VERIFY["Reevaluation"](Curve(1, "it", values.double()[None]), algorithm, evaluation, ["torch"])
+    return VERIFY["judge"]({0: Reading(mean=committed, ci95=ci95)}, reevaluation)[0]
 
 
 def test_another_machine_may_differ_by_one_query_image_in_600_tasks() -> None:
@@ -182,7 +182,8 @@ def test_export_keeps_what_has_no_checkpoint_any_more(tmp_path: Path, capsys: py
     bare, whole = tmp_path / "bare", tmp_path / "whole"
     add_execution(make_run(bare, done=300))
     assert list(export(tmp_path, bare, status=1)) == ["index.json"]
-    assert f"{CELL}: no checkpoint.pt of run" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert CELL in error and "have no checkpoint.pt of run" in error
     add_execution(make_run_with_checkpoint(whole, done=300))
     first = export(tmp_path, bare, whole)
     (about,) = read_index(tmp_path / "exported").files.values()
@@ -212,7 +213,7 @@ def test_committed_index_says_what_the_committed_reports_say() -> None:
 
 
 def add_execution(folder: Path) -> None:
-    """Adds to a made-up run what only an export wants to know."""
+    """Adds to a fake run the fields that only the export reads."""
     path = folder / "checkpoint.pt"
     if path.exists():
         checkpoint.save(path, checkpoint.load(path) | {"execution": {"num_threads": 1}})

@@ -1,4 +1,4 @@
-"""Sweeps: launched in every way, cut off, failed in part, and summed up."""
+"""Sweeps: with every launcher, interrupted, with failing jobs, and their summaries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def skip_without_plugin(option: str, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def sweep_folder(runs_dir: Path) -> Path:
-    """Returns the folder of the one sweep that there is."""
+    """Returns the folder of the only sweep."""
     (folder,) = (path.parent for path in runs_dir.glob("sweeps/*/jobs"))
     return folder
 
@@ -85,7 +85,7 @@ def test_sweep_lists_what_failed_and_goes_on_with_that(tiny: TinyRuns) -> None:
     assert process.returncode == 1
     assert summary in stdout
     assert "1 of 2 jobs are finished" in summary
-    assert "- inner.step_size=-1: the config is not usable" in summary
+    assert "- inner.step_size=-1: the config is not valid" in summary
     assert "`python train.py -m seed=0 inner.step_size=0.02,-1" in summary
     with open(folder / "summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -156,7 +156,7 @@ def test_launcher_runs_two_jobs(
         assert record["command"].startswith(f"python train.py launcher={launcher} ")
 
 
-# As submitit does it: whoever has started the job handles the signal, and requeues.
+# A fake of submitit: the process that starts the job handles the signal and requeues the job.
 PREEMPTED = """
 import runpy, signal, sys
 from maml.algorithm.maml import MAML

@@ -1,4 +1,4 @@
-"""The pool of GPUs, on machines that are made up."""
+"""The pool of GPUs, on simulated machines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maml.sweep.gpu_lease import lease_gpu
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine with two GPUs, of which this process sees both."""
+    """A machine with two GPUs, both visible to this process."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
 
     def count() -> int:

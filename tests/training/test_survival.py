@@ -350,7 +350,7 @@ def test_no_room_for_the_report_costs_only_the_evaluation(
 
 def test_runs_dir_that_is_no_folder_is_named(tiny: TinyRuns, tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
-    with pytest.raises(MamlError, match=r"the run folder .* cannot be made \(Not a directory\); change runs_dir"):
+    with pytest.raises(MamlError, match=r"the run folder .* cannot be created \(Not a directory\); change runs_dir"):
         tiny.run()
 
 

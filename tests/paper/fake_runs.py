@@ -1,4 +1,4 @@
-"""Run folders with made-up numbers, in the form that real ones have (test_demo.py compares with a real one)."""
+"""Fake run folders: invented numbers in the files of real runs (test_demo.py compares them with a real run)."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from maml.config.compose import composed
+from maml.config.compose import compose_experiment
 from maml.config.identity import digest, evaluation_config, training_config
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
@@ -30,11 +30,11 @@ def make_run(
     source: Source = SINUSOID,
     **training: Any,
 ) -> Path:
-    """Makes a folder of the source's experiment under ``root`` and returns it.
+    """Makes a run folder of the source's experiment under ``root`` and returns it.
 
-    Every mean of its report is ``mean``; the tasks lie evenly around it, up to 1 away.
+    Every mean of its report is ``mean``. The values of the tasks are evenly spaced from ``mean - 1`` to ``mean + 1``.
     """
-    config = composed(source.experiment, source.overrides)
+    config = compose_experiment(source.experiment, source.overrides)
     settings = training_config(config) | ({"seed": seed} if seed else {}) | training
     run_id, done = digest(settings), settings["num_iterations"] if done is None else done
     folder = root / source.experiment / (name or run_id)
@@ -74,9 +74,9 @@ def make_run(
 
 
 def make_run_with_checkpoint(root: Path, **settings: Any) -> Path:
-    """Makes the same with the checkpoint of an algorithm as it begins."""
+    """Makes a run folder as `make_run` does, with the checkpoint of an untrained algorithm."""
     folder, source = make_run(root, **settings), settings.get("source", SINUSOID)
-    algorithm = build_algorithm(composed(source.experiment, source.overrides), Hardware("cpu"))
+    algorithm = build_algorithm(compose_experiment(source.experiment, source.overrides), Hardware("cpu"))
     record = json.loads((folder / "run.json").read_text())
     content = {"run_id": record["run_id"], "iteration": record["segments"][-1]["last_iteration"]}
     checkpoint.save(folder / "checkpoint.pt", content | {"state": algorithm.state_dict()})
