@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from maml.algorithm.best import update_best, init_best
+from maml.algorithm.best import init_best, update_best
 from maml.types import Params
 
 WINDOW = 10

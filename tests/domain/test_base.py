@@ -10,11 +10,11 @@ import torch
 
 from maml.config.compose import compose_experiment
 from maml.config.schema import build, without_data
-from maml.domain.base import Split, Workload
 from maml.domain.sinusoid import Sinusoid
 from maml.hardware.base import Execution, Hardware
+from maml.hardware.workload import Workload
 from maml.seeding import Stream
-from maml.types import Tasks
+from maml.types import Split, Tasks
 from tests.runs import ROOT
 from tests.training.test_meta_gradient import FixedExamples
 
@@ -68,8 +68,8 @@ def test_new_domain_is_taken_for_one_of_small_vectors(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     domain = FixedExamples((3,), classes=False)
     assert domain.workload == Workload()
-    assert Hardware().choose(domain, 100, {}) == Execution(1, None, False)
-    assert Hardware().choose(domain, 5000, {}) == Execution(1, None, True)
+    assert Hardware().choose(domain.workload, 100, {}) == Execution(1, None, False)
+    assert Hardware().choose(domain.workload, 5000, {}) == Execution(1, None, True)
 
 
 @pytest.mark.parametrize("experiment", CHOSEN)
@@ -79,11 +79,11 @@ def test_execution_of_an_experiment_is_the_one_its_runs_had(experiment: str, mon
     threads, chunk, compiled = CHOSEN[experiment]
     for num_iterations in (4999, 5000):
         expected = Execution(threads, chunk, compiled and num_iterations == 5000)
-        assert Hardware("cpu").choose(domain, num_iterations, {}) == expected
+        assert Hardware("cpu").choose(domain.workload, num_iterations, {}) == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     rollouts = domain.on_policy
     expected = Execution(1 if threads == 1 and not rollouts else 5, None, False, cuda_graph=not rollouts, device="cuda")
-    assert Hardware("cuda").choose(domain, 5000, {}) == expected
+    assert Hardware("cuda").choose(domain.workload, 5000, {}) == expected
 
 
 @pytest.mark.parametrize("experiment", ["sinusoid_10shot", "point_navigation_maml"])
