@@ -13,12 +13,12 @@ from annotated_types import Ge, MinLen
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
-from maml.domain.base import Domain, Split
+from maml.domain.base import Domain
 from maml.errors import Diverged, MamlError
 from maml.hardware import distributed
 from maml.hardware.memory import halve_chunk_on_oom
 from maml.seeding import Stream
-from maml.types import Count, NonNegativeFloat, NonNegativeInt, Params, PositiveFloat, Tasks, num_tasks, take
+from maml.types import Count, NonNegativeFloat, NonNegativeInt, Params, PositiveFloat, Split, Tasks, num_tasks, take
 
 # Number of tasks that are adapted at once if the execution sets no chunk.
 _DEFAULT_CHUNK = 100

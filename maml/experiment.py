@@ -140,7 +140,7 @@ def _train(
         checkpoints = [stack.enter_context(learner.open(hardware, len(learners))) for learner in learners]
         # A resumed run keeps the execution of its checkpoint, so that it computes the same bits.
         earlier: Mapping[str, Any] = next((saved["execution"] for saved in checkpoints if saved), {})
-        execution = hardware.choose(learners[0].algorithm.domain, config.num_iterations, earlier)
+        execution = hardware.choose(learners[0].algorithm.domain.workload, config.num_iterations, earlier)
         hardware.apply(execution)
         for learner, saved in zip(learners, checkpoints, strict=True):
             if saved is not None:
@@ -178,7 +178,7 @@ def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation
             f"there is nothing to evaluate in {folder.path}: train first (the same command without mode=eval), or "
             "name a file with checkpoint="
         )
-    execution = hardware.choose(learner.algorithm.domain, config.num_iterations, saved["execution"])
+    execution = hardware.choose(learner.algorithm.domain.workload, config.num_iterations, saved["execution"])
     hardware.apply(execution)
     learner.restore(saved)
     report_dir = checkpoint_file.parent if checkpoint_file else folder.path

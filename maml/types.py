@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator
@@ -41,6 +41,10 @@ def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
 
 Interval = Annotated[tuple[float, float], AfterValidator(_ascending)]
 """The lower and upper end of a range."""
+
+
+Split = Literal["train", "val", "test"]
+"""Which classes or goals tasks are drawn from."""
 
 
 class Examples(NamedTuple):

@@ -81,7 +81,7 @@ class Shape:
         config, _ = compose([f"+experiment={self.experiment}", *sizes])
         hardware = Hardware("cpu")
         algorithm = build_algorithm(config, hardware)
-        return MetaGradient(algorithm, hardware.choose(algorithm.domain, num_iterations=1, earlier={}))
+        return MetaGradient(algorithm, hardware.choose(algorithm.domain.workload, num_iterations=1, earlier={}))
 
     def sizes(self) -> str:
         """Returns the sizes as text: tasks x rollouts x steps."""

@@ -68,7 +68,7 @@ def build_meta_gradient(experiment: str, algorithm: str) -> tuple[MetaGradient, 
     def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
         return build(config.model, in_shape=in_shape, out_dim=out_dim)
 
-    execution = Hardware("cpu").choose(domain, num_iterations=1, earlier={})
+    execution = Hardware("cpu").choose(domain.workload, num_iterations=1, earlier={})
     parts = Parts(domain, make_model, build(config.inner), build(config.outer), Stream(0))
     return MetaGradient(build(config.algorithm, parts=parts), execution), config.meta_batch_size
 

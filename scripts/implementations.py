@@ -83,7 +83,7 @@ def build_as_trained(config: Settings) -> tuple[Algorithm, Iteration | CudaGraph
     """
     hardware: Hardware = build(config.hardware)
     algorithm = build_algorithm(config, hardware)
-    execution = hardware.choose(algorithm.domain, config.num_iterations, {})
+    execution = hardware.choose(algorithm.domain.workload, config.num_iterations, {})
     hardware.apply(execution)
     streams = [Stream(config.seed, hardware.device)]
     iterate = Iteration([algorithm], streams, config.meta_batch_size, execution)

@@ -156,7 +156,7 @@ def _evaluate(config: Settings, state: State, entry: Entry, exported: ExportedFi
     hardware = Hardware("cuda" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu")
     algorithm = build_algorithm(config, hardware)
     restore(algorithm, state)
-    execution = hardware.choose(algorithm.domain, config.num_iterations, exported.execution)
+    execution = hardware.choose(algorithm.domain.workload, config.num_iterations, exported.execution)
     hardware.apply(execution)
     evaluation: Evaluation = build(config.evaluation)
     bank = evaluation.bank(algorithm.domain, entry.num_shots)

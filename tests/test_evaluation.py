@@ -11,7 +11,6 @@ import torch
 from maml.algorithm.maml import MAML
 from maml.config.identity import digest, evaluation_config
 from maml.config.schema import build
-from maml.domain.base import Split
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.evaluation import Curve, Evaluation, StepSizeSearch, bank_hash, per_task_rows
@@ -21,7 +20,7 @@ from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
 from maml.record.run_folder import read_json
 from maml.seeding import Stream
-from maml.types import Tasks, num_tasks
+from maml.types import Split, Tasks, num_tasks
 from tests.algorithms import build_from
 from tests.runs import TinyRuns
 

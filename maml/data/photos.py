@@ -13,8 +13,8 @@ from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_tensor, fingerprint
 from maml.data.files import first_ten, reader
-from maml.domain.base import Split
 from maml.errors import MamlError
+from maml.types import Split
 
 NUM_CLASSES: dict[Split, int] = {"train": 64, "val": 16, "test": 20}
 NUM_IMAGES = 600

@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Examples, Params, Tasks
+from maml.types import Examples, Params, Split, Tasks
 
-Split = Literal["train", "val", "test"]
 Role = Literal["support", "query"]
 Metrics = dict[str, Tensor]
 """Per-task numbers by name, each ``(T,)``."""
 
 Data = TypeVar("Data")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """How the tasks of a domain load a machine. `maml.hardware` chooses by it and knows no domain.
-
-    The defaults suit tasks of small vectors, where the operations' own overhead is most of the time.
-
-    Attributes:
-        task_chunk: how many tasks a CPU batches at once; None is the whole meta-batch.
-        measure_chunk: whether training may measure which chunk is fastest, and whether compiling pays, instead of
-            going by a rule. It pays where a task takes milliseconds.
-        fixed_shapes: whether all tensors have the same shapes in every iteration. Only then can the meta-gradient be
-            compiled, captured as a CUDA graph, or recomputed.
-        threads_pay: when several CPU threads are faster than one: ``always``, ``never``, or only ``beside_gpu``, where
-            the cores have nothing else to do.
-        whole_bank: whether meta-test is fastest with all of its tasks at once, whatever the chunk of training.
-    """
-
-    task_chunk: int | None = None
-    measure_chunk: bool = False
-    fixed_shapes: bool = True
-    threads_pay: Literal["never", "beside_gpu", "always"] = "never"
-    whole_bank: bool = False
 
 
 class Domain(ABC, Generic[Data]):

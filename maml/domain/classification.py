@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maml.data.cache import ImageSet
-from maml.domain.base import Metrics, Role, Split, SupervisedDomain, Workload
+from maml.domain.base import Metrics, Role, SupervisedDomain
 from maml.errors import MamlError
+from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Count, Examples, Params, Tasks, num_elements
+from maml.types import Count, Examples, Params, Split, Tasks, num_elements
 
 # A chunk of tasks on a CPU has at most as many pixels, support and query together, as 80 images of Omniglot. Half as
 # many halve the memory, but 20-way tasks then run one at a time, and no faster than a plain loop

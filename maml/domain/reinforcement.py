@@ -11,13 +11,14 @@ import gymnasium
 import torch
 from torch import Tensor
 
-from maml.domain.base import Domain, Metrics, Role, Split, Workload
+from maml.domain.base import Domain, Metrics, Role
 from maml.environment.advantages import advantages
 from maml.environment.base import Environments, TellGoal
 from maml.environment.rollouts import collect_episodes
+from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Count, Discount, MatrixVectorProduct, Params, Tasks
+from maml.types import Count, Discount, MatrixVectorProduct, Params, Split, Tasks
 
 # Timesteps of a chunk on a CPU, so that a hidden layer's values stay in its cache.
 _CHUNK_TIMESTEPS = 4000

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from maml.domain.base import Metrics, Role, Split, SupervisedDomain
+from maml.domain.base import Metrics, Role, SupervisedDomain
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Count, Examples, Params, Tasks
+from maml.types import Count, Examples, Params, Split, Tasks
 
 _AMPLITUDE = (0.1, 5.0)
 _PHASE = (0.0, math.pi)

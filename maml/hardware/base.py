@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from maml.domain.base import Domain
 from maml.errors import MamlError, Unavailable
 from maml.hardware import distributed
 from maml.hardware.memory import keep_freed_memory
+from maml.hardware.workload import Workload
 from maml.types import Count
 
 # Compiling takes up to a minute. It pays off for small networks, whose time is mostly the overhead of the operations.
@@ -101,11 +101,11 @@ class Hardware:
         self.num_threads, self.task_chunk, self.compile = num_threads, task_chunk, compile
         self.cuda_graph, self.recompute, self.deterministic = cuda_graph, recompute, deterministic
 
-    def choose(self, domain: Domain[Any], num_iterations: int, earlier: Mapping[str, Any]) -> Execution:
+    def choose(self, workload: Workload, num_iterations: int, earlier: Mapping[str, Any]) -> Execution:
         """Decides every setting that is ``auto``.
 
         Args:
-            domain: the run's domain.
+            workload: what the domain's tasks ask of a machine.
             num_iterations: the run's number of meta-iterations.
             earlier: the fields of the execution in a checkpoint, which are kept if the type of device is the same;
                 empty without a checkpoint.
@@ -113,9 +113,8 @@ class Hardware:
         Raises:
             MamlError: if a setting is not possible for this domain.
         """
-        work = domain.workload
         on_cpu = self.device.type == "cpu"
-        if not work.fixed_shapes:
+        if not workload.fixed_shapes:
             if self.compile is True:
                 raise MamlError(
                     "hardware.compile=true is for supervised domains: the length of rollouts changes with each "
@@ -125,13 +124,13 @@ class Hardware:
                 raise MamlError("hardware.recompute=true is for supervised domains; leave it at false")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(1, cores // distributed.local_world_size())
-        threads_pay = work.threads_pay == "always" or (work.threads_pay == "beside_gpu" and not on_cpu)
-        compiling_pays = on_cpu and not work.measure_chunk and num_iterations >= _MIN_ITERATIONS_TO_COMPILE
+        threads_pay = workload.threads_pay == "always" or (workload.threads_pay == "beside_gpu" and not on_cpu)
+        compiling_pays = on_cpu and not workload.measure_chunk and num_iterations >= _MIN_ITERATIONS_TO_COMPILE
         automatic = {
             "num_threads": cores if threads_pay else 1,
-            "task_chunk": work.task_chunk if on_cpu else None,
-            "compile": work.fixed_shapes and compiling_pays,
-            "cuda_graph": work.fixed_shapes and not on_cpu,
+            "task_chunk": workload.task_chunk if on_cpu else None,
+            "compile": workload.fixed_shapes and compiling_pays,
+            "cuda_graph": workload.fixed_shapes and not on_cpu,
         }
         chosen: dict[str, Any] = {"device": self.device.type, "recompute": self.recompute}
         kept = earlier if earlier.get("device", self.device.type) == self.device.type else {}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from maml.algorithm.best import keep_best, start_best
+from maml.algorithm.best import init_best, update_best
 from maml.types import Params
 
 WINDOW = 10
@@ -15,9 +15,9 @@ WINDOW = 10
 
 def recorded(values: list[float]) -> tuple[Params, list[float]]:
     """Feeds one value per iteration, with its number as theta; returns the record and the theta kept after each."""
-    best, kept = start_best({"w": torch.tensor([-1.0])}), []
+    best, kept = init_best({"w": torch.tensor([-1.0])}), []
     for number, value in enumerate(values):
-        keep_best(best, {"w": torch.tensor([float(number)])}, torch.tensor(value))
+        update_best(best, {"w": torch.tensor([float(number)])}, torch.tensor(value))
         kept.append(best["w"].item())
     return best, kept
 
@@ -63,9 +63,9 @@ def test_value_that_is_no_number_is_never_the_best(value: float) -> None:
 
 def test_record_is_a_copy_and_is_changed_in_place() -> None:
     theta = {"w": torch.zeros(1)}
-    best = start_best(theta)
+    best = init_best(theta)
     kept = best["w"]
     theta["w"].fill_(7.0)
     assert kept.item() == 0.0
-    keep_best(best, theta, torch.tensor(1.0))
+    update_best(best, theta, torch.tensor(1.0))
     assert best["w"] is kept and kept.item() == 7.0

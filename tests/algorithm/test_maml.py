@@ -11,12 +11,12 @@ from torch import Tensor
 
 from maml.algorithm.maml import MAML
 from maml.config.schema import build
-from maml.domain.base import Metrics, Role, Split, SupervisedDomain
+from maml.domain.base import Metrics, Role, SupervisedDomain
 from maml.experiment import build_algorithm
 from maml.inner.sgd import SGD
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Examples, Params, Tasks
+from maml.types import Examples, Params, Split, Tasks
 from tests import algorithms
 from tests.algorithms import build_from
 from tests.runs import TinyRuns

@@ -43,7 +43,12 @@ def test_unknown_words_are_answered_with_what_was_meant() -> None:
 
 def test_describe_key_gives_meaning_type_range_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "describe", "inner.step_size")
-    for part in ("meaning  The paper's alpha.", "type     number", "range    > 0", "default  0.01  (inner=sgd)"):
+    for part in (
+        "meaning  Step size of every step, the paper's alpha.",
+        "type     number",
+        "range    > 0",
+        "default  0.01  (inner=sgd)",
+    ):
         assert part in text
     assert "none: you must set it  (evaluation=accuracy)" in printed(capsys, "describe", "evaluation.num_steps")
 

@@ -1,8 +1,7 @@
-"""The base class of domains: default numbers of examples, and the default workload."""
+"""The base class of domains: default numbers of examples, and domains without their data."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,31 +9,10 @@ import torch
 
 from maml.config.compose import compose_experiment
 from maml.config.schema import build, without_data
-from maml.domain.base import Split, Workload
 from maml.domain.sinusoid import Sinusoid
-from maml.hardware.base import Execution, Hardware
 from maml.seeding import Stream
-from maml.types import Tasks
+from maml.types import Split, Tasks
 from tests.runs import ROOT
-from tests.training.test_meta_gradient import FixedExamples
-
-# Threads, task chunk, and whether long runs are compiled, on a CPU with five cores, as in the committed runs.
-CHOSEN = {
-    "sinusoid_10shot": (1, None, True),
-    "sinusoid_sequence": (1, None, True),
-    "omniglot_5way_1shot": (5, 8, False),
-    "omniglot_5way_5shot": (5, 1, False),
-    "omniglot_20way_1shot": (5, 2, False),
-    "omniglot_20way_reptile": (5, 1, False),
-    "cifar_fs_5way_1shot": (5, 1, False),
-    "cifar_fs_5way_1shot_finetune": (5, 2, False),
-    "mini_imagenet_5way_1shot": (5, 1, False),
-    "point_navigation_maml": (1, 2, False),
-    "point_navigation_oracle": (1, 40, False),
-    "cheetah_velocity_maml": (1, 2, False),
-    "ant_direction_maml": (1, 1, False),
-    "ant_direction_pretrain": (1, 20, False),
-}
 
 
 class Recorded(Sinusoid):
@@ -62,28 +40,6 @@ def test_numbers_of_examples_not_given_are_the_domains(
     tasks = domain.sample_tasks(2, Stream(3), "val", *given)
     assert domain.asked == (2, Stream(3).child("val").key, "val", *expected)
     assert (tasks["support_x"].shape[1], tasks["query_x"].shape[1]) == expected
-
-
-def test_new_domain_is_taken_for_one_of_small_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    domain = FixedExamples((3,), classes=False)
-    assert domain.workload == Workload()
-    assert Hardware().choose(domain, 100, {}) == Execution(1, None, False)
-    assert Hardware().choose(domain, 5000, {}) == Execution(1, None, True)
-
-
-@pytest.mark.parametrize("experiment", CHOSEN)
-def test_execution_of_an_experiment_is_the_one_its_runs_had(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
-    domain = build(without_data(compose_experiment(experiment).domain))
-    threads, chunk, compiled = CHOSEN[experiment]
-    for num_iterations in (4999, 5000):
-        expected = Execution(threads, chunk, compiled and num_iterations == 5000)
-        assert Hardware("cpu").choose(domain, num_iterations, {}) == expected
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    rollouts = domain.on_policy
-    expected = Execution(1 if threads == 1 and not rollouts else 5, None, False, cuda_graph=not rollouts, device="cuda")
-    assert Hardware("cuda").choose(domain, 5000, {}) == expected
 
 
 @pytest.mark.parametrize("experiment", ["sinusoid_10shot", "point_navigation_maml"])

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from maml.data.cache import ImageSet
-from maml.domain.base import Role, Split
+from maml.domain.base import Role
 from maml.domain.classification import FewShotClassification, Splits
 from maml.errors import MamlError
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Examples, Params, take
+from maml.types import Examples, Params, Split, take
 
 NUM_CLASSES, NUM_IMAGES, SIZE = 12, 7, 3
 SPLITS: dict[Split, Tensor] = {

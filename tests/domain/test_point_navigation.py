@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maml.domain.base import Split
 from maml.domain.point_navigation import PointNavigation
 from maml.seeding import Stream
+from maml.types import Split
 
 # From the authors' result files, to six digits: the first three goals, and the goal of Figure 4, bottom.
 PUBLISHED = {0: (-0.082978, 0.220324), 1: (-0.499886, -0.197667), 2: (-0.353244, -0.407661), 6: (-0.295548, 0.378117)}

@@ -59,24 +59,24 @@ def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_auto_suits_the_domain(domain: Any, num_iterations: int, expected: Execution) -> None:
-    assert Hardware().choose(domain, num_iterations, {}) == expected
+    assert Hardware().choose(domain.workload, num_iterations, {}) == expected
 
 
 @pytest.mark.usefixtures("three_cores")
 def test_what_is_asked_for_wins_over_auto_and_over_the_checkpoint() -> None:
     earlier = Execution(2, 4, True).as_dict()
     asked = Hardware(num_threads=5, task_chunk="all", compile=False)
-    assert asked.choose(images(5, 1), 60_000, {}) == Execution(5, None, False)
-    assert asked.choose(images(5, 1), 60_000, earlier) == Execution(5, None, False)
-    assert Hardware().choose(images(5, 1), 60_000, earlier) == Execution(2, 4, True)
-    assert Hardware(task_chunk=7).choose(images(5, 1), 60_000, earlier) == Execution(2, 7, True)
+    assert asked.choose(images(5, 1).workload, 60_000, {}) == Execution(5, None, False)
+    assert asked.choose(images(5, 1).workload, 60_000, earlier) == Execution(5, None, False)
+    assert Hardware().choose(images(5, 1).workload, 60_000, earlier) == Execution(2, 4, True)
+    assert Hardware(task_chunk=7).choose(images(5, 1).workload, 60_000, earlier) == Execution(2, 7, True)
 
 
 def test_run_that_moves_to_a_gpu_is_cut_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    earlier = Hardware(device="cpu").choose(images(5, 1), 60_000, {}).as_dict()
-    assert Hardware(device="cpu").choose(images(5, 1), 60_000, earlier).task_chunk == 8
-    assert Hardware(device="cuda").choose(images(5, 1), 60_000, earlier).task_chunk is None
+    earlier = Hardware(device="cpu").choose(images(5, 1).workload, 60_000, {}).as_dict()
+    assert Hardware(device="cpu").choose(images(5, 1).workload, 60_000, earlier).task_chunk == 8
+    assert Hardware(device="cuda").choose(images(5, 1).workload, 60_000, earlier).task_chunk is None
 
 
 def test_resumed_run_keeps_the_chunk_of_its_checkpoint(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,16 +101,16 @@ def test_present_gpu_is_taken_by_auto_and_left_alone_by_cpu(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert Hardware(device="auto").device.type == "cuda"
     assert Hardware(device="cpu").device.type == "cpu"
-    assert Hardware().choose(images(5, 1), 60_000, {}).task_chunk is None
-    assert not Hardware().choose(VECTORS, 60_000, {}).compile
+    assert Hardware().choose(images(5, 1).workload, 60_000, {}).task_chunk is None
+    assert not Hardware().choose(VECTORS.workload, 60_000, {}).compile
 
 
 def test_iterations_on_a_gpu_are_launched_as_graphs_but_for_rl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert Hardware().choose(images(5, 1), 60_000, {}).cuda_graph
-    assert not Hardware(cuda_graph=False).choose(images(5, 1), 60_000, {}).cuda_graph
-    assert not Hardware().choose(PointNavigation(num_shots=5, horizon=20), 100, {}).cuda_graph
-    assert not Hardware(device="cpu").choose(images(5, 1), 60_000, {}).cuda_graph
+    assert Hardware().choose(images(5, 1).workload, 60_000, {}).cuda_graph
+    assert not Hardware(cuda_graph=False).choose(images(5, 1).workload, 60_000, {}).cuda_graph
+    assert not Hardware().choose(PointNavigation(num_shots=5, horizon=20).workload, 100, {}).cuda_graph
+    assert not Hardware(device="cpu").choose(images(5, 1).workload, 60_000, {}).cuda_graph
     with pytest.raises(MamlError, match=r"hardware.cuda_graph=true needs a GPU"):
         Hardware(device="cpu", cuda_graph=True)
 
@@ -120,14 +120,14 @@ def test_processes_of_a_machine_share_its_cores_and_have_a_gpu_each(monkeypatch:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert Hardware(device="cpu").choose(images(5, 1), 60_000, {}).num_threads == 2
+    assert Hardware(device="cpu").choose(images(5, 1).workload, 60_000, {}).num_threads == 2
     assert Hardware().device == torch.device("cuda", 3)
 
 
 def test_recomputing_is_as_the_user_says_also_of_a_resumed_run() -> None:
-    earlier = Hardware(device="cpu").choose(VECTORS, 100, {}).as_dict()
+    earlier = Hardware(device="cpu").choose(VECTORS.workload, 100, {}).as_dict()
     assert not earlier["recompute"]
-    assert Hardware(device="cpu", recompute=True).choose(VECTORS, 100, earlier).recompute
+    assert Hardware(device="cpu", recompute=True).choose(VECTORS.workload, 100, earlier).recompute
 
 
 def test_switches_are_set_and_reset() -> None:
@@ -169,4 +169,4 @@ def test_compiling_changes_no_result(tiny: TinyRuns) -> None:
 
 def test_recomputing_is_for_supervised_domains() -> None:
     with pytest.raises(MamlError, match="recompute=true is for supervised domains"):
-        Hardware(device="cpu", recompute=True).choose(PointNavigation(num_shots=5, horizon=20), 100, {})
+        Hardware(device="cpu", recompute=True).choose(PointNavigation(num_shots=5, horizon=20).workload, 100, {})

@@ -60,7 +60,7 @@ def test_error_says_how_a_training_ended_in_the_record_first_and_in_the_mirror(
 ) -> None:
     Closing.closed.clear()
     mine = learner(tiny)
-    with pytest.raises(type(error)), mine.opened(Hardware("cpu"), num_seeds=1) as saved:
+    with pytest.raises(type(error)), mine.open(Hardware("cpu"), num_seeds=1) as saved:
         assert saved is None
         record = read_json(mine.folder.path / "run.json")
         assert record is not None and record["status"] == "running"
@@ -74,7 +74,7 @@ def test_training_is_finished_once_it_has_its_report(
 ) -> None:
     Closing.closed.clear()
     mine = learner(tiny)
-    with mine.opened(Hardware("cpu"), num_seeds=3):
+    with mine.open(Hardware("cpu"), num_seeds=3):
         mine.report = report
     assert Closing.closed == [(status, status)]
     record = read_json(mine.folder.path / "run.json")
@@ -84,13 +84,13 @@ def test_training_is_finished_once_it_has_its_report(
 
 def test_opened_again_it_gives_the_checkpoint_and_takes_it_over(tiny: TinyRuns) -> None:
     first = learner(tiny)
-    with pytest.raises(Interrupted), first.opened(Hardware("cpu"), num_seeds=1):
+    with pytest.raises(Interrupted), first.open(Hardware("cpu"), num_seeds=1):
         first.folder.save_checkpoint(7, first.algorithm.state_dict(), {"num_threads": 1})
         raise Interrupted("stopped", 15)
     second = learner(tiny)
     for value in second.algorithm.theta.values():
         value.zero_()
-    with second.opened(Hardware("cpu"), num_seeds=1) as saved:
+    with second.open(Hardware("cpu"), num_seeds=1) as saved:
         assert saved is not None
         second.restore(saved)
         second.report = {}

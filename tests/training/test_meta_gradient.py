@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml.algorithm.maml import MAML
-from maml.domain.base import Metrics, Role, Split, SupervisedDomain
+from maml.domain.base import Metrics, Role, SupervisedDomain
 from maml.hardware.memory import recompute_inner_steps
 from maml.inner.sgd import SGD
 from maml.model.base import Model
@@ -19,7 +19,7 @@ from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
 from maml.model.module import ModuleModel
 from maml.seeding import Stream
-from maml.types import Examples, Params, Tasks, expand
+from maml.types import Examples, Params, Split, Tasks, expand
 from tests import algorithms, plain_maml
 from tests.algorithms import build_from
 
