@@ -74,8 +74,8 @@ def test_changed_number_fails(committed: Path, capsys: pytest.CaptureFixture[str
     edit_index(committed, lambda index: index["cells"][CELL]["readings"]["1"].update(mean=0.67))
     assert verify(committed, CELL) == 1
     said = capsys.readouterr().out
-    assert said.startswith(f"FAILED  {CELL}: after 1 gradient step 0.66188")
-    assert "0.67 is committed: 0.00812 apart" in said
+    assert said.startswith(f"FAILED  {CELL}: after 1 gradient step it is 0.66188")
+    assert "0.67 is committed. They differ by 0.00812;" in said
 
 
 def test_wrong_hash_missing_and_damaged_files_fail(committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,10 +95,10 @@ def test_wrong_hash_missing_and_damaged_files_fail(committed: Path, capsys: pyte
 def test_other_bank_run_or_evaluation_fails(committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes: dict[str, Callable[[Any], object]] = {
         "the task bank is different": lambda index: index["cells"][CELL].update(bank="0"),
-        "the evaluation settings of .* have changed": lambda index: index["cells"][CELL]["evaluation"].update(
-            {"evaluation.bank_seed": 1}
-        ),
-        "does not give run": lambda index: index["cells"][CELL].update(overrides=["inner.step_size=0.02"]),
+        "the evaluation settings of sinusoid_10shot in conf/ have changed": lambda index: index["cells"][CELL][
+            "evaluation"
+        ].update({"evaluation.bank_seed": 1}),
+        "no longer has run id": lambda index: index["cells"][CELL].update(overrides=["inner.step_size=0.02"]),
     }
     original = (committed / "index.json").read_text()
     for message, change in changes.items():
