@@ -10,7 +10,7 @@ from maml.config.schema import Settings
 from maml.experiment import run_experiment
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder
-from tests.hardware.test_distributed import Together, assert_alike
+from tests.hardware.test_distributed import Processes, assert_alike
 from tests.runs import TinyRuns
 
 SMALL = ("num_iterations=12", "log_every=4", "checkpoint_every=8", "evaluation.num_shots=null", "precision=float64")
@@ -59,7 +59,7 @@ def test_two_processes_give_the_numbers_of_one(own_algorithm: tuple[str, TinyRun
     name, tiny = own_algorithm
     alone, shared = settings(tiny, name), settings(tiny.beside("shared"), name)
     run_experiment(alone, "custom")
-    assert Together(shared, 2).join() == [0, 0]
+    assert Processes(shared, 2).join() == [0, 0]
     assert_alike(*(RunFolder(config, "custom").path for config in (alone, shared)))
 
 
