@@ -103,8 +103,7 @@ class Problem:
     Attributes:
         config: the experiment's settings, with images replaced by noise.
         algorithm: the experiment's algorithm, with ``theta``.
-        theta: random parameters. They are larger than training's initial ones, with which second derivatives could be
-            lost in rounding.
+        theta: random parameters; with training's initial ones, second derivatives could be lost in rounding.
         tasks: one meta-batch.
     """
 

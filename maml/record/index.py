@@ -444,7 +444,7 @@ class Evidence:
     Attributes:
         evaluated: runs with the source's settings, with their reports: the complete runs, one per seed, lowest seed
             first. If no run is complete, only the run with the most iterations.
-        unevaluated: if no run was evaluated, the run with the most iterations; else None.
+        unevaluated: if no run was evaluated, the run in progress or the one with the most iterations; else None.
     """
 
     evaluated: tuple[tuple[Run, Report], ...] = ()

@@ -1,4 +1,4 @@
-"""What `maml list` and `maml describe` print, and what they say of a wrong word."""
+"""The output of `maml list` and `maml describe`, and their messages for unknown names."""
 
 from __future__ import annotations
 
@@ -43,9 +43,14 @@ def test_unknown_words_are_answered_with_what_was_meant() -> None:
 
 def test_describe_key_gives_meaning_type_range_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "describe", "inner.step_size")
-    for part in ("meaning  The paper's alpha.", "type     number", "range    > 0", "default  0.01  (inner=sgd)"):
+    for part in (
+        "meaning  Step size of every step, the paper's alpha.",
+        "type     number",
+        "range    > 0",
+        "default  0.01  (inner=sgd)",
+    ):
         assert part in text
-    assert "none: it has to be given  (evaluation=accuracy)" in printed(capsys, "describe", "evaluation.num_steps")
+    assert "none: you must set it  (evaluation=accuracy)" in printed(capsys, "describe", "evaluation.num_steps")
 
 
 def test_describe_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`maml train` and `maml eval` beside `python train.py`: the same runs, recorded under their own names."""
+"""`maml train` and `maml eval` compared with `python train.py`: equal runs, recorded with their own commands."""
 
 from __future__ import annotations
 
