@@ -23,7 +23,7 @@ from maml.hardware import distributed
 from maml.record import checkpoint
 from maml.record.run_folder import read_json
 from maml.types import Tasks
-from tests.runs import ROOT, TinyRuns, files, state
+from tests.runs import ROOT, TinyRuns, checkpoint_tensors, file_contents
 
 RL: tuple[str, ...] = (
     "domain.num_shots=3",
@@ -97,7 +97,7 @@ def assert_alike(mine: Path, theirs: Path) -> None:
     """Asserts equality up to the rounding of float64."""
     for one, other in zip(metrics(mine), metrics(theirs), strict=True):
         assert one == pytest.approx(other, rel=1e-6, abs=1e-9)
-    first, second = state(mine), state(theirs)
+    first, second = checkpoint_tensors(mine), checkpoint_tensors(theirs)
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-6, atol=1e-9, msg=name)
     reports = [read_json(folder / "report.json") for folder in (mine, theirs)]
@@ -109,12 +109,12 @@ def assert_alike(mine: Path, theirs: Path) -> None:
 def test_processes_give_the_numbers_of_one_alone(tiny: TinyRuns, kind: str, size: int) -> None:
     overrides = (*KINDS[kind], *SMALL)
     alone = tiny.run(*overrides)
-    together = tiny.beside("together")
+    together = tiny.in_folder("together")
     assert Processes(together.config(*overrides), size).join() == [0] * size
     folder = together.folder(*overrides)
     assert folder.name == alone.name
     assert_alike(alone, folder)
-    assert sorted(files(folder)) == sorted(files(alone)), "one process writes, once"
+    assert sorted(file_contents(folder)) == sorted(file_contents(alone)), "one process writes, once"
     record = read_json(folder / "run.json")
     assert record is not None
     assert record["segments"][0]["hardware"]["processes"] == size
