@@ -55,7 +55,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(tmp_path: Path, cache_dir: Path) -> TinyRuns:
     """Tiny runs on sinusoids, in a temporary folder."""
-    return TinyRuns(tmp_path / "runs", cache_dir).of("sinusoid")
+    return TinyRuns(tmp_path / "runs", cache_dir).on_domain("sinusoid")
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def tiny_images(tiny: TinyRuns) -> TinyRuns:
     folder = Path(os.environ["MAML_DATA"]) / "omniglot"
     if not folder.is_dir():
         pytest.skip(f"no {folder}; set MAML_DATA to the folder that has the data sets")
-    return tiny.of("omniglot")
+    return tiny.on_domain("omniglot")
 
 
 @pytest.fixture(params=list(DOMAINS))

@@ -68,11 +68,11 @@ class TinyRuns:
     cache_dir: Path
     base: tuple[str, ...] = ()
 
-    def of(self, domain: str) -> TinyRuns:
+    def on_domain(self, domain: str) -> TinyRuns:
         """Returns tiny runs on one of `DOMAINS`, in the same folder."""
         return replace(self, base=(*DOMAINS[domain], *_TINY))
 
-    def beside(self, name: str) -> TinyRuns:
+    def in_folder(self, name: str) -> TinyRuns:
         """Returns the same runs in another folder, a sibling of ``runs_dir``."""
         return replace(self, runs_dir=self.runs_dir.with_name(name))
 
@@ -117,7 +117,7 @@ def before_iteration(monkeypatch: pytest.MonkeyPatch, iteration: int, act: Calla
     monkeypatch.setattr("maml.training.iteration.meta_update", act_then_update)
 
 
-def state(folder: Path) -> dict[str, Tensor]:
+def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     """Returns all tensors of a run's newest checkpoint, by name."""
     saved = checkpoint.load(folder / "checkpoint.pt")["state"]
     return {f"{group}.{name}": value for group, values in saved.items() for name, value in values.items()}
@@ -128,14 +128,14 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert (
         checkpoint.load(folder / "checkpoint.pt")["iteration"] == checkpoint.load(other / "checkpoint.pt")["iteration"]
     )
-    tensors, others = state(folder), state(other)
+    tensors, others = checkpoint_tensors(folder), checkpoint_tensors(other)
     assert tensors.keys() == others.keys()
     assert not [name for name in tensors if not torch.equal(tensors[name], others[name])]
     for name in ("metrics.jsonl", "report.json", "tasks.csv"):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def files(folder: Path, but: Sequence[str] = ()) -> dict[str, bytes]:
+def file_contents(folder: Path, but: Sequence[str] = ()) -> dict[str, bytes]:
     """Returns the content of every file below a folder, by path; ``but`` lists file names to leave out."""
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in but)
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}

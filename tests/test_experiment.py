@@ -19,7 +19,7 @@ from maml.experiment import print_report, run_experiment
 from maml.logger.base import Logger
 from maml.record.plot import plot_report
 from maml.record.run_folder import read_json
-from tests.runs import TinyRuns, assert_same_run, before_iteration, files
+from tests.runs import TinyRuns, assert_same_run, before_iteration, file_contents
 from tests.training.test_survival import training_forbidden
 
 Reference = Callable[[TinyRuns], Path]
@@ -100,7 +100,7 @@ def test_stopped_run_is_resumed_by_the_same_command_and_its_mirror_told(
     folder = tiny.run(NOTING, *SHORT)
     assert [what[2] for kind, what in told if kind == "start"] == [False, True]
     assert told[-1] == ("finish", "finished")
-    assert_same_run(folder, tiny.beside("whole").run(*SHORT))
+    assert_same_run(folder, tiny.in_folder("whole").run(*SHORT))
 
 
 def test_failed_run_is_told_to_its_mirror_and_recorded(
@@ -184,13 +184,13 @@ def test_same_command_after_the_end_trains_nothing_and_gives_the_same_number(
     tiny: TinyRuns, uninterrupted: Reference, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(uninterrupted(tiny), tiny.folder())
-    before = files(tiny.folder())
+    before = file_contents(tiny.folder())
     report = read_json(tiny.folder() / "report.json")
     assert report is not None
     with training_forbidden(monkeypatch):
         assert run_experiment(tiny.config(), "custom") == report["headline"]
     assert f"already finished: {tiny.folder()}" in capsys.readouterr().out
-    assert files(tiny.folder()) == before
+    assert file_contents(tiny.folder()) == before
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_other_evaluation_of_a_finished_run_stands_beside_the_first(
     other: str, tiny: TinyRuns, uninterrupted: Reference
 ) -> None:
     shutil.copytree(uninterrupted(tiny), tiny.folder())
-    before = files(tiny.folder())
+    before = file_contents(tiny.folder())
     tiny.run("mode=eval", other)
-    after = files(tiny.folder())
+    after = file_contents(tiny.folder())
     assert {name: after[name] for name in before} == before
     (folder,) = (tiny.folder() / "evaluations").iterdir()
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "report.json", "report.png", "tasks.csv"}

@@ -369,4 +369,4 @@ def test_multirun_makes_a_folder_for_each_job_and_outlives_those_that_fail(tiny:
         (seed, "finished") for seed in (0, 1, 2)
     ]
     last = ("+debug=smoke", "seed=2", "inner.step_size=0.02")
-    assert_same_run(tiny.folder(*last), tiny.beside("alone").run(*last))  # nothing of the earlier jobs is in it
+    assert_same_run(tiny.folder(*last), tiny.in_folder("alone").run(*last))  # nothing of the earlier jobs is in it

@@ -27,7 +27,7 @@ from maml.training.cuda_graph import CudaGraphIteration
 from maml.training.iteration import Iteration
 from maml.types import Examples, Tasks
 from tests import algorithms
-from tests.runs import TinyRuns, assert_same_run, before_iteration, state
+from tests.runs import TinyRuns, assert_same_run, before_iteration, checkpoint_tensors
 from tests.training.test_meta_gradient import NUM_WAYS, SMALL, FixedExamples
 
 pytestmark = [
@@ -120,13 +120,13 @@ def test_run_on_a_gpu_is_captured_and_resumes(tiny: TinyRuns, monkeypatch: pytes
         tiny.run(*settings)
     folder = tiny.run(*settings)
     assert checkpoint.load(folder / "checkpoint.pt")["execution"]["cuda_graph"], "it was given up"
-    assert_same_run(folder, tiny.beside("whole").run(*settings))
+    assert_same_run(folder, tiny.in_folder("whole").run(*settings))
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_run_in_less_precision_learns(precision: str, tiny_images: TinyRuns) -> None:
     folder = tiny_images.run("hardware=gpu", f"precision={precision}")
-    assert all(torch.isfinite(value).all() for value in state(folder).values())
+    assert all(torch.isfinite(value).all() for value in checkpoint_tensors(folder).values())
 
 
 def test_memory_that_does_not_suffice_halves_the_chunk(tiny_images: TinyRuns) -> None:

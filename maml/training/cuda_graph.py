@@ -165,5 +165,6 @@ def with_cuda_graph(iterate: Iteration) -> Iteration | CudaGraphIteration:
     A meta-update whose course depends on computed numbers cannot be captured. Algorithms that do not sum over tasks
     may have such a meta-update.
     """
-    can_capture = iterate.algorithms[0].sums_over_tasks
-    return CudaGraphIteration(iterate) if iterate.execution.cuda_graph and can_capture else iterate
+    if iterate.execution.cuda_graph and iterate.algorithms[0].sums_over_tasks:
+        return CudaGraphIteration(iterate)
+    return iterate

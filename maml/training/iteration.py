@@ -87,9 +87,9 @@ def meta_update(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks)
     """Makes one meta-update of one seed; returns its mean metrics, 0-dim tensors.
 
     Args:
-        algorithm: changed in place.
-        meta_gradient: of the algorithm.
-        tasks: a meta-batch; rollouts are added to it.
+        algorithm: the seed's algorithm; its state is changed in place.
+        meta_gradient: computes the algorithm's meta-gradient.
+        tasks: this process's part of the meta-batch; rollouts are added in place.
     """
     if algorithm.domain.on_policy:
         algorithm.collect(algorithm.params_per_task(num_tasks(tasks)), tasks)

@@ -73,7 +73,7 @@ def test_stopped_run_resumes_bit_exactly(
     folder = runs.folder(*overrides)
     assert checkpoint.load(folder / "checkpoint.pt")["iteration"] == 5
     runs.run(*overrides)
-    assert_same_run(folder, runs.beside("whole").run(*overrides))
+    assert_same_run(folder, runs.in_folder("whole").run(*overrides))
 
 
 def with_numbered_head(value: Any, number: int) -> Any:

@@ -1,4 +1,4 @@
-"""The record of the best theta: which iteration it is of, by the average of the last ten values."""
+"""The best theta: it is chosen by the mean of the last ten values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WINDOW = 10
 
 
 def recorded(values: list[float]) -> tuple[Params, list[float]]:
-    """Feeds one value per iteration, with its number as theta; returns the record and the theta kept after each."""
+    """Gives one value per iteration, whose theta is its number; returns the record and the best theta after each."""
     best, kept = init_best({"w": torch.tensor([-1.0])}), []
     for number, value in enumerate(values):
         update_best(best, {"w": torch.tensor([float(number)])}, torch.tensor(value))
@@ -23,7 +23,7 @@ def recorded(values: list[float]) -> tuple[Params, list[float]]:
 
 
 def by_hand(values: list[float]) -> list[float]:
-    """The same in plain numbers; what lies before the first iteration counts as its value."""
+    """The same in plain numbers; before the first iteration, its value is assumed."""
     kept, highest, current = [], -math.inf, -1.0
     for number in range(len(values)):
         window = [values[max(0, past)] for past in range(number - WINDOW + 1, number + 1)]

@@ -13,7 +13,7 @@ from maml.record.run_folder import read_json
 from maml.seeding import Stream
 from tests import algorithms
 from tests.algorithms import build_from
-from tests.runs import TinyRuns, state
+from tests.runs import TinyRuns, checkpoint_tensors
 
 
 def test_no_iteration_changes_a_bit_of_theta() -> None:
@@ -38,4 +38,4 @@ def test_run_of_no_iteration_keeps_and_evaluates_theta_as_drawn(tiny: TinyRuns) 
     assert report is not None and report["iteration"] == 0
     assert len(report["curves"][0]["steps"]) == 3
     some = tiny.run("algorithm=random_init", "num_iterations=4")
-    assert all(torch.equal(state(some)[name], value) for name, value in state(none).items())
+    assert all(torch.equal(checkpoint_tensors(some)[name], value) for name, value in checkpoint_tensors(none).items())

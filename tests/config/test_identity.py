@@ -96,7 +96,7 @@ RELATED = (
 
 @pytest.mark.parametrize("domain", ["sinusoid", "omniglot"])
 def test_run_id_depends_on_all_that_training_does_and_on_nothing_else(tiny: TinyRuns, domain: str) -> None:
-    tiny = tiny.of(domain)
+    tiny = tiny.on_domain(domain)
     own = tiny.folder().name
     assert [override for override in UNRELATED if digest(training_config(tiny.config(override))) != own] == []
     ids = {override: tiny.folder(override).name for override in RELATED}

@@ -132,7 +132,7 @@ def test_all_mistakes_are_named_at_once(tiny: TinyRuns) -> None:
 
 
 def test_image_network_on_vectors_is_refused(tiny: TinyRuns) -> None:
-    config = changed(tiny.config(), "model", tiny.of("omniglot").config().model)
+    config = changed(tiny.config(), "model", tiny.on_domain("omniglot").config().model)
     assert "model=conv4 takes images (height, width, channels)" in refusal(config)
 
 
@@ -144,7 +144,7 @@ def test_absent_gpu_is_said(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_missing_data_says_what_goes_where(tiny: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    config = tiny.of("omniglot").config(f"data_dir={tmp_path / 'none'}", f"cache_dir={tmp_path / 'empty'}")
+    config = tiny.on_domain("omniglot").config(f"data_dir={tmp_path / 'none'}", f"cache_dir={tmp_path / 'empty'}")
     assert f"{tmp_path / 'none'}/omniglot/images_background.zip" in refusal(config)
 
 

@@ -10,7 +10,7 @@ from maml.config.schema import Settings
 from maml.experiment import run_experiment
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder
-from tests.hardware.test_distributed import Together, assert_alike
+from tests.hardware.test_distributed import Processes, assert_alike
 from tests.runs import TinyRuns
 
 SMALL = ("num_iterations=12", "log_every=4", "checkpoint_every=8", "evaluation.num_shots=null", "precision=float64")
@@ -39,7 +39,7 @@ def own_algorithm(request: pytest.FixtureRequest, tiny: TinyRuns) -> tuple[str, 
 
 def test_chunks_of_one_task_give_the_same_numbers(own_algorithm: tuple[str, TinyRuns]) -> None:
     name, tiny = own_algorithm
-    whole, cut = settings(tiny, name), settings(tiny.beside("cut"), name, "hardware.task_chunk=1")
+    whole, cut = settings(tiny, name), settings(tiny.in_folder("cut"), name, "hardware.task_chunk=1")
     for config in (whole, cut):
         run_experiment(config, "custom")
     assert_alike(*(RunFolder(config, "custom").path for config in (whole, cut)))
@@ -47,7 +47,7 @@ def test_chunks_of_one_task_give_the_same_numbers(own_algorithm: tuple[str, Tiny
 
 def test_two_seeds_at_once_give_the_numbers_of_each(own_algorithm: tuple[str, TinyRuns]) -> None:
     name, tiny = own_algorithm
-    together = settings(tiny.beside("together"), name, "seeds=2")
+    together = settings(tiny.in_folder("together"), name, "seeds=2")
     run_experiment(together, "custom")
     for seed in (0, 1):
         alone = settings(tiny, name, f"seed={seed}")
@@ -57,9 +57,9 @@ def test_two_seeds_at_once_give_the_numbers_of_each(own_algorithm: tuple[str, Ti
 
 def test_two_processes_give_the_numbers_of_one(own_algorithm: tuple[str, TinyRuns]) -> None:
     name, tiny = own_algorithm
-    alone, shared = settings(tiny, name), settings(tiny.beside("shared"), name)
+    alone, shared = settings(tiny, name), settings(tiny.in_folder("shared"), name)
     run_experiment(alone, "custom")
-    assert Together(shared, 2).join() == [0, 0]
+    assert Processes(shared, 2).join() == [0, 0]
     assert_alike(*(RunFolder(config, "custom").path for config in (alone, shared)))
 
 
@@ -67,7 +67,7 @@ def test_two_processes_give_the_numbers_of_one(own_algorithm: tuple[str, TinyRun
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_compiled_gradient_gives_the_same_numbers(own_algorithm: tuple[str, TinyRuns]) -> None:
     name, tiny = own_algorithm
-    plain, compiled = settings(tiny, name), settings(tiny.beside("compiled"), name, "hardware.compile=true")
+    plain, compiled = settings(tiny, name), settings(tiny.in_folder("compiled"), name, "hardware.compile=true")
     for config in (plain, compiled):
         run_experiment(config, "custom")
     folder = RunFolder(compiled, "custom").path

@@ -327,7 +327,7 @@ def test_checkpoint_of_other_observations_is_refused(tiny: TinyRuns) -> None:
     algorithm = build_algorithm(tiny.config(*oracle), Hardware("cpu"))
     with pytest.raises(
         MamlError,
-        match=r"linear1\.weight has shape \(6, 2\), but this model's has \(6, 4\): the inputs or outputs of the",
+        match=r"linear1\.weight has shape \(6, 2\), but this model's has \(6, 4\); use a domain with the inputs and",
     ):
         algorithm.load_state_dict(state)
 

@@ -20,7 +20,7 @@ from maml.errors import Interrupted, MamlError
 from maml.hardware.base import Execution, Hardware
 from maml.record import checkpoint
 from tests.hardware.test_distributed import metrics
-from tests.runs import TinyRuns, before_iteration, state
+from tests.runs import TinyRuns, before_iteration, checkpoint_tensors
 
 VECTORS = Sinusoid()
 
@@ -152,8 +152,8 @@ def test_description_names_the_machine() -> None:
 def test_hardware_changes_no_gradient(each_domain: TinyRuns, setting: str) -> None:
     """After one iteration, Adam's running mean is a tenth of the meta-gradient."""
     few = ("num_iterations=1", "evaluation.num_tasks=2")
-    mine = state(each_domain.run(*few, "hardware.task_chunk=all"))["outer.mean"]
-    theirs = state(each_domain.beside("other").run(*few, setting))["outer.mean"]
+    mine = checkpoint_tensors(each_domain.run(*few, "hardware.task_chunk=all"))["outer.mean"]
+    theirs = checkpoint_tensors(each_domain.in_folder("other").run(*few, setting))["outer.mean"]
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * mine.abs().max().item())
 
 
@@ -161,7 +161,7 @@ def test_hardware_changes_no_gradient(each_domain: TinyRuns, setting: str) -> No
 def test_compiling_changes_no_result(tiny: TinyRuns) -> None:
     few = ("num_iterations=20", "log_every=1", "evaluation.num_tasks=2")
     mine = tiny.run(*few, "hardware.compile=false")
-    theirs = tiny.beside("other").run(*few, "hardware.compile=true")
+    theirs = tiny.in_folder("other").run(*few, "hardware.compile=true")
     losses = [[line["loss"] for line in metrics(folder)] for folder in (mine, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert checkpoint.load(theirs / "checkpoint.pt")["execution"]["compile"], "it did not fall back"

@@ -23,7 +23,7 @@ from maml.hardware import distributed
 from maml.record import checkpoint
 from maml.record.run_folder import read_json
 from maml.types import Tasks
-from tests.runs import ROOT, TinyRuns, files, state
+from tests.runs import ROOT, TinyRuns, checkpoint_tensors, file_contents
 
 RL: tuple[str, ...] = (
     "domain.num_shots=3",
@@ -50,7 +50,7 @@ KINDS = {
 }
 
 
-def _run_as(config: Settings, rank: int, size: int, port: int, said: Path) -> None:
+def _run_as(config: Settings, rank: int, size: int, port: int, message_file: Path) -> None:
     """The main function of one process; its exit status is that of train.py."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
@@ -61,11 +61,11 @@ def _run_as(config: Settings, rank: int, size: int, port: int, said: Path) -> No
     except Interrupted as stop:
         sys.exit(128 + stop.signal_number)
     except MamlError as error:
-        said.write_text(str(error))
+        message_file.write_text(str(error))
         sys.exit(1)
 
 
-class Together:
+class Processes:
     """Several processes that train one run together."""
 
     def __init__(self, config: Settings, size: int) -> None:
@@ -75,9 +75,9 @@ class Together:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.processes: list[BaseProcess] = []
-        self.said = [Path(config.runs_dir).with_name(f"said_by_{rank}") for rank in range(size)]
-        for rank, said in enumerate(self.said):
-            process = context.Process(target=_run_as, args=(config, rank, size, port, said), daemon=True)
+        self.messages = [Path(config.runs_dir).with_name(f"message_of_rank_{rank}") for rank in range(size)]
+        for rank, message_file in enumerate(self.messages):
+            process = context.Process(target=_run_as, args=(config, rank, size, port, message_file), daemon=True)
             process.start()
             self.processes.append(process)
 
@@ -85,7 +85,7 @@ class Together:
         """Waits for all processes and returns their exit statuses."""
         for process in self.processes:
             process.join(90)
-            assert not process.is_alive(), "still waiting for one that is gone"
+            assert not process.is_alive(), "still waits for a process that has ended"
         return [process.exitcode for process in self.processes]
 
 
@@ -97,7 +97,7 @@ def assert_alike(mine: Path, theirs: Path) -> None:
     """Asserts equality up to the rounding of float64."""
     for one, other in zip(metrics(mine), metrics(theirs), strict=True):
         assert one == pytest.approx(other, rel=1e-6, abs=1e-9)
-    first, second = state(mine), state(theirs)
+    first, second = checkpoint_tensors(mine), checkpoint_tensors(theirs)
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-6, atol=1e-9, msg=name)
     reports = [read_json(folder / "report.json") for folder in (mine, theirs)]
@@ -109,12 +109,12 @@ def assert_alike(mine: Path, theirs: Path) -> None:
 def test_processes_give_the_numbers_of_one_alone(tiny: TinyRuns, kind: str, size: int) -> None:
     overrides = (*KINDS[kind], *SMALL)
     alone = tiny.run(*overrides)
-    together = tiny.beside("together")
-    assert Together(together.config(*overrides), size).join() == [0] * size
+    together = tiny.in_folder("together")
+    assert Processes(together.config(*overrides), size).join() == [0] * size
     folder = together.folder(*overrides)
     assert folder.name == alone.name
     assert_alike(alone, folder)
-    assert sorted(files(folder)) == sorted(files(alone)), "one process writes, once"
+    assert sorted(file_contents(folder)) == sorted(file_contents(alone)), "one process writes, once"
     record = read_json(folder / "run.json")
     assert record is not None
     assert record["segments"][0]["hardware"]["processes"] == size
@@ -126,18 +126,18 @@ def test_killed_process_stops_the_others_and_the_run_goes_on_with_another_number
 ) -> None:
     overrides = ("num_iterations=100000", "log_every=10", "checkpoint_every=10", "hardware.compile=false")
     folder = tiny.folder(*overrides)
-    together = Together(tiny.config(*overrides), 3)
+    processes = Processes(tiny.config(*overrides), 3)
     _wait_for_checkpoint(folder)
-    os.kill(together.processes[2].pid or 0, signal.SIGKILL)
-    assert together.join() == [1, 1, -signal.SIGKILL]
-    assert all("another process of this run has ended" in said.read_text() for said in together.said[:2])
+    os.kill(processes.processes[2].pid or 0, signal.SIGKILL)
+    assert processes.join() == [1, 1, -signal.SIGKILL]
+    assert all("another process of this run has ended" in file.read_text() for file in processes.messages[:2])
     reached = checkpoint.load(folder / "checkpoint.pt")["iteration"]
     assert read_json(folder / "run.json") is not None
 
-    together = Together(tiny.config(*overrides), 2)
+    processes = Processes(tiny.config(*overrides), 2)
     _wait_for_checkpoint(folder, reached + 20)
-    os.kill(together.processes[1].pid or 0, signal.SIGTERM)  # only one process gets the signal
-    assert together.join() == [128 + signal.SIGTERM] * 2
+    os.kill(processes.processes[1].pid or 0, signal.SIGTERM)  # only one process gets the signal
+    assert processes.join() == [128 + signal.SIGTERM] * 2
     record = read_json(folder / "run.json")
     assert record is not None
     assert record["status"] == "interrupted"
@@ -167,9 +167,9 @@ def _wait_for_checkpoint(folder: Path, iteration: int = 1) -> None:
 def test_what_cannot_be_shared_is_refused_before_anything_is_written(
     tiny: TinyRuns, overrides: tuple[str, ...], message: str
 ) -> None:
-    together = Together(tiny.config(*overrides), 3)
-    assert together.join() == [1, 1, 1]
-    assert all(message in said.read_text() for said in together.said)
+    processes = Processes(tiny.config(*overrides), 3)
+    assert processes.join() == [1, 1, 1]
+    assert all(message in file.read_text() for file in processes.messages)
     assert not tiny.runs_dir.exists()
 
 

@@ -23,7 +23,7 @@ from maml.record import checkpoint
 from maml.seeding import Stream
 from maml.types import Params
 from tests.algorithms import build_from, meta_gradient, step
-from tests.runs import TinyRuns, state
+from tests.runs import TinyRuns, checkpoint_tensors
 
 
 def small_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
@@ -88,12 +88,12 @@ def test_evaluation_shrinks_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_run_records_the_chunk_that_it_ended_with(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("num_iterations=10", "precision=float64")
-    whole = tiny.beside("whole").run(*few)
+    whole = tiny.in_folder("whole").run(*few)
     small_memory(monkeypatch, most=1)
     folder: Path = tiny.run(*few)
     assert checkpoint.load(folder / "checkpoint.pt")["execution"]["task_chunk"] == 1
-    for name, value in state(whole).items():
-        torch.testing.assert_close(state(folder)[name], value)
+    for name, value in checkpoint_tensors(whole).items():
+        torch.testing.assert_close(checkpoint_tensors(folder)[name], value)
 
 
 _FAULTS = """

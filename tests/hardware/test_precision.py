@@ -21,7 +21,7 @@ from maml.seeding import Stream
 from maml.types import Params
 from tests import algorithms
 from tests.algorithms import build_from
-from tests.runs import TinyRuns, state
+from tests.runs import TinyRuns, checkpoint_tensors
 from tests.training.test_meta_gradient import NUM_WAYS, SMALL, FixedExamples, SmallNet
 
 
@@ -95,7 +95,7 @@ def test_another_precision_is_another_run(tiny: TinyRuns) -> None:
 def test_run_computes_in_what_it_says(precision: str, tiny_images: TinyRuns) -> None:
     folder = tiny_images.run("num_iterations=3", f"precision={precision}", "model.num_filters=4")
     wanted = torch.float64 if precision == "float64" else torch.float32
-    assert {value.dtype for name, value in state(folder).items() if name.startswith("theta")} == {wanted}
+    assert {value.dtype for name, value in checkpoint_tensors(folder).items() if name.startswith("theta")} == {wanted}
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_written(tiny: TinyRuns) -> None:

@@ -16,7 +16,7 @@ from maml.paper.cells import Source
 from maml.paper.plan import SMOKE, WATERMARK, Job, Need, estimate, list_needs, plan, select, write_smoke_cells
 from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, edit, make_run, make_run_with_checkpoint
-from tests.runs import files
+from tests.runs import file_contents
 
 RESULTS = Path(__file__).parents[2] / "results"
 NEEDS = list_needs(RESULTS)
@@ -110,7 +110,7 @@ def test_unfinished_run_is_continued_where_it_is(tmp_path: Path) -> None:
 
 def test_unfinished_committed_run_is_copied_whole_and_stays_as_it_is(tmp_path: Path) -> None:
     committed = make_run_with_checkpoint(tmp_path / "committed", done=30_000, status="interrupted")
-    before = files(committed)
+    before = file_contents(committed)
     (job,) = jobs(tmp_path, SINUSOID)
     assert (job.state, job.committed) == ("continue from 30,000", committed)
     half = tmp_path / "runs" / ".copying" / "sinusoid_10shot" / job.run_id  # left by a copy that was killed
@@ -120,7 +120,7 @@ def test_unfinished_committed_run_is_copied_whole_and_stays_as_it_is(tmp_path: P
     job.folder.mkdir(parents=True)
     (job.folder / "lock").touch()  # left by a process that was killed before it recorded anything
     job.prepare()
-    assert files(job.folder) == files(committed) == before
+    assert file_contents(job.folder) == file_contents(committed) == before
     assert not half.exists()
 
     (job.folder / "metrics.jsonl").write_text("gone on")

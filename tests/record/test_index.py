@@ -15,7 +15,7 @@ from maml.config.paths import CONF
 from maml.errors import MamlError
 from maml.record.index import SUPERSEDED, Evidence, find_evidence, find_runs, provenance, read_run, read_runs, supersede
 from tests.paper.fake_runs import SINUSOID, edit, make_run, write
-from tests.runs import files
+from tests.runs import file_contents
 
 
 def evidence(*roots: Path) -> Evidence:
@@ -114,13 +114,13 @@ def test_other_task_banks_disagree_and_a_curve_that_only_one_has_does_not(tmp_pa
 
 def test_a_superseded_run_is_no_evidence_and_in_no_conflict(tmp_path: Path) -> None:
     wrong, right = make_run(tmp_path, mean=0.9, name="a"), make_run(tmp_path, mean=0.5, name="b")
-    before = files(wrong)
+    before = file_contents(wrong)
     by_path = {run.path: run for run in read_runs(tmp_path)[0]}
     supersede(by_path[wrong], by_path[right], "its data was wrong")
     assert readings(evidence(tmp_path)) == [0.5]
     (run,) = (run for run in read_runs(tmp_path)[0] if run.path == wrong)
     assert (run.status, str(run.superseded)) == ("superseded", f"superseded by {right}: its data was wrong")
-    assert {name: content for name, content in files(wrong).items() if name != SUPERSEDED} == before
+    assert {name: content for name, content in file_contents(wrong).items() if name != SUPERSEDED} == before
     (wrong / SUPERSEDED).unlink()
     assert len(find_runs(tmp_path)[1]) == 1
 

@@ -16,7 +16,7 @@ from maml.config.identity import digest, evaluation_config
 from maml.errors import MamlError
 from maml.experiment import run_experiment
 from maml.record.run_folder import RunFolder, command_line, read_json
-from tests.runs import TinyRuns, files
+from tests.runs import TinyRuns, file_contents
 
 HARDWARE = {"device": "cpu"}
 
@@ -99,12 +99,12 @@ def test_each_part_of_a_run_is_a_segment(tiny: TinyRuns) -> None:
 
 def test_run_is_open_once_at_a_time(run: RunFolder, tiny: TinyRuns) -> None:
     run.open(HARDWARE, "first", "MAML")
-    before = files(run.path)
+    before = file_contents(run.path)
     other = RunFolder(tiny.config(), "custom")
     with pytest.raises(MamlError, match="is training in"):
         other.open(HARDWARE, "second", "MAML")
     other.close("failed")
-    assert files(run.path) == before, "a run that is refused leaves the other one alone"
+    assert file_contents(run.path) == before, "a run that is refused leaves the other one alone"
     run.close("finished")
     other.open(HARDWARE, "second", "MAML")
     other.close("finished")
@@ -241,11 +241,11 @@ def test_baselines_that_part_in_meta_test_share_one_training(
     )
     headline = run_experiment(first, "first")
     folder = RunFolder(first, "first").path
-    kept = files(folder)
+    kept = file_contents(folder)
     monkeypatch.setattr(Classifier, "meta_update", lambda *_: pytest.fail("trained again"))
     other = run_experiment(second, "second")
     assert not (tiny_images.runs_dir / "second").exists()
-    now = files(folder)
+    now = file_contents(folder)
     assert {name: now[name] for name in kept} == kept, "record, config and report of the first are left alone"
     beside = f"evaluations/{digest({'iteration': 2, **evaluation_config(second)})}/"
     assert {name for name in now if name not in kept} == {f"{beside}{name}" for name in (*REPORT_FILES, "config.yaml")}

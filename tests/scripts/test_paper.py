@@ -20,7 +20,7 @@ from maml.config.compose import compose
 from maml.experiment import run_experiment
 from maml.paper.plan import WATERMARK
 from maml.record.run_folder import read_json
-from tests.runs import assert_same_run, files
+from tests.runs import assert_same_run, file_contents
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "paper.py"
@@ -124,10 +124,10 @@ def test_killed_at_any_point_loses_nothing_and_repeats_nothing(
     record = read_json(killed)
     assert record and len(record["segments"]) == 2, "it went on from its checkpoint"
 
-    before = files(tmp_path / "runs")
+    before = file_contents(tmp_path / "runs")
     assert paper.main(arguments(folder)) == 0
     assert "2 jobs: 2 done" in capsys.readouterr().out
-    assert files(tmp_path / "runs") == before
+    assert file_contents(tmp_path / "runs") == before
 
 
 def test_job_that_fails_or_lacks_data_leaves_the_rest_alone(
@@ -160,10 +160,10 @@ def test_unfinished_committed_run_goes_on_in_runs(
     (run / "report.json").unlink()  # trained, but not evaluated
     committed = folder / "runs" / "sinusoid_10shot" / run.name
     shutil.copytree(run, committed)
-    before = files(committed)
+    before = file_contents(committed)
     assert paper.main(arguments(folder)) == 0
     assert f"resumes from {committed}, copied to {tmp_path / 'runs'}" in capsys.readouterr().out
-    assert files(committed) == before
+    assert file_contents(committed) == before
     assert_same_run(tmp_path / "runs" / "sinusoid_10shot" / run.name, whole)
 
 
@@ -184,10 +184,10 @@ def test_smoke_test_is_watermarked_and_apart(
 ) -> None:
     monkeypatch.setattr(paper, "RENDERERS", {"paper_tables.py": ""})
     folder = results(MAML=("sinusoid_10shot", TINY), oracle=("sinusoid_oracle", TINY))
-    before = files(folder)
+    before = file_contents(folder)
     assert paper.main(arguments(folder, "--smoke", "--only", "table_x/MAML")) == 0
     assert WATERMARK in capsys.readouterr().out
-    assert files(folder) == before
+    assert file_contents(folder) == before
     assert not (tmp_path / "runs").exists()
     smoke = tmp_path / "runs_smoke"
     assert len(list(smoke.glob("*/*/report.json"))) == 1

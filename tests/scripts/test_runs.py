@@ -20,7 +20,7 @@ from rich.console import Console
 
 from maml.record.index import SUPERSEDED
 from tests.paper.fake_runs import SINUSOID, edit, make_run
-from tests.runs import ROOT, files
+from tests.runs import ROOT, file_contents
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "runs.py"))
 main = SCRIPT["main"]
@@ -264,20 +264,20 @@ def test_paired_interval_is_that_of_a_plain_bootstrap_and_far_narrower_than_an_u
 
 def test_supersede_writes_one_file_and_undo_removes_it(tmp_path: Path, run: Lines) -> None:
     folder, other = make_run(tmp_path), make_run(tmp_path, seed=1)
-    before = files(tmp_path)
+    before = file_contents(tmp_path)
     run("supersede", str(folder), "--by", other.name[:6])
-    assert set(files(tmp_path)) - set(before) == {str((folder / SUPERSEDED).relative_to(tmp_path))}
+    assert set(file_contents(tmp_path)) - set(before) == {str((folder / SUPERSEDED).relative_to(tmp_path))}
     assert json.loads((folder / SUPERSEDED).read_text()) == {"by": str(other), "reason": ""}
     run("supersede", str(folder), "--undo")
-    assert files(tmp_path) == before
+    assert file_contents(tmp_path) == before
 
 
 def test_supersede_refuses_what_makes_no_sense(tmp_path: Path, run: Lines) -> None:
     folder, other = make_run(tmp_path), make_run(tmp_path, seed=1)
-    before = files(tmp_path)
+    before = file_contents(tmp_path)
     assert "name the run that replaces it" in run("supersede", str(folder), status=1)[0]
     assert "cannot replace itself" in run("supersede", str(folder), "--by", str(folder), status=1)[0]
-    assert files(tmp_path) == before
+    assert file_contents(tmp_path) == before
     run("supersede", str(folder), "--by", str(other))
     assert "is no longer evidence itself" in run("supersede", str(other), "--by", str(folder), status=1)[0]
 
@@ -309,11 +309,11 @@ def test_prune_deletes_superseded_runs_and_old_failed_ones_with_nothing_saved(
     run("supersede", str(committed), "--reason", "old")
     monkeypatch.setitem(main.__globals__, "RESULTS", committed)
 
-    before = files(tmp_path)
+    before = file_contents(tmp_path)
     lines = run("prune")
     assert [line.split()[2] for line in lines[:-1]] == sorted(map(str, gone))
     assert lines[-1] == "nothing is deleted without --yes"
-    assert files(tmp_path) == before
+    assert file_contents(tmp_path) == before
     assert len(run("prune", "--days", "9")) == 2
 
     run("prune", "--yes")

@@ -1,4 +1,4 @@
-"""The owner of a seed: what it holds while it trains, and how the end of a training is recorded."""
+"""The owner of a seed: what it keeps open during training, and how it records the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.runs import TinyRuns
 
 
 class Closing(Logger):
-    """Keeps what the record said when it was closed, and the status it was given."""
+    """A logger that notes the status it was given, and run.json's status at that time."""
 
     closed: list[tuple[str, str]] = []
     folder: Path

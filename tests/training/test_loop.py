@@ -137,7 +137,7 @@ def test_no_iterations_keep_theta_as_it_was_drawn_and_keep_theta_as_drawn(tiny: 
 
 
 def test_resumed_loop_goes_on_behind_the_checkpoint(tiny: TinyRuns) -> None:
-    whole = Loop(tiny.beside("whole"), 11)
+    whole = Loop(tiny.in_folder("whole"), 11)
     whole()
     first = Loop(tiny, 11)
 

@@ -17,7 +17,7 @@ from maml.record import checkpoint
 from maml.record.run_folder import RunFolder, read_json
 from maml.types import Tasks
 from tests.hardware.test_distributed import assert_alike
-from tests.runs import TinyRuns, assert_same_run, files, state
+from tests.runs import TinyRuns, assert_same_run, checkpoint_tensors, file_contents
 
 MANY = ("precision=float64", "num_iterations=50", "log_every=10", "evaluation.num_tasks=5", "hardware.task_chunk=4")
 IMAGES = (
@@ -40,16 +40,16 @@ IMAGES = (
     ],
 )
 def test_seeds_side_by_side_equal_separate_runs(tiny: TinyRuns, overrides: tuple[str, ...]) -> None:
-    together = tiny.beside("together")
+    together = tiny.in_folder("together")
     together.run(*overrides, *MANY, "seed=4", "seeds=3")
     for seed in (4, 5, 6):
         own = (*overrides, *MANY, f"seed={seed}")
         alone = tiny.run(*own)
         folder = together.folder(*own)
         assert folder.name == alone.name, "the id that the separate run has"
-        assert sorted(files(folder)) == sorted(files(alone))
+        assert sorted(file_contents(folder)) == sorted(file_contents(alone))
         assert_alike(alone, folder)
-    first, second = (state(together.folder(*overrides, *MANY, f"seed={seed}")) for seed in (4, 5))
+    first, second = (checkpoint_tensors(together.folder(*overrides, *MANY, f"seed={seed}")) for seed in (4, 5))
     assert not all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -67,7 +67,7 @@ def _stop_after(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stopped_seeds_resume_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tiny.beside("whole")
+    whole = tiny.in_folder("whole")
     whole.run("seeds=2", "num_iterations=30")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         _stop_after(25, patch)
@@ -88,11 +88,11 @@ def test_seed_that_was_left_behind_catches_up_and_a_finished_one_is_not_run_agai
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         _stop_after(8, patch)
         tiny.run(*few, "seed=1")
-    before = files(finished)
+    before = file_contents(finished)
     tiny.run(*few, "seeds=3")
     assert "already finished" in capsys.readouterr().out
-    assert files(finished) == before
-    whole = tiny.beside("whole")
+    assert file_contents(finished) == before
+    whole = tiny.in_folder("whole")
     for seed in (0, 1):
         assert_alike(whole.run(*few, f"seed={seed}"), tiny.folder(*few, f"seed={seed}"))
 
@@ -113,7 +113,7 @@ def test_seed_killed_before_its_checkpoint_catches_up_bit_exactly(
 ) -> None:
     """Seeds are saved one after another, so a kill may leave some of them behind."""
     settings = ("seeds=2", "num_iterations=20", "hardware.task_chunk=2")
-    whole = tiny.beside("whole")
+    whole = tiny.in_folder("whole")
     whole.run(*settings)
     save = RunFolder.save_checkpoint
 

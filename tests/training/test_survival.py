@@ -23,7 +23,7 @@ from maml.record import checkpoint
 from maml.record.run_folder import RunFolder, read_json
 from maml.training.meta_gradient import MetaGradient
 from maml.types import Tasks
-from tests.runs import TinyRuns, assert_same_run, before_iteration, files, run_in_child
+from tests.runs import TinyRuns, assert_same_run, before_iteration, file_contents, run_in_child
 
 Reference = Callable[[TinyRuns], Path]
 
@@ -136,7 +136,7 @@ def test_compiled_run_resumes_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.Mo
         tiny.run("num_iterations=30", "hardware.compile=true")
     tiny.run("num_iterations=30")
     assert checkpoint.load(tiny.folder("num_iterations=30") / "checkpoint.pt")["execution"]["compile"] is True
-    whole = tiny.beside("whole").run("num_iterations=30", "hardware.compile=true")
+    whole = tiny.in_folder("whole").run("num_iterations=30", "hardware.compile=true")
     assert_same_run(tiny.folder("num_iterations=30"), whole)
 
 
@@ -215,12 +215,12 @@ def test_damaged_checkpoint_is_refused_and_the_advice_works(
     if damage == "flipped":
         content[len(content) // 2] ^= 4  # inside a tensor
     path.write_bytes(content[: {"truncated": len(content) * 2 // 3, "empty": 0}.get(damage)])
-    before = files(stopped)
+    before = file_contents(stopped)
     with pytest.raises(MamlError) as caught:
         tiny.run()
     assert f"{path} is damaged" in str(caught.value)
     assert f"{stopped / 'checkpoint.previous.pt'}: rename it to checkpoint.pt" in str(caught.value)
-    assert files(stopped) == before
+    assert file_contents(stopped) == before
 
     (stopped / "checkpoint.previous.pt").rename(path)
     tiny.run()
@@ -234,14 +234,14 @@ def test_file_that_is_no_checkpoint_is_refused(stopped: Path, tiny: TinyRuns) ->
 
 
 def test_run_dir_of_another_run_is_refused_with_the_difference(stopped: Path, tiny: TinyRuns) -> None:
-    before = files(stopped)
+    before = file_contents(stopped)
     with pytest.raises(MamlError) as caught:
         tiny.run(f"run_dir={stopped}", "seed=3", "inner.step_size=0.5")
     assert "belongs to another run" in str(caught.value)
     assert "inner.step_size: 0.5 here, 0.01 there" in str(caught.value)
     assert "seed: 3 here, its default there" in str(caught.value)
     assert "outer" not in str(caught.value)
-    assert files(stopped) == before
+    assert file_contents(stopped) == before
     for path in stopped.glob("checkpoint*"):
         path.unlink()
     with pytest.raises(MamlError, match="seed: 3 here"):  # from run.json, because there is no checkpoint yet
