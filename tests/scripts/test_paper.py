@@ -173,7 +173,7 @@ def test_second_of_two_at_once_is_refused(
     folder = results(MAML=("sinusoid_10shot", SHORT))
     with (
         paper._exclusive_lock(tmp_path / "runs"),
-        pytest.raises(paper.MamlError, match="another `make paper` is running"),
+        pytest.raises(paper.MamlError, match=r"another `make paper` \(process .*\) is running"),
     ):
         paper.main(arguments(folder))
     capsys.readouterr()

@@ -159,18 +159,18 @@ def test_launcher_runs_two_jobs(
 # A fake of submitit: the process that starts the job handles the signal and requeues the job.
 PREEMPTED = """
 import runpy, signal, sys
-from maml.algorithm.maml import MAML
+from maml.training import iteration
 
-step, count = MAML.step, 0
+meta_update, count = iteration.meta_update, 0
 
-def acting(self, tasks):
+def preempted_update(*args):
     global count
     count += 1
     if count == 5:
         signal.raise_signal(signal.SIGUSR2)
-    return step(self, tasks)
+    return meta_update(*args)
 
-MAML.step = acting
+iteration.meta_update = preempted_update
 signal.signal(signal.SIGUSR2, lambda *_: sys.exit(144))
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
