@@ -1,4 +1,4 @@
-"""What a domain is: a distribution over tasks, how a task's data is collected, and its losses."""
+"""The interface of a domain: a distribution over tasks, how a task's data is collected, and its losses."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Data = TypeVar("Data")
 
 
 class Domain(ABC, Generic[Data]):
-    """A distribution over tasks. Algorithms see tasks, data and losses, never what kind they are.
+    """A distribution over tasks. Algorithms use tasks, data and losses without knowing their kind.
 
     ``Data`` is what `data` returns for T tasks: labelled examples, or rollouts.
 
     Class attributes:
-        headline: the metric that a report leads with.
+        headline: the metric of a report's headline number.
         larger_is_better: whether a larger headline is better.
-        on_policy: whether data depends on the parameters that collect it, so that `collect` has work to do.
-        selected_by: the entry of `rollout_metrics`, larger is better, by which training keeps its best theta; None
-            keeps the last one only.
+        on_policy: whether data depends on the parameters that collect it. Only then `collect` adds data.
+        selected_by: the entry of `rollout_metrics` by which training keeps its best theta; larger is better. None
+            keeps the last theta only.
 
     Attributes:
         in_shape: shape of one input of the model.
@@ -53,19 +53,19 @@ class Domain(ABC, Generic[Data]):
     def without_data(cls, **options: Any) -> Self:
         """Builds the domain as its constructor does, but reads no data set.
 
-        Its model, shapes and `workload` are those of the full domain, and it can adapt to data that a caller gives. It
-        cannot draw tasks. A domain that reads a data set overrides this.
+        It has the shapes and the `workload` of the full domain, and algorithms can adapt to data that a caller gives.
+        It cannot draw tasks. A domain that reads a data set overrides this method.
 
         Args:
-            options: of the constructor.
+            options: arguments of the constructor.
         """
         return cls(**options)
 
     def check_available(self) -> None:
-        """Checks at a glance that a data set is there, without reading or downloading it; also `without_data`.
+        """Checks that the data set's files exist, without reading or downloading them. `without_data` can do this too.
 
         Raises:
-            Unavailable: if it is missing and cannot be downloaded.
+            Unavailable: if files are missing and cannot be downloaded.
         """
 
     @property
@@ -74,7 +74,7 @@ class Domain(ABC, Generic[Data]):
         return Workload()
 
     def to(self, device: torch.device) -> None:
-        """Moves whatever the domain holds to the device."""
+        """Moves the domain's tensors to the device."""
 
     def sample_tasks(
         self,
@@ -90,9 +90,9 @@ class Domain(ABC, Generic[Data]):
             num_tasks: T.
             stream: the source of randomness; tasks are a pure function of it and lie on its device.
             split: which tasks.
-            num_shots: K; None is the domain's.
-            num_query: query examples (per class, in classification); None is the domain's or, at a K that is given,
-                K.
+            num_shots: K; None is the domain's own.
+            num_query: query examples (per class, in classification). None is ``num_shots`` if that is given, else the
+                domain's own number.
 
         Raises:
             MamlError: if there is too little data.
@@ -109,29 +109,29 @@ class Domain(ABC, Generic[Data]):
 
         Args:
             num_tasks: T.
-            stream: the source of randomness, another one for each split.
+            stream: the source of randomness; each split has its own.
             split: which tasks.
             num_shots: K.
             num_query: query examples (per class, in classification).
 
         Returns:
-            Tensors ``(T, ...)`` by name: all that was drawn, from which `data` makes the examples.
+            Tensors ``(T, ...)`` by name, from which `data` makes the examples.
         """
 
     def collect(self, tasks: Tasks, model: Model, params: Params, step: int) -> None:
         """Adds rollouts to the tasks, collected with the parameters ``params`` of gradient step ``step``.
 
-        A domain of labelled examples adds nothing: its data is in the tasks from the start.
+        A domain of labelled examples adds nothing, because the tasks already hold its data.
         """
 
     @abstractmethod
     def data(self, tasks: Tasks, role: Role, step: int = 0) -> Data:
-        """Returns the support or query data of T tasks, a function of the tasks alone.
+        """Returns the support or query data of T tasks. It depends on the tasks only.
 
         Args:
-            tasks: as drawn, and with what `collect` added.
+            tasks: T tasks, with their rollouts if the domain is on-policy.
             role: support or query.
-            step: the gradient step whose rollouts are wanted; labelled examples are the same in all.
+            step: the gradient step whose rollouts are returned; labelled examples are the same at every step.
         """
 
     def subsample_timesteps(self, tasks: Tasks, every: int) -> Tasks:
@@ -139,16 +139,16 @@ class Domain(ABC, Generic[Data]):
         return tasks
 
     def rollout_metrics(self, tasks: Tasks) -> tuple[Metrics, Metrics]:
-        """Returns what is logged about the rollouts of a meta-batch, beside the losses.
+        """Returns metrics of a meta-batch's rollouts, which are logged with the losses.
 
         Returns:
-            Numbers of which the mean over tasks is logged, and numbers of which the sum is, each ``(T,)`` by name.
+            Metrics that are averaged over the tasks, and metrics that are summed over them, by name, each ``(T,)``.
         """
         return {}, {}
 
     @abstractmethod
     def inner_loss(self, model: Model, params: Params, data: Data) -> Tensor:
-        """Returns what adaptation descends, per task: ``(T,)``."""
+        """Returns the loss that adaptation minimises, per task, ``(T,)``."""
 
     @abstractmethod
     def outer_loss(self, model: Model, params: Params, data: Data) -> tuple[Tensor, Metrics]:
@@ -160,7 +160,7 @@ class Domain(ABC, Generic[Data]):
 
 
 class SupervisedDomain(Domain[Examples]):
-    """A domain of labelled examples: one loss for adaptation and for the meta-objective."""
+    """A domain of labelled examples. Adaptation and the meta-objective have the same loss."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:

@@ -1,4 +1,4 @@
-"""CIFAR-FS (Bertinetto et al. 2019): mini-ImageNet's counts with the small photos of CIFAR-100 (not in the paper)."""
+"""CIFAR-FS (Bertinetto et al. 2019): small photos of CIFAR-100, with mini-ImageNet's counts (not in the paper)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maml.domain.classification import FewShotClassification, Splits
 
 
 class CifarFS(FewShotClassification):
-    """N classes, K photos of each, 32x32 RGB in 0 to 1, as they are: neither turned nor augmented."""
+    """N classes with K photos each, 32x32 RGB from 0 to 1, neither turned nor augmented."""
 
     in_shape = (32, 32, 3)
     scale = 255.0

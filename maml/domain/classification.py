@@ -1,4 +1,4 @@
-"""N-way K-shot image classification: episodes drawn by index from one tensor on the device."""
+"""N-way K-shot image classification: tasks are drawn as indices into one tensor of images on the device."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from maml.model.base import Model
 from maml.seeding import Stream
 from maml.types import Count, Examples, Params, Split, Tasks, num_elements
 
-# A chunk of tasks on a CPU has at most as many pixels, support and query together, as 80 images of Omniglot. Half as
-# many halve the memory, but 20-way tasks then run one at a time, and no faster than a plain loop
+# Largest number of pixels in a chunk of tasks on a CPU, support and query together: 80 images of Omniglot. Half of it
+# halves the memory, but 20-way tasks are then computed one at a time, no faster than by a plain loop
 # (scripts/bench_meta_gradient.py).
 _CHUNK_PIXELS = 80 * 28 * 28
 
@@ -31,23 +31,23 @@ Splits = Mapping[Split, Tensor]
 class FewShotClassification(SupervisedDomain):
     """Tasks of N classes with K support images each; labels are reshuffled in every task.
 
-    A subclass is an image set: it sets the class attributes and says how its images are loaded.
+    A subclass is an image set. It sets the class attributes and defines `load`.
 
     Class attributes:
         in_shape: height, width and channels of an image.
-        scale: the pixel value that becomes 1; pixels are divided by it.
-        num_train_classes: how many classes the training split has.
+        scale: pixels are divided by this number.
+        num_train_classes: number of classes in the training split.
         rotate: whether every class of a task is turned by its own multiple of 90 degrees.
 
     Args:
-        num_ways: N, classes in a task.
-        num_shots: K, support images per class.
-        num_query: query images per class in training; None is K.
-        data_dir: where the original files are.
-        cache_dir: where the tensor built from them is kept.
+        num_ways: N, number of classes in a task.
+        num_shots: K, number of support images per class.
+        num_query: number of query images per class in training; None is K.
+        data_dir: folder of the original files.
+        cache_dir: folder in which the tensor built from these files is cached.
 
     Raises:
-        MamlError: if files are missing or damaged, a class has too few images, or a split too few classes.
+        MamlError: if files are missing or damaged, a class has too few images, or a split has too few classes.
     """
 
     in_shape: tuple[int, int, int]
@@ -82,11 +82,11 @@ class FewShotClassification(SupervisedDomain):
 
     @abstractmethod
     def load(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
-        """Loads all images of the data set, and says which classes belong to which split.
+        """Loads all images of the data set, and assigns its classes to the splits.
 
         Args:
-            data_dir: where the original files are.
-            cache_dir: where the tensor built from them is kept.
+            data_dir: folder of the original files.
+            cache_dir: folder in which the tensor built from these files is cached.
 
         Returns:
             The images, uint8 ``(classes, images per class, H, W[, C])``, and the splits.
@@ -97,7 +97,7 @@ class FewShotClassification(SupervisedDomain):
 
     @classmethod
     def without_data(cls, **options: Any) -> Self:
-        """Builds the domain with blank images: it has the training split alone, and nothing is read or downloaded."""
+        """Builds the domain with blank images and only a training split. Nothing is read or downloaded."""
         domain = cls.__new__(cls)
         domain.load = domain._load_nothing  # type: ignore[method-assign]  # what the constructor calls
         domain.__init__(**options)  # type: ignore[misc]
@@ -110,7 +110,7 @@ class FewShotClassification(SupervisedDomain):
 
     @property
     def workload(self) -> Workload:
-        """Several tasks at once, as many as fit a CPU's cache, unless training measures it; threads pay."""
+        """Threads pay. Training may measure the best chunk; otherwise a chunk fits a CPU's cache."""
         images = self.num_ways * (self.num_shots + (self.num_query or self.num_shots))
         chunk = max(1, _CHUNK_PIXELS // (num_elements(self.in_shape) * images))
         return Workload(task_chunk=chunk, measure_chunk=True, threads_pay="always")
@@ -128,9 +128,9 @@ class FewShotClassification(SupervisedDomain):
         self.splits = {split: classes.to(device) for split, classes in self.splits.items()}
 
     def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
-        """Draws classes, rotations and images, all without replacement inside a task.
+        """Draws classes, rotations and images. Within a task, classes and images are drawn without replacement.
 
-        Departure: the authors list 200,000 tasks once and cycle through them; here every task is fresh.
+        Departure: the authors list 200,000 tasks once and cycle through them; here every task is new.
 
         Raises:
             MamlError: if a class has too few images.
@@ -150,19 +150,20 @@ class FewShotClassification(SupervisedDomain):
         return tasks
 
     def sample_images(self, count: int, stream: Stream, split: Split, num_per_class: int) -> Tasks:
-        """Draws images of all classes of a split, for ordinary classification: a "task" with one image of each "class".
+        """Draws images of all classes of a split, for ordinary classification.
 
         Args:
-            count: images, drawn without replacement from ``num_per_class`` of every class.
+            count: number of images, drawn without replacement.
             stream: the source of randomness.
             split: which classes.
-            num_per_class: at most so many are of one class.
+            num_per_class: largest number of images of one class.
 
         Raises:
-            MamlError: if there are not so many.
+            MamlError: if ``count`` is more than all classes give.
 
         Returns:
-            One task, whose support data `data` returns, and ``labels`` ``(1, count)``, numbered within the split.
+            One task in which every image is a class of its own, and ``labels``, ``(1, count)``: class numbers within
+            the split.
         """
         classes = self.splits[split].to(stream.device)
         if count > len(classes) * num_per_class:
@@ -197,15 +198,16 @@ class FewShotClassification(SupervisedDomain):
         return Examples(x, y, num_shots=tasks["support_images"].shape[-1])
 
     def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:
-        """Cross-entropy, summed and divided by K (docs/protocol.md#classification-loss), and the accuracy."""
+        """The cross-entropy, summed and divided by K (docs/protocol.md#classification-loss), and the accuracy."""
         losses = F.cross_entropy(outputs.flatten(0, 1), data.y.flatten(), reduction="none").reshape(data.y.shape)
         return losses.sum(1) / data.num_shots, {"accuracy": _accuracy(outputs, data.y)}
 
     def measure(self, model: Model, params: Params, support: Examples, query: Examples, step: int) -> Metrics:
         """Query accuracy, transductive and inductive.
 
-        Transductive is the paper's: a query image is normalised with the statistics of the whole query batch. Inductive
-        uses those of the support images alone, so that a prediction depends on no other query image.
+        Transductive, as in the paper: query images are normalised with the statistics of the whole query batch.
+        Inductive: they are normalised with the statistics of the support images only, so that a prediction depends on
+        no other query image.
         """
         both = torch.cat([support.x, query.x], dim=1)
         num_support = support.x.shape[1]

@@ -1,4 +1,4 @@
-"""Any Gymnasium environment as a domain: a task is a choice of its constructor's numbers."""
+"""Any Gymnasium environment as a domain: tasks differ in numbers that its constructor takes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from maml.types import Interval
 
 @dataclass(kw_only=True, eq=False)
 class GymnasiumEnv(Reinforcement):
-    """Tasks that differ in keywords of an environment, each uniform in a range. It is stepped the slow, plain way.
+    """Tasks that differ in keywords of an environment, each uniform in a range. Environments are stepped one by one.
 
     Args:
-        env_id: of ``gymnasium.make``; ``module:id`` imports the module that registers it.
-        goals: keywords of the environment that tell tasks apart, and their ranges. They are what ``oracle`` tells.
+        env_id: id for ``gymnasium.make``; ``module:id`` first imports the module that registers it.
+        goals: the keywords in which tasks differ, with the range of each. ``oracle`` tells these numbers to the policy.
 
     Raises:
-        MamlError: if the environment does not take these keywords, or has other than real vectors as actions and
-            observations.
+        MamlError: if the environment does not take these keywords, or if its actions or observations are not real
+            vectors.
     """
 
     env_id: str
@@ -43,7 +43,7 @@ class GymnasiumEnv(Reinforcement):
         return stream.uniform((count, len(low))) * (high - low) + low
 
     def test_goals(self, count: int) -> Tensor:
-        """Drawn once and for all."""
+        """Draws the same goals every time."""
         return self.draw_goals(count, Stream(0).child("test goals"))
 
     def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:

@@ -21,14 +21,14 @@ from maml.types import Interval
 
 @dataclass(kw_only=True, eq=False)
 class Running(Reinforcement):
-    """A task of running; a subclass says who runs, and what the goal is.
+    """Tasks of running. A subclass sets the robot and the goal.
 
     Class attributes:
-        environment: of the runner.
-        goal_name: its keyword for the goal.
+        environment: the robot's environment.
+        goal_name: the environment's keyword for the goal.
 
     Args:
-        physics: the ``paper``'s, or that of ``gymnasium``'s v5 environments, which other work uses.
+        physics: that of the ``paper``, or that of ``gymnasium``'s v5 environments, which other work uses.
     """
 
     physics: Physics = "paper"
@@ -47,10 +47,10 @@ class Running(Reinforcement):
 
 @dataclass(kw_only=True, eq=False)
 class Velocity(Running):
-    """Running forward at a speed; a subclass says who runs.
+    """Running forward at a given speed. A subclass sets the robot.
 
     Args:
-        goal_range: of the speed, in metres per second.
+        goal_range: range of the goal speed, in metres per second.
     """
 
     goal_range: Interval
@@ -61,7 +61,7 @@ class Velocity(Running):
         return stream.uniform((count, 1), *self.goal_range)
 
     def test_goals(self, count: int) -> Tensor:
-        """NumPy's generator with seed 1, as in the authors' test scripts (docs/protocol.md#meta-test-goals)."""
+        """Draws by NumPy with seed 1, as the authors' test scripts do (docs/protocol.md#meta-test-goals)."""
         return torch.from_numpy(np.random.RandomState(1).uniform(*self.goal_range, size=(count, 1))).to(
             torch.get_default_dtype()
         )
@@ -81,11 +81,11 @@ class AntVelocity(Velocity):
 
 @dataclass(kw_only=True, eq=False)
 class Direction(Running):
-    """Running as fast as possible, forward or backward; a subclass says who runs.
+    """Running as fast as possible, forward or backward. A subclass sets the robot.
 
     Class attributes:
-        test_draw: of the authors' test goals: NumPy's seed, lower and upper end of the numbers drawn, and the threshold
-            from which on a number means forward.
+        test_draw: how the authors draw their test goals: NumPy's seed, the lower and upper end of the uniform numbers,
+            and the threshold; numbers from the threshold on mean forward.
     """
 
     goal_name = "goal_direction"
@@ -95,7 +95,10 @@ class Direction(Running):
         return 2.0 * stream.integers((count, 1), 2) - 1
 
     def test_goals(self, count: int) -> Tensor:
-        """The authors' 40: cheetah 18 forward, 22 backward; ant 20 and 20 (docs/protocol.md#meta-test-goals)."""
+        """Draws the authors' goals (docs/protocol.md#meta-test-goals).
+
+        Their 40 goals are 18 forward and 22 backward for the cheetah, and 20 and 20 for the ant.
+        """
         seed, low, high, threshold = self.test_draw
         numbers = np.random.RandomState(seed).uniform(low, high, size=(count, 1))
         return torch.from_numpy(np.where(numbers >= threshold, 1.0, -1.0)).to(torch.get_default_dtype())

@@ -11,9 +11,9 @@ from maml.domain.classification import FewShotClassification, Splits
 
 
 class MiniImagenet(FewShotClassification):
-    """N classes, K photos of each, 84x84 RGB in 0 to 1, as they are: neither turned nor augmented.
+    """N classes with K photos each, 84x84 RGB from 0 to 1, neither turned nor augmented.
 
-    The files have to be there: they may not be redistributed, so nothing is downloaded.
+    The user provides the files. They may not be redistributed, so nothing is downloaded.
     """
 
     in_shape = (84, 84, 3)

@@ -13,12 +13,12 @@ _NUM_VAL = 100
 
 
 class Omniglot(FewShotClassification):
-    """N characters, K drawings of each, every character turned by its own multiple of 90 degrees, ink = 1.
+    """N characters with K drawings each. Every character is turned by its own multiple of 90 degrees; ink is 1.
 
-    Departure: the paper says 1200 characters for training; its code held 100 of them out, as here.
+    Departure: the paper trains on 1200 characters; its code holds 100 of them out, as here.
 
-    Departure: the authors shuffled an unsorted folder listing, so which characters they tested on is not recoverable;
-    ours is one fixed shuffle of the sorted list.
+    Departure: the authors shuffled an unsorted folder listing, so their test characters are unknown. Here, the sorted
+    list is shuffled, always in the same way.
     """
 
     in_shape = (28, 28, 1)

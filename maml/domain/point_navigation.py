@@ -1,4 +1,4 @@
-"""Point navigation (section 5.3): a point robot in the plane, a goal in the square around its start."""
+"""Point navigation (section 5.3): a point robot in the plane moves to a goal in the square around its start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maml.environment.point import PointEnvironments
 from maml.seeding import Stream
 from maml.types import Count, Interval
 
-_TEST_SEED = 1  # of NumPy's generator, as in the authors' test script (docs/protocol.md#meta-test-goals)
+_TEST_SEED = 1  # seed of NumPy's generator, as in the authors' test script (docs/protocol.md#meta-test-goals)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -24,7 +24,7 @@ class PointNavigation(Reinforcement):
     """Moving a point to a goal, whose two coordinates are uniform in a range.
 
     Args:
-        goal_range: of both coordinates.
+        goal_range: range of both coordinates of the goal.
         reward: minus the ``distance``, as in the authors' code, or minus the ``squared_distance`` of the paper's text.
     """
 

@@ -1,4 +1,4 @@
-"""Reinforcement learning (section 4.2): a task is a goal, its data are rollouts of the policy, its loss REINFORCE's."""
+"""Reinforcement learning (section 4.2): a task is a goal, its data are rollouts, its inner loss is REINFORCE's."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from maml.model.base import Model
 from maml.seeding import Stream
 from maml.types import Count, Discount, MatrixVectorProduct, Params, Split, Tasks
 
-# Timesteps of a chunk on a CPU, so that a hidden layer's values stay in its cache.
+# Number of timesteps in a chunk of tasks on a CPU: the values of a hidden layer then stay in its cache.
 _CHUNK_TIMESTEPS = 4000
 
 
 class Rollouts(NamedTuple):
-    """Rollouts of T tasks, their episodes one behind the other.
+    """Rollouts of T tasks. The episodes of a task are concatenated to N timesteps, padded at the end.
 
     Attributes:
-        observations: in front of each action, ``(T, N, O)``.
-        actions: as drawn, ``(T, N, A)``.
-        outputs: of the policy that drew them: A means, then A log standard deviations, ``(T, N, 2A)``.
-        advantages: of the actions, standardised, ``(T, N)``.
-        weights: of each timestep in a mean over those of its task, ``(T, N)``: 1 / timesteps, 0 where there is none.
-        returns: undiscounted, mean over episodes, ``(T,)``.
-        lengths: timesteps per episode, mean, ``(T,)``.
-        num_unstable: episodes that ended because the simulation blew up, ``(T,)``.
+        observations: the observation before each action, ``(T, N, O)``.
+        actions: actions as drawn, ``(T, N, A)``.
+        outputs: outputs of the policy that drew the actions: A means, then A log standard deviations, ``(T, N, 2A)``.
+        advantages: standardised advantages of the actions, ``(T, N)``.
+        weights: weight of each timestep in a mean over its task, ``(T, N)``: 1 / number of timesteps; 0 for padding.
+        returns: undiscounted return, mean over episodes, ``(T,)``.
+        lengths: number of timesteps per episode, mean over episodes, ``(T,)``.
+        num_unstable: number of episodes that ended because the simulation became unstable, ``(T,)``.
     """
 
     observations: Tensor
@@ -50,21 +50,22 @@ class Rollouts(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Reinforcement(Domain[Rollouts]):
-    """Tasks that differ in a goal, on one kind of environment; a subclass says which, and how goals are drawn.
+    """Tasks that differ in a goal, on one kind of environment. A subclass defines both.
 
-    A subclass is a dataclass too, ``@dataclass(kw_only=True, eq=False)``: its fields are its options, beside those
-    here.
+    A subclass is a dataclass too, ``@dataclass(kw_only=True, eq=False)``. Its fields are options in addition to the
+    options below.
 
-    The model gives, for each observation, the means of A actions and then their log standard deviations.
+    For each observation, the model returns the means of A actions and then their log standard deviations.
 
     Args:
-        num_shots: K, rollouts per task and gradient step: episodes are collected until they have K * horizon timesteps.
-        horizon: H, timesteps after which an episode ends.
-        discount: of the rewards, in what is learnt from; reported returns are undiscounted.
-        oracle: tells the policy the goal, behind each observation.
-        pooled: in training, one baseline and one standardisation for all tasks of a meta-batch, which then may have few
-            rollouts each.
-        num_goals: number of goals to train on, drawn once; None draws fresh ones for every meta-batch.
+        num_shots: K, number of rollouts per task and gradient step. Episodes are collected until there are K * horizon
+            timesteps.
+        horizon: H, number of timesteps after which an episode ends.
+        discount: discount of rewards in training; reported returns are undiscounted.
+        oracle: whether the policy is told the goal, at the end of each observation.
+        pooled: whether, in training, all tasks of a meta-batch share one baseline and one standardisation. Each task
+            then needs few rollouts only.
+        num_goals: number of goals to train on, drawn once; None draws new goals for every meta-batch.
     """
 
     num_shots: Count = 20
@@ -87,29 +88,29 @@ class Reinforcement(Domain[Rollouts]):
 
     @property
     def workload(self) -> Workload:
-        """Rollouts differ in length, and cores simulate: chunks fit a CPU's cache, and nothing is compiled."""
+        """Rollouts differ in length, so nothing is compiled. Chunks fit a CPU's cache; CPU threads simulate."""
         chunk = max(1, _CHUNK_TIMESTEPS // (self.num_shots * self.horizon))
-        # Environments are stepped together: the more at once, the faster.
+        # Environments are stepped together, so more tasks at once are faster.
         return Workload(task_chunk=chunk, fixed_shapes=False, threads_pay="beside_gpu", whole_bank=True)
 
     @abstractmethod
     def make_environments(self) -> Environments:
-        """Makes the environments to step; they tell no oracle the goal."""
+        """Makes the environments, without the goal in the observations; `oracle` adds it."""
 
     @abstractmethod
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
-        """Draws goals, ``(count, G)``, a pure function of the stream; the first are the same whatever the count."""
+        """Draws goals, ``(count, G)``, a pure function of the stream. Goal i does not depend on ``count``."""
 
     @abstractmethod
     def test_goals(self, count: int) -> Tensor:
-        """Returns the goals of meta-test, ``(count, G)``: those of the authors, as far as they go."""
+        """Returns the goals of meta-test, ``(count, G)``. The first ones are the authors', if they published them."""
 
     @abstractmethod
     def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
-        """Makes the environment of one goal, ``(G,)``, that Gymnasium's tools take; it tells no oracle the goal."""
+        """Makes one Gymnasium environment with one goal, ``(G,)``, without the goal in the observations."""
 
     def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
-        """Draws goals and the streams of each task's rollouts; test goals are always the same."""
+        """Draws goals, and a random key for each task's rollouts. Test goals are always the same."""
         if split == "test":
             goals = self.test_goals(num_tasks).to(stream.device)
         elif split == "train" and self.num_goals is not None:
@@ -123,7 +124,7 @@ class Reinforcement(Domain[Rollouts]):
         }
 
     def collect(self, tasks: Tasks, model: Model, params: Params, step: int) -> None:
-        """Rolls out each task's policy in it."""
+        """Collects rollouts of each task's policy."""
         params = {name: value.detach() for name, value in params.items()}
         goals = tasks["goals"]
         episodes = collect_episodes(
@@ -150,7 +151,7 @@ class Reinforcement(Domain[Rollouts]):
         tasks |= {f"step_{step}.{name}": value for name, value in rollouts._asdict().items()}
 
     def data(self, tasks: Tasks, role: Role, step: int = 0) -> Rollouts:
-        """Returns what was collected at ``step``: the update and the evaluation see the same, whatever the role."""
+        """Returns the rollouts that were collected at ``step``. They are the same for both roles."""
         return Rollouts(*(tasks[f"step_{step}.{name}"] for name in Rollouts._fields))
 
     def subsample_timesteps(self, tasks: Tasks, every: int) -> Tasks:
@@ -166,7 +167,7 @@ class Reinforcement(Domain[Rollouts]):
         return fewer
 
     def rollout_metrics(self, tasks: Tasks) -> tuple[Metrics, Metrics]:
-        """Returns the ``return`` after the last gradient step, and that of each step before."""
+        """Averages the returns before and after each gradient step; sums the unstable episodes."""
         last = max(int(name.split(".")[0].removeprefix("step_")) for name in tasks if name.endswith(".returns"))
         before = {f"return_step_{step}": tasks[f"step_{step}.returns"] for step in range(last)}
         rollouts = self.data(tasks, "query", last)
@@ -181,10 +182,10 @@ class Reinforcement(Domain[Rollouts]):
         return _reinforce(model(params, data.observations), data)
 
     def outer_loss(self, model: Model, params: Params, data: Rollouts) -> tuple[Tensor, Metrics]:
-        """-mean(ratio * A), the ratio to the policy that collected the rollouts, whose KL divergence is ``kl``.
+        """-mean(ratio * A), with the ratio to the policy that collected the rollouts; ``kl`` is the divergence from it.
 
-        Departure: the authors average the divergence over the timesteps of all tasks together, we over each task's own
-        first; they differ where episodes end early, by a few percent of timesteps.
+        Departure: the authors average the divergence over the timesteps of all tasks at once. Here it is averaged over
+        each task, then over tasks. The two differ if episodes end early, by a few percent of timesteps.
         """
         outputs = model(params, data.observations)
         ratio = (log_prob(outputs, data.actions) - log_prob(data.outputs, data.actions)).exp()
@@ -209,10 +210,10 @@ class Reinforcement(Domain[Rollouts]):
         return linearized.hessian(delta.detach(), output_hessian)
 
     def fisher(self, model: Model, params: Params, data: Rollouts) -> MatrixVectorProduct:
-        """Returns the Hessian of the mean KL divergence from the policy of the parameters, at them, per task."""
+        """Returns the Hessian of the mean KL divergence from the policy of ``params``, at ``params``, per task."""
         linearized = model.linearize(params, data.observations)
         log_std = linearized.outputs.detach().chunk(2, dim=-1)[1]
-        # Of a Gaussian: 1 / variance for its mean, 2 for its log standard deviation.
+        # A Gaussian's Fisher information: 1 / variance for the mean, 2 for the log standard deviation.
         metric = data.weights.unsqueeze(-1) * torch.cat([(-2 * log_std).exp(), torch.full_like(log_std, 2.0)], dim=-1)
         return lambda vector: linearized.vjp(metric * linearized.jvp(vector))
 
@@ -225,7 +226,7 @@ def log_prob(outputs: Tensor, actions: Tensor) -> Tensor:
 
 
 def kl_divergence(old: Tensor, new: Tensor) -> Tensor:
-    """Returns KL(old || new) of the Gaussians of two outputs ``(..., 2A)``, ``(...)``."""
+    """Returns KL(old || new) of the Gaussians of two outputs: ``(..., 2A)`` -> ``(...)``."""
     old_mean, old_log_std = old.chunk(2, dim=-1)
     mean, log_std = new.chunk(2, dim=-1)
     spread = (2 * old_log_std).exp() + (old_mean - mean).square()

@@ -1,4 +1,4 @@
-"""Sinusoid regression (section 5.1): y = A sin(x - phi), fresh amplitudes and phases for ever."""
+"""Sinusoid regression (section 5.1): y = A sin(x - phi); every task has a new amplitude and phase."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Sinusoid(SupervisedDomain):
     Args:
         num_shots: K, support points per task.
         num_query: query points per task; None is as many as support points.
-        oracle: tells the network amplitude and phase, as two further inputs.
+        oracle: gives the network the amplitude and phase as two more inputs.
     """
 
     out_dim = 1
@@ -37,8 +37,8 @@ class Sinusoid(SupervisedDomain):
         self.num_query = num_query
 
     def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
-        """Draws sinusoids and their inputs. Splits differ in their streams alone, since no task ever recurs."""
-        # One hash call for all of a batch: on a CPU the sampling would otherwise cost as much as the gradient.
+        """Draws sinusoids and their inputs. Splits differ in their streams only, because every task is new."""
+        # One draw for the whole batch: on a CPU, several draws would cost as much as the gradient.
         drawn = stream.uniform((num_tasks, 2 + num_shots + num_query, 1))
         ranges = {"amplitude": _AMPLITUDE, "phase": _PHASE, "support_x": _INPUT, "query_x": _INPUT}
         parts = drawn.split([1, 1, num_shots, num_query], dim=1)
@@ -58,6 +58,6 @@ class Sinusoid(SupervisedDomain):
         return (outputs - data.y).square().mean((1, 2)), {}
 
     def measure(self, model: Model, params: Params, support: Examples, query: Examples, step: int) -> Metrics:
-        """Mean squared error on the query points, and at step 0 on the support points, as the authors' code has it."""
+        """Mean squared error on the query points; at step 0 on the support points, as in the authors' code."""
         data = query if step else support
         return {"mse": self.loss(model(params, data.x), data)[0]}

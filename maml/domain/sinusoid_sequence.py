@@ -1,4 +1,4 @@
-"""Sinusoids for recurrent networks: section 5.1 where the network sees not x, but a sequence that leads up to it."""
+"""Sinusoids for recurrent networks: as section 5.1, but the input is a sequence that ends before x instead of x."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from maml.domain.base import Role
 from maml.domain.sinusoid import Sinusoid
 from maml.types import Count, Examples, Tasks
 
-_SPACING = 0.5  # of x between two samples: ten of them are most of a period
+_SPACING = 0.5  # distance of two samples in x; ten samples cover most of a period
 
 
 class SinusoidSequence(Sinusoid):
     """Regression from L equally spaced samples of sin x to the next sample of the task's sinusoid, A sin(x - phi).
 
-    A task is a gain and a delay, to be learnt from K sequences. Samples of the task's own sinusoid would tell both: its
-    next sample is 2 cos(spacing) times the last less the one before, whatever A and phi, and nothing is left to adapt.
+    A task is a gain and a delay, which are learnt from K sequences. The inputs are not samples of the task's own
+    sinusoid, because then no adaptation would be needed: for all A and phi, the next sample is 2 cos(spacing) times the
+    last sample minus the one before.
 
     Args:
         num_shots: K, support sequences per task.
         num_query: query sequences per task; None is as many as support sequences.
-        sequence_length: L.
+        sequence_length: L, number of samples in a sequence.
     """
 
     def __init__(self, num_shots: Count = 10, num_query: Count | None = None, sequence_length: Count = 10) -> None:

@@ -1,4 +1,4 @@
-"""What the sampler steps: many environments of one kind at once, each with a goal of its own."""
+"""The interface of environments: many of one kind are stepped at once, each with its own goal."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from maml.seeding import Stream
 
 
 class Transition(NamedTuple):
-    """What one step of L environments led to.
+    """The result of one step of L environments.
 
     Attributes:
-        observations: after the step, ``(L, O)``, float32.
-        rewards: of the step, ``(L,)``, float32.
-        terminated: whether the episode is over for a reason of its own (the horizon is the sampler's), ``(L,)``.
-        unstable: whether it is over because the simulation blew up; such a step ends the episode too, ``(L,)``.
+        observations: observations after the step, ``(L, O)``, float32.
+        rewards: rewards of the step, ``(L,)``, float32.
+        terminated: whether the environment ended the episode, ``(L,)``. The horizon does not count: the caller ends
+            episodes there.
+        unstable: whether the simulation became unstable, which ends the episode too, ``(L,)``.
     """
 
     observations: Tensor
@@ -28,15 +29,15 @@ class Transition(NamedTuple):
 
 
 class Environments(ABC):
-    """M independent environments, stepped together; what they return lies on the device of the goals.
+    """M independent environments, stepped together. Returned tensors are on the device of the goals.
 
-    They draw from the streams that a reset is given and from nothing else, and an environment's trajectory does not
-    depend on the others beside it.
+    All randomness comes from the streams that are passed to `reset`. An environment's trajectory does not depend on the
+    other environments.
 
     Attributes:
-        observation_dim: O.
-        action_dim: A.
-        goal_dim: G, numbers that tell one task from another.
+        observation_dim: O, length of an observation.
+        action_dim: A, length of an action.
+        goal_dim: G, length of a goal, in which tasks differ.
     """
 
     observation_dim: int
@@ -45,11 +46,11 @@ class Environments(ABC):
 
     @abstractmethod
     def reset(self, goals: Tensor, stream: Stream) -> Tensor:
-        """Starts M episodes in place of whatever was under way.
+        """Starts M episodes; earlier episodes are dropped.
 
         Args:
-            goals: of each environment, ``(M, G)``.
-            stream: one for each environment, its key ``(M,)``.
+            goals: one goal for each environment, ``(M, G)``.
+            stream: one stream for each environment: its key is ``(M,)``.
 
         Returns:
             The first observations, ``(M, O)``, float32.
@@ -57,19 +58,19 @@ class Environments(ABC):
 
     @abstractmethod
     def step(self, actions: Tensor, living: Tensor) -> Transition:
-        """Steps some of the environments; the others stay as they are.
+        """Steps some of the environments; the others do not change.
 
         Args:
-            actions: as the policy gave them, ``(L, A)``, finite; clipping to the actuators' range is done here.
-            living: which environments, ``(L,)``, int64, ascending.
+            actions: the policy's finite actions, ``(L, A)``; this method clips them to the allowed range.
+            living: numbers of the environments to step, ``(L,)``, int64, ascending.
         """
 
 
 class TellGoal(Environments):
-    """Environments whose observations end with the goal: what an oracle sees.
+    """Adds the goal to the end of observations, for an oracle.
 
     Args:
-        environments: without it.
+        environments: environments whose observations do not hold the goal.
     """
 
     def __init__(self, environments: Environments) -> None:

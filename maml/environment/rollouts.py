@@ -1,4 +1,4 @@
-"""Collects whole episodes of many tasks' policies, all environments at once."""
+"""Collects whole episodes with the policies of many tasks, in all environments at once."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from maml.errors import Diverged
 from maml.seeding import Stream
 
 Policy = Callable[[Tensor], Tensor]
-"""Observations ``(T, W, O)`` to the means of A actions and their log standard deviations, ``(T, W, 2A)``."""
+"""Maps observations, ``(T, W, O)``, to the means of A actions and their log standard deviations, ``(T, W, 2A)``."""
 
 
 class Episodes(NamedTuple):
-    """What the policies of T tasks did: their episodes one behind the other, at most N timesteps in all.
+    """Episodes of T tasks. The episodes of a task are concatenated, to at most N timesteps; the rest is zero.
 
     Attributes:
-        observations: in front of each action, ``(T, N, O)``.
-        actions: as drawn, before any clipping, ``(T, N, A)``.
-        outputs: of the policy that drew them, ``(T, N, 2A)``.
-        returns_to_go: discounted sum of this and all later rewards of the episode, ``(T, N)``.
-        times: steps since the episode began, ``(T, N)``, int64.
-        lengths: timesteps that are filled, ``(T,)``, int64; behind them all is zero.
-        total_reward: undiscounted, of all episodes, ``(T,)``.
-        num_episodes: ``(T,)``, int64.
-        num_unstable: of them, ended because the simulation blew up, ``(T,)``, int64.
+        observations: the observation before each action, ``(T, N, O)``.
+        actions: actions as drawn, before clipping, ``(T, N, A)``.
+        outputs: outputs of the policy that drew the actions, ``(T, N, 2A)``.
+        returns_to_go: discounted sum of this reward and all later rewards of the episode, ``(T, N)``.
+        times: number of steps since the episode began, ``(T, N)``, int64.
+        lengths: number of timesteps of all episodes together, ``(T,)``, int64.
+        total_reward: undiscounted sum of the rewards of all episodes, ``(T,)``.
+        num_episodes: number of episodes, ``(T,)``, int64.
+        num_unstable: number of episodes that ended because the simulation became unstable, ``(T,)``, int64.
     """
 
     observations: Tensor
@@ -54,24 +54,25 @@ def collect_episodes(
 ) -> Episodes:
     """Collects whole episodes until each task has ``num_rollouts * horizon`` timesteps (docs/protocol.md#rollouts).
 
-    They are those that one environment per task would give, episode after episode: as many are started at once as are
-    needed in any case, and more where episodes ended early.
+    The result is the same as with one environment per task, episode after episode. The episodes that are needed in any
+    case are started at once; where episodes end early, more are started.
 
     Args:
-        environments: of the domain.
-        policy: of all tasks.
-        goals: of the tasks, ``(T, G)``.
-        stream: one for each task, its key ``(T,)``; an episode depends on it, its number and the policy.
-        num_rollouts: R.
-        horizon: H.
-        discount: of the rewards.
+        environments: the domain's environments.
+        policy: computes the policies of all tasks.
+        goals: one goal for each task, ``(T, G)``.
+        stream: one stream for each task: its key is ``(T,)``. An episode depends on the stream, the episode's number
+            and the policy only.
+        num_rollouts: R, number of rollouts per task.
+        horizon: H, number of timesteps after which an episode ends.
+        discount: discount of the rewards.
 
     Raises:
         Diverged: if the policy's outputs are not finite.
     """
     count, device = goals.shape[0], goals.device
     wanted = num_rollouts * horizon
-    capacity = wanted + horizon - 1  # the last episode may begin one step short of what is wanted
+    capacity = wanted + horizon - 1  # the last episode may begin one timestep before the wanted number
     dim, size = environments.observation_dim, environments.action_dim
     filled = Episodes(
         observations=torch.zeros(count, capacity, dim, device=device),
