@@ -1,4 +1,4 @@
-"""The linear baseline and the advantages over it (docs/protocol.md#advantages; Duan et al. 2016)."""
+"""Advantages over a linear baseline (docs/protocol.md#advantages; Duan et al. 2016)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _MAX_FITS = 5
 
 
 def advantages(episodes: Episodes, pooled: bool) -> Tensor:
-    """Returns the advantage of each action, standardised, ``(T, N)``; 0 where there is none.
+    """Returns the standardised advantage of each action, ``(T, N)``; 0 for padding.
 
-    The baseline is fitted to the same episodes first, then used: anew for each task and gradient step. An episode's end
-    is worth 0, whatever ended it.
+    The baseline is fitted to the same episodes, separately for each task and gradient step. The value at the end of an
+    episode is 0, for every kind of end.
 
     Args:
-        episodes: of T tasks.
-        pooled: whether one baseline, and one mean and standard deviation, serve all tasks.
+        episodes: episodes of T tasks.
+        pooled: whether all tasks share one baseline, one mean and one standard deviation.
     """
     times = torch.arange(episodes.times.shape[1], device=episodes.times.device)
     taken = times < episodes.lengths.unsqueeze(1)
     result = torch.zeros_like(episodes.returns_to_go)
     each = torch.eye(len(taken), dtype=torch.bool, device=taken.device).unsqueeze(-1)
     groups = [taken] if pooled else [taken & task for task in each]
-    total = distributed.all_reduce_sum if pooled else list  # all tasks are those of all processes
+    total = distributed.all_reduce_sum if pooled else list  # all tasks: also those of the other processes
     for group in groups:
         inputs = features(episodes.observations[group], episodes.times[group])
         returns = episodes.returns_to_go[group].double()
@@ -44,14 +44,14 @@ def advantages(episodes: Episodes, pooled: bool) -> Tensor:
 
 
 def features(observations: Tensor, times: Tensor) -> Tensor:
-    """Returns what the baseline is linear in, ``(..., 2 O + 4)``, float64: o, o^2, t, t^2, t^3, 1, of clipped o."""
+    """Returns the baseline's inputs, ``(..., 2 O + 4)``, float64: o, o^2, t, t^2, t^3 and 1, with o clipped."""
     clipped = observations.double().clamp(-_MAX_OBSERVATION, _MAX_OBSERVATION)
     time = times.double().unsqueeze(-1) / _TIME_UNIT
     return torch.cat([clipped, clipped.square(), time, time**2, time**3, torch.ones_like(time)], dim=-1)
 
 
 def fit_baseline(gram: Tensor, moments: Tensor) -> Tensor:
-    """Returns the coefficients of a least-squares fit, with as little ridge as will do.
+    """Returns the coefficients of a least-squares fit, with the smallest ridge that gives finite coefficients.
 
     Args:
         gram: X^T X of the inputs, ``(F, F)``.
@@ -59,7 +59,7 @@ def fit_baseline(gram: Tensor, moments: Tensor) -> Tensor:
     """
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for attempt in range(_MAX_FITS):
-        # Not lstsq: its pivots on a CPU depend on what lay in memory before, and it has no answer to a NaN but a crash.
+        # Not lstsq: on a CPU its pivots depend on uninitialised memory, and it crashes on a NaN.
         coefficients = torch.linalg.solve_ex(gram + _RIDGE * 10**attempt * identity, moments).result
         if coefficients.isfinite().all():
             break

@@ -18,14 +18,14 @@ if TYPE_CHECKING:  # an extra, which `import maml.environment` does without
 
 Physics = Literal["paper", "gymnasium"]
 
-_LARGEST = 1e10  # in numbers of a stable state: MuJoCo's own limit (mjMAXVAL)
+_LARGEST = 1e10  # largest absolute number in a stable state: MuJoCo's own limit (mjMAXVAL)
 _TORSO = 1  # the first body under the world, so that its subtree is the whole robot
 _BLOWN_UP = slice(3, 6)  # MuJoCo's warnings of bad positions, velocities and accelerations
-_HEALTHY_HEIGHT = (0.2, 1.0)  # of the ant's torso, in metres
+_HEALTHY_HEIGHT = (0.2, 1.0)  # range of the height of the ant's torso, in metres
 
 
 class Outcome(NamedTuple):
-    """What a step led to, for one simulation or, with a leading axis, for several."""
+    """The result of a step, for one simulation or, with a leading axis, for several."""
 
     observation: NDArray[np.float64]
     reward: NDArray[np.float64]
@@ -35,22 +35,22 @@ class Outcome(NamedTuple):
 
 
 class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
-    """A robot that is to move along x; see the four environments below.
+    """A robot that moves along x; see the four environments below.
 
-    The physics of one step is a function of positions, velocities and action alone (the solver starts cold). Rewards
-    and observations are functions of an ``MjData``, or of whatever has its fields with leading axes, so that one
+    The result of a step depends on positions, velocities and action only (the solver starts cold). Rewards and
+    observations are functions of an ``MjData``, or of an object that has its fields with leading axes. So one
     simulation and many (`maml.environment.mujoco_batch`) share them.
 
     Args:
         goal: velocity or direction.
-        physics: whose time step, observations, rewards and starting states.
+        physics: decides the time step, observations, rewards and starting states.
         render_mode: None or ``"rgb_array"``.
 
     Attributes:
-        goal: as given; what it means is up to `progress`.
+        goal: the goal; `progress` computes the reward for it.
         model: the simulated robot.
-        data: its present state.
-        duration: of a step, in seconds.
+        data: the robot's present state.
+        duration: duration of a step, in seconds.
 
     Raises:
         MamlError: if MuJoCo is missing, or an argument is unusable.
@@ -96,8 +96,8 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         """Starts an episode.
 
         Args:
-            seed: of the generator that this and later resets draw from.
-            options: ``{"noise": numbers}`` starts from these instead of a draw; see `place`.
+            seed: seed of the generator from which this and later resets draw.
+            options: ``{"noise": numbers}`` uses these numbers instead of a draw; see `place`.
         """
         import mujoco
 
@@ -125,7 +125,7 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         start = self.data.qpos[0]
         self.data.ctrl[:] = control
         mujoco.mj_step(self.model, self.data, self.frame_skip)
-        # A step ends with a new state but old forces, centres of mass and so on; the original code, too, refreshes.
+        # After a step, the state is new, but forces and centres of mass are old; the authors' code updates them too.
         mujoco.mj_forward(self.model, self.data)
         outcome = self.judge(self.data, self.data.warning.number, control, start, self.goal)
         info = {"x_velocity": float(outcome.velocity), "unstable": bool(outcome.unstable)}
@@ -151,10 +151,10 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_renderer": None}  # a window into OpenGL; the copy opens its own
 
-    # What one simulation and many have in common; "..." is one leading axis, or none.
+    # The methods below serve one simulation and many; "..." is one leading axis, or none.
 
     def control(self, action: ArrayLike) -> NDArray[np.float64]:
-        """Clips actions ``(..., A)`` to what the motors can do.
+        """Clips actions, ``(..., A)``, to the range of the motors.
 
         Raises:
             MamlError: if the policy has diverged.
@@ -169,8 +169,8 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
 
         Args:
             data: an ``MjData``, or a batch of simulations.
-            noise: first of the positions, normal (for Gymnasium's physics uniform in [-1, 1]), then of the velocities,
-                normal, ``(..., nq + nv)``; scaled here.
+            noise: unscaled noise of the positions, then of the velocities, ``(..., nq + nv)``. It is normal; for
+                positions in Gymnasium's physics, it is uniform in [-1, 1].
         """
         positions, velocities = np.split(np.asarray(noise, np.float64), [self.model.nq], axis=-1)
         data.qpos[:] = self._pose() + (0.01 if self.physics == "paper" else 0.1) * positions
@@ -184,14 +184,14 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
     def judge(
         self, data: Any, warnings: NDArray[np.int32], control: NDArray[np.float64], start: Any, goal: Any
     ) -> Outcome:
-        """Says what a step led to.
+        """Computes the result of a step.
 
         Args:
-            data: simulations after it; see `observe`.
-            warnings: how many of each kind MuJoCo has given since the reset, ``(..., 7)``.
-            control: what moved them, from `control`.
-            start: x of the root before it, ``(...,)``.
-            goal: of each, ``(...,)``.
+            data: simulations after the step; see `observe`.
+            warnings: number of MuJoCo's warnings of each kind since the reset, ``(..., 7)``.
+            control: the actions as `control` returned them, ``(..., A)``.
+            start: x of the root before the step, ``(...,)``.
+            goal: each simulation's goal, ``(...,)``.
         """
         observation = self.observe(data)
         velocity = (
@@ -226,7 +226,7 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         return np.ones(data.qpos.shape[:-1], bool)
 
     def _edit(self, spec: mujoco.MjSpec) -> None:
-        """Changes Gymnasium's model where ``physics`` is another."""
+        """Changes Gymnasium's model to that of ``physics``."""
 
     def _build_model(self) -> mujoco.MjModel:
         import mujoco
@@ -238,8 +238,8 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
 
         spec = mujoco.MjSpec.from_file(str(files("gymnasium") / "envs/mujoco/assets" / self.model_file))
         self._edit(spec)
-        # Without warm starts a step depends on nothing but the state. Without automatic resets a simulation that
-        # blows up stays where it is, where it would otherwise go on from the default pose.
+        # Without warm starts, a step depends on the state only. Without automatic resets, an unstable simulation stays
+        # as it is instead of continuing from the default pose.
         flags = mujoco.mjtDisableBit
         spec.option.disableflags |= flags.mjDSBL_WARMSTART | flags.mjDSBL_AUTORESET
         # MuJoCo leaves out velocities of subtrees and external forces unless a sensor needs them.
@@ -301,7 +301,7 @@ class Ant(Locomotion):
 
 
 def _contact_forces(data: Any) -> NDArray[np.float64]:
-    """Returns what pushes each body from outside, clipped, ``(..., 6 * bodies)``, the world's first (always zero)."""
+    """Returns the clipped external forces on each body, ``(..., 6 * bodies)``; the world is first and always zero."""
     return np.clip(data.cfrc_ext, -1.0, 1.0).reshape(*data.qpos.shape[:-1], -1)
 
 
@@ -312,7 +312,7 @@ def _check_direction(direction: float) -> float:
 
 
 class CheetahVelocity(Cheetah):
-    """A half-cheetah that is to run at one velocity (section 5.3 of Finn, Abbeel, Levine 2017).
+    """A half-cheetah that runs at one goal velocity (section 5.3 of Finn, Abbeel, Levine 2017).
 
     ## Description
 
@@ -389,7 +389,7 @@ class CheetahVelocity(Cheetah):
 
 
 class CheetahDirection(Cheetah):
-    """A half-cheetah that is to run forward, or backward, as fast as it can (section 5.3 of Finn et al. 2017).
+    """A half-cheetah that runs forward, or backward, as fast as it can (section 5.3 of Finn et al. 2017).
 
     ## Description
 
@@ -433,7 +433,7 @@ class CheetahDirection(Cheetah):
 
 
 class AntVelocity(Ant):
-    """A four-legged robot that is to run at one velocity (section 5.3 of Finn, Abbeel, Levine 2017).
+    """A four-legged robot that runs at one goal velocity (section 5.3 of Finn, Abbeel, Levine 2017).
 
     ## Description
 
@@ -517,7 +517,7 @@ class AntVelocity(Ant):
 
 
 class AntDirection(Ant):
-    """A four-legged robot that is to run forward, or backward, as fast as it can (section 5.3 of Finn et al. 2017).
+    """A four-legged robot that runs forward, or backward, as fast as it can (section 5.3 of Finn et al. 2017).
 
     ## Description
 

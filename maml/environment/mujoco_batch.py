@@ -1,4 +1,4 @@
-"""Many half-cheetahs or ants at once: one native call steps all of them, on as many threads as torch may use."""
+"""Many half-cheetahs or ants at once: one native call steps all of them, on torch's number of threads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from maml.seeding import Stream
 
 
 class MujocoEnvironments(Environments):
-    """Some `Locomotion` environment for many goals; to the bit what as many single ones would do.
+    """A `Locomotion` environment for many goals. It agrees with single environments to the bit.
 
     Args:
         environment: the class of the single environment.
-        physics: see there.
+        physics: the physics of the single environment.
 
     Raises:
         MamlError: if MuJoCo is missing.
@@ -50,11 +50,11 @@ class MujocoEnvironments(Environments):
         from mujoco.batch import Batch
 
         self._goals = goals[:, 0].cpu().numpy().astype(np.float64)
-        self._batch = Batch(self._single.model, len(goals), torch.get_num_threads())  # cheap, and nothing stays
+        self._batch = Batch(self._single.model, len(goals), torch.get_num_threads())  # cheap
         for field in self._single.fields:
             self._batch.bind(field)
         self._single.place(self._batch, self.draw_noise(stream).cpu().numpy())
-        # After a step, whatever is observed is computed from the new state: forces need all stages, the rest does not.
+        # After a step, observed values are computed again from the new state; only forces need all stages.
         self._stage = int(mjtStage.mjSTAGE_ACC if "cfrc_ext" in self._single.fields else mjtStage.mjSTAGE_VEL)
         self._batch.forward(stage=self._stage)
         return _tensor(self._single.observe(self._batch), goals)
@@ -66,7 +66,7 @@ class MujocoEnvironments(Environments):
         self._batch.ctrl[rows] = control
         self._batch.step(rows, self._single.frame_skip, self._stage)
         data = SimpleNamespace(**{field: getattr(self._batch, field)[rows] for field in self._single.fields})
-        warnings = self._batch.warning[rows, :, 1]  # 0 is what the last one was about, 1 their number
+        warnings = self._batch.warning[rows, :, 1]  # index 1: number of warnings; 0: detail
         outcome = self._single.judge(data, warnings, control, start, self._goals[rows])
         return Transition(
             observations=_tensor(outcome.observation, actions),

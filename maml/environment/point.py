@@ -1,4 +1,4 @@
-"""Point navigation (section 5.3): an agent in the plane walks from the origin to a goal that it is not told."""
+"""Point navigation (section 5.3): an agent in the plane moves from the origin to a goal that it does not observe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from maml.errors import MamlError
 from maml.seeding import Stream
 
 _LONGEST_STEP = 0.1  # along each coordinate
-_CLOSE_ENOUGH = 0.01  # along each coordinate: the authors' code reads "within 0.01 of the goal" as a box
+_CLOSE_ENOUGH = 0.01  # along each coordinate: in the authors' code, "within 0.01 of the goal" is a box
 _PICTURE = 256  # pixels
 _UNBOUNDED = float(np.finfo(np.float32).max)  # the plane has no walls, but Gymnasium's checker warns of infinity
 
@@ -25,16 +25,17 @@ Reward = Literal["distance", "squared_distance"]
 
 
 def move(positions: Tensor, actions: Tensor, goals: Tensor, reward: Reward) -> tuple[Tensor, Tensor, Tensor]:
-    """Moves agents. Every operation rounds alike whatever stands beside an agent, so one and many agree to the bit.
+    """Moves agents. One agent and many agree to the bit, because no operation mixes agents.
 
     Args:
-        positions: of the agents, ``(..., 2)``.
-        actions: fractions of the longest step, ``(..., 2)``; what lies outside ``[-1, 1]`` is clipped.
-        goals: as the positions.
+        positions: the agents' positions, ``(..., 2)``.
+        actions: fractions of the longest step, ``(..., 2)``; clipped to ``[-1, 1]``.
+        goals: the agents' goals, ``(..., 2)``.
         reward: see `PointNavigation`.
 
     Returns:
-        The new positions, the rewards ``(...,)`` of being there, and whether the agents are at their goals ``(...,)``.
+        The new positions, ``(..., 2)``; the rewards at them, ``(...,)``; and whether the agents have reached their
+        goals, ``(...,)``.
     """
     positions = positions + (_LONGEST_STEP * actions).clamp(-_LONGEST_STEP, _LONGEST_STEP)
     offsets = goals - positions
@@ -65,7 +66,7 @@ class PointEnvironments(Environments):
 
     def step(self, actions: Tensor, living: Tensor) -> Transition:
         moved, rewards, arrived = move(self._positions[living], actions, self._goals[living], self.reward)
-        self._positions = self._positions.index_copy(0, living, moved)  # a copy: the old ones are in others' hands
+        self._positions = self._positions.index_copy(0, living, moved)  # a copy, because callers hold the old positions
         return Transition(moved, rewards, arrived, unstable=torch.zeros_like(arrived))
 
 

@@ -106,10 +106,10 @@ def _collect_wave(
     discount: float,
     filled: Episodes,
 ) -> None:
-    """Adds ``needed`` episodes of each task, ``(T,)``, the most of which is ``width``, to what is filled."""
+    """Collects ``needed`` more episodes of each task, ``(T,)``, at most ``width``, and adds them to ``filled``."""
     device = goals.device
     slots = torch.arange(width, device=device)
-    task, slot = (slots < needed.unsqueeze(1)).nonzero(as_tuple=True)  # of M environments, task by task
+    task, slot = (slots < needed.unsqueeze(1)).nonzero(as_tuple=True)  # M entries, sorted by task
     count = len(task)
     episode = filled.num_episodes[task] + slot
     own = Stream(stream.key[task]).child(episode)
@@ -155,7 +155,7 @@ def _collect_wave(
 
     times = torch.arange(horizon, device=device).expand(count, -1)
     taken = times < lengths.unsqueeze(1)  # (M, H)
-    # Where an episode begins: behind what the task holds already, and behind its earlier episodes of this wave.
+    # An episode is put after the task's timesteps so far, and after the task's earlier episodes of this wave.
     before = lengths.cumsum(0) - lengths
     first = torch.searchsorted(task, torch.arange(len(goals), device=device)).clamp(max=count - 1)
     begin = filled.lengths[task] + before - before[first][task]

@@ -1,4 +1,4 @@
-"""Any Gymnasium environment as a family of tasks, stepped one by one: needs no code, but is the slow way."""
+"""Any Gymnasium environment, stepped one by one in Python: it needs no extra code, but it is slow."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Goal = tuple[float, ...]
 class VectorizedEnvironments(Environments):
     """Environments whose tasks differ in numbers that their constructor takes.
 
-    An environment has to draw from its own generator (``self.np_random``, seeded by ``reset``) and nothing else. A
-    truncation of its own ends an episode as a termination does, and so does an observation or reward that is not
-    finite; zeros then stand in its place.
+    An environment must draw all randomness from its own generator (``self.np_random``, seeded by ``reset``). A
+    truncation by the environment ends an episode as a termination does. An observation or reward that is not finite
+    also ends it, and is replaced by zeros.
 
     Args:
-        environment: an id for ``gymnasium.make`` (``"package:id"`` imports the package that registers it), or what
-            makes the environment from keywords.
+        environment: an id for ``gymnasium.make`` (``"package:id"`` first imports the package that registers it), or a
+            function that makes the environment from keywords.
         goal_names: keywords of the environment, one for each column of the goals.
-        example_goal: their values in some task, to look up the spaces with.
+        example_goal: any task's goal; an environment with it is built to read the spaces.
 
     Raises:
-        MamlError: if the environment cannot be made of these keywords, or its actions are no vector of real numbers,
-            or its observations no vector.
+        MamlError: if the environment does not take these keywords, or if its actions are not a vector of real numbers,
+            or its observations are not a vector.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class VectorizedEnvironments(Environments):
     ) -> None:
         self._name = environment if isinstance(environment, str) else getattr(environment, "__name__", environment)
         self._make: Callable[..., gymnasium.Env] = (
-            # The checker looks at an environment's first step only, so it would look hundreds of times.
+            # The checker checks the first step of each environment; with hundreds of environments this is slow.
             partial(gymnasium.make, environment, disable_env_checker=True)
             if isinstance(environment, str)
             else environment
@@ -69,7 +69,7 @@ class VectorizedEnvironments(Environments):
         )
 
     def reset(self, goals: Tensor, stream: Stream) -> Tensor:
-        # Building an environment may cost far more than an episode, so those of the same goals are taken over.
+        # Building an environment may cost more than an episode, so environments with the same goal are used again.
         spare: dict[Goal, list[gymnasium.Env]] = defaultdict(list)
         for goal, environment in self._under_way:
             spare[goal].append(environment)
