@@ -1,4 +1,4 @@
-"""What a model is: a function of parameters and inputs, with no state of its own."""
+"""The interface of a model: a function of parameters and inputs, without state."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from maml.types import Params
 class Model(ABC):
     """The network f_theta; its parameters are arguments, with a leading task axis.
 
-    A subclass's constructor takes ``in_shape`` (of one input) and ``out_dim`` first: the domain supplies them. The last
-    layer's parameters are called ``head.weight`` and ``head.bias``.
+    The first arguments of a subclass's constructor are ``in_shape``, the shape of one input, and ``out_dim``, the
+    number of outputs; the domain supplies both. The last layer's parameters are called ``head.weight`` and
+    ``head.bias``.
     """
 
     @abstractmethod
@@ -30,7 +31,7 @@ class Model(ABC):
         Args:
             params: name -> ``(T, ...)``.
             x: ``(T, S, *in_shape)``.
-            num_reference: how many leading examples of each task give the normalisation statistics (None: all).
+            num_reference: number of leading examples of each task that give the normalisation statistics; None is all.
 
         Returns:
             ``(T, S, out_dim)``.
@@ -42,14 +43,14 @@ class Model(ABC):
         A model that renames a parameter overrides this, so that older checkpoints and exported weights still load.
 
         Args:
-            name: of a parameter in a file, present or earlier.
+            name: a parameter's name in a file, present or earlier.
         """
         return name
 
     def linearize(self, params: Params, x: Tensor) -> Linearized:
         """Returns the model at ``params``, name -> ``(T, ...)``, and x, ``(T, N, *in_shape)``, with its derivatives.
 
-        A model may override this by something faster than autograd.
+        A model may override this with a method that is faster than autograd.
         """
         return LinearizedByAutograd(lambda moved: self(moved, x), params)
 

@@ -1,4 +1,4 @@
-"""The four-module convolutional network of Vinyals et al. (2016) as the paper changed it (section 5.2)."""
+"""The convolutional network of Vinyals et al. (2016) with four modules, with the paper's changes (section 5.2)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ class Conv4(Model):
     every image by 180 degrees maps one onto the other, and Omniglot's tasks turn their classes at random.
 
     Args:
-        in_shape: height, width, channels.
-        out_dim: classes.
-        num_filters: of every module.
-        pooling: ``stride`` convolves with stride 2 (Omniglot), ``max`` pools 2x2, ``max_keep_odd`` the same without
-            dropping the last row of an odd size (Reptile), ``mean`` averages 2x2.
-        head: ``mean`` averages the last map over space (Omniglot), ``flatten`` keeps it.
-        head_std: standard deviation of the normal initial head; None is Glorot uniform.
-        activation: ``relu`` as in the paper.
-        norm_scale: whether normalisation learns a scale beside its shift, which the authors do without.
+        in_shape: shape of one image: height, width, channels.
+        out_dim: number of classes.
+        num_filters: number of filters in every module.
+        pooling: how each module halves its images: ``stride`` convolves with stride 2 (Omniglot); ``max`` takes the
+            maximum of 2x2 pixels; ``max_keep_odd`` does so too, but keeps the last row and column of an odd size
+            (Reptile); ``mean`` averages 2x2 pixels.
+        head: input of the last layer: ``mean`` averages the last module's output over space (Omniglot); ``flatten``
+            takes all of it.
+        head_std: standard deviation of the last layer's normal initial weights; None is Glorot uniform.
+        activation: activation function of every module; the paper's is ``relu``.
+        norm_scale: whether normalisation learns a scale in addition to its shift; the authors' does not.
 
     Raises:
         MamlError: if the images are too small for four halvings.
@@ -98,16 +100,16 @@ class Conv4(Model):
         """Computes the inputs of the last layer, ``(T, S, num_features)``.
 
         Args:
-            params: as for a call. Where they hold running statistics, ``norm1.mean`` and ``norm1.variance`` ``(T, C)``
-                and so on, these normalise, and not the batch's.
+            params: name -> ``(T, ...)``. If they hold running statistics (``norm1.mean`` and ``norm1.variance``,
+                ``(T, C)``, and so on), these are used for normalisation instead of the batch's statistics.
             x: ``(T, S, H, W, C)``.
-            num_reference: how many leading examples of each task give the batch's statistics (None: all).
-            seen: receives mean and (unbiased) variance of each layer's batch, by the names above.
+            num_reference: number of leading examples of each task that give the batch's statistics; None is all.
+            seen: a dict to which the mean and unbiased variance of each layer's batch are added, by the names above.
         """
         for i in range(1, _NUM_MODULES + 1):
             stride = 2 if self.pooling == "stride" else 1
             x = conv3x3(x, params[f"conv{i}.weight"], stride)
-            # The bias is taken from the mean in place of being added to every pixel; from the batch's own it cancels.
+            # The bias is subtracted from the mean instead of added to every pixel; with the batch's mean it cancels.
             shape = (x.shape[0], 1, 1, 1, -1)
             bias = params[f"conv{i}.bias"].reshape(shape)
             if f"norm{i}.mean" in params:
@@ -120,8 +122,8 @@ class Conv4(Model):
                 seen[f"norm{i}.mean"] = mean.flatten(1).detach()
                 seen[f"norm{i}.variance"] = variance.flatten(1).detach() * (count / max(1, count - 1))
             scale = params.get(f"norm{i}.scale")
-            # Without a scale, which might be negative, all between here and the maxima increases: they come first,
-            # and leave a quarter of the values to normalise.
+            # Without a scale (which may be negative), normalisation and activation are monotone, so pooling first is
+            # equivalent, and a quarter of the values is normalised.
             early = scale is None
             if self.pooling in ("max", "max_keep_odd") and early:
                 x = max_pool(x, keep_odd=self.pooling == "max_keep_odd")

@@ -1,7 +1,7 @@
-"""Layers whose weights have a leading task axis: the whole meta-batch is one computation, exact to any order.
+"""Layers whose weights have a leading task axis, so that the whole meta-batch is one computation.
 
-Images are channels-last, ``(T, S, H, W, C)``. Everything here is differentiable as often as wanted: the inner loop
-differentiates once and the meta-gradient differentiates that again.
+Images are channels-last, ``(T, S, H, W, C)``. All functions have exact derivatives of any order: the inner loop
+differentiates once, and the meta-gradient differentiates the result again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from maml.hardware.precision import round_factors
 
 _BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
 
-# From how many output pixels of a task and how many input channels a CPU convolves task by task: gathering windows for
-# one product of all tasks then costs more than it saves. Five images of Omniglot reach it in the second layer.
+# Least number of output pixels of a task, and of input channels, with which a CPU convolves one task at a time. Above
+# them, one batched product of all tasks costs more for gathering windows than it saves. Five Omniglot images reach both
+# numbers in the second layer.
 _WIDE_ROWS, _WIDE_CHANNELS = 200, 16
 
 ACTIVATIONS = {"relu": torch.relu, "softplus": F.softplus, "tanh": torch.tanh}
@@ -38,13 +39,13 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
 def batch_statistics(x: Tensor, num_reference: int | None = None) -> tuple[Tensor, Tensor]:
     """Returns mean and (biased) variance of each feature of each task, ``(T, 1, ..., C)``, of x ``(T, S, ..., C)``.
 
-    ``num_reference`` is how many leading examples count; None is all of them.
+    ``num_reference`` is the number of leading examples that count; None is all of them.
     """
     return _Moments.apply(x if num_reference is None else x[:, :num_reference])
 
 
 class _Moments(Function):
-    """Mean and variance; the gradient, an affine function of x, is one pass over memory, and differentiable as such."""
+    """Mean and variance. The gradient is an affine function of x: one pass over memory, and differentiable again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,15 +65,15 @@ class _Moments(Function):
 def normalize(x: Tensor, mean: Tensor, variance: Tensor, shift: Tensor, scale: Tensor | None = None) -> Tensor:
     """Normalises each feature of each task (docs/protocol.md#normalisation).
 
-    Written out because ``F.batch_norm`` gives wrong or no second derivatives here; as an affine function of x, which
-    is one pass over memory.
+    ``F.batch_norm`` is not used, because its second derivatives are wrong or missing here. An affine function of x is
+    one pass over memory.
 
     Args:
         x: ``(T, S, ..., C)``.
         mean: ``(T, 1, ..., C)``.
         variance: ``(T, 1, ..., C)``.
         shift: the learnt beta, ``(T, C)``.
-        scale: the learnt gamma, ``(T, C)``, which the authors do without.
+        scale: the learnt gamma, ``(T, C)``; None, as in the authors' code, does not scale.
     """
     factor = torch.rsqrt(variance + _BATCH_NORM_EPS)
     if scale is not None:
@@ -81,14 +82,14 @@ def normalize(x: Tensor, mean: Tensor, variance: Tensor, shift: Tensor, scale: T
 
 
 def batch_norm(x: Tensor, shift: Tensor, num_reference: int | None = None) -> Tensor:
-    """Normalises ``(T, S, ..., C)`` by the statistics of the batch it is given, or of its leading examples."""
+    """Normalises ``(T, S, ..., C)`` with the statistics of the batch, or of its ``num_reference`` leading examples."""
     return normalize(x, *batch_statistics(x, num_reference), shift)
 
 
 def max_pool(x: Tensor, keep_odd: bool = False) -> Tensor:
     """Takes the maximum of 2x2 windows, stride 2: ``(T, S, H, W, C)`` -> ``(T, S, H // 2, W // 2, C)``.
 
-    ``keep_odd`` does not drop the last row and column of an odd size, which then form windows of their own.
+    With ``keep_odd``, the last row and column of an odd size form windows of their own; otherwise they are dropped.
     """
     y = F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 2, ceil_mode=keep_odd).permute(0, 2, 3, 1)
     return y.unflatten(0, x.shape[:2])
@@ -123,7 +124,7 @@ def _conv3x3(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """The same of one task, ``(S, H, W, C)``: with one set of kernels the library's convolution is at its best."""
+    """Convolves the images of one task, ``(S, H, W, C)``: for one set of kernels, the library's convolution is fast."""
     y = _Conv.apply(x.permute(0, 3, 1, 2), weight.contiguous(memory_format=torch.channels_last), stride)
     return y.permute(0, 2, 3, 1)
 
@@ -133,7 +134,7 @@ def _out_size(size: int, stride: int) -> int:
 
 
 class _Columns(Function):
-    """Gathers each output position's 3x3xC window; its transpose is `_Fold`, so the pair is closed."""
+    """Gathers each output position's 3x3xC window. `_Fold` is its transpose; each is the other's derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
@@ -153,7 +154,7 @@ class _Columns(Function):
 
 
 class _Fold(Function):
-    """Adds windows back to the pixels that they came from."""
+    """Adds windows to the pixels from which they were gathered."""
 
     @staticmethod
     def forward(ctx: Any, columns: Tensor, height: int, width: int, stride: int) -> Tensor:
@@ -174,8 +175,8 @@ class _Fold(Function):
         return _Columns.apply(grad, ctx.stride), None, None, None
 
 
-# The plain convolution as a closed family: convolution, its data gradient and its weight gradient are bilinear, and
-# the derivative of each is made of the other two. PyTorch's own double backward is slower.
+# A convolution, its data gradient and its weight gradient are bilinear, and the derivative of each consists of the
+# other two. PyTorch's own double backward is slower.
 
 
 def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int, mask: list[bool]) -> list[Tensor]:

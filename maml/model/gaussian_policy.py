@@ -1,4 +1,4 @@
-"""The Gaussian policy of section 5.3: a network gives the mean action; the standard deviation is free of the state."""
+"""The Gaussian policy of section 5.3: a network gives the mean action; the standard deviation is a parameter."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class GaussianPolicy(Model):
     """Outputs the means of A actions, then the logarithms of their standard deviations.
 
     Args:
-        in_shape: of one observation; flattened.
-        out_dim: 2A.
-        hidden_sizes: width of each hidden layer of the network of the means.
-        activation: after each hidden layer.
+        in_shape: shape of one observation, which is flattened.
+        out_dim: number of outputs, 2A.
+        hidden_sizes: width of each hidden layer of the network that gives the means.
+        activation: activation function after each hidden layer.
 
     Raises:
         MamlError: if ``out_dim`` is odd.
@@ -66,7 +66,7 @@ class _LinearizedPolicy(Linearized):
     def __init__(self, means: Linearized, log_std: Tensor) -> None:
         self.means = means
         self.outputs = _joined(means.outputs, log_std.clamp(min=_MIN_LOG_STD))
-        self.slope = (log_std >= _MIN_LOG_STD).to(log_std.dtype)  # a standard deviation at its floor moves no more
+        self.slope = (log_std >= _MIN_LOG_STD).to(log_std.dtype)  # no derivative below the smallest standard deviation
 
     def jvp(self, v: Params) -> Tensor:
         return _joined(self.means.jvp(v), v["log_std"] * self.slope)

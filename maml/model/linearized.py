@@ -1,4 +1,4 @@
-"""Exact derivatives of a model along directions of its parameters: products with Jacobians and Hessians."""
+"""Exact products with a model's Jacobians and Hessians, that is, derivatives along directions of its parameters."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from maml.types import Params
 Backward = Callable[[Tensor], Params]
 Forward = Callable[[Params], tuple[Tensor, Backward]]
 
-# Rows of one task that a CPU takes through all layers before the next ones. Milliseconds of a Hessian product, float32,
+# Number of rows of one task that a CPU passes through all layers at once. Milliseconds of a Hessian product, float32,
 # one core with 1 MB of L2 cache, hidden layers of 100 and 100:
 #   rows                                256   512   1024   2048
 #   N = 2000, 2 inputs, 2 outputs      3.8   3.4    3.2    3.1
 #   N = 4000, 20 inputs, 6 outputs     8.7   7.9    7.5    7.7
 BLOCK = 1024
 
-# What torch's compiler makes of a linear layer on a CPU: up to twice as fast as `torch.bmm` on AMD's processors, whose
-# vector units that does not use in full; a whole product of curvature and vector takes a fifth less time. Sums of outer
-# products gain only where both sides are wide.
+# The operation that torch's compiler uses for a linear layer on a CPU. On AMD's processors it is up to twice as fast as
+# `torch.bmm`, which does not use their vector units fully; a whole curvature product takes a fifth less time. For sums
+# of outer products, it is faster only if both sides are wide.
 _ONEDNN_LINEAR: Any = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 )
@@ -34,12 +34,12 @@ _WIDE = 64
 
 
 class Linearized(ABC):
-    """A model at given parameters and inputs, whose parameters then move along directions.
+    """A model at given parameters and inputs, with its derivatives along directions of the parameters.
 
-    A direction has the names and the shapes ``(T, ...)`` of the parameters. Tasks are independent.
+    A direction has the names and the shapes, ``(T, ...)``, of the parameters. Tasks are independent.
 
     Attributes:
-        outputs: ``(T, N, D)``.
+        outputs: the model's outputs, ``(T, N, D)``.
     """
 
     outputs: Tensor
@@ -54,11 +54,11 @@ class Linearized(ABC):
 
     @abstractmethod
     def second_order(self, delta: Tensor) -> Forward:
-        """Prepares the derivative of ``vjp(delta)`` where the parameters and delta move together.
+        """Prepares the derivative of ``vjp(delta)`` for a change of both the parameters and delta.
 
         Returns:
-            A function of a direction ``v``; it returns the outputs' derivative dy along v, and a function that takes
-            how delta moves, ``(T, N, D)``, and returns how ``vjp(delta)`` does.
+            A function of a direction ``v``. It returns the derivative of the outputs along v, and a second function,
+            which maps the derivative of delta, ``(T, N, D)``, to the derivative of ``vjp(delta)``.
         """
 
     def hessian(self, delta: Tensor, output_hessian: Callable[[Tensor], Tensor]) -> Callable[[Params], Params]:
@@ -78,7 +78,7 @@ class Linearized(ABC):
 
 
 class LinearizedByAutograd(Linearized):
-    """Any model, by differentiating its graph again.
+    """Derivatives of any model, by differentiating its graph twice.
 
     Args:
         model: the outputs ``(T, N, D)`` as a function of the parameters.
@@ -133,7 +133,7 @@ class LinearizedByAutograd(Linearized):
 
 def _again(gradient: Params, wanted: list[Tensor], v: Params) -> tuple[Tensor, ...]:
     """Differentiates the sum of ``gradient * v``."""
-    names = [name for name, value in gradient.items() if value.requires_grad]  # not of what the outputs do not use
+    names = [name for name, value in gradient.items() if value.requires_grad]  # only parameters that are used
     return torch.autograd.grad(
         [gradient[name] for name in names],
         wanted,
@@ -143,7 +143,7 @@ def _again(gradient: Params, wanted: list[Tensor], v: Params) -> tuple[Tensor, .
     )
 
 
-# The derivative s of each activation, and the derivative of log s, as functions of what the activation returned.
+# The derivative s of each activation, and the derivative of log s, as functions of the activation's output.
 _SLOPES: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu": torch.sign,
     "softplus": lambda y: -torch.expm1(-y),
@@ -157,12 +157,12 @@ _BENDS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class _Block:
-    """Some rows of some tasks on their way through the layers.
+    """A block of t tasks and n rows, with the values that its layers computed.
 
     Attributes:
         at: index of the block in ``(T, N)``.
-        inputs: of each layer, ``(t, n, D_i)``.
-        slopes: derivatives of the activations that made them, but for the first.
+        inputs: inputs of each layer, ``(t, n, D_i)``.
+        slopes: derivatives of the activations before each layer, except for the first layer.
     """
 
     at: tuple[slice, slice]
@@ -171,15 +171,15 @@ class _Block:
 
 
 class LinearizedMLP(Linearized):
-    """Linear layers with an activation between them, by hand.
+    """Derivatives of linear layers with an activation between them, without autograd.
 
-    On a GPU all tasks and rows are batched; a CPU takes blocks that stay in its cache.
+    On a GPU, all tasks and rows are one batch. On a CPU, they are computed in blocks that fit its cache.
 
     Args:
         params: ``<layer>.weight``, ``(T, O, I)``, and ``<layer>.bias``, ``(T, O)``, of each layer.
-        x: ``(T, N, I)``.
-        layers: their names, from the first to the last.
-        activation: after all layers but the last.
+        x: inputs, ``(T, N, I)``.
+        layers: names of the layers, from the first to the last.
+        activation: activation function after all layers except the last.
     """
 
     def __init__(self, params: Params, x: Tensor, layers: Sequence[str], activation: Activation) -> None:
@@ -244,7 +244,7 @@ class LinearizedMLP(Linearized):
         return forward
 
     def _tangents(self, block: _Block, v: Params) -> list[Tensor]:
-        """Returns the derivatives along ``v`` of the inputs of all layers but the first, then of the outputs."""
+        """Returns the derivatives along ``v`` of the inputs of all layers except the first, then of the outputs."""
         tangents: list[Tensor] = []
         layers = zip(self._layers(self._params, block), self._layers(v, block), block.inputs, strict=True)
         for i, ((weight, _), (moved_weight, moved_bias), x) in enumerate(layers):
@@ -255,9 +255,9 @@ class LinearizedMLP(Linearized):
         return tangents
 
     def _backpropagated(self, block: _Block, delta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns delta at the outputs of each linear layer, and what a bent activation adds to its derivative.
+        """Returns delta at the outputs of each linear layer, and the terms of the activations' second derivatives.
 
-        The latter are factors of the derivatives of the inputs of all layers but the first; none for a ReLU.
+        Each term is a factor of the derivative of a layer's input, for all layers except the first. A ReLU has none.
         """
         signal = delta.detach()[block.at]
         signals, bends = [signal], []
@@ -271,12 +271,12 @@ class LinearizedMLP(Linearized):
         return signals[::-1], bends[::-1]
 
     def _layers(self, params: Params, block: _Block) -> list[tuple[Tensor, Tensor]]:
-        """Returns weight and bias of each layer, of the block's tasks."""
+        """Returns each layer's weight and bias for the block's tasks."""
         tasks = block.at[0]
         return [(params[weight][tasks], params[bias][tasks]) for weight, bias in self._names]
 
     def _zeros(self) -> Params:
-        """Returns what gradients are summed in, with the longer side of a weight last in memory: 8 times faster."""
+        """Returns zeros to which gradients are added. A weight's longer side is last in memory: 8 times faster."""
         sums: Params = {}
         for weight, bias in self._names:
             tasks, num_out, num_in = self._params[weight].shape

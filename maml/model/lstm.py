@@ -16,12 +16,12 @@ from maml.types import Count, Params, num_elements
 class LSTM(Model):
     """One LSTM layer, then one linear layer on the last hidden state.
 
-    Written out, because PyTorch's own layer has no task axis, and on a GPU no second derivatives.
+    PyTorch's own layer is not used, because it has no task axis and, on a GPU, no second derivatives.
 
     Args:
-        in_shape: of one input, ``(L, ...)``: a sequence of length L, each element flattened.
-        out_dim: outputs.
-        hidden_size: units of the hidden state.
+        in_shape: shape of one input, ``(L, ...)``: a sequence of length L, whose elements are flattened.
+        out_dim: number of outputs.
+        hidden_size: number of units of the hidden state.
     """
 
     def __init__(self, in_shape: Sequence[int], out_dim: int, hidden_size: Count = 40) -> None:
@@ -29,7 +29,7 @@ class LSTM(Model):
         self.out_dim, self.hidden_size = out_dim, hidden_size
 
     def init(self, stream: Stream) -> Params:
-        """Draws Glorot-uniform weights; biases are 0, those of the forget gates 1, so that cells remember at first.
+        """Draws Glorot-uniform weights. Biases are 0, but 1 for forget gates, so that cells keep their state at first.
 
         Rows of the weights are input, forget, candidate and output gates, in PyTorch's order.
         """
@@ -46,7 +46,7 @@ class LSTM(Model):
 
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
         tasks, examples, length = x.shape[:3]
-        # What the gates take from the inputs, of all elements at once: (T, S, L, 4 * hidden_size).
+        # The inputs' contribution to the gates, for all elements at once: (T, S, L, 4 * hidden_size).
         inputs = linear(x.reshape(tasks, examples * length, -1), params["input.weight"], params["gates.bias"])
         recurrent = params["hidden.weight"].transpose(1, 2)
         hidden = cell = x.new_zeros(tasks, examples, self.hidden_size)

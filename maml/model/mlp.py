@@ -15,15 +15,16 @@ from maml.types import Count, Params, PositiveFloat, num_elements
 
 
 class MLP(Model):
-    """Linear layers with an activation between them, inputs flattened.
+    """Linear layers with an activation between them. Inputs are flattened.
 
     Args:
-        in_shape: of one input; flattened.
-        out_dim: outputs.
+        in_shape: shape of one input, which is flattened.
+        out_dim: number of outputs.
         hidden_sizes: width of each hidden layer.
-        activation: after each hidden layer.
+        activation: activation function after each hidden layer.
         normalization: ``batch`` puts batch normalisation (shift only) before each activation.
-        weight_std: standard deviation of the normal initial weights, cut at two of them; None is Glorot uniform.
+        weight_std: standard deviation of the normal initial weights, truncated at two standard deviations; None is
+            Glorot uniform.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class MLP(Model):
         for i, (layer, num_in, num_out) in enumerate(
             zip(self.layers, self.sizes[:-1], self.sizes[1:], strict=True), start=1
         ):
-            # The head has a number here like all layers: its draws are older than its name.
+            # The head's stream has a number too, so that its draws are those of earlier versions.
             draws, shape = stream.child(f"linear{i}"), (num_out, num_in)
             params[f"{layer}.weight"] = (
                 glorot_uniform(draws, shape, num_in, num_out)
@@ -70,7 +71,7 @@ class MLP(Model):
         return x
 
     def renamed(self, name: str) -> str:
-        """The head was the last of the numbered layers."""
+        """In earlier versions, the head was called ``linear`` with the last number."""
         layer, _, parameter = name.partition(".")
         return f"head.{parameter}" if layer == f"linear{len(self.layers)}" else name
 

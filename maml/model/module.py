@@ -24,19 +24,20 @@ from maml.types import Params
 class ModuleModel(Model):
     """Any module that maps a batch of inputs to a batch of outputs.
 
-    Images reach the module as ``(S, C, H, W)``, vectors as ``(S, D)``. Batch normalisation layers run on the statistics
-    of the batch they are given; their buffers are neither read nor changed. Parameters that the module froze
-    (``requires_grad=False``) stay as it made them.
+    Images are passed to the module as ``(S, C, H, W)``, vectors as ``(S, D)``. Batch normalisation layers use the
+    statistics of their batch; their buffers are neither read nor changed. Frozen parameters (``requires_grad=False``)
+    keep their initial values.
 
     Args:
-        in_shape: of one input, images as height, width, channels.
-        out_dim: outputs that the domain needs.
-        module: makes the network, under the run's seed. If it has a parameter called ``out_dim`` or ``in_shape`` that
-            the config leaves open, it is given the domain's, so that one module serves domains of any size.
-        vectorize: False runs the tasks one at a time, for modules that ``torch.func.vmap`` cannot transform.
+        in_shape: shape of one input; of an image, height, width and channels.
+        out_dim: number of outputs that the domain needs.
+        module: class of the network, and its arguments; torch's seed is the run's. Arguments called ``in_shape`` and
+            ``out_dim`` get the domain's values if the config does not set them, so that one module serves all domains.
+        vectorize: whether all tasks are computed at once. False computes one task at a time, for modules that
+            ``torch.func.vmap`` cannot transform.
 
     Raises:
-        MamlError: if the module cannot take the domain's inputs or gives another number of outputs.
+        MamlError: if the module cannot take the domain's inputs, or returns another number of outputs.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class ModuleModel(Model):
 
 
 def _left_open(make: Callable[..., nn.Module], sizes: dict[str, Any]) -> dict[str, Any]:
-    """Returns the sizes that a callable takes by name and that are not filled in yet."""
+    """Returns the sizes that a callable takes by name and that the config does not set."""
     try:
         parameters = inspect.signature(make).parameters
     except ValueError:  # some built-in callables have no signature
@@ -122,7 +123,7 @@ def _trained(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 class _BatchStatistics(nn.Module):
-    """Stands in for a batch normalisation layer: its parameters, the batch's statistics, exact second derivatives."""
+    """Replaces a batch normalisation layer: the same parameters, batch statistics, exact second derivatives."""
 
     def __init__(self, layer: _BatchNorm) -> None:
         super().__init__()
