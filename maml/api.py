@@ -1,4 +1,4 @@
-"""Trained networks in Python: load one, adapt it to labelled data of your own, predict.
+"""Trained networks in Python: load a network, adapt it to your own labelled data, and predict.
 
 network = maml.load("omniglot_5way_1shot")
 predictor = network.adapt(images, labels)
@@ -46,18 +46,18 @@ def load(source: str | Path) -> Network:
     Args:
         source: an experiment that has a committed checkpoint, such as ``omniglot_5way_1shot``; or a run folder, a
             ``checkpoint.pt`` in one, or an exported ``.safetensors`` file with its ``index.json`` beside it. The data
-            set that it was trained on is not needed.
+            set of the training is not needed.
 
     Raises:
-        MamlError: if there is no such thing, or it is damaged.
+        MamlError: if the source does not exist or is damaged.
     """
     index, path = read_index(CHECKPOINTS), Path(source)
     if any(entry.experiment == source for entry in index.cells.values()):
-        return _exported(CHECKPOINTS, experiment=str(source))
+        return _load_exported(CHECKPOINTS, experiment=str(source))
     if path.suffix == ".safetensors":
-        return _exported(path.parent, file=path.name)
+        return _load_exported(path.parent, file=path.name)
     if path.exists():
-        return _trained(path)
+        return _load_run(path)
     experiments = sorted({entry.experiment for entry in index.cells.values()})
     if (CONF / "experiment" / f"{source}.yaml").exists():
         raise MamlError(
@@ -67,51 +67,54 @@ def load(source: str | Path) -> Network:
     raise MamlError(f"{source} is neither a file or folder nor an experiment{near_miss(str(source), experiments)}")
 
 
-def _exported(folder: Path, experiment: str | None = None, file: str | None = None) -> Network:
-    """Loads the file of an experiment, or the one given."""
+def _load_exported(folder: Path, experiment: str | None = None, file: str | None = None) -> Network:
+    """Loads an exported file, given its experiment or its name."""
     index = read_index(folder)
     entries = [entry for entry in index.cells.values() if experiment == entry.experiment or file == entry.file]
-    entries.sort(key=lambda entry: len(entry.overrides))  # as the experiment is, if both were run
+    entries.sort(key=lambda entry: len(entry.overrides))  # the experiment without overrides comes first
     if not entries:
-        raise MamlError(f"{folder / 'index.json'} does not say what {file} is of; keep the two together")
+        raise MamlError(f"{folder / 'index.json'} has no entry for {file}; keep the two together")
     first = entries[0]
     entries = [
         e for e in entries if (e.file, e.experiment, e.overrides) == (first.file, first.experiment, first.overrides)
     ]
-    about = index.files[first.file]
-    config = compose_experiment(first.experiment, (*first.overrides, f"seed={about.seed}"))
-    state = unpack(folder / first.file, about.sha256)
+    origin = index.files[first.file]
+    settings = compose_experiment(first.experiment, (*first.overrides, f"seed={origin.seed}"))
+    state = unpack(folder / first.file, origin.sha256)
     sizes = {entry.num_shots: entry.step_sizes for entry in entries}
-    return _network(first.experiment, about.run_id, about.iteration, config, state, sizes)
+    return _build_network(first.experiment, origin.run_id, origin.iteration, settings, state, sizes)
 
 
-def _trained(path: Path) -> Network:
-    """Loads a run folder, or a checkpoint in one."""
+def _load_run(path: Path) -> Network:
+    """Loads the network of a run folder, given the folder or a checkpoint in it."""
     folder = path if path.is_dir() else path.parent
     file = checkpoint.newest(folder / "checkpoint.pt") if path.is_dir() else path
     if file is None or not (folder / "config.yaml").exists():
         raise MamlError(f"{folder} is no run folder: it has no checkpoint.pt and config.yaml")
     saved = checkpoint.load(file)
-    written: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    config = check(written)
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    settings = check(config)
     report = read_json(folder / "report.json") or {}
     sizes = {int(num_shots): chosen for num_shots, chosen in report.get("step_sizes", {}).items()}
-    return _network(saved["experiment"], saved["run_id"], saved["iteration"], config, saved["state"], sizes)
+    return _build_network(saved["experiment"], saved["run_id"], saved["iteration"], settings, saved["state"], sizes)
 
 
-def _network(
+def _build_network(
     experiment: str,
     run_id: str,
     iteration: int,
-    config: Settings,
+    settings: Settings,
     state: State,
     step_sizes: Mapping[int, list[float] | None],
 ) -> Network:
-    if digest(training_config(config)) != run_id:
-        raise MamlError(f"the parameters are of run {run_id}, but its config ({experiment}) is another by now")
-    algorithm = build_algorithm(replace(config, domain=without_data(config.domain)), Hardware("cpu"))
+    if digest(training_config(settings)) != run_id:
+        raise MamlError(
+            f"the parameters belong to run {run_id}, but the settings of {experiment} have changed since that run; use "
+            "the version of the project that trained it"
+        )
+    algorithm = build_algorithm(replace(settings, domain=without_data(settings.domain)), Hardware("cpu"))
     restore(algorithm, state)
-    return Network(experiment, iteration, config.num_iterations, algorithm, build(config.evaluation), step_sizes)
+    return Network(experiment, iteration, settings.num_iterations, algorithm, build(settings.evaluation), step_sizes)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,12 +122,13 @@ class Network:
     """A trained network.
 
     Attributes:
-        experiment: that it was trained in.
-        iteration: so many meta-updates were made,
-        num_iterations: of so many; a network that is not `complete` gives no number of the paper.
-        algorithm: with all of its state.
+        experiment: name of the experiment that trained it.
+        iteration: number of meta-updates it was trained for.
+        num_iterations: number of meta-updates of the complete training.
+        algorithm: the algorithm with its trained state.
         evaluation: the settings of meta-test.
-        step_sizes: those of meta-test, by K, where any were recorded; None is the inner optimizer's own.
+        step_sizes: step sizes of the recorded meta-test, by K; None stands for the inner optimizer's own. Empty if no
+            meta-test was recorded.
     """
 
     experiment: str
@@ -139,35 +143,35 @@ class Network:
 
     @property
     def complete(self) -> bool:
-        """Whether it was trained to the end."""
+        """Whether it was trained to the end. Only then its accuracy can be compared with the paper's."""
         return self.iteration == self.num_iterations
 
     @property
     def model(self) -> Model:
-        """f_theta: ``model(params, x)`` with a task axis in front of both."""
+        """The model f_theta: ``model(params, x)``, where both arguments have a leading task axis."""
         return self.algorithm.model
 
     @property
     def theta(self) -> Params:
-        """What was meta-learnt, as it is evaluated."""
+        """The meta-learnt parameters that meta-test evaluates, without a task axis."""
         return self.evaluation.choose_theta(self.algorithm)
 
     @property
     def in_shape(self) -> tuple[int, ...]:
-        """Of one input; an image's is ``(H, W, C)``."""
+        """The shape of one input; for images, ``(H, W, C)``."""
         return self.algorithm.domain.in_shape
 
     def read(self, pictures: Iterable[str | Path | Image.Image]) -> Tensor:
-        """Brings pictures to the form of the training images.
+        """Converts pictures to inputs like the training images.
 
-        Drawings (one channel) become black and white, and their dark pixels 1; like Omniglot's they should have strokes
-        of about 1/35 of their width, dark on light. Photos become RGB in 0 to 1.
+        Drawings (one channel) become black and white, with dark pixels 1. They should be dark on light, with strokes of
+        about 1/35 of the width, as in Omniglot. Photos become RGB, from 0 to 1.
 
         Args:
-            pictures: files, or opened with Pillow; of any size, which is changed to ``in_shape``.
+            pictures: paths, or images opened with Pillow. They are resized to ``in_shape``.
 
         Returns:
-            ``(S, H, W, C)``.
+            The images, ``(S, H, W, C)``.
 
         Raises:
             MamlError: if the network takes no images, or a file cannot be read.
@@ -180,7 +184,7 @@ class Network:
         height, width, channels = self.in_shape
         try:
             image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-            if channels == 1:  # as the training drawings were prepared
+            if channels == 1:  # the same steps as for the training drawings
                 black = image.convert("1", dither=Image.Dither.NONE).resize((width, height), Image.Resampling.NEAREST)
                 pixels = ~np.asarray(black)
             else:
@@ -191,25 +195,29 @@ class Network:
 
     @torch.no_grad()
     def adapt(self, x: Inputs, y: Sequence[Hashable] | Inputs, num_steps: int | None = None) -> Predictor:
-        """Adapts to the support data of one task, as meta-test does.
+        """Adapts to the support data of one task, with the step sizes of meta-test.
+
+        If meta-test has different step sizes for each K, those of the nearest K are used.
 
         Args:
-            x: S inputs. Images ``(S, H, W, C)``, or ``(S, H, W)`` if C = 1: floats from 0 to 1, or the integers of the
-                data set (Omniglot: paper 0, ink 1; photos: 0 to 255). Else ``(S, *in_shape)``.
-            y: the label of each, anything hashable, of N classes with K examples each in any order; or, in regression,
-                the targets, ``(S, D)``.
-            num_steps: gradient steps; None is as many as in meta-test. Step sizes are those of meta-test too (where
-                every K has its own, those of the nearest K).
+            x: S inputs, ``(S, *in_shape)``. Images with one channel may be ``(S, H, W)``. Pixels are floats from 0 to 1,
+                or the integers of the data set (Omniglot: paper 0, ink 1; photos: 0 to 255).
+            y: in classification, one label per input, of any hashable type: N classes with K examples each, in any
+                order. In regression, the targets, ``(S, D)``.
+            num_steps: number of gradient steps; None is that of meta-test.
+
+        Returns:
+            The adapted network.
 
         Raises:
-            MamlError: if shapes or labels do not fit the network, or it is a policy, which learns from rollouts.
-            Diverged: if the parameters are not finite any more.
+            MamlError: if shapes or labels do not fit the network, or if it is a policy, which learns from rollouts.
+            Diverged: if the adapted parameters are not finite.
         """
         domain = self.algorithm.domain
         if not isinstance(domain, SupervisedDomain):
             raise MamlError(
-                f"{self.experiment} is a policy, which adapts to rollouts and not to examples; look at what it does "
-                f"with python scripts/render.py +experiment={self.experiment}"
+                f"{self.experiment} is a policy, which adapts to rollouts and not to examples; to watch it, run "
+                f"python scripts/render.py +experiment={self.experiment}"
             )
         inputs, classes = self.prepare(x), None
         if isinstance(domain, FewShotClassification):
@@ -217,9 +225,9 @@ class Network:
             inputs, num_shots = inputs[order], len(inputs) // domain.num_ways
         else:
             targets, num_shots = _floats(_tensor(y), "y"), len(inputs)
-            wanted = (len(inputs), domain.out_dim)
-            if targets.shape != wanted:
-                raise MamlError(f"y has shape {tuple(targets.shape)}; the targets of x have shape {wanted}")
+            expected = (len(inputs), domain.out_dim)
+            if targets.shape != expected:
+                raise MamlError(f"y has shape {tuple(targets.shape)}; the targets of x have shape {expected}")
         num_steps = self.evaluation.num_steps if num_steps is None else num_steps
         tasks = {"x": inputs.unsqueeze(0), "y": targets.unsqueeze(0)}
 
@@ -236,7 +244,7 @@ class Network:
         return Predictor(self, params, inputs, classes)
 
     def _step_sizes(self, num_shots: int, num_steps: int) -> list[float] | None:
-        """Returns one size per step, the last of them again for steps that meta-test does not make."""
+        """Returns one step size per step. Steps beyond those of meta-test use its last step size."""
         if self.step_sizes:
             sizes = self.step_sizes[min(self.step_sizes, key=lambda known: abs(known - num_shots))]
         else:
@@ -244,27 +252,31 @@ class Network:
         return sizes and [*sizes, *sizes[-1:] * (num_steps - len(sizes))]
 
     def prepare(self, x: Inputs) -> Tensor:
-        """Checks inputs and returns them as the network takes them, ``(S, *in_shape)``; x is as in `adapt`.
+        """Checks inputs and returns them as the network takes them, ``(S, *in_shape)``.
+
+        Args:
+            x: S inputs, as in `adapt`.
 
         Raises:
-            MamlError: if shape or values are not those of the network's inputs.
+            MamlError: if the shape or the values are not those of the network's inputs.
         """
         domain = self.algorithm.domain
-        given = _tensor(x)
-        inputs = _floats(given, "x")
+        original = _tensor(x)
+        inputs = _floats(original, "x")
         if self.in_shape[-1] == 1 and inputs.shape[1:] == self.in_shape[:-1]:
             inputs = inputs.unsqueeze(-1)
         if inputs.shape[1:] != self.in_shape or not len(inputs):
             raise MamlError(
-                f"x has shape {tuple(given.shape)}; {self.experiment} takes inputs of shape {('S', *self.in_shape)}"
+                f"x has shape {tuple(original.shape)}; {self.experiment} takes inputs of shape {('S', *self.in_shape)}"
             )
         if isinstance(domain, FewShotClassification):
-            scale = 1.0 if given.dtype.is_floating_point or given.dtype == torch.bool else domain.scale
+            dtype = original.dtype
+            scale = 1.0 if dtype.is_floating_point or dtype == torch.bool else domain.scale
             if inputs.min() < 0 or inputs.max() > scale:
-                low, high, kind = inputs.min().item(), inputs.max().item(), str(given.dtype).removeprefix("torch.")
+                low, high, kind = inputs.min().item(), inputs.max().item(), str(dtype).removeprefix("torch.")
                 raise MamlError(
                     f"pixels of x go from {low:g} to {high:g}; as {kind} they have to lie in "
-                    f"0 to {scale:g}. `read` makes them of pictures"
+                    f"0 to {scale:g}. `read` converts pictures to such pixels"
                 )
             inputs = inputs.div(scale)
         return inputs
@@ -275,7 +287,7 @@ def _tensor(values: Any) -> Tensor:
 
 
 def _floats(values: Tensor, name: str) -> Tensor:
-    """Returns finite floats."""
+    """Returns the values as floats on the CPU, and refuses values that are not finite."""
     floats = values.detach().to("cpu", torch.get_default_dtype())
     if not floats.isfinite().all():
         raise MamlError(f"{name} has values that are not finite")
@@ -283,10 +295,13 @@ def _floats(values: Tensor, name: str) -> Tensor:
 
 
 def _in_blocks(labels: Any, count: int, num_ways: int) -> tuple[list[Hashable], Tensor, Tensor]:
-    """Sorts examples into K blocks of N, which is how tasks are drawn; what is in this order already stays in it.
+    """Sorts examples into K blocks with one example of each of N classes, as in a drawn task.
+
+    Examples that are sorted already keep their order.
 
     Returns:
-        The classes, in the order in which they turn up; the label of each sorted example, ``(S,)``; and the order.
+        The classes, in the order of their first example; the class number of each sorted example, ``(S,)``; and the
+        positions of the sorted examples, ``(S,)``.
 
     Raises:
         MamlError: if there are not N classes with K examples each.
@@ -295,13 +310,13 @@ def _in_blocks(labels: Any, count: int, num_ways: int) -> tuple[list[Hashable], 
     if len(labels) != count:
         raise MamlError(f"there are {count} inputs, but {len(labels)} labels")
     examples: dict[Hashable, list[int]] = {}
-    for example, label in enumerate(labels):
-        examples.setdefault(label, []).append(example)
+    for position, label in enumerate(labels):
+        examples.setdefault(label, []).append(position)
     if len(examples) != num_ways:
         raise MamlError(f"this network tells {num_ways} classes apart, the labels have {len(examples)}")
-    if len({len(mine) for mine in examples.values()}) > 1:
-        counts = ", ".join(f"{len(mine)} of {label!r}" for label, mine in examples.items())
-        raise MamlError(f"every class needs as many examples as the others; there are {counts}")
+    if len({len(positions) for positions in examples.values()}) > 1:
+        counts = ", ".join(f"{len(positions)} of {label!r}" for label, positions in examples.items())
+        raise MamlError(f"every class needs the same number of examples, but there are {counts}")
     order = torch.tensor(list(examples.values())).T.flatten()
     return list(examples), torch.arange(num_ways).repeat(count // num_ways), order
 
@@ -311,10 +326,10 @@ class Predictor:
     """A network adapted to one task: call it with inputs.
 
     Attributes:
-        network: that was adapted.
-        params: its parameters now, name -> ``(1, ...)``.
-        support: what it was adapted to, ``(S, *in_shape)``.
-        classes: their labels, in the order of the probabilities; None in regression.
+        network: the network before adaptation.
+        params: the adapted parameters, name -> ``(1, ...)``.
+        support: the support inputs, ``(S, *in_shape)``.
+        classes: the labels of the classes, in the order of `probabilities`; None in regression.
     """
 
     network: Network
@@ -323,13 +338,13 @@ class Predictor:
     classes: list[Hashable] | None
 
     def __call__(self, x: Inputs, transductive: bool = False) -> Any:
-        """Returns the label of each input, as a list; in regression the values, a tensor ``(Q, D)``.
+        """Returns the label of each input, as a list; in regression, the values, a tensor ``(Q, D)``.
 
         Args:
             x: Q inputs, as in `Network.adapt`.
-            transductive: normalises the inputs by their own common statistics, as the paper does when it measures
-                accuracy: better where x has about as many examples of one class as of another, and worse where it has
-                few. Otherwise by those of the support data, and no input matters to what is predicted for another.
+            transductive: whether inputs are normalised with the statistics of x, as the paper does to measure accuracy.
+                This is better if x has many inputs and about the same number of each class. If false, inputs are
+                normalised with the statistics of the support data, so that predictions do not depend on each other.
 
         Raises:
             MamlError: if x does not fit the network.
@@ -349,7 +364,10 @@ class Predictor:
 
     @torch.no_grad()
     def outputs(self, x: Inputs, transductive: bool = False) -> Tensor:
-        """Returns what the network computes, ``(Q, out_dim)``; in regression always transductive, as it is measured."""
+        """Returns the outputs of the adapted network, ``(Q, out_dim)``.
+
+        In regression they are always transductive, as in meta-test.
+        """
         inputs = self.network.prepare(x)
         if transductive or self.classes is None:
             return self.network.model(self.params, inputs.unsqueeze(0))[0]
