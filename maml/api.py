@@ -200,7 +200,7 @@ class Network:
         If meta-test has different step sizes for each K, those of the nearest K are used.
 
         Args:
-            x: S inputs, ``(S, *in_shape)``. Images with one channel may be ``(S, H, W)``. Pixels are floats from 0 to 1,
+            x: S inputs, ``(S, *in_shape)``. Images with one channel may be ``(S, H, W)``. Pixels are floats in 0 to 1,
                 or the integers of the data set (Omniglot: paper 0, ink 1; photos: 0 to 255).
             y: in classification, one label per input, of any hashable type: N classes with K examples each, in any
                 order. In regression, the targets, ``(S, D)``.

@@ -31,36 +31,36 @@ from maml.training.learner import Learner
 from maml.training.loop import train
 
 
-def build_domain(config: Settings, hardware: Hardware) -> Domain[Any]:
+def build_domain(settings: Settings, hardware: Hardware) -> Domain[Any]:
     """Builds the domain and moves its data to the device.
 
     Raises:
         MamlError: if data is missing.
     """
-    domain = build(config.domain)
+    domain = build(settings.domain)
     domain.to(hardware.device)
     return domain
 
 
-def build_algorithm(config: Settings, hardware: Hardware, domain: Domain[Any] | None = None) -> Algorithm:
+def build_algorithm(settings: Settings, hardware: Hardware, domain: Domain[Any] | None = None) -> Algorithm:
     """Builds the domain, model, inner and outer optimizer, and the algorithm from them.
 
     Args:
-        config: the checked settings of one seed.
+        settings: the checked settings of one seed.
         hardware: its device holds theta and the data.
         domain: the domain, if it is built already; None builds it.
 
     Raises:
         MamlError: if data is missing or the parts do not fit each other.
     """
-    domain = domain or build_domain(config, hardware)
+    domain = domain or build_domain(settings, hardware)
 
     def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
-        return build(config.model, in_shape=in_shape, out_dim=out_dim)
+        return build(settings.model, in_shape=in_shape, out_dim=out_dim)
 
-    stream = Stream(config.seed, hardware.device).child("init")
-    parts = Parts(domain, make_model, build(config.inner), build(config.outer), stream)
-    return build(config.algorithm, parts=parts)
+    stream = Stream(settings.seed, hardware.device).child("init")
+    parts = Parts(domain, make_model, build(settings.inner), build(settings.outer), stream)
+    return build(settings.algorithm, parts=parts)
 
 
 Judge = Callable[[str, Settings, Mapping[str, Any]], Mapping[str, str]]
@@ -70,11 +70,11 @@ Takes an experiment's name, its settings and its report. Returns one line of tex
 """
 
 
-def run_experiment(config: Settings, experiment: str, judge: Judge | None = None) -> float:
+def run_experiment(settings: Settings, experiment: str, judge: Judge | None = None) -> float:
     """Trains (or resumes), evaluates and records one run for each seed.
 
     Args:
-        config: the checked settings.
+        settings: the checked settings.
         experiment: the experiment's name, which is the first folder under ``runs_dir``.
         judge: compares the report with other results; its lines are printed below the report and sent to the logger.
             None compares nothing.
@@ -87,28 +87,28 @@ def run_experiment(config: Settings, experiment: str, judge: Judge | None = None
         MamlError: for anything that the user can mend. Saved files stay intact.
         Interrupted: on SIGTERM or SIGINT, after a checkpoint was saved.
     """
-    if config.checkpoint is not None and config.mode == "train":
+    if settings.checkpoint is not None and settings.mode == "train":
         raise MamlError("checkpoint= is for mode=eval; training resumes from its own run folder by itself")
-    if config.seeds > 1 and (config.run_dir or config.checkpoint):
+    if settings.seeds > 1 and (settings.run_dir or settings.checkpoint):
         raise MamlError(
             "run_dir= and checkpoint= are for one run, but seeds= makes several runs; start each seed with its own "
             "command"
         )
-    distributed.start(torch.cuda.is_available() and config.hardware.get("device") != "cpu")
-    with use_precision(config.precision):
-        return _run_seeds(config, experiment, judge)
+    distributed.start(torch.cuda.is_available() and settings.hardware.get("device") != "cpu")
+    with use_precision(settings.precision):
+        return _run_seeds(settings, experiment, judge)
 
 
-def _run_seeds(config: Settings, experiment: str, judge: Judge | None) -> float:
-    hardware: Hardware = build(config.hardware)
-    evaluation: Evaluation = build(config.evaluation)
-    domain = build_domain(config, hardware)
+def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> float:
+    hardware: Hardware = build(settings.hardware)
+    evaluation: Evaluation = build(settings.evaluation)
+    domain = build_domain(settings, hardware)
     learners, headlines = [], []
-    for seed in range(config.seed, config.seed + config.seeds):
-        settings = config.for_seed(seed)
-        learner = Learner(settings, experiment, build_algorithm(settings, hardware, domain))
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        seed_settings = settings.for_seed(seed)
+        learner = Learner(seed_settings, experiment, build_algorithm(seed_settings, hardware, domain))
         evaluation.check(learner.algorithm.domain)
-        if config.mode == "eval":
+        if settings.mode == "eval":
             headlines.append(_evaluate_saved(learner, hardware, evaluation, judge))
         elif (report := distributed.on_rank_zero(learner.folder.finished_report)) is not None:
             _print_on_rank_zero(f"already finished: {learner.folder.path} (delete the folder to run it again)")
@@ -117,16 +117,16 @@ def _run_seeds(config: Settings, experiment: str, judge: Judge | None) -> float:
             learners.append(learner)
     if learners:
         algorithm = learners[0].algorithm
-        check_precision(config.precision, algorithm.domain.on_policy, hardware.device)
-        check_parallelism(algorithm, len(learners), config.meta_batch_size)
-        _train(learners, config, hardware, evaluation, judge)
+        check_precision(settings.precision, algorithm.domain.on_policy, hardware.device)
+        check_parallelism(algorithm, len(learners), settings.meta_batch_size)
+        _train(learners, settings, hardware, evaluation, judge)
         headlines += [learner.report["headline"] for learner in learners if learner.report]
     # The headline is None if adaptation diverged; a sweep needs a number.
     return sum(math.nan if headline is None else headline for headline in headlines) / len(headlines)
 
 
 def _train(
-    learners: Sequence[Learner], config: Settings, hardware: Hardware, evaluation: Evaluation, judge: Judge | None
+    learners: Sequence[Learner], settings: Settings, hardware: Hardware, evaluation: Evaluation, judge: Judge | None
 ) -> None:
     """Trains learners that differ in their seeds only, all at once, then evaluates each."""
     with ExitStack() as stack:
@@ -140,27 +140,27 @@ def _train(
         checkpoints = [stack.enter_context(learner.open(hardware, len(learners))) for learner in learners]
         # A resumed run keeps the execution of its checkpoint, so that it computes the same bits.
         earlier: Mapping[str, Any] = next((saved["execution"] for saved in checkpoints if saved), {})
-        execution = hardware.choose(learners[0].algorithm.domain.workload, config.num_iterations, earlier)
+        execution = hardware.choose(learners[0].algorithm.domain.workload, settings.num_iterations, earlier)
         hardware.apply(execution)
         for learner, saved in zip(learners, checkpoints, strict=True):
             if saved is not None:
                 learner.restore(saved)
         if not any(checkpoints):
             algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
-            iterate = Iteration(algorithms, streams, config.meta_batch_size, execution)
+            iterate = Iteration(algorithms, streams, settings.meta_batch_size, execution)
             execution = distributed.on_rank_zero(
                 lambda: tune_execution(iterate, execution, hardware, learners[0].settings)
             )
         execution = train(
             learners,
             execution,
-            config.num_iterations,
-            config.meta_batch_size,
-            config.log_every,
-            config.checkpoint_every,
+            settings.num_iterations,
+            settings.meta_batch_size,
+            settings.log_every,
+            settings.checkpoint_every,
         )
         for learner in learners:
-            report, plot = _evaluate(learner, evaluation, config.num_iterations, execution.task_chunk, judge)
+            report, plot = _evaluate(learner, evaluation, settings.num_iterations, execution.task_chunk, judge)
             learner.logger.report(report, {"adaptation": plot})
             learner.report = report
 
@@ -170,15 +170,15 @@ def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation
 
     The report gets its own folder below the checkpoint's folder, so that it replaces no other report.
     """
-    config, folder = learner.settings, learner.folder
-    checkpoint_file = Path(config.checkpoint) if config.checkpoint else None
+    settings, folder = learner.settings, learner.folder
+    checkpoint_file = Path(settings.checkpoint) if settings.checkpoint else None
     saved = folder.load_checkpoint(checkpoint_file)
     if saved is None:
         raise MamlError(
             f"there is nothing to evaluate in {folder.path}: train first (the same command without mode=eval), or "
             "name a file with checkpoint="
         )
-    execution = hardware.choose(learner.algorithm.domain.workload, config.num_iterations, saved["execution"])
+    execution = hardware.choose(learner.algorithm.domain.workload, settings.num_iterations, saved["execution"])
     hardware.apply(execution)
     learner.restore(saved)
     report_dir = checkpoint_file.parent if checkpoint_file else folder.path
@@ -217,7 +217,7 @@ def _evaluate(
     Returns:
         The report, with the judge's lines under ``cells``, and the path of the plot.
     """
-    config, folder = learner.settings, learner.folder
+    settings, folder = learner.settings, learner.folder
     curves, banks, step_sizes = evaluation(learner.algorithm, task_chunk)
     domain = learner.algorithm.domain
     summaries = [curve.summary() for curve in curves]
@@ -228,10 +228,10 @@ def _evaluate(
     report = {
         "experiment": folder.experiment,
         "run_id": folder.run_id,
-        "seed": config.seed,
+        "seed": settings.seed,
         "iteration": iteration,
-        "num_iterations": config.num_iterations,
-        "evaluation": evaluation_config(config),
+        "num_iterations": settings.num_iterations,
+        "evaluation": evaluation_config(settings),
         "banks": banks,
         "step_sizes": step_sizes,
         "headline_metric": domain.headline,
@@ -243,7 +243,7 @@ def _evaluate(
         return report, folder.path
     written_to = folder.save_report(report, per_task_rows(curves), report_dir)
     plot = plot_report(report, written_to / "report.png")
-    verdicts = judge(folder.experiment, config, report) if judge else {}
+    verdicts = judge(folder.experiment, settings, report) if judge else {}
     print_report(report, learner.algorithm.name)
     for cell, verdict in verdicts.items():
         print(f"  {cell}: {verdict}")

@@ -80,7 +80,7 @@ def make(
 ) -> tuple[Problem, Evaluation, Tasks]:
     """Returns the problem, the evaluation and the task bank, with the K of training."""
     problem = Problem(experiment, [f"evaluation.num_tasks={num_tasks}", "evaluation.num_shots=null"], device, dtype)
-    evaluation: Evaluation = build(problem.config.evaluation)
+    evaluation: Evaluation = build(problem.settings.evaluation)
     return (
         problem,
         evaluation,

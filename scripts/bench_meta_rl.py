@@ -78,9 +78,9 @@ class Shape:
     def build(self) -> MetaGradient:
         """Builds what training would build."""
         sizes = f"domain.num_shots={self.num_rollouts}", f"domain.horizon={self.horizon}"
-        config, _ = compose([f"+experiment={self.experiment}", *sizes])
+        settings, _ = compose([f"+experiment={self.experiment}", *sizes])
         hardware = Hardware("cpu")
-        algorithm = build_algorithm(config, hardware)
+        algorithm = build_algorithm(settings, hardware)
         return MetaGradient(algorithm, hardware.choose(algorithm.domain.workload, num_iterations=1, earlier={}))
 
     def sizes(self) -> str:

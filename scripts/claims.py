@@ -61,16 +61,16 @@ def build_meta_gradient(experiment: str, algorithm: str) -> tuple[MetaGradient, 
 
     The pixels are noise, because the time does not depend on them.
     """
-    config, _ = compose([f"+experiment={experiment}", f"algorithm={algorithm}"])
-    ways, shots, query = (config.domain[key] for key in ("num_ways", "num_shots", "num_query"))
-    domain = Noise(config.domain["_target_"], ways, shots, query)
+    settings, _ = compose([f"+experiment={experiment}", f"algorithm={algorithm}"])
+    ways, shots, query = (settings.domain[key] for key in ("num_ways", "num_shots", "num_query"))
+    domain = Noise(settings.domain["_target_"], ways, shots, query)
 
     def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
-        return build(config.model, in_shape=in_shape, out_dim=out_dim)
+        return build(settings.model, in_shape=in_shape, out_dim=out_dim)
 
     execution = Hardware("cpu").choose(domain.workload, num_iterations=1, earlier={})
-    parts = Parts(domain, make_model, build(config.inner), build(config.outer), Stream(0))
-    return MetaGradient(build(config.algorithm, parts=parts), execution), config.meta_batch_size
+    parts = Parts(domain, make_model, build(settings.inner), build(settings.outer), Stream(0))
+    return MetaGradient(build(settings.algorithm, parts=parts), execution), settings.meta_batch_size
 
 
 def measure_speed_up(experiment: str, rounds: int) -> list[Measurement]:

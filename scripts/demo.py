@@ -33,12 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs-dir", default="runs", help="where run folders are made (default: runs)")
     options = parser.parse_args(arguments)
     smoke = ["+debug=smoke"] if options.smoke else []
-    config, experiment = compose([f"+experiment={EXPERIMENT}", f"runs_dir={options.runs_dir}", *smoke])
+    settings, experiment = compose([f"+experiment={EXPERIMENT}", f"runs_dir={options.runs_dir}", *smoke])
     print(
-        f"{experiment}: {config.num_iterations:,} iterations. You can stop it at any time; the same command resumes it."
+        f"{experiment}: {settings.num_iterations:,} iterations. You can stop it at any time; the same command resumes "
+        "it."
     )
-    run_experiment(config, experiment)
-    run = RunFolder(config, experiment)
+    run_experiment(settings, experiment)
+    run = RunFolder(settings, experiment)
     report = Report.model_validate(run.finished_report())
     table = comparison(report, options.smoke)
     (run.path / "comparison.md").write_text(f"{table}\n")

@@ -75,20 +75,20 @@ class Noise(FewShotClassification):
         return ImageSet(pixels, classes=[], digest=""), {"train": classes, "val": classes, "test": classes}
 
 
-def build_as_trained(config: Settings) -> tuple[Algorithm, Iteration | CudaGraphIteration]:
+def build_as_trained(settings: Settings) -> tuple[Algorithm, Iteration | CudaGraphIteration]:
     """Builds an algorithm from a config, with the chunk size and CUDA graph of training.
 
     Returns:
         The algorithm, and a function that makes one training iteration.
     """
-    hardware: Hardware = build(config.hardware)
-    algorithm = build_algorithm(config, hardware)
-    execution = hardware.choose(algorithm.domain.workload, config.num_iterations, {})
+    hardware: Hardware = build(settings.hardware)
+    algorithm = build_algorithm(settings, hardware)
+    execution = hardware.choose(algorithm.domain.workload, settings.num_iterations, {})
     hardware.apply(execution)
-    streams = [Stream(config.seed, hardware.device)]
-    iterate = Iteration([algorithm], streams, config.meta_batch_size, execution)
-    execution = tune_execution(iterate, execution, hardware, config)
-    return algorithm, with_cuda_graph(Iteration([algorithm], streams, config.meta_batch_size, execution))
+    streams = [Stream(settings.seed, hardware.device)]
+    iterate = Iteration([algorithm], streams, settings.meta_batch_size, execution)
+    execution = tune_execution(iterate, execution, hardware, settings)
+    return algorithm, with_cuda_graph(Iteration([algorithm], streams, settings.meta_batch_size, execution))
 
 
 class Problem:
@@ -101,7 +101,7 @@ class Problem:
         dtype: dtype of theta and data.
 
     Attributes:
-        config: the experiment's settings, with images replaced by noise.
+        settings: the experiment's settings, with images replaced by noise.
         algorithm: the experiment's algorithm, with ``theta``.
         theta: random parameters; with training's initial ones, second derivatives could be lost in rounding.
         tasks: one meta-batch.
@@ -117,13 +117,13 @@ class Problem:
         self.experiment, self.device, self.dtype = experiment, torch.device(device), dtype
         threads = f"hardware.num_threads={torch.get_num_threads()}"
         where = f"hardware.device={self.device.type}"
-        self.config, _ = compose([f"+experiment={experiment}", where, threads, *overrides])
-        self.config = replace(self.config, precision="float64" if dtype == torch.float64 else "float32")
-        domain = self.config.domain
+        self.settings, _ = compose([f"+experiment={experiment}", where, threads, *overrides])
+        self.settings = replace(self.settings, precision="float64" if dtype == torch.float64 else "float32")
+        domain = self.settings.domain
         if issubclass(locate(domain["_target_"]), FewShotClassification):
             sizes = {key: domain[key] for key in ("num_ways", "num_shots", "num_query")}
             noise = {"_target_": f"{__name__}.Noise", "image_set": domain["_target_"], **sizes}
-            self.config = replace(self.config, domain=noise)
+            self.settings = replace(self.settings, domain=noise)
         self.algorithm, _ = self.build(compile=False)
         generator = torch.Generator().manual_seed(0)
         self.theta: Params = {}
@@ -137,7 +137,7 @@ class Problem:
     @property
     def num_tasks(self) -> int:
         """The number of tasks of a meta-batch, B."""
-        return self.config.meta_batch_size
+        return self.settings.meta_batch_size
 
     @property
     def is_image(self) -> bool:
@@ -146,7 +146,7 @@ class Problem:
 
     def build(self, compile: bool | Literal["auto"]) -> tuple[Algorithm, Iteration | CudaGraphIteration]:
         """Builds the algorithm and the training iteration, with another value of ``hardware.compile``."""
-        return build_as_trained(replace(self.config, hardware={**self.config.hardware, "compile": compile}))
+        return build_as_trained(replace(self.settings, hardware={**self.settings.hardware, "compile": compile}))
 
     def sample(self, iteration: int) -> Tasks:
         """Samples the tasks of one training iteration."""
@@ -238,7 +238,7 @@ class OneByOne(Implementation):
 
     def __init__(self, problem: Problem, theta: Params, backward: Callable[[Episode], None]) -> None:
         self._problem, self._theta, self._backward = problem, theta, backward
-        outer = problem.config.outer
+        outer = problem.settings.outer
         self._clip = outer["clip"]
         self._adam = torch.optim.Adam([*theta.values()], outer["step_size"])
 
@@ -457,7 +457,7 @@ class Jax(Implementation):
         return [self._jax.dlpack.from_dlpack(value.contiguous()) for value in tensors]
 
     def _adam(self, theta: Any, state: Any, data: Any) -> Any:
-        jnp, outer = self._jax.numpy, self._problem.config.outer
+        jnp, outer = self._jax.numpy, self._problem.settings.outer
         gradients, (moments, count), clip = self._meta_gradient(theta, data), state, outer["clip"]
         count = count + 1
         rate = outer["step_size"] * jnp.sqrt(1 - 0.999**count) / (1 - 0.9**count)

@@ -93,16 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     overrides = [word for word in words if "=" in word and not word.startswith("-")]  # at any position
     options = parser.parse_args([word for word in words if word not in overrides])
-    config, experiment = compose(overrides, CONF)
-    evaluation: Evaluation = build(config.evaluation)
+    settings, experiment = compose(overrides, CONF)
+    evaluation: Evaluation = build(settings.evaluation)
     backend = os.environ.pop("MUJOCO_GL", None)  # removed, because importing MuJoCo fails if the backend does not work
-    algorithm = build_algorithm(config, Hardware("cpu"))
+    algorithm = build_algorithm(settings, Hardware("cpu"))
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         backend = backend or "egl"  # EGL needs no display
     os.environ |= {"MUJOCO_GL": backend} if backend else {}
     steps = sorted(set(options.steps or [0, evaluation.num_steps]))
     check(algorithm, evaluation, options.goal, steps)
-    run = RunFolder(config, experiment)
+    run = RunFolder(settings, experiment)
     iteration = restore(algorithm, run)
     goal, episodes = play(algorithm, evaluation, options.goal, steps)
 
@@ -110,12 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     heading = f"{experiment}, goal {options.goal}: {numbers}"
     path = options.output or run.path / f"policy_goal_{options.goal}.gif"
     save(path, heading, episodes)
-    print(f"{heading}, iteration {iteration} of {config.num_iterations}")
+    print(f"{heading}, iteration {iteration} of {settings.num_iterations}")
     for episode in episodes:
         last = episode.frames[-1]
         print(f"  {caption(episode)}: return {last.total_reward:.1f} in {last.time} steps")
     print(f"written to {path}")
-    mirror(config, run, path)
+    mirror(settings, run, path)
 
 
 def check(algorithm: Algorithm, evaluation: Evaluation, goal: int, steps: Sequence[int]) -> None:
@@ -147,7 +147,7 @@ def restore(algorithm: Algorithm, run: RunFolder) -> int:
     Raises:
         MamlError: if there is no checkpoint.
     """
-    file = run.config.checkpoint
+    file = run.settings.checkpoint
     saved = run.load_checkpoint(Path(file) if file else None)
     if saved is None:
         raise MamlError(
@@ -294,12 +294,12 @@ def draw(heading: str, panels: Sequence[tuple[str, Frame]]) -> Image.Image:
     return page
 
 
-def mirror(config: Settings, run: RunFolder, path: Path) -> None:
+def mirror(settings: Settings, run: RunFolder, path: Path) -> None:
     """Sends the picture, together with the report, to the service of the config's logger."""
-    logger: Logger = build(config.logger)
+    logger: Logger = build(settings.logger)
     report = run.finished_report()
     if report is not None:
-        logger.start(run.path, run.experiment, run.run_id, config.as_dict(), resumed=True)
+        logger.start(run.path, run.experiment, run.run_id, settings.as_dict(), resumed=True)
         logger.report(report, {path.stem: path})
         logger.finish("finished")
     elif isinstance(logger, Mirror):

@@ -366,8 +366,8 @@ def _settings_of(experiment: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the training and evaluation settings of an experiment; both are empty if it no longer exists."""
     if not (CONF / "experiment" / f"{experiment}.yaml").is_file():
         return {}, {}
-    config = compose_experiment(experiment)
-    return training_config(config), evaluation_config(config)
+    settings = compose_experiment(experiment)
+    return training_config(settings), evaluation_config(settings)
 
 
 def _artifacts_using(run: Run, runs: Sequence[Run]) -> list[str]:

@@ -135,30 +135,30 @@ def evaluate(entry: Entry, exported: ExportedFile, folder: Path) -> Reevaluation
         MamlError: if the file, the experiment or the bank has changed, or data is missing.
     """
     state = unpack(folder / entry.file, exported.sha256)
-    config = compose_experiment(entry.experiment, (*entry.overrides, f"seed={exported.seed}"))
-    if digest(training_config(config)) != exported.run_id:
+    settings = compose_experiment(entry.experiment, (*entry.overrides, f"seed={exported.seed}"))
+    if digest(training_config(settings)) != exported.run_id:
         raise MamlError(
             f"{entry.experiment} no longer has run id {exported.run_id}, because its training settings in conf/ have "
             "changed; restore them, or train and export it again"
         )
-    if evaluation_config(config) != entry.evaluation:
-        changed = differences(evaluation_config(config), entry.evaluation)
+    if evaluation_config(settings) != entry.evaluation:
+        changed = differences(evaluation_config(settings), entry.evaluation)
         raise MamlError(
             f"the evaluation settings of {entry.experiment} in conf/ have changed; restore them, or export the run "
             f"again:\n{changed}"
         )
-    with use_precision(config.precision):
-        return _evaluate(config, state, entry, exported)
+    with use_precision(settings.precision):
+        return _evaluate(settings, state, entry, exported)
 
 
-def _evaluate(config: Settings, state: State, entry: Entry, exported: ExportedFile) -> Reevaluation:
+def _evaluate(settings: Settings, state: State, entry: Entry, exported: ExportedFile) -> Reevaluation:
     recorded = exported.hardware["device"]
     hardware = Hardware("cuda" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu")
-    algorithm = build_algorithm(config, hardware)
+    algorithm = build_algorithm(settings, hardware)
     restore(algorithm, state)
-    execution = hardware.choose(algorithm.domain.workload, config.num_iterations, exported.execution)
+    execution = hardware.choose(algorithm.domain.workload, settings.num_iterations, exported.execution)
     hardware.apply(execution)
-    evaluation: Evaluation = build(config.evaluation)
+    evaluation: Evaluation = build(settings.evaluation)
     bank = evaluation.bank(algorithm.domain, entry.num_shots)
     if bank_hash(bank) != entry.bank:
         raise MamlError(

@@ -49,7 +49,7 @@ class Job:
         name: the first experiment that needs it, its overrides, and the seed.
         artifacts: names of the tables and figures that need it.
         commands: arguments of ``train.py``, one command for each missing evaluation; empty if all are done.
-        config: settings of the training.
+        settings: settings of the training.
         folder: folder of the run, which may not exist yet.
         iteration: number of iterations of the newest checkpoint; None if there is no checkpoint.
         committed: committed run folder with that checkpoint, if it is not in ``folder``.
@@ -59,7 +59,7 @@ class Job:
     name: str
     artifacts: tuple[str, ...]
     commands: tuple[tuple[str, ...], ...]
-    config: Settings
+    settings: Settings
     folder: Path
     iteration: int | None = None
     committed: Path | None = None
@@ -68,12 +68,12 @@ class Job:
     @property
     def run_id(self) -> str:
         """The hash of the training settings."""
-        return digest(training_config(self.config))
+        return digest(training_config(self.settings))
 
     @property
     def left(self) -> int:
         """The number of iterations that are still to run."""
-        return self.config.num_iterations - (self.iteration or 0) if self.commands else 0
+        return self.settings.num_iterations - (self.iteration or 0) if self.commands else 0
 
     @property
     def state(self) -> str:
@@ -89,10 +89,10 @@ class Job:
     @property
     def num_threads(self) -> int:
         """The number of CPU threads that it will use; for ``auto``, the number that `Hardware` chooses on a CPU."""
-        num_threads = self.config.hardware["num_threads"]
+        num_threads = self.settings.hardware["num_threads"]
         if num_threads != "auto":
             return num_threads
-        workload = build(without_data(self.config.domain)).workload
+        workload = build(without_data(self.settings.domain)).workload
         return (os.cpu_count() or 1) if workload.threads_pay == "always" else 1
 
     @property
@@ -197,9 +197,9 @@ def plan(
     groups: dict[str, list[_Command]] = {}
     for (experiment, overrides), names in artifacts.items():
         for seed in seeds:
-            config = replace(compose_experiment(experiment, overrides), seed=seed, runs_dir=str(runs_dir))
-            command = _Command(experiment, overrides, config, tuple(dict.fromkeys(names)))
-            groups.setdefault(digest(training_config(config)), []).append(command)
+            settings = replace(compose_experiment(experiment, overrides), seed=seed, runs_dir=str(runs_dir))
+            command = _Command(experiment, overrides, settings, tuple(dict.fromkeys(names)))
+            groups.setdefault(digest(training_config(settings)), []).append(command)
     return [_job(group, runs, wandb) for group in groups.values()]
 
 
@@ -209,14 +209,14 @@ class _Command:
 
     experiment: str
     overrides: tuple[str, ...]
-    config: Settings
+    settings: Settings
     artifacts: tuple[str, ...]
 
     def arguments(self, wandb: bool) -> tuple[str, ...]:
         """Returns the arguments of ``train.py``, without defaults, so that the run's record shows a short command."""
         words = [f"+experiment={self.experiment}", *self.overrides]
-        words += [f"seed={self.config.seed}"] if self.config.seed else []
-        words += [f"runs_dir={self.config.runs_dir}"] if self.config.runs_dir != "runs" else []
+        words += [f"seed={self.settings.seed}"] if self.settings.seed else []
+        words += [f"runs_dir={self.settings.runs_dir}"] if self.settings.runs_dir != "runs" else []
         if wandb:
             words += ["logger=wandb", f"logger.group={self.artifacts[0]}", f"logger.tags=[{','.join(self.artifacts)}]"]
         return tuple(words)
@@ -224,13 +224,13 @@ class _Command:
 
 def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
     """Makes one job from the commands with the same training settings."""
-    config = group[0].config
-    training, folder = training_config(config), RunFolder(config, group[0].experiment).path
+    settings = group[0].settings
+    training, folder = training_config(settings), RunFolder(settings, group[0].experiment).path
     trained = [run for run in runs if run.record.training == training]
     evaluated = [report.evaluation for run in trained for report in run.reports if report.complete]
     missing = []
     for command in group:
-        evaluation = evaluation_config(command.config)
+        evaluation = evaluation_config(command.settings)
         if evaluation not in evaluated:
             evaluated.append(evaluation)
             missing.append(command.arguments(wandb))
@@ -242,16 +242,16 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
     start = here or committed
     impossible = ""
     if missing:
-        impossible = _missing_requirement(config)
+        impossible = _missing_requirement(settings)
         if (folder / SUPERSEDED).exists():
             impossible = f"{folder} is marked as superseded; delete it to run this again"
-    words = [group[0].experiment, *group[0].overrides, *([f"seed={config.seed}"] if config.seed else [])]
+    words = [group[0].experiment, *group[0].overrides, *([f"seed={settings.seed}"] if settings.seed else [])]
     words += [f"and {len(group) - 1} more evaluations of it"] if len(group) > 1 else []
     return Job(
         " ".join(words),
         tuple(dict.fromkeys(name for command in group for name in command.artifacts)),
         tuple(missing),
-        config,
+        settings,
         folder,
         start.iteration if start else None,
         committed.path if committed else None,
@@ -259,11 +259,11 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
     )
 
 
-def _missing_requirement(config: Settings) -> str:
+def _missing_requirement(settings: Settings) -> str:
     """Returns what this machine lacks for a run, or an empty text; images are neither read nor downloaded."""
     try:
-        build(config.hardware)
-        build(without_data(config.domain)).check_available()
+        build(settings.hardware)
+        build(without_data(settings.domain)).check_available()
     except Unavailable as error:
         return str(error)
     return ""
@@ -286,9 +286,9 @@ class Estimate:
 
 def estimate(job: Job, runs: Sequence[Run]) -> Estimate:
     """Estimates a job's cost from the newest run with the same settings, if possible one on this machine."""
-    hardware = build(job.config.hardware).describe()
+    hardware = build(job.settings.hardware).describe()
     this_machine = HardwareRecord(cpu=hardware["cpu"], gpu=hardware.get("gpu"))
-    training = _without_seed_and_length(training_config(job.config))
+    training = _without_seed_and_length(training_config(job.settings))
     similar = [run for run in runs if _without_seed_and_length(run.record.training) == training]
     similar.sort(key=lambda run: run.record.segments[-1].started, reverse=True)
     size = next((_size_in_bytes(run.path) for run in similar if (run.path / "checkpoint.pt").exists()), None)

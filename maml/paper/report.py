@@ -342,23 +342,23 @@ class _Page:
 
     def _settings(self, source: Source, evidence: Evidence) -> list[Markup]:
         """Returns the settings that differ from a constructor's default, and the whole config."""
-        config = compose_experiment(source.experiment, source.overrides)
-        whole = OmegaConf.to_yaml(config.as_dict())
+        settings = compose_experiment(source.experiment, source.overrides)
+        whole = OmegaConf.to_yaml(settings.as_dict())
         if evidence.evaluated:
             run, report = evidence.evaluated[0]
-            settings = run.record.training | report.evaluation
+            differing = run.record.training | report.evaluation
             if (run.path / "config.yaml").exists():
                 whole = (run.path / "config.yaml").read_text()
         else:
-            settings = training_config(config) | evaluation_config(config)
+            differing = training_config(settings) | evaluation_config(settings)
         rows = [
             element("tr", element("th", key, scope="row"), element("td", element("code", json.dumps(value))))
-            for key, value in settings.items()
+            for key, value in differing.items()
         ]
         return [
             element(
                 "details",
-                element("summary", f"Settings that differ from defaults ({len(settings)})"),
+                element("summary", f"Settings that differ from defaults ({len(differing)})"),
                 _scroll_box(element("table", element("tbody", rows), class_="settings"), "Settings"),
             ),
             element("details", element("summary", "config.yaml"), element("pre", whole, tabindex="0")),

@@ -42,9 +42,9 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
         MamlError: if the finished run's checkpoint or ``tasks.csv`` is missing, damaged, or belongs to another run, or
             if the repeated evaluation does not give the reported return.
     """
-    config, source = compose_experiment(panel.source.experiment, panel.source.overrides), panel.source
-    evaluation: Evaluation = build(config.evaluation)
-    domain: PointNavigation = build(config.domain)
+    settings, source = compose_experiment(panel.source.experiment, panel.source.overrides), panel.source
+    evaluation: Evaluation = build(settings.evaluation)
+    domain: PointNavigation = build(settings.domain)
     goal_x, goal_y = (round(value, 5) for value in domain.test_goals(evaluation.num_tasks)[panel.task].tolist())
     labels = {"method": panel.row, "goal": panel.task, "goal_x": goal_x, "goal_y": goal_y}
     columns = ("grad_step", "t", "x", "y")

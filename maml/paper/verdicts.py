@@ -14,12 +14,12 @@ from maml.paper.tables import reading_text, verdict
 from maml.record.index import Report
 
 
-def cell_verdicts(experiment: str, config: Settings, report: Mapping[str, Any]) -> dict[str, str]:
+def cell_verdicts(experiment: str, settings: Settings, report: Mapping[str, Any]) -> dict[str, str]:
     """Judges each cell whose number comes from the report.
 
     Args:
         experiment: name of the experiment.
-        config: settings of the run. A run has no cells if its settings, other than the seed, differ from the
+        settings: settings of the run. A run has no cells if its settings, other than the seed, differ from the
             experiment's.
         report: the content of ``report.json``.
 
@@ -32,7 +32,7 @@ def cell_verdicts(experiment: str, config: Settings, report: Mapping[str, Any]) 
     for table in load_tables(RESULTS):
         for cell in table.cells:
             source = cell.source
-            if source is None or source.experiment != experiment or not _has_settings_of(config, source):
+            if source is None or source.experiment != experiment or not _has_settings_of(settings, source):
                 continue
             read = Report.model_validate(report)
             ours, ci95 = read.reading(source, cell.step)
@@ -46,7 +46,7 @@ def cell_verdicts(experiment: str, config: Settings, report: Mapping[str, Any]) 
     return verdicts
 
 
-def _has_settings_of(config: Settings, source: Source) -> bool:
+def _has_settings_of(settings: Settings, source: Source) -> bool:
     expected = compose_experiment(source.experiment, source.overrides)
-    training, expected_training = (training_config(settings) | {"seed": 0} for settings in (config, expected))
-    return training == expected_training and evaluation_config(config) == evaluation_config(expected)
+    training, expected_training = (training_config(each) | {"seed": 0} for each in (settings, expected))
+    return training == expected_training and evaluation_config(settings) == evaluation_config(expected)

@@ -480,8 +480,8 @@ class Evidence:
 
 def find_evidence(source: Source, runs: Sequence[Run]) -> Evidence:
     """Returns the runs of one source: those with its evaluation settings and, except for the seed, its training."""
-    config = compose_experiment(source.experiment, source.overrides)
-    training, evaluation = _without_seed(training_config(config)), evaluation_config(config)
+    settings = compose_experiment(source.experiment, source.overrides)
+    training, evaluation = _without_seed(training_config(settings)), evaluation_config(settings)
     trained = [run for run in runs if _without_seed(run.record.training) == training]
     evaluated = [(run, report) for run in trained for report in run.reports if report.evaluation == evaluation]
     by_seed: dict[int, tuple[Run, Report]] = {}
@@ -499,10 +499,10 @@ def _without_seed(training: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in training.items() if key != "seed"}
 
 
-def _inner_order(config: Settings) -> int | str:
+def _inner_order(settings: Settings) -> int | str:
     """Returns the order of the meta-gradient, 1 or 2; empty for an algorithm without a meta-gradient."""
-    algorithm: Any = locate(config.algorithm["_target_"])
-    return config.inner["order"] if algorithm.differentiates_adaptation else ""
+    algorithm: Any = locate(settings.algorithm["_target_"])
+    return settings.inner["order"] if algorithm.differentiates_adaptation else ""
 
 
 def provenance(source: Source | None, evidence: Evidence) -> dict[str, Any]:

@@ -39,15 +39,15 @@ class RunFolder:
     Nothing is written before `open`.
 
     Args:
-        config: the run's settings.
+        settings: the run's settings.
         experiment: name of the experiment.
     """
 
-    def __init__(self, config: Settings, experiment: str) -> None:
-        self.config, self.experiment = config, experiment
-        self.training_config = training_config(config)
+    def __init__(self, settings: Settings, experiment: str) -> None:
+        self.settings, self.experiment = settings, experiment
+        self.training_config = training_config(settings)
         self.run_id = digest(self.training_config)
-        self.path = self._find(config.run_dir, Path(config.runs_dir))
+        self.path = self._find(settings.run_dir, Path(settings.runs_dir))
         self.checkpoint_path = self.path / "checkpoint.pt"
         self._lock: BaseFileLock | None = None
         self._metrics: IO[str] | None = None
@@ -86,7 +86,7 @@ class RunFolder:
         saved = self.load_checkpoint()  # again: before we had the lock, another process may have saved a newer one
         iteration = saved["iteration"] if saved else 0
         earlier = read_json(self.path / "run.json")
-        self._is_trained = bool(saved and earlier and iteration >= self.config.num_iterations)
+        self._is_trained = bool(saved and earlier and iteration >= self.settings.num_iterations)
         if self._is_trained:  # only an evaluation follows, perhaps of another experiment: the record must not change
             self._record = earlier or {}
             return saved
@@ -94,7 +94,7 @@ class RunFolder:
         self._record = earlier or {
             "experiment": self.experiment,
             "run_id": self.run_id,
-            "seed": self.config.seed,
+            "seed": self.settings.seed,
             "started": _now(),
             "seconds": 0.0,
             "segments": [],
@@ -253,7 +253,7 @@ class RunFolder:
 
     def finished_report(self) -> dict[str, Any] | None:
         """Returns the report with these evaluation settings, or None if training or the evaluation is not complete."""
-        evaluation = evaluation_config(self.config)
+        evaluation = evaluation_config(self.settings)
         for path in (self.path / "report.json", *sorted(self.path.glob("evaluations/*/report.json"))):
             report = read_json(path)
             if report is None or report["iteration"] != report["num_iterations"]:
@@ -274,7 +274,7 @@ class RunFolder:
         self._write_record()
 
     def _write_config(self, folder: Path) -> None:
-        content = OmegaConf.to_yaml(self.config.as_dict()).encode()
+        content = OmegaConf.to_yaml(self.settings.as_dict()).encode()
         checkpoint.write_atomically(folder / "config.yaml", lambda file: file.write(content))
 
     def _write_record(self) -> None:

@@ -151,13 +151,13 @@ def read_jobs(folder: Path, config_dirs: Sequence[str] = ()) -> list[Job]:
         assert record
         overrides, error = tuple(record["overrides"]), record["error"]
         try:
-            config, experiment = compose([*searched, *overrides])
+            settings, experiment = compose([*searched, *overrides])
         except (MamlError, HydraException) as reason:
             jobs.append(Job(overrides, None, error or str(reason)))
             continue
-        for seed in range(config.seed, config.seed + config.seeds):
-            with_seed = overrides if config.seeds == 1 else (*overrides, f"seed={seed}")
-            jobs.append(_read_job(with_seed, RunFolder(config.for_seed(seed), experiment), error))
+        for seed in range(settings.seed, settings.seed + settings.seeds):
+            with_seed = overrides if settings.seeds == 1 else (*overrides, f"seed={seed}")
+            jobs.append(_read_job(with_seed, RunFolder(settings.for_seed(seed), experiment), error))
     return sorted(jobs, key=lambda job: job.overrides)
 
 

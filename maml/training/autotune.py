@@ -30,7 +30,7 @@ _SLOWER_THAN_BEST = 1.1
 _UNRELATED_KEYS = ("outer.", "seed", "num_iterations")  # training settings that do not change the speed
 
 
-def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware, config: Settings) -> Execution:
+def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware, settings: Settings) -> Execution:
     """Sets the fastest chunk of tasks, and whether to compile, by measurement.
 
     Measures only if the domain's `Workload` says ``measure_chunk``, the setting is ``auto``, and the run is long
@@ -40,32 +40,34 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
         iterate: the run's iteration; its state is not changed.
         execution: the choice of `Hardware`.
         hardware: the run's hardware.
-        config: the run's settings.
+        settings: the run's settings.
 
     Returns:
         The execution to train with.
     """
     may_pay_off = iterate.algorithms[0].domain.workload.measure_chunk
-    is_worth_it = may_pay_off and config.num_iterations >= _MIN_ITERATIONS and not execution.compile
+    is_worth_it = may_pay_off and settings.num_iterations >= _MIN_ITERATIONS and not execution.compile
     if hardware.task_chunk != "auto" or not is_worth_it:
         return execution
     tasks = iterate.sample_tasks(1)
-    settings = {key: value for key, value in training_config(config).items() if not key.startswith(_UNRELATED_KEYS)}
-    settings |= {f"hardware.{name}": value for name, value in hardware.describe().items()}
-    settings |= {"execution": replace(execution, task_chunk=None).as_dict(), "versions": versions()}
-    settings |= {"num_tasks": num_tasks(tasks), "num_seeds": len(iterate.algorithms)}
-    path = Path(config.cache_dir) / "execution" / f"{digest(settings)}.json"
+    measured_for = {
+        key: value for key, value in training_config(settings).items() if not key.startswith(_UNRELATED_KEYS)
+    }
+    measured_for |= {f"hardware.{name}": value for name, value in hardware.describe().items()}
+    measured_for |= {"execution": replace(execution, task_chunk=None).as_dict(), "versions": versions()}
+    measured_for |= {"num_tasks": num_tasks(tasks), "num_seeds": len(iterate.algorithms)}
+    path = Path(settings.cache_dir) / "execution" / f"{digest(measured_for)}.json"
     seconds = _read_cache(path)
     if seconds is None:
         seconds = measure_seconds_per_task(iterate)
-        content = json.dumps({"seconds_per_task": seconds, "settings": settings}, indent=2) + "\n"
+        content = json.dumps({"seconds_per_task": seconds, "settings": measured_for}, indent=2) + "\n"
         with suppress(OSError, MamlError):  # without a cache file, the next run only measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: file.write(content.encode()))
         table = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
         print(f"hardware.task_chunk=auto: measured time per task, by chunk size: {table}", file=sys.stderr)
     chunk = min(seconds, key=seconds.__getitem__)
-    training_seconds = seconds[chunk] * num_tasks(tasks) * config.num_iterations
+    training_seconds = seconds[chunk] * num_tasks(tasks) * settings.num_iterations
     # The program of several inner steps is too long to compile.
     is_compilable = hardware.device.type == "cpu" and iterate.algorithms[0].inner.num_steps == 1
     compiling_pays = hardware.compile == "auto" and is_compilable and training_seconds >= _MIN_SECONDS_TO_COMPILE

@@ -76,7 +76,7 @@ def test_record_holds_what_a_reader_needs(run: RunFolder) -> None:
     assert segment["versions"]["torch"] == torch.__version__
     assert segment["commit"] is None or len(segment["commit"]) == 40
     assert segment["dirty"] in (None, False, True)
-    assert yaml.safe_load((run.path / "config.yaml").read_text()) == run.config.as_dict()
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == run.settings.as_dict()
 
     saved(run, 7)
     assert record(run)["iteration"] == 7
@@ -202,7 +202,7 @@ def test_no_report_overwrites_another(run: RunFolder) -> None:
 def test_finished_report_is_that_of_the_same_evaluation(tiny: TinyRuns) -> None:
     run = RunFolder(tiny.config("evaluation.num_shots=[3]"), "custom")
     run.path.mkdir(parents=True)
-    mine = report(run) | {"evaluation": evaluation_config(run.config)}
+    mine = report(run) | {"evaluation": evaluation_config(run.settings)}
     run.save_report(mine | {"iteration": 20}, ROWS)
     assert run.finished_report() is None, "an unfinished run"
     run.save_report(report(run), ROWS)

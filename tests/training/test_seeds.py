@@ -118,7 +118,7 @@ def test_seed_killed_before_its_checkpoint_catches_up_bit_exactly(
     save = RunFolder.save_checkpoint
 
     def killed(self: RunFolder, iteration: int, *rest: Any) -> None:
-        if iteration == 14 and self.config.seed == 1:
+        if iteration == 14 and self.settings.seed == 1:
             raise ZeroDivisionError
         save(self, iteration, *rest)
 
