@@ -20,8 +20,7 @@ from maml.errors import Interrupted, MamlError
 from maml.evaluation import Evaluation, per_task_rows
 from maml.hardware import distributed
 from maml.hardware.base import Hardware
-from maml.hardware.precision import check as check_precision
-from maml.hardware.precision import use_precision
+from maml.hardware.precision import check_precision, use_precision
 from maml.model.base import Model
 from maml.record.plot import plot_report
 from maml.seeding import Stream

@@ -71,7 +71,7 @@ def unpickle(path: Path, keys: Sequence[str], advice: str) -> list[Any]:
         with path.open("rb") as file:
             content = _ArrayUnpickler(file, encoding="latin1").load()
         content = {os.fsdecode(key): value for key, value in content.items()}
-    except Exception as error:  # broken pickles raise whatever their bytes happen to call for
+    except Exception as error:  # a broken pickle may raise any error
         cause = f"{type(error).__name__}: {error}"
         raise MamlError(f"{path} cannot be read as a pickled dictionary of arrays ({cause}); {advice}") from error
     if missing := [key for key in keys if key not in content]:

@@ -60,7 +60,7 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
 
     # Facts of a robot, for either physics:
     model_file: ClassVar[str]  # among Gymnasium's
-    fields: ClassVar[tuple[str, ...]]  # of MjData, which observations and rewards are made of
+    fields: ClassVar[tuple[str, ...]]  # fields of MjData that observations and rewards use
     control_weight: ClassVar[dict[Physics, float]]
 
     def __init__(self, goal: float, physics: Physics = "paper", render_mode: str | None = None) -> None:

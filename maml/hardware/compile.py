@@ -34,22 +34,22 @@ class CompiledFunction:
         self.function, self.failed = function, False
         self._programs: dict[tuple[torch.Size, ...], ChunkGradient] = {}
 
-    def __call__(self, theta: Params, tasks: Tasks) -> tuple[Params, Params]:
-        shapes = tuple(value.shape for value in (*theta.values(), *tasks.values()))
+    def __call__(self, params: Params, tasks: Tasks) -> tuple[Params, Params]:
+        shapes = tuple(value.shape for value in (*params.values(), *tasks.values()))
         if shapes not in self._programs:
             try:
-                self._programs[shapes] = _compile(self.function, theta, tasks)
+                self._programs[shapes] = _compile(self.function, params, tasks)
             except torch.OutOfMemoryError:
                 raise  # the caller tries smaller chunks
             except Exception as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 _log.warning("compiling failed, so the run goes on without it (slower, same mathematics): %s", reason)
                 self._programs[shapes], self.failed = self.function, True
-        return self._programs[shapes](theta, tasks)
+        return self._programs[shapes](params, tasks)
 
 
-def _compile(function: ChunkGradient, theta: Params, tasks: Tasks) -> ChunkGradient:
-    names, task_names = list(theta), list(tasks)
+def _compile(function: ChunkGradient, params: Params, tasks: Tasks) -> ChunkGradient:
+    names, task_names = list(params), list(tasks)
     output_names: list[list[str]] = []
 
     def flat_function(*values: Tensor) -> list[Tensor]:
@@ -61,15 +61,15 @@ def _compile(function: ChunkGradient, theta: Params, tasks: Tasks) -> ChunkGradi
         return [value for group in outputs for value in group.values()]
 
     # Example inputs are copied, because a trace with inputs that share memory is wrong without an error.
-    example: list[Any] = [value.detach().clone() for value in (*theta.values(), *tasks.values())]
+    example: list[Any] = [value.detach().clone() for value in (*params.values(), *tasks.values())]
     program = torch._inductor.compile(make_fx(flat_function)(*example), example)
     with torch.no_grad():
         program(*example)
     gradients, metrics = output_names
 
-    def run(theta: Params, tasks: Tasks) -> tuple[Params, Params]:
+    def run(params: Params, tasks: Tasks) -> tuple[Params, Params]:
         with torch.no_grad():
-            values = program(*theta.values(), *(value.contiguous() for value in tasks.values()))
+            values = program(*params.values(), *(value.contiguous() for value in tasks.values()))
         return (
             dict(zip(gradients, values[: len(gradients)], strict=True)),
             dict(zip(metrics, values[len(gradients) :], strict=True)),

@@ -20,7 +20,7 @@ results to bfloat16, which also saves memory.
 _use_bfloat16 = False
 
 
-def check(precision: Precision, on_policy: bool, device: torch.device) -> None:
+def check_precision(precision: Precision, on_policy: bool, device: torch.device) -> None:
     """Checks that a precision is possible for a domain on a device.
 
     Args:

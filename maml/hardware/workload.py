@@ -20,7 +20,7 @@ class Workload:
             compiled, captured as a CUDA graph, or recomputed.
         threads_pay: when several CPU threads are faster than one: ``always``, ``never``, or only ``beside_gpu``, where
             the cores have nothing else to do.
-        whole_bank: whether meta-test is fastest with all of its tasks at once, whatever the chunk of training.
+        whole_bank: whether meta-test is fastest with all of its tasks at once, also if training uses chunks.
     """
 
     task_chunk: int | None = None

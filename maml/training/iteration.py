@@ -61,7 +61,9 @@ class Iteration:
             return [meta_update(self.algorithms[0], self.meta_gradient, tasks)]
         gradients, metrics = self.meta_gradient.gradient(self.params(), tasks)
         return [
-            algorithm.meta_update(PrecomputedGradient(_select(gradients, index), _select(metrics, index)), tasks)
+            algorithm.meta_update(
+                PrecomputedGradient(algorithm.theta, _select(gradients, index), _select(metrics, index)), tasks
+            )
             for index, algorithm in enumerate(self.algorithms)
         ]
 
@@ -103,10 +105,9 @@ def meta_update(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks)
 def _reduce_rollout_metrics(domain: Domain, tasks: Tasks) -> dict[str, Tensor]:
     """Returns the domain's `rollout_metrics`, averaged or summed over the tasks of all processes, 0-dim tensors."""
     averaged, summed = domain.rollout_metrics(tasks)
-    if not averaged:
-        return {}
-    means = distributed.all_reduce_mean([value.sum() for value in averaged.values()], num_tasks(tasks))
-    sums = distributed.all_reduce_sum([value.sum() for value in summed.values()])
+    own_sums = [[value.sum() for value in metrics.values()] for metrics in (averaged, summed)]
+    means = distributed.all_reduce_mean(own_sums[0], num_tasks(tasks)) if averaged else []
+    sums = distributed.all_reduce_sum(own_sums[1])
     return dict(zip((*averaged, *summed), (*means, *sums), strict=True))
 
 

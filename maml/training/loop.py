@@ -158,12 +158,12 @@ def _largest_entries(state: Mapping[str, Params]) -> dict[str, Tensor]:
     }
 
 
-def _check_finite(values: dict[str, float], iteration: int, run: RunFolder) -> None:
+def _check_finite(values: dict[str, float], iteration: int, folder: RunFolder) -> None:
     not_finite = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
     if not_finite:
         raise MamlError(
             f"{', '.join(not_finite)} at iteration {iteration}: training has diverged. "
-            f"The diverged state was not saved; the last checkpoint in {run.path} is from before. "
+            f"The diverged state was not saved; the last checkpoint in {folder.path} is from before. "
             "Lower inner.step_size or outer.step_size, or clip the meta-gradient (outer.clip)"
         )
 

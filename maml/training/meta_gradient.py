@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maml.algorithm.base import Algorithm
 from maml.domain.base import Metrics
+from maml.errors import MamlError
 from maml.hardware import distributed
 from maml.hardware.base import Execution
 from maml.hardware.compile import CompiledFunction
@@ -251,15 +252,29 @@ class PrecomputedGradient(Objective):
     """The meta-objective of one seed, whose gradient was computed together with those of the other seeds.
 
     Args:
+        theta: where the gradient was computed.
         gradients: the gradient with respect to theta, without a task axis.
         metrics: mean metrics, 0-dim tensors.
     """
 
-    def __init__(self, gradients: Params, metrics: dict[str, Tensor]) -> None:
+    def __init__(self, theta: Params, gradients: Params, metrics: dict[str, Tensor]) -> None:
         self.gradients, self.metrics = gradients, metrics
+        self._computed_at = {name: (value, value._version) for name, value in theta.items()}
 
     def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
+        self._check_unchanged(theta)
         return self.gradients, dict(self.metrics)
 
     def evaluate(self, theta: Params) -> dict[str, Tensor]:
+        self._check_unchanged(theta)
         return dict(self.metrics)
+
+    def _check_unchanged(self, theta: Params) -> None:
+        """Refuses another theta than the one at which the gradient was computed, instead of returning wrong numbers."""
+        for name, (value, version) in self._computed_at.items():
+            if theta[name] is not value or value._version != version:  # torch counts changes in place
+                raise MamlError(
+                    "several seeds are trained as one computation, which has the meta-gradient at the present theta "
+                    "only, but this outer optimizer or algorithm asks for it at another one; train the seeds one by "
+                    "one, with -m seed=..."
+                )

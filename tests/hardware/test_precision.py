@@ -11,7 +11,7 @@ import torch
 from maml.algorithm.maml import MAML
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError, Unavailable
-from maml.hardware.precision import Precision, check, use_precision
+from maml.hardware.precision import Precision, check_precision, use_precision
 from maml.inner.sgd import SGD
 from maml.model.conv4 import Conv4
 from maml.model.functional import conv3x3, linear
@@ -100,8 +100,8 @@ def test_run_computes_in_what_it_says(precision: str, tiny_images: TinyRuns) -> 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_written(tiny: TinyRuns) -> None:
     with pytest.raises(MamlError, match="precision=bf16 is for supervised domains"):
-        check("bf16", True, torch.device("cpu"))
+        check_precision("bf16", True, torch.device("cpu"))
     with pytest.raises(Unavailable, match="precision=tf32 needs a GPU"):
         tiny.run("precision=tf32")
     assert not tiny.runs_dir.exists()
-    check("tf32", True, torch.device("cuda"))
+    check_precision("tf32", True, torch.device("cuda"))

@@ -15,6 +15,7 @@ from maml.errors import Interrupted, MamlError
 from maml.outer.base import Objective
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder, read_json
+from maml.training.meta_gradient import PrecomputedGradient
 from maml.types import Tasks
 from tests.hardware.test_distributed import assert_alike
 from tests.runs import TinyRuns, assert_same_run, checkpoint_tensors, file_contents
@@ -153,3 +154,15 @@ def _record(folder: Path) -> dict:
     record = read_json(folder / "run.json")
     assert record is not None
     return record
+
+
+def test_gradient_of_all_seeds_is_refused_at_another_theta() -> None:
+    theta = {"w": torch.zeros(2)}
+    objective = PrecomputedGradient(theta, {"w": torch.ones(2)}, {"loss": torch.tensor(3.0)})
+    gradient, metrics = objective.gradient(theta)
+    assert gradient["w"].sum() == 2 and objective.evaluate(theta) == metrics
+    with pytest.raises(MamlError, match="at another one; train the seeds one by one"):
+        objective.gradient({"w": torch.ones(2)})
+    theta["w"] -= gradient["w"]
+    with pytest.raises(MamlError, match="at another one; train the seeds one by one"):
+        objective.evaluate(theta)
