@@ -159,9 +159,7 @@ def _train(
             settings.checkpoint_every,
         )
         for learner in learners:
-            report, plot = _evaluate(learner, evaluation, settings.num_iterations, execution.task_chunk, judge)
-            learner.logger.report(report, {"adaptation": plot})
-            learner.report = report
+            learner.finish(*_evaluate(learner, evaluation, settings.num_iterations, execution.task_chunk, judge))
 
 
 def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation, judge: Judge | None) -> float | None:

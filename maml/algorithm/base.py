@@ -131,8 +131,8 @@ class Algorithm(ABC):
 
         Returns:
             The losses, ``(T,)``, and further metrics by name, each ``(T,)``. A metric named ``loss`` is logged instead
-            of the losses. A metric with the name of a buffer holds the buffer's new value for each task, ``(T, ...)``;
-            the buffer becomes the mean over tasks.
+            of the losses. For every buffer there must be a metric with its name, which holds the buffer's new value
+            for each task, ``(T, ...)``; the buffer becomes the mean over tasks.
         """
 
     def collect(self, params: Params, tasks: Tasks) -> None:

@@ -41,9 +41,8 @@ class MAML(Algorithm):
         return self.domain.outer_loss(self.model, adapted, self.domain.data(tasks, self.role, self.num_steps))
 
     def curvature(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
-        if not self.inner.is_plain_sgd:
-            return self._curvature_of_any_inner(params, tasks)
-        assert isinstance(self.domain, Reinforcement)
+        if not (self.inner.is_plain_sgd and isinstance(self.domain, Reinforcement)):
+            return self._curvature_by_autograd(params, tasks)
         domain, model, theta = self.domain, self.model, self.theta_of(params)
         path = [
             {name: value.detach() for name, value in adapted.items()}
@@ -76,8 +75,8 @@ class MAML(Algorithm):
 
         return product
 
-    def _curvature_of_any_inner(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
-        """Differentiates the KL divergence twice, through the steps of any inner optimizer."""
+    def _curvature_by_autograd(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
+        """Differentiates the KL divergence twice, through the steps of any inner optimizer, in any domain."""
         theta = {name: value.detach().requires_grad_() for name, value in self.theta_of(params).items()}
         with torch.enable_grad():
             kl = self.task_losses(params | theta, tasks)[1]["kl"].sum()

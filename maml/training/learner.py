@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from maml.algorithm.base import Algorithm
@@ -50,6 +51,11 @@ class Learner:
         """Restores the algorithm's state from a checkpoint of this run."""
         self.algorithm.load_state_dict(saved["state"])
         self.start = saved["iteration"]
+
+    def finish(self, report: dict[str, Any], plot: Path) -> None:
+        """Takes the report of the run's own evaluation, and sends it to the logger with its plot."""
+        self.logger.report(report, {"adaptation": plot})
+        self.report = report
 
     @contextmanager
     def open(self, hardware: Hardware, num_seeds: int) -> Iterator[dict[str, Any] | None]:

@@ -75,7 +75,8 @@ def test_training_is_finished_once_it_has_its_report(
     Closing.closed.clear()
     mine = learner(tiny)
     with mine.open(Hardware("cpu"), num_seeds=3):
-        mine.report = report
+        if report is not None:
+            mine.finish(report, Path("plot.png"))
     assert Closing.closed == [(status, status)]
     record = read_json(mine.folder.path / "run.json")
     assert record is not None
@@ -93,6 +94,6 @@ def test_opened_again_it_gives_the_checkpoint_and_takes_it_over(tiny: TinyRuns) 
     with second.open(Hardware("cpu"), num_seeds=1) as saved:
         assert saved is not None
         second.restore(saved)
-        second.report = {}
+        second.finish({}, Path("plot.png"))
     assert second.start == 7
     assert all(torch.equal(value, second.algorithm.theta[name]) for name, value in first.algorithm.theta.items())
