@@ -1,4 +1,4 @@
-"""Image sets as one tensor each, built once from a user's files and kept in a checked cache file."""
+"""Image sets: each is one tensor, built once from a user's files and kept in a verified cache file."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ from maml.errors import MamlError
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """All images of a data set, with equally many per class.
+    """All images of a data set; every class has the same number of images.
 
     Attributes:
-        images: uint8 ``(classes, images per class, ...)``; index it, or move it to a device once.
+        images: the images, uint8 ``(classes, images per class, ...)``.
         classes: class names, in the order of the first axis.
         digest: SHA-256 of the shape, the class names and the pixels, which identifies the data in a run's record.
     """
@@ -32,13 +32,13 @@ class ImageSet:
 
 
 def cached_tensor(cache_dir: Path, name: str, sources: str, build: Callable[[], tuple[Tensor, list[str]]]) -> ImageSet:
-    """Loads ``cache_dir/name.safetensors``, or builds and writes it where it is absent, damaged or of other sources.
+    """Loads ``cache_dir/name.safetensors``; builds and writes it if it is missing, damaged or from other sources.
 
-    Several processes may build at once: each writes a file of its own and the last one renamed stays.
+    Several processes may build it at once: each writes its own temporary file and then renames it.
 
     Args:
-        cache_dir: created where missing; only written to when something is built.
-        name: names the data and how it was prepared; a change of preparation needs a new name.
+        cache_dir: folder of the cache files; created if it is missing.
+        name: name of the data and its preparation; a change of the preparation needs a new name.
         sources: the `fingerprint` of the original files.
         build: returns a contiguous uint8 tensor ``(classes, images per class, ...)`` and the class names.
 
@@ -64,15 +64,15 @@ def cached_tensor(cache_dir: Path, name: str, sources: str, build: Callable[[], 
 
 
 def load_cache(cache_dir: Path, name: str, sources: str | None = None) -> ImageSet | None:
-    """Loads ``cache_dir/name.safetensors``, mapped into memory rather than copied.
+    """Loads ``cache_dir/name.safetensors``, mapped into memory instead of copied.
 
     Args:
-        cache_dir: where `cached_tensor` wrote the file.
+        cache_dir: as for `cached_tensor`.
         name: as for `cached_tensor`.
-        sources: the `fingerprint` that the cache must have been built from; None takes any.
+        sources: the expected `fingerprint` of the original files; None accepts any.
 
     Returns:
-        None where the file is absent, damaged, or not such a cache: content is compared with its digest.
+        The images; None if the file is missing, damaged (its content does not match its digest) or from other sources.
     """
     try:
         with safe_open(_path(cache_dir, name), framework="pt") as file:
@@ -86,9 +86,9 @@ def load_cache(cache_dir: Path, name: str, sources: str | None = None) -> ImageS
 
 
 def fingerprint(sizes: Mapping[str, int]) -> str:
-    """Returns a hash of original files by relative path and size in bytes, which needs no read of what is in them.
+    """Returns a hash of the original files' relative paths and sizes in bytes; their content is not read.
 
-    Times are left out, so that a copy of the data, or the same data zipped or extracted, shares a cache.
+    It does not depend on times, so that a copy of the data, zipped or extracted, can use the same cache.
     """
     return hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest()
 

@@ -45,19 +45,19 @@ _HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 def load_cifar_fs(data_dir: Path, cache_dir: Path, download: bool = True) -> ImageSet:
     """Loads CIFAR-100, both its halves merged, with the classes of the three splits.
 
-    Searched as ``cifar-fs/cifar100.zip``, its extracted ``cifar-fs/images/<class>/*.png``, and the folder
-    ``cifar-100-python/`` in which CIFAR-100 is published, in ``cifar-fs/`` or ``data_dir`` itself. The first that is
-    found counts. Where none is, a cache that was built before is enough. The split is that of
-    ``cifar-fs/{train,val,test}.txt``, one class a line, or without these files the published one.
+    The photos are searched as ``cifar-fs/cifar100.zip``, as extracted files ``cifar-fs/images/<class>/*.png``, and as
+    the published folder ``cifar-100-python/`` in ``cifar-fs/`` or ``data_dir`` itself. The first place that exists is
+    used; if none exists, an existing cache. The split is that of ``cifar-fs/{train,val,test}.txt``, with one class per
+    line; without these files, it is the published split.
 
     Args:
-        data_dir: only written to by a download.
-        cache_dir: holds the tensor built from the original files.
-        download: whether missing files are fetched with torchvision into ``data_dir/cifar-fs/``.
+        data_dir: folder of the data sets; only a download writes to it.
+        cache_dir: folder in which the tensor built from the original files is cached.
+        download: whether missing files are downloaded by torchvision to ``data_dir/cifar-fs/``.
 
     Returns:
-        ``images`` uint8 ``(100, 600, 32, 32, 3)``, those of a class in the order of their file names, which the
-        published files record too; ``classes`` as ``split/label``, sorted.
+        ``images`` uint8 ``(100, 600, 32, 32, 3)``, where the photos of a class are sorted by file name (the published
+        files record the names too); ``classes`` as ``split/label``, sorted.
 
     Raises:
         MamlError: if files are missing or damaged, the download fails, or the cache cannot be written.
@@ -148,15 +148,15 @@ def _prepare(image: Image.Image) -> Image.Image:
 
 def _download(data_dir: Path) -> None:
     try:
-        from torchvision.datasets import CIFAR100  # here, because it does not import beside every torch build
+        from torchvision.datasets import CIFAR100  # here, because it cannot be imported with every build of torch
 
         folder = data_dir / "cifar-fs"
         folder.mkdir(parents=True, exist_ok=True)
-        # Renamed only when complete and verified, so that an interrupted download leaves no half of it.
+        # Renamed only when complete and verified, so that an interrupted download leaves no incomplete folder.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             CIFAR100(scratch, download=True)
             os.replace(Path(scratch) / _PUBLISHED, folder / _PUBLISHED)
-    except Exception as error:  # a broken torchvision, the network and the disk each fail in their own way
+    except Exception as error:  # torchvision, the network and the disk raise many kinds of errors
         cause = f"{type(error).__name__}: {error}"
         raise Unavailable(f"{_how_to_provide(data_dir)}. The download failed with {cause}") from error
 

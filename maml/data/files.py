@@ -1,4 +1,4 @@
-"""Files of image sets: listing and reading zips, folders and pickles so that what is wrong with them is named."""
+"""Lists and reads the files of image sets (zips, folders and pickles), and reports damaged ones clearly."""
 
 import os
 import pickle
@@ -10,7 +10,7 @@ from zipfile import BadZipFile, ZipFile
 
 from maml.errors import MamlError
 
-# What numpy arrays, their types and their numbers are pickled as, in every protocol.
+# The classes and functions in the pickle of a numpy array or number, in every protocol.
 _ARRAYS = {
     ("_codecs", "encode"),
     ("numpy", "dtype"),
@@ -22,11 +22,11 @@ _ARRAYS = {
 
 
 def list_files(source: Path, advice: str) -> Iterator[tuple[str, int]]:
-    """Yields path and size in bytes of every file in a zip or a folder, the folder's own name in front.
+    """Yields path and size in bytes of every file in a zip or a folder. Paths start with the folder's own name.
 
     Args:
         source: a ``.zip`` or a folder.
-        advice: what to do where the zip is damaged.
+        advice: what to do if the zip is damaged.
 
     Raises:
         MamlError: if the zip is damaged.
@@ -48,7 +48,7 @@ def list_files(source: Path, advice: str) -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def reader(source: Path) -> Iterator[Callable[[str], bytes]]:
-    """Opens a zip, or the folder that listed folders are in, and gives what reads a path of `list_files` from it."""
+    """Opens a zip, or the parent of a listed folder; yields a function that reads a path of `list_files`."""
     if source.suffix == ".zip":
         with ZipFile(source) as archive:
             yield archive.read
@@ -57,15 +57,15 @@ def reader(source: Path) -> Iterator[Callable[[str], bytes]]:
 
 
 def unpickle(path: Path, keys: Sequence[str], advice: str) -> list[Any]:
-    """Reads values of a pickled dictionary of arrays, lists, text and numbers, by Python 2 or 3; runs no code in it.
+    """Reads values of a dictionary of arrays, lists, text and numbers, pickled by Python 2 or 3. No code is run.
 
     Args:
-        path: the pickle.
-        keys: whose values are returned, in this order.
-        advice: what to do where the file is not such a pickle.
+        path: path of the pickle.
+        keys: keys of the values to return, in this order.
+        advice: what to do if the file is not such a pickle.
 
     Raises:
-        MamlError: if the file is missing, is no pickle, holds anything else, or lacks a key.
+        MamlError: if the file is missing, is no such pickle, or lacks a key.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Mini-ImageNet (Vinyals et al. 2016), split by Ravi and Larochelle (2017), in the three forms that users have."""
+"""Mini-ImageNet (Vinyals et al. 2016), split by Ravi and Larochelle (2017), in the three common forms."""
 
 import csv
 import os
@@ -22,23 +22,23 @@ _LISTS = "https://github.com/twitter-research/meta-learning-lstm/tree/master/dat
 
 
 def load_mini_imagenet(data_dir: Path, cache_dir: Path) -> ImageSet:
-    """Loads the photos of all three splits. There is no download: ImageNet's pixels may not be passed on.
+    """Loads the photos of all three splits. There is no download, because ImageNet's photos may not be redistributed.
 
-    Searched in ``mini-imagenet/``, ``mini_imagenet/``, ``miniimagenet/`` and ``data_dir`` itself, in each of them as
+    The photos are searched in ``mini-imagenet/``, ``mini_imagenet/``, ``miniimagenet/`` and ``data_dir`` itself, as
 
     1. ``images/*.jpg`` listed in ``train.csv``, ``val.csv`` and ``test.csv``, or
     2. ``mini-imagenet-cache-train.pkl``, ``-val.pkl`` and ``-test.pkl``, or
     3. ``train/<class>/*.jpg``, ``val/<class>/*.jpg`` and ``test/<class>/*.jpg``.
 
-    The first that is found counts. Where none is, a cache that was built before is enough.
+    The first form that exists is used; if none exists, an existing cache.
 
     Args:
-        data_dir: only read.
-        cache_dir: holds the tensor built from the original files.
+        data_dir: folder of the data sets.
+        cache_dir: folder in which the tensor built from the original files is cached.
 
     Returns:
-        ``images`` uint8 ``(100, 600, 84, 84, 3)``, those of a class in the order of their file names or of their
-        indices in a pickle; ``classes`` as ``split/label``, sorted.
+        ``images`` uint8 ``(100, 600, 84, 84, 3)``, where the photos of a class are sorted by file name or by index in a
+        pickle; ``classes`` as ``split/label``, sorted.
 
     Raises:
         MamlError: if files are missing or damaged, or the cache cannot be written.
@@ -56,10 +56,10 @@ def load_mini_imagenet(data_dir: Path, cache_dir: Path) -> ImageSet:
 
 
 def check_provided(data_dir: Path, cache_dir: Path) -> None:
-    """Tells at a glance whether `load_mini_imagenet` would find anything; what it finds may still be incomplete.
+    """Checks that `load_mini_imagenet` finds files or a cache; these may still be incomplete.
 
     Raises:
-        Unavailable: if it would find nothing.
+        Unavailable: if it finds neither.
     """
     places = [data_dir / name for name in _PLACES]
     folders = [place / name for place in places for name in ("images", "train")]

@@ -1,4 +1,4 @@
-"""Omniglot (Lake et al. 2011), 1623 characters x 20 drawings, from the zips or folders that users have."""
+"""Omniglot (Lake et al. 2011): 1623 characters with 20 drawings each, from the user's zips or folders."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from maml.errors import MamlError, Unavailable
 NUM_DRAWINGS = 20
 IMAGE_SIZE = 28
 
-# Each half of the data set: how many characters each alphabet has, 964 and 659 in all.
+# The number of characters of each alphabet, for both halves of the data set: 964 and 659 in total.
 ALPHABETS = {
     "images_background": {
         "Alphabet_of_the_Magi": 20,
@@ -87,14 +87,14 @@ _DRAWING = re.compile(r"images_\w+/[^/]+/[^/]+/[^/.][^/]*\.png")  # not the hidd
 def load_omniglot(data_dir: Path, cache_dir: Path, download: bool = True) -> ImageSet:
     """Loads both halves of Omniglot, merged as in section 5.2 of the paper and its code.
 
-    Each half is searched in ``omniglot/``, ``omniglot-py/`` and ``data_dir`` itself, first as a zip and then as an
-    extracted folder: ``images_background`` and ``images_evaluation``. Where a half is missing, a cache that was
-    built before is enough.
+    The halves are ``images_background`` and ``images_evaluation``. Each half is searched in ``omniglot/``,
+    ``omniglot-py/`` and ``data_dir`` itself, first as a zip and then as an extracted folder. If a half is missing, an
+    existing cache is used.
 
     Args:
-        data_dir: only written to by a download.
-        cache_dir: holds the tensor built from the original files.
-        download: whether a missing half is fetched with torchvision into ``data_dir/omniglot/``.
+        data_dir: folder of the data sets; only a download writes to it.
+        cache_dir: folder in which the tensor built from the original files is cached.
+        download: whether a missing half is downloaded by torchvision to ``data_dir/omniglot/``.
 
     Returns:
         ``images`` uint8 ``(1623, 20, 28, 28)``, ink = 1 and paper = 0, the drawings of a character in the order of
@@ -183,14 +183,14 @@ def _ink(png: bytes) -> np.ndarray:
     with Image.open(BytesIO(png)) as drawing:
         if drawing.size != _SOURCE_SIZE:
             raise ValueError(f"its size is {drawing.size}, not {_SOURCE_SIZE}")
-        # The authors' code asks for Lanczos, but of 1-bit images Pillow takes the nearest pixel: ink stays 0 or 1.
+        # The authors' code asks for Lanczos, but Pillow resizes 1-bit images by the nearest pixel: ink stays 0 or 1.
         paper = drawing.convert("1").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST)
     return ~np.asarray(paper)
 
 
 def _download(data_dir: Path, halves: list[str]) -> None:
     try:
-        from torchvision.datasets import Omniglot  # here, because it does not import beside every torch build
+        from torchvision.datasets import Omniglot  # here, because it cannot be imported with every build of torch
 
         folder = data_dir / "omniglot"
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def _download(data_dir: Path, halves: list[str]) -> None:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 dataset = Omniglot(scratch, background=half == "images_background", download=True)
                 os.replace(Path(dataset.root) / f"{half}.zip", folder / f"{half}.zip")
-    except Exception as error:  # a broken torchvision, the network and the disk each fail in their own way
+    except Exception as error:  # torchvision, the network and the disk raise many kinds of errors
         cause = f"{type(error).__name__}: {error}"
         raise Unavailable(f"{_how_to_provide(data_dir, halves)}. The download failed with {cause}") from error
 

@@ -1,4 +1,4 @@
-"""What mini-ImageNet and CIFAR-FS share: 64 training, 16 validation and 20 test classes of 600 photos each."""
+"""Common code of mini-ImageNet and CIFAR-FS: 64 training, 16 validation and 20 test classes of 600 photos each."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,15 +33,15 @@ def class_splits(classes: Sequence[str]) -> dict[Split, Tensor]:
 
 
 def check_classes(counts: Mapping[str, int], advice: str, faults: Sequence[str] = ()) -> None:
-    """Refuses all but 64, 16 and 20 classes of 600 photos, each class in one split.
+    """Checks that there are 64, 16 and 20 classes of 600 photos, each class in one split.
 
     Args:
         counts: the number of photos of each class, named ``split/label``.
-        advice: where this was found and what to do about it.
-        faults: what is known to be wrong already.
+        advice: end of the error message: the place of the files, and what to do.
+        faults: other faults that were found before; they are part of the message.
 
     Raises:
-        MamlError: names what is missing or too much.
+        MamlError: lists all faults.
     """
     found = Counter(name.partition("/")[0] for name in counts)
     labels = Counter(name.partition("/")[2] for name in counts)
@@ -56,7 +56,7 @@ def check_classes(counts: Mapping[str, int], advice: str, faults: Sequence[str] 
 
 
 def stack(photos: Mapping[str, Sequence[Photo]], decode: Callable[[Photo], np.ndarray]) -> tuple[Tensor, list[str]]:
-    """Returns ``(classes, images per class, H, W, 3)``, filled in place, and the class names, sorted."""
+    """Returns the images, ``(classes, images per class, H, W, 3)``, and the sorted class names."""
     classes = sorted(photos)
     first = decode(photos[classes[0]][0])
     images = np.empty((len(classes), NUM_IMAGES, *first.shape), np.uint8)
@@ -74,18 +74,18 @@ def cached_photos(
     prepare: Callable[[Image.Image], Image.Image],
     advice: str,
 ) -> ImageSet:
-    """Loads the tensor of photos in single files, or builds it; those of a class are in the order of their names.
+    """Loads the tensor of photos that are single files, or builds it. Photos of a class are sorted by file name.
 
     Args:
         cache_dir: as for `cached_tensor`.
         name: as for `cached_tensor`.
-        source: the zip or folder that the photos' paths start from.
-        photos: all of them, checked.
-        prepare: brings every photo to the same size and to RGB.
-        advice: what to do where a photo cannot be decoded.
+        source: the zip or folder that holds the photos.
+        photos: all photos; they are checked already.
+        prepare: converts every photo to the same size and to RGB.
+        advice: what to do if a photo cannot be decoded.
 
     Raises:
-        MamlError: if a photo cannot be decoded, or the cache not be written.
+        MamlError: if a photo cannot be decoded, or the cache cannot be written.
     """
 
     def build() -> tuple[Tensor, list[str]]:
