@@ -57,7 +57,7 @@ class Domain(ABC, Generic[Data]):
         cannot draw tasks. A domain that reads a data set overrides this.
 
         Args:
-            options: of the constructor.
+            options: those of the constructor.
         """
         return cls(**options)
 

@@ -22,7 +22,7 @@ class GymnasiumEnv(Reinforcement):
     """Tasks that differ in keywords of an environment, each uniform in a range. It is stepped the slow, plain way.
 
     Args:
-        env_id: of ``gymnasium.make``; ``module:id`` imports the module that registers it.
+        env_id: the id that ``gymnasium.make`` takes; ``module:id`` imports the module that registers it.
         goals: keywords of the environment that tell tasks apart, and their ranges. They are what ``oracle`` tells.
 
     Raises:

@@ -28,7 +28,7 @@ class Running(Reinforcement):
         goal_name: its keyword for the goal.
 
     Args:
-        physics: the ``paper``'s, or that of ``gymnasium``'s v5 environments, which other work uses.
+        physics: the simulation: the ``paper``'s, or that of ``gymnasium``'s v5 environments, which other work uses.
     """
 
     physics: Physics = "paper"
@@ -50,7 +50,7 @@ class Velocity(Running):
     """Running forward at a speed; a subclass says who runs.
 
     Args:
-        goal_range: of the speed, in metres per second.
+        goal_range: range of the goal speed, in metres per second.
     """
 
     goal_range: Interval

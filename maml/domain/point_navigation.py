@@ -24,7 +24,7 @@ class PointNavigation(Reinforcement):
     """Moving a point to a goal, whose two coordinates are uniform in a range.
 
     Args:
-        goal_range: of both coordinates.
+        goal_range: range of both coordinates of the goal.
         reward: minus the ``distance``, as in the authors' code, or minus the ``squared_distance`` of the paper's text.
     """
 

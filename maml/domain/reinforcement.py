@@ -60,7 +60,7 @@ class Reinforcement(Domain[Rollouts]):
     Args:
         num_shots: K, rollouts per task and gradient step: episodes are collected until they have K * horizon timesteps.
         horizon: H, timesteps after which an episode ends.
-        discount: of the rewards, in what is learnt from; reported returns are undiscounted.
+        discount: discount of future rewards in training and adaptation; reported returns are undiscounted.
         oracle: tells the policy the goal, behind each observation.
         pooled: in training, one baseline and one standardisation for all tasks of a meta-batch, which then may have few
             rollouts each.

@@ -20,7 +20,7 @@ class SinusoidSequence(Sinusoid):
     Args:
         num_shots: K, support sequences per task.
         num_query: query sequences per task; None is as many as support sequences.
-        sequence_length: L.
+        sequence_length: L, number of samples in an input.
     """
 
     def __init__(self, num_shots: Count = 10, num_query: Count | None = None, sequence_length: Count = 10) -> None:

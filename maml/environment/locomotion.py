@@ -50,7 +50,7 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         goal: as given; what it means is up to `progress`.
         model: the simulated robot.
         data: its present state.
-        duration: of a step, in seconds.
+        duration: length of a step, in seconds.
 
     Raises:
         MamlError: if MuJoCo is missing, or an argument is unusable.

@@ -58,13 +58,13 @@ def collect_episodes(
     needed in any case, and more where episodes ended early.
 
     Args:
-        environments: of the domain.
-        policy: of all tasks.
-        goals: of the tasks, ``(T, G)``.
+        environments: those of the domain.
+        policy: the policies of all tasks.
+        goals: one per task, ``(T, G)``.
         stream: one for each task, its key ``(T,)``; an episode depends on it, its number and the policy.
         num_rollouts: R.
         horizon: H.
-        discount: of the rewards.
+        discount: discount of future rewards.
 
     Raises:
         Diverged: if the policy's outputs are not finite.

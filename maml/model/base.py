@@ -42,7 +42,7 @@ class Model(ABC):
         A model that renames a parameter overrides this, so that older checkpoints and exported weights still load.
 
         Args:
-            name: of a parameter in a file, present or earlier.
+            name: name of a parameter in a file, present or earlier.
         """
         return name
 

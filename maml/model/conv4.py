@@ -25,12 +25,12 @@ class Conv4(Model):
     Args:
         in_shape: height, width, channels.
         out_dim: classes.
-        num_filters: of every module.
+        num_filters: number of filters of each convolution.
         pooling: ``stride`` convolves with stride 2 (Omniglot), ``max`` pools 2x2, ``max_keep_odd`` the same without
             dropping the last row of an odd size (Reptile), ``mean`` averages 2x2.
         head: ``mean`` averages the last map over space (Omniglot), ``flatten`` keeps it.
         head_std: standard deviation of the normal initial head; None is Glorot uniform.
-        activation: ``relu`` as in the paper.
+        activation: behind each normalisation; the paper's is ``relu``.
         norm_scale: whether normalisation learns a scale beside its shift, which the authors do without.
 
     Raises:

@@ -23,10 +23,10 @@ class GaussianPolicy(Model):
     """Outputs the means of A actions, then the logarithms of their standard deviations.
 
     Args:
-        in_shape: of one observation; flattened.
+        in_shape: shape of one observation, which is flattened.
         out_dim: 2A.
         hidden_sizes: width of each hidden layer of the network of the means.
-        activation: after each hidden layer.
+        activation: the function after each hidden layer.
 
     Raises:
         MamlError: if ``out_dim`` is odd.

@@ -19,7 +19,7 @@ class LSTM(Model):
     Written out, because PyTorch's own layer has no task axis, and on a GPU no second derivatives.
 
     Args:
-        in_shape: of one input, ``(L, ...)``: a sequence of length L, each element flattened.
+        in_shape: shape of one input, ``(L, ...)``: a sequence of length L, each element flattened.
         out_dim: outputs.
         hidden_size: units of the hidden state.
     """

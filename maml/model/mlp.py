@@ -18,10 +18,10 @@ class MLP(Model):
     """Linear layers with an activation between them, inputs flattened.
 
     Args:
-        in_shape: of one input; flattened.
+        in_shape: shape of one input, which is flattened.
         out_dim: outputs.
         hidden_sizes: width of each hidden layer.
-        activation: after each hidden layer.
+        activation: the function after each hidden layer.
         normalization: ``batch`` puts batch normalisation (shift only) before each activation.
         weight_std: standard deviation of the normal initial weights, cut at two of them; None is Glorot uniform.
     """

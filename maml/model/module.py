@@ -29,7 +29,7 @@ class ModuleModel(Model):
     (``requires_grad=False``) stay as it made them.
 
     Args:
-        in_shape: of one input, images as height, width, channels.
+        in_shape: shape of one input, images as height, width, channels.
         out_dim: outputs that the domain needs.
         module: makes the network, under the run's seed. If it has a parameter called ``out_dim`` or ``in_shape`` that
             the config leaves open, it is given the domain's, so that one module serves domains of any size.
