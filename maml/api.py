@@ -73,7 +73,7 @@ def _exported(folder: Path, experiment: str | None = None, file: str | None = No
     entries = [entry for entry in index.cells.values() if experiment == entry.experiment or file == entry.file]
     entries.sort(key=lambda entry: len(entry.overrides))  # as the experiment is, if both were run
     if not entries:
-        raise MamlError(f"{folder / 'index.json'} does not say what {file} is of; keep the two together")
+        raise MamlError(f"{folder / 'index.json'} has no entry for {file}; keep the file and its index together")
     first = entries[0]
     entries = [
         e for e in entries if (e.file, e.experiment, e.overrides) == (first.file, first.experiment, first.overrides)
@@ -90,7 +90,10 @@ def _trained(path: Path) -> Network:
     folder = path if path.is_dir() else path.parent
     file = checkpoint.newest(folder / "checkpoint.pt") if path.is_dir() else path
     if file is None or not (folder / "config.yaml").exists():
-        raise MamlError(f"{folder} is no run folder: it has no checkpoint.pt and config.yaml")
+        raise MamlError(
+            f"{folder} is no run folder, because it lacks checkpoint.pt or config.yaml; run folders are called "
+            "runs/<experiment>/<run id>"
+        )
     saved = checkpoint.load(file)
     written: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     config = check(written)
@@ -108,7 +111,10 @@ def _network(
     step_sizes: Mapping[int, list[float] | None],
 ) -> Network:
     if digest(training_config(config)) != run_id:
-        raise MamlError(f"the parameters are of run {run_id}, but its config ({experiment}) is another by now")
+        raise MamlError(
+            f"the parameters belong to run {run_id}, but the config of {experiment} has changed since; check "
+            "out the commit that trained them, or train it again"
+        )
     algorithm = build_algorithm(replace(config, domain=without_data(config.domain)), Hardware("cpu"))
     restore(algorithm, state)
     return Network(experiment, iteration, config.num_iterations, algorithm, build(config.evaluation), step_sizes)
@@ -119,12 +125,12 @@ class Network:
     """A trained network.
 
     Attributes:
-        experiment: that it was trained in.
-        iteration: so many meta-updates were made,
-        num_iterations: of so many; a network that is not `complete` gives no number of the paper.
-        algorithm: with all of its state.
+        experiment: the experiment that it was trained in.
+        iteration: number of meta-updates that were made.
+        num_iterations: number of meta-updates of a full training; below it, the network's numbers are no reproduction.
+        algorithm: the algorithm, with all of its state.
         evaluation: the settings of meta-test.
-        step_sizes: those of meta-test, by K, where any were recorded; None is the inner optimizer's own.
+        step_sizes: the recorded step sizes of meta-test for each K; None is the inner optimizer's own.
     """
 
     experiment: str
@@ -144,27 +150,27 @@ class Network:
 
     @property
     def model(self) -> Model:
-        """f_theta: ``model(params, x)`` with a task axis in front of both."""
+        """The network f_theta, called as ``model(params, x)``; both have a leading task axis."""
         return self.algorithm.model
 
     @property
     def theta(self) -> Params:
-        """What was meta-learnt, as it is evaluated."""
+        """The meta-learnt parameters that meta-test starts from."""
         return self.evaluation.choose_theta(self.algorithm)
 
     @property
     def in_shape(self) -> tuple[int, ...]:
-        """Of one input; an image's is ``(H, W, C)``."""
+        """Shape of one input; ``(H, W, C)`` for images."""
         return self.algorithm.domain.in_shape
 
     def read(self, pictures: Iterable[str | Path | Image.Image]) -> Tensor:
-        """Brings pictures to the form of the training images.
+        """Converts pictures to inputs of the network.
 
-        Drawings (one channel) become black and white, and their dark pixels 1; like Omniglot's they should have strokes
-        of about 1/35 of their width, dark on light. Photos become RGB in 0 to 1.
+        A network of one channel takes drawings, dark on light: dark pixels become 1, all others 0. As in Omniglot, the
+        strokes should be about 1/35 of the picture's width. Other networks take photos: RGB values from 0 to 1.
 
         Args:
-            pictures: files, or opened with Pillow; of any size, which is changed to ``in_shape``.
+            pictures: files or Pillow images of any size; they are resized to ``in_shape``.
 
         Returns:
             ``(S, H, W, C)``.
@@ -173,7 +179,9 @@ class Network:
             MamlError: if the network takes no images, or a file cannot be read.
         """
         if len(self.in_shape) != 3:
-            raise MamlError(f"{self.experiment} takes inputs of shape {self.in_shape}, which are no images")
+            raise MamlError(
+                f"{self.experiment} takes inputs of shape {self.in_shape}, which are no images; give tensors to `adapt`"
+            )
         return torch.stack([self._read(picture) for picture in pictures])
 
     def _read(self, picture: str | Path | Image.Image) -> Tensor:
@@ -196,10 +204,10 @@ class Network:
         Args:
             x: S inputs. Images ``(S, H, W, C)``, or ``(S, H, W)`` if C = 1: floats from 0 to 1, or the integers of the
                 data set (Omniglot: paper 0, ink 1; photos: 0 to 255). Else ``(S, *in_shape)``.
-            y: the label of each, anything hashable, of N classes with K examples each in any order; or, in regression,
-                the targets, ``(S, D)``.
-            num_steps: gradient steps; None is as many as in meta-test. Step sizes are those of meta-test too (where
-                every K has its own, those of the nearest K).
+            y: in classification one label per input, anything hashable: N classes with K examples each, in any order.
+                In regression the targets, ``(S, D)``.
+            num_steps: number of gradient steps; None takes as many as meta-test. The step sizes are those of meta-test;
+                where they differ from K to K, those of the nearest K.
 
         Raises:
             MamlError: if shapes or labels do not fit the network, or it is a policy, which learns from rollouts.
@@ -311,10 +319,10 @@ class Predictor:
     """A network adapted to one task: call it with inputs.
 
     Attributes:
-        network: that was adapted.
-        params: its parameters now, name -> ``(1, ...)``.
-        support: what it was adapted to, ``(S, *in_shape)``.
-        classes: their labels, in the order of the probabilities; None in regression.
+        network: the network that was adapted.
+        params: the adapted parameters, name -> ``(1, ...)``.
+        support: the inputs that it was adapted to, ``(S, *in_shape)``.
+        classes: the labels of the classes, in the order of the probabilities; None in regression.
     """
 
     network: Network
@@ -327,9 +335,9 @@ class Predictor:
 
         Args:
             x: Q inputs, as in `Network.adapt`.
-            transductive: normalises the inputs by their own common statistics, as the paper does when it measures
-                accuracy: better where x has about as many examples of one class as of another, and worse where it has
-                few. Otherwise by those of the support data, and no input matters to what is predicted for another.
+            transductive: True normalises with the statistics of x, as the paper does when it measures accuracy. That is
+                better if all classes are about equally frequent in x, and worse if x is small. False normalises with
+                the statistics of the support data, so that no prediction depends on the other inputs.
 
         Raises:
             MamlError: if x does not fit the network.
@@ -349,7 +357,7 @@ class Predictor:
 
     @torch.no_grad()
     def outputs(self, x: Inputs, transductive: bool = False) -> Tensor:
-        """Returns what the network computes, ``(Q, out_dim)``; in regression always transductive, as it is measured."""
+        """Returns the network's outputs, ``(Q, out_dim)``; in regression always transductive, as in meta-test."""
         inputs = self.network.prepare(x)
         if transductive or self.classes is None:
             return self.network.model(self.params, inputs.unsqueeze(0))[0]

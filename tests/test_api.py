@@ -231,7 +231,7 @@ def test_unknown_sources_say_what_there_is(tmp_path: Path) -> None:
         "omniglot_5way_1shto": "did you mean omniglot_5way_1shot",
         "ant_velocity_oracle": "has no committed checkpoint: train it",
         str(tmp_path): "is no run folder",
-        str(tmp_path / "a.safetensors"): "does not say what a.safetensors is of",
+        str(tmp_path / "a.safetensors"): "has no entry for a.safetensors",
     }.items():
         with pytest.raises(MamlError, match=message):
             maml.load(source)

@@ -24,7 +24,7 @@ class Running(Reinforcement):
     """A task of running; a subclass says who runs, and what the goal is.
 
     Class attributes:
-        environment: of the runner.
+        environment: the simulation of the runner.
         goal_name: its keyword for the goal.
 
     Args:
@@ -84,8 +84,8 @@ class Direction(Running):
     """Running as fast as possible, forward or backward; a subclass says who runs.
 
     Class attributes:
-        test_draw: of the authors' test goals: NumPy's seed, lower and upper end of the numbers drawn, and the threshold
-            from which on a number means forward.
+        test_draw: how the authors' test goals were drawn: NumPy's seed, the lower and upper end of the numbers, and the
+            threshold from which on a number means forward.
     """
 
     goal_name = "goal_direction"

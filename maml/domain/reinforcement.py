@@ -30,9 +30,9 @@ class Rollouts(NamedTuple):
     Attributes:
         observations: in front of each action, ``(T, N, O)``.
         actions: as drawn, ``(T, N, A)``.
-        outputs: of the policy that drew them: A means, then A log standard deviations, ``(T, N, 2A)``.
-        advantages: of the actions, standardised, ``(T, N)``.
-        weights: of each timestep in a mean over those of its task, ``(T, N)``: 1 / timesteps, 0 where there is none.
+        outputs: outputs of the policy that drew them: A means, then A log standard deviations, ``(T, N, 2A)``.
+        advantages: advantages of the actions, standardised, ``(T, N)``.
+        weights: weight of each timestep in the mean over its task, ``(T, N)``: 1 / timesteps, 0 where there is none.
         returns: undiscounted, mean over episodes, ``(T,)``.
         lengths: timesteps per episode, mean, ``(T,)``.
         num_unstable: episodes that ended because the simulation blew up, ``(T,)``.

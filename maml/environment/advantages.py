@@ -21,7 +21,7 @@ def advantages(episodes: Episodes, pooled: bool) -> Tensor:
     is worth 0, whatever ended it.
 
     Args:
-        episodes: of T tasks.
+        episodes: the episodes of T tasks.
         pooled: whether one baseline, and one mean and standard deviation, serve all tasks.
     """
     times = torch.arange(episodes.times.shape[1], device=episodes.times.device)

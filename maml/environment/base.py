@@ -12,11 +12,11 @@ from maml.seeding import Stream
 
 
 class Transition(NamedTuple):
-    """What one step of L environments led to.
+    """The result of one step of L environments.
 
     Attributes:
-        observations: after the step, ``(L, O)``, float32.
-        rewards: of the step, ``(L,)``, float32.
+        observations: observations after the step, ``(L, O)``, float32.
+        rewards: rewards of the step, ``(L,)``, float32.
         terminated: whether the episode is over for a reason of its own (the horizon is the sampler's), ``(L,)``.
         unstable: whether it is over because the simulation blew up; such a step ends the episode too, ``(L,)``.
     """
@@ -34,8 +34,8 @@ class Environments(ABC):
     depend on the others beside it.
 
     Attributes:
-        observation_dim: O.
-        action_dim: A.
+        observation_dim: O, numbers in an observation.
+        action_dim: A, numbers in an action.
         goal_dim: G, numbers that tell one task from another.
     """
 
@@ -45,11 +45,11 @@ class Environments(ABC):
 
     @abstractmethod
     def reset(self, goals: Tensor, stream: Stream) -> Tensor:
-        """Starts M episodes in place of whatever was under way.
+        """Starts M new episodes; unfinished ones are dropped.
 
         Args:
-            goals: of each environment, ``(M, G)``.
-            stream: one for each environment, its key ``(M,)``.
+            goals: the goal of each environment, ``(M, G)``.
+            stream: the source of randomness, one stream per environment (its key is ``(M,)``).
 
         Returns:
             The first observations, ``(M, O)``, float32.
@@ -60,7 +60,7 @@ class Environments(ABC):
         """Steps some of the environments; the others stay as they are.
 
         Args:
-            actions: as the policy gave them, ``(L, A)``, finite; clipping to the actuators' range is done here.
+            actions: the policy's actions, ``(L, A)``, finite; this method clips them to the actuators' range.
             living: which environments, ``(L,)``, int64, ascending.
         """
 

@@ -96,7 +96,7 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         """Starts an episode.
 
         Args:
-            seed: of the generator that this and later resets draw from.
+            seed: seed of the generator that this and later resets draw from.
             options: ``{"noise": numbers}`` starts from these instead of a draw; see `place`.
         """
         import mujoco
@@ -191,7 +191,7 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
             warnings: how many of each kind MuJoCo has given since the reset, ``(..., 7)``.
             control: what moved them, from `control`.
             start: x of the root before it, ``(...,)``.
-            goal: of each, ``(...,)``.
+            goal: the goal of each, ``(...,)``.
         """
         observation = self.observe(data)
         velocity = (

@@ -28,7 +28,7 @@ def move(positions: Tensor, actions: Tensor, goals: Tensor, reward: Reward) -> t
     """Moves agents. Every operation rounds alike whatever stands beside an agent, so one and many agree to the bit.
 
     Args:
-        positions: of the agents, ``(..., 2)``.
+        positions: positions of the agents, ``(..., 2)``.
         actions: fractions of the longest step, ``(..., 2)``; what lies outside ``[-1, 1]`` is clipped.
         goals: as the positions.
         reward: see `PointNavigation`.

@@ -20,15 +20,15 @@ class Episodes(NamedTuple):
     """What the policies of T tasks did: their episodes one behind the other, at most N timesteps in all.
 
     Attributes:
-        observations: in front of each action, ``(T, N, O)``.
+        observations: the observation before each action, ``(T, N, O)``.
         actions: as drawn, before any clipping, ``(T, N, A)``.
-        outputs: of the policy that drew them, ``(T, N, 2A)``.
+        outputs: outputs of the policy that drew them, ``(T, N, 2A)``.
         returns_to_go: discounted sum of this and all later rewards of the episode, ``(T, N)``.
         times: steps since the episode began, ``(T, N)``, int64.
-        lengths: timesteps that are filled, ``(T,)``, int64; behind them all is zero.
-        total_reward: undiscounted, of all episodes, ``(T,)``.
-        num_episodes: ``(T,)``, int64.
-        num_unstable: of them, ended because the simulation blew up, ``(T,)``, int64.
+        lengths: number of filled timesteps, ``(T,)``, int64; all later entries are zero.
+        total_reward: undiscounted sum over all episodes, ``(T,)``.
+        num_episodes: number of episodes, ``(T,)``, int64.
+        num_unstable: number of episodes that ended because the simulation blew up, ``(T,)``, int64.
     """
 
     observations: Tensor

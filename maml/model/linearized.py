@@ -161,7 +161,7 @@ class _Block:
 
     Attributes:
         at: index of the block in ``(T, N)``.
-        inputs: of each layer, ``(t, n, D_i)``.
+        inputs: the inputs of each layer, ``(t, n, D_i)``.
         slopes: derivatives of the activations that made them, but for the first.
     """
 
