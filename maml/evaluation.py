@@ -129,7 +129,7 @@ class Evaluation:
             None uses the inner optimizer's own.
         search: searches the step size at each K on validation tasks, instead of ``step_size``.
         split: which tasks to evaluate on: ``test``, or ``val`` to choose settings.
-        bank_seed: seed of the task bank.
+        bank_seed: seed of the frozen bank, the fixed set of test tasks.
         theta: which theta to evaluate: the ``last`` one or, in domains whose training keeps it, the ``best`` by its
             training returns.
     """
@@ -184,7 +184,7 @@ class Evaluation:
     def bank(
         self, domain: Domain[Any], num_shots: int, num_tasks: int | None = None, split: Split | None = None
     ) -> Tasks:
-        """Draws the task bank at one K, on the CPU.
+        """Draws the frozen bank at one K, on the CPU.
 
         Args:
             domain: the source of the tasks.
@@ -227,7 +227,7 @@ class Evaluation:
             task_chunk: number of tasks that are adapted at once; None uses a default.
 
         Returns:
-            The curves; the hash of the task bank for each K; and the step sizes for each K, None if the inner
+            The curves; the hash of the frozen bank for each K; and the step sizes for each K, None if the inner
             optimizer's own were used.
         """
         domain = algorithm.domain
@@ -306,7 +306,7 @@ class Evaluation:
 
 
 def bank_hash(tasks: Tasks) -> str:
-    """Returns a hash of a task bank: equal hashes mean identical tasks."""
+    """Returns a hash of a frozen bank: equal hashes mean identical tasks."""
     content = hashlib.sha256()
     for name in sorted(tasks):
         content.update(f"{name} {tuple(tasks[name].shape)}".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -52,16 +53,22 @@ def reference_pages() -> dict[str, str]:
 
 
 def _option(option: Option) -> list[str]:
-    lines = [f"## {option.name}", "", option.header.replace("<", "&lt;"), "", f"`conf/{option.file}`", ""]
+    lines = [f"## {option.name}", "", _linked(option.header.replace("<", "&lt;")), "", f"`conf/{option.file}`", ""]
     if option.keys:
         lines += ["| key | type | range | default | meaning |", "| --- | --- | --- | --- | --- |"]
         lines += [_row(f"`{k.name}`", k.type, k.range, _code(k.initial), k.meaning) for k in option.keys]
         lines += [""]
     if option.settings:
         lines += ["| sets | to | |", "| --- | --- | --- |"]
-        lines += [_row(f"`{s.name}`", _code(s.value), s.comment) for s in option.settings]
+        lines += [_row(f"`{s.name}`", _code(s.value), _linked(s.comment)) for s in option.settings]
         lines += [""]
     return lines
+
+
+def _linked(text: str) -> str:
+    """Makes links of citations of the protocol, and code of the commands."""
+    text = re.sub(r"docs/protocol\.md#([\w-]+)", r"[protocol](../protocol.md#\1)", text)
+    return re.sub(r"Command: (python train\.py [^;]*)", r"Command: `\1`", text)
 
 
 def _row(*cells: str) -> str:

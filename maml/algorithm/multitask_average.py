@@ -30,7 +30,7 @@ class MultitaskAverage(Algorithm):
             are pulled to; 0 does not regularise.
         pull: where the parameters are pulled to: ``zero`` (weight decay), or the ``mean`` of the regressors trained so
             far.
-        max_error: a regressor is trained once its query error is below this.
+        max_error: query error below which a regressor counts as trained.
         num_steps: number of steps per attempt. A regressor that is not trained by then starts again from another
             initialisation, because some initialisations never reach a small error.
         max_attempts: number of attempts per regressor; the run fails after that.

@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.insert(0, os.getcwd())  # so that a user's classes can be imported, as with `python train.py`
         sys.argv[1:] = rest if command == "train" else eval_arguments(rest)
         train()
+    elif command in ("-h", "--help") or (command in ("list", "describe") and rest in (["-h"], ["--help"])):
+        print(_USAGE, end="")
     elif command in ("list", "describe"):
         from maml.cli import show
 
@@ -45,8 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(show.experiments(*rest) if command == "list" else show.description(*rest))
         except MamlError as error:
             sys.exit(str(error))
-    elif command in ("-h", "--help"):
-        print(_USAGE, end="")
     elif command == "--version":
         print(f"maml {maml.__version__}")
     else:

@@ -15,10 +15,16 @@ from maml.config.paths import CONF, EXTRAS
 
 
 def near_miss(name: str, allowed: Sequence[str], prefix: str = "") -> str:
-    """Returns a hint for an unknown name: the most similar allowed name, if any, and all allowed names."""
-    close = difflib.get_close_matches(name, allowed, n=1)
-    meant = f": did you mean {prefix}{close[0]}?" if close else ";"
-    return f"{meant} allowed: {', '.join(allowed)}"
+    """Returns a hint for an unknown name: the allowed names that are similar, if any, and all allowed names."""
+    similar = _similar(name, allowed, prefix)
+    return f"{f': {similar}' if similar else ';'} allowed: {', '.join(allowed)}"
+
+
+def _similar(name: str, allowed: Sequence[str], prefix: str = "") -> str:
+    """Returns a question that names what was meant: the names that continue ``name``, else the most similar one."""
+    longer = [choice for choice in allowed if choice.startswith(f"{name}_")]
+    close = longer or difflib.get_close_matches(name, allowed, n=1)
+    return f"did you mean {' or '.join(prefix + choice for choice in close)}?" if close else ""
 
 
 def _explain_missing_plugin(option: Path) -> None:
@@ -40,6 +46,10 @@ def explain_override_error(arguments: Sequence[str]) -> None:
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
 
+    experiments = {path.stem for path in CONF.glob("experiment/*.yaml")}
+    for argument in arguments:
+        if argument in experiments:
+            print(f"{argument}: did you mean +experiment={argument}?", file=sys.stderr)
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     chosen = [override for override in overrides if (CONF / override.partition("=")[0].lstrip("+")).is_dir()]
     try:
@@ -53,7 +63,11 @@ def explain_override_error(arguments: Sequence[str]) -> None:
         if group.is_dir():
             options = sorted(path.stem for path in group.glob("*.yaml"))
             if value not in options and "," not in value:
-                print(f"{override}: no such file in conf/{group.name}/{near_miss(value, options)}", file=sys.stderr)
+                hint = near_miss(value, options)
+                if group.name == "experiment":  # there are too many to list, and Hydra has listed them
+                    similar = _similar(value, options)
+                    hint = f"{f': {similar}' if similar else ';'} `maml list` says what each experiment is"
+                print(f"{override}: no such file in conf/{group.name}/{hint}", file=sys.stderr)
             elif group.name in ("launcher", "sweeper") and value in options:
                 _explain_missing_plugin(group / f"{value}.yaml")
                 if value == "slurm" and shutil.which("srun") is None:

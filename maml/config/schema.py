@@ -161,7 +161,8 @@ def _check_value(path: str, value: Any, annotation: Any) -> list[str]:
     except PydanticUserError:
         return []  # a user's annotation that pydantic cannot check
     except ValidationError as error:
-        reasons = dict.fromkeys(detail["msg"][0].lower() + detail["msg"][1:] for detail in error.errors())
+        messages = [detail["msg"].replace("a valid array", "a list, such as [a, b]") for detail in error.errors()]
+        reasons = dict.fromkeys(message[0].lower() + message[1:] for message in messages)
         return [f"{path}={value!r}: {'; or '.join(reasons)}"]
     return []
 

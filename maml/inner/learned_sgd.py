@@ -20,8 +20,8 @@ class LearnedSGD(Inner):
         step_size: initial value of every step size.
         num_steps: number of gradient steps in training (evaluation has its own number).
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants.
-        adapt: which parameters adapt: patterns of parameter names, such as ``conv*``. A pattern that opens with ``!``
-            excludes names again.
+        adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
+            opens with ``!`` excludes names again.
     """
 
     def __init__(

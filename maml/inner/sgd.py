@@ -15,8 +15,8 @@ class SGD(Inner):
         step_size: step size of every step, the paper's alpha.
         num_steps: number of gradient steps in training (evaluation has its own number).
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants (FOMAML).
-        adapt: which parameters adapt: patterns of parameter names, such as ``conv*``. A pattern that opens with ``!``
-            excludes names again.
+        adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
+            opens with ``!`` excludes names again.
     """
 
     is_plain_sgd = True

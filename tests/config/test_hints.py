@@ -21,6 +21,12 @@ EXPERIMENT = "sinusoid_10shot"
         (["num_iteration=5"], "num_iteration is not a key: did you mean num_iterations?"),
         (["model=mpl"], "model=mpl: no such file in conf/model/: did you mean mlp? allowed: conv4, gaussian_policy, "),
         (["+debug=smok"], "+debug=smok: no such file in conf/debug/: did you mean smoke?"),
+        (
+            ["+experiment=sinusoid_multitask"],
+            "did you mean sinusoid_multitask_average or sinusoid_multitask_average_l2 or",
+        ),
+        (["+experiment=zzz"], "+experiment=zzz: no such file in conf/experiment/; `maml list` says what each"),
+        ([EXPERIMENT], f"{EXPERIMENT}: did you mean +experiment={EXPERIMENT}?"),
         (["model=conv4", "model.num_filter=3"], "did you mean model.num_filters?"),
         (["-m", f"+experiment={EXPERIMENT}", "domain.num_shot=3"], "did you mean domain.num_shots?"),
         (["-m", "seed=0,1", "outer.step_sizes=0.1,0.2"], "did you mean outer.step_size?"),

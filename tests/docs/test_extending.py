@@ -9,7 +9,13 @@ import pytest
 from tests.docs.pages import ROOT, blocks, run_in_order, trainings
 
 PAGE = ROOT / "docs" / "extending.md"
-RUNS = {"domain": "step_function", "algorithm": "prototypical", "module": "SmallNet", "environment": "Pendulum"}
+RUNS = {
+    "domain": "step_function",
+    "setting": "head.*",
+    "algorithm": "prototypical",
+    "module": "SmallNet",
+    "environment": "Pendulum",
+}
 
 
 @pytest.fixture
