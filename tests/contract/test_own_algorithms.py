@@ -63,6 +63,8 @@ def test_two_processes_give_the_numbers_of_one(own_algorithm: tuple[str, TinyRun
     assert_alike(*(RunFolder(config, "custom").path for config in (alone, shared)))
 
 
+# Compiling a convolutional network takes minutes.
+@pytest.mark.parametrize("own_algorithm", ["ANIL", pytest.param("Prototypical", marks=pytest.mark.slow)], indirect=True)
 # The compiler causes this warning, and here warnings are errors.
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_compiled_gradient_gives_the_same_numbers(own_algorithm: tuple[str, TinyRuns]) -> None:
