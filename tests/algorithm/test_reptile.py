@@ -50,7 +50,7 @@ class Watched(FixedExamples):
         return super().data(tasks, role, step)._replace(num_shots=7)
 
     def inner_loss(self, model: Model, params: Params, data: Examples) -> Tensor:
-        assert data.num_shots == 1, "an example weighs the same whatever K"
+        assert data.num_shots == 1, "an example has the same weight for every K"
         self.seen.append(data.x[:, :, 0])
         return super().inner_loss(model, params, data)
 
