@@ -19,9 +19,10 @@ from pathlib import Path
 from maml.config.paths import CHECKPOINTS
 from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources
+from maml.paper.evidence import Evidence, find_evidence
 from maml.record import checkpoint
 from maml.record.exported import Entry, ExportedFile, Index, Reading, pack, read_index, unpack, write_index
-from maml.record.index import Evidence, Report, Run, find_evidence, find_runs
+from maml.record.index import Report, Run, find_runs
 from maml.record.run_folder import read_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

@@ -17,9 +17,10 @@ from typing import Any
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures
+from maml.paper.evidence import Evidence, find_evidence, provenance
 from maml.paper.figures import CurveComparison, figure_rows, plot_figure, prepare_curve
 from maml.paper.tables import summary
-from maml.record.index import Evidence, find_evidence, find_runs, provenance
+from maml.record.index import find_runs
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NOTE = (

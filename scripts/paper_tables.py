@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 
 from maml.paper.cells import Table, load_tables
+from maml.paper.evidence import find_evidence
 from maml.paper.latex import document, table_latex
 from maml.paper.tables import STATUSES, Comparison, compare, headline_markdown, summary, table_markdown, table_rows
-from maml.record.index import find_evidence, find_runs
+from maml.record.index import find_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

@@ -16,8 +16,9 @@ from statistics import fmean
 
 from maml.errors import MamlError
 from maml.paper.cells import load_tables
+from maml.paper.evidence import find_evidence
 from maml.paper.tables import Comparison, printed_value, reading_text
-from maml.record.index import find_evidence, find_runs
+from maml.record.index import find_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

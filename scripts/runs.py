@@ -37,8 +37,9 @@ from maml.config.paths import CONF
 from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
+from maml.paper.evidence import find_evidence
 from maml.record import checkpoint
-from maml.record.index import SUPERSEDED, CurveRecord, Run, find_evidence, read_run, read_runs, supersede
+from maml.record.index import SUPERSEDED, CurveRecord, Run, read_run, read_runs, supersede
 from maml.record.lock import acquire
 
 RESULTS = CONF.parent / "results"

@@ -14,9 +14,9 @@ from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.paper.cells import Panel, Picture, Source
+from maml.paper.evidence import Evidence
 from maml.paper.figures import save
 from maml.record import checkpoint
-from maml.record.index import Evidence
 from maml.seeding import Stream
 
 # The gradient steps that are drawn, with label, colour and line style (dotted, dashed and solid as in the paper).

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maml.paper.cells import Curve, Figure
+from maml.paper.evidence import Evidence, provenance
 from maml.paper.tables import Comparison, reason_for, status_markdown, verdict
-from maml.record.index import Evidence, Report, provenance
+from maml.record.index import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,6 +22,7 @@ from maml.config.identity import evaluation_config, training_config
 from maml.errors import MamlError
 from maml.paper.cells import Figure, Panel, Picture, Source, Table, load_figures, load_pictures, load_tables
 from maml.paper.charts import histogram, line_chart
+from maml.paper.evidence import Evidence, find_evidence, provenance
 from maml.paper.figures import CurveComparison
 from maml.paper.markup import Content, Markup, element
 from maml.paper.plan import WATERMARK
@@ -36,7 +37,7 @@ from maml.paper.tables import (
     summary,
 )
 from maml.record.exported import read_index
-from maml.record.index import Evidence, Run, find_evidence, provenance
+from maml.record.index import Run
 
 _NUM_POINTS = 200  # most points of a learning curve
 

@@ -13,7 +13,7 @@ from hydra.utils import get_class
 
 from maml.config.compose import compose_experiment
 from maml.paper.cells import Cell, Source, Table
-from maml.record.index import Evidence, provenance
+from maml.paper.evidence import Evidence, provenance
 
 STATUSES = ("reproduced", "better", "worse", "measured", "reduced budget", "quoted", "running", "not run")
 _ALWAYS_COUNTED = {"reproduced", "better", "worse", "reduced budget", "not run"}

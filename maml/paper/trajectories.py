@@ -16,8 +16,8 @@ from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.paper.adaptation import load_trained
 from maml.paper.cells import Panel, Picture
+from maml.paper.evidence import Evidence
 from maml.paper.figures import save
-from maml.record.index import Evidence
 from maml.types import take
 
 # The gradient steps that are drawn, with label, colour and line style.

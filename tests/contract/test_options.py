@@ -53,7 +53,7 @@ def test_option_composes_and_passes_the_check(part: str, option: str, cache_dir:
     if part in ("model", "algorithm"):  # building these needs the other parts; tests/test_experiments.py does it
         return
     if config.hardware["min_processes"] > 1:
-        with pytest.raises(MamlError, match="there is 1 process, fewer than hardware.min_processes=2"):
+        with pytest.raises(MamlError, match=r"there is 1 process, fewer than hardware\.min_processes=2"):
             build(getattr(config, part))
         return
     try:

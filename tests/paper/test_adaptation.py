@@ -11,8 +11,9 @@ import torch
 from maml.errors import MamlError
 from maml.paper.adaptation import panel_rows
 from maml.paper.cells import Panel, Picture
+from maml.paper.evidence import find_evidence
 from maml.record import checkpoint
-from maml.record.index import find_evidence, find_runs
+from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, edit, make_run_with_checkpoint
 from tests.paper.test_figures import evidence
 from tests.runs import ROOT

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure as Canvas
 
 from maml.errors import MamlError
 from maml.paper.cells import Curve, Figure, Panel, Picture, Source, load_figures
+from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.figures import CurveComparison, DrawnCurve, bootstrap_interval, plot_figure, prepare_curve
-from maml.record.index import Evidence, find_evidence, find_runs
+from maml.record.index import find_runs
 from tests.paper.fake_runs import POINT, SINUSOID, make_run, make_run_with_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from maml.paper.cells import Cell, Layout, Table, load_tables
+from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.latex import document, escape, table_latex
 from maml.paper.tables import Comparison, bold_cells, compare
-from maml.record.index import Evidence, find_evidence, find_runs
+from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from maml.paper.cells import Cell, Layout, Table, load_figures, load_tables
+from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.figures import CurveComparison
 from maml.paper.tables import (
     NO_REASON,
@@ -25,7 +26,7 @@ from maml.paper.tables import (
     table_rows,
     verdict,
 )
-from maml.record.index import Evidence, find_evidence, find_runs
+from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,9 @@ from maml.errors import MamlError
 from maml.evaluation import Evaluation, per_task_rows
 from maml.paper.adaptation import load_trained
 from maml.paper.cells import Panel, load_pictures
+from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.trajectories import panel_rows, plot_picture
-from maml.record.index import Evidence, find_evidence, find_runs
+from maml.record.index import find_runs
 from tests.paper.fake_runs import POINT, edit, make_run_with_checkpoint
 
 RESULTS = Path(__file__).parents[2] / "results"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from maml.record.index import find_evidence, find_runs
+from maml.paper.evidence import find_evidence
+from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]

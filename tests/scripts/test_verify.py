@@ -23,9 +23,10 @@ from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.evaluation import Curve, Evaluation
 from maml.paper.cells import named_sources
+from maml.paper.evidence import find_evidence
 from maml.record import checkpoint
 from maml.record.exported import Reading, read_index, unpack
-from maml.record.index import find_evidence, find_runs
+from maml.record.index import find_runs
 from tests.paper.fake_runs import make_run, make_run_with_checkpoint
 from tests.runs import ROOT
 
