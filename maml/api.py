@@ -7,6 +7,7 @@ predictor(more_images)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,15 +230,11 @@ class Network:
             if targets.shape != expected:
                 raise MamlError(f"y has shape {tuple(targets.shape)}; the targets of x have shape {expected}")
         num_steps = self.evaluation.num_steps if num_steps is None else num_steps
-        tasks = {"x": inputs.unsqueeze(0), "y": targets.unsqueeze(0)}
-
-        def given(tasks: Tasks, role: Role, step: int = 0) -> Examples:
-            return Examples(tasks["x"], tasks["y"], num_shots)
-
-        domain.data = given  # type: ignore[method-assign]  # examples are given here, not drawn
-        sizes = self._step_sizes(num_shots, num_steps)
-        start = self.algorithm.params_per_task(1, self.theta)
-        *_, params = self.algorithm.adapt(start, tasks, num_steps, sizes)
+        examples = Examples(inputs.unsqueeze(0), targets.unsqueeze(0), num_shots)
+        algorithm: Any = copy.copy(self.algorithm)
+        algorithm.domain = _GivenExamples(domain, examples)
+        start, sizes = algorithm.params_per_task(1, self.theta), self._step_sizes(num_shots, num_steps)
+        *_, params = algorithm.adapt(start, {"x": examples.x, "y": examples.y}, num_steps, sizes)
         params = {name: value.detach() for name, value in params.items()}
         if not all(value.isfinite().all() for value in params.values()):
             raise Diverged(f"{num_steps} gradient steps on these examples diverge; take fewer")
@@ -280,6 +277,19 @@ class Network:
                 )
             inputs = inputs.div(scale)
         return inputs
+
+
+class _GivenExamples:
+    """A domain whose only task has the examples given by the user, instead of drawn ones."""
+
+    def __init__(self, domain: SupervisedDomain, examples: Examples) -> None:
+        self._domain, self._examples = domain, examples
+
+    def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
+        return self._examples
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._domain, name)
 
 
 def _tensor(values: Any) -> Tensor:

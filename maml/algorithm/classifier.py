@@ -61,7 +61,7 @@ class Classifier(Algorithm):
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """The mean cross-entropy over all training classes; the metrics hold the new running statistics."""
-        outputs, seen = self._forward_in_training_mode(self.theta_of(params), self.images.data(tasks, "support").x)
+        outputs, seen = self._forward_in_training_mode(self.theta_of(params), self.domain.data(tasks, "support").x)
         accuracy = (outputs.argmax(-1) == tasks["labels"]).to(outputs.dtype).mean(1)
         return mean_cross_entropy(outputs, tasks["labels"]), {"accuracy": accuracy} | new_statistics(params, seen)
 

@@ -27,7 +27,7 @@ class FineTune(Classifier):
         self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
         statistics = {name: params[name] for name in self.buffers}
-        support = self.images.data(tasks, "support")
+        support = self.domain.data(tasks, "support")
 
         def loss(params: Params, step: int) -> Tensor:
             outputs, seen = self._forward_in_training_mode(params, support.x)

@@ -29,7 +29,7 @@ class NearestNeighbor(Classifier):
         self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
         """Yields the parameters with the features of the support images added; gradient steps change nothing."""
-        support = self.images.data(tasks, "support")
+        support = self.domain.data(tasks, "support")
         params = params | {"support.features": self.classifier.features(params, support.x)}
         for _ in range(num_steps + 1):
             yield params
