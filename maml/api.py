@@ -91,7 +91,9 @@ def _load_run(path: Path) -> Network:
     folder = path if path.is_dir() else path.parent
     file = checkpoint.newest(folder / "checkpoint.pt") if path.is_dir() else path
     if file is None or not (folder / "config.yaml").exists():
-        raise MamlError(f"{folder} is no run folder: it has no checkpoint.pt and config.yaml")
+        raise MamlError(
+            f"{folder} is no run folder: it lacks checkpoint.pt or config.yaml; give runs/<experiment>/<run id>"
+        )
     saved = checkpoint.load(file)
     config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     settings = check(config)
@@ -178,7 +180,9 @@ class Network:
             MamlError: if the network takes no images, or a file cannot be read.
         """
         if len(self.in_shape) != 3:
-            raise MamlError(f"{self.experiment} takes inputs of shape {self.in_shape}, which are no images")
+            raise MamlError(
+                f"{self.experiment} takes inputs of shape {self.in_shape}, which are no images; give `adapt` numbers"
+            )
         return torch.stack([self._read(picture) for picture in pictures])
 
     def _read(self, picture: str | Path | Image.Image) -> Tensor:
