@@ -17,6 +17,7 @@ from torch import Tensor
 import maml
 from maml import api
 from maml.config.compose import compose_experiment
+from maml.config.paths import CHECKPOINTS
 from maml.config.schema import Settings, build, without_data
 from maml.data.omniglot import load_omniglot
 from maml.domain.classification import FewShotClassification
@@ -25,6 +26,7 @@ from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
+from maml.record.exported import read_index
 from maml.types import Params, num_tasks, take
 from tests.runs import TinyRuns
 from tests.scripts.test_render import trained
@@ -253,3 +255,10 @@ def test_sinusoid_network_learns_a_sinusoid() -> None:
     errors = [(network.adapt(x, y, num_steps)(x) - y).square().mean() for num_steps in (0, 1, 10)]
     assert errors[0] > errors[1] > errors[2]
     assert isinstance(network.algorithm.domain, Sinusoid)
+
+
+@pytest.mark.parametrize("experiment", sorted({entry.experiment for entry in read_index(CHECKPOINTS).cells.values()}))
+def test_every_committed_network_can_be_loaded(experiment: str) -> None:
+    network = maml.load(experiment)
+    assert all(value.isfinite().all() for value in network.theta.values())
+    assert all(value.any() for value in network.algorithm.buffers.values()), "they are the trained ones"

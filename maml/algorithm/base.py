@@ -18,9 +18,6 @@ from maml.outer.base import Objective, Outer, OuterState
 from maml.seeding import Stream
 from maml.types import MatrixVectorProduct, Params, Tasks, expand
 
-# Groups of tensors that have another name in older checkpoints: old name -> present name.
-_RENAMED_GROUPS = {"carried": "buffers"}
-
 MakeModel = Callable[[Sequence[int], int], Model]
 """Builds the model f_theta from the shape of one input and the number of outputs."""
 
@@ -236,8 +233,7 @@ class Algorithm(ABC):
             MamlError: if the state belongs to another algorithm or model.
         """
         current = _by_full_name(self.state_dict())
-        groups = {_RENAMED_GROUPS.get(group, group): tensors for group, tensors in state.items()}
-        saved = {self._present_name(name): value for name, value in _by_full_name(groups).items()}
+        saved = {self._present_name(name): value for name, value in _by_full_name(state).items()}
         if current.keys() != saved.keys():
             raise MamlError(
                 "the checkpoint does not fit this algorithm and model: it "

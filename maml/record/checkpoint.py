@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 from zipfile import BadZipFile, ZipFile
@@ -13,6 +13,8 @@ import torch
 from maml.errors import MamlError
 
 _FORMAT = "maml checkpoint 1"
+# Names of groups of tensors in older files, and their names today.
+_RENAMED_GROUPS = {"carried": "buffers"}
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -89,7 +91,12 @@ def load(path: Path) -> dict[str, Any]:
         raise MamlError(f"{path} is damaged or not a checkpoint ({_first_line(error)}){advice}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise MamlError(f"{path} is not a checkpoint of this project: its format is not {_FORMAT!r}")
-    return content
+    return content | {"state": rename_groups(content["state"])} if "state" in content else content
+
+
+def rename_groups(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the groups of a saved state under the names that they have today."""
+    return {_RENAMED_GROUPS.get(group, group): tensors for group, tensors in state.items()}
 
 
 def newest(path: Path) -> Path | None:

@@ -126,7 +126,7 @@ def unpack(path: Path, sha256: str) -> State:
     for name, value in tensors.items():
         group, _, parameter = name.partition(".")
         state.setdefault(group, {})[parameter] = value
-    return state
+    return checkpoint.rename_groups(state)
 
 
 def restore(algorithm: Algorithm, state: State) -> None:

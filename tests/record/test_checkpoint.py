@@ -204,3 +204,9 @@ def test_readers_see_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     checkpoint.write_atomically(path, write)
     assert path.read_bytes() == b"half"
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_group_of_an_older_checkpoint_has_its_name_of_today(tmp_path: Path) -> None:
+    state = {"theta": {"a": torch.ones(2)}, "carried": {"mean": torch.zeros(2)}}
+    checkpoint.save(tmp_path / "checkpoint.pt", {"state": state})
+    assert list(checkpoint.load(tmp_path / "checkpoint.pt")["state"]) == ["theta", "buffers"]
