@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from maml.errors import MamlError
 from maml.types import MatrixVectorProduct, Params, Tasks
 
 OuterState = dict[str, Tensor]
@@ -26,7 +27,7 @@ class Objective(ABC):
         They include ``loss`` and, for policies, ``kl``: the mean KL divergence from the policies that collected the
         rollouts.
         """
-        raise NotImplementedError
+        raise _missing("mean metrics without a gradient")
 
     def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, dict[str, Tensor]]:
         """Returns the gradient of each task's loss with respect to the task's own parameters, and its metrics.
@@ -38,7 +39,7 @@ class Objective(ABC):
         Returns:
             The gradients, name -> ``(T, ...)``, and the metrics, name -> ``(T,)``.
         """
-        raise NotImplementedError
+        raise _missing("gradients of single tasks")
 
     def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
         """Returns the Hessian of the mean KL divergence from the policies of ``theta``, at ``theta``.
@@ -47,7 +48,14 @@ class Objective(ABC):
             theta: the parameters of the policies.
             every: 1 uses every timestep, n uses every n-th.
         """
-        raise NotImplementedError
+        raise _missing("curvature")
+
+
+def _missing(what: str) -> MamlError:
+    return MamlError(
+        f"this meta-objective has no {what}, but the outer optimizer or the algorithm asks for it; choose another "
+        "outer optimizer, or train the seeds one by one with -m seed=..."
+    )
 
 
 def flatten(params: Params, theta: Params) -> Tensor:

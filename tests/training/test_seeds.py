@@ -166,3 +166,11 @@ def test_gradient_of_all_seeds_is_refused_at_another_theta() -> None:
     theta["w"] -= gradient["w"]
     with pytest.raises(MamlError, match="at another one; train the seeds one by one"):
         objective.evaluate(theta)
+
+
+def test_what_the_objective_of_several_seeds_lacks_is_named() -> None:
+    objective = PrecomputedGradient({"w": torch.zeros(2)}, {"w": torch.ones(2)}, {})
+    with pytest.raises(MamlError, match="has no curvature, but the outer optimizer or the algorithm asks for it"):
+        objective.curvature({"w": torch.zeros(2)})
+    with pytest.raises(MamlError, match="has no gradients of single tasks"):
+        objective.task_gradients({"w": torch.zeros(2)}, {})
