@@ -143,8 +143,10 @@ def test_editable_install_is_right_in_the_folder_above_a_clone_named_maml(tmp_pa
         archive.extractall(site)
     assert not (site / "maml").exists(), "an editable install holds no copy of anything"
     assert [path.read_text().strip() for path in site.glob("*.pth")] == [str(clone)]
+    # The environment of the tests has an editable install of its own, which is taken out of the way.
     code = f"""
 import site, sys
+sys.path = [path for path in sys.path if path != {str(ROOT)!r}]
 site.addsitedir({str(site)!r})
 import maml
 from maml.config.paths import CONF
