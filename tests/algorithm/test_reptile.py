@@ -199,6 +199,7 @@ def test_adaptation_of_a_task_depends_on_no_other() -> None:
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
 def test_compiled_gradient_equals_eager_on_new_tasks() -> None:
     algorithm, _ = make()
+    algorithm.inner.num_steps = 2  # a shorter program is compiled sooner
     compiled = MetaGradient(algorithm, Execution(1, None, compile=True))
     for seed in (1, 2):
         tasks = algorithm.sample_tasks(NUM_TASKS, Stream(seed))
