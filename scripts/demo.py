@@ -17,7 +17,7 @@ from maml.config.compose import compose
 from maml.errors import Interrupted, MamlError
 from maml.experiment import run_experiment
 from maml.paper.cells import Source, load_figures, load_levels, load_tables
-from maml.paper.figures import DrawnCurve, curve_readings, plot_figure
+from maml.paper.figures import DrawnCurve, plot_figure
 from maml.paper.tables import reading_text, verdict
 from maml.record.index import Report
 from maml.record.run_folder import RunFolder
@@ -87,7 +87,14 @@ def draw_figure(report: Report, smoke: bool, path: Path) -> Path:
     (figure,) = (figure for figure in load_figures(RESULTS) if figure.name == "figure3")
     curves = [curve for curve in figure.curves if curve.source.experiment == EXPERIMENT]
     note = f" ({report.num_iterations} iterations: a smoke test)" if smoke else ""
-    lines = [DrawnCurve(curve, f"{curve.row}, ours{note}", curve_readings(curve, report)) for curve in curves]
+    lines = [
+        DrawnCurve(
+            curve,
+            f"{curve.row}, ours{note}",
+            [report.reading(curve.source, step) for step in range(curve.num_steps + 1)],
+        )
+        for curve in curves
+    ]
     return plot_figure(figure, lines, path)
 
 

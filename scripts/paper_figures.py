@@ -8,30 +8,37 @@ Reads results/cells.yaml, results/paper/, the run folders and the committed runs
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures
 from maml.paper.evidence import Evidence, find_evidence, provenance
 from maml.paper.figures import CurveComparison, figure_rows, plot_figure, prepare_curve
-from maml.paper.tables import summary
-from maml.record.index import find_runs
+from maml.paper.tables import CONFLICT, summary
+from maml.record.checkpoint import write_text_atomically
+from maml.record.index import conflicts_among, find_runs
+from maml.record.statistics import MIN_RUNS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NOTE = (
-    "Bands are 95 % intervals over test tasks unless stated otherwise. If several seeds were run, the lowest is drawn. "
+    "Curves are means over runs. Bands are 95 % intervals unless stated otherwise; they cover test tasks and, if there "
+    f"are at least {MIN_RUNS} runs, trainings. Figures 2, 4 (bottom) and 7 show single tasks after the first training. "
     "A curve is reproduced if all steps with a published value are; otherwise it has the status of the last step that "
     "is not. The CSV beside each picture has all numbers and the status of each step. Made by `make paper-figures`."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes all figures and prints the status of each curve; returns 1 if a damaged run was left out, else 0."""
+    """Writes all figures and prints the status of each curve; returns 1 if a damaged run was left out, else 0.
+
+    Each file is written whole or not at all.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--runs-dir",
@@ -46,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
+    conflicts = conflicts_among(runs)
     sections, judged = {}, []
     for figure in load_figures(options.results):
         path = _path(options.out, figure.name)
@@ -84,7 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overview = ["# The paper's figures", "", f"{counted}.", ""]
     overview += [f"**ERROR, left out:** {message}\n" for message in damaged]
     overview += [line for name in sorted(sections) for line in sections[name]]
-    (options.out / "figures.md").write_text("\n".join([*overview, NOTE, ""]))
+    overview += [f"**{CONFLICT}** {message}\n" for message in conflicts]
+    write_text_atomically(options.out / "figures.md", "\n".join([*overview, NOTE, ""]))
+    for message in conflicts:
+        print(f"NOTE: {message}", file=sys.stderr)
     for message in damaged:
         print(f"ERROR, left out: {message}", file=sys.stderr)
     print(f"{counted}\nwritten to {options.out / 'figures.md'}")
@@ -99,10 +110,7 @@ def _path(out: Path, name: str) -> Path:
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with open(path.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_text_atomically(path.with_suffix(".csv"), pd.DataFrame(rows, dtype=object).to_csv(index=False))
 
 
 def _section(figure: Figure | Picture, path: Path, items: Mapping[str, tuple[str, str, Source, Evidence]]) -> list[str]:

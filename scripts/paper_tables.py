@@ -8,29 +8,45 @@ Reads results/cells.yaml, results/paper/, the run folders and the committed runs
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
+
 from maml.paper.cells import Table, load_tables
 from maml.paper.evidence import find_evidence
 from maml.paper.latex import document, table_latex
-from maml.paper.tables import STATUSES, Comparison, compare, headline_markdown, summary, table_markdown, table_rows
-from maml.record.index import find_runs
+from maml.paper.tables import (
+    CONFLICT,
+    STATUSES,
+    Comparison,
+    compare,
+    headline_markdown,
+    summary,
+    table_markdown,
+    table_rows,
+)
+from maml.record.checkpoint import write_text_atomically
+from maml.record.index import conflicts_among, find_runs
+from maml.record.statistics import MIN_RUNS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-SEEDS_NOTE = (
-    "Number, interval (over test tasks) and status are those of the lowest seed. In brackets: the number of seeds and "
-    "the range of their means."
+RUNS_NOTE = (
+    "A number is the mean over runs; the interval covers test tasks and, if there are at least "
+    f"{MIN_RUNS} runs, trainings. *Runs* gives their number, the range of their means and, in brackets, the interval "
+    "over test tasks alone. The paper's number is from one training."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes all tables and prints the summary; returns 1 if a damaged run folder was left out, else 0."""
+    """Writes all tables and prints the summary; returns 1 if a damaged run folder was left out, else 0.
+
+    Each file is written whole or not at all.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--runs-dir",
@@ -45,29 +61,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
+    conflicts = conflicts_among(runs)
     tables = load_tables(options.results)
     comparisons = compare(tables, cache(lambda source: find_evidence(source, runs)))
     counted, *other_counts = counts_of(tables, comparisons)
     cells = [comparison for group in comparisons.values() for comparison in group]
     overview = ["# The paper's tables", "", f"{counted}.", "", *(f"{line}.\n" for line in other_counts)]
-    overview += [headline_markdown(cells, "notes.md"), "", SEEDS_NOTE, ""]
+    overview += [headline_markdown(cells, "notes.md"), "", RUNS_NOTE, ""]
     overview += [f"**ERROR, left out:** {message}\n" for message in damaged]
+    overview += [f"**{CONFLICT}** {message}\n" for message in conflicts]
     overview += ["| table | " + " | ".join(STATUSES) + " |", "| --- |" + " --- |" * len(STATUSES)]
     for table in tables:
         folder, group = options.out / table.name, comparisons[table.name]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{table.name}.md").write_text(table_markdown(table, group))
-        (folder / f"{table.name}.tex").write_text(table_latex(table, group))
-        with open(folder / f"{table.name}.csv", "w", newline="") as file:
-            rows = table_rows(group)
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        rows = pd.DataFrame(table_rows(group), dtype=object)
+        write_text_atomically(folder / f"{table.name}.md", table_markdown(table, group))
+        write_text_atomically(folder / f"{table.name}.tex", table_latex(table, group))
+        write_text_atomically(folder / f"{table.name}.csv", rows.to_csv(index=False))
         counts = Counter(comparison.status for comparison in group)
         numbers = " | ".join(str(counts[status] or "") for status in STATUSES)
         overview.append(f"| [{table.title}]({table.name}/{table.name}.md) | {numbers} |")
-    (options.out / "tables.tex").write_text(document(f"{counted}.", [table.name for table in tables]))
-    (options.out / "tables.md").write_text("\n".join([*overview, "", "Made by `make paper-tables`.", ""]))
+    names = [table.name for table in tables]
+    write_text_atomically(options.out / "tables.tex", document(f"{counted}.", names))
+    write_text_atomically(options.out / "tables.md", "\n".join([*overview, "", "Made by `make paper-tables`.", ""]))
+    for message in conflicts:
+        print(f"NOTE: {message}", file=sys.stderr)
     for message in damaged:
         print(f"ERROR, left out: {message}", file=sys.stderr)
     print(*(line for line in (counted, *other_counts)), sep="\n")

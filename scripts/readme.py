@@ -12,12 +12,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 from maml.errors import MamlError
 from maml.paper.cells import load_tables
 from maml.paper.evidence import find_evidence
 from maml.paper.tables import Comparison, printed_value, reading_text
+from maml.record.checkpoint import write_text_atomically
 from maml.record.index import find_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if after != before:
             print(f"the table of {options.readme} is out of date; run make readme", file=sys.stderr)
         return int(after != before)
-    options.readme.write_text(after)
+    write_text_atomically(options.readme, after)
     print(f"written to {options.readme}")
     return 0
 
@@ -72,25 +72,22 @@ def results_table() -> str:
     for name, words in SHOWN.items():
         source = cells[name].source if name in cells else None
         comparison = Comparison(cells[name], find_evidence(source, runs)) if source else None
-        if comparison is None or not comparison.by_seed:
+        if comparison is None or comparison.ours is None:
             raise MamlError(f"{name} has no committed number; take it out of SHOWN in scripts/readme.py")
         lines.append(f"| {words} | {' | '.join(_row(comparison))} |")
     return "\n".join([*lines, ""])
 
 
 def _row(comparison: Comparison) -> list[str]:
-    """Returns the paper's number, our mean over seeds with its interval over tasks, the trainings, and the command."""
+    """Returns the paper's number, our mean over runs with its interval, the trainings, and the command."""
     cell, evidence = comparison.cell, comparison.evidence
     assert cell.source is not None
-    mean, ci95 = (fmean(values) for values in zip(*comparison.by_seed, strict=True))
-    trainings = str(len(comparison.by_seed))
-    if comparison.spread:
-        low, high = (f"{value:.{comparison.decimals}f}" for value in comparison.spread)
-        trainings += f": {low} to {high}"
+    assert comparison.ours is not None
+    trainings = comparison.runs_text or "1"
     if evidence.progress:
         trainings += f", stopped at {evidence.progress}"
     command = f"`{cell.source.command([])}`"
-    return [printed_value(cell), reading_text(mean, ci95, comparison.decimals), trainings, command]
+    return [printed_value(cell), reading_text(*comparison.ours, comparison.decimals), trainings, command]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maml.paper.report import render
+from maml.record.checkpoint import write_text_atomically
 from maml.record.index import find_runs
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     page, problems = render(options.results, *find_runs(*options.runs_dir))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(page)
+    write_text_atomically(options.out, page)
     for problem in problems:
         print(f"ERROR, left out: {problem}", file=sys.stderr)
     print(f"written to {options.out}, {len(page.encode()) / 1e6:.1f} MB")

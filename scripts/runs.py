@@ -8,7 +8,6 @@ Only `supersede` writes anything, a mark in the run's folder. Only `prune --yes`
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import shutil
 import signal
@@ -17,15 +16,14 @@ import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cache
-from inspect import Parameter, signature
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.utils import get_class
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -34,17 +32,16 @@ from maml.config.compose import compose_experiment
 from maml.config.hints import near_miss
 from maml.config.identity import digest, evaluation_config, training_config
 from maml.config.paths import CONF
-from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
-from maml.paper.evidence import find_evidence
+from maml.paper.evidence import Evidence, find_evidence, samples
 from maml.record import checkpoint
-from maml.record.index import SUPERSEDED, CurveRecord, Run, read_run, read_runs, supersede
+from maml.record.frame import UNKNOWN, run_frame, setting
+from maml.record.index import SUPERSEDED, CurveRecord, Run, conflicts_among, read_run, read_runs, supersede
 from maml.record.lock import acquire
 
 RESULTS = CONF.parent / "results"
 RESAMPLES = 10_000
-UNKNOWN = Parameter.empty
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     list_parser.add_argument(
         "--by-seed",
         action="store_true",
-        help="one line per group of finished runs that differ in seed only; superseded runs and runs in conflict with "
-        "an equal run are left out",
+        help="one line per group of completely trained runs that differ in seed or hardware only, with the mean over "
+        "runs; superseded runs are left out",
     )
     list_parser.add_argument("--csv", action="store_true", help="as CSV, with more columns and in full precision")
 
@@ -173,16 +170,16 @@ def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         and options.finished in (None, run.iteration == run.num_iterations)
         and all(setting(run.record.training, key) == value for key, value in wanted)
     ]
-    rows = _rows_by_seed(chosen) if options.by_seed else [_row(run) for run in chosen]
+    frame = _frame_by_seed(chosen) if options.by_seed else run_frame(chosen)
     if options.csv:
-        writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        frame.to_csv(sys.stdout, index=False)
         return
-    print_table([(_group_text if options.by_seed else _row_text)(row) for row in rows])
+    print_table([(_group_text if options.by_seed else _row_text)(row) for row in frame.to_dict("records")])
     for run in chosen:
         if run.superseded and not options.by_seed:
             print(f"left out, {run.superseded}: {run.path}")
+    for conflict in conflicts_among(chosen):
+        print(f"conflict: {conflict}")
 
 
 def _parse_setting(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
@@ -198,43 +195,8 @@ def _parse_setting(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
     return key, override.value()
 
 
-def setting(settings: Mapping[str, Any], key: str) -> Any:
-    """Returns a setting, or the constructor's default if it is not recorded; `UNKNOWN` if there is no default."""
-    if key in settings:
-        return settings[key]
-    part, _, name = key.rpartition(".")
-    target = settings.get(f"{part}._target_") if part else f"{Settings.__module__}.{Settings.__name__}"
-    return _default(target, name) if target else UNKNOWN
-
-
-@cache
-def _default(target: str, name: str) -> Any:
-    try:
-        parameter = signature(get_class(target)).parameters.get(name)
-    except (ImportError, ValueError):  # the run used a class that was renamed since, or a user's class
-        return UNKNOWN
-    return parameter.default if parameter else UNKNOWN
-
-
-def _row(run: Run) -> dict[str, Any]:
-    numbers = dict.fromkeys(("evaluated_at", "metric", "num_shots", "step", "mean", "ci95", "num_tasks"))
-    if run.report and run.headline:
-        curve, last = run.headline
-        numbers |= {"evaluated_at": run.report.iteration, "metric": curve.metric, "num_shots": curve.num_shots}
-        numbers |= {"step": last.step, "mean": last.mean, "ci95": last.ci95, "num_tasks": last.num_tasks}
-    return {
-        "run": run.record.run_id,
-        "experiment": run.experiment,
-        "seed": run.record.seed,
-        "iteration": run.iteration,
-        "num_iterations": run.num_iterations,
-        "status": run.status,
-        **numbers,
-        "seconds": run.record.seconds,
-        "commit": run.commits,
-        "hardware": run.hardware,
-        "folder": str(run.path),
-    }
+def _run_row(run: Run) -> dict[str, Any]:
+    return run_frame([run]).to_dict("records")[0]
 
 
 def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
@@ -265,46 +227,53 @@ def reading_text(mean: float | None, ci95: float | None) -> str:
     return "diverged" if mean is None or ci95 is None else f"{mean:.4g} ± {ci95:.2g}"
 
 
-def _rows_by_seed(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Returns one row per group of runs that differ in seed only; the mean over seeds is nan if a seed diverged."""
-    groups: dict[str, dict[int, Run]] = {}
-    for run in runs:
-        if run.report and run.report.complete and not run.superseded and not run.conflict:
-            training = {key: value for key, value in run.record.training.items() if key != "seed"}
-            settings = digest({"training": training, "evaluation": run.report.evaluation})
-            groups.setdefault(settings, {}).setdefault(run.record.seed, run)  # keeps the first of equal runs
-    rows = []
-    for group in groups.values():
-        row, *others = [_row(group[seed]) for seed in sorted(group)]
-        means = np.array([seed_row["mean"] for seed_row in (row, *others)], dtype=float)
-        columns = ("metric", "num_shots", "step", "mean", "ci95", "num_tasks")
-        rows.append(
-            {
-                "experiment": row["experiment"],
-                "lowest_seed_run": row["run"],
-                **{name: row[name] for name in columns},
-                "seeds": " ".join(map(str, sorted(group))),
-                "num_seeds": len(group),
-                "seeds_mean": means.mean(),
-                "seeds_sd": means.std(ddof=1) if others else nan,
-                "lowest_mean": means.min(),
-                "highest_mean": means.max(),
-            }
-        )
-    return rows
+def _frame_by_seed(runs: Sequence[Run]) -> pd.DataFrame:
+    """Returns one row per group of complete runs that differ in seed or hardware only, with their statistics."""
+    complete = [run for run in runs if run.report and run.report.complete and not run.superseded]
+    groups = pd.Series(complete, dtype=object).groupby([_settings_but_seed(run) for run in complete], sort=False)
+    return pd.DataFrame([_group_row(list(group)) for _, group in groups], dtype=object)
+
+
+def _settings_but_seed(run: Run) -> str:
+    assert run.report
+    training = {key: value for key, value in run.record.training.items() if key != "seed"}
+    return digest({"training": training, "evaluation": run.report.evaluation})
+
+
+def _group_row(runs: Sequence[Run]) -> dict[str, Any]:
+    evidence = Evidence(tuple(samples((run, run.report) for run in runs if run.report)))
+    run, report = evidence.evaluated[0]
+    row = run_frame([run]).iloc[0]
+    found = evidence.statistics(Source(run.experiment, row["metric"], row["num_shots"]), row["step"])
+    assert found is not None
+    seeds = [report.seed for _, report in evidence.evaluated]
+    means = np.array(found.means)
+    return {
+        "experiment": run.experiment,
+        "first_run": report.run_id,
+        **row[["metric", "num_shots", "step", "num_tasks"]],
+        "mean": found.mean,
+        "ci95": found.ci95,
+        "tasks_ci95": found.tasks_ci95,
+        "num_runs": found.num_runs,
+        "seeds": " ".join(map(str, seeds)),
+        "sd": means.std(ddof=1) if len(means) > 1 else nan,
+        "lowest_run": found.lowest,
+        "highest_run": found.highest,
+    }
 
 
 def _group_text(row: Mapping[str, Any]) -> dict[str, str]:
-    has_spread = not isnan(row["seeds_sd"])
+    several, diverged = row["num_runs"] > 1, isnan(row["mean"])
+    span = "" if diverged or not several else f"{row['lowest_run']:.4g} to {row['highest_run']:.4g}"
     return {
         "experiment": row["experiment"],
-        "lowest seed's run": row["lowest_seed_run"],
-        "headline": f"{row['metric']} ({_where(row)})",
-        "lowest seed ± 95 % over n tasks": f"{reading_text(row['mean'], row['ci95'])} (n={row['num_tasks']})",
-        "seeds": f"{row['seeds']} (n={row['num_seeds']})",
-        "mean over seeds": "diverged" if isnan(row["seeds_mean"]) else f"{row['seeds_mean']:.4g}",
-        "sd over seeds": f"{row['seeds_sd']:.2g}" if has_spread else "",
-        "range over seeds": f"{row['lowest_mean']:.4g} to {row['highest_mean']:.4g}" if has_spread else "",
+        "first run": row["first_run"],
+        "headline": f"{row['metric']} ({_where(row)}, n={row['num_tasks']})",
+        "mean over runs ± 95 %": reading_text(None if diverged else row["mean"], row["ci95"]),
+        "over tasks alone": "" if diverged else f"± {row['tasks_ci95']:.2g}",
+        "runs": f"{row['num_runs']}: seeds {row['seeds']}" if several else f"1: seed {row['seeds']}",
+        "range over runs": span,
     }
 
 
@@ -314,12 +283,12 @@ def _group_text(row: Mapping[str, Any]) -> dict[str, str]:
 def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Prints the settings, segments and evaluations of one run, and the cells that use it."""
     run = find(options.run, runs)
-    print_table([{"run": name, run.record.run_id: value} for name, value in _row_text(_row(run)).items()][1:])
+    print_table([{"run": name, run.record.run_id: value} for name, value in _row_text(_run_row(run)).items()][1:])
     print(f"\nin {run.path}")
     if run.superseded:
         print(f"left out of tables and figures: {run.superseded}")
     if run.conflict:
-        print(f"left out of tables and figures: {run.conflict}")
+        print(f"conflict: {run.conflict}")
     training, evaluation = _settings_of(run.experiment)
     print("\nTraining settings that differ from the experiment's:" if training else "\nTraining settings:")
     print_differences(run.record.training, training, "run", "experiment")
@@ -357,10 +326,7 @@ def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
             print(f"\nEvaluation settings of {report.folder.relative_to(run.path)} that differ from the experiment's:")
             print_differences(report.evaluation, evaluation, "run", "experiment")
     print("\nUsed by:")
-    print(
-        "\n".join(_artifacts_using(run, [other for other in runs if not other.superseded and not other.conflict]))
-        or "none"
-    )
+    print("\n".join(_artifacts_using(run, [other for other in runs if not other.superseded])) or "none")
 
 
 def _settings_of(experiment: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -411,7 +377,7 @@ def _value_text(settings: Mapping[str, Any], key: str) -> str:
 def compare_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Prints the differences of two runs."""
     a, b = find(options.a, runs), find(options.b, runs)
-    rows = _row_text(_row(a)) | {"folder": str(a.path)}, _row_text(_row(b)) | {"folder": str(b.path)}
+    rows = _row_text(_run_row(a)) | {"folder": str(a.path)}, _row_text(_run_row(b)) | {"folder": str(b.path)}
     print_table([{"": name, "A": rows[0][name], "B": rows[1][name]} for name in rows[0]])
     print("\nSettings that differ:")
     evaluations = [run.report.evaluation if run.report else {} for run in (a, b)]

@@ -26,7 +26,7 @@ _NUM_INPUTS = 101
 
 @torch.no_grad()
 def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[str, Any]]:
-    """Adapts to the panel's task, from theta of the finished run with the lowest seed.
+    """Adapts to the panel's task, from theta of the first finished run.
 
     Args:
         picture: the figure; the task depends on its name and on the panel's task number only.
@@ -64,7 +64,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
 
 
 def load_trained(source: Source, evidence: Evidence) -> Algorithm:
-    """Builds the algorithm and loads the checkpoint of the finished run with the lowest seed.
+    """Builds the algorithm and loads the checkpoint of the first finished run; a picture shows a single training.
 
     Raises:
         MamlError: if the checkpoint is missing, damaged, or belongs to another run.

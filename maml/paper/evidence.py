@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from maml.config.compose import compose_experiment
 from maml.config.identity import evaluation_config, training_config
 from maml.config.names import locate
 from maml.config.schema import Settings
-from maml.record.index import Report, Run, Source
+from maml.errors import MamlError
+from maml.record.index import Report, Run, Source, conflicts_among
+from maml.record.statistics import Statistics, combine
 
 PROVENANCE = (
     "seeds",
@@ -30,8 +34,9 @@ class Evidence:
     """The runs that belong to one source.
 
     Attributes:
-        evaluated: runs with the source's settings, with their reports: the complete runs, one per seed, lowest seed
-            first. If no run is complete, only the run with the most iterations.
+        evaluated: runs with the source's settings, with their reports, in the order of their seeds. These are the
+            complete runs. A seed that was run on several machines, with different numbers, has several runs. If no
+            run is complete, only the run with the most iterations.
         unevaluated: if no run was evaluated, the run in progress or the one with the most iterations; else None.
     """
 
@@ -65,22 +70,58 @@ class Evidence:
             return ""
         return f"{done:,} of {run.record.training['num_iterations']:,} iterations"
 
+    @property
+    def conflicts(self) -> list[str]:
+        """One message for every two of the runs that contradict each other."""
+        return conflicts_among([run for run, _ in self.evaluated])
+
+    def statistics(self, source: Source, step: int) -> Statistics | None:
+        """Returns the mean over runs after ``step`` gradient steps, in the paper's unit; None if nothing was run."""
+        if not self.evaluated:
+            return None
+        readings = [report.reading(source, step) for _, report in self.evaluated]
+        return combine(readings, self.per_task(source, step) if len(readings) > 1 else None)
+
+    def per_task(self, source: Source, step: int) -> np.ndarray | None:
+        """Returns the value of each run and task, ``(runs, tasks)``, in the paper's unit.
+
+        None if the runs were evaluated on different tasks, or if the values of a run are missing.
+        """
+        if len({report.banks[str(source.num_shots)] for _, report in self.evaluated}) != 1:
+            return None
+        try:
+            return np.stack([report.per_task(source, step) for _, report in self.evaluated])
+        except MamlError:
+            return None
+
 
 def find_evidence(source: Source, runs: Sequence[Run]) -> Evidence:
     """Returns the runs of one source: those with its evaluation settings and, except for the seed, its training."""
     settings = compose_experiment(source.experiment, source.overrides)
     training, evaluation = _without_seed(training_config(settings)), evaluation_config(settings)
     trained = [run for run in runs if _without_seed(run.record.training) == training]
-    evaluated = [(run, report) for run in trained for report in run.reports if report.evaluation == evaluation]
-    by_seed: dict[int, tuple[Run, Report]] = {}
-    for run, report in evaluated:
-        if report.complete:
-            by_seed.setdefault(report.seed, (run, report))
-    if by_seed:
-        return Evidence(tuple(by_seed[seed] for seed in sorted(by_seed)))
+    # An evaluation that was repeated is no second sample either: the first report counts, which is the run's own.
+    found = ((run, [each for each in run.reports if each.evaluation == evaluation]) for run in trained)
+    evaluated = [(run, max(reports, key=lambda each: each.iteration)) for run, reports in found if reports]
+    if complete := samples([pair for pair in evaluated if pair[1].complete]):
+        return Evidence(tuple(complete))
     if evaluated:
         return Evidence((max(evaluated, key=lambda pair: pair[1].iteration),))
     return Evidence(unevaluated=max(trained, key=lambda run: (run.alive, run.iteration), default=None))
+
+
+def samples(evaluated: Iterable[tuple[Run, Report]]) -> list[tuple[Run, Report]]:
+    """Returns runs with equal settings in the order of their seeds, without copies.
+
+    A seed that was run on several machines counts several times. Equal numbers are a copy of the run, or come from a
+    training without chance; they are no second sample, and the first counts.
+    """
+    by_seed: dict[int, list[tuple[Run, Report]]] = {}
+    for run, report in evaluated:
+        same_seed = by_seed.setdefault(report.seed, [])
+        if all(report.difference(other) for _, other in same_seed):
+            same_seed.append((run, report))
+    return [pair for seed in sorted(by_seed) for pair in by_seed[seed]]
 
 
 def _without_seed(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,20 +139,21 @@ def provenance(source: Source | None, evidence: Evidence) -> dict[str, Any]:
     values: dict[str, Any] = dict.fromkeys(PROVENANCE, "")
     if source is None:
         return values
-    seeds = [report.seed for _, report in evidence.evaluated]
+    reports = [report for _, report in evidence.evaluated]
+    runs = [run for run, _ in evidence.evaluated]
+    seeds = sorted({report.seed for report in reports})
     values |= {
         "seeds": " ".join(map(str, seeds)),
         "inner_order": _inner_order(compose_experiment(source.experiment, source.overrides)),
         "command": source.command(seeds),
     }
-    if evidence.evaluated:
-        run, report = evidence.evaluated[0]
+    if reports:
         values |= {
-            "iteration": report.iteration,
-            "num_iterations": report.num_iterations,
-            "commit": run.commits,
-            "hardware": run.hardware,
-            "run_id": report.run_id,
-            "task_bank": report.banks[str(source.num_shots)],
+            "iteration": reports[0].iteration,
+            "num_iterations": reports[0].num_iterations,
+            "commit": ", ".join(dict.fromkeys(part.commit_name for run in runs for part in run.record.segments)),
+            "hardware": "; ".join(dict.fromkeys(part.machine for run in runs for part in run.record.segments)),
+            "run_id": " ".join(dict.fromkeys(report.run_id for report in reports)),
+            "task_bank": " ".join(dict.fromkeys(report.banks[str(source.num_shots)] for report in reports)),
         }
     return values

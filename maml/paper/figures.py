@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maml.paper.cells import Curve, Figure
+from maml.paper.cells import Curve, Figure, Source
 from maml.paper.evidence import Evidence, provenance
 from maml.paper.tables import Comparison, reason_for, status_markdown, verdict
-from maml.record.index import Report
+from maml.record.checkpoint import write_atomically
+from maml.record.statistics import Statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +31,10 @@ class DrawnCurve:
     Attributes:
         curve: the published curve.
         label: label of our line, which also tells if runs are missing or incomplete.
-        readings: our mean and the half-width of its 95 % interval, at each gradient step; empty if nothing was run.
-        intervals: the 68 % interval of our mean, at each gradient step, if exact means are published; else empty.
+        readings: our mean over runs and the half-width of its 95 % interval, at each gradient step; empty if nothing
+            was run.
+        intervals: the 68 % interval of our mean over test tasks, at each gradient step, if exact means are published;
+            else empty.
     """
 
     curve: Curve
@@ -88,10 +92,11 @@ class CurveComparison:
             return self.evidence.state
         if step not in self.curve.levels:
             return "measured"
-        report, (low, high) = self.evidence.evaluated[0][1], self.curve.levels[step]
-        mean, ci = report.reading(self.curve.source, step)
+        (low, high), found = self.curve.levels[step], self.evidence.statistics(self.curve.source, step)
+        assert found is not None
+        larger_is_better = self.evidence.evaluated[0][1].larger_is_better
         # The printed mean may lie anywhere in the range, so it is enough that the intervals overlap.
-        return verdict(mean, ci + (high - low) / 2, (low + high) / 2, 0.0, report.larger_is_better)
+        return verdict(found.mean, found.ci95 + (high - low) / 2, (low + high) / 2, 0.0, larger_is_better)
 
 
 def prepare_curve(curve: Curve, evidence: Evidence) -> DrawnCurve:
@@ -101,17 +106,32 @@ def prepare_curve(curve: Curve, evidence: Evidence) -> DrawnCurve:
         MamlError: if ``tasks.csv`` is needed for 68 % intervals, but is missing or damaged.
     """
     note = ", ".join(filter(None, [evidence.state, evidence.progress]))
-    label = f"{curve.row}, ours" if evidence.complete else f"{curve.row}, ours: {note}"
     if not evidence.evaluated:
-        return DrawnCurve(curve, label, [])
-    report = evidence.evaluated[0][1]
-    intervals = [bootstrap_interval(report.per_task(curve.source, cell.step)) for cell in curve.cells]
-    return DrawnCurve(curve, label, curve_readings(curve, report), intervals)
+        return DrawnCurve(curve, f"{curve.row}, ours: {note}", [])
+    found = curve_statistics(curve, evidence)
+    if evidence.complete:
+        note = f"{found[0].num_runs} runs" if found[0].num_runs > 1 else ""
+    intervals = [bootstrap_interval(_mean_per_task(curve.source, cell.step, evidence)) for cell in curve.cells]
+    readings = [(each.mean, each.ci95) for each in found]
+    return DrawnCurve(curve, ": ".join(filter(None, [f"{curve.row}, ours", note])), readings, intervals)
 
 
-def curve_readings(curve: Curve, report: Report) -> list[tuple[float, float]]:
-    """Returns the mean and the half-width of its 95 % interval at each gradient step."""
-    return [report.reading(curve.source, step) for step in range(curve.num_steps + 1)]
+def curve_statistics(curve: Curve, evidence: Evidence) -> list[Statistics]:
+    """Returns our mean over runs and its intervals at each gradient step; empty if nothing was evaluated."""
+    every = (evidence.statistics(curve.source, step) for step in range(curve.num_steps + 1))
+    return [found for found in every if found is not None]
+
+
+def _mean_per_task(source: Source, step: int, evidence: Evidence) -> np.ndarray:
+    """Returns the mean over runs of each task's value, ``(tasks,)``.
+
+    Raises:
+        MamlError: if the values of a run are missing or damaged.
+    """
+    values = evidence.per_task(source, step)
+    if values is None:  # the first run alone; it raises the error if its values are missing
+        return evidence.evaluated[0][1].per_task(source, step)
+    return values.mean(0)
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
@@ -123,11 +143,11 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
 
 def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
     """Returns one row per gradient step, for the CSV."""
-    item, nothing = prepare_curve(curve, evidence), [("", "")] * (curve.num_steps + 1)
-    origin = provenance(curve.source, evidence)
+    item, nothing = prepare_curve(curve, evidence), [(None, None)] * (curve.num_steps + 1)
+    origin, found = provenance(curve.source, evidence), curve_statistics(curve, evidence)
     rows, statuses = [], CurveComparison(curve, evidence).steps
     for step, (ours, ci) in enumerate(item.readings or nothing):
-        low, high = curve.levels.get(step, ("", ""))
+        low, high = curve.levels.get(step, (None, None))
         row: dict[str, Any] = {"curve": curve.row, "num_shots": curve.source.num_shots, "grad_step": step}
         if curve.cells:
             cell, (our_low, our_high) = curve.cells[step], (item.intervals or nothing)[step]
@@ -137,7 +157,10 @@ def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
             row |= {"ours": ours, "ours_ci95": ci, "ours_low68": our_low, "ours_high68": our_high}
         else:
             row |= {"paper_low": low, "paper_high": high, "ours": ours, "ours_ci95": ci}
-        rows.append(row | {"status": statuses[step]} | origin)
+        row |= {"status": statuses[step], "num_runs": found[step].num_runs if found else 0}
+        row |= {"lowest_run": found[step].lowest if found else None}
+        row |= {"highest_run": found[step].highest if found else None}
+        rows.append(row | origin)
     return rows
 
 
@@ -171,8 +194,10 @@ def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Pat
 
 def save(canvas: Canvas, path: Path) -> Path:
     """Writes a PNG and a PDF, without a date so that equal numbers give equal bytes. Returns the PNG's path."""
-    canvas.savefig(path, dpi=150, metadata={"Software": None})
-    canvas.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    pdf = path.with_suffix(".pdf"), {"CreationDate": None, "Creator": None, "Producer": None}
+    for file, metadata in ((path, {"Software": None}), pdf):
+        drawn = partial(canvas.savefig, format=file.suffix[1:], dpi=150, metadata=metadata)
+        write_atomically(file, drawn)
     return path
 
 

@@ -30,6 +30,7 @@ _ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "▽": r"$\bigtriangledown$",
     "○": r"$\circ$",
     "†": r"$\dagger$",
+    "‡": r"$\ddagger$",
 }
 
 
@@ -58,8 +59,8 @@ def table_latex(table: Table, comparisons: Sequence[Comparison]) -> str:
             if not row.quoted:
                 ours = [_number(our_value(item)) + _mark(item, footnotes) if item else "" for item in row.items]
                 body.append(_line(r"\quad ours", ours))
-            if row.has_spread:
-                body.append(_line(r"\quad seeds", [_number(item.spread_text) if item else "" for item in row.items]))
+            if row.has_runs:
+                body.append(_line(r"\quad runs", [_number(item.runs_text) if item else "" for item in row.items]))
     notes = [f"{number}: {escape(text)}." for number, text in enumerate(footnotes, 1)]
     return "\n".join(
         [

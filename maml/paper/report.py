@@ -27,6 +27,7 @@ from maml.paper.figures import CurveComparison
 from maml.paper.markup import Content, Markup, element
 from maml.paper.plan import WATERMARK
 from maml.paper.tables import (
+    CONFLICT,
     NO_REASON,
     STATUSES,
     Comparison,
@@ -38,6 +39,7 @@ from maml.paper.tables import (
 )
 from maml.record.exported import read_index
 from maml.record.index import Run
+from maml.record.statistics import MIN_RUNS
 
 _NUM_POINTS = 200  # most points of a learning curve
 
@@ -135,8 +137,9 @@ def _header(of_paper: Sequence[Comparison], sections: Sequence[str], problems: S
         element("ul", tiles, class_="tiles"),
         element(
             "p",
-            "Each number is the mean over test tasks ± the half-width of its 95 % interval, for the lowest seed. "
-            "Select a number to see its evidence, or the head of a column to sort the rows.",
+            "Each number of ours is the mean over runs ± the half-width of its 95 % interval, which covers test tasks "
+            f"and, if there are at least {MIN_RUNS} runs, trainings. Select a number to see its evidence, or the head "
+            "of a column to sort the rows.",
         ),
         element("section", element("h2", "Left out"), element("ul", errors), class_="problems") if errors else "",
         element("nav", [element("a", title, href=f"#{_slug(title)}") for title in sections]),
@@ -230,8 +233,10 @@ class _Page:
         facts = {"paper": printed_value(cell) or "not published", "ours": "—", "verdict": _chip(item.status)}
         if item.ours:
             facts["ours"] = reading_text(*item.ours, item.decimals)
-        if item.spread:
-            facts["seeds"] = item.spread_text
+        if item.runs_text:
+            facts["runs"] = item.runs_text
+        if item.place_text:
+            facts["paper among our runs"] = item.place_text
         content: list[Content] = [_fact_list(facts), element("p", _STATUS_MEANINGS[item.status][1], class_="muted")]
         if cell.source:
             content.append(self._reason(item.reason))
@@ -261,14 +266,13 @@ class _Page:
         """
         origin = provenance(source, evidence)
         content: list[Content] = [_command(origin["command"])]
+        content += [element("p", f"{CONFLICT} {conflict}") for conflict in evidence.conflicts]
         if evidence.evaluated and name in self.verifiable:
             content.append(_command(f"make verify CELL={name}"))
         if evidence.progress:
             content.append(element("p", evidence.progress))
         if evidence.evaluated:
-            content.append(
-                self._seeds(source, evidence, step, len(published.partition(".")[2]) + 1 if published else 3)
-            )
+            content.append(self._runs(source, evidence, step, len(published.partition(".")[2]) + 1 if published else 3))
         metric = f"{source.metric.replace('_', ' ')} at K={source.num_shots}"
         facts: dict[str, Content] = {"reading": metric if step is None else f"{metric}, step {step}"}
         if origin["inner_order"]:
@@ -281,7 +285,7 @@ class _Page:
         content += [_fact_list(facts), element("div", charts, class_="charts")]
         return element("div", content, self._settings(source, evidence))
 
-    def _seeds(self, source: Source, evidence: Evidence, step: int | None, decimals: int) -> Markup:
+    def _runs(self, source: Source, evidence: Evidence, step: int | None, decimals: int) -> Markup:
         names = ["seed", "ours", "run", "iterations", "commit", "hardware", "training"]
         rows = [
             element(
@@ -297,10 +301,10 @@ class _Page:
             for run, report in evidence.evaluated
         ]
         head = element("thead", element("tr", [element("th", name, scope="col") for name in names]))
-        return _scroll_box(element("table", head, element("tbody", rows)), "Seeds")
+        return _scroll_box(element("table", head, element("tbody", rows)), "Runs")
 
     def _training(self, source: Source, evidence: Evidence) -> Content:
-        """Returns the learning curves of all seeds; empty if there are none."""
+        """Returns the learning curves of all runs; empty if there are none."""
         runs = [run for run, _ in evidence.evaluated] or ([evidence.unevaluated] if evidence.unevaluated else [])
         curves, metric = {}, ""
         for run in runs:
@@ -314,7 +318,8 @@ class _Page:
             metric = next((name for name in names if name in known), "loss")
             points = [(line["iteration"], line[metric]) for line in records if line.get(metric) is not None]
             if len(points) > 1:
-                curves[f"seed {run.record.seed}"] = _downsampled(points)
+                name = f"seed {run.record.seed}"
+                curves[f"{name}, {run.hardware}" if name in curves else name] = _downsampled(points)
         if not curves:
             return ""
         keys = [element("span", name, class_=f"key curve-{number % 4}") for number, name in enumerate(curves)]
@@ -322,16 +327,20 @@ class _Page:
         return element("figure", chart, element("figcaption", f"Training: {metric} of the meta-batch. ", keys))
 
     def _tasks(self, source: Source, evidence: Evidence, step: int, published: str) -> Content:
-        """Returns a histogram of the test tasks' values for the lowest seed; empty if they cannot be read."""
-        report = evidence.evaluated[0][1]
+        """Returns a histogram of each test task's mean over runs; empty if the values cannot be read."""
+        of_runs, num_runs = evidence.per_task(source, step), len(evidence.evaluated)
         try:
-            values = report.per_task(source, step)
+            if of_runs is None:  # runs on different tasks, or a damaged file
+                of_runs = evidence.evaluated[0][1].per_task(source, step)[None]
         except MamlError as error:
             self.problems.append(str(error))
             return ""
+        of_runs = of_runs[np.isfinite(of_runs).any(1)] if np.isfinite(of_runs).any() else of_runs
+        values = of_runs.mean(0)
         finite, metric = values[np.isfinite(values)], source.metric.replace("_", " ")
         num_diverged = len(values) - len(finite)
-        caption = f"{metric} of each of the {len(values)} test tasks, seed {report.seed}."
+        caption = f"{metric} of each of the {len(values)} test tasks"
+        caption += f", mean over {len(of_runs)} of {num_runs} runs." if num_runs > 1 else "."
         if num_diverged:
             caption += f" Not drawn: {num_diverged} that diverged."
         if num_diverged == len(values):
@@ -548,8 +557,8 @@ def _steps(item: CurveComparison) -> Markup:
         paper = printed_value(curve.cells[step]) if curve.cells else ""
         if not curve.cells and step in curve.levels:
             paper = "{:g} to {:g}, read off".format(*curve.levels[step])
-        evaluated = item.evidence.evaluated
-        ours = reading_text(*evaluated[0][1].reading(curve.source, step), 3) if evaluated else ""
+        found = item.evidence.statistics(curve.source, step)
+        ours = reading_text(found.mean, found.ci95, 3) if found else ""
         cells = [element("td", text) for text in (paper, ours, _chip(status))]
         rows.append(element("tr", element("th", str(step), scope="row"), cells))
     head = element("thead", element("tr", [element("th", name, scope="col") for name in _STEP_HEADS]))

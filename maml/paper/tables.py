@@ -6,33 +6,37 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
 from hydra.utils import get_class
 
 from maml.config.compose import compose_experiment
 from maml.paper.cells import Cell, Source, Table
 from maml.paper.evidence import Evidence, provenance
+from maml.record.statistics import MIN_RUNS, Statistics
 
 STATUSES = ("reproduced", "better", "worse", "measured", "reduced budget", "quoted", "running", "not run")
 _ALWAYS_COUNTED = {"reproduced", "better", "worse", "reduced budget", "not run"}
 # Marks of a status in the paper's layout; other statuses are written as words.
 SYMBOLS = {"reproduced": "=", "better": "△", "worse": "▽", "reduced budget": "○", "quoted": "†"}
+CONFLICT = "‡"  # marks a number in which two runs contradict each other
 NOTHING = "\N{EN DASH}"  # printed where the paper has no number
 NO_REASON = "no reason known yet"
 REDUCED_BUDGET = "reduced-budget"  # the anchor of its section in results/notes.md
 
 LEGEND = (
-    "Below each row of the paper is ours: the mean ± the half-width of its 95 % interval over test tasks, for the "
-    "lowest seed. If there are several seeds, the row below gives their number and the range of their means. "
+    "Below each row of the paper is ours: the mean over our runs ± the half-width of its 95 % interval. The interval "
+    f"covers test tasks and, if there are at least {MIN_RUNS} runs, trainings. If there are several runs, the row "
+    "below gives their number, the range of their means and, in brackets, the interval over test tasks alone. "
     "= reproduced: the paper's value lies in our interval or ours in the paper's; △ better; ▽ worse; ○ reduced budget: "
-    "training is not complete, so this is not a reproduction; † quoted by the paper from other authors. Bold as in the "
+    "training is not complete, so this is not a reproduction; † quoted by the paper from other authors; "
+    f"{CONFLICT} equal runs on equal hardware gave different numbers, and all are counted. Bold as in the "
     "paper: numbers of its own method, if no number between the same two lines is better by more than the interval "
     "printed beside it."
 )
 
-_HEADER = ("row", "column", "paper", "ours", "status", "seeds", "inner order", "commit", "hardware", "command")
+_HEADER = ("row", "column", "paper", "ours", "status", "runs", "inner order", "commit", "hardware", "command")
 _NOTES = (
     "*measured*: no number is published to compare with. A status that is a link leads to the reason, as far as it is",
     "known. `+` after a commit: with uncommitted changes. The CSV beside this file has all numbers in full precision,",
@@ -55,22 +59,21 @@ class Comparison:
     cell: Cell
     evidence: Evidence
 
+    @cached_property
+    def statistics(self) -> Statistics | None:
+        """Our mean over runs, its intervals, and the mean of each run; None if nothing was evaluated."""
+        source = self.cell.source
+        return self.evidence.statistics(source, self.cell.step) if source else None
+
     @property
     def ours(self) -> tuple[float, float] | None:
-        """Our mean and the half-width of its 95 % interval over tasks, for the lowest seed; None if not run."""
-        return self.by_seed[0] if self.by_seed else None
+        """Our mean over runs and the half-width of its 95 % interval; None if nothing was evaluated."""
+        return (self.statistics.mean, self.statistics.ci95) if self.statistics else None
 
     @property
-    def by_seed(self) -> list[tuple[float, float]]:
-        """The mean and the half-width of its interval for every evaluated seed, lowest seed first."""
-        source = self.cell.source
-        return [report.reading(source, self.cell.step) for _, report in self.evidence.evaluated] if source else []
-
-    @property
-    def spread(self) -> tuple[float, float] | None:
-        """The lowest and the highest mean over seeds; nan if a seed diverged, None if there is only one seed."""
-        means = [mean for mean, _ in self.by_seed]
-        return (float(np.min(means)), float(np.max(means))) if len(means) > 1 else None
+    def larger_is_better(self) -> bool:
+        """Whether a larger value of the evaluated metric is better."""
+        return self.evidence.evaluated[0][1].larger_is_better
 
     @property
     def status(self) -> str:
@@ -84,7 +87,7 @@ class Comparison:
         if not self.cell.value:
             return "measured"
         published, ci = float(self.cell.value), float(self.cell.ci or 0)
-        return verdict(*self.ours, published, ci, self.evidence.evaluated[0][1].larger_is_better)
+        return verdict(*self.ours, published, ci, self.larger_is_better)
 
     @property
     def reason(self) -> str:
@@ -97,12 +100,26 @@ class Comparison:
         return len(self.cell.value.partition(".")[2]) + 1
 
     @property
-    def spread_text(self) -> str:
-        """The number of seeds and the range of their means; empty if there is only one seed."""
-        if self.spread is None:
+    def runs_text(self) -> str:
+        """The number of runs, the range of their means, and the interval over tasks alone; empty for a single run."""
+        found = self.statistics
+        if found is None or found.num_runs == 1:
             return ""
-        lowest, highest = self.spread
-        return f"{len(self.by_seed)}: {lowest:.{self.decimals}f} to {highest:.{self.decimals}f}"
+        if math.isnan(found.mean):
+            return f"{sum(map(math.isnan, found.means))} of {found.num_runs} diverged"
+        lowest, highest, tasks = (f"{x:.{self.decimals}f}" for x in (found.lowest, found.highest, found.tasks_ci95))
+        return f"{found.num_runs}: {lowest} to {highest} (± {tasks})"
+
+    @property
+    def place_text(self) -> str:
+        """Where the paper's number, which is from one training, lies among our runs; empty for a single run."""
+        found = self.statistics
+        if found is None or found.num_runs == 1 or not self.cell.value or math.isnan(found.mean):
+            return ""
+        published = float(self.cell.value)
+        beaten = sum((published > mean) == self.larger_is_better and published != mean for mean in found.means)
+        quantity = {0: "none", found.num_runs: "all"}.get(beaten, str(beaten))
+        return f"the paper's is better than {quantity} of them"
 
 
 @dataclass(frozen=True)
@@ -125,9 +142,9 @@ class Row:
         return any(item.cell.quoted for item in self.items if item)
 
     @property
-    def has_spread(self) -> bool:
-        """Whether a cell of the row was run with several seeds."""
-        return any(item.spread for item in self.items if item)
+    def has_runs(self) -> bool:
+        """Whether a cell of the row has several runs."""
+        return any(item.runs_text for item in self.items if item)
 
 
 def verdict(ours: float, ours_ci: float, published: float, published_ci: float, larger_is_better: bool) -> str:
@@ -209,15 +226,17 @@ def bold_cells(table: Table) -> set[tuple[str, str]]:
 
 
 def table_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Returns the rows of the CSV, one per cell, in full precision."""
+    """Returns the rows of the CSV, one per cell, in full precision; None where there is no number."""
     rows = []
     for comparison in comparisons:
         cell = comparison.cell
-        ours, ours_ci = comparison.ours or ("", "")
-        lowest, highest = comparison.spread or ("", "")
+        found = comparison.statistics
         row: dict[str, Any] = {"row": cell.row, "column": cell.column, "paper": cell.value, "paper_ci95": cell.ci}
-        row |= {"ours": ours, "ours_ci95": ours_ci, "status": comparison.status, "reason": comparison.reason}
-        row |= {"lowest_seed_mean": lowest, "highest_seed_mean": highest}
+        row |= {"ours": found.mean if found else None, "ours_ci95": found.ci95 if found else None}
+        row |= {"status": comparison.status, "reason": comparison.reason}
+        row |= {"num_runs": found.num_runs if found else 0, "tasks_ci95": found.tasks_ci95 if found else None}
+        row |= {"lowest_run": found.lowest if found else None, "highest_run": found.highest if found else None}
+        row |= {"conflict": "; ".join(comparison.evidence.conflicts)}
         rows.append(row | provenance(cell.source, comparison.evidence))
     return rows
 
@@ -240,15 +259,15 @@ def headline_markdown(comparisons: Iterable[Comparison], notes: str) -> str:
         comparisons: the comparisons of all cells.
         notes: path of ``results/notes.md`` for the reader.
     """
-    lines = ["| cell | paper | ours, 95 % interval | status | seeds | command |", "|" + " --- |" * 6]
+    lines = ["| cell | paper | ours, 95 % interval | status | runs | command |", "|" + " --- |" * 6]
     shown = set()
     for comparison in comparisons:
         number = comparison.cell.source, comparison.cell.step
         if comparison.ours and number not in shown:
             shown.add(number)
-            row, column, paper, ours, status, seeds, *_, command = _markdown_row(comparison, notes)
+            row, column, paper, ours, status, runs, *_, command = _markdown_row(comparison, notes)
             cell = f"{comparison.cell.table}/{row}/{column}"
-            lines.append(f"| {cell} | {paper} | {ours} | {status} | {seeds} | {command} |")
+            lines.append(f"| {cell} | {paper} | {ours} | {status} | {runs} | {command} |")
     return "\n".join(lines)
 
 
@@ -262,7 +281,8 @@ def our_value(comparison: Comparison) -> str:
     if comparison.ours is None:
         return comparison.status
     text = reading_text(*comparison.ours, comparison.decimals)
-    return f"{text} {SYMBOLS.get(comparison.status, '')}".strip()
+    mark = CONFLICT if comparison.evidence.conflicts else ""
+    return f"{text} {SYMBOLS.get(comparison.status, '')}{mark}".strip()
 
 
 def layout_rows(table: Table, comparisons: Sequence[Comparison]) -> list[list[Row]]:
@@ -295,16 +315,19 @@ def _layout_markdown(table: Table, comparisons: Sequence[Comparison]) -> list[st
         )
         if not row.quoted:
             lines.append(["ours", *(our_value(item) if item else "" for item in row.items)])
-        if row.has_spread:
-            lines.append(["seeds", *(item.spread_text if item else "" for item in row.items)])
+        if row.has_runs:
+            lines.append(["runs", *(item.runs_text if item else "" for item in row.items)])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _markdown_row(comparison: Comparison, notes: str) -> list[str]:
     cell, origin = comparison.cell, provenance(comparison.cell.source, comparison.evidence)
-    seeds = origin["seeds"].replace(" ", ", ")
-    if comparison.spread:
-        seeds += f" ({comparison.spread_text})"
+    runs = "; ".join(filter(None, [comparison.runs_text, comparison.place_text]))
+    if origin["seeds"]:
+        seeds = origin["seeds"].split()
+        runs = "; ".join(filter(None, [runs or "1", f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"]))
+    if comparison.evidence.conflicts:
+        runs = f"{CONFLICT} {runs}"
     progress = comparison.evidence.progress
     ours = reading_text(*comparison.ours, comparison.decimals) if comparison.ours else ""
     if progress:
@@ -316,7 +339,7 @@ def _markdown_row(comparison: Comparison, notes: str) -> list[str]:
         f"{cell.value} ± {cell.ci}" if cell.ci else cell.value,
         ours,
         status_markdown(comparison.status, comparison.reason, notes),
-        seeds,
+        runs,
         str(origin["inner_order"]),
         origin["commit"],
         origin["hardware"],

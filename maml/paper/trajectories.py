@@ -27,7 +27,7 @@ _TOLERANCE = 0.01  # relative; rounding on another machine can end an episode on
 
 @torch.no_grad()
 def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[str, Any]]:
-    """Repeats the evaluation of the finished run with the lowest seed and returns the first rollout to the goal.
+    """Repeats the evaluation of the first finished run and returns the first rollout to the goal.
 
     Args:
         picture: the figure, with the published trajectories.

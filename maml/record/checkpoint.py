@@ -38,6 +38,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         ) from error
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes a text file as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def previous_path(path: Path) -> Path:
     """Returns the path of the checkpoint that was saved before the one at ``path``."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")

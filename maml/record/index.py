@@ -1,31 +1,33 @@
-"""The index of all run folders: their records and reports, and which of them disagree."""
+"""The index of all run folders: their records and reports, and which of them contradict each other."""
 
 from __future__ import annotations
 
-import csv
 import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations, product
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from annotated_types import MinLen
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
-from maml.config.identity import digest
 from maml.config.paths import ROOT
 from maml.errors import MamlError
 from maml.record.checkpoint import write_atomically
 from maml.record.lock import is_held
 from maml.record.run_folder import read_json
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 SUPERSEDED = "superseded.json"  # the file in a run's folder that marks the run as superseded
 
-# Largest relative change of a mean when the same parameters are evaluated again on another machine. One query image
-# more or less in 600 tasks changes an accuracy by at most 1/3,000.
+# Largest relative difference of two means that count as the same number. One query image more or less in 600 tasks,
+# which rounding can cause, changes an accuracy by at most 1/3,000.
 _TOLERANCE = 1e-3
 
 Content = TypeVar("Content", bound=BaseModel)
@@ -69,18 +71,11 @@ class StepRecord(BaseModel):
     ci95: FiniteFloat | None
     num_tasks: int
 
-    def agrees_with(self, other: StepRecord, other_machine: bool) -> bool:
-        """Returns whether both numbers can come from the same training and tasks.
-
-        Args:
-            other: the number to compare with.
-            other_machine: whether the two were trained on different machines. Rounding differences grow in training,
-                so the numbers then only need to agree within the confidence interval.
-        """
+    def equals(self, other: StepRecord) -> bool:
+        """Returns whether both are the same number, up to rounding."""
         if self.mean is None or other.mean is None:
             return self.mean is other.mean
-        rounding = _TOLERANCE * (abs(self.mean) + (self.ci95 or 0))
-        return abs(self.mean - other.mean) <= max(rounding, self.ci95 or 0 if other_machine else 0)
+        return abs(self.mean - other.mean) <= _TOLERANCE * (abs(self.mean) + (self.ci95 or 0))
 
 
 class CurveRecord(BaseModel):
@@ -138,12 +133,12 @@ class Report(BaseModel):
         Raises:
             MamlError: if ``tasks.csv`` is missing, damaged, or belongs to another report.
         """
-        path, curve = self.folder / "tasks.csv", (str(source.num_shots), source.metric)
+        path = self.folder / "tasks.csv"
         try:
-            lines = [line for line in self.task_lines if (line["num_shots"], line["metric"]) == curve]
-            if not lines:
+            lines = self.task_tables.get((source.num_shots, source.metric))
+            if lines is None:
                 raise ValueError(f"it has no lines for {source.metric} at K={source.num_shots}")
-            values = source.scale * np.array([float(line[f"step_{step}"]) for line in lines])
+            values = source.scale * lines[f"step_{step}"].to_numpy(dtype=float)
             mean, _ = self.reading(source, step)
             with np.errstate(over="ignore", invalid="ignore"):
                 if math.isnan(mean):
@@ -157,19 +152,14 @@ class Report(BaseModel):
         return values
 
     @cached_property
-    def task_lines(self) -> list[dict[str, str]]:
-        """The lines of ``tasks.csv``; the file is read once."""
-        with open(self.folder / "tasks.csv", newline="") as file:
-            return list(csv.DictReader(file))
+    def task_tables(self) -> dict[Any, pd.DataFrame]:
+        """The content of ``tasks.csv`` by K and metric, with one row per task; the file is read once."""
+        import pandas as pd  # imported here because it takes a third of a second
 
-    def disagreement(self, other: Report, other_machine: bool) -> str:
-        """Describes the first difference from the report of another run with the same settings; empty if they agree.
+        return dict(iter(pd.read_csv(self.folder / "tasks.csv").groupby(["num_shots", "metric"])))
 
-        Args:
-            other: the other run's report.
-            other_machine: whether the other run was trained on another machine, so that the numbers only need to agree
-                within their confidence intervals.
-        """
+    def difference(self, other: Report) -> str:
+        """Describes the first number that differs from another report by more than rounding; empty if none does."""
         if self.banks != other.banks:
             return "its task banks are different"
         expected_steps = {
@@ -178,7 +168,7 @@ class Report(BaseModel):
         for curve in self.curves:
             for step in curve.steps:
                 expected = expected_steps.get((curve.metric, curve.num_shots, step.step), step)
-                if not step.agrees_with(expected, other_machine):
+                if not step.equals(expected):
                     values = ["diverged" if mean is None else f"{mean:.5g}" for mean in (step.mean, expected.mean)]
                     return f"{curve.metric} at K={curve.num_shots}, step {step.step}, is {', not '.join(values)}"
         return ""
@@ -202,6 +192,8 @@ class Segment(BaseModel):
     commit: str | None
     dirty: bool | None
     hardware: HardwareRecord
+    versions: dict[str, str] = {}
+    execution: dict[str, Any] = {}  # the oldest records have none
 
     @property
     def commit_name(self) -> str:
@@ -213,6 +205,11 @@ class Segment(BaseModel):
         """The name of the device, with the number of processes if there were several, each with its own device."""
         name = self.hardware.gpu or f"CPU, {self.hardware.cpu}"
         return f"{self.hardware.processes} x {name}" if self.hardware.processes > 1 else name
+
+    @property
+    def environment(self) -> tuple[Any, ...]:
+        """All that has to be equal for the same computation to give the same bits."""
+        return self.machine, self.execution.get("num_threads"), sorted(self.versions.items())
 
 
 class RunRecord(BaseModel):
@@ -246,7 +243,7 @@ class Run:
         reports: the reports of its evaluations.
         alive: whether a process is training in it.
         superseded: the mark that this run is no longer evidence; None if there is no mark.
-        conflict: why this run is ignored: it disagrees with an equal, earlier run; empty if it does not.
+        conflict: how its numbers contradict those of an equal run; empty if they do not.
     """
 
     path: Path
@@ -307,6 +304,12 @@ class Run:
         """The machines it was trained on."""
         return "; ".join(dict.fromkeys(part.machine for part in self.record.segments))
 
+    @property
+    def environment(self) -> tuple[Any, ...] | None:
+        """The environment of all its segments; None if they have different ones."""
+        first, *others = (part.environment for part in self.record.segments)
+        return first if all(other == first for other in others) else None
+
 
 def find_runs(*roots: Path) -> tuple[list[Run], list[str]]:
     """Reads every run that can be evidence, from ``<root>/<experiment>/<run id>/``.
@@ -315,15 +318,15 @@ def find_runs(*roots: Path) -> tuple[list[Run], list[str]]:
         roots: folders of run folders; of two equal runs, the one in the earlier root is preferred.
 
     Returns:
-        The runs, and one message for each folder that is left out because it is damaged, or because its numbers
-        disagree with an equal, earlier run. Superseded runs are left out without a message.
+        The runs, and one message for each folder that is left out because it is damaged. Superseded runs are left out
+        without a message.
     """
     runs, problems = read_runs(*roots)
-    return [run for run in runs if not run.superseded and not run.conflict], problems
+    return [run for run in runs if not run.superseded], problems
 
 
 def read_runs(*roots: Path) -> tuple[list[Run], list[str]]:
-    """Reads every run as `find_runs` does, but also returns superseded runs and runs in conflict."""
+    """Reads every run as `find_runs` does, but also returns superseded runs."""
     runs, problems = [], []
     for folder in (folder for root in roots for folder in sorted(root.glob("*/*/"))):
         try:
@@ -333,28 +336,41 @@ def read_runs(*roots: Path) -> tuple[list[Run], list[str]]:
         else:
             runs += [run] if run else []
     conflicts = _conflicts([run for run in runs if not run.superseded])
-    runs = [replace(run, conflict=conflicts.get(run.path, "")) for run in runs]
-    return runs, problems + list(dict.fromkeys(conflicts.values()))
+    return [replace(run, conflict=conflicts.get(run.path, "")) for run in runs], problems
 
 
 def _conflicts(runs: Sequence[Run]) -> dict[Path, str]:
-    """Returns a message, by folder, for every run that disagrees with an earlier run of the same settings."""
-    first: dict[str, tuple[Run, Report]] = {}
-    messages = {}
+    """Returns a message, by folder, for every two runs that should have given the same numbers and did not.
+
+    These are runs with equal settings, seed, hardware, versions and number of threads. On other hardware or versions,
+    training ends at other numbers, because rounding errors grow.
+    """
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        for report in run.reports:
-            settings = {"training": run.record.training, "evaluation": report.evaluation}
-            valid_run, valid_report = first.setdefault(
-                digest(settings | {"iteration": report.iteration}), (run, report)
-            )
-            difference = report.disagreement(valid_report, other_machine=run.hardware != valid_run.hardware)
-            if difference:
-                messages[run.path] = (
-                    f"{run.path} has the settings and the seed of {valid_run.path}, which is used, but {difference}. "
-                    "Look at both with `python scripts/runs.py compare`, and mark the wrong one with "
-                    "`python scripts/runs.py supersede`"
-                )
+        if run.reports:  # on other settings, no two reports can be compared
+            groups.setdefault(run.record.run_id, []).append(run)
+    messages: dict[Path, str] = {}
+    for equal in groups.values():
+        for first, second in combinations(equal, 2):
+            if first.environment is None or first.environment != second.environment:
+                continue
+            for a, b in product(first.reports, second.reports):
+                same = (a.evaluation, a.iteration) == (b.evaluation, b.iteration)
+                difference = b.difference(a) if same else ""
+                if difference:
+                    text = (
+                        f"{second.path} has the settings, the seed, the hardware and the versions of {first.path}, but "
+                        f"{difference}. Both are counted. Look at them with `python scripts/runs.py compare`, and mark "
+                        "a wrong one with `python scripts/runs.py supersede`"
+                    )
+                    messages.setdefault(first.path, text)
+                    messages.setdefault(second.path, text)
     return messages
+
+
+def conflicts_among(runs: Sequence[Run]) -> list[str]:
+    """Returns one message for every two of the runs that contradict each other."""
+    return list(dict.fromkeys(run.conflict for run in runs if run.conflict))
 
 
 def read_run(folder: Path) -> Run | None:

@@ -28,6 +28,7 @@ def make_run(
     status: str = "finished",
     name: str | None = None,
     source: Source = SINUSOID,
+    cpu: str = "Abacus",
     **training: Any,
 ) -> Path:
     """Makes a run folder of the source's experiment under ``root`` and returns it.
@@ -38,7 +39,7 @@ def make_run(
     settings = training_config(config) | ({"seed": seed} if seed else {}) | training
     run_id, done = digest(settings), settings["num_iterations"] if done is None else done
     folder = root / source.experiment / (name or run_id)
-    machine = {"device": "cpu", "cpu": "Abacus", "cores": 2}
+    machine = {"device": "cpu", "cpu": cpu, "cores": 2}
     segment = {"started": "2026-01-01T00:00:00+00:00", "seconds": 50.0, "first_iteration": 0, "last_iteration": done}
     segment |= {"commit": "0123456789", "dirty": True, "hardware": machine}
     record = {"run_id": run_id, "seed": seed, "status": status, "training": settings, "segments": [segment]}

@@ -58,17 +58,44 @@ def test_seeds_are_gathered_lowest_first_and_equal_ones_counted_once(tmp_path: P
         assert found.evaluated[0][0].path.is_relative_to(tmp_path / roots[0])
 
 
-def test_of_equal_runs_that_disagree_the_first_counts_and_the_other_is_named(tmp_path: Path) -> None:
+def test_equal_runs_that_contradict_each_other_are_both_counted_and_named(tmp_path: Path) -> None:
     local, committed = (make_run(tmp_path / root, mean=mean) for root, mean in (("local", 0.5), ("committed", 0.6)))
     make_run(tmp_path / "committed", mean=0.7, seed=1)
-    runs, problems = find_runs(tmp_path / "local", tmp_path / "committed")
-    assert readings(find_evidence(SINUSOID, runs)) == [0.5, 0.7]
-    assert len(problems) == 1
-    assert f"{committed} has the settings and the seed of {local}, which is used, but mse at K=5, step 0" in problems[0]
-    assert "is 0.6, not 0.5" in problems[0]
+    found = evidence(tmp_path / "local", tmp_path / "committed")
+    assert readings(found) == [0.5, 0.6, 0.7]
+    (message,) = found.conflicts
+    assert (
+        f"{committed} has the settings, the seed, the hardware and the versions of {local}, but mse at K=5" in message
+    )
+    assert "is 0.6, not 0.5" in message
     every, _ = read_runs(tmp_path / "local", tmp_path / "committed")
-    assert {run.path for run in every if run.status == "conflict"} == {committed}
-    assert len(every) == 3
+    assert {run.path for run in every if run.status == "conflict"} == {local, committed}
+
+
+def test_another_machine_with_other_numbers_is_one_more_sample(tmp_path: Path) -> None:
+    make_run(tmp_path / "local", mean=0.5)
+    make_run(tmp_path / "committed", mean=0.6, cpu="Slide rule")
+    found = evidence(tmp_path / "local", tmp_path / "committed")
+    assert (readings(found), found.conflicts) == ([0.5, 0.6], [])
+    assert provenance(SINUSOID, found)["hardware"] == "CPU, Abacus; CPU, Slide rule"
+    assert provenance(SINUSOID, found)["command"] == "python train.py +experiment=sinusoid_10shot"
+
+
+def test_statistics_use_common_tasks_only(tmp_path: Path) -> None:
+    for seed, mean in enumerate((0.5, 0.6, 0.8)):
+        folder = make_run(tmp_path, mean=mean, seed=seed)
+    paired = evidence(tmp_path).statistics(SINUSOID, 1)
+    assert paired
+    assert paired.mean == pytest.approx(1.9 / 3)
+    banks = json.loads((folder / "report.json").read_text())["banks"]
+    edit(folder / "report.json", banks=banks | {"5": "another"})
+    apart = evidence(tmp_path).statistics(SINUSOID, 1)
+    assert apart
+    assert (apart.mean, apart.tasks_ci95) == (paired.mean, pytest.approx(0.1))  # that of the reports
+    edit(folder / "report.json", banks=banks)
+    (folder / "tasks.csv").unlink()
+    assert evidence(tmp_path).statistics(SINUSOID, 1) == apart
+    assert Evidence().statistics(SINUSOID, 1) is None
 
 
 def test_a_superseded_run_is_no_evidence_and_in_no_conflict(tmp_path: Path) -> None:
@@ -81,7 +108,7 @@ def test_a_superseded_run_is_no_evidence_and_in_no_conflict(tmp_path: Path) -> N
     assert (run.status, str(run.superseded)) == ("superseded", f"superseded by {right}: its data was wrong")
     assert {name: content for name, content in file_contents(wrong).items() if name != SUPERSEDED} == before
     (wrong / SUPERSEDED).unlink()
-    assert len(find_runs(tmp_path)[1]) == 1
+    assert len(evidence(tmp_path).conflicts) == 1
 
 
 def test_values_per_task_may_have_diverged(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ main = runpy.run_path(str(ROOT / "scripts" / "paper_tables.py"))["main"]
 COMMANDS = re.compile(
     r"begin|end|documentclass|usepackage|noindent|input|centering|caption|label|footnotesize|scriptsize|setlength"
     r"|tabcolsep|par|medskip|linewidth|(top|mid|bottom|cmid)rule|multicolumn|textbf|quad|textbackslash|textasciitilde"
-    r"|textasciicircum|pm|theta|bigtriangleup|bigtriangledown|circ|dagger"
+    r"|textasciicircum|pm|theta|bigtriangleup|bigtriangledown|circ|dagger|ddagger"
 )
 
 
@@ -160,7 +160,7 @@ def test_a_miss_has_a_footnote_with_its_reason(
     assert text.endswith(f"printed beside it.{footnote}\n\\end{{minipage}}\n\\end{{table}}\n")
 
 
-def test_a_reduced_budget_has_its_iterations_in_the_footnote_and_seeds_a_row(tmp_path: Path) -> None:
+def test_a_reduced_budget_has_its_iterations_in_the_footnote_and_runs_a_row(tmp_path: Path) -> None:
     make_run(tmp_path / "a", mean=0.67, done=69_999, status="interrupted")
     comparison = Comparison(cell_of(), find_evidence(SINUSOID, find_runs(tmp_path / "a")[0]))
     assert numbers(one_row(comparison))[1] == [r"\quad ours", r"0.670 ± 0.100 $\circ$$^{1}$"]
@@ -168,7 +168,7 @@ def test_a_reduced_budget_has_its_iterations_in_the_footnote_and_seeds_a_row(tmp
     for seed in (0, 1):
         make_run(tmp_path / "b", mean=0.6 + seed, seed=seed)
     comparison = Comparison(cell_of(), find_evidence(SINUSOID, find_runs(tmp_path / "b")[0]))
-    assert numbers(one_row(comparison))[2] == [r"\quad seeds", "2: 0.600 to 1.600"]
+    assert numbers(one_row(comparison))[2] == [r"\quad runs", "2: 0.600 to 1.600 (± 0.046)"]
 
 
 def test_equal_footnotes_are_one(tmp_path: Path) -> None:

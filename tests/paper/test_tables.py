@@ -7,12 +7,14 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from maml.paper.cells import Cell, Layout, Table, load_figures, load_tables
 from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.figures import CurveComparison
 from maml.paper.tables import (
+    CONFLICT,
     NO_REASON,
     SYMBOLS,
     Comparison,
@@ -110,21 +112,62 @@ def test_status_without_a_number(tmp_path: Path) -> None:
     assert "| 500 of 70,000 iterations | not run |" in rendered(compared(tmp_path))
 
 
-def test_several_seeds_show_the_lowest_and_the_spread(tmp_path: Path) -> None:
-    for seed, mean in enumerate([0.7, 0.61, 0.75]):
+def test_several_runs_show_their_mean_range_and_both_intervals(tmp_path: Path) -> None:
+    means = [0.7, 0.61, 0.75]
+    for seed, mean in enumerate(means):
         make_run(tmp_path, mean=mean, seed=seed)
     comparison = compared(tmp_path)
-    assert "| 0.700 ± 0.100 | reproduced | 0, 1, 2 (3: 0.610 to 0.750) | 2 |" in rendered(comparison)
+    tasks = 1.96 * np.linspace(-1, 1, 600).std() / math.sqrt(600)  # all runs differ from task to task in the same way
+    both = math.sqrt(tasks**2 + 4.303**2 * np.var(means, ddof=1) / 3)
+    runs = f"3: 0.610 to 0.750 (± {tasks:.3f}); the paper's is better than 2 of them; seeds 0, 1, 2"
+    assert f"| 0.687 ± {both:.3f} | reproduced | {runs} | 2 |" in rendered(comparison)
     (row,) = table_rows([comparison])
-    assert (row["ours"], row["lowest_seed_mean"], row["highest_seed_mean"], row["seeds"]) == (0.7, 0.61, 0.75, "0 1 2")
+    assert (row["ours"], row["ours_ci95"], row["tasks_ci95"]) == pytest.approx((np.mean(means), both, tasks), rel=1e-4)
+    assert (row["num_runs"], row["lowest_run"], row["highest_run"], row["seeds"]) == (3, 0.61, 0.75, "0 1 2")
     assert row["command"] == "python train.py -m +experiment=sinusoid_10shot seed=0,1,2"
 
 
-def test_a_run_that_diverged_is_worse_and_shows_in_the_spread(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("means", "place"), [((0.6, 0.5), "none"), ((0.7, 0.8), "all"), ((0.6, 0.7), "1")])
+def test_place_of_the_papers_number_is_said_in_words(tmp_path: Path, means: tuple[float, float], place: str) -> None:
+    for seed, mean in enumerate(means):
+        make_run(tmp_path, mean=mean, seed=seed)
+    assert compared(tmp_path).place_text == f"the paper's is better than {place} of them"
+
+
+def test_the_same_seed_on_another_machine_is_one_more_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", mean=0.6)
+    make_run(tmp_path / "b", mean=0.8, cpu="Slide rule")
+    make_run(tmp_path / "c", mean=0.8, cpu="Astrolabe")  # a copy, by its numbers
+    cell = compared(tmp_path / "a").cell
+    runs, damaged = find_runs(*(tmp_path / name for name in "abc"))
+    comparison = Comparison(cell, find_evidence(SINUSOID, runs))
+    assert damaged == comparison.evidence.conflicts == []
+    assert comparison.statistics
+    assert comparison.statistics.means == (0.6, 0.8)
+    assert "CPU, Abacus; CPU, Slide rule" in rendered(comparison)
+
+
+def test_runs_that_contradict_each_other_are_both_counted_and_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / "runs", mean=mean, name=str(mean)) for mean in (0.6, 0.8)]
+    comparison = compared(tmp_path / "runs")
+    assert comparison.ours
+    assert comparison.ours[0] == pytest.approx(0.7)
+    text = rendered(comparison)
+    assert f"| ours | 0.700 ± 0.046 ={CONFLICT} |" in text
+    assert f"| {CONFLICT} 2: 0.600 to 0.800" in text
+    assert main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    message = f"{runs[1]} has the settings, the seed, the hardware and the versions of {runs[0]}, but"
+    assert f"NOTE: {message}" in capsys.readouterr().err
+    assert f"**{CONFLICT}** {message}" in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_a_run_that_diverged_is_worse_and_shows_among_the_runs(tmp_path: Path) -> None:
     make_run(tmp_path, mean=None)
     assert f"| 0.67 | diverged | worse, {NO_REASON} |" in rendered(compared(tmp_path))
     make_run(tmp_path, mean=0.6, seed=1)
-    assert "(2: nan to nan)" in rendered(compared(tmp_path))
+    assert "| 1 of 2 diverged; seeds 0, 1 |" in rendered(compared(tmp_path))
 
 
 def test_summary_counts_every_cell_once(tmp_path: Path) -> None:
@@ -229,11 +272,11 @@ def test_markdown_has_the_papers_layout_with_ours_and_the_verdict_below_each_row
     ]
 
 
-def test_layout_shows_symbol_seeds_and_their_spread(tmp_path: Path) -> None:
+def test_layout_shows_symbol_runs_and_their_range(tmp_path: Path) -> None:
     for seed, mean in enumerate([0.7, 0.61]):
         make_run(tmp_path, mean=mean, seed=seed)
     text = rendered(compared(tmp_path))
-    assert "| ours | 0.700 ± 0.100 = |\n| seeds | 2: 0.610 to 0.700 |" in text
+    assert "| ours | 0.655 ± 0.046 = |\n| runs | 2: 0.610 to 0.700 (± 0.046) |" in text
 
 
 def test_an_interval_that_only_the_figure_has_is_not_printed_in_the_layout() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from maml.config.paths import CONF
-from maml.record.index import SUPERSEDED, find_runs, read_run, read_runs, supersede
+from maml.record.index import SUPERSEDED, conflicts_among, find_runs, read_run, read_runs, supersede
 from tests.paper.fake_runs import edit, make_run, write
 
 
@@ -30,28 +30,36 @@ def test_only_equal_settings_seed_and_iteration_can_disagree(
 ) -> None:
     make_run(tmp_path, mean=0.5, name="a")
     make_run(tmp_path, name="b", **change)
-    _, problems = find_runs(tmp_path)
-    assert [named in problem for problem in problems] == ([True] if named else [])
+    conflicts = conflicts_among(find_runs(tmp_path)[0])
+    assert [named in conflict for conflict in conflicts] == ([True] if named else [])
 
 
-def test_another_machine_has_to_agree_within_the_interval_only(tmp_path: Path) -> None:
-    make_run(tmp_path, mean=0.5, ci95=0.05, name="a")
-    record = make_run(tmp_path, mean=0.52, ci95=0.05, name="b") / "run.json"
-    assert find_runs(tmp_path)[1]
-    edit(record, segments=json.loads(record.read_text().replace("Abacus", "Slide rule"))["segments"])
-    assert find_runs(tmp_path)[1] == []
-    make_run(tmp_path, mean=0.6, ci95=0.05, name="c")
-    assert find_runs(tmp_path)[1]
+@pytest.mark.parametrize("change", ["hardware", "versions", "threads", "segments"])
+def test_only_an_equal_environment_can_contradict(tmp_path: Path, change: str) -> None:
+    first, second = (make_run(tmp_path, mean=mean, name=name) for mean, name in ((0.5, "a"), (0.52, "b")))
+    (segment,) = json.loads((second / "run.json").read_text())["segments"]
+    known = segment | {"versions": {"torch": "2.12"}, "execution": {"num_threads": 1}}
+    for folder in (first, second):
+        edit(folder / "run.json", segments=[known])
+    assert {run.status for run in find_runs(tmp_path)[0]} == {"conflict"}
+    other = {
+        "hardware": [known | {"hardware": known["hardware"] | {"cpu": "Slide rule"}}],
+        "versions": [known | {"versions": {"torch": "2.13"}}],
+        "threads": [known | {"execution": {"num_threads": 2}}],
+        "segments": [known, known | {"hardware": known["hardware"] | {"cpu": "Slide rule"}}],
+    }
+    edit(second / "run.json", segments=other[change])
+    assert {run.status for run in find_runs(tmp_path)[0]} == {"finished"}
 
 
-def test_other_task_banks_disagree_and_a_curve_that_only_one_has_does_not(tmp_path: Path) -> None:
+def test_other_task_banks_contradict_and_a_curve_that_only_one_has_does_not(tmp_path: Path) -> None:
     make_run(tmp_path, name="a")
     report = make_run(tmp_path, name="b") / "report.json"
     banks, curves = (json.loads(report.read_text())[name] for name in ("banks", "curves"))
     edit(report, banks=banks | {"5": "another"})
-    assert "but its task banks are different" in find_runs(tmp_path)[1][0]
+    assert "but its task banks are different" in conflicts_among(find_runs(tmp_path)[0])[0]
     edit(report, banks=banks, curves=curves[1:])
-    assert find_runs(tmp_path)[1] == []
+    assert conflicts_among(find_runs(tmp_path)[0]) == []
 
 
 def test_a_mark_that_may_be_committed_names_no_machines_path(tmp_path: Path) -> None:

@@ -122,9 +122,11 @@ def test_list_names_what_is_damaged_in_conflict_and_superseded(tmp_path: Path, r
     damaged = make_run(tmp_path, seed=1) / "report.json"
     damaged.write_text("{")
     lines = run("list", status=1)
-    assert ["finished" in lines[1], "conflict" in lines[2]] == [True, True]
-    assert lines[3].startswith(f"ERROR, left out: {damaged} is damaged")
-    assert lines[4].startswith(f"ERROR, left out: {other} has the settings and the seed of {first}")
+    assert ["conflict" in lines[1], "conflict" in lines[2]] == [True, True]
+    assert lines[3].startswith(
+        f"conflict: {other} has the settings, the seed, the hardware and the versions of {first}"
+    )
+    assert lines[4].startswith(f"ERROR, left out: {damaged} is damaged")
     damaged.parent.rename(tmp_path / "away")
     run("supersede", str(other), "--by", str(first), "--reason", "trained on half the data")
     lines = run("list")
@@ -132,7 +134,7 @@ def test_list_names_what_is_damaged_in_conflict_and_superseded(tmp_path: Path, r
     assert lines[3:] == [f"left out, superseded by {first}: trained on half the data: {other}"]
 
 
-def test_by_seed_shows_interval_over_tasks_and_spread_over_seeds_apart(tmp_path: Path, run: Lines) -> None:
+def test_by_seed_shows_the_mean_over_runs_with_both_intervals(tmp_path: Path, run: Lines) -> None:
     means = [0.7, 0.61, 0.75]
     for seed, mean in enumerate(means):
         make_run(tmp_path, mean=mean, ci95=0.05, seed=seed)
@@ -142,20 +144,20 @@ def test_by_seed_shows_interval_over_tasks_and_spread_over_seeds_apart(tmp_path:
     run("supersede", str(tmp_path / SINUSOID.experiment / "wrong"), "--reason", "wrong")
     make_run(tmp_path, mean=0.3, seed=5, **OTHER)
     _, three, alone = sorted(run("list", "--by-seed"), key=len, reverse=True)
-    for text in ("0.7 ± 0.05 (n=600)", "0 1 2 (n=3)", "0.6867", "0.071", "0.61 to 0.75"):
-        assert text in three
-    assert re.split("  +", alone)[-3:] == ["0.3 ± 0.1 (n=600)", "5 (n=1)", "0.3"]
+    assert re.split("  +", three)[2:] == [
+        "mse (K=5, step 10, n=600)", "0.6867 ± 0.18", "± 0.046", "3: seeds 0 1 2", "0.61 to 0.75",
+    ]  # fmt: skip
+    assert re.split("  +", alone)[-3:] == ["0.3 ± 0.1", "± 0.1", "1: seed 5"]
     rows = {row["seeds"]: row for row in table(run("list", "--by-seed", "--csv"))}
-    assert float(rows["0 1 2"]["seeds_mean"]) == pytest.approx(np.mean(means))
-    assert float(rows["0 1 2"]["seeds_sd"]) == pytest.approx(np.std(means, ddof=1))
-    assert rows["5"]["seeds_sd"] == "nan"
+    assert float(rows["0 1 2"]["mean"]) == pytest.approx(np.mean(means))
+    assert float(rows["0 1 2"]["sd"]) == pytest.approx(np.std(means, ddof=1))
+    assert rows["5"]["sd"] == ""
 
 
-def test_by_seed_of_a_seed_that_diverged_has_no_mean_over_seeds(tmp_path: Path, run: Lines) -> None:
+def test_by_seed_of_a_seed_that_diverged_has_no_mean_over_runs(tmp_path: Path, run: Lines) -> None:
     make_run(tmp_path, mean=0.5)
     make_run(tmp_path, mean=None, seed=1)
-    line = run("list", "--by-seed")[1]
-    assert line.endswith("0 1 (n=2)  diverged")
+    assert re.split("  +", run("list", "--by-seed")[1])[-2:] == ["diverged", "2: seeds 0 1"]
 
 
 def test_list_draws_lines_on_a_terminal(
