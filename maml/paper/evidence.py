@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,8 +80,15 @@ class Evidence:
         """Returns the mean over runs after ``step`` gradient steps, in the paper's unit; None if nothing was run."""
         if not self.evaluated:
             return None
-        readings = [report.reading(source, step) for _, report in self.evaluated]
-        return combine(readings, self.per_task(source, step) if len(readings) > 1 else None)
+        if (source, step) not in self._statistics:
+            readings = [report.reading(source, step) for _, report in self.evaluated]
+            values = self.per_task(source, step) if len(readings) > 1 else None
+            self._statistics[source, step] = combine(readings, values)
+        return self._statistics[source, step]
+
+    @cached_property
+    def _statistics(self) -> dict[tuple[Source, int], Statistics]:
+        return {}
 
     def per_task(self, source: Source, step: int) -> np.ndarray | None:
         """Returns the value of each run and task, ``(runs, tasks)``, in the paper's unit.

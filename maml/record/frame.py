@@ -68,8 +68,7 @@ def task_frame(runs: Sequence[Run]) -> pd.DataFrame:
 
 def _tasks(report: Report) -> pd.DataFrame:
     try:
-        wide = pd.concat(report.task_tables.values())
-        long = wide.melt(["num_shots", "metric", "task"], var_name="step", value_name="value")
+        long = report.task_table.melt(["num_shots", "metric", "task"], var_name="step", value_name="value")
         long["step"] = long["step"].str.removeprefix("step_").astype(int)
     except (OSError, KeyError, ValueError) as error:
         path = report.folder / "tasks.csv"

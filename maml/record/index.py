@@ -135,28 +135,35 @@ class Report(BaseModel):
         """
         path = self.folder / "tasks.csv"
         try:
-            lines = self.task_tables.get((source.num_shots, source.metric))
-            if lines is None:
+            curve = self._task_values.get((source.num_shots, source.metric))
+            if curve is None:
                 raise ValueError(f"it has no lines for {source.metric} at K={source.num_shots}")
-            values = source.scale * lines[f"step_{step}"].to_numpy(dtype=float)
+            values = source.scale * curve[:, step]
             mean, _ = self.reading(source, step)
             with np.errstate(over="ignore", invalid="ignore"):
                 if math.isnan(mean):
                     matches = not math.isfinite(values.std())
                 else:
                     matches = math.isclose(values.mean(), mean, rel_tol=0, abs_tol=1e-5 * np.abs(values).max())
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise MamlError(f"{path} is missing or damaged ({error}); restore it") from error
+        except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise MamlError(f"{path} is missing or damaged ({error}); the run's command makes it again") from error
         if not matches:
             raise MamlError(f"{path} does not belong to the report.json beside it; restore it")
         return values
 
     @cached_property
-    def task_tables(self) -> dict[Any, pd.DataFrame]:
-        """The content of ``tasks.csv`` by K and metric, with one row per task; the file is read once."""
+    def task_table(self) -> pd.DataFrame:
+        """The content of ``tasks.csv``, with one row per K, metric and task; the file is read once."""
         import pandas as pd  # imported here because it takes a third of a second
 
-        return dict(iter(pd.read_csv(self.folder / "tasks.csv").groupby(["num_shots", "metric"])))
+        return pd.read_csv(self.folder / "tasks.csv")
+
+    @cached_property
+    def _task_values(self) -> dict[Any, np.ndarray]:
+        """The values in `task_table` by K and metric, ``(tasks, steps)``."""
+        values = self.task_table.filter(like="step_").to_numpy(dtype=float)
+        rows = self.task_table.groupby(["num_shots", "metric"], sort=False).indices
+        return {curve: values[numbers] for curve, numbers in rows.items()}
 
     def difference(self, other: Report) -> str:
         """Describes the first number that differs from another report by more than rounding; empty if none does."""
