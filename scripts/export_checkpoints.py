@@ -2,8 +2,8 @@
 
     python scripts/export_checkpoints.py
 
-As in the tables, the run of a cell or curve is the complete run with the lowest seed, or, if there is none, the run
-with the most iterations; the index contains the iteration. Equal runs give equal bytes. If a run's checkpoint.pt no
+A cell or curve has the parameters of one of its runs: the complete run with the lowest seed, or, if there is none, the
+run with the most iterations; the index contains the iteration. Equal runs give equal bytes. If a run's checkpoint.pt no
 longer exists, its exported file is kept. Files that no number needs are deleted.
 """
 
