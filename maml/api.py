@@ -8,24 +8,25 @@ predictor(more_images)
 from __future__ import annotations
 
 import copy
+import json
+import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import ArrayLike
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
-from maml.config.compose import compose_experiment
 from maml.config.hints import near_miss
 from maml.config.identity import digest, training_config
 from maml.config.paths import CHECKPOINTS, CONF, TRAIN
-from maml.config.schema import Settings, build, check, without_data
+from maml.config.schema import Settings, build, build_without_data, check
 from maml.domain.base import Role, SupervisedDomain
 from maml.domain.classification import FewShotClassification
 from maml.errors import Diverged, MamlError
@@ -34,31 +35,47 @@ from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.model.base import Model
 from maml.record import checkpoint
-from maml.record.exported import State, read_index, restore, unpack
+from maml.record.exported import State, compose_entry, read_index, restore, unpack
 from maml.record.run_folder import read_json
 from maml.types import Examples, Params, Tasks
 
 Inputs = ArrayLike | Tensor
 
 
-def load(source: str | Path) -> Network:
-    """Loads a trained network, onto the CPU.
+def load(source: str | Path, allow: Sequence[str] = ()) -> Network:
+    """Loads a trained network, onto the CPU. A network whose training is not complete causes a warning.
+
+    The files may come from somebody else: no code in them is run. They can only name classes of this package, and of
+    modules that the caller allows.
 
     Args:
         source: an experiment that has a committed checkpoint, such as ``omniglot_5way_1shot``; or a run folder, a
             ``checkpoint.pt`` in one, or an exported ``.safetensors`` file with its ``index.json`` beside it. The data
             set of the training is not needed.
+        allow: modules outside this package from which the network may use classes, such as ``["my_nets"]``; this
+            includes the modules below them. Loading imports them, so allow only what you trust.
 
     Raises:
-        MamlError: if the source does not exist or is damaged.
+        MamlError: if the source does not exist, is damaged, or names a class of a module that is not allowed.
     """
+    network = _load(source, allow)
+    if not network.complete:
+        warnings.warn(
+            f"{network.experiment} was trained for {network.iteration:,} of {network.num_iterations:,} iterations; its "
+            "accuracy cannot be compared with the paper's",
+            stacklevel=2,
+        )
+    return network
+
+
+def _load(source: str | Path, allow: Sequence[str]) -> Network:
     index, path = read_index(CHECKPOINTS), Path(source)
     if any(entry.experiment == source for entry in index.cells.values()):
-        return _load_exported(CHECKPOINTS, experiment=str(source))
+        return _load_exported(CHECKPOINTS, allow, experiment=str(source))
     if path.suffix == ".safetensors":
-        return _load_exported(path.parent, file=path.name)
+        return _load_exported(path.parent, allow, file=path.name)
     if path.exists():
-        return _load_run(path)
+        return _load_run(path, allow)
     experiments = sorted({entry.experiment for entry in index.cells.values()})
     if (CONF / "experiment" / f"{source}.yaml").exists():
         raise MamlError(
@@ -68,7 +85,9 @@ def load(source: str | Path) -> Network:
     raise MamlError(f"{source} is neither a file or folder nor an experiment{near_miss(str(source), experiments)}")
 
 
-def _load_exported(folder: Path, experiment: str | None = None, file: str | None = None) -> Network:
+def _load_exported(
+    folder: Path, allow: Sequence[str], experiment: str | None = None, file: str | None = None
+) -> Network:
     """Loads an exported file, given its experiment or its name."""
     index = read_index(folder)
     entries = [entry for entry in index.cells.values() if experiment == entry.experiment or file == entry.file]
@@ -80,13 +99,13 @@ def _load_exported(folder: Path, experiment: str | None = None, file: str | None
         e for e in entries if (e.file, e.experiment, e.overrides) == (first.file, first.experiment, first.overrides)
     ]
     origin = index.files[first.file]
-    settings = compose_experiment(first.experiment, (*first.overrides, f"seed={origin.seed}"))
+    settings = compose_entry(first, origin.seed, allow)
     state = unpack(folder / first.file, origin.sha256)
     sizes = {entry.num_shots: entry.step_sizes for entry in entries}
     return _build_network(first.experiment, origin.run_id, origin.iteration, settings, state, sizes)
 
 
-def _load_run(path: Path) -> Network:
+def _load_run(path: Path, allow: Sequence[str]) -> Network:
     """Loads the network of a run folder, given the folder or a checkpoint in it."""
     folder = path if path.is_dir() else path.parent
     file = checkpoint.newest(folder / "checkpoint.pt") if path.is_dir() else path
@@ -94,12 +113,27 @@ def _load_run(path: Path) -> Network:
         raise MamlError(
             f"{folder} is no run folder: it lacks checkpoint.pt or config.yaml; give runs/<experiment>/<run id>"
         )
+    settings = check(_read_config(folder / "config.yaml"), allow)
     saved = checkpoint.load(file)
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    settings = check(config)
     report = read_json(folder / "report.json") or {}
     sizes = {int(num_shots): chosen for num_shots, chosen in report.get("step_sizes", {}).items()}
     return _build_network(saved["experiment"], saved["run_id"], saved["iteration"], settings, saved["state"], sizes)
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    """Reads a run's config as plain data: tags of Python objects are refused, interpolations stay texts.
+
+    Raises:
+        MamlError: if the file is no mapping of plain data.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+        json.dumps(config)  # fails for dates, bytes and lists that contain themselves
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise MamlError(f"{path} is damaged, or no config of a run ({error}); restore it") from error
+    if not isinstance(config, dict):
+        raise MamlError(f"{path} is damaged: it is no mapping of settings; restore it")
+    return config
 
 
 def _build_network(
@@ -115,7 +149,7 @@ def _build_network(
             f"the parameters belong to run {run_id}, but the settings of {experiment} have changed since that run; use "
             "the version of the project that trained it"
         )
-    algorithm = build_algorithm(replace(settings, domain=without_data(settings.domain)), Hardware("cpu"))
+    algorithm = build_algorithm(settings, Hardware("cpu"), build_without_data(settings.domain))
     restore(algorithm, state)
     return Network(experiment, iteration, settings.num_iterations, algorithm, build(settings.evaluation), step_sizes)
 

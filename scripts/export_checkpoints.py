@@ -21,7 +21,17 @@ from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources
 from maml.paper.evidence import Evidence, find_evidence
 from maml.record import checkpoint
-from maml.record.exported import Entry, ExportedFile, Index, Reading, pack, read_index, unpack, write_index
+from maml.record.exported import (
+    Entry,
+    ExportedFile,
+    Index,
+    Reading,
+    check_overrides,
+    pack,
+    read_index,
+    unpack,
+    write_index,
+)
 from maml.record.index import Report, Run, find_runs
 from maml.record.run_folder import read_json
 
@@ -56,12 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run, report = evidence.evaluated[0]
         file = f"{run.path.parent.name}_{report.run_id}.safetensors"
         try:
+            cell = entry(source, steps, report, file)
             if file not in index.files:
                 index.files[file] = export(runs, run, report, options.out / file, before.files.get(file))
         except MamlError as error:
             problems.append(f"{name}: {error}")
         else:
-            index.cells[name] = entry(source, steps, report, file)
+            index.cells[name] = cell
     write_index(options.out, index)
     for path in options.out.glob("*.safetensors"):
         if path.name not in index.files:
@@ -118,7 +129,12 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
 
 
 def entry(source: Source, steps: Sequence[int], report: Report, file: str) -> Entry:
-    """Returns the index entry of one cell or curve."""
+    """Returns the index entry of one cell or curve.
+
+    Raises:
+        MamlError: if the cell has an override that an index cannot have.
+    """
+    check_overrides(source.overrides)
     (curve,) = (
         curve for curve in report.curves if (curve.metric, curve.num_shots) == (source.metric, source.num_shots)
     )

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 
 from maml.algorithm.base import Algorithm
-from maml.config.compose import compose_experiment
 from maml.config.identity import differences, digest, evaluation_config, training_config
 from maml.config.paths import CHECKPOINTS
 from maml.config.schema import Settings, build
@@ -34,7 +33,7 @@ from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.hardware.precision import use_precision
 from maml.paper.cells import load_tables, named_sources
-from maml.record.exported import Entry, ExportedFile, Index, Reading, State, read_index, restore, unpack
+from maml.record.exported import Entry, ExportedFile, Index, Reading, State, compose_entry, read_index, restore, unpack
 from maml.record.run_folder import versions
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -135,7 +134,7 @@ def evaluate(entry: Entry, exported: ExportedFile, folder: Path) -> Reevaluation
         MamlError: if the file, the experiment or the bank has changed, or data is missing.
     """
     state = unpack(folder / entry.file, exported.sha256)
-    settings = compose_experiment(entry.experiment, (*entry.overrides, f"seed={exported.seed}"))
+    settings = compose_entry(entry, exported.seed)
     if digest(training_config(settings)) != exported.run_id:
         raise MamlError(
             f"{entry.experiment} no longer has run id {exported.run_id}, because its training settings in conf/ have "

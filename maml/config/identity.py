@@ -16,7 +16,7 @@ from maml.config.schema import TRAINING_PARTS, Settings, argument_types
 # Keys that say where data is stored. Results do not depend on them.
 _LOCATION_KEYS = {"data_dir", "cache_dir"}
 # The root keys on which trained numbers depend.
-_TRAINING_KEYS = ("seed", "num_iterations", "meta_batch_size", "precision")
+TRAINING_KEYS = ("seed", "num_iterations", "meta_batch_size", "precision")
 
 
 def training_config(settings: Settings) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def training_config(settings: Settings) -> dict[str, Any]:
     flat["algorithm._target_"] = _trained_as(settings) or stable_name(settings.algorithm["_target_"])
     defaults = inspect.signature(Settings).parameters
     return flat | {
-        key: getattr(settings, key) for key in _TRAINING_KEYS if getattr(settings, key) != defaults[key].default
+        key: getattr(settings, key) for key in TRAINING_KEYS if getattr(settings, key) != defaults[key].default
     }
 
 
@@ -42,8 +42,8 @@ def evaluation_config(settings: Settings) -> dict[str, Any]:
 
 def _trained_as(settings: Settings) -> str | None:
     """Returns the algorithm that trains identically and differs in meta-test only; None if there is none."""
-    # A user's class need not inherit from `Algorithm`, so the attribute may be missing.
-    return getattr(locate(settings.algorithm["_target_"]), "trained_as", None)
+    algorithm: Any = locate(settings.algorithm["_target_"])
+    return algorithm.trained_as
 
 
 def _differences_from_defaults(path: str, value: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal, get_type_hints
+from functools import partial
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hydra.utils import instantiate
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
+from maml.algorithm.base import Algorithm
 from maml.config.hints import near_miss
-from maml.config.names import current_address, locate
+from maml.config.names import check_allowed, locate, named_modules
+from maml.domain.base import Domain
 from maml.errors import MamlError
+from maml.evaluation import Evaluation
+from maml.hardware.base import Hardware
 from maml.hardware.precision import Precision
+from maml.inner.base import Inner
+from maml.logger.base import Logger
+from maml.model.base import Model
+from maml.outer.base import Outer
 from maml.types import Count, NonNegativeInt
 
 # Arguments that the project itself passes to a part's constructor.
@@ -24,9 +33,15 @@ SUPPLIED = {
 }
 # Arguments that the project passes if the config does not set them.
 _SUPPLIED_IF_MISSING = {"model.module": {"in_shape", "out_dim"}}
+# Keys to which Hydra gives a meaning that is not used here.
+_HYDRA_KEYS = {"_args_", "_convert_", "_recursive_"}
+_SCALARS = {bool, bytes, float, int, str, type(None)}
+_ANYTHING = {Any, object, type, list, dict, tuple, Callable, Mapping, Sequence}
 # The parts on which trained numbers depend, in the order of error messages.
 TRAINING_PARTS = ("domain", "model", "inner", "outer", "algorithm")
 PARTS = (*TRAINING_PARTS, "evaluation", "hardware", "logger")
+# The class from which the class of a part inherits.
+_BASES = dict(zip(PARTS, (Domain, Model, Inner, Outer, Algorithm, Evaluation, Hardware, Logger), strict=True))
 
 Part = Mapping[str, Any]
 """``_target_``, the address of a class, and the arguments of its constructor."""
@@ -91,57 +106,135 @@ class Settings:
         return replace(self, seed=seed, seeds=1)
 
 
-def check(config: Mapping[str, Any]) -> Settings:
+def check(config: Mapping[str, Any], allow: Sequence[str] | None = None) -> Settings:
     """Checks every key of a plain config against the constructors' signatures and annotations.
 
+    Args:
+        config: plain dicts, lists and scalars.
+        allow: None for the user's own config, whose classes may come from any package. For a file that may come from
+            somebody else: the modules outside this package that may be imported. All addresses are checked before
+            anything is imported.
+
     Raises:
-        MamlError: lists every unknown, missing or ill-typed key, and suggests similar names.
+        MamlError: lists every unknown, missing or ill-typed key, and suggests similar names; or names a class that the
+            file may not use.
     """
+    if allow is not None:
+        for key, value, module in named_modules(config):
+            check_allowed(module, f"{key}={value}", allow)
     problems = [f"{part} is missing" for part in PARTS if part not in config]
     root = {key: value for key, value in config.items() if key not in PARTS}
-    problems += _check_arguments("", Settings, root, supplied=set(PARTS), more_keys=PARTS)
+    problems += _check_arguments("", Settings, root, set(PARTS), allow, more_keys=PARTS)
     for part in PARTS:
         if part in config:
-            problems += _check_part(part, config[part])
+            problems += _check_part(part, config[part], _BASES[part], allow)
     if problems:
         raise MamlError("the config is not valid:\n  " + "\n  ".join(problems))
     return Settings(**config)
 
 
-def _check_part(path: str, value: Any) -> list[str]:
+def _check_part(path: str, value: Any, annotation: Any, allow: Sequence[str] | None = None) -> list[str]:
+    """Checks a part: its class against the annotation of the argument that takes it, its keys against the class."""
     if not isinstance(value, Mapping) or "_target_" not in value:
         return [f"{path} has no _target_; choose one of the files in conf/{path}/"]
+    named = f"{path}._target_={value['_target_']}"
     try:
-        target = locate(value["_target_"])
+        target = locate(value["_target_"], allow)
+    except MamlError as error:
+        return [f"{path}: {error}"]
     except Exception as error:
-        return [f"{path}._target_={value['_target_']}: no such class ({error})"]
+        return [f"{named}: no such class ({error})"]
+    accepted, is_partial = list(_accepted(annotation)), value.get("_partial_", False)
+    bases = [base for base, takes_callable in accepted if takes_callable in (is_partial, None)]
+    if not accepted:
+        return [f"{path} is a plain value, not a part; remove its _target_"]
+    if not bases:
+        wanted = "true, because it takes a callable" if accepted[0][1] else "left out, because it takes no callable"
+        return [f"{path}._partial_={is_partial} has to be {wanted}"]
+    if not any(_inherits(target, base) for base in bases):
+        names = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in bases)
+        return [f"{named}: the class has to inherit from {names}"]
+    if inspect.isabstract(target):
+        return [
+            f"{named}: the class lacks {', '.join(sorted(getattr(target, "__abstractmethods__")))}, which its base class asks for"
+        ]
     arguments = {key: item for key, item in value.items() if key not in ("_target_", "_partial_")}
-    return _check_arguments(path, target, arguments, supplied=SUPPLIED.get(path, set()))
+    return _check_arguments(path, target, arguments, SUPPLIED.get(path, set()), allow)
 
 
 def _check_arguments(
-    path: str, target: type, arguments: Mapping[str, Any], supplied: set[str], more_keys: Iterable[str] = ()
+    path: str,
+    target: type,
+    arguments: Mapping[str, Any],
+    supplied: set[str],
+    allow: Sequence[str] | None,
+    more_keys: Iterable[str] = (),
 ) -> list[str]:
     """Compares arguments with the signature and annotations of a constructor."""
     prefix = f"{path}." if path else ""
-    parameters = inspect.signature(target).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return []  # a user's class that accepts any argument
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # a class written in C
+        return []
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     allowed = {name: parameter for name, parameter in parameters.items() if name not in supplied}
     hints = argument_types(target)
     problems = []
     for name, value in arguments.items():
-        if name not in allowed:
+        if name in _HYDRA_KEYS or not (name in allowed or takes_any):
             problems.append(f"{prefix}{name} is not a key{near_miss(name, [*allowed, *more_keys], prefix)}")
-        elif isinstance(value, Mapping) and "_target_" in value:
-            problems += _check_part(f"{prefix}{name}", value)
-        elif name in hints:
+        elif parts := list(_outermost_parts(f"{prefix}{name}", value)):
+            annotation = hints.get(name, Any)
+            problems += [line for inner, part in parts for line in _check_part(inner, part, annotation, allow)]
+        elif name in hints and not takes_any:
             problems += _check_value(f"{prefix}{name}", value, hints[name])
     for name, parameter in allowed.items():
         present = arguments.keys() | _SUPPLIED_IF_MISSING.get(path, set())
-        if parameter.default is parameter.empty and name not in present:
+        if parameter.default is parameter.empty and name not in present and not takes_any:
             problems.append(f"{prefix}{name} is missing")
     return problems
+
+
+def _outermost_parts(path: str, value: Any) -> Iterator[tuple[str, Part]]:
+    """Yields the parts in an argument: itself, or those in its lists and mappings."""
+    if isinstance(value, Mapping) and "_target_" in value:
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _outermost_parts(f"{path}.{key}", item)
+    elif isinstance(value, list):
+        for position, item in enumerate(value):
+            yield from _outermost_parts(f"{path}.{position}", item)
+
+
+def _accepted(annotation: Any) -> Iterator[tuple[type, bool | None]]:
+    """Yields the classes of which an argument takes parts, by its annotation; numbers and texts are no parts.
+
+    Yields:
+        The base class (`object` if anything goes), and whether the argument takes a callable that makes such an
+        object (``_partial_``); None if the annotation does not say.
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _accepted(arguments[0])
+    elif origin in (Callable, type) and arguments:
+        yield from ((base, True) for base, _ in _accepted(arguments[-1]))
+    elif origin in (Union, UnionType) or (isinstance(origin, type) and issubclass(origin, Collection)):
+        for argument in arguments:
+            if argument is not Ellipsis:
+                yield from _accepted(argument)
+    elif isinstance(cls := origin or annotation, type) and cls not in _ANYTHING:
+        if cls not in _SCALARS:
+            yield cls, False
+    elif origin is not Literal:  # Any, a type variable, a list of anything
+        yield object, None
+
+
+def _inherits(cls: type, base: type) -> bool:
+    try:
+        return issubclass(cls, base)
+    except TypeError:  # a user's protocol, which cannot be checked
+        return True
 
 
 def argument_types(target: type) -> dict[str, Any]:
@@ -167,13 +260,25 @@ def _check_value(path: str, value: Any, annotation: Any) -> list[str]:
     return []
 
 
-def build(part: Mapping[str, Any], **supplied: Any) -> Any:
+def build(part: Part, **supplied: Any) -> Any:
     """Builds a part: calls its ``_target_`` with its keys and with the arguments that the project supplies."""
-    # As a partial: Hydra would convert the supplied objects to config nodes if they were passed to `instantiate`.
-    target = current_address(part["_target_"])
-    return instantiate({**part, "_target_": target, "_partial_": True}, _convert_="all")(**supplied)
+    return locate(part["_target_"])(**_arguments(part), **supplied)
 
 
-def without_data(domain: Part) -> Part:
-    """Returns the part that builds the same domain without reading its data set (`Domain.without_data`)."""
-    return {**domain, "_target_": f"{current_address(domain['_target_'])}.without_data"}
+def build_without_data(domain: Part) -> Domain[Any]:
+    """Builds a domain without reading its data set (`Domain.without_data`)."""
+    cls: Any = locate(domain["_target_"])
+    return cls.without_data(**_arguments(domain))
+
+
+def _arguments(part: Part) -> dict[str, Any]:
+    return {key: _built(value) for key, value in part.items() if key not in ("_target_", "_partial_")}
+
+
+def _built(value: Any) -> Any:
+    """Copies a value of a config, and builds the parts in it. Texts stay as they are: no interpolation is resolved."""
+    if isinstance(value, Mapping):
+        if "_target_" not in value:
+            return _arguments(value)
+        return partial(locate(value["_target_"]), **_arguments(value)) if value.get("_partial_") else build(value)
+    return [_built(item) for item in value] if isinstance(value, list | tuple) else value

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from maml.config.compose import compose_experiment
 from maml.config.identity import digest, evaluation_config, training_config
-from maml.config.schema import Settings, build, without_data
+from maml.config.schema import Settings, build, build_without_data
 from maml.errors import MamlError, Unavailable
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.record import checkpoint
@@ -92,7 +92,7 @@ class Job:
         num_threads = self.settings.hardware["num_threads"]
         if num_threads != "auto":
             return num_threads
-        workload = build(without_data(self.settings.domain)).workload
+        workload = build_without_data(self.settings.domain).workload
         return (os.cpu_count() or 1) if workload.threads_pay == "always" else 1
 
     @property
@@ -263,7 +263,7 @@ def _missing_requirement(settings: Settings) -> str:
     """Returns what this machine lacks for a run, or an empty text; images are neither read nor downloaded."""
     try:
         build(settings.hardware)
-        build(without_data(settings.domain)).check_available()
+        build_without_data(settings.domain).check_available()
     except Unavailable as error:
         return str(error)
     return ""

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
-from pydantic import BaseModel, ValidationError
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 
 from maml.algorithm.base import Algorithm
+from maml.config.compose import compose_experiment
+from maml.config.identity import TRAINING_KEYS
+from maml.config.paths import CONF
+from maml.config.schema import TRAINING_PARTS, Settings, check
 from maml.errors import MamlError
 from maml.record import checkpoint
 from maml.record.run_folder import read_json
@@ -19,6 +27,8 @@ from maml.types import Params
 
 State = dict[str, Params]
 """The groups of an algorithm's state that evaluation needs: ``theta``, ``buffers`` and ``best``."""
+
+_PARTS = (*TRAINING_PARTS, "evaluation")  # the parts that an entry's overrides may change
 
 
 class Reading(BaseModel):
@@ -44,7 +54,7 @@ class ExportedFile(BaseModel):
 class Entry(BaseModel):
     """A table cell or a figure's curve: its file, its evaluation settings, and its numbers by gradient step."""
 
-    file: str
+    file: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # no path: the file is beside the index
     experiment: str
     overrides: list[str]
     evaluation: dict[str, Any]
@@ -81,6 +91,62 @@ def write_index(folder: Path, index: Index) -> None:
     """Writes ``index.json``; equal indices give equal bytes."""
     text = json.dumps(index.model_dump(), indent=1, sort_keys=True) + "\n"
     checkpoint.write_atomically(folder / "index.json", lambda file: file.write(text.encode()))
+
+
+def compose_entry(entry: Entry, seed: int, allow: Sequence[str] = ()) -> Settings:
+    """Composes the settings of an entry. Nothing in the entry is trusted: an index may come from somebody else.
+
+    Args:
+        entry: the entry of the index.
+        seed: seed of its file's run.
+        allow: modules outside this package from which the experiment may use classes.
+
+    Raises:
+        MamlError: if the experiment does not exist, an override is none that an index may have, or a class is not
+            allowed.
+    """
+    if entry.experiment not in _options("experiment"):
+        raise MamlError(f"index.json names the experiment {entry.experiment!r}, which is no file in conf/experiment/")
+    check_overrides(entry.overrides)
+    try:
+        settings = compose_experiment(entry.experiment, (*entry.overrides, f"seed={seed}"))
+    except HydraException as error:
+        raise MamlError(
+            f"the overrides {entry.overrides} in index.json do not fit {entry.experiment}: {error}"
+        ) from error
+    return check(settings.as_dict(), allow)
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuses every override that does more than set a known key of training or evaluation, or choose an option.
+
+    Raises:
+        MamlError: for the first other override.
+    """
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise MamlError(f"index.json has the override {text!r}, which cannot be read: {error}") from error
+        key, value = override.key_or_group, override.value()
+        part = key.partition(".")[0]
+        is_option = key in _PARTS and isinstance(value, str) and value in _options(key)
+        is_key = key in TRAINING_KEYS or (part in _PARTS and key != part)
+        is_plain = (
+            override.type is OverrideType.CHANGE and override.package is None and not override.is_sweep_override()
+        )
+        written = f"{key}={json.dumps(value, default=str)}"
+        if not (is_plain and (is_option or is_key)) or "_target_" in written or "${" in written:
+            raise MamlError(
+                f"index.json has the override {text!r}. Only numbers and options of training and evaluation can be "
+                "overridden there, as in inner.step_size=0.01 or model=mlp; a class, an interpolation, a sweep and "
+                "all other keys are refused"
+            )
+
+
+def _options(group: str) -> set[str]:
+    return {path.stem for path in (CONF / group).glob("*.yaml")}
 
 
 def pack(state: State, title: str) -> bytes:
