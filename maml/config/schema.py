@@ -154,10 +154,8 @@ def _check_part(path: str, value: Any, annotation: Any, allow: Sequence[str] | N
     if not any(_inherits(target, base) for base in bases):
         names = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in bases)
         return [f"{named}: the class has to inherit from {names}"]
-    if inspect.isabstract(target):
-        return [
-            f"{named}: the class lacks {', '.join(sorted(getattr(target, "__abstractmethods__")))}, which its base class asks for"
-        ]
+    if lacking := getattr(target, "__abstractmethods__", None):
+        return [f"{named}: the class lacks {', '.join(sorted(lacking))}, which its base class asks for"]
     arguments = {key: item for key, item in value.items() if key not in ("_target_", "_partial_")}
     return _check_arguments(path, target, arguments, SUPPLIED.get(path, set()), allow)
 
@@ -177,7 +175,11 @@ def _check_arguments(
     except ValueError:  # a class written in C
         return []
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    allowed = {name: parameter for name, parameter in parameters.items() if name not in supplied}
+    allowed = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name not in supplied and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
     hints = argument_types(target)
     problems = []
     for name, value in arguments.items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal
 
 import pytest
 import torch
@@ -102,6 +103,31 @@ def refusal(config: Config | Settings) -> str:
         ("model._target_", "maml.model.mlp.MPL", "model._target_=maml.model.mlp.MPL: no such class"),
         ("model._target_", "maml.modle.mlp.MLP", "model._target_=maml.modle.mlp.MLP: no such class"),
         ("model._target_", 3, "model._target_=3: no such class"),
+        ("model._target_", "torch.nn.Linear", "torch.nn.Linear: the class has to inherit from maml.model.base.Model"),
+        ("evaluation._target_", "pandas.read_pickle", "no such class (it is a function, not a class)"),
+        ("evaluation._target_", "maml.record.checkpoint.save", "no such class (it is a function, not a class)"),
+        ("evaluation._target_", "subprocess.Popen", "the class has to inherit from maml.evaluation.Evaluation"),
+        ("hardware._target_", "builtins.dict", "the class has to inherit from maml.hardware.base.Hardware"),
+        ("logger._target_", "logging.Logger", "the class has to inherit from maml.logger.base.Logger"),
+        ("inner._target_", "maml.outer.sgd.SGD", "the class has to inherit from maml.inner.base.Inner"),
+        ("outer._target_", "maml.inner.sgd.SGD", "the class has to inherit from maml.outer.base.Outer"),
+        ("algorithm._target_", "maml.model.mlp.MLP", "the class has to inherit from maml.algorithm.base.Algorithm"),
+        (
+            "domain._target_",
+            "maml.domain.base.Domain",
+            "the class lacks data, draw_tasks, inner_loss, measure, outer_loss",
+        ),
+        (
+            "evaluation.search",
+            {"_target_": "maml.evaluation.Evaluation"},
+            "inherit from maml.evaluation.StepSizeSearch",
+        ),
+        ("evaluation.search", {"_target_": "maml.evaluation.StepSizeSearch"}, "search.step_sizes is missing"),
+        ("inner.step_size", {"_target_": "pathlib.Path"}, "inner.step_size is a plain value, not a part"),
+        ("seed", {"_target_": "pathlib.Path"}, "seed is a plain value, not a part; remove its _target_"),
+        ("model.hidden_sizes", [{"_target_": "pathlib.Path"}], "model.hidden_sizes.0 is a plain value, not a part"),
+        ("model._partial_", True, "model._partial_=True has to be left out, because it takes no callable"),
+        ("model._args_", [1], "model._args_ is not a key"),
     ],
 )
 def test_wrong_value_is_refused_by_name(tiny: TinyRuns, key: str, value: Any, reason: str) -> None:
@@ -202,3 +228,69 @@ def test_lists_reach_constructors_as_lists(tiny: TinyRuns) -> None:
     model = build(config.model, in_shape=(1,), out_dim=1)
     assert model.sizes == [1, 7, 3, 1]
     assert type(build(config.evaluation).num_shots) is list
+
+
+class Holder(Sinusoid):
+    """Takes parts in every way in which an annotation can ask for them."""
+
+    def __init__(  # type: ignore[no-untyped-def]
+        self,
+        one: nn.Module | None = None,
+        several: Sequence[nn.Module] = (),
+        named: dict[str, nn.Module] | None = None,
+        maker: Callable[[], nn.Module] | None = None,
+        kind: type[nn.Module] = nn.ReLU,
+        anything: Any = None,
+        rows: list | None = None,
+        bare=None,
+        number: Annotated[int, "a count"] | Literal["all"] = 1,
+    ) -> None:
+        super().__init__()
+        self.parts = (one, several, named, maker, kind, anything, rows, bare)
+
+
+LAYER, MAKER, PATH = {"_target_": "torch.nn.ReLU"}, {"_target_": "torch.nn.ReLU", "_partial_": True}, "pathlib.PurePath"
+
+
+def test_part_in_an_argument_has_the_class_of_its_annotation(tiny: TinyRuns) -> None:
+    part = {"_target_": "tests.config.test_schema.Holder"}
+    good = {
+        "one": LAYER,
+        "several": [LAYER, LAYER],
+        "named": {"a": LAYER},
+        "maker": MAKER,
+        "kind": MAKER,
+        "anything": [{"_target_": PATH}],
+        "rows": [{"_target_": PATH}],
+        "bare": {"_target_": PATH},
+    }
+    check(changed(tiny.config(), "domain", part | good))
+    one, several, named, maker, kind, anything, rows, bare = build(part | good).parts
+    assert [type(layer) for layer in (one, *several, named["a"], maker(), kind())] == [nn.ReLU] * 6
+    assert anything == rows == [bare] == [PurePath()]
+    for key in ("one", "several", "named"):
+        wrong = {"several": [{"_target_": PATH}], "named": {"a": {"_target_": PATH}}}.get(key, {"_target_": PATH})
+        message = refusal(changed(tiny.config(), "domain", part | {key: wrong}))
+        assert f"domain.{key}" in message
+        assert f"{PATH}: the class has to inherit from torch.nn.modules.module.Module" in message
+    for key, value, reason in [
+        ("one", MAKER, "domain.one._partial_=True has to be left out, because it takes no callable"),
+        ("maker", LAYER, "domain.maker._partial_=False has to be true, because it takes a callable"),
+        ("maker", {**MAKER, "_target_": PATH}, "the class has to inherit from torch.nn.modules.module.Module"),
+        ("maker", {**MAKER, "_target_": "torch.nn.functional.relu"}, "no such class (it is a function, not a class)"),
+        ("anything", {"_target_": "os.system", "command": "ls"}, "not a class"),
+        ("number", LAYER, "domain.number is a plain value, not a part"),
+    ]:
+        assert reason in refusal(changed(tiny.config(), "domain", part | {key: value}))
+
+
+def test_texts_of_a_config_are_not_resolved_when_a_part_is_built() -> None:
+    part = {"_target_": "tests.config.test_schema.Holder", "anything": ["${oc.env:HOME}", {"a": ("${b}",)}]}
+    assert build(part).parts[5] == ["${oc.env:HOME}", {"a": ["${b}"]}]
+
+
+def test_part_owns_copies_of_what_the_config_lists() -> None:
+    listed = [[1], {"a": [2]}]
+    (first, second) = (build({"_target_": "tests.config.test_schema.Holder", "anything": listed}) for _ in range(2))
+    first.parts[5][0].append(3)
+    assert second.parts[5] == listed == [[1], {"a": [2]}]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maml.config.compose import compose_experiment
-from maml.config.schema import build, without_data
+from maml.config.schema import build, build_without_data
 from maml.domain.sinusoid import Sinusoid
 from maml.seeding import Stream
 from maml.types import Split, Tasks
@@ -45,7 +45,7 @@ def test_numbers_of_examples_not_given_are_the_domains(
 @pytest.mark.parametrize("experiment", ["sinusoid_10shot", "point_navigation_maml"])
 def test_domain_that_reads_nothing_is_the_same_without_data(experiment: str) -> None:
     config = compose_experiment(experiment).domain
-    bare, domain = build(without_data(config)), build(config)
+    bare, domain = build_without_data(config), build(config)
     assert type(bare) is type(domain)
     bare.check_available()
     first, second = (each.sample_tasks(2, Stream(0)) for each in (bare, domain))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from maml.config.schema import _check_part, build
 from maml.errors import MamlError
+from maml.model.base import Model
 from maml.model.module import ModuleModel
 from maml.seeding import Stream
 
@@ -122,8 +123,9 @@ def test_sizes_that_the_config_gives_are_kept() -> None:
 def test_size_left_open_is_no_missing_key() -> None:
     target = {"_target_": f"{__name__}.Linear", "_partial_": True}
     config = {"_target_": "maml.model.module.ModuleModel", "module": target}
-    assert _check_part("model", config) == []
-    assert _check_part("model", {**config, "module": {**target, "out_dim": 2}}) == []
-    assert "model.module.out_dim='two'" in _check_part("model", {**config, "module": {**target, "out_dim": "two"}})[0]
+    assert _check_part("model", config, Model) == []
+    assert _check_part("model", {**config, "module": {**target, "out_dim": 2}}, Model) == []
+    (problem,) = _check_part("model", {**config, "module": {**target, "out_dim": "two"}}, Model)
+    assert "model.module.out_dim='two'" in problem
     model = build(config, in_shape=SHAPE, out_dim=4)
     assert model.init(Stream(0))["net.2.weight"].shape == (4, 5)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,19 @@ from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
-from maml.record.exported import Entry, ExportedFile, Index, Reading, pack, read_index, restore, unpack, write_index
+from maml.record.exported import (
+    Entry,
+    ExportedFile,
+    Index,
+    Reading,
+    check_overrides,
+    compose_entry,
+    pack,
+    read_index,
+    restore,
+    unpack,
+    write_index,
+)
 from tests.algorithms import build_from
 
 
@@ -107,4 +121,92 @@ def test_folder_without_an_index_has_nothing_and_a_damaged_one_is_named(tmp_path
     del content["cells"]["table/row/column"]["bank"]
     (tmp_path / "index.json").write_text(json.dumps(content))
     with pytest.raises(MamlError, match=r"index\.json is damaged \(cells\.table/row/column\.bank: Field required\)"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+inner.step_size=1",
+        "++inner.step_size=1",
+        "~inner",
+        "~inner.step_size=1",
+        "+evaluation.x._target_=os.system",
+        "evaluation._target_=os.system",
+        "evaluation={_target_: os.system, command: ls}",
+        "evaluation.search={_target_: os.system}",
+        "evaluation.search=[{a: {'_target_': os.system}}]",
+        "evaluation.search={'_target_': os.system}",
+        "evaluation.step_size=${oc.env:HOME}",
+        "evaluation.step_size='${oc.env:HOME}'",
+        "evaluation.step_size=${oc.create:{a: 1}}",
+        "inner.step_size=0.1,0.2",
+        "inner.step_size=choice(0.1,0.2)",
+        "seed=range(1,3)",
+        "model=glob(*)",
+        "model=mlp,conv4",
+        "model=[mlp,conv4]",
+        "model=../../elsewhere",
+        "model=no_option",
+        "model@domain=mlp",
+        "/model=mlp",
+        "model/other=mlp",
+        "hydra.searchpath=[file://elsewhere]",
+        "hydra.run.dir=elsewhere",
+        "hydra/launcher=joblib",
+        "--config-dir=elsewhere",
+        "-m",
+        "--cfg=job",
+        "runs_dir=elsewhere",
+        "data_dir=elsewhere",
+        "cache_dir=elsewhere",
+        "hardware=gpu",
+        "logger=wandb",
+        "experiment=sinusoid_10shot",
+        "+experiment=sinusoid_10shot",
+        "seed",
+        "",
+    ],
+)
+def test_override_that_does_more_than_set_a_setting_is_refused(override: str) -> None:
+    with pytest.raises(MamlError, match=r"index\.json has the override"):
+        check_overrides(["inner.step_size=0.01", override])
+
+
+def test_settings_of_training_and_evaluation_are_overridden() -> None:
+    overrides = [
+        "inner.step_size=0.02",
+        "evaluation.num_shots=[5]",
+        "algorithm=fomaml",
+        "num_iterations=7",
+        "precision=tf32",
+    ]
+    entry = an_index().cells["table/row/column"]
+    settings = compose_entry(entry.model_copy(update={"overrides": overrides}), seed=3)
+    assert (settings.inner["step_size"], settings.inner["order"], settings.seed) == (0.02, 1, 3)
+    assert (settings.evaluation["num_shots"], settings.num_iterations, settings.precision) == ([5], 7, "tf32")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("experiment", "../debug/smoke", "names the experiment '../debug/smoke', which is no file in conf/experiment/"),
+        ("experiment", "sinusoid_10shot,sinusoid_oracle", "which is no file in conf/experiment/"),
+        ("overrides", ["inner.nothing=1"], "in index.json do not fit sinusoid_10shot"),
+        ("overrides", ["inner.step_size=-1"], "inner.step_size=-1: input should be greater than 0"),
+        ("overrides", ["model=module"], "the config cannot be resolved"),
+    ],
+)
+def test_entry_that_fits_no_experiment_is_refused(field: str, value: Any, reason: str) -> None:
+    entry = an_index().cells["table/row/column"].model_copy(update={field: value})
+    with pytest.raises(MamlError, match=re.escape(reason)):
+        compose_entry(entry, seed=0)
+
+
+@pytest.mark.parametrize("file", ["../b", "/b", "a/b", "", ".", ".."])
+def test_file_of_an_entry_is_beside_the_index(file: str, tmp_path: Path) -> None:
+    index = json.loads(an_index().model_dump_json())
+    index["cells"]["table/row/column"]["file"] = file
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(MamlError, match=r"index\.json is damaged \(cells\.table/row/column\.file"):
         read_index(tmp_path)
