@@ -80,11 +80,14 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / "index.json"
     try:
-        return Index.model_validate(read_json(path) or {})
+        index = Index.model_validate(read_json(path) or {})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise MamlError(f"{path} is damaged ({where}: {first['msg']}); restore it") from error
+    if unlisted := {entry.file for entry in index.cells.values()} - index.files.keys():
+        raise MamlError(f"{path} is damaged (files has no entry {min(unlisted)}); restore it")
+    return index
 
 
 def write_index(folder: Path, index: Index) -> None:

@@ -109,6 +109,24 @@ def test_other_bank_run_or_evaluation_fails(committed: Path, capsys: pytest.Capt
         (committed / "index.json").write_text(original)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "evaluation={_target_: shutil.copyfile, src: index.json, dst: left}",
+        "+x._target_=os.system",
+        "hydra.run.dir=left",
+    ],
+)
+def test_index_that_asks_for_more_than_a_setting_fails(
+    override: str, committed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(committed)
+    edit_index(committed, lambda index: index["cells"][CELL].update(overrides=[override]))
+    assert verify(committed, CELL) == 1
+    assert f"index.json has the override {override!r}. Only numbers and options of" in capsys.readouterr().out
+    assert not Path("left").exists()
+
+
 def test_cells_without_a_checkpoint_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, message in {
         "table2_multitask/MAML/K5_gradstep_1": f"there is no cell .*Did you mean {CELL}",
