@@ -1,6 +1,7 @@
 """Figures with runs and without."""
 
 import csv
+import io
 import runpy
 from pathlib import Path
 
@@ -269,6 +270,7 @@ def test_a_curve_without_its_values_per_task_is_named_and_left_out(tmp_path: Pat
 def drawn_canvas(figure: Figure, items: list[DrawnCurve], monkeypatch: pytest.MonkeyPatch) -> Canvas:
     canvases: list[Canvas] = []
     monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
+    monkeypatch.setattr("maml.paper.figures.write_atomically", lambda path, write: write(io.BytesIO()))
     plot_figure(figure, items, Path("unused.png"))
     canvas, _ = canvases  # as PNG and as PDF
     return canvas
