@@ -56,9 +56,16 @@ def compose(overrides: Sequence[str], config_dir: Path = CONF) -> tuple[Settings
             cfg = hydra_compose("config", list(overrides), return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = running
-    experiment = experiment_name(cfg.hydra.runtime.choices)
-    config = to_plain_config(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
-    return check(config), experiment
+    return settings_of(cfg), experiment_name(cfg.hydra.runtime.choices)
+
+
+def settings_of(cfg: DictConfig) -> Settings:
+    """Checks a config that Hydra composed, with or without its own part ``hydra``.
+
+    Raises:
+        MamlError: if the config is not valid.
+    """
+    return check(to_plain_config(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])))
 
 
 def check_order(overrides: Sequence[str]) -> None:

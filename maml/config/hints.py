@@ -62,7 +62,7 @@ def explain_override_error(arguments: Sequence[str]) -> None:
         group = CONF / name.lstrip("+")
         if group.is_dir():
             options = sorted(path.stem for path in group.glob("*.yaml"))
-            if value not in options and "," not in value:
+            if value not in options and not set(value) & set(",("):  # lists and functions such as glob() are for sweeps
                 hint = near_miss(value, options)
                 if group.name == "experiment":  # there are too many to list, and Hydra has listed them
                     similar = _similar(value, options)

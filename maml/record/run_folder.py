@@ -253,14 +253,8 @@ class RunFolder:
 
     def finished_report(self) -> dict[str, Any] | None:
         """Returns the report with these evaluation settings, or None if training or the evaluation is not complete."""
-        evaluation = evaluation_config(self.settings)
-        for path in (self.path / "report.json", *sorted(self.path.glob("evaluations/*/report.json"))):
-            report = read_json(path)
-            if report is None or report["iteration"] != report["num_iterations"]:
-                continue
-            if report["evaluation"] == evaluation and report["run_id"] == self.run_id:
-                return report
-        return None
+        report = find_report(self.path, self.run_id, evaluation_config(self.settings))
+        return report[0] if report else None
 
     def _update_record(self, iteration: int, status: str) -> None:
         elapsed, self._clock = time.monotonic() - self._clock, time.monotonic()
@@ -304,6 +298,32 @@ class NonWritingRunFolder(RunFolder):
     def save_checkpoint(self, iteration: int, state: Mapping[str, Any], execution: Mapping[str, Any]) -> None: ...
 
     def close(self, status: str) -> None: ...
+
+
+def find_report(
+    folder: Path, run_id: str, evaluation: Mapping[str, Any], unfinished: bool = False
+) -> tuple[dict[str, Any], Path] | None:
+    """Returns the report of an evaluation, and the folder that it and its ``tasks.csv`` are in; None if there is none.
+
+    Args:
+        folder: the run's folder.
+        run_id: the run's id.
+        evaluation: settings of the evaluation, see `evaluation_config`.
+        unfinished: whether an evaluation of an unfinished training counts; the one of the latest iteration is returned.
+
+    Raises:
+        MamlError: if a report is damaged.
+    """
+    found = []
+    for path in (folder / "report.json", *sorted(folder.glob("evaluations/*/report.json"))):
+        report = read_json(path)
+        if report is None or report["evaluation"] != evaluation or report["run_id"] != run_id:
+            continue
+        if report["iteration"] == report["num_iterations"]:
+            return report, path.parent
+        if unfinished:
+            found.append((report, path.parent))
+    return max(found, key=lambda entry: entry[0]["iteration"], default=None)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

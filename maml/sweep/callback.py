@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import atexit
-import csv
-import io
 import json
-import math
 import os
+import platform
 import signal
-import statistics
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException, HydraException
@@ -25,13 +24,16 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from maml.config.compose import compose
 from maml.config.identity import digest
-from maml.errors import Interrupted, MamlError
+from maml.errors import Interrupted
 from maml.record.checkpoint import write_atomically
-from maml.record.index import read_run
-from maml.record.run_folder import RunFolder, command_line, read_json
+from maml.record.run_folder import command_line
+from maml.sweep.disk import local_disk
 from maml.sweep.gpu_lease import visible_gpus
+from maml.sweep.job import Post, RunningJob
+from maml.sweep.monitor import Monitor
+from maml.sweep.state import SWEEP, SweepReader, describe, job_overrides, summary_line, varying_keys
+from maml.sweep.summary import summarise
 
 
 def _direction(domain: str) -> str:
@@ -49,199 +51,130 @@ class Sweep(Callback):
 
     Hydra also calls it in the processes in which a launcher runs the jobs. The id is a hash of the sweep's overrides,
     so the same command finds the same folder.
+
+    Args:
+        needs_shared_disk: whether the jobs run on other machines, which have to see ``runs_dir``.
     """
 
-    def __init__(self) -> None:
+    return_checkpoints = False
+
+    def __init__(self, needs_shared_disk: bool = False) -> None:
+        self.needs_shared_disk = needs_shared_disk
         self.folder: Path | None = None  # the sweep's folder; None for a single run
         self.arguments: list[str] = []
+        self.post: Post | None = None  # the way to the sweep's folder from a machine that does not see it
+        self._in_file = False  # whether the output of a job goes to a file
+        self._started = 0.0  # by which a job knows the sweep's folder
+        self._job: RunningJob | None = None  # the job that this process runs
+        self._reader: SweepReader | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             return  # train.py refuses sweeps under torchrun
-        swept = list(config.hydra.overrides.task)
-        self.folder = Path(config.runs_dir).resolve() / "sweeps" / _hash_overrides(swept)
-        self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
+        try:
+            planned = _planned_jobs(config)
+        except HydraException:
+            return  # Hydra itself reports the wrong override
+        self.folder = Path(config.runs_dir).resolve() / "sweeps" / _sweep_id(config)
         (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
-        if get_class(config.hydra.sweeper._target_) is BasicSweeper:  # other sweepers choose their jobs one by one
-            (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(swept), None)
-            for overrides in jobs:
-                if not self._path(overrides).exists():
-                    self._record(overrides)
+        self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
+        self._in_file = get_class(config.hydra.launcher._target_) is not BasicLauncher  # several jobs at once
+        self._started = time.time()
+        num_jobs = OmegaConf.select(config, "hydra.sweeper.n_trials") if planned is None else len(planned)
+        content = {"command": command_line(), "started": self._started, "num_jobs": num_jobs, "planned": planned}
+        text = (json.dumps(content, indent=2) + "\n").encode()
+        write_atomically(self.folder / SWEEP, lambda file: file.write(text))
+        if self.needs_shared_disk and (disk := local_disk(self.folder)):
+            runs_dir, host = self.folder.parents[1], platform.node()
+            print(
+                f"the jobs run on other machines, which have to see {runs_dir}; it is on a disk of {host} ({disk}). "
+                f"Unless {host} shares it, choose a folder on a shared disk with runs_dir=",
+                file=sys.stderr,
+            )
         signal.signal(signal.SIGTERM, _stop)  # an exception, as from Ctrl-C, lets a launcher stop its processes too
-        # Folders of `--config-dir`, in which the jobs find a user's options that conf/ does not have.
-        sources = config.hydra.runtime.config_sources
-        config_dirs = [source.path for source in sources if source.provider == "command-line"]
-        atexit.register(summarise, self.folder, config_dirs)
+        # Not an attribute, because Hydra pickles this object for the processes of the jobs.
+        monitor = Monitor(self.folder, num_jobs) if self._in_file else None
+        atexit.register(self._end, monitor)
+
+    def _end(self, monitor: Monitor | None) -> None:
+        assert self.folder
+        if self._job is not None:  # it was stopped
+            self._job.stop()
+        if monitor is not None:
+            monitor.stop()
+        summarise(self.folder)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if self.folder:
-            sys.argv = self.arguments  # the sweep's command, for the run's record; a launcher's process has its own
+        if not self.folder:
+            return
+        sys.argv = self.arguments  # the sweep's command, for the run's record; a launcher's process has its own
+        with suppress(OSError):  # on another machine, which may not have this folder
             os.chdir(config.hydra.runtime.cwd)  # a process on a cluster starts in another folder
-            self._record(config.hydra.overrides.task)
+        folder, post = self.folder, None
+        if not self._sees_folder():
+            folder, post = Path(config.runs_dir).resolve() / "sweeps" / folder.name, self.post
+            if post is None:
+                print(
+                    f"{platform.node()} does not see {self.folder}: what this job writes stays in {config.runs_dir} "
+                    "on this machine; choose a runs_dir on a shared disk",
+                    file=sys.stderr,
+                )
+        self._job = RunningJob(folder, config, self._in_file, post, self.return_checkpoints)
+        if not self._in_file:
+            self._announce(self._job.name)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if self.folder and job_return.status is JobStatus.FAILED:
-            error = job_return._return_value  # the public `return_value` raises the error
-            known = isinstance(error, CompactHydraException)
-            self._record(config.hydra.overrides.task, str(error) if known else f"{type(error).__name__}: {error}")
+        if self._job is None:
+            return
+        error = None
+        if job_return.status is JobStatus.FAILED:
+            reason = job_return._return_value  # the public `return_value` raises the error
+            known = isinstance(reason, CompactHydraException)
+            error = str(reason) if known else f"{type(reason).__name__}: {reason}"
+        self._job.end(error)
+        self._job = None
 
-    def _record(self, overrides: Iterable[str], error: str | None = None) -> None:
-        content = json.dumps({"overrides": _without_launcher(overrides), "error": error}, indent=2) + "\n"
-        write_atomically(self._path(overrides), lambda file: file.write(content.encode()))
-
-    def _path(self, overrides: Iterable[str]) -> Path:
+    def _sees_folder(self) -> bool:
+        """Returns whether this process sees the folder of the sweep, and not another one at the same path."""
         assert self.folder
-        return self.folder / "jobs" / f"{_hash_overrides(overrides)}.json"
+        try:
+            return json.loads((self.folder / SWEEP).read_text())["started"] == self._started
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def _announce(self, name: str) -> None:
+        """Prints how far the sweep is, and which job begins."""
+        assert self.folder
+        self._reader = self._reader or SweepReader(self.folder)  # one for all jobs, because it reads finished ones once
+        jobs = self._reader.jobs()
+        (now, *_) = [describe(job, varying_keys(jobs)) for job in jobs if job.name == name]
+        print(f"{summary_line(jobs)}; now {now}", file=sys.stderr)
 
 
-def _without_launcher(overrides: Iterable[str]) -> list[str]:
-    """Returns the overrides that identify a sweep or a job: all but the launcher."""
-    return [override for override in overrides if not override.startswith("launcher=")]
+def _planned_jobs(config: DictConfig) -> list[list[str]] | None:
+    """Returns the overrides of every job of a sweep; None if its sweeper chooses the jobs one by one.
+
+    Raises:
+        HydraException: if an override cannot be swept.
+    """
+    if get_class(config.hydra.sweeper._target_) is not BasicSweeper:
+        return None
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # which finds the files of glob()
+    (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(_swept(config)), None)
+    return [job_overrides(job) for job in jobs]
 
 
-def _hash_overrides(overrides: Iterable[str]) -> str:
-    return digest({"overrides": _without_launcher(overrides)})
+def _swept(config: DictConfig) -> list[str]:
+    """Returns the overrides of the command, after those that a sweeper has from its config."""
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    return [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
+
+
+def _sweep_id(config: DictConfig) -> str:
+    settings: dict[str, Any] = {"overrides": job_overrides(_swept(config))}
+    name = config.hydra.job.config_name
+    return digest(settings if name == "config" else settings | {"config": name})
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Interrupted("stopped by SIGTERM; run the same command again to continue from the checkpoints", number)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job of a sweep, with its report.
-
-    Attributes:
-        overrides: the overrides of its config.
-        report: the report of its run; None if the run is not finished.
-        problem: why there is no report; empty if there is one.
-    """
-
-    overrides: tuple[str, ...]
-    report: dict[str, Any] | None
-    problem: str = ""
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """The overrides by key."""
-        return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in self.overrides)}
-
-    @property
-    def headline(self) -> tuple[float, float]:
-        """Mean and half-width of the 95 % interval over test tasks; nan if adaptation diverged."""
-        assert self.report
-        for curve in self.report["curves"]:
-            last = curve["steps"][-1]
-            if (curve["metric"], last["mean"]) == (self.report["headline_metric"], self.report["headline"]):
-                return (math.nan, math.nan) if last["ci95"] is None else (last["mean"], last["ci95"])
-        raise AssertionError("the headline must be the last step of a curve")
-
-
-def read_jobs(folder: Path, config_dirs: Sequence[str] = ()) -> list[Job]:
-    """Reads the state of all jobs of a sweep from their run folders, or from the sweep's folder if a job failed.
-
-    Args:
-        folder: folder of the sweep.
-        config_dirs: folders of options, besides ``conf/``.
-    """
-    searched = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs)}]"] if config_dirs else []
-    jobs = []
-    for path in sorted((folder / "jobs").glob("*.json")):
-        record = read_json(path)
-        assert record
-        overrides, error = tuple(record["overrides"]), record["error"]
-        try:
-            settings, experiment = compose([*searched, *overrides])
-        except (MamlError, HydraException) as reason:
-            jobs.append(Job(overrides, None, error or str(reason)))
-            continue
-        for seed in range(settings.seed, settings.seed + settings.seeds):
-            with_seed = overrides if settings.seeds == 1 else (*overrides, f"seed={seed}")
-            jobs.append(_read_job(with_seed, RunFolder(settings.for_seed(seed), experiment), error))
-    return sorted(jobs, key=lambda job: job.overrides)
-
-
-def _read_job(overrides: tuple[str, ...], run: RunFolder, error: str | None) -> Job:
-    try:
-        report = None if error else run.finished_report()
-        unfinished = None if error or report else read_run(run.path)
-    except MamlError as reason:
-        return Job(overrides, None, str(reason))
-    state = f"{unfinished.status} at iteration {unfinished.iteration:,}" if unfinished else "not started"
-    return Job(overrides, report, "" if report else error or state)
-
-
-def tabulate(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Returns one row per combination of the values that differ between jobs, other than the seed; best row first.
-
-    ``ci95`` is the half-width of the 95 % interval over test tasks, averaged over seeds, because seeds share their test
-    tasks. ``std`` is the standard deviation over seeds.
-    """
-    axes = [key for key in _varying_keys(jobs) if key != "seed"]
-    groups: dict[tuple[str, ...], list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(tuple(job.settings.get(axis, "") for axis in axes), []).append(job)
-    rows = []
-    for point, group in groups.items():
-        reports = [job.report for job in group if job.report]
-        headlines = [job.headline for job in group if job.report]
-        mean, ci95 = (statistics.fmean(values) for values in zip(*headlines or [(math.nan, math.nan)], strict=True))
-        row = dict(zip(axes, point, strict=True)) | {
-            "metric": reports[0]["headline_metric"] if reports else "",
-            "mean": mean,
-            "ci95": ci95,
-            "std": statistics.stdev(mean for mean, _ in headlines) if len(headlines) > 1 else math.nan,
-            "seeds": f"{len(reports)} of {len(group)}",
-        }
-        worse = math.isnan(mean), -mean if reports and reports[0]["larger_is_better"] else mean
-        rows.append((not reports, row["metric"], worse, row))
-    return [row for *_, row in sorted(rows, key=lambda entry: entry[:-1])]
-
-
-def _varying_keys(jobs: Sequence[Job]) -> list[str]:
-    """Returns the keys whose values are not the same in all jobs."""
-    keys = dict.fromkeys(key for job in jobs for key in job.settings)
-    return [key for key in keys if len({job.settings.get(key) for job in jobs}) > 1]
-
-
-def summarise(folder: Path, config_dirs: Sequence[str] = ()) -> None:
-    """Prints the table of a sweep and its unfinished jobs, and writes ``summary.md`` and ``summary.csv``.
-
-    Args:
-        folder: folder of the sweep.
-        config_dirs: folders of options, besides ``conf/``.
-    """
-    jobs = read_jobs(folder, config_dirs)
-    rows = tabulate(jobs)
-    lines = _markdown(rows)
-    missing = [job for job in jobs if not job.report]
-    lines += ["", f"{len(jobs) - len(missing)} of {len(jobs)} jobs are finished"]
-    named = _varying_keys(jobs)
-    for job in missing:
-        settings = " ".join(f"{key}={job.settings[key]}" for key in named if key in job.settings)
-        lines.append(f"- {settings or ' '.join(job.overrides)}: {job.problem}")
-    lines += ["", f"Run the same command again to continue with these: `{command_line()}`"] if missing else []
-    if any(folder.parent.glob(".submitit/*")):
-        lines.append(f"The output of the jobs is in {folder.parent / '.submitit'}")
-    table = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    text = "\n".join(lines).strip() + "\n"
-    write_atomically(folder / "summary.md", lambda file: file.write(text.encode()))
-    write_atomically(folder / "summary.csv", lambda file: file.write(table.getvalue().encode()))
-    print(f"\n{text}written to {folder}")
-
-
-def _markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    if not rows:
-        return []
-    cells = [list(rows[0]), *([_format_value(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    return [f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |" for row in cells]
-
-
-def _format_value(value: Any) -> str:
-    return value if isinstance(value, str) else "" if math.isnan(value) else f"{value:.4f}"

@@ -19,6 +19,7 @@ from maml.hardware import distributed
 from maml.hardware.base import Execution
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder
+from maml.sweep.heartbeat import report_iteration
 from maml.training.cuda_graph import with_cuda_graph
 from maml.training.iteration import Iteration
 from maml.training.learner import Learner
@@ -68,6 +69,7 @@ def train(
             pending = PendingMetrics(active)
             for number in range(start + 1, end + 1):
                 metrics = iterate(number)
+                report_iteration(number, num_iterations)
                 signal_number = distributed.all_reduce_max(stopped[0] if stopped else 0)
                 if distributed.rank() == 0:  # the display reads metrics from the device, which blocks for a moment
                     progress.update(number, lambda metrics=metrics: _to_floats(metrics[0]))  # type: ignore[misc]

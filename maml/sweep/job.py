@@ -1,0 +1,174 @@
+"""The job of a sweep that this process runs: its record, its heartbeat, its output, and its files on other disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from omegaconf import DictConfig
+
+from maml.config.compose import experiment_name, settings_of
+from maml.config.identity import evaluation_config
+from maml.errors import MamlError
+from maml.record.checkpoint import write_atomically
+from maml.record.run_folder import RunFolder, find_report
+from maml.sweep.heartbeat import Heartbeat
+from maml.sweep.output import OutputFile
+from maml.sweep.state import job_name, job_overrides
+
+
+class Post(Protocol):
+    """The way to the disk of the process that started the sweep. Paths are absolute, or relative to its runs_dir."""
+
+    def read(self, folder: str) -> dict[str, bytes]:
+        """Returns the files of a run's folder, by their paths in it."""
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Writes files, the last one last. Returns when they are on the disk."""
+
+
+class RunningJob:
+    """Writes the job's files in the sweep's folder: ``jobs/<name>.json``, ``.heartbeat`` and perhaps ``.log``.
+
+    Args:
+        folder: folder of the sweep, on this machine.
+        config: the job's config, with ``hydra``.
+        to_file: whether the job's output goes to a file.
+        post: the way to the disk of the process that started the sweep; None if this machine sees that disk.
+        with_checkpoints: whether checkpoints are sent there too, so that the run can go on on another machine.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: DictConfig,
+        to_file: bool = False,
+        post: Post | None = None,
+        with_checkpoints: bool = False,
+    ) -> None:
+        self._jobs, self._post, self._with_checkpoints = folder / "jobs", post, with_checkpoints
+        self._jobs.mkdir(parents=True, exist_ok=True)
+        overrides = job_overrides(config.hydra.overrides.task)
+        self.name = job_name(overrides)
+        self._record: dict[str, Any] = {"overrides": overrides, "error": None, "mode": "train", "seconds": None}
+        self._runs: dict[str, RunFolder] = {}  # by the path that the process that started the sweep knows
+        self._sent: dict[Path, int] = {}  # when a file was changed that has been sent
+        try:
+            settings = settings_of(config)
+        except MamlError:
+            pass  # the job itself reports it
+        else:
+            experiment = experiment_name(config.hydra.runtime.choices)
+            for seed in range(settings.seed, settings.seed + settings.seeds):
+                run = RunFolder(settings.for_seed(seed), experiment)
+                self._runs[_address(run, config.hydra.runtime.cwd)] = run
+            self._record["mode"] = settings.mode
+        self._record["runs"] = [
+            {
+                "seed": run.settings.seed,
+                "folder": address,
+                "run_id": run.run_id,
+                "evaluation": evaluation_config(run.settings),
+                "num_iterations": run.settings.num_iterations,
+            }
+            for address, run in self._runs.items()
+        ]
+        self._fetch()
+        reports = [find_report(run.path, run.run_id, evaluation_config(run.settings)) for run in self._runs.values()]
+        self._was_finished = bool(reports) and all(reports)
+        self._started = time.monotonic()
+        self._write(".json", self._record)
+        self._output = OutputFile(self._jobs / f"{self.name}.log") if to_file else None
+        self._heartbeat = Heartbeat(self._beat)
+
+    def stop(self) -> None:
+        """Ends the heartbeat: this process no longer works on the job."""
+        self._heartbeat.stop()
+        (self._jobs / f"{self.name}.heartbeat").unlink(missing_ok=True)
+
+    def end(self, error: str | None) -> None:
+        """Records the end of the job.
+
+        Args:
+            error: why it failed; None if it did not.
+        """
+        self.stop()
+        if error is None and not self._was_finished:
+            self._record["seconds"] = time.monotonic() - self._started
+        self._record["error"] = error
+        if self._output is not None:
+            self._output.close()
+        if self._post is not None:
+            log = self._jobs / f"{self.name}.log"
+            if log.exists():
+                self._post.write({f"{self._place}/{log.name}": log.read_bytes()})
+            self._send_runs()
+        self._write(".json", self._record)  # last: a job is finished when all its files are there
+
+    @property
+    def _place(self) -> str:
+        return f"sweeps/{self._jobs.parent.name}/jobs"
+
+    def _write(self, suffix: str, content: Mapping[str, Any]) -> None:
+        text = (json.dumps(content, indent=2) + "\n").encode()
+        write_atomically(self._jobs / f"{self.name}{suffix}", lambda file: file.write(text))
+        if self._post is not None:
+            self._post.write({f"{self._place}/{self.name}{suffix}": text})
+
+    def _beat(self, beat: Mapping[str, Any]) -> None:
+        self._write(".heartbeat", beat)
+        self._send_runs()
+
+    def _fetch(self) -> None:
+        """Gets the runs' folders from the process that started the sweep, if this machine does not have them."""
+        if self._post is None:
+            return
+        for address, run in self._runs.items():
+            if run.path.exists():
+                continue
+            for name, content in self._post.read(address).items():
+                path = run.path / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                self._sent[path] = path.stat().st_mtime_ns
+
+    def _send_runs(self) -> None:
+        """Sends the files of the runs that have changed since they were last sent."""
+        if self._post is None:
+            return
+        for address, run in self._runs.items():
+            files = {}
+            for path in run_files(run.path, self._with_checkpoints):
+                changed = path.stat().st_mtime_ns
+                if self._sent.get(path) != changed:
+                    files[f"{address}/{path.relative_to(run.path)}"] = path.read_bytes()
+                    self._sent[path] = changed
+            if files:
+                self._post.write(files)
+
+
+def run_files(folder: Path, with_checkpoints: bool) -> list[Path]:
+    """Returns the files of a run's folder that are worth sending; those that make the run finished come last."""
+    paths = [path for pattern in ("*", "evaluations/*/*") for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return sorted(
+        (
+            path
+            for path in paths
+            if not path.name.startswith((".", "lock")) and (with_checkpoints or path.suffix != ".pt")
+        ),
+        key=lambda path: (path.suffix != ".pt", path.name in ("run.json", "report.json")),
+    )
+
+
+def _address(run: RunFolder, cwd: str) -> str:
+    """Returns the folder that the run's report is in: relative to runs_dir, or absolute if it is somewhere else."""
+    settings = run.settings
+    if settings.mode == "eval" and settings.checkpoint:
+        return os.path.join(cwd, Path(settings.checkpoint).parent)
+    if settings.run_dir:
+        return os.path.join(cwd, settings.run_dir)
+    return run.path.relative_to(settings.runs_dir).as_posix()

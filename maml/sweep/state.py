@@ -1,0 +1,222 @@
+"""The state of a sweep, read from its files: what each job is, how far it is, and when all will be finished."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from maml.config.identity import digest
+from maml.errors import MamlError
+from maml.record.index import read_run
+from maml.record.run_folder import find_report, read_json
+from maml.sweep.heartbeat import looks_dead
+
+SWEEP = "sweep.json"  # what the process that started the sweep knows: its command, and the jobs that it plans
+
+
+def job_overrides(overrides: Iterable[str]) -> list[str]:
+    """Returns the overrides that identify a sweep or a job: all but the launcher."""
+    return [override for override in overrides if not override.startswith("launcher=")]
+
+
+def job_name(overrides: Iterable[str]) -> str:
+    """Returns the name of a job's files in the folder ``jobs``, without the suffix."""
+    return digest({"overrides": job_overrides(overrides)})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep; a job that trains several seeds at once counts as one for each seed.
+
+    Attributes:
+        overrides: the overrides of its config.
+        report: the report of its run; None if the run is not finished.
+        problem: why there is no report; empty if there is one.
+        name: name of its files in the folder ``jobs``.
+        state: ``finished``, ``running``, ``stopped``, ``failed`` or ``not started``.
+        folder: folder of the report, or of the run if it is not finished; None if it has not started.
+        iteration: number of iterations that are done, as far as is known.
+        num_iterations: number of all iterations; 0 if it has not started.
+        speed: iterations per second; None if unknown.
+        heartbeat: seconds since its last heartbeat; None if it has none.
+        host: the machine that it runs on; empty if it does not run.
+        seconds: how long it took; None if it is not finished, or was finished before the sweep started.
+    """
+
+    overrides: tuple[str, ...]
+    report: dict[str, Any] | None
+    problem: str = ""
+    name: str = ""
+    state: str = "not started"
+    folder: Path | None = field(default=None, compare=False)
+    iteration: int = 0
+    num_iterations: int = 0
+    speed: float | None = None
+    heartbeat: float | None = None
+    host: str = ""
+    seconds: float | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The overrides by key."""
+        return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in self.overrides)}
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until its training is finished, at the speed that it has now; None if unknown."""
+        return (self.num_iterations - self.iteration) / self.speed if self.speed else None
+
+    @property
+    def headline(self) -> tuple[float, float]:
+        """Mean and half-width of the 95 % interval over test tasks; nan if adaptation diverged."""
+        last = self.headline_curve["steps"][-1]
+        return (math.nan, math.nan) if last["ci95"] is None else (last["mean"], last["ci95"])
+
+    @property
+    def headline_curve(self) -> Mapping[str, Any]:
+        """The curve of the report whose last step is the headline number."""
+        assert self.report
+        for curve in self.report["curves"]:
+            ends_at = curve["metric"], curve["steps"][-1]["mean"]
+            if ends_at == (self.report["headline_metric"], self.report["headline"]):
+                return curve
+        raise AssertionError("the headline must be the last step of a curve")
+
+
+def varying_keys(jobs: Sequence[Job]) -> list[str]:
+    """Returns the keys whose values are not the same in all jobs."""
+    keys = dict.fromkeys(key for job in jobs for key in job.settings)
+    return [key for key in keys if len({job.settings.get(key) for job in jobs}) > 1]
+
+
+def describe(job: Job, keys: Sequence[str]) -> str:
+    """Returns a job's values of some keys, ``key=value key=value``; all its overrides if it has none of the keys."""
+    return " ".join(f"{key}={job.settings[key]}" for key in keys if key in job.settings) or " ".join(job.overrides)
+
+
+class SweepReader:
+    """Reads the state of a sweep. Finished jobs are read once, so that reading again and again costs little.
+
+    Args:
+        folder: folder of the sweep.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._finished: dict[str, list[Job]] = {}
+
+    def jobs(self) -> list[Job]:
+        """Returns all jobs that were planned or started.
+
+        Raises:
+            MamlError: if a file of the sweep is damaged.
+        """
+        sweep = read_json(self.folder / SWEEP) or {}
+        planned = [tuple(overrides) for overrides in sweep.get("planned") or []]
+        blanks = [Job(overrides, None, "not started", job_name(overrides)) for overrides in planned]
+        jobs = {blank.name: [blank] for blank in blanks}
+        for path in (self.folder / "jobs").glob("*.json"):
+            if path.stem not in self._finished:
+                try:
+                    found = self._read(path)
+                except (KeyError, TypeError, AttributeError) as error:
+                    raise MamlError(f"{path} is damaged ({error!r}); delete it, and start the sweep again") from error
+                if all(job.state == "finished" for job in found):
+                    self._finished[path.stem] = found
+                jobs[path.stem] = found
+        return sorted((job for each in (jobs | self._finished).values() for job in each), key=lambda job: job.overrides)
+
+    def _read(self, path: Path) -> list[Job]:
+        record = read_json(path)
+        if record is None:
+            return []
+        blank = Job(tuple(record["overrides"]), None, name=path.stem)
+        if record["error"] is not None:
+            blank = replace(blank, state="failed", problem=record["error"])
+        runs = record.get("runs")
+        if not runs:
+            problem = blank.problem or ("not started" if runs is not None else "recorded by an earlier version")
+            return [replace(blank, problem=problem)]
+        beat = read_json(path.with_suffix(".heartbeat"))
+        jobs = []
+        for run in runs:
+            overrides = blank.overrides if len(runs) == 1 else (*blank.overrides, f"seed={run['seed']}")
+            job = replace(blank, overrides=overrides, num_iterations=run["num_iterations"])
+            jobs.append(self._read_run(job, record, run, beat))
+        return jobs
+
+    def _read_run(
+        self, job: Job, record: Mapping[str, Any], run: Mapping[str, Any], beat: Mapping[str, Any] | None
+    ) -> Job:
+        folder = self.folder.parents[1] / run["folder"]  # relative to runs_dir, or absolute
+        job = replace(job, folder=folder)
+        try:
+            found = find_report(folder, run["run_id"], run["evaluation"], unfinished=record["mode"] == "eval")
+            if found and record["error"] is None:
+                report, where = found
+                done, seconds = report["iteration"], record["seconds"]
+                return replace(job, report=report, folder=where, state="finished", iteration=done, seconds=seconds)
+            if beat is not None and record["error"] is None:
+                return self._read_beat(job, beat)
+            unfinished = read_run(folder)
+        except MamlError as reason:
+            return replace(job, state="failed", problem=job.problem or str(reason))
+        if unfinished is None:
+            return replace(job, problem=job.problem or "not started")
+        job = replace(job, iteration=unfinished.iteration)
+        if record["error"] is not None:
+            return job
+        return replace(job, state="stopped", problem=f"{unfinished.status} at iteration {unfinished.iteration:,}")
+
+    def _read_beat(self, job: Job, beat: Mapping[str, Any]) -> Job:
+        iteration, age = beat.get("iteration", 0), max(0.0, time.time() - beat["time"])
+        job = replace(job, iteration=iteration, heartbeat=age, host=beat["host"])
+        reason = looks_dead(beat)
+        if reason:
+            return replace(job, state="stopped", problem=f"{reason}; at iteration {iteration:,}")
+        where = f"at iteration {iteration:,} of {job.num_iterations:,}" if "iteration" in beat else "preparing"
+        return replace(job, state="running", speed=beat.get("speed"), problem=f"running, {where}, on {beat['host']}")
+
+
+def summary_line(jobs: Sequence[Job], num_jobs: int | None = None) -> str:
+    """Returns how many jobs are in which state, and the time left: ``2 of 4 finished, 2 running, ETA 0:10:00``.
+
+    Args:
+        jobs: the jobs that were planned or started.
+        num_jobs: number of all jobs, if it is known; others may then follow.
+    """
+    total = max(len(jobs), num_jobs or 0)
+    counts = {state: sum(job.state == state for job in jobs) for state in ("finished", "running", "failed", "stopped")}
+    parts = [f"{counts.pop('finished')} of {total} finished"]
+    parts += [f"{count} {state}" for state, count in counts.items() if count]
+    left = time_left(jobs, total)
+    return ", ".join([*parts, *([f"ETA {timedelta(seconds=round(left))}"] if left is not None else [])])
+
+
+def time_left(jobs: Sequence[Job], total: int) -> float | None:
+    """Estimates the seconds until a sweep is finished; None if nothing runs, or too little is known.
+
+    Jobs that have not started are assumed to take as long as those that are finished or run, and to run as many at
+    once as now.
+    """
+    running = [job for job in jobs if job.state == "running"]
+    durations = [job.seconds for job in jobs if job.seconds is not None]
+    durations += [job.num_iterations / job.speed for job in running if job.speed]
+    if not running or not durations:
+        return None
+    typical = statistics.median(durations)
+    lefts = [typical if job.time_left is None else job.time_left for job in running]
+    waiting = total - sum(job.state in ("finished", "failed", "running") for job in jobs)
+    return max(*lefts, (sum(lefts) + waiting * typical) / len(running))
+
+
+def find_sweeps(*runs_dirs: Path) -> list[Path]:
+    """Returns the folders of all sweeps in folders of runs, the newest last."""
+    folders = [path.parent for runs_dir in runs_dirs for path in runs_dir.glob("sweeps/*/jobs")]
+    return sorted(folders, key=lambda folder: (folder / "jobs").stat().st_mtime)
