@@ -39,6 +39,8 @@ from maml.record import checkpoint
 from maml.record.frame import UNKNOWN, run_frame, setting
 from maml.record.index import SUPERSEDED, CurveRecord, Run, conflicts_among, read_run, read_runs, supersede
 from maml.record.lock import acquire
+from maml.record.run_folder import read_json
+from maml.sweep.state import SWEEP, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows
 
 RESULTS = CONF.parent / "results"
 RESAMPLES = 10_000
@@ -47,7 +49,7 @@ RESAMPLES = 10_000
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns 1 if it failed, or if `list` left out a damaged run folder, else 0."""
     options = _parser().parse_args(arguments)
-    runs, problems = read_runs(*options.runs_dir)
+    runs, problems = ([], []) if options.act is show_sweep else read_runs(*options.runs_dir)
     try:
         options.act(options, runs)
     except MamlError as error:
@@ -104,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     compare_parser = command("compare", compare_runs, "the differences of two runs: settings, and numbers task by task")
     compare_parser.add_argument("a", help="a run's folder, or the beginning of its id")
     compare_parser.add_argument("b", help="another run's folder, or the beginning of its id")
+
+    sweep_parser = command("sweep", show_sweep, "the state of a sweep's jobs: running, looks dead, failed, ETA")
+    sweep_parser.add_argument("sweep", nargs="?", help="the beginning of its id; without it, all sweeps are listed")
 
     supersede_parser = command("supersede", supersede_run, "mark a run as no longer evidence")
     supersede_parser.add_argument("run", help="its folder, or the beginning of its id")
@@ -275,6 +280,20 @@ def _group_text(row: Mapping[str, Any]) -> dict[str, str]:
         "runs": f"{row['num_runs']}: seeds {row['seeds']}" if several else f"1: seed {row['seeds']}",
         "range over runs": span,
     }
+
+
+# Sweep.
+
+
+def show_sweep(options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Prints the state of each job of a sweep, or one line per sweep."""
+    if options.sweep is None:
+        print_table(sweep_rows(find_sweeps(*options.runs_dir)))
+        return
+    folder = find_sweep(options.sweep, *options.runs_dir)
+    jobs = SweepReader(folder).jobs()
+    print_table(job_rows(jobs))
+    print(f"\n{summary_line(jobs, (read_json(folder / SWEEP) or {}).get('num_jobs'))}\nin {folder}")
 
 
 # Show.

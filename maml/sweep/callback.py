@@ -78,7 +78,7 @@ class Sweep(Callback):
         self.folder = Path(config.runs_dir).resolve() / "sweeps" / _sweep_id(config)
         (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
         self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
-        self._in_file = get_class(config.hydra.launcher._target_) is not BasicLauncher  # several jobs at once
+        self._in_file = not _is(config.hydra.launcher, BasicLauncher)  # several jobs at once
         self._started = time.time()
         num_jobs = OmegaConf.select(config, "hydra.sweeper.n_trials") if planned is None else len(planned)
         content = {"command": command_line(), "started": self._started, "num_jobs": num_jobs, "planned": planned}
@@ -151,13 +151,18 @@ class Sweep(Callback):
         print(f"{summary_line(jobs)}; now {now}", file=sys.stderr)
 
 
+def _is(plugin: DictConfig, kind: type) -> bool:
+    """Returns whether a launcher or sweeper is of a kind; by name, because Hydra may load the class a second time."""
+    return plugin._target_ == f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _planned_jobs(config: DictConfig) -> list[list[str]] | None:
     """Returns the overrides of every job of a sweep; None if its sweeper chooses the jobs one by one.
 
     Raises:
         HydraException: if an override cannot be swept.
     """
-    if get_class(config.hydra.sweeper._target_) is not BasicSweeper:
+    if not _is(config.hydra.sweeper, BasicSweeper):
         return None
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # which finds the files of glob()
     (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(_swept(config)), None)

@@ -27,8 +27,8 @@ class Post(Protocol):
     def read(self, folder: str) -> dict[str, bytes]:
         """Returns the files of a run's folder, by their paths in it."""
 
-    def write(self, files: Mapping[str, bytes]) -> None:
-        """Writes files, the last one last. Returns when they are on the disk."""
+    def write(self, files: Mapping[str, bytes | None]) -> None:
+        """Writes files, the last one last, and deletes those that are None. Returns when this is done."""
 
 
 class RunningJob:
@@ -89,6 +89,8 @@ class RunningJob:
         """Ends the heartbeat: this process no longer works on the job."""
         self._heartbeat.stop()
         (self._jobs / f"{self.name}.heartbeat").unlink(missing_ok=True)
+        if self._post is not None:
+            self._post.write({f"{self._place}/{self.name}.heartbeat": None})
 
     def end(self, error: str | None) -> None:
         """Records the end of the job.
@@ -96,7 +98,7 @@ class RunningJob:
         Args:
             error: why it failed; None if it did not.
         """
-        self.stop()
+        self._heartbeat.stop()
         if error is None and not self._was_finished:
             self._record["seconds"] = time.monotonic() - self._started
         self._record["error"] = error
@@ -107,7 +109,8 @@ class RunningJob:
             if log.exists():
                 self._post.write({f"{self._place}/{log.name}": log.read_bytes()})
             self._send_runs()
-        self._write(".json", self._record)  # last: a job is finished when all its files are there
+        self._write(".json", self._record)
+        self.stop()
 
     @property
     def _place(self) -> str:
@@ -141,14 +144,16 @@ class RunningJob:
         if self._post is None:
             return
         for address, run in self._runs.items():
-            files = {}
+            files: dict[str, bytes | None] = {}
+            times: dict[Path, int] = {}
             for path in run_files(run.path, self._with_checkpoints):
                 changed = path.stat().st_mtime_ns
                 if self._sent.get(path) != changed:
                     files[f"{address}/{path.relative_to(run.path)}"] = path.read_bytes()
-                    self._sent[path] = changed
+                    times[path] = changed
             if files:
                 self._post.write(files)
+                self._sent |= times
 
 
 def run_files(folder: Path, with_checkpoints: bool) -> list[Path]:

@@ -80,7 +80,7 @@ class Monitor:
         line = summary_line(jobs, self._num_jobs)
         if self._live:
             self._live.update(Text(line), refresh=True)
-        elif time.monotonic() >= self._next_line:
+        elif time.monotonic() >= self._next_line or self._stopped.is_set():
             self._next_line = time.monotonic() + _LINE_SECONDS
             self._console.print(line, **_PLAIN)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,16 +32,23 @@ class Disk:
         path = self.runs_dir / folder
         return {str(file.relative_to(path)): file.read_bytes() for file in run_files(path, with_checkpoints=True)}
 
-    def write(self, files: Mapping[str, bytes]) -> None:
+    def write(self, files: Mapping[str, bytes | None]) -> None:
         """See `maml.sweep.job.Post`."""
         for name, content in files.items():
             path = self.runs_dir / name
+            if content is None:
+                path.unlink(missing_ok=True)
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
+            write_atomically(path, partial(_write, content))
 
     def sees(self, file: str) -> bool:
         """Returns whether a file exists."""
         return (self.runs_dir / file).exists()
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 class RayPost:
@@ -59,7 +67,7 @@ class RayPost:
 
         return ray.get(self._disk.read.remote(folder))
 
-    def write(self, files: Mapping[str, bytes]) -> None:
+    def write(self, files: Mapping[str, bytes | None]) -> None:
         """See `maml.sweep.job.Post`."""
         import ray
 
@@ -88,7 +96,8 @@ class RaySweep(Sweep):
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         if not ray.is_initialized():  # the launcher does the same later
-            ray.init(**OmegaConf.to_container(config.hydra.launcher.ray.init, resolve=True))
+            options: Any = OmegaConf.to_container(config.hydra.launcher.ray.init, resolve=True)
+            ray.init(**options)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         runs_dir = self.folder.parents[1]
         disk = ray.remote(num_cpus=0, scheduling_strategy=here)(Disk).remote(runs_dir)

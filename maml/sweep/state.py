@@ -220,3 +220,47 @@ def find_sweeps(*runs_dirs: Path) -> list[Path]:
     """Returns the folders of all sweeps in folders of runs, the newest last."""
     folders = [path.parent for runs_dir in runs_dirs for path in runs_dir.glob("sweeps/*/jobs")]
     return sorted(folders, key=lambda folder: (folder / "jobs").stat().st_mtime)
+
+
+def find_sweep(name: str, *runs_dirs: Path) -> Path:
+    """Returns the folder of the sweep whose id begins with ``name``.
+
+    Raises:
+        MamlError: if there is no such sweep, or several.
+    """
+    matches = [folder for folder in find_sweeps(*runs_dirs) if folder.name.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if not matches:
+        raise MamlError(f"there is no sweep {name} in {', '.join(map(str, runs_dirs))}; without an id, all are listed")
+    raise MamlError(f"{name} matches {len(matches)} sweeps; give more of the id: {', '.join(f.name for f in matches)}")
+
+
+def sweep_rows(folders: Sequence[Path]) -> list[dict[str, str]]:
+    """Returns one row of text for each sweep: its id, when it was started last, its state and its command."""
+    rows = []
+    for folder in folders:
+        sweep = read_json(folder / SWEEP) or {}
+        started = sweep.get("started")
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(started)) if started else ""
+        state = summary_line(SweepReader(folder).jobs(), sweep.get("num_jobs"))
+        rows.append({"sweep": folder.name, "started": when, "state": state, "command": sweep.get("command", "")})
+    return rows
+
+
+def job_rows(jobs: Sequence[Job]) -> list[dict[str, str]]:
+    """Returns one row of text for each job: its settings, its state and how far it is."""
+    keys = varying_keys(jobs)
+    return [
+        {
+            **{key: job.settings.get(key, "") for key in keys},
+            "state": job.state,
+            "iteration": f"{job.iteration:,} of {job.num_iterations:,}" if job.num_iterations else "",
+            "it/s": f"{job.speed:,.3g}" if job.speed else "",
+            "ETA": str(timedelta(seconds=round(job.time_left))) if job.time_left is not None else "",
+            "heartbeat": f"{job.heartbeat:,.0f} s ago" if job.heartbeat is not None else "",
+            "host": job.host,
+            "why": " ".join(job.problem.split()) if job.state in ("failed", "stopped") else "",
+        }
+        for job in jobs
+    ]

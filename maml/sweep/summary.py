@@ -30,22 +30,20 @@ def tabulate(jobs: Sequence[Job]) -> pd.DataFrame:
     import pandas as pd  # takes a third of a second
 
     axes = [key for key in varying_keys(jobs) if key != "seed"]
+    names = [f"axis {axis}" for axis in axes]  # an axis may have the name of another column
     frame = pd.DataFrame(
-        [
-            {**{f"axis {axis}": job.settings.get(axis, "") for axis in axes}, "job": job, "finished": bool(job.report)}
-            for job in jobs
-        ],
-        columns=[*(f"axis {axis}" for axis in axes), "job", "finished"],
+        [(*(job.settings.get(axis, "") for axis in axes), job, bool(job.report)) for job in jobs],
+        columns=[*names, "job", "finished"],
     )
-    # Without axes, all jobs are one group.
-    keys = [frame[f"axis {axis}"] for axis in axes] or [pd.Series("", index=frame.index)]
+    keys = [frame[name] for name in names] or [pd.Series("", index=frame.index)]  # without axes, all are one group
     rows = [
-        dict(zip(axes, point, strict=False)) | _row(group["job"][group["finished"]].tolist(), len(group))
+        dict(zip(names, point, strict=False)) | _row(group["job"][group["finished"]].tolist(), len(group))
         for point, group in frame.groupby(keys, sort=False)
     ]
-    columns = [*axes, "metric", *_NUMBERS, "seeds", "unfinished", "badness"]
-    table = pd.DataFrame(rows, columns=columns).sort_values(["unfinished", "metric", "badness"], na_position="last")
-    return table.drop(columns=["unfinished", "badness"]).reset_index(drop=True)
+    columns = ["metric", *_NUMBERS, "seeds"]
+    table = pd.DataFrame(rows, columns=[*names, *columns, "unfinished", "badness"])
+    table = table.sort_values(["unfinished", "metric", "badness"], na_position="last", ignore_index=True)
+    return table[[*names, *columns]].set_axis([*axes, *columns], axis=1)
 
 
 def _row(finished: Sequence[Job], num_jobs: int) -> dict[str, Any]:
@@ -74,8 +72,9 @@ def _values(jobs: Sequence[Job]) -> np.ndarray | None:
     for job in jobs:
         curve = job.headline_curve
         step = f"step_{curve['steps'][-1]['step']}"
+        if job.folder is None:
+            return None
         try:
-            assert job.folder
             tasks = pd.read_csv(job.folder / "tasks.csv", usecols=["num_shots", "metric", step])
             values.append(tasks[step][(tasks.num_shots == curve["num_shots"]) & (tasks.metric == curve["metric"])])
         except (OSError, ValueError):  # the file is missing or damaged: the report's own interval remains

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
-import json
-import math
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from maml.config.compose import compose
@@ -25,7 +29,7 @@ from maml.config.identity import digest, training_config
 from maml.errors import Interrupted
 from maml.experiment import run_experiment
 from maml.record.run_folder import read_json
-from maml.sweep.callback import Job, read_jobs, tabulate
+from maml.sweep.callback import Sweep, _planned_jobs, _sweep_id
 from tests.runs import ROOT, TinyRuns
 
 CONF = ROOT / "conf"
@@ -43,37 +47,6 @@ def sweep_folder(runs_dir: Path) -> Path:
     """Returns the folder of the only sweep."""
     (folder,) = (path.parent for path in runs_dir.glob("sweeps/*/jobs"))
     return folder
-
-
-def job(mean: float | None, *overrides: str, metric: str = "mse") -> Job:
-    last = {"mean": mean, "ci95": None if mean is None else 0.5}
-    curve = {"metric": metric, "steps": [{"mean": 9.0, "ci95": 1.0}, last]}
-    return Job(
-        overrides,
-        {"headline_metric": metric, "headline": mean, "larger_is_better": metric != "mse", "curves": [curve]},
-    )
-
-
-def test_table_has_a_row_for_each_combination_of_the_axes() -> None:
-    rows = tabulate(
-        [
-            job(2.0, "+experiment=a", "inner.step_size=0.1", "seed=0"),
-            job(4.0, "+experiment=a", "inner.step_size=0.1", "seed=1"),
-            job(1.0, "+experiment=a", "inner.step_size=0.2", "seed=0"),
-            Job(("+experiment=a", "inner.step_size=0.2", "seed=1"), None, "killed"),
-        ]
-    )
-    assert [row["inner.step_size"] for row in rows] == ["0.2", "0.1"], "the best first"
-    assert [(row["mean"], row["ci95"], row["seeds"]) for row in rows] == [(1.0, 0.5, "1 of 2"), (3.0, 0.5, "2 of 2")]
-    assert math.isnan(rows[0]["std"])
-    assert rows[1]["std"] == pytest.approx(math.sqrt(2))
-    assert list(rows[0]) == ["inner.step_size", "metric", "mean", "ci95", "std", "seeds"]
-
-
-def test_table_puts_large_accuracies_first_and_what_diverged_or_failed_last() -> None:
-    jobs = [job(None, "a=1", metric="accuracy"), job(0.5, "a=2", metric="accuracy"), Job(("a=3",), None, "why")]
-    rows = tabulate([*jobs, job(0.9, "a=4", metric="accuracy")])
-    assert [row["a"] for row in rows] == ["4", "2", "1", "3"]
 
 
 def test_sweep_lists_what_failed_and_goes_on_with_that(tiny: TinyRuns) -> None:
@@ -99,17 +72,103 @@ def test_sweep_lists_what_failed_and_goes_on_with_that(tiny: TinyRuns) -> None:
     assert sweep_folder(tiny.runs_dir) == folder
 
 
-def test_seeds_side_by_side_are_counted_one_by_one(tiny: TinyRuns) -> None:
-    overrides = [*tiny.base, "num_iterations=3", f"runs_dir={tiny.runs_dir}", "seeds=2", "inner.step_size=0.01"]
-    (tiny.runs_dir / "sweeps" / "jobs").mkdir(parents=True)
-    record = json.dumps({"overrides": overrides, "error": None})
-    (tiny.runs_dir / "sweeps" / "jobs" / "one.json").write_text(record)
-    run_experiment(compose([*overrides, "seeds=1"])[0], "custom")
-    first, second = read_jobs(tiny.runs_dir / "sweeps")
-    assert (first.settings["seed"], first.problem) == ("0", "")
-    assert (second.settings["seed"], second.problem) == ("1", "not started")
-    (row,) = tabulate([first, second])
-    assert row["seeds"] == "1 of 2"
+def multirun_config(*overrides: str, config_dir: Path = CONF, config_name: str = "config") -> DictConfig:
+    """Composes the config that Hydra passes to a sweep's callbacks; Hydra is initialised afterwards."""
+    GlobalHydra.instance().clear()
+    initialize_config_dir(str(config_dir), version_base="1.3")
+    loader = GlobalHydra.instance().config_loader()
+    return loader.load_configuration(config_name, [*overrides], run_mode=RunMode.MULTIRUN)
+
+
+@pytest.fixture
+def _clear_hydra() -> Iterator[None]:
+    yield
+    GlobalHydra.instance().clear()
+
+
+@pytest.mark.usefixtures("_clear_hydra")
+@pytest.mark.parametrize(
+    ("override", "planned"),
+    [
+        ("seed=0,1", ["seed=0", "seed=1"]),
+        ("seed=choice(0,1)", ["seed=0", "seed=1"]),
+        ("seed=range(0,3)", ["seed=0", "seed=1", "seed=2"]),
+        ("seed=range(3,start=0,step=2)", ["seed=0", "seed=2"]),
+        ("seed=sort(2,1,reverse=true)", ["seed=2", "seed=1"]),
+        ("seed=shuffle(1,2)", ["seed=1", "seed=2"]),
+        ("seed=tag(a,choice(1,2))", ["seed=1", "seed=2"]),
+        ("inner.step_size=float(choice(1,2))", ["inner.step_size=1.0", "inner.step_size=2.0"]),
+        ("hardware=glob(c*)", ["hardware=cpu"]),
+        ("hardware=glob([c*,a*])", ["hardware=auto", "hardware=cpu"]),
+        ("inner.step_size=interval(0.1,1)", None),
+        ("+experiment=sinusoid_10shot,sinusoid_oracle", ["+experiment=sinusoid_10shot", "+experiment=sinusoid_oracle"]),
+        ("evaluation.num_shots=[5],[10]", ["evaluation.num_shots=[5]", "evaluation.num_shots=[10]"]),
+        ("~logger", ["~logger"]),
+    ],
+)
+def test_every_form_of_sweep_has_its_jobs(override: str, planned: list[str] | None) -> None:
+    if planned is None:
+        with pytest.raises(HydraException):
+            _planned_jobs(multirun_config("num_iterations=3", override))
+        return
+    jobs = _planned_jobs(multirun_config("num_iterations=3", "launcher=joblib", override))
+    assert jobs is not None
+    assert sorted(map(sorted, jobs)) == sorted(sorted(["num_iterations=3", each]) for each in planned)
+
+
+@pytest.mark.usefixtures("_clear_hydra")
+def test_sweep_may_be_written_into_a_config_file(tmp_path: Path) -> None:
+    shutil.copytree(CONF, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "mine.yaml").write_text("defaults: [config]\nhydra: {sweeper: {params: {seed: 'range(2,4)'}}}\n")
+    config = multirun_config("num_iterations=3", config_dir=tmp_path, config_name="mine")
+    assert _planned_jobs(config) == [["seed=2", "num_iterations=3"], ["seed=3", "num_iterations=3"]]
+    others = [
+        multirun_config("num_iterations=3", config_dir=tmp_path),
+        multirun_config("seed=range(2,4)", "num_iterations=3", config_dir=tmp_path),
+    ]
+    assert len({_sweep_id(each) for each in (config, *others)}) == 3
+
+
+@pytest.mark.usefixtures("_clear_hydra")
+def test_id_is_that_of_the_settings_and_not_of_the_launcher() -> None:
+    alone = _sweep_id(multirun_config("seed=0,1"))
+    assert _sweep_id(multirun_config("launcher=joblib", "seed=0,1", "hydra.launcher.n_jobs=2")) == alone
+    assert _sweep_id(multirun_config("seed=0,2")) != alone
+
+
+def test_summary_of_a_glob_over_own_options(tiny: TinyRuns, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    for group, name, content in (
+        ("inner", "slow", "defaults: [sgd]\nstep_size: 0.01\n"),
+        ("inner", "slower", "defaults: [sgd]\nstep_size: 0.001\n"),
+    ):
+        (own / group).mkdir(parents=True, exist_ok=True)
+        (own / group / f"{name}.yaml").write_text(content)
+    process = tiny.start("-m", "--config-dir", str(own), "inner=glob(slow*)", "num_iterations=3")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "Callback" not in stderr
+    assert "1 of 2 finished, 1 running" in stderr
+    assert "2 of 2 jobs are finished" in stdout
+    with open(sweep_folder(tiny.runs_dir) / "summary.csv", newline="") as file:
+        assert sorted(row["inner"] for row in csv.DictReader(file)) == ["slow", "slower"]
+
+
+@pytest.mark.usefixtures("_clear_hydra")
+def test_start_says_that_slurm_needs_a_shared_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("maml.sweep.callback.Monitor", lambda *_: None)
+    monkeypatch.setattr("maml.sweep.callback.atexit.register", lambda *_: None)
+    monkeypatch.setattr("maml.sweep.callback.signal.signal", lambda *_: None)
+    config = multirun_config("launcher=slurm_local", "seed=0,1", f"runs_dir={tmp_path}")
+    for disk in (None, "ext4"):
+        monkeypatch.setattr("maml.sweep.callback.local_disk", lambda _, disk=disk: disk)
+        Sweep(needs_shared_disk=True).on_multirun_start(config)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == (disk is not None)
+    assert f"have to see {tmp_path}" in lines[0]
+    assert "runs_dir=" in lines[0]
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -149,6 +208,9 @@ def test_launcher_runs_two_jobs(
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert "2 of 2 jobs are finished" in stdout
+    assert "2 of 2 finished" in stderr
+    assert "it/s" not in stderr, "each job has a file for its output"
+    assert len(list(tiny.runs_dir.glob("sweeps/*/jobs/*.log"))) == 2
     for seed in (0, 1):
         record = read_json(tiny.folder("+debug=smoke", f"seed={seed}") / "run.json")
         assert record

@@ -1,0 +1,100 @@
+"""The summary of a sweep: its table, and what is missing."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from maml.record.statistics import combine
+from maml.sweep.state import Job
+from maml.sweep.summary import summarise, tabulate
+from tests.sweep.fake_sweep import job, write_job, write_report
+
+
+def test_table_has_a_row_for_each_combination_of_the_axes() -> None:
+    table = tabulate(
+        [
+            job(2.0, "+experiment=a", "inner.step_size=0.1", "seed=0"),
+            job(4.0, "+experiment=a", "inner.step_size=0.1", "seed=1"),
+            job(1.0, "+experiment=a", "inner.step_size=0.2", "seed=0"),
+            Job(("+experiment=a", "inner.step_size=0.2", "seed=1"), None, "killed"),
+        ]
+    )
+    assert list(table["inner.step_size"]) == ["0.2", "0.1"], "the best first"
+    assert list(table["mean"]) == [1.0, 3.0]
+    assert list(table["ci95"]) == [0.5, 0.5]
+    assert list(table["seeds"]) == ["1 of 2", "2 of 2"]
+    assert (table["lowest"][1], table["highest"][1]) == (2.0, 4.0)
+    assert list(table) == ["inner.step_size", "metric", "mean", "ci95", "lowest", "highest", "seeds"]
+
+
+def test_table_puts_large_accuracies_first_and_what_diverged_or_failed_last() -> None:
+    jobs = [job(None, "a=1", metric="accuracy"), job(0.5, "a=2", metric="accuracy"), Job(("a=3",), None, "why")]
+    table = tabulate([*jobs, job(0.9, "a=4", metric="accuracy")])
+    assert list(table["a"]) == ["4", "2", "1", "3"]
+    assert math.isnan(table["mean"][2])
+
+
+@pytest.mark.parametrize("axis", ["mean", "job", "finished", "metric"])
+def test_axis_may_have_any_name(axis: str) -> None:
+    table = tabulate([job(2.0, f"{axis}=b"), job(1.0, f"{axis}=a")])
+    assert list(table.iloc[:, 0]) == ["a", "b"]
+    assert next(iter(table)) == axis
+
+
+def test_sweep_over_seeds_alone_is_one_row() -> None:
+    table = tabulate([job(2.0, "seed=0"), job(4.0, "seed=1")])
+    assert list(table) == ["metric", "mean", "ci95", "lowest", "highest", "seeds"]
+    assert list(table["seeds"]) == ["2 of 2"]
+
+
+def test_sweep_without_jobs_is_an_empty_table() -> None:
+    assert len(tabulate([])) == 0
+
+
+def test_interval_covers_trainings_and_knows_that_runs_share_their_tasks(tmp_path: Path) -> None:
+    runs_dir, sweep = tmp_path, tmp_path / "sweeps" / "one"
+    values = np.random.default_rng(0).normal(size=(3, 20)).round(4) + np.array([[0.0], [1.0], [2.0]])
+    for seed, row in enumerate(values.tolist()):
+        write_report(runs_dir, f"run{seed}", row)
+        write_job(sweep, f"seed={seed}", run_id=f"run{seed}")
+    summarise(sweep)
+    (row,) = pd.read_csv(sweep / "summary.csv").to_dict("records")
+    expected = combine([(mean, 0.5) for mean in values.mean(1)], values)
+    assert row["ci95"] == pytest.approx(expected.ci95)
+    assert (row["lowest"], row["highest"]) == pytest.approx((expected.lowest, expected.highest))
+    assert expected.ci95 > 1.5 * expected.tasks_ci95, "the example must show the difference"
+    (runs_dir / "sinusoid" / "run1" / "tasks.csv").unlink()
+    summarise(sweep)
+    (row,) = pd.read_csv(sweep / "summary.csv").to_dict("records")
+    assert row["ci95"] == pytest.approx(combine([(mean, 0.5) for mean in values.mean(1)]).ci95)
+
+
+def test_summary_names_missing_jobs_and_their_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweeps" / "one"
+    path = write_job(sweep, "a=1", error="why")
+    path.with_suffix(".log").write_text("")
+    write_job(sweep, "a=2")
+    summarise(sweep)
+    text = (sweep / "summary.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "0 of 2 jobs are finished" in text
+    assert f"- a=1: why (its output: {path.with_suffix('.log')})" in text
+    assert "- a=2: not started" in text
+
+
+def test_summary_of_200_jobs_takes_less_than_three_seconds(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweeps" / "many"
+    values = np.random.default_rng(0).normal(size=600).tolist()
+    for number in range(200):
+        write_report(tmp_path, f"run{number}", values)
+        write_job(sweep, "+experiment=a", f"x={number // 5}", f"seed={number % 5}", run_id=f"run{number}")
+    before = time.process_time()
+    summarise(sweep)
+    assert time.process_time() - before < 3
+    assert len(pd.read_csv(sweep / "summary.csv")) == 40
