@@ -21,6 +21,7 @@ from rich.console import Console
 from maml.record.index import SUPERSEDED
 from tests.paper.fake_runs import SINUSOID, edit, make_run
 from tests.runs import ROOT, file_contents
+from tests.sweep.fake_sweep import write_beat, write_job, write_report
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "runs.py"))
 main = SCRIPT["main"]
@@ -262,6 +263,25 @@ def test_paired_interval_is_that_of_a_plain_bootstrap_and_far_narrower_than_an_u
     half = 1.96 * (b - a).std() / np.sqrt(600)
     assert (high - low) / 2 == pytest.approx(half, rel=0.05)
     assert half < 0.1 * 1.96 * np.sqrt(a.var() + b.var()) / np.sqrt(600)
+
+
+def test_sweep_shows_each_job_and_without_an_id_all_sweeps(tmp_path: Path, run: Lines) -> None:
+    sweep = tmp_path / "sweeps" / "0123456789ab"
+    write_report(tmp_path, "done", [1.0, 3.0])
+    write_job(sweep, "a=1", run_id="done")
+    write_beat(write_job(sweep, "a=2", run_id="runs"), iteration=3, speed=2.0)
+    write_job(sweep, "a=3", error="why")
+    (sweep / "sweep.json").write_text('{"planned": null, "num_jobs": 4}')
+    lines = run("sweep", "0123")
+    assert [line.split()[:2] for line in lines[:4]] == [
+        ["a", "state"],
+        ["1", "finished"],
+        ["2", "running"],
+        ["3", "failed"],
+    ]
+    assert "1 of 4 finished, 1 running, 1 failed, ETA 0:00:08" in lines
+    assert run("sweep")[1].startswith("0123456789ab")
+    assert "there is no sweep 7" in run("sweep", "7", status=1)[-1]
 
 
 def test_supersede_writes_one_file_and_undo_removes_it(tmp_path: Path, run: Lines) -> None:

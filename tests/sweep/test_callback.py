@@ -93,7 +93,7 @@ def _clear_hydra() -> Iterator[None]:
         ("seed=0,1", ["seed=0", "seed=1"]),
         ("seed=choice(0,1)", ["seed=0", "seed=1"]),
         ("seed=range(0,3)", ["seed=0", "seed=1", "seed=2"]),
-        ("seed=range(3,start=0,step=2)", ["seed=0", "seed=2"]),
+        ("seed=range(start=0,stop=3,step=2)", ["seed=0", "seed=2"]),
         ("seed=sort(2,1,reverse=true)", ["seed=2", "seed=1"]),
         ("seed=shuffle(1,2)", ["seed=1", "seed=2"]),
         ("seed=tag(a,choice(1,2))", ["seed=1", "seed=2"]),
@@ -103,7 +103,6 @@ def _clear_hydra() -> Iterator[None]:
         ("inner.step_size=interval(0.1,1)", None),
         ("+experiment=sinusoid_10shot,sinusoid_oracle", ["+experiment=sinusoid_10shot", "+experiment=sinusoid_oracle"]),
         ("evaluation.num_shots=[5],[10]", ["evaluation.num_shots=[5]", "evaluation.num_shots=[10]"]),
-        ("~logger", ["~logger"]),
     ],
 )
 def test_every_form_of_sweep_has_its_jobs(override: str, planned: list[str] | None) -> None:
@@ -119,7 +118,9 @@ def test_every_form_of_sweep_has_its_jobs(override: str, planned: list[str] | No
 @pytest.mark.usefixtures("_clear_hydra")
 def test_sweep_may_be_written_into_a_config_file(tmp_path: Path) -> None:
     shutil.copytree(CONF, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "mine.yaml").write_text("defaults: [config]\nhydra: {sweeper: {params: {seed: 'range(2,4)'}}}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [config, _self_]\nhydra: {sweeper: {params: {seed: 'range(2,4)'}}}\n"
+    )
     config = multirun_config("num_iterations=3", config_dir=tmp_path, config_name="mine")
     assert _planned_jobs(config) == [["seed=2", "num_iterations=3"], ["seed=3", "num_iterations=3"]]
     others = [
