@@ -87,6 +87,6 @@ class Monitor:
 
 def _news(job: Job, keys: list[str]) -> str:
     if not job.report:
-        return f"failed: {describe(job, keys)}: {job.problem}"
+        return f"failed: {describe(job, keys)}: {' '.join(job.problem.split())}"  # one line
     mean, ci95 = job.headline
     return f"finished: {describe(job, keys)}: {job.report['headline_metric']} {mean:.4g} +- {ci95:.2g}"

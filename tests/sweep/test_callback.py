@@ -206,7 +206,7 @@ def test_launcher_runs_two_jobs(
 ) -> None:
     skip_without_plugin(f"launcher={launcher}", capsys)
     process = tiny.start(f"launcher={launcher}", *more, "seed=0,1", "+debug=smoke")
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "2 of 2 jobs are finished" in stdout
     assert "2 of 2 finished" in stderr
