@@ -37,7 +37,7 @@ def test_commands_of_page_compose(name: str) -> None:
     for words in commands(ROOT / name):
         overrides = [word for word in words if "=" in word and not word.startswith("-") and word[0] != "'"]
         if "train.py" in words or "scripts/render.py" in words:
-            overrides = [word for word in overrides if not word.startswith(("sweeper=", "hydra."))]
+            overrides = [word for word in overrides if not word.startswith(("sweeper=", "launcher=", "hydra."))]
             settings, _ = compose([_first(override) for override in overrides])
             assert settings.seeds >= 1
 
