@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from maml.errors import Diverged, MamlError
 from maml.hardware import distributed
 from maml.hardware.memory import halve_chunk_on_oom
 from maml.seeding import Stream
+from maml.training.progress import EvaluationProgress
 from maml.types import Count, NonNegativeFloat, NonNegativeInt, Params, PositiveFloat, Split, Tasks, num_tasks, take
 
 # Number of tasks that are adapted at once if the execution sets no chunk.
@@ -78,8 +80,18 @@ class StepSizeSearch:
     ) -> None:
         self.step_sizes, self.num_tasks, self.decays = step_sizes, num_tasks, decays or [0.0]
 
+    @property
+    def num_candidates(self) -> int:
+        """Number of step sizes and decays that are tried."""
+        return len(self.step_sizes) * len(self.decays)
+
     def __call__(
-        self, evaluation: Evaluation, algorithm: Algorithm, num_shots: int, task_chunk: int | None = None
+        self,
+        evaluation: Evaluation,
+        algorithm: Algorithm,
+        num_shots: int,
+        task_chunk: int | None = None,
+        progress: EvaluationProgress | None = None,
     ) -> list[float]:
         """Returns the chosen step sizes at one K, one per step.
 
@@ -90,6 +102,7 @@ class StepSizeSearch:
             algorithm: the algorithm with the state to evaluate.
             num_shots: K.
             task_chunk: number of tasks that are adapted at once; None uses a default.
+            progress: the display; None shows nothing.
 
         Raises:
             MamlError: if adaptation diverged with all of them.
@@ -100,8 +113,10 @@ class StepSizeSearch:
         best, chosen = -math.inf, None
         for step_size, decay in itertools.product(self.step_sizes, self.decays):
             sizes = [step_size / (1 + step * decay) for step in range(evaluation.num_steps)]
+            if progress:
+                progress.what = f"K={num_shots}, trying step size {step_size:g}" + f", decay {decay:g}" * bool(decay)
             try:
-                curves = evaluation.curves(algorithm, num_shots, bank, sizes, task_chunk)
+                curves = evaluation.curves(algorithm, num_shots, bank, sizes, task_chunk, progress)
             except Diverged:
                 continue
             score = next(sign * curve.values[-1].mean().item() for curve in curves if curve.metric == domain.headline)
@@ -232,11 +247,17 @@ class Evaluation:
         """
         domain = algorithm.domain
         curves, hashes, sizes = [], {}, {}
-        for num_shots in self.num_shots or [domain.num_shots]:
-            bank = self.bank(domain, num_shots)
-            chosen = self.search(self, algorithm, num_shots, task_chunk) if self.search else self.step_sizes(num_shots)
-            curves += self.curves(algorithm, num_shots, bank, chosen, task_chunk)
-            hashes[str(num_shots)], sizes[str(num_shots)] = bank_hash(bank), chosen
+        all_shots = self.num_shots or [domain.num_shots]
+        searched = self.search.num_tasks * self.search.num_candidates if self.search else 0
+        with EvaluationProgress((self.num_tasks + searched) * len(all_shots)) as progress:
+            for num_shots in all_shots:
+                bank = self.bank(domain, num_shots)
+                chosen = self.step_sizes(num_shots)
+                if self.search:
+                    chosen = self.search(self, algorithm, num_shots, task_chunk, progress)
+                progress.what = f"K={num_shots}, {self.num_tasks} tasks"
+                curves += self.curves(algorithm, num_shots, bank, chosen, task_chunk, progress)
+                hashes[str(num_shots)], sizes[str(num_shots)] = bank_hash(bank), chosen
         return curves, hashes, sizes
 
     def choose_theta(self, algorithm: Algorithm) -> Params:
@@ -251,6 +272,7 @@ class Evaluation:
         bank: Tasks,
         step_sizes: list[float] | None,
         task_chunk: int | None = None,
+        progress: EvaluationProgress | None = None,
     ) -> list[Curve]:
         """Adapts to the tasks of a bank and measures after each step.
 
@@ -262,6 +284,7 @@ class Evaluation:
             bank: the tasks, on the CPU.
             step_sizes: one step size per step; None uses the inner optimizer's own.
             task_chunk: number of tasks that are adapted at once; None uses a default.
+            progress: the display; None shows nothing.
 
         Raises:
             Diverged: if adaptation diverged and the domain cannot measure such parameters.
@@ -271,21 +294,36 @@ class Evaluation:
         own_tasks = distributed.shard(bank) if is_shared else bank
         whole_bank = algorithm.domain.workload.whole_bank
         first_chunk = num_tasks(own_tasks) if whole_bank else task_chunk or _DEFAULT_CHUNK
+        done_before = progress.done if progress else 0
+
+        def show(done: float) -> None:
+            if progress:
+                progress.reach(done_before + done * num_tasks(bank))
+
         try:
             parts, _ = halve_chunk_on_oom(
-                lambda chunk: self._measure(algorithm, own_tasks, step_sizes, chunk), first_chunk
+                lambda chunk: self._measure(algorithm, own_tasks, step_sizes, chunk, show), first_chunk
             )
         except Diverged as error:
             diverged = error
+        show(1.0)
         if distributed.all_reduce_max(diverged is not None):
             raise diverged or Diverged("adaptation diverged in another process of this run")
         values = {name: distributed.all_gather(part) if is_shared else part for name, part in parts.items()}
         return [Curve(num_shots, name, value.T.contiguous()) for name, value in values.items()]
 
     def _measure(
-        self, algorithm: Algorithm, bank: Tasks, step_sizes: list[float] | None, chunk: int
+        self,
+        algorithm: Algorithm,
+        bank: Tasks,
+        step_sizes: list[float] | None,
+        chunk: int,
+        show: Callable[[float], None],
     ) -> dict[str, Tensor]:
-        """Returns each metric for every task and step, ``(T, num_steps + 1)``, float64, adapting in chunks of tasks."""
+        """Returns each metric for every task and step, ``(T, num_steps + 1)``, float64, adapting in chunks of tasks.
+
+        After each step of a chunk, it calls ``show`` with the share that is done.
+        """
         domain, model = algorithm.domain, algorithm.model
         device = next(iter(algorithm.theta.values())).device
         theta = self.choose_theta(algorithm)
@@ -300,6 +338,8 @@ class Evaluation:
                 query = domain.data(tasks, "query", step)
                 for name, value in domain.measure(model, adapted, support, query, step).items():
                     steps.setdefault(name, []).append(value)
+                num_done = start + num_tasks(tasks) * (step + 1) / (self.num_steps + 1)
+                show(num_done / num_tasks(bank))
             for name, values in steps.items():
                 parts.setdefault(name, []).append(torch.stack(values, dim=1).double())
         return {name: torch.cat(values).cpu() for name, values in parts.items()}

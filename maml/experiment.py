@@ -6,8 +6,8 @@ import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from maml.algorithm.base import Algorithm, Parts
 from maml.config.identity import evaluation_config
 from maml.config.schema import Settings, build
 from maml.domain.base import Domain
-from maml.errors import Interrupted, MamlError
+from maml.errors import MamlError
 from maml.evaluation import Evaluation, per_task_rows
 from maml.hardware import distributed
 from maml.hardware.base import Hardware
@@ -27,7 +27,7 @@ from maml.seeding import Stream
 from maml.training.autotune import tune_execution
 from maml.training.iteration import Iteration, check_parallelism
 from maml.training.learner import Learner
-from maml.training.loop import train
+from maml.training.loop import stop_at_once, train
 
 
 def build_domain(settings: Settings, hardware: Hardware) -> Domain[Any]:
@@ -62,10 +62,31 @@ def build_algorithm(settings: Settings, hardware: Hardware, domain: Domain[Any] 
     return build(settings.algorithm, parts=parts)
 
 
-Judge = Callable[[str, Settings, Mapping[str, Any]], Mapping[str, str]]
+@dataclass(frozen=True)
+class Judgement:
+    """The comparison of one number of a report with a published one.
+
+    Attributes:
+        metric: the curve's metric.
+        num_shots: the curve's K.
+        step: the gradient step.
+        published: the published number, in the report's unit; empty if there is none.
+        verdict: how ours compares, in words.
+        text: both numbers, in the published unit, and the verdict.
+    """
+
+    metric: str
+    num_shots: int
+    step: int
+    published: str
+    verdict: str
+    text: str
+
+
+Judge = Callable[[str, Settings, Mapping[str, Any]], Mapping[str, Judgement]]
 """Compares a report with other results, such as the paper's.
 
-Takes an experiment's name, its settings and its report. Returns one line of text for each compared number, by name.
+Takes an experiment's name, its settings and its report. Returns a judgement for each compared number, by name.
 """
 
 
@@ -75,8 +96,8 @@ def run_experiment(settings: Settings, experiment: str, judge: Judge | None = No
     Args:
         settings: the checked settings.
         experiment: the experiment's name, which is the first folder under ``runs_dir``.
-        judge: compares the report with other results; its lines are printed below the report and sent to the logger.
-            None compares nothing.
+        judge: compares the report with other results; its judgements are printed with the report and sent to the
+            logger. None compares nothing.
 
     Returns:
         The headline number: the domain's headline metric at its own K after the last gradient step; the mean over
@@ -93,8 +114,12 @@ def run_experiment(settings: Settings, experiment: str, judge: Judge | None = No
             "run_dir= and checkpoint= are for one run, but seeds= makes several runs; start each seed with its own "
             "command"
         )
-    distributed.start(torch.cuda.is_available() and settings.hardware.get("device") != "cpu")
-    with use_precision(settings.precision):
+    with ExitStack() as stack:
+        with suppress(ValueError):  # raised outside the main thread, which never gets signals
+            # For the time before and after the training loop, which has its own handler.
+            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop_at_once))
+        distributed.start(torch.cuda.is_available() and settings.hardware.get("device") != "cpu")
+        stack.enter_context(use_precision(settings.precision))
         return _run_seeds(settings, experiment, judge)
 
 
@@ -129,11 +154,6 @@ def _train(
 ) -> None:
     """Trains learners that differ in their seeds only, all at once, then evaluates each."""
     with ExitStack() as stack:
-        before = signal.getsignal(signal.SIGTERM)
-        with suppress(ValueError):  # raised outside the main thread, which never gets signals
-            # For the time before and after the training loop, which has its own handler.
-            signal.signal(signal.SIGTERM, _raise_interrupted)
-            stack.callback(signal.signal, signal.SIGTERM, before)
         for learner in learners:
             distributed.on_rank_zero(learner.folder.check_free)
         checkpoints = [stack.enter_context(learner.open(hardware, len(learners))) for learner in learners]
@@ -183,10 +203,6 @@ def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation
     return report["headline"]
 
 
-def _raise_interrupted(number: int, frame: FrameType | None) -> None:
-    raise Interrupted("stopped by SIGTERM; training so far is saved: the same command resumes", number)
-
-
 def _print_on_rank_zero(text: str) -> None:
     if distributed.rank() == 0:
         print(text)
@@ -212,7 +228,7 @@ def _evaluate(
             own report.
 
     Returns:
-        The report, with the judge's lines under ``cells``, and the path of the plot.
+        The report, with the judge's texts under ``cells``, and the path of the plot.
     """
     settings, folder = learner.settings, learner.folder
     curves, banks, step_sizes = evaluation(learner.algorithm, task_chunk)
@@ -240,21 +256,36 @@ def _evaluate(
         return report, folder.path
     written_to = folder.save_report(report, per_task_rows(curves), report_dir)
     plot = plot_report(report, written_to / "report.png")
-    verdicts = judge(folder.experiment, settings, report) if judge else {}
-    print_report(report, learner.algorithm.name)
-    for cell, verdict in verdicts.items():
-        print(f"  {cell}: {verdict}")
+    judgements = judge(folder.experiment, settings, report) if judge else {}
+    print_report(report, learner.algorithm.name, list(judgements.values()))
     print(f"written to {written_to}")
-    return report | {"cells": verdicts}, plot
+    return report | {"cells": {cell: judged.text for cell, judged in judgements.items()}}, plot
 
 
-def print_report(report: Mapping[str, Any], algorithm: str) -> None:
-    """Prints each curve of a report: the mean and the 95 % interval after every gradient step."""
+def print_report(report: Mapping[str, Any], algorithm: str, judgements: Sequence[Judgement] = ()) -> None:
+    """Prints each curve of a report as a table: the mean and the 95 % interval after every gradient step.
+
+    Args:
+        report: the content of ``report.json``.
+        algorithm: name of the algorithm.
+        judgements: comparisons with published numbers, which are printed beside ours.
+    """
     done, planned = report["iteration"], report["num_iterations"]
     budget = "" if done == planned else f"  (reduced budget: {done} of {planned} iterations)"
     print(f"{report['experiment']} {report['run_id']}, {algorithm}, seed {report['seed']}{budget}")
+    rows = []
     for curve in report["curves"]:
-        print(f"  {curve['metric']}, K={curve['num_shots']}, {curve['steps'][0]['num_tasks']} tasks")
+        title = f"  {curve['metric']}, K={curve['num_shots']}, {curve['steps'][0]['num_tasks']} tasks"
+        judged = [each for each in judgements if (each.metric, each.num_shots) == (curve["metric"], curve["num_shots"])]
+        rows.append((title, "paper", "verdict") if judged else (title, "", ""))
         for step in curve["steps"]:
             value = "diverged" if step["ci95"] is None else f"{step['mean']:8.4f} +- {step['ci95']:.4f}"
-            print(f"    step {step['step']:2d}: {value}")
+            ours = f"    step {step['step']:2d}: {value}"
+            # Two tables can print the same number, rounded differently.
+            numbers = dict.fromkeys(
+                (each.published or "-", each.verdict) for each in judged if each.step == step["step"]
+            )
+            rows += [(ours if index == 0 else "", *both) for index, both in enumerate(numbers or [("", "")])]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for ours, published, verdict in rows:
+        print(f"{ours:{widths[0]}}   {published:{widths[1]}}   {verdict}".rstrip())

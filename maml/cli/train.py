@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from maml.config.compose import check_order, experiment_name, to_plain_config
 from maml.config.hints import explain_override_error
@@ -19,6 +23,8 @@ from maml.config.schema import check
 from maml.errors import Interrupted, MamlError, Unavailable
 from maml.experiment import run_experiment
 from maml.paper.verdicts import cell_verdicts
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"  # the environment variable with which Hydra raises its errors
 
 
 def run(cfg: DictConfig) -> float:
@@ -58,8 +64,13 @@ def main() -> None:
     is_rank_zero = os.environ.get("RANK", "0") == "0"
     if not is_rank_zero:  # before they join, all processes fail alike; only rank 0 reports
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+    arguments = sys.argv[1:]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run)()
+        # A sweep with a misspelt key would start, fail at the first job and leave a record. Hydra finds all else itself.
+        if {"-m", "--multirun"}.intersection(arguments) and explain_override_error(arguments):
+            sys.exit(1)
+        with _errors_from_hydra():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run)()
     except Interrupted as stop:
         if is_rank_zero:
             print(stop, file=sys.stderr)
@@ -67,7 +78,33 @@ def main() -> None:
     except KeyboardInterrupt:  # before or after training, when there is nothing to save
         print("stopped by SIGINT; run the same command again to continue from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except SystemExit as end:
-        if end.code:
-            explain_override_error(sys.argv[1:])
+    except HydraException as error:
+        if not explain_override_error(arguments):
+            print(_text(error), file=sys.stderr)
+        sys.exit(1)
+
+
+@contextmanager
+def _errors_from_hydra() -> Iterator[None]:
+    """Makes Hydra raise its errors. Otherwise it prints them itself, with all files that a misspelt name could mean."""
+    before = os.environ.get(_FULL_ERROR)
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        yield
+    except HydraException:
+        if before == "1":  # the user asks for the traceback
+            traceback.print_exc()
         raise
+    finally:
+        os.environ.pop(_FULL_ERROR)
+        if before is not None:
+            os.environ[_FULL_ERROR] = before
+
+
+def _text(error: HydraException) -> str:
+    """Returns the message of an error. A list of files is put on one line, and Hydra's search path is left out."""
+    text = str(error).strip()
+    if isinstance(error, MissingConfigException):
+        text = text.partition("\n")[0] + (f"; allowed: {', '.join(error.options)}" if error.options else "")
+    cause = error.__cause__
+    return f"{text}\n{cause}" if isinstance(cause, OmegaConfBaseException) else text

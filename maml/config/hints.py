@@ -7,6 +7,7 @@ import importlib.metadata
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,31 +28,46 @@ def _similar(name: str, allowed: Sequence[str], prefix: str = "") -> str:
     return f"did you mean {' or '.join(prefix + choice for choice in close)}?" if close else ""
 
 
-def _explain_missing_plugin(option: Path) -> None:
-    """Prints the install command if the launcher's or sweeper's Hydra plugin is missing."""
+def _missing_plugin(option: Path) -> list[str]:
+    """Returns the install command if the launcher's or sweeper's Hydra plugin is missing."""
     (plugin,) = OmegaConf.load(option).defaults[0].values()
     extra, group = plugin.partition("_")[0], option.parent.name
     try:
         importlib.metadata.version(f"hydra-{extra}-{group}")
     except importlib.metadata.PackageNotFoundError:
-        print(
-            f"{group}={option.stem} needs hydra-{extra}-{group}, which is not installed: {EXTRAS.format(extra)}",
-            file=sys.stderr,
-        )
+        return [f"{group}={option.stem} needs hydra-{extra}-{group}, which is not installed: {EXTRAS.format(extra)}"]
+    return []
 
 
-def explain_override_error(arguments: Sequence[str]) -> None:
-    """Prints the probable spelling when an override names no key or no file; Hydra's own message does not."""
+def explain_override_error(arguments: Sequence[str]) -> bool:
+    """Prints the probable spelling for each override that names no key or no file.
+
+    Args:
+        arguments: words of the command line, after ``train.py``.
+
+    Returns:
+        Whether it printed anything. If not, the overrides may still be wrong in another way.
+    """
+    lines = _override_errors(arguments)
+    for line in lines:
+        print(line, file=sys.stderr)
+    return bool(lines)
+
+
+def _override_errors(arguments: Sequence[str]) -> list[str]:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
 
     experiments = {path.stem for path in CONF.glob("experiment/*.yaml")}
-    for argument in arguments:
-        if argument in experiments:
-            print(f"{argument}: did you mean +experiment={argument}?", file=sys.stderr)
+    lines = [f"{word}: did you mean +experiment={word}?" for word in arguments if word in experiments]
+    folders = [CONF, *_config_dirs(arguments)]
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    chosen = [override for override in overrides if (CONF / override.partition("=")[0].lstrip("+")).is_dir()]
+    chosen = []  # the groups' options; of those to sweep over, the first
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if (CONF / name.lstrip("+")).is_dir():
+            chosen.append(f"{name}={_choices(override)[0]}" if "," in value else override)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             known = hydra_compose("config", chosen)
@@ -61,19 +77,20 @@ def explain_override_error(arguments: Sequence[str]) -> None:
         name, _, value = override.partition("=")
         group = CONF / name.lstrip("+")
         if group.is_dir():
-            options = sorted(path.stem for path in group.glob("*.yaml"))
-            if value not in options and not set(value) & set(",("):  # lists and functions such as glob() are for sweeps
-                hint = near_miss(value, options)
-                if group.name == "experiment":  # there are too many to list, and Hydra has listed them
-                    similar = _similar(value, options)
+            options = sorted({path.stem for folder in folders for path in (folder / group.name).glob("*.yaml")})
+            for choice in _choices(override):
+                if choice in (*options, "null"):
+                    continue
+                hint = near_miss(choice, options)
+                if group.name == "experiment":  # there are too many to list
+                    similar = _similar(choice, options)
                     hint = f"{f': {similar}' if similar else ';'} `maml list` says what each experiment is"
-                print(f"{override}: no such file in conf/{group.name}/{hint}", file=sys.stderr)
-            elif group.name in ("launcher", "sweeper") and value in options:
-                _explain_missing_plugin(group / f"{value}.yaml")
+                lines.append(f"{name}={choice}: no such file in conf/{group.name}/{hint}")
+            if group.name in ("launcher", "sweeper") and (group / f"{value}.yaml").exists():
+                lines += _missing_plugin(group / f"{value}.yaml")
                 if value == "slurm" and shutil.which("srun") is None:
-                    print(
-                        "launcher=slurm: this machine has no SLURM (srun not found); launcher=slurm_local needs none",
-                        file=sys.stderr,
+                    lines.append(
+                        "launcher=slurm: this machine has no SLURM (srun not found); launcher=slurm_local needs none"
                     )
         elif known is not None and not name.startswith(("+", "~", "hydra")):
             *parents, last = name.split(".")
@@ -82,4 +99,30 @@ def explain_override_error(arguments: Sequence[str]) -> None:
             node = OmegaConf.select(known, ".".join(parents)) if parents else known
             if isinstance(node, DictConfig) and last not in list(node):  # `in node` is False for keys without a value
                 keys = [str(key) for key in node if not str(key).startswith("_")]
-                print(f"{name} is not a key{near_miss(last, keys, ''.join(p + '.' for p in parents))}", file=sys.stderr)
+                lines.append(f"{name} is not a key{near_miss(last, keys, ''.join(p + '.' for p in parents))}")
+    return lines
+
+
+def _choices(override: str) -> list[str]:
+    """Returns the options that an override of a group names, several in a sweep; none if they need Hydra to tell."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    value = override.partition("=")[2]
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return [value]
+    if parsed.is_choice_sweep():
+        return [choice.removeprefix("'").removesuffix("'") for choice in parsed.sweep_string_iterator()]
+    return [] if parsed.is_sweep_override() else [value]
+
+
+def _config_dirs(arguments: Sequence[str]) -> list[Path]:
+    """Returns the user's own folders of config files, ``--config-dir``."""
+    options = ("--config-dir", "-cd")
+    given = [following for word, following in pairwise(arguments) if word in options]
+    return [
+        Path(path)
+        for path in given + [word.partition("=")[2] for word in arguments if word.startswith("--config-dir=")]
+    ]

@@ -14,6 +14,7 @@ from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
 from maml.data.files import list_files, unpickle
 from maml.data.photos import NUM_IMAGES, Photos, cached_photos, check_classes, stack
 from maml.errors import MamlError, Unavailable
+from maml.status import announce
 
 IMAGE_SIZE = 32
 
@@ -67,7 +68,9 @@ def load_cifar_fs(data_dir: Path, cache_dir: Path, download: bool = True) -> Ima
     for source in (folder / "cifar100.zip", folder / "images"):
         if source.exists():
             root = source if source.suffix == ".zip" else folder
-            return cached_photos(cache_dir, _CACHE_NAME, root, _pngs(source, classes), _prepare, _advice(source))
+            return cached_photos(
+                cache_dir, _CACHE_NAME, "CIFAR-FS", root, _pngs(source, classes), _prepare, _advice(source)
+            )
     for source in (folder / _PUBLISHED, data_dir / _PUBLISHED):
         if source.is_dir():
             return _load_published(source, classes, cache_dir)
@@ -121,6 +124,7 @@ def _load_published(source: Path, classes: Mapping[str, str], cache_dir: Path) -
     advice = _advice(source)
 
     def build() -> tuple[Tensor, list[str]]:
+        announce("reading CIFAR-FS, once: a few seconds")
         named_photos: dict[str, list[tuple[str, np.ndarray]]] = {name: [] for name in classes.values()}
         [labels] = unpickle(source / "meta", ["fine_label_names"], advice)
         for half in ("train", "test"):
@@ -152,6 +156,7 @@ def _download(data_dir: Path) -> None:
 
         folder = data_dir / "cifar-fs"
         folder.mkdir(parents=True, exist_ok=True)
+        announce(f"downloading CIFAR-100 (170 MB), once, to {folder}")
         # Renamed only when complete and verified, so that an interrupted download leaves no incomplete folder.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             CIFAR100(scratch, download=True)

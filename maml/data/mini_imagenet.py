@@ -13,10 +13,13 @@ from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
 from maml.data.files import list_files, unpickle
 from maml.data.photos import NUM_CLASSES, Photos, cached_photos, check_classes, stack
 from maml.errors import MamlError, Unavailable
+from maml.status import about, announce
 
 IMAGE_SIZE = 84
+_SECONDS_TO_READ_PICKLES = 30
 
 _CACHE_NAME = "mini_imagenet_84x84_lanczos"
+_LABEL = "mini-ImageNet"
 _PLACES = ("mini-imagenet", "mini_imagenet", "miniimagenet", ".")
 _LISTS = "https://github.com/twitter-research/meta-learning-lstm/tree/master/data/miniImagenet"
 
@@ -45,11 +48,11 @@ def load_mini_imagenet(data_dir: Path, cache_dir: Path) -> ImageSet:
     """
     for place in (data_dir / name for name in _PLACES):
         if (place / "images").is_dir():
-            return cached_photos(cache_dir, _CACHE_NAME, place, _listed(place), _prepare, _advice(place))
+            return cached_photos(cache_dir, _CACHE_NAME, _LABEL, place, _listed(place), _prepare, _advice(place))
         if any(path.exists() for path in _pickles(place).values()):
             return _load_pickles(place, cache_dir)
         if (place / "train").is_dir():
-            return cached_photos(cache_dir, _CACHE_NAME, place, _in_folders(place), _prepare, _advice(place))
+            return cached_photos(cache_dir, _CACHE_NAME, _LABEL, place, _in_folders(place), _prepare, _advice(place))
     if (cached := load_cache(cache_dir, _CACHE_NAME)) is not None:
         return cached
     raise Unavailable(_how_to_provide(data_dir))
@@ -116,6 +119,7 @@ def _load_pickles(place: Path, cache_dir: Path) -> ImageSet:
         raise MamlError(f"{' and '.join(missing)} missing; {_advice(place)}")
 
     def build() -> tuple[Tensor, list[str]]:
+        announce(f"reading {_LABEL}, once: {about(_SECONDS_TO_READ_PICKLES)}")
         photos = {f"{split}/{label}": rows for split, path in paths.items() for label, rows in _read_pickle(path)}
         check_classes({cls: len(rows) for cls, rows in photos.items()}, _advice(place))
         return stack(photos, lambda pixels: np.asarray(_prepare(Image.fromarray(pixels))))

@@ -16,6 +16,7 @@ from torch import Tensor
 from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
 from maml.data.files import first_ten, list_files, reader
 from maml.errors import MamlError, Unavailable
+from maml.status import about, announce
 
 NUM_DRAWINGS = 20
 IMAGE_SIZE = 28
@@ -80,6 +81,7 @@ ALPHABETS = {
 
 _CACHE_NAME = "omniglot_28x28_nearest"
 _SOURCE_SIZE = (105, 105)
+_SECONDS_TO_READ = 10
 _HOMEPAGE = "https://github.com/brendenlake/omniglot/tree/master/python"
 _DRAWING = re.compile(r"images_\w+/[^/]+/[^/]+/[^/.][^/]*\.png")  # not the hidden files that some systems add
 
@@ -160,6 +162,7 @@ def _group(names: Iterable[str], data_dir: Path) -> dict[str, list[str]]:
 
 
 def _read(sources: dict[str, Path], drawings: dict[str, list[str]]) -> tuple[Tensor, list[str]]:
+    announce(f"reading Omniglot, once: {about(_SECONDS_TO_READ)}")
     halves = {label: half for half, _, label in (folder.partition("/") for folder in drawings)}
     classes = sorted(halves)
     images = np.empty((len(classes), NUM_DRAWINGS, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
@@ -194,6 +197,7 @@ def _download(data_dir: Path, halves: list[str]) -> None:
 
         folder = data_dir / "omniglot"
         folder.mkdir(parents=True, exist_ok=True)
+        announce(f"downloading Omniglot, once, to {folder}")
         for half in halves:
             # Renamed only when complete and verified, so that an interrupted download leaves no half-written zip.
             with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -14,10 +14,13 @@ from torch import Tensor
 from maml.data.cache import ImageSet, cached_tensor, fingerprint
 from maml.data.files import first_ten, reader
 from maml.errors import MamlError
+from maml.status import about, announce
 from maml.types import Split
 
 NUM_CLASSES: dict[Split, int] = {"train": 64, "val": 16, "test": 20}
 NUM_IMAGES = 600
+# Time to read, decode and resize a photo, measured.
+_SECONDS_PER_PHOTO, _SECONDS_PER_BYTE = 1e-4, 5e-8
 
 Photo = TypeVar("Photo")
 Photos = Mapping[str, Mapping[str, int]]
@@ -69,6 +72,7 @@ def stack(photos: Mapping[str, Sequence[Photo]], decode: Callable[[Photo], np.nd
 def cached_photos(
     cache_dir: Path,
     name: str,
+    label: str,
     source: Path,
     photos: Photos,
     prepare: Callable[[Image.Image], Image.Image],
@@ -79,6 +83,7 @@ def cached_photos(
     Args:
         cache_dir: as for `cached_tensor`.
         name: as for `cached_tensor`.
+        label: name of the data set for the status line.
         source: the zip or folder that holds the photos.
         photos: all photos; they are checked already.
         prepare: converts every photo to the same size and to RGB.
@@ -89,6 +94,9 @@ def cached_photos(
     """
 
     def build() -> tuple[Tensor, list[str]]:
+        file_sizes = [size for files in photos.values() for size in files.values()]
+        seconds = _SECONDS_PER_PHOTO * len(file_sizes) + _SECONDS_PER_BYTE * sum(file_sizes)
+        announce(f"reading {label}, once: {about(seconds)}")
         with reader(source) as read:
 
             def decode(path: str) -> np.ndarray:

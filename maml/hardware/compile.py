@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from maml.status import about, announce
 from maml.types import Params, Tasks
 
 ChunkGradient = Callable[[Params, Tasks], tuple[Params, Params]]
 """Returns the gradients and the metrics of a chunk of tasks, by name."""
 _log = logging.getLogger(__name__)
+# Seconds that compiling takes the first time, measured on two cores: a part that is always the same, and a part for each
+# operation of the traced program.
+_SECONDS_TO_COMPILE, _SECONDS_PER_OPERATION = 20.0, 0.05
+_is_compiling = False
+
+
+def is_compiling() -> bool:
+    """Returns whether a function is being compiled. Meanwhile nothing is computed that a stopped run would lose."""
+    return _is_compiling
 
 
 class CompiledFunction:
@@ -62,9 +76,13 @@ def _compile(function: ChunkGradient, params: Params, tasks: Tasks) -> ChunkGrad
 
     # Example inputs are copied, because a trace with inputs that share memory is wrong without an error.
     example: list[Any] = [value.detach().clone() for value in (*params.values(), *tasks.values())]
-    program = torch._inductor.compile(make_fx(flat_function)(*example), example)
-    with torch.no_grad():
-        program(*example)
+    with _compiling():
+        traced = make_fx(flat_function)(*example)
+        seconds = _SECONDS_TO_COMPILE + _SECONDS_PER_OPERATION * len(traced.graph.nodes)
+        announce(f"compiling, {about(seconds)} the first time, then mostly from a cache")
+        program = torch._inductor.compile(traced, example)
+        with torch.no_grad():
+            program(*example)
     gradients, metrics = output_names
 
     def run(params: Params, tasks: Tasks) -> tuple[Params, Params]:
@@ -76,3 +94,42 @@ def _compile(function: ChunkGradient, params: Params, tasks: Tasks) -> ChunkGrad
         )
 
     return run
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Marks the time of a compilation. An interrupted one leaves no compiler behind."""
+    global _is_compiling
+    before, _is_compiling = _child_processes(), True
+    try:
+        yield
+    except KeyboardInterrupt:
+        _stop_compilers(_child_processes() - before)
+        raise
+    finally:
+        _is_compiling = False
+
+
+def _stop_compilers(processes: set[int]) -> None:
+    """Ends compilers, for which the process would wait at its exit, and forgets the compilations that have not begun."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    with suppress(AttributeError):  # the threads that wait for compilers are no public part of torch
+        if AsyncCompile.pool.cache_info().currsize:
+            AsyncCompile.pool().shutdown(wait=False, cancel_futures=True)
+            AsyncCompile.pool.cache_clear()
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+
+
+def _child_processes() -> set[int]:
+    """Returns the ids of all processes below this one; none on a system without ``/proc``."""
+    found, parents = set[int](), [os.getpid()]
+    while parents:
+        for children in Path(f"/proc/{parents.pop()}/task").glob("*/children"):
+            with suppress(OSError):  # it has ended
+                new = {int(child) for child in children.read_text().split()} - found
+                found |= new
+                parents += new
+    return found

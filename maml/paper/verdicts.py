@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from maml.config.compose import compose_experiment
 from maml.config.identity import evaluation_config, training_config
 from maml.config.paths import RESULTS
 from maml.config.schema import Settings
+from maml.experiment import Judgement
 from maml.paper.cells import Source, load_tables
 from maml.paper.tables import reading_text, verdict
 from maml.record.index import Report
 
 
-def cell_verdicts(experiment: str, settings: Settings, report: Mapping[str, Any]) -> dict[str, str]:
+def cell_verdicts(experiment: str, settings: Settings, report: Mapping[str, Any]) -> dict[str, Judgement]:
     """Judges each cell whose number comes from the report.
 
     Args:
@@ -24,7 +26,7 @@ def cell_verdicts(experiment: str, settings: Settings, report: Mapping[str, Any]
         report: the content of ``report.json``.
 
     Returns:
-        Number and verdict by ``table/row/column``; empty outside a clone, where there is no ``cells.yaml``.
+        Judgement by ``table/row/column``; empty outside a clone, where there is no ``cells.yaml``.
     """
     if not (RESULTS / "cells.yaml").exists():
         return {}
@@ -42,8 +44,16 @@ def cell_verdicts(experiment: str, settings: Settings, report: Mapping[str, Any]
                 status = verdict(ours, ci95, *published, read.larger_is_better) if published else "measured"
             decimals = len(cell.value.partition(".")[2]) + 1
             numbers = f"{reading_text(ours, ci95, decimals)} (paper {cell.value or 'has none'})"
-            verdicts[f"{table.name}/{cell.row}/{cell.column}"] = f"{numbers}: {status}"
+            published_here = " ± ".join(_unscaled(text, source.scale) for text in (cell.value, cell.ci) if text)
+            verdicts[f"{table.name}/{cell.row}/{cell.column}"] = Judgement(
+                source.metric, source.num_shots, cell.step, published_here, status, f"{numbers}: {status}"
+            )
     return verdicts
+
+
+def _unscaled(printed: str, scale: float) -> str:
+    """Returns a printed number in the unit of our reports, with the same digits."""
+    return f"{Decimal(printed) / Decimal(scale):f}"
 
 
 def _has_settings_of(settings: Settings, source: Source) -> bool:

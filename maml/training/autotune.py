@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +16,7 @@ from maml.errors import MamlError
 from maml.hardware.base import Execution, Hardware
 from maml.record.checkpoint import write_atomically
 from maml.record.run_folder import read_json, versions
+from maml.status import announce
 from maml.training.iteration import Iteration
 from maml.types import num_tasks
 
@@ -59,13 +59,14 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
     path = Path(settings.cache_dir) / "execution" / f"{digest(measured_for)}.json"
     seconds = _read_cache(path)
     if seconds is None:
+        announce("hardware.task_chunk=auto: measuring how many tasks to compute at once, for this machine once")
         seconds = measure_seconds_per_task(iterate)
         content = json.dumps({"seconds_per_task": seconds, "settings": measured_for}, indent=2) + "\n"
         with suppress(OSError, MamlError):  # without a cache file, the next run only measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: file.write(content.encode()))
         table = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
-        print(f"hardware.task_chunk=auto: measured time per task, by chunk size: {table}", file=sys.stderr)
+        announce(f"hardware.task_chunk=auto: measured time per task, by chunk size: {table}")
     chunk = min(seconds, key=seconds.__getitem__)
     training_seconds = seconds[chunk] * num_tasks(tasks) * settings.num_iterations
     # The program of several inner steps is too long to compile.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maml.hardware import distributed
 from maml.hardware.base import Execution
+from maml.status import announce
 from maml.training.iteration import Iteration
 
 # Number of plain iterations before the capture: libraries choose algorithms and allocate memory in their first calls.
@@ -86,6 +87,7 @@ class CudaGraphIteration:
         return self._capture_and_compare(number)
 
     def _capture_and_compare(self, number: int) -> list[dict[str, Tensor]]:
+        announce("capturing the iteration as a CUDA graph, a few seconds")
         before = self._state()
         expected = self.iterate(number)
         after = self._state()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from maml.errors import Interrupted, MamlError
 from maml.hardware import distributed
 from maml.hardware.base import Execution
+from maml.hardware.compile import is_compiling
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder
 from maml.sweep.heartbeat import report_iteration
@@ -170,18 +172,47 @@ def _check_finite(values: dict[str, float], iteration: int, folder: RunFolder) -
         )
 
 
+def stop_at_once(number: int, frame: FrameType | None = None) -> None:
+    """A signal handler: stops a run that computes nothing which has to be saved first.
+
+    Raises:
+        KeyboardInterrupt: on SIGINT.
+        Interrupted: on another signal.
+    """
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Interrupted(
+        f"stopped by {signal.Signals(number).name}; training so far is saved: the same command resumes", number
+    )
+
+
+def _answer(text: bytes) -> None:
+    """Writes a line on the screen from within a signal handler, on rank 0 only."""
+    if distributed.rank() == 0:
+        # Not with `print`, which fails if the signal has interrupted another `print`. A terminal's cursor stands behind
+        # the bar.
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\n" * os.isatty(2) + text)
+
+
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Yields a list to which the numbers of stop signals are added. A second Ctrl-C stops the process at once."""
+    """Yields a list to which the numbers of stop signals are added.
+
+    The process stops at once on a second Ctrl-C, and on any stop signal while it compiles.
+    """
     received: list[int] = []
     before: dict[int, Any] = {}
 
     def remember(number: int, frame: FrameType | None) -> None:
+        if is_compiling():
+            stop_at_once(number, frame)
         received.append(number)
         # Only for Ctrl-C does a second signal mean impatience. The others may be sent to a process and again to its
         # group.
         if number == signal.SIGINT:
             signal.signal(number, before[number])
+            _answer(b"stopping after this iteration; press Ctrl-C again to drop it\n")
 
     try:
         for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the last two: from SLURM

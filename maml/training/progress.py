@@ -1,4 +1,4 @@
-"""Shows the progress of a run: a live bar on a terminal, a line every half minute elsewhere."""
+"""Shows the progress of training and of meta-test: a live bar on a terminal, a line every half minute elsewhere."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -12,8 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from maml.hardware import distributed
+
 REDRAW_SECONDS = 0.2  # on a terminal
 LINE_SECONDS = 30.0  # elsewhere
+SHORT_SECONDS = 1.0  # a shorter meta-test is not shown
 WINDOW_SECONDS = 10.0  # the speed is that of the iterations of the last ten seconds, or of the last one if longer
 
 
@@ -90,3 +93,59 @@ class Progress:
         seconds = (now - then) / (iteration - before)
         speed = f"{1 / seconds:,.1f} it/s" if seconds < 1 else f"{seconds:,.1f} s/it"
         return [speed, f"ETA {timedelta(seconds=round(seconds * (self.total - iteration)))}"]
+
+
+class EvaluationProgress:
+    """The display of one meta-test; a context manager. A short one shows nothing, or nothing that stays.
+
+    Args:
+        total: number of tasks that are adapted to, those of a search included.
+        console: the console to draw on; None is standard error, on rank 0 only.
+
+    Attributes:
+        done: number of tasks that are done. A task counts in parts, one for each gradient step.
+        what: what is measured now, for the display.
+    """
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        self.total, self.done, self.what = total, 0.0, ""
+        self._console = console or Console(stderr=True, quiet=distributed.rank() > 0)
+        self._live = self._console.is_interactive
+        self._start = monotonic()
+        self._next_draw = self._start + SHORT_SECONDS
+        self._bar = Bar(
+            TextColumn("evaluating"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[facts]}", markup=False),
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=total, facts="")
+
+    def __enter__(self) -> Self:
+        """Starts to measure the time."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Removes the bar from the screen."""
+        self._bar.stop()
+
+    def reach(self, done: float) -> None:
+        """Reports that ``done`` tasks are done. Most calls draw nothing, so it is cheap."""
+        self.done = done
+        now = monotonic()
+        if now < self._next_draw:
+            return
+        self._next_draw = now + (REDRAW_SECONDS if self._live else LINE_SECONDS)
+        share = done / self.total
+        facts = [f"{100 * share:.0f} %", self.what]
+        if share:
+            facts.append(f"ETA {timedelta(seconds=round((now - self._start) * (1 - share) / share))}")
+        if self._live:
+            self._bar.start()
+            self._bar.update(self._task, completed=done, facts="  ".join(facts), refresh=True)
+        else:
+            self._console.print("evaluating", "  ".join(facts), markup=False, highlight=False, soft_wrap=True)
