@@ -279,13 +279,17 @@ def print_report(report: Mapping[str, Any], algorithm: str, judgements: Sequence
         judged = [each for each in judgements if (each.metric, each.num_shots) == (curve["metric"], curve["num_shots"])]
         rows.append((title, "paper", "verdict") if judged else (title, "", ""))
         for step in curve["steps"]:
-            value = "diverged" if step["ci95"] is None else f"{step['mean']:8.4f} +- {step['ci95']:.4f}"
-            ours = f"    step {step['step']:2d}: {value}"
-            # Two tables can print the same number, rounded differently.
-            numbers = dict.fromkeys(
-                (each.published or "-", each.verdict) for each in judged if each.step == step["step"]
-            )
-            rows += [(ours if index == 0 else "", *both) for index, both in enumerate(numbers or [("", "")])]
+            ours = f"    step {step['step']:2d}: {_value_text(step['mean'], step['ci95'])}"
+            here = [(each.published or "-", each.verdict) for each in judged if each.step == step["step"]]
+            here = list(dict.fromkeys(here)) or [("", "")]  # two tables can print the same number
+            rows += [(ours if index == 0 else "", *numbers) for index, numbers in enumerate(here)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for ours, published, verdict in rows:
         print(f"{ours:{widths[0]}}   {published:{widths[1]}}   {verdict}".rstrip())
+
+
+def _value_text(mean: float | None, ci95: float | None) -> str:
+    if mean is None or ci95 is None:
+        return "diverged"
+    # Adaptation that almost diverged has numbers of any length.
+    return f"{mean:8.4f} +- {ci95:.4f}" if max(abs(mean), ci95) < 1e5 else f"{mean:.3e} +- {ci95:.3e}"

@@ -20,6 +20,7 @@ from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
 from maml.record.run_folder import read_json
 from maml.seeding import Stream
+from maml.training.progress import EvaluationProgress
 from maml.types import Split, Tasks, num_tasks
 from tests.algorithms import build_from
 from tests.runs import TinyRuns
@@ -252,6 +253,28 @@ def test_search_never_takes_a_step_size_that_diverged() -> None:
     every = Evaluation(num_tasks=3, num_steps=3, search=StepSizeSearch([1e30, 1e20], num_tasks=3))
     with pytest.raises(MamlError, match=r"K=10 diverged with every step size .*=\[1e\+30, 1e\+20\]; add smaller ones"):
         every(algorithm)
+
+
+def test_display_reaches_its_total_with_the_search_and_steps_that_diverge(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares, whats = list[float](), list[str]()
+
+    def reach(self: EvaluationProgress, done: float) -> None:
+        self.done = done
+        shares.append(done / self.total)
+        whats.append(self.what)
+
+    monkeypatch.setattr(EvaluationProgress, "reach", reach)
+    search = StepSizeSearch([1e30, 1e-3], num_tasks=4, decays=[0.0, 0.5])
+    Evaluation(num_tasks=6, num_steps=2, num_shots=[5, 10], search=search)(sinusoid(), task_chunk=3)
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1.0)
+    assert len(shares) > 30, "every step counts"
+    assert list(dict.fromkeys(whats))[1:5] == [
+        "K=5, trying step size 1e+30, decay 0.5",
+        "K=5, trying step size 0.001",
+        "K=5, trying step size 0.001, decay 0.5",
+        "K=5, 6 tasks",
+    ]
 
 
 def test_search_of_a_config_is_recorded(tiny: TinyRuns) -> None:

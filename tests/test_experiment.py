@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from PIL import Image
 
 from maml.config.schema import Settings
 from maml.errors import Interrupted, MamlError
-from maml.experiment import print_report, run_experiment
+from maml.experiment import Judgement, print_report, run_experiment
 from maml.logger.base import Logger
 from maml.record.plot import plot_report
 from maml.record.run_folder import read_json
@@ -117,19 +118,21 @@ def test_failed_run_is_told_to_its_mirror_and_recorded(
     assert record is not None and record["status"] == "failed"
 
 
-def test_judge_is_shown_the_report_and_what_it_says_is_printed_under_it_and_mirrored(
+def test_judge_is_shown_the_report_and_what_it_says_is_printed_in_it_and_mirrored(
     tiny: TinyRuns, told: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, shown = tiny.config(NOTING, *SHORT), []
 
-    def judge(experiment: str, settings: Settings, report: Mapping[str, Any]) -> dict[str, str]:
+    def judge(experiment: str, settings: Settings, report: Mapping[str, Any]) -> dict[str, Judgement]:
         shown.append((experiment, settings, report["headline"]))
-        return {"table9/MAML/K10": "0.50 (paper 0.67): better"}
+        text = "0.50 (paper 0.67): better"
+        return {"table9/MAML/K10": Judgement("mse", 10, 1, "0.67", "better", text)}
 
     headline = run_experiment(config, "custom", judge)
     assert shown == [("custom", config, headline)]
-    *_, verdict, written = capsys.readouterr().out.splitlines()
-    assert verdict == "  table9/MAML/K10: 0.50 (paper 0.67): better"
+    *lines, written = capsys.readouterr().out.splitlines()
+    (judged,) = (line for line in lines if "better" in line)
+    assert re.fullmatch(r"    step  1: +\d\.\d{4} \+- \d\.\d{4}   0\.67    better", judged)
     assert written == f"written to {tiny.folder(*SHORT)}"
     assert dict(told)["report"]["cells"] == {"table9/MAML/K10": "0.50 (paper 0.67): better"}
     assert "cells" not in (read_json(tiny.folder(*SHORT) / "report.json") or {}), "a verdict is no measurement"
@@ -175,6 +178,18 @@ def test_printed_report_has_a_line_per_step_and_says_what_is_reduced(capsys: pyt
         "  mse, K=10, 600 tasks",
         "    step  0:   3.2500 +- 0.1250",
         "    step  1: diverged",
+    ]
+    judgements = [
+        Judgement("mse", 10, 0, "3.2 ± 0.1", "reproduced", ""),
+        Judgement("mse", 10, 1, "0.5", "worse", ""),
+        Judgement("mse", 10, 1, "", "measured", ""),
+    ]
+    print_report(report, "MAML", judgements)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  mse, K=10, 600 tasks            paper       verdict",
+        "    step  0:   3.2500 +- 0.1250   3.2 ± 0.1   reproduced",
+        "    step  1: diverged             0.5         worse",
+        "                                  -           measured",
     ]
     print_report(report | {"iteration": 40}, "MAML")
     assert capsys.readouterr().out.splitlines()[0] == "sinusoid_10shot 1f2e3d, MAML, seed 2"

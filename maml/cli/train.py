@@ -25,6 +25,7 @@ from maml.experiment import run_experiment
 from maml.paper.verdicts import cell_verdicts
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # the environment variable with which Hydra raises its errors
+_printed: list[str] = []  # errors of a sweep's jobs in this process
 
 
 def run(cfg: DictConfig) -> float:
@@ -48,6 +49,7 @@ def run(cfg: DictConfig) -> float:
     except MamlError as error:
         if job.mode is RunMode.MULTIRUN:  # Hydra itself reports only the first failed job, at the end of the sweep
             print(f"{' '.join(job.overrides.task)}: {error}", file=sys.stderr)
+            _printed.append(str(error))
         elif isinstance(error, Unavailable):  # a special exit status, for scripts that start many runs
             print(error, file=sys.stderr)
             sys.exit(os.EX_UNAVAILABLE)
@@ -66,7 +68,7 @@ def main() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     arguments = sys.argv[1:]
     try:
-        # A sweep with a misspelt key would start, fail at the first job and leave a record. Hydra finds all else itself.
+        # Hydra would start a sweep with a misspelt key, which fails at the first job and leaves a record.
         if {"-m", "--multirun"}.intersection(arguments) and explain_override_error(arguments):
             sys.exit(1)
         with _errors_from_hydra():
@@ -76,10 +78,11 @@ def main() -> None:
             print(stop, file=sys.stderr)
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:  # before or after training, when there is nothing to save
-        print("stopped by SIGINT; run the same command again to continue from the last checkpoint", file=sys.stderr)
+        if is_rank_zero:
+            print("stopped by SIGINT; run the same command again to continue from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except HydraException as error:
-        if not explain_override_error(arguments):
+        if str(error) not in _printed and not explain_override_error(arguments):
             print(_text(error), file=sys.stderr)
         sys.exit(1)
 
@@ -107,4 +110,4 @@ def _text(error: HydraException) -> str:
     if isinstance(error, MissingConfigException):
         text = text.partition("\n")[0] + (f"; allowed: {', '.join(error.options)}" if error.options else "")
     cause = error.__cause__
-    return f"{text}\n{cause}" if isinstance(cause, OmegaConfBaseException) else text
+    return f"{text}\n{str(cause).partition(chr(10))[0]}" if isinstance(cause, OmegaConfBaseException) else text

@@ -65,9 +65,9 @@ def _override_errors(arguments: Sequence[str]) -> list[str]:
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     chosen = []  # the groups' options; of those to sweep over, the first
     for override in overrides:
-        name, _, value = override.partition("=")
+        name = override.partition("=")[0]
         if (CONF / name.lstrip("+")).is_dir():
-            chosen.append(f"{name}={_choices(override)[0]}" if "," in value else override)
+            chosen += [f"{name}={choice}" for choice in _choices(override, folders)[:1]]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             known = hydra_compose("config", chosen)
@@ -77,8 +77,8 @@ def _override_errors(arguments: Sequence[str]) -> list[str]:
         name, _, value = override.partition("=")
         group = CONF / name.lstrip("+")
         if group.is_dir():
-            options = sorted({path.stem for folder in folders for path in (folder / group.name).glob("*.yaml")})
-            for choice in _choices(override):
+            options = _options(group.name, folders)
+            for choice in _choices(override, folders):
                 if choice in (*options, "null"):
                     continue
                 hint = near_miss(choice, options)
@@ -103,26 +103,29 @@ def _override_errors(arguments: Sequence[str]) -> list[str]:
     return lines
 
 
-def _choices(override: str) -> list[str]:
-    """Returns the options that an override of a group names, several in a sweep; none if they need Hydra to tell."""
+def _options(group: str, folders: Sequence[Path]) -> list[str]:
+    """Returns the options of a group in folders of config files."""
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+def _choices(override: str, folders: Sequence[Path]) -> list[str]:
+    """Returns the options that an override of a group names: one, or in a sweep several."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ChoiceSweep, Glob
     from hydra.errors import HydraException
 
-    value = override.partition("=")[2]
+    name, _, text = override.partition("=")
     try:
-        parsed = OverridesParser.create().parse_override(override)
+        value = OverridesParser.create().parse_override(override).value()
     except HydraException:
-        return [value]
-    if parsed.is_choice_sweep():
-        return [choice.removeprefix("'").removesuffix("'") for choice in parsed.sweep_string_iterator()]
-    return [] if parsed.is_sweep_override() else [value]
+        return [text]
+    if isinstance(value, Glob):
+        return value.filter(_options(name.lstrip("+"), folders))
+    return [getattr(choice, "text", str(choice)) for choice in value.list] if isinstance(value, ChoiceSweep) else [text]
 
 
 def _config_dirs(arguments: Sequence[str]) -> list[Path]:
     """Returns the user's own folders of config files, ``--config-dir``."""
-    options = ("--config-dir", "-cd")
-    given = [following for word, following in pairwise(arguments) if word in options]
-    return [
-        Path(path)
-        for path in given + [word.partition("=")[2] for word in arguments if word.startswith("--config-dir=")]
-    ]
+    folders = [following for word, following in pairwise(arguments) if word in ("--config-dir", "-cd")]
+    folders += [word.partition("=")[2] for word in arguments if word.startswith("--config-dir=")]
+    return [Path(folder) for folder in folders]

@@ -20,8 +20,8 @@ from maml.types import Params, Tasks
 ChunkGradient = Callable[[Params, Tasks], tuple[Params, Params]]
 """Returns the gradients and the metrics of a chunk of tasks, by name."""
 _log = logging.getLogger(__name__)
-# Seconds that compiling takes the first time, measured on two cores: a part that is always the same, and a part for each
-# operation of the traced program.
+# Seconds that compiling takes the first time, measured on two cores: a constant part, and one for each operation of the
+# traced program.
 _SECONDS_TO_COMPILE, _SECONDS_PER_OPERATION = 20.0, 0.05
 _is_compiling = False
 
@@ -111,7 +111,7 @@ def _compiling() -> Iterator[None]:
 
 
 def _stop_compilers(processes: set[int]) -> None:
-    """Ends compilers, for which the process would wait at its exit, and forgets the compilations that have not begun."""
+    """Ends compilers and forgets what they have not begun; Python would wait for all of it when the process exits."""
     from torch._inductor.async_compile import AsyncCompile
 
     with suppress(AttributeError):  # the threads that wait for compilers are no public part of torch

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Any
 
 from maml.config.compose import compose_experiment
@@ -44,16 +44,17 @@ def cell_verdicts(experiment: str, settings: Settings, report: Mapping[str, Any]
                 status = verdict(ours, ci95, *published, read.larger_is_better) if published else "measured"
             decimals = len(cell.value.partition(".")[2]) + 1
             numbers = f"{reading_text(ours, ci95, decimals)} (paper {cell.value or 'has none'})"
-            published_here = " ± ".join(_unscaled(text, source.scale) for text in (cell.value, cell.ci) if text)
+            published_here = " ± ".join(_in_our_unit(text, source.scale) for text in (cell.value, cell.ci) if text)
             verdicts[f"{table.name}/{cell.row}/{cell.column}"] = Judgement(
                 source.metric, source.num_shots, cell.step, published_here, status, f"{numbers}: {status}"
             )
     return verdicts
 
 
-def _unscaled(printed: str, scale: float) -> str:
+def _in_our_unit(printed: str, scale: float) -> str:
     """Returns a printed number in the unit of our reports, with the same digits."""
-    return f"{Decimal(printed) / Decimal(scale):f}"
+    decimals = len(printed.partition(".")[2]) + round(math.log10(scale))
+    return f"{float(printed) / scale:.{decimals}f}"
 
 
 def _has_settings_of(settings: Settings, source: Source) -> bool:

@@ -131,7 +131,8 @@ class EvaluationProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Removes the bar from the screen."""
-        self._bar.stop()
+        if self._bar.live.is_started:  # stopping the bar of a short meta-test would print an empty line
+            self._bar.stop()
 
     def reach(self, done: float) -> None:
         """Reports that ``done`` tasks are done. Most calls draw nothing, so it is cheap."""

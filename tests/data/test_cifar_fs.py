@@ -151,10 +151,15 @@ def test_real_split_is_the_published_one(real_set: ImageSet) -> None:
 @pytest.mark.usefixtures("expect_few_photos")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_tensor(
-    tmp_path: Path, pngs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, layout: str
+    tmp_path: Path,
+    pngs: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    layout: str,
 ) -> None:
     LAYOUTS[layout](tmp_path / "data", pngs)
     assert_is_complete_set(load(tmp_path), pngs)
+    assert capsys.readouterr().err.startswith("reading CIFAR-FS, once: ")
     for module in (photos, cifar_fs):
         monkeypatch.setattr(module, "stack", lambda *args: pytest.fail("the cache should have been enough"))
     assert_is_complete_set(load(tmp_path), pngs)

@@ -131,15 +131,17 @@ def assert_is_complete_set(image_set: ImageSet) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("place", ["mini-imagenet", "mini_imagenet", "miniimagenet", "."])
 def test_every_layout_in_every_place_gives_the_same_tensor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], layout: str, place: str
 ) -> None:
     LAYOUTS[layout](tmp_path / "data" / place)
     assert_is_complete_set(load(tmp_path))
+    assert capsys.readouterr().err.startswith("reading mini-ImageNet, once: about ")
     monkeypatch.setattr(photos, "stack", lambda *args: pytest.fail("the cache should have been enough"))
     monkeypatch.setattr(mini_imagenet, "stack", lambda *args: pytest.fail("the cache should have been enough"))
     assert_is_complete_set(load(tmp_path))
     shutil.rmtree(tmp_path / "data")
     assert_is_complete_set(load(tmp_path))
+    assert capsys.readouterr().err == "", "a cache is read in silence"
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

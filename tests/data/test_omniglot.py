@@ -131,7 +131,9 @@ def test_ink_is_the_smaller_part_of_each_drawing(real_set: ImageSet) -> None:
     assert ink.max() < 0.5
 
 
-def test_extracted_folders_give_the_same_as_zips(real_set: ImageSet, extracted: Path, tmp_path: Path) -> None:
+def test_extracted_folders_give_the_same_as_zips(
+    real_set: ImageSet, extracted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     image_set = load_omniglot(extracted, tmp_path / "cache", download=False)
     expected = [label for label in real_set.classes if label.split("/")[0] in ("Braille", "Greek", "Keble")]
     assert image_set.classes == expected

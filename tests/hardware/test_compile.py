@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 
 import pytest
 import torch
@@ -55,3 +57,35 @@ def test_failing_compiler_is_announced_and_the_run_goes_on(
     ]
     (ours, _), (expected, _) = results[1], chunk_sums(algorithm)(algorithm.theta, tasks)
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
+
+
+def test_compiling_is_announced_once(capsys: pytest.CaptureFixture[str]) -> None:
+    algorithm = sinusoid()
+    compiled = compile.CompiledFunction(chunk_sums(algorithm))
+    for seed in (1, 2):
+        compiled(algorithm.theta, algorithm.domain.sample_tasks(3, Stream(seed)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("compiling, about ")
+    assert line.endswith(" the first time, then mostly from a cache")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="without /proc, compilers are not found")
+def test_interrupted_compilation_leaves_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    compilers = list[subprocess.Popen[bytes]]()
+
+    def interrupted(*args: object) -> None:
+        assert compile.is_compiling()
+        compilers.append(subprocess.Popen(["sleep", "60"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compile, "make_fx", interrupted)
+    algorithm = sinusoid()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        with pytest.raises(KeyboardInterrupt):
+            compile.CompiledFunction(chunk_sums(algorithm))(
+                algorithm.theta, algorithm.domain.sample_tasks(3, Stream(1))
+            )
+        assert compilers[0].wait(timeout=10) < 0
+        assert other.poll() is None, "a process that was there before goes on"
+        other.kill()
+    assert not compile.is_compiling()

@@ -194,6 +194,40 @@ def test_second_signal_does_not_wait(tiny: TinyRuns) -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_first_interrupt_is_answered_at_once(tiny: TinyRuns, capfd: pytest.CaptureFixture[str]) -> None:
+    loop, said = Loop(tiny, 100), list[str]()
+
+    def told(objective: object, tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+        if loop.algorithm.outer_state["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            said.append(capfd.readouterr().err.splitlines()[-1])
+        return Counting.meta_update(loop.algorithm, objective, tasks)
+
+    loop.algorithm.meta_update = told
+    with pytest.raises(Interrupted):
+        loop()
+    assert said == ["stopping after this iteration; press Ctrl-C again to drop it"]
+    assert loop.saved["iteration"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signal_while_compiling_stops_at_once(
+    number: signal.Signals, tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(tiny, 100)
+
+    def compiling(objective: object, tasks: dict[str, Tensor]) -> dict[str, Tensor]:
+        monkeypatch.setattr("maml.training.loop.is_compiling", lambda: True)
+        os.kill(os.getpid(), number)
+        raise AssertionError("still compiling")
+
+    loop.algorithm.meta_update = compiling
+    with pytest.raises(KeyboardInterrupt) as stop:
+        loop()
+    assert isinstance(stop.value, Interrupted) == (number != signal.SIGINT)
+    assert not loop.run.checkpoint_path.exists(), "no iteration is done"
+
+
 def test_second_sigterm_changes_nothing(tiny: TinyRuns) -> None:
     loop = Loop(tiny, 100)
 

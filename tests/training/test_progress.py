@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 from rich.console import Console
 
-from maml.training.progress import Progress
+from maml.training.progress import EvaluationProgress, Progress
 
 
 class Clock:
@@ -103,3 +103,39 @@ def test_interrupted_display_lets_the_error_pass(clock: Clock) -> None:
         progress.update(1, dict)
         raise KeyboardInterrupt
     assert out.getvalue() == "run 1/10\n"
+
+
+def test_long_evaluation_has_a_line_after_a_second_and_one_each_30_seconds(clock: Clock) -> None:
+    out = io.StringIO()
+    with EvaluationProgress(total=200, console=Console(file=out)) as progress:
+        progress.what = "K=5, 200 tasks"
+        for done in range(1, 201):
+            clock.now += 0.5
+            progress.reach(done)
+    assert out.getvalue().splitlines() == [
+        "evaluating 1 %  K=5, 200 tasks  ETA 0:01:39",
+        "evaluating 31 %  K=5, 200 tasks  ETA 0:01:09",
+        "evaluating 61 %  K=5, 200 tasks  ETA 0:00:39",
+        "evaluating 91 %  K=5, 200 tasks  ETA 0:00:09",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_short_evaluation_is_silent(terminal: bool, clock: Clock) -> None:
+    out = io.StringIO()
+    with EvaluationProgress(total=100, console=Console(file=out, force_terminal=terminal)) as progress:
+        for done in range(101):
+            progress.reach(done)
+            clock.now += 0.009
+    assert "evaluating" not in out.getvalue()
+
+
+def test_terminal_shows_a_bar_of_the_evaluation_which_goes_at_the_end(clock: Clock) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=100)
+    with EvaluationProgress(total=100, console=terminal) as progress:
+        progress.what = "K=5, trying step size 0.1"
+        clock.now += 2
+        progress.reach(50)
+    drawn = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "50 %  K=5, trying step size 0.1  ETA 0:00:02" in drawn
+    assert drawn.endswith("\x1b[1A\x1b[2K"), "the line is erased"
