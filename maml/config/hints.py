@@ -71,7 +71,7 @@ def _override_errors(arguments: Sequence[str]) -> list[str]:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             known = hydra_compose("config", chosen)
-    except HydraException:
+    except (HydraException, ValueError):  # the latter for a group=null
         known = None
     for override in overrides:
         name, _, value = override.partition("=")
@@ -79,7 +79,7 @@ def _override_errors(arguments: Sequence[str]) -> list[str]:
         if group.is_dir():
             options = _options(group.name, folders)
             for choice in _choices(override, folders):
-                if choice in (*options, "null"):
+                if choice in options:
                     continue
                 hint = near_miss(choice, options)
                 if group.name == "experiment":  # there are too many to list
