@@ -81,8 +81,10 @@ def main() -> None:
         if is_rank_zero:
             print("stopped by SIGINT; run the same command again to continue from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except HydraException as error:
+    except (HydraException, ValueError) as error:  # a ValueError for a group=null
         if str(error) not in _printed and not explain_override_error(arguments):
+            if not isinstance(error, HydraException):
+                raise
             print(_text(error), file=sys.stderr)
         sys.exit(1)
 

@@ -19,6 +19,7 @@ EXPERIMENT = "sinusoid_10shot"
     [
         (["inner.step_sise=0.1"], "inner.step_sise is not a key: did you mean inner.step_size? allowed: step_size, "),
         (["num_iteration=5"], "num_iteration is not a key: did you mean num_iterations?"),
+        (["inner=null"], "inner=null: no such file in conf/inner/; allowed: adam, "),
         (["model=mpl"], "model=mpl: no such file in conf/model/: did you mean mlp? allowed: conv4, gaussian_policy, "),
         (["+debug=smok"], "+debug=smok: no such file in conf/debug/: did you mean smoke?"),
         (
@@ -48,7 +49,7 @@ def test_hint_names_what_was_meant(arguments: list[str], hint: str, capsys: pyte
         ["domain=omniglot", "model=conv4", "domain.num_ways=5", "model.num_filters=32", "inner.step_size=-1"],
         [f"+experiment={EXPERIMENT}", "+zzz=3", "~outer.clip", "hydra.verbose=true", "-m"],
         ["seed=0,1", "model=mlp,conv4", "--cfg=job"],
-        ["-m", "seed=range(0,3)", "model='mlp','conv4'", "launcher=null", "+experiment=glob(sinusoid_*)"],
+        ["-m", "seed=range(0,3)", "model='mlp','conv4'", "+experiment=glob(sinusoid_*)"],
     ],
 )
 def test_hint_is_silent_about_keys_that_exist(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +80,7 @@ def test_options_of_the_users_own_folder_are_known(
             ["experiment=sinusoid_10shot"],
             ["Could not override 'experiment'. No match", "To append to your default list use +expe"],
         ),
+        (["inner=null"], ["inner=null: no such file in conf/inner/; allowed: adam, "]),
         (["+inner.sise=1"], ["Error executing job", "the config is not valid:", "  inner.sise is not a key"]),
     ],
 )
