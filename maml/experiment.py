@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
             headlines.append(_evaluate_saved(learner, hardware, evaluation, judge))
         elif (report := distributed.on_rank_zero(learner.folder.finished_report)) is not None:
             _print_on_rank_zero(f"already finished: {learner.folder.path} (delete the folder to run it again)")
+            learner.send_finished(report, partial(_cell_texts, judge, experiment, seed_settings, report))
             headlines.append(report["headline"])
         else:
             learners.append(learner)
@@ -199,7 +201,8 @@ def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation
     hardware.apply(execution)
     learner.restore(saved)
     report_dir = checkpoint_file.parent if checkpoint_file else folder.path
-    report, _ = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, report_dir)
+    report, plot = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, report_dir)
+    learner.send_evaluation(report, plot)
     return report["headline"]
 
 
@@ -260,6 +263,12 @@ def _evaluate(
     print_report(report, learner.algorithm.name, list(judgements.values()))
     print(f"written to {written_to}")
     return report | {"cells": {cell: judged.text for cell, judged in judgements.items()}}, plot
+
+
+def _cell_texts(judge: Judge | None, experiment: str, settings: Settings, report: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the judge's texts by name."""
+    judgements = judge(experiment, settings, report) if judge else {}
+    return {cell: judged.text for cell, judged in judgements.items()}
 
 
 def print_report(report: Mapping[str, Any], algorithm: str, judgements: Sequence[Judgement] = ()) -> None:

@@ -1,8 +1,9 @@
-"""Lists, shows, compares and deletes runs: the folders in runs/ and the committed ones in results/runs/.
+"""Lists, shows, compares, mirrors and deletes runs: the folders in runs/ and the committed ones in results/runs/.
 
     python scripts/runs.py list 'sinusoid_*' --set inner.step_size=0.001 --by-seed
 
-Only `supersede` writes anything, a mark in the run's folder. Only `prune --yes` deletes anything.
+Only `supersede` (a mark in the run's folder) and `mirror` (files of W&B or TensorBoard) write anything. Only
+`prune --yes` deletes anything.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from maml.config.compose import compose_experiment
+from maml.config.compose import compose, compose_experiment
 from maml.config.hints import near_miss
 from maml.config.identity import digest, evaluation_config, training_config
 from maml.config.paths import CONF
+from maml.config.schema import build
 from maml.errors import MamlError
+from maml.logger.base import Mirror
+from maml.logger.mirror import mirror
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.paper.evidence import Evidence, find_evidence, samples
 from maml.record import checkpoint
@@ -115,6 +119,14 @@ def _parser() -> argparse.ArgumentParser:
     supersede_parser.add_argument("--by", metavar="RUN", help="the run that replaces it")
     supersede_parser.add_argument("--reason", default="", metavar="TEXT", help="why it is no longer evidence")
     supersede_parser.add_argument("--undo", action="store_true", help="remove the mark")
+
+    mirror_parser = command("mirror", mirror_run, "send a run that has ended to W&B or TensorBoard")
+    mirror_parser.add_argument("run", help="its folder, or the beginning of its id")
+    loggers = sorted(path.stem for path in (CONF / "logger").glob("*.yaml") if path.stem != "local")
+    mirror_parser.add_argument("--logger", choices=loggers, default="wandb", help="the service (default: wandb)")
+    mirror_parser.add_argument("--project", help="W&B project (default: that of conf/logger/wandb.yaml)")
+    mirror_parser.add_argument("--entity", help="W&B user or team (default: the account's)")
+    mirror_parser.add_argument("--mode", help="online, offline or auto (default: auto, online if logged in)")
 
     prune_parser = command("prune", prune_runs, "delete superseded runs, and failed runs in which nothing was saved")
     prune_parser.add_argument("--days", type=float, default=7, help="least age of a failed run in days (default: 7)")
@@ -463,6 +475,27 @@ def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 def _resample_weights(count: int) -> np.ndarray:
     """Returns the weight of each task in each resample, ``(RESAMPLES, count)``."""
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+
+
+# Mirror.
+
+
+def mirror_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Sends a run and its evaluations to the service of a logger."""
+    run = find(options.run, runs)
+    given = {key: getattr(options, key) for key in ("project", "entity", "mode") if getattr(options, key) is not None}
+    try:
+        settings, _ = compose([f"logger={options.logger}", *(f"logger.{key}={value}" for key, value in given.items())])
+    except HydraException as error:
+        raise MamlError(f"{', '.join(f'--{key}' for key in given)} is no option of {options.logger}") from error
+    is_committed = run.path.resolve().is_relative_to(RESULTS)
+    files_dir = Path("runs", "mirrored", run.experiment, run.path.name) if is_committed else run.path
+    logger: Mirror = build(settings.logger)
+    logger.patience = 600.0  # nothing waits for this command
+    if mirror(run.path, logger, files_dir):
+        print(f"mirrored {run.path} to {logger.name}; its files are in {files_dir}")
+    else:
+        print(f"{run.path} was mirrored to {logger.name} before")
 
 
 # Supersede and prune.

@@ -91,6 +91,43 @@ def test_run_is_mirrored_from_start_to_finish(
         assert picture.size == (750, 540)
 
 
+class Lacking(Noting):
+    """A logger that has no run yet."""
+
+    has_it: bool = False
+
+    def has(self, *arguments: Any) -> bool:
+        return self.has_it
+
+
+def test_finished_run_is_sent_to_a_logger_that_lacks_it(
+    tiny: TinyRuns, told: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = f"logger._target_={__name__}.Lacking"
+    folder = tiny.run(*SHORT)
+    before = file_contents(folder)
+    monkeypatch.setattr("maml.experiment.train", training_forbidden)
+    tiny.run(*SHORT, lacking)
+    (_, begun), (_, content), (_, status) = told
+    assert (begun, status) == (("custom", folder.name, False), "finished")
+    assert content == {**(read_json(folder / "report.json") or {}), "cells": {}}
+    monkeypatch.setattr(Lacking, "has_it", True)
+    tiny.run(*SHORT, lacking)
+    assert len(told) == 3
+    assert file_contents(folder) == before
+
+
+def test_evaluation_of_a_saved_state_is_a_run_of_its_own_for_the_logger(
+    tiny: TinyRuns, told: list[tuple[str, Any]]
+) -> None:
+    folder = tiny.run(*SHORT)
+    tiny.run(*SHORT, NOTING, "mode=eval", "evaluation.num_steps=1")
+    assert [kind for kind, _ in told] == ["start", "report", "finish"]
+    (evaluation,) = folder.glob("evaluations/*/report.json")
+    saved = read_json(evaluation) or {}
+    assert {key: told[1][1][key] for key in saved} == saved
+
+
 def test_stopped_run_is_resumed_by_the_same_command_and_its_mirror_told(
     tiny: TinyRuns, told: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,11 @@ class Domain(ABC, Generic[Data]):
         """How the tasks of this domain load a machine."""
         return Workload()
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether the split ``val`` holds other data than ``train``, so that it shows what training does not."""
+        return False
+
     def to(self, device: torch.device) -> None:
         """Moves the domain's tensors to the device."""
 

@@ -115,6 +115,11 @@ class FewShotClassification(SupervisedDomain):
         chunk = max(1, _CHUNK_PIXELS // (num_elements(self.in_shape) * images))
         return Workload(task_chunk=chunk, measure_chunk=True, threads_pay="always")
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a split of classes for validation."""
+        return "val" in self.splits
+
     def _check_images(self, num_shots: int, num_query: int) -> None:
         if num_shots + num_query > self.num_images:
             raise MamlError(

@@ -13,11 +13,12 @@ class TensorBoard(Mirror):
     """Event files in ``<run_dir>/tensorboard``; ``tensorboard --logdir runs`` shows every run."""
 
     name = "TensorBoard"
+    folder = "tensorboard"
 
     def _start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and may be missing
 
-        self._writer = SummaryWriter(run_dir / "tensorboard")
+        self._writer = SummaryWriter(self.files_dir / self.folder)
         self._writer.add_text("config", indent(json.dumps(config, indent=2), " " * 4))
 
     def _log(self, metrics: dict[str, float], iteration: int) -> None:

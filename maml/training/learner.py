@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from maml.errors import Disconnected
 from maml.hardware import distributed
 from maml.hardware.base import Hardware
 from maml.logger.base import Logger
+from maml.logger.mirror import described, replay
 from maml.record.run_folder import NonWritingRunFolder, RunFolder, command_line
 from maml.seeding import Stream
 
@@ -57,6 +58,27 @@ class Learner:
         self.logger.report(report, {"adaptation": plot})
         self.report = report
 
+    def _start_logger(self, run_dir: Path, resumed: bool) -> None:
+        folder = self.folder
+        config = described(self.settings.as_dict(), folder.training_config, self.algorithm.name)
+        self.logger.start(run_dir, folder.experiment, folder.run_id, config, resumed)
+
+    def send_evaluation(self, report: dict[str, Any], plot: Path) -> None:
+        """Sends an evaluation of a saved state to the logger, as a run of its own with its files beside the plot."""
+        self._start_logger(plot.parent, resumed=False)
+        self.logger.report(report, {"adaptation": plot})
+        self.logger.finish("finished")
+
+    def send_finished(self, report: dict[str, Any], cells: Callable[[], Mapping[str, str]]) -> None:
+        """Sends a run that was finished before to the logger, unless the logger has it already.
+
+        Args:
+            report: the content of its ``report.json``, or of that of another evaluation of the run.
+            cells: returns verdicts by cell.
+        """
+        config = self.settings.as_dict() | {"algorithm_name": self.algorithm.name}
+        replay(self.folder.path, self.logger, config, report, cells)
+
     @contextmanager
     def open(self, hardware: Hardware, num_seeds: int) -> Iterator[dict[str, Any] | None]:
         """Opens the run folder and the logger; at the end, records how the run ended and closes both.
@@ -74,8 +96,7 @@ class Learner:
         saved = distributed.on_rank_zero(lambda: self.folder.open(described, command, self.algorithm.name))
         status = "failed"
         try:
-            folder, settings = self.folder, self.settings.as_dict()
-            self.logger.start(folder.path, folder.experiment, folder.run_id, settings, saved is not None)
+            self._start_logger(self.folder.path, resumed=saved is not None)
             yield saved
         except (KeyboardInterrupt, SystemExit, Disconnected):  # a launcher that requeues raises SystemExit
             status = "interrupted"

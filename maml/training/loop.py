@@ -20,9 +20,9 @@ from maml.hardware import distributed
 from maml.hardware.base import Execution
 from maml.hardware.compile import is_compiling
 from maml.record import checkpoint
-from maml.record.run_folder import RunFolder
 from maml.sweep.heartbeat import report_iteration
 from maml.training.cuda_graph import with_cuda_graph
+from maml.training.diagnostics import Diagnostics
 from maml.training.iteration import Iteration
 from maml.training.learner import Learner
 from maml.training.progress import Progress
@@ -67,17 +67,21 @@ def train(
         for start, end in pairwise(starts):
             active = [learner for learner in learners if learner.start <= start]
             algorithms, streams = [each.algorithm for each in active], [each.stream for each in active]
-            iterate = with_cuda_graph(Iteration(algorithms, streams, meta_batch_size, execution))
-            pending = PendingMetrics(active)
+            iteration = Iteration(algorithms, streams, meta_batch_size, execution)
+            iterate = with_cuda_graph(iteration)
+            pending, diagnostics = PendingMetrics(active), Diagnostics(active, iteration, start)
             for number in range(start + 1, end + 1):
+                is_logged = number % log_every == 0 or number == num_iterations
+                if is_logged:
+                    diagnostics.before()
                 metrics = iterate(number)
                 report_iteration(number, num_iterations)
                 signal_number = distributed.all_reduce_max(stopped[0] if stopped else 0)
                 if distributed.rank() == 0:  # the display reads metrics from the device, which blocks for a moment
                     progress.update(number, lambda metrics=metrics: _to_floats(metrics[0]))  # type: ignore[misc]
                 last = number == end or bool(signal_number)
-                if number % log_every == 0 or number == num_iterations:
-                    pending.add(number, metrics)
+                if is_logged:
+                    pending.add(number, metrics, diagnostics.after(number))
                 if number % checkpoint_every == 0 or last:
                     pending.write()
                     for learner, seed_metrics in zip(active, metrics, strict=True):
@@ -85,8 +89,12 @@ def train(
                         # The loss belongs to theta before this update. If this update made theta diverge, only the
                         # state shows it.
                         values = _to_floats(seed_metrics | _largest_entries(state))
-                        _check_finite(values, number, learner.folder)
+                        _check_finite(values, number, learner)
                         learner.folder.save_checkpoint(number, state, iterate.execution.as_dict())
+                    if not signal_number:
+                        for learner, numbers in zip(active, diagnostics.validate(), strict=True):
+                            if numbers:
+                                learner.logger.log(numbers, number)
                 pending.write(if_ready=True)
                 if signal_number:
                     raise Interrupted(
@@ -108,22 +116,26 @@ class PendingMetrics:
 
     def __init__(self, learners: Sequence[Learner]) -> None:
         self.learners = learners
-        self._queue: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
+        self._queue: list[tuple[int, list[str], list[str], Tensor, torch.cuda.Event | None]] = []
 
-    def add(self, number: int, metrics: Sequence[Mapping[str, Tensor]]) -> None:
+    def add(
+        self, number: int, metrics: Sequence[Mapping[str, Tensor]], diagnostics: Sequence[Mapping[str, Tensor]]
+    ) -> None:
         """Starts to copy the metrics of one iteration.
 
         Args:
             number: the iteration's number.
             metrics: for each learner, 0-dim tensors by name.
+            diagnostics: further numbers, in the same form, for the loggers only.
         """
-        values = torch.stack([torch.stack(list(seed_metrics.values())) for seed_metrics in metrics])
+        both = [[*recorded.values(), *more.values()] for recorded, more in zip(metrics, diagnostics, strict=True)]
+        values = torch.stack([torch.stack(seed_values) for seed_values in both])
         copied = None
         if values.is_cuda:
             values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self._queue.append((number, list(metrics[0]), values, copied))
+        self._queue.append((number, list(metrics[0]), list(diagnostics[0]), values, copied))
 
     def write(self, if_ready: bool = False) -> None:
         """Logs the metrics that were added.
@@ -135,17 +147,18 @@ class PendingMetrics:
             MamlError: if a number is not finite.
         """
         while self._queue:
-            number, names, values, copied = self._queue[0]
+            number, recorded, more, values, copied = self._queue[0]
             if copied is not None:
                 if if_ready and not copied.query():
                     return
                 copied.synchronize()
             del self._queue[0]
             for learner, seed_values in zip(self.learners, values.tolist(), strict=True):
-                metrics = dict(zip(names, seed_values, strict=True))
-                _check_finite(metrics, number, learner.folder)
+                metrics = dict(zip([*recorded, *more], seed_values, strict=True))
+                diagnostics = {name: metrics.pop(name) for name in more}
+                _check_finite(metrics, number, learner)
                 learner.folder.log(number, metrics)
-                learner.logger.log(metrics, number)
+                learner.logger.log(metrics | diagnostics, number)
 
 
 def _to_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
@@ -162,14 +175,16 @@ def _largest_entries(state: Mapping[str, Params]) -> dict[str, Tensor]:
     }
 
 
-def _check_finite(values: dict[str, float], iteration: int, folder: RunFolder) -> None:
+def _check_finite(values: dict[str, float], iteration: int, learner: Learner) -> None:
     not_finite = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
     if not_finite:
-        raise MamlError(
+        problem = (
             f"{', '.join(not_finite)} at iteration {iteration}: training has diverged. "
-            f"The diverged state was not saved; the last checkpoint in {folder.path} is from before. "
+            f"The diverged state was not saved; the last checkpoint in {learner.folder.path} is from before. "
             "Lower inner.step_size or outer.step_size, or clip the meta-gradient (outer.clip)"
         )
+        learner.logger.alert("Training diverged", problem)
+        raise MamlError(problem)
 
 
 def stop_at_once(number: int, frame: FrameType | None = None) -> None:

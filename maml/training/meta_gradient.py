@@ -35,10 +35,14 @@ class MetaGradient:
         num_seeds: number of seeds that are computed at once. If set, parameters and results have a leading seed axis,
             ``(num_seeds, ...)``, and the meta-batch concatenates the seeds' tasks. None is one seed without a seed
             axis.
+
+    Attributes:
+        latest: the gradient that was computed last, for `maml.training.diagnostics`; empty before the first.
     """
 
     def __init__(self, algorithm: Algorithm, execution: Execution | None = None, num_seeds: int | None = None) -> None:
         self.algorithm, self.num_seeds = algorithm, num_seeds
+        self.latest: Params = {}
         self._execution = execution or Execution(num_threads=1, task_chunk=None, compile=False)
         compiles = self._execution.compile
         self._compute_sums = CompiledFunction(self._chunk_sums) if compiles else self._chunk_sums
@@ -63,7 +67,8 @@ class MetaGradient:
         """
         gradients, metrics = self._in_chunks(lambda chunk: self.sums(params, tasks, chunk), tasks)
         means = distributed.all_reduce_mean([*gradients.values(), *metrics.values()], self._tasks_per_seed(tasks))
-        return _split(means, gradients, metrics)
+        self.latest, metrics = _split(means, gradients, metrics)
+        return self.latest, metrics
 
     def sums(self, params: Params, tasks: Tasks, task_chunk: int) -> tuple[Params, Metrics]:
         """Returns the sums of the gradients with respect to theta and of the metrics, over this process's tasks.

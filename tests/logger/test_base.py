@@ -95,6 +95,7 @@ def test_slow_mirror_holds_up_no_call_and_is_left_behind(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Noting, "patience", 0.05)
+    monkeypatch.setattr(Noting, "abandoned", False)
     release = threading.Event()
     logger = Noting(start=release.wait)
     run(logger, num_iterations=1000)
@@ -111,3 +112,54 @@ def test_cause_is_kind_and_first_line() -> None:
 
 def test_plain_logger_takes_every_call() -> None:
     run(Logger())
+
+
+def test_later_runs_do_not_wait_for_an_abandoned_service(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Noting, "patience", 0.05)
+    monkeypatch.setattr(Noting, "abandoned", False)
+    release = threading.Event()
+    side_by_side = Noting(start=release.wait)
+    side_by_side.start(Path(), "an experiment", "0", {}, False)
+    run(Noting(start=release.wait))
+    monkeypatch.setattr(Noting, "patience", 600.0)
+    side_by_side.finish("finished")
+    later = Noting()
+    run(later)
+    release.set()
+    assert later.calls == []
+    assert len(caplog.messages) == 1
+
+
+def test_user_who_stops_the_wait_at_the_end_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Noting, "abandoned", False)
+    release = threading.Event()
+    logger = Noting(start=release.wait)
+
+    def impatient(self: threading.Thread, timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "join", impatient)
+        run(logger)
+    release.set()
+    assert Noting.abandoned
+
+
+def test_mirror_notes_which_report_it_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Noting, "folder", "noting")
+    (tmp_path / "noting").mkdir()
+    report = {"iteration": 3, "evaluation": {"num_tasks": 5}, "headline": 0.5}
+    where = tmp_path, "an experiment", "1f2e3d", {"mode": "train"}
+    for broken, is_complete in (({"finish": fail}, False), ({}, True)):
+        logger = Noting(**broken)
+        assert not logger.has(*where, report)
+        logger.start(*where, False)
+        logger.report(report, {})
+        logger.finish("finished")
+        assert logger.has(*where, report) == logger.is_complete == is_complete
+    assert not logger.has(*where, report | {"iteration": 4})
+    assert not logger.has(*where, report | {"evaluation": {"num_tasks": 6}})
+    assert not logger.has(tmp_path, "another experiment", "1f2e3d", {"mode": "train"}, report)
+    assert Logger().has(*where, report), "a logger that sends nothing lacks nothing"

@@ -15,8 +15,16 @@ import pytest
 from PIL import Image
 
 from maml.logger.wandb import WandB
+from maml.logger.wandb_service import Service
 
-CONFIG = {"inner": {"step_size": 0.01, "num_steps": 1}, "seed": None}
+CONFIG = {
+    "inner": {"step_size": 0.01, "num_steps": 1},
+    "seed": 3,
+    "mode": "train",
+    "domain": {"_target_": "maml.domain.sinusoid.Sinusoid"},
+    "algorithm": {"_target_": "maml.algorithm.maml.MAML"},
+    "settings_hash": "abcdef",
+}
 REPORT = {
     "experiment": "sinusoid_10shot",
     "run_id": "1f2e3d",
@@ -34,6 +42,13 @@ REPORT = {
         }
     ],
 }
+
+
+@pytest.fixture(autouse=True)
+def _service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own for every test: none has abandoned W&B yet."""
+    monkeypatch.setattr(WandB, "abandoned", False)
+    monkeypatch.setattr("maml.logger.wandb.SERVICE", Service())
 
 
 @pytest.fixture
@@ -61,7 +76,8 @@ def read_run(run_dir: Path, part: int = 0) -> dict[str, Any]:
     wandb.teardown()  # the last of a file is written after its run finished
     file = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))[part]
     data = file.read_bytes()
-    content: dict[str, Any] = {"file": file, "config": {}, "history": [], "summary": {}, "metrics": {}, "artifacts": []}
+    content: dict[str, Any] = {name: {} for name in ("config", "summary", "metrics", "best")}
+    content |= {"file": file, "history": [], "artifacts": [], "alerts": []}
     at, payload = 7, b""
     while at + 7 <= len(data):
         if (room := 32768 - at % 32768) < 7:
@@ -79,6 +95,8 @@ def read_run(run_dir: Path, part: int = 0) -> dict[str, Any]:
             content["history"] += [fold(record.history.item)] if record.HasField("history") else []
             content["summary"] |= fold(record.summary.update)
             content["metrics"] |= {record.metric.name or record.metric.glob_name: record.metric.step_metric}
+            content["best"] |= {record.metric.name: {field.name for field, _ in record.metric.summary.ListFields()}}
+            content["alerts"] += [record.alert] if record.HasField("alert") else []
             content["artifacts"] += [record.artifact] if record.HasField("artifact") else []
             if record.request.HasField("log_artifact"):
                 content["artifacts"].append(record.request.log_artifact.artifact)
@@ -114,7 +132,8 @@ def test_offline_run_holds_config_metrics_and_evaluation(
     content = read_run(tmp_path / "run")
     assert content["run"].run_id == "sinusoid_10shot-1f2e3d"
     assert (content["run"].project, content["run"].run_group) == ("project", "sinusoid_10shot")
-    assert list(content["run"].tags) == ["tag"]
+    assert list(content["run"].tags) == ["Sinusoid", "MAML", "tag"]
+    assert (content["run"].display_name, content["run"].job_type) == ("sinusoid_10shot seed 3 1f2e3d", "train")
     assert {key: content["config"][key] for key in CONFIG} == CONFIG
     assert content["metrics"]["*"] == "iteration"
     rows = [(row["iteration"], row["loss"]) for row in content["history"] if "loss" in row]
@@ -128,12 +147,94 @@ def test_offline_run_holds_config_metrics_and_evaluation(
     assert (content["summary"]["status"], content["exit_code"]) == ("finished", 0)
 
     files = content["file"].parent / "files"
+    line = json.loads((files / content["history"][-1]["adaptation/mse_10shot_table.path"]).read_text())
+    assert line == {"columns": ["gradient step", "mse"], "data": [[0, 3.25], [1, 0.5]]} | {
+        key: line[key] for key in line.keys() - {"columns", "data"}
+    }
     table = json.loads((files / content["history"][-1]["evaluation.path"]).read_text())
     assert table["columns"] == ["metric", "num_shots", "step", "mean", "ci95", "num_tasks"]
     assert table["data"] == [["mse", 10, 0, 3.25, 0.125, 600], ["mse", 10, 1, 0.5, 0.0625, 600]]
     assert (files / content["history"][-1]["pictures/curve.path"]).read_bytes() == picture.read_bytes()
     assert not warned(caplog)
     assert capfd.readouterr() == ("", "")
+
+
+def test_summary_has_the_best_and_the_last_of_what_can_be_good_or_bad(wandb: Any, tmp_path: Path) -> None:
+    logger = WandB(mode="offline")
+    mirror(logger, tmp_path / "run", range(0))
+    for iteration in range(3):
+        logger.log({"loss": 1.0, "accuracy": 0.5, "return_step_0": -3.0, "kl": 0.01}, iteration)
+    logger.finish("finished")
+    best = read_run(tmp_path / "run")["best"]
+    assert best["loss"] == {"min", "last"}
+    assert best["accuracy"] == best["return_step_0"] == {"max", "last"}
+    assert "kl" not in best
+
+
+def test_divergence_is_an_alert(wandb: Any, tmp_path: Path) -> None:
+    logger = WandB(mode="offline")
+    mirror(logger, tmp_path / "run", range(3))
+    logger.alert("Training diverged", "loss=nan at iteration 3")
+    logger.report(REPORT | {"headline": None}, {})
+    logger.finish("failed")
+    training, meta_test = read_run(tmp_path / "run")["alerts"]
+    assert (training.title, training.text, training.level) == ("Training diverged", "loss=nan at iteration 3", "ERROR")
+    assert meta_test.title == "Adaptation diverged"
+
+
+def test_steps_at_which_adaptation_diverged_are_left_out_of_the_line(wandb: Any, tmp_path: Path) -> None:
+    logger = WandB(mode="offline")
+    mirror(logger, tmp_path / "run", range(1))
+    steps = [*REPORT["curves"][0]["steps"], {"step": 2, "mean": None, "ci95": None, "num_tasks": 600}]  # type: ignore[index]
+    logger.report(REPORT | {"curves": [{"num_shots": 10, "metric": "mse", "steps": steps}]}, {})
+    logger.finish("finished")
+    content = read_run(tmp_path / "run")
+    line = content["file"].parent / "files" / content["history"][-1]["adaptation/mse_10shot_table.path"]
+    assert json.loads(line.read_text())["data"] == [[0, 3.25], [1, 0.5]]
+
+
+def test_uncommitted_changes_of_the_clone_are_saved_but_not_with_a_replayed_run(
+    wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = tmp_path / "clone"
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e@example.org", "-C", str(clone)]
+    subprocess.run(["git", "init", "-q", str(clone)], check=True)
+    (clone / "a.txt").write_text("committed\n")
+    for words in (["add", "a.txt"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    (clone / "a.txt").write_text("changed\n")
+    monkeypatch.setattr("maml.logger.wandb.ROOT", clone)
+    for name in ("run", "replayed"):
+        logger = WandB(mode="offline")
+        if name == "replayed":
+            logger.replay_into(tmp_path / name)
+        mirror(logger, tmp_path / name, range(1))
+        logger.finish("finished")
+    (patch,) = tmp_path.glob("run/wandb/offline-run-*/files/diff.patch")
+    assert "+changed" in patch.read_text()
+    assert not list(tmp_path.glob("replayed/wandb/offline-run-*/files/*.patch"))
+
+
+def test_agent_of_a_sweep_gets_the_headline_under_its_own_id(
+    wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    where = tmp_path / "run", "sinusoid_10shot", "1f2e3d", CONFIG, REPORT
+    for run_id in ("first", "second"):
+        monkeypatch.setenv("WANDB_RUN_ID", run_id)
+        logger = WandB(project="mine", mode="offline")
+        assert not logger.has(*where)
+        mirror(logger, tmp_path / "run", range(1))
+        logger.report(REPORT, {})
+        logger.finish("finished")
+        assert logger.has(*where)
+        wandb.teardown()  # each run of an agent is a process of its own
+    contents = [read_run(tmp_path / "run", part) for part in range(2)]
+    assert {content["run"].run_id: content["summary"]["headline"] for content in contents} == {
+        "first": 0.5,
+        "second": 0.5,
+    }
+    assert not warned(caplog)
 
 
 def test_resumed_run_continues_the_same_wandb_run(wandb: Any, tmp_path: Path) -> None:
@@ -179,6 +280,7 @@ def test_auto_obeys_wandb_mode(wandb: Any, tmp_path: Path, monkeypatch: pytest.M
     mirror(logger, tmp_path / "run", range(3))
     logger.finish("finished")
     assert not list((tmp_path / "run").iterdir())
+    assert not logger.has(tmp_path / "run", "sinusoid_10shot", "1f2e3d", CONFIG, REPORT)
 
 
 def test_unreachable_server_turns_the_process_offline_with_one_warning(
@@ -218,6 +320,8 @@ class Broken:
     def __getattr__(self, name: str) -> Any:
         if name == self.broken:
             return self.how
+        if name == "plot":
+            return self
         if name == "setup":
             return lambda settings: SimpleNamespace(settings=SimpleNamespace(mode="offline"))
         return lambda *args, **kwargs: self
@@ -272,6 +376,11 @@ def test_hanging_wandb_is_left_behind(
     release.set()
     (warning,) = warned(caplog)
     assert "did not finish" in warning
+    later = WandB()
+    mirror(later, tmp_path / "later", range(100))
+    later.finish("finished")
+    assert not later.is_complete, "a later run of this process does not wait again"
+    assert len(warned(caplog)) == 1
 
 
 def test_importing_the_logger_does_not_import_wandb() -> None:

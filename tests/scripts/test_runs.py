@@ -20,7 +20,7 @@ from rich.console import Console
 
 from maml.record.index import SUPERSEDED
 from tests.paper.fake_runs import SINUSOID, edit, make_run
-from tests.runs import ROOT, file_contents
+from tests.runs import ROOT, TinyRuns, file_contents
 from tests.sweep.fake_sweep import write_beat, write_job, write_report
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "runs.py"))
@@ -378,3 +378,37 @@ def test_committed_runs_are_all_listed_and_none_is_damaged(capsys: pytest.Captur
     committed = ROOT / "results" / "runs"
     assert main(["list", "--csv", "--runs-dir", str(committed)]) == 0
     assert len(table(capsys.readouterr().out.splitlines())) == len(list(committed.glob("*/*/run.json")))
+
+
+def test_mirror_sends_a_finished_run_once(tiny: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    wandb = pytest.importorskip("wandb")
+    folder = tiny.run("num_iterations=10", "evaluation.num_tasks=3")
+    before = file_contents(folder)
+    outputs = []
+    for _ in range(2):
+        assert main(["mirror", str(folder), "--mode", "offline", "--project", "mine"]) == 0
+        outputs.append(capsys.readouterr().out.splitlines()[-1])
+    wandb.teardown()
+    assert outputs == [
+        f"mirrored {folder} to W&B; its files are in {folder}",
+        f"{folder} was mirrored to W&B before",
+    ]
+    (sent,) = folder.glob("wandb/offline-run-*")
+    assert sent.name.endswith(f"custom-{folder.name}")
+    after = file_contents(folder)
+    assert {path: after[path] for path in before} == before
+    assert all(path.startswith("wandb/") for path in after.keys() - before.keys())
+
+
+def test_mirror_to_tensorboard_and_of_a_committed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    folder = next((ROOT / "results" / "runs" / "point_navigation_pretrain").iterdir())
+    before = file_contents(folder)
+    assert main(["mirror", str(folder), "--logger", "tensorboard"]) == 0
+    assert list(tmp_path.glob("runs/mirrored/point_navigation_pretrain/*/tensorboard/events*"))
+    assert file_contents(folder) == before
+    assert main(["mirror", str(folder), "--logger", "tensorboard", "--project", "mine"]) == 1
+    assert "--project is no option of tensorboard" in capsys.readouterr().err

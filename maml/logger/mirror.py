@@ -1,0 +1,150 @@
+"""Replays a run that has ended from its folder to a logger, as if the logger had been there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from maml.config.identity import digest
+from maml.errors import MamlError
+from maml.logger.base import Logger
+from maml.record.lock import is_held
+from maml.record.run_folder import read_json
+
+
+def described(config: Mapping[str, Any], training: Mapping[str, Any], algorithm: str) -> dict[str, Any]:
+    """Returns a config with two more entries, by which runs can be grouped: ``settings_hash`` and ``algorithm_name``.
+
+    Args:
+        config: the resolved config.
+        training: the settings on which trained numbers depend (`maml.config.identity.training_config`). Runs that
+            differ in nothing but the seed have the same hash.
+        algorithm: the algorithm's name.
+    """
+    without_seed = {key: value for key, value in training.items() if key != "seed"}
+    return {**config, "settings_hash": digest(without_seed), "algorithm_name": algorithm}
+
+
+def mirror(folder: Path, logger: Logger, files_dir: Path | None = None) -> int:
+    """Replays a run, and each evaluation in ``evaluations/`` as a run of its own, of mode ``eval``.
+
+    Nothing is trained, and nothing in the folder changes but the logger's own files.
+
+    Args:
+        folder: the run's folder.
+        logger: the logger that gets the run; what it got before is not sent again.
+        files_dir: the folder below which the logger writes its files; None is the run's folder.
+
+    Returns:
+        The number of runs that the logger got, 0 if it had all of them.
+
+    Raises:
+        MamlError: if the run has not ended, a file is missing or damaged, or the logger did not get everything.
+    """
+    files_dir = files_dir or folder
+    config = _read_config(folder)
+    sent = int(replay(folder, logger, config, read_json(folder / "report.json"), files_dir=files_dir))
+    _check_complete(logger, folder)
+    for path in sorted(folder.glob("evaluations/*/report.json")):
+        evaluation = path.parent
+        own_config = {**_read_config(evaluation), "mode": "eval"}
+        own_files = files_dir / evaluation.relative_to(folder)
+        sent += replay(folder, logger, own_config, read_json(path), files_dir=own_files, with_training=False)
+        _check_complete(logger, evaluation)
+    return sent
+
+
+def _check_complete(logger: Logger, folder: Path) -> None:
+    if not logger.is_complete:
+        raise MamlError(f"{folder} was not mirrored completely, for the reason above; mend it, and mirror it again")
+
+
+def replay(
+    folder: Path,
+    logger: Logger,
+    config: Mapping[str, Any],
+    report: Mapping[str, Any] | None,
+    cells: Callable[[], Mapping[str, str]] = dict,
+    files_dir: Path | None = None,
+    with_training: bool = True,
+) -> bool:
+    """Replays a run with one report, unless the logger has it already.
+
+    Args:
+        folder: the run's folder.
+        logger: the logger that gets the run.
+        config: the resolved config.
+        report: the content of a ``report.json`` of this run; None if there is none.
+        cells: returns verdicts by cell, which are sent with the report.
+        files_dir: the folder below which the logger writes its files; None is the run's folder.
+        with_training: whether the training metrics are sent too.
+
+    Returns:
+        Whether anything was sent.
+
+    Raises:
+        MamlError: if the run has not ended, or a file is missing or damaged.
+    """
+    record = read_json(folder / "run.json")
+    if record is None:
+        raise MamlError(f"{folder} is no run folder: it has no run.json")
+    if record["status"] == "running" and is_held(folder / "lock"):
+        raise MamlError(f"{folder} is being trained; mirror it when it has ended")
+    files_dir, run_id = files_dir or folder, record["run_id"]
+    experiment = (report or record)["experiment"]
+    if report is not None and logger.has(files_dir, experiment, run_id, config, report):
+        return False
+    algorithm = record.get("algorithm", "")  # the oldest records do not have it
+    last = record["segments"][-1]
+    history = {
+        "record": {key: record.get(key) for key in ("started", "finished", "seconds", "command")}
+        | {key: last.get(key) for key in ("commit", "dirty", "hardware", "versions")}
+    }
+    lines = list(_metrics(folder / "metrics.jsonl")) if with_training else []  # before anything is sent: may be damaged
+    files_dir.mkdir(parents=True, exist_ok=True)
+    full_config = described(config, record["training"], config.get("algorithm_name") or algorithm) | history
+    logger.replay_into(files_dir)
+    logger.start(folder, experiment, run_id, full_config, resumed=False)
+    for line in lines:
+        logger.log({key: value for key, value in line.items() if key != "iteration"}, line["iteration"])
+    if report is not None:
+        logger.report({**report, "cells": dict(cells())}, _pictures(folder, report))
+    logger.finish("interrupted" if record["status"] == "running" else record["status"])  # running: it was killed
+    return True
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(config, dict):
+            raise TypeError("it is no mapping")
+    except Exception as error:  # YAML's parser and OmegaConf raise many kinds
+        raise MamlError(f"{path} is missing or damaged ({error}); restore it, and try again") from error
+    return {str(key): value for key, value in config.items()}
+
+
+def _metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of ``metrics.jsonl``; nothing if there is no such file, as after a run of no iterations."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            content = json.loads(line)
+            content["iteration"] = int(content["iteration"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                return  # cut off in the middle of a write
+            raise MamlError(f"{path} is damaged in line {number} ({error}); restore it, and try again") from error
+        yield content
+
+
+def _pictures(folder: Path, report: Mapping[str, Any]) -> dict[str, Path]:
+    """Returns the picture of a report, and the animations of the run's policy, by name."""
+    reports = (folder / "report.json", *sorted(folder.glob("evaluations/*/report.json")))
+    beside = next((path.with_name("report.png") for path in reports if read_json(path) == report), None)
+    pictures = {"adaptation": beside} if beside is not None and beside.exists() else {}
+    return pictures | {path.stem: path for path in sorted(folder.glob("policy_goal_*.gif"))}
