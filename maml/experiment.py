@@ -22,6 +22,7 @@ from maml.evaluation import Evaluation, per_task_rows
 from maml.hardware import distributed
 from maml.hardware.base import Hardware
 from maml.hardware.precision import check_precision, use_precision
+from maml.logger.base import Logger
 from maml.model.base import Model
 from maml.record.plot import plot_report
 from maml.seeding import Stream
@@ -135,12 +136,10 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
         evaluation.check(learner.algorithm.domain)
         if settings.mode == "eval":
             headlines.append(_evaluate_saved(learner, hardware, evaluation, judge))
-        elif (report := distributed.on_rank_zero(learner.folder.finished_report)) is not None:
-            _print_on_rank_zero(f"already finished: {learner.folder.path} (delete the folder to run it again)")
-            learner.send_finished(report, partial(_cell_texts, judge, experiment, seed_settings, report))
-            headlines.append(report["headline"])
-        else:
+        elif (missing := distributed.on_rank_zero(learner.folder.missing)) & {"report.json", "tasks.csv"}:
             learners.append(learner)
+        else:
+            headlines.append(_complete(learner, hardware, missing, judge))
     if learners:
         algorithm = learners[0].algorithm
         check_precision(settings.precision, algorithm.domain.on_policy, hardware.device)
@@ -182,6 +181,33 @@ def _train(
         )
         for learner in learners:
             learner.finish(*_evaluate(learner, evaluation, settings.num_iterations, execution.task_chunk, judge))
+
+
+def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Judge | None) -> float | None:
+    """Does what is left to do after a run's evaluation, and returns the headline number.
+
+    Args:
+        learner: the run.
+        hardware: the machine.
+        missing: what is left to do: nothing, the plot, or the end of a run that was killed after its evaluation.
+        judge: see `run_experiment`.
+    """
+    folder = learner.folder
+    report = distributed.on_rank_zero(folder.finished_report)
+    assert report is not None
+    if not missing:
+        _print_on_rank_zero(f"already finished: {folder.path} (delete the folder to run it again)")
+        learner.send_finished(report, partial(_cell_texts, judge, folder.experiment, learner.settings, report))
+        return report["headline"]
+    if missing == {"report.png"}:  # the run is finished, so its logger has the report
+        learner.logger = Logger()
+    with learner.open(hardware, num_seeds=1):
+        plot = folder.report_folder / "report.png"
+        if distributed.rank() == 0 and not plot.exists():
+            plot_report(report, plot)
+        learner.finish(report | {"cells": _cell_texts(judge, folder.experiment, learner.settings, report)}, plot)
+    _print_on_rank_zero(f"{folder.path} was evaluated, but lacked {', '.join(sorted(missing))}: now it is finished")
+    return report["headline"]
 
 
 def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation, judge: Judge | None) -> float | None:

@@ -20,6 +20,7 @@ from maml.errors import MamlError, Unavailable
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.record import checkpoint
 from maml.record.index import SUPERSEDED, HardwareRecord, Run, read_run
+from maml.record.lock import is_held
 from maml.record.run_folder import RunFolder
 
 WATERMARK = "SMOKE TEST: these numbers mean nothing"
@@ -100,21 +101,32 @@ class Job:
         """Whether another process is training in its folder."""
         try:
             run = read_run(self.folder)
-        except MamlError:
+        except (MamlError, OSError):
             return False  # the folder is damaged; train.py will report it
-        return run is not None and run.alive
+        return is_held(self.folder / "lock") if run is None else run.alive
 
     def prepare(self) -> None:
-        """Copies the committed run to the folder in which training continues; the copy is atomic."""
-        if self.committed is None or (self.folder / "run.json").exists():
+        """Copies the committed run to the folder in which training continues; the copy is atomic.
+
+        A folder that holds anything else than the traces of a start is left as it is.
+        """
+        if self.committed is None or not _is_vacant(self.folder):
             return
         # One level deeper than run folders, so that an incomplete copy is not read as a run.
         staging = self.folder.parents[1] / ".copying" / self.folder.parent.name / self.folder.name
-        for leftover in (staging, self.folder):  # without a run.json, the run's folder contains at most a lock
+        for leftover in (staging, self.folder):
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.copytree(self.committed, staging)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         staging.rename(self.folder)
+
+
+def _is_vacant(folder: Path) -> bool:
+    """Returns whether a folder does not exist, or holds only what a run writes before its record and checkpoints."""
+    traces = ("lock", "lock.marker", "config.yaml")
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(path.name in traces or checkpoint.is_temporary(path) for path in folder.iterdir())
 
 
 def list_needs(results: Path) -> list[Need]:
@@ -231,20 +243,24 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
     missing = []
     for command in group:
         evaluation = evaluation_config(command.settings)
-        if evaluation not in evaluated:
+        if evaluation not in evaluated or (folder.exists() and _lacks_its_end(command)):
             evaluated.append(evaluation)
             missing.append(command.arguments(wandb))
     resumable = [run for run in trained if checkpoint.newest(run.path / "checkpoint.pt")]
     here = next((run for run in resumable if run.path == folder), None)
     committed = None
-    if here is None and not (folder / "run.json").exists():
+    vacant = _is_vacant(folder)
+    if here is None and vacant:
         committed = max(resumable, key=lambda run: run.iteration, default=None)
     start = here or committed
+    newest = checkpoint.newest(folder / "checkpoint.pt")
     impossible = ""
     if missing:
         impossible = _missing_requirement(settings)
         if (folder / SUPERSEDED).exists():
             impossible = f"{folder} is marked as superseded; delete it to run this again"
+        elif resumable and not vacant and not (folder / "run.json").exists() and not newest:
+            impossible = f"{folder} has files, but neither run.json nor a checkpoint; restore one, or move it away"
     words = [group[0].experiment, *group[0].overrides, *([f"seed={settings.seed}"] if settings.seed else [])]
     words += [f"and {len(group) - 1} more evaluations of it"] if len(group) > 1 else []
     return Job(
@@ -257,6 +273,16 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
         committed.path if committed else None,
         impossible,
     )
+
+
+def _lacks_its_end(command: _Command) -> bool:
+    """Returns whether a run was killed after its evaluation, or has lost a file of it; the command then finishes it."""
+    run = RunFolder(command.settings, command.experiment)
+    try:
+        missing = run.missing()
+    except MamlError:
+        return True  # the command will report it
+    return missing != {"report.json"} and bool(missing)
 
 
 def _missing_requirement(settings: Settings) -> str:

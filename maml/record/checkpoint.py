@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 from zipfile import BadZipFile, ZipFile
@@ -15,6 +18,7 @@ from maml.errors import MamlError
 _FORMAT = "maml checkpoint 1"
 # Names of groups of tensors in older files, and their names today.
 _RENAMED_GROUPS = {"carried": "buffers"}
+_TEMPORARY = re.compile(r"\..+\.\d+")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -25,13 +29,17 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with _locked_folder(path.parent, fcntl.LOCK_SH):  # shared: any number of processes write at once
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise MamlError(
             f"{path} could not be written ({error.strerror or error}); what was saved before is intact. "
             "Free some disk space or choose another runs_dir, then run the same command again"
@@ -43,9 +51,45 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of processes that were killed in `write_atomically`.
+
+    Does nothing while a process writes in the folder, because the file that it writes is no leftover.
+    """
+    with suppress(BlockingIOError), _locked_folder(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        for path in folder.glob(".*"):
+            if is_temporary(path):
+                path.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Returns whether a file has a name that `write_atomically` gives to a file before it is complete."""
+    return _TEMPORARY.fullmatch(path.name) is not None and not path.is_dir()
+
+
+@contextmanager
+def _locked_folder(folder: Path, operation: int) -> Iterator[None]:
+    """Holds a lock on a folder itself; without effect on file systems that cannot lock folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, operation)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def previous_path(path: Path) -> Path:
     """Returns the path of the checkpoint that was saved before the one at ``path``."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def _fresh_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.new{path.suffix}")
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -58,7 +102,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Raises:
         MamlError: if the disk is full or not writable.
     """
-    fresh = path.with_name(f"{path.stem}.new{path.suffix}")
+    fresh = _fresh_path(path)
 
     def write(file: IO[bytes]) -> None:
         try:
@@ -67,9 +111,20 @@ def save(path: Path, content: dict[str, Any]) -> None:
             raise OSError(str(error).splitlines()[0]) from error
 
     write_atomically(fresh, write)
-    if path.exists():
-        os.replace(path, previous_path(path))
-    os.replace(fresh, path)
+    complete_save(path)
+
+
+def complete_save(path: Path) -> None:
+    """Makes a checkpoint that is written and flushed the newest one, also for a process that was killed before this.
+
+    Args:
+        path: path of the newest checkpoint. No other process may save there.
+    """
+    fresh = _fresh_path(path)
+    if fresh.exists():
+        if path.exists():
+            os.replace(path, previous_path(path))
+        os.replace(fresh, path)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -109,7 +164,7 @@ def newest(path: Path) -> Path | None:
 
     It has another name than ``path`` if the process was killed between the two renames of `save`.
     """
-    candidates = (path, path.with_name(f"{path.stem}.new{path.suffix}"), previous_path(path))
+    candidates = (path, _fresh_path(path), previous_path(path))
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 

@@ -272,6 +272,8 @@ class Run:
             return "superseded"
         if self.conflict:
             return "conflict"
+        if not self.alive and self.report is not None and self.report.complete:
+            return "finished"  # also if it was killed before it could record that
         return "killed" if self.record.status == "running" and not self.alive else self.record.status
 
     @property

@@ -6,13 +6,14 @@ import csv
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,17 +31,51 @@ from maml.errors import MamlError
 from maml.hardware import distributed
 from maml.record import checkpoint, lock
 
+LOG = logging.getLogger(__name__)
+
 _PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "gymnasium", "mujoco")
+# The files of a run folder, and of a folder of another evaluation in it.
+_RUN_FILES = ("run.json", "metrics.jsonl", "lock", "checkpoint.pt", "checkpoint.new.pt", "checkpoint.previous.pt")
+_EVALUATION_FILES = ("config.yaml", "report.json", "tasks.csv", "report.png")
+# The entries that are read, and their types.
+_RECORD: dict[str, Any] = {
+    "run_id": str,
+    "experiment": str,
+    "status": str,
+    "seconds": float,
+    "training": dict,
+    "segments": list,
+}
+_SEGMENT: dict[str, Any] = {"seconds": float, "first_iteration": int, "last_iteration": int}
+_REPORT: dict[str, Any] = {
+    "run_id": str,
+    "experiment": str,
+    "iteration": int,
+    "num_iterations": int,
+    "evaluation": dict,
+}
+_REPORT |= {"headline": float | None, "headline_metric": str, "curves": list}
+_CURVE: dict[str, Any] = {"metric": str, "num_shots": int, "steps": list}
+_STEP: dict[str, Any] = {"step": int, "mean": float | None, "ci95": float | None, "num_tasks": int}
+_CHECKPOINT: dict[str, Any] = {"experiment": str, "training": dict, "iteration": int, "execution": dict, "state": dict}
 
 
 class RunFolder:
     """One run's folder. The run id is a hash of the training settings, so an equal run is found and not repeated.
 
-    Nothing is written before `open`.
+    Nothing is written before `open`. At the end of a run, ``tasks.csv``, ``report.json`` and ``report.png`` are written
+    in this order; the logger gets the report; and only then does `close` record that the run is finished. After a kill
+    between them, `missing` says what is left to do.
 
     Args:
         settings: the run's settings.
         experiment: name of the experiment.
+
+    Attributes:
+        run_id: hash of the training settings.
+        path: the run's folder.
+        checkpoint_path: the newest checkpoint.
+        is_trained: whether only the evaluation, or its end, was left to do when the folder was opened.
     """
 
     def __init__(self, settings: Settings, experiment: str) -> None:
@@ -52,7 +87,9 @@ class RunFolder:
         self._lock: BaseFileLock | None = None
         self._metrics: IO[str] | None = None
         self._record: dict[str, Any] = {}
-        self._is_trained = False
+        self._report_folder = self.path
+        self._ended: float | None = None
+        self.is_trained = False
 
     def _find(self, run_dir: str | None, runs_dir: Path) -> Path:
         """Returns ``run_dir`` if it is set, or the folder of an equal run of any experiment, or a new folder."""
@@ -71,9 +108,10 @@ class RunFolder:
             algorithm: name of the algorithm.
 
         Raises:
-            MamlError: if the folder holds another run, another process is writing to it, or its checkpoint is damaged.
+            MamlError: if the folder holds another run, another process is writing to it, or one of its files is
+                damaged. Nothing is written then.
         """
-        self.load_checkpoint()  # raises its errors before anything is written
+        self._inspect()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -81,15 +119,42 @@ class RunFolder:
                 f"the run folder {self.path} cannot be created ({error.strerror}); change runs_dir"
             ) from error
         self._lock = self._acquire()
-        for leftover in self.path.glob(".checkpoint*"):  # temporary files of a process that was killed while writing
-            leftover.unlink()
-        saved = self.load_checkpoint()  # again: before we had the lock, another process may have saved a newer one
+        try:
+            for folder in (self.path, *self.path.glob("evaluations/*/")):
+                checkpoint.remove_leftovers(folder)
+            checkpoint.complete_save(self.checkpoint_path)
+            # Again: before we had the lock, another process may have trained here.
+            saved, earlier, metrics = self._inspect(warn=True)
+            self._take_over(saved, earlier, metrics, hardware, command, algorithm)
+        except BaseException:
+            self._lock.release()
+            self._lock = None
+            raise
+        return saved
+
+    def _take_over(
+        self,
+        saved: Mapping[str, Any] | None,
+        earlier: dict[str, Any] | None,
+        metrics: bytes | None,
+        hardware: Mapping[str, Any],
+        command: str,
+        algorithm: str,
+    ) -> None:
+        """Continues the record of a run, or begins it."""
         iteration = saved["iteration"] if saved else 0
-        earlier = read_json(self.path / "run.json")
-        self._is_trained = bool(saved and earlier and iteration >= self.settings.num_iterations)
-        if self._is_trained:  # only an evaluation follows, perhaps of another experiment: the record must not change
+        found = self._find_report()
+        if found is not None:
+            self._report_folder = found[1]
+        is_evaluated = found is not None and (found[1] / "tasks.csv").exists()
+        self.is_trained = bool(earlier) and (
+            is_evaluated or (bool(saved) and iteration >= self.settings.num_iterations)
+        )
+        if earlier and saved:
+            _catch_up(earlier, saved)
+        if self.is_trained:  # only an evaluation follows, perhaps of another experiment: the record must not change
             self._record = earlier or {}
-            return saved
+            return
         self._write_config(self.path)
         self._record = earlier or {
             "experiment": self.experiment,
@@ -104,6 +169,7 @@ class RunFolder:
             "seconds": 0.0,
             "first_iteration": iteration,
             "last_iteration": iteration,
+            "log_every": self.settings.log_every,
             "maml": maml.__version__,
             **_commit(),
             "versions": versions(),
@@ -117,9 +183,60 @@ class RunFolder:
         }
         self._record["segments"].append(segment)
         self._write_record()
-        self._truncate_metrics(iteration)
+        if metrics is not None:  # without the lines after the checkpoint: training computes and logs them again
+            checkpoint.write_atomically(self.path / "metrics.jsonl", lambda file: file.write(metrics))
         self._clock = time.monotonic()
-        return saved
+
+    def _inspect(self, warn: bool = False) -> tuple[dict[str, Any] | None, dict[str, Any] | None, bytes | None]:
+        """Reads and checks the run's files, without writing anything.
+
+        Args:
+            warn: whether to log a warning about lost lines of ``metrics.jsonl``.
+
+        Returns:
+            The newest checkpoint, the record, and the lines of ``metrics.jsonl`` up to the checkpoint; None for what
+            does not exist.
+
+        Raises:
+            MamlError: if a file is damaged, belongs to another run, or cannot be made again from the others.
+        """
+        saved, record = self.load_checkpoint(), self._read_record()
+        found = self._find_report()
+        if saved is None and found is not None:
+            _, folder = found
+            if record is None:
+                raise MamlError(
+                    f"{folder} has a report, but {self.path} has neither run.json nor a checkpoint; restore one of "
+                    "them, or delete the folder to train again"
+                )
+            if not (folder / "tasks.csv").exists():
+                raise MamlError(
+                    f"{folder / 'tasks.csv'} is missing, and {self.path} has no checkpoint to evaluate again; restore "
+                    "one of them, or delete the folder to train again"
+                )
+            return saved, record, None
+        return saved, record, self._check_metrics(saved["iteration"] if saved else 0, record, warn)
+
+    def missing(self) -> set[str]:
+        """Returns what is left to do until the run is finished with these evaluation settings.
+
+        Returns:
+            Files of the evaluation that do not exist, and ``status`` if the run is not recorded as finished; empty if
+            nothing is left to do. ``report.json`` alone, if training or the evaluation is not complete.
+
+        Raises:
+            MamlError: if a file is damaged.
+        """
+        _refuse_folders(self.path, (*_RUN_FILES, *_EVALUATION_FILES))
+        found = self._find_report()
+        if found is None:
+            return {"report.json"}
+        _, folder = found
+        # Another evaluation's config.yaml is written last.
+        files = {"tasks.csv", "report.png"} | ({"config.yaml"} if folder != self.path else set())
+        missing = {name for name in files if not (folder / name).exists()}
+        record = self._read_record()
+        return missing | ({"status"} if record is None or record["status"] != "finished" else set())
 
     def check_free(self) -> None:
         """Checks, without writing anything, that no process is training in this folder.
@@ -151,11 +268,14 @@ class RunFolder:
         Raises:
             MamlError: if it is damaged, or was trained with other settings (the message lists the differences).
         """
+        if path is None:
+            _refuse_folders(self.path, (*_RUN_FILES, *_EVALUATION_FILES))
         file = path or checkpoint.newest(self.checkpoint_path)
         if file is None:
-            self._refuse_other_run(read_json(self.path / "run.json"), self.path)
+            self._refuse_other_run(self._read_record(), self.path)
             return None
         saved = checkpoint.load(file)
+        _check_entries(file, saved, _CHECKPOINT)
         self._refuse_other_run(saved, file)
         return saved
 
@@ -204,6 +324,10 @@ class RunFolder:
         self._record["segments"][-1]["execution"] = dict(execution)
         self._update_record(iteration, "running")
 
+    def stop_clock(self) -> None:
+        """Ends the time of this stretch of the run; what follows, such as waiting for a logger, is not counted."""
+        self._ended = time.monotonic()
+
     def close(self, status: str) -> None:
         """Records the final status and releases the folder's lock."""
         if self._metrics is not None:
@@ -212,10 +336,12 @@ class RunFolder:
             self._metrics = None
         if self._lock is not None:
             try:
-                if not self._is_trained:
+                if status == "finished" and self._report_folder != self.path:
+                    self._write_config(self._report_folder)
+                if not self.is_trained:
                     self._update_record(self._record["segments"][-1]["last_iteration"], status)
                 elif self._record["status"] != "finished":
-                    self._record["status"] = status
+                    self._record |= {"status": status, "finished": _now()}
                     self._write_record()
             finally:
                 self._lock.release()
@@ -225,7 +351,8 @@ class RunFolder:
         """Writes ``report.json`` and ``tasks.csv`` and returns their folder.
 
         The first evaluation of the fully trained run is written to the run's folder. Every other one gets its own
-        folder ``evaluations/<hash of its settings>``, so that no evaluation overwrites another.
+        folder ``evaluations/<hash of its settings>``, so that no evaluation overwrites another; its ``config.yaml``
+        is written by `close`, or at once if the run is not open.
 
         Args:
             report: the report of an evaluation.
@@ -233,14 +360,22 @@ class RunFolder:
             parent: folder of ``evaluations/``, for an evaluation of a checkpoint file; None is the run's folder.
         """
         settings = {"iteration": report["iteration"], **report["evaluation"]}
-        first = read_json(self.path / "report.json")
+        first = None if parent is not None else _read_report(self.path / "report.json")
         folder = self.path
         unfinished = report["iteration"] < report["num_iterations"]
         if parent is not None or unfinished or (first and first["evaluation"] != report["evaluation"]):
             folder = (parent or self.path) / "evaluations" / digest(settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        if folder != self.path:
+        _refuse_folders(folder, _EVALUATION_FILES)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MamlError(
+                f"the folder {folder} cannot be created ({error.strerror}); move away what is in its way"
+            ) from error
+        if parent is not None:
+            checkpoint.remove_leftovers(folder)
             self._write_config(folder)
+        self._report_folder = folder
         table = io.StringIO()
         writer = csv.DictWriter(table, fieldnames=list(tasks[0]), lineterminator="\n")
         writer.writeheader()
@@ -252,12 +387,36 @@ class RunFolder:
         return folder
 
     def finished_report(self) -> dict[str, Any] | None:
-        """Returns the report with these evaluation settings, or None if training or the evaluation is not complete."""
-        report = find_report(self.path, self.run_id, evaluation_config(self.settings))
-        return report[0] if report else None
+        """Returns the report with these evaluation settings, or None if training or the evaluation is not complete.
+
+        Raises:
+            MamlError: if a report is damaged.
+        """
+        found = self._find_report()
+        return found[0] if found else None
+
+    @property
+    def report_folder(self) -> Path:
+        """The folder of the report that was found when the run was opened, or saved since then."""
+        return self._report_folder
+
+    def _find_report(self) -> tuple[dict[str, Any], Path] | None:
+        found = find_report(self.path, self.run_id, evaluation_config(self.settings))
+        if found:
+            _refuse_folders(found[1], _EVALUATION_FILES)
+        return found
+
+    def _read_record(self) -> dict[str, Any] | None:
+        path = self.path / "run.json"
+        record = read_json(path)
+        if record is not None:
+            _check_entries(path, record, _RECORD)
+            _check_list(path, record["segments"], _SEGMENT, "segments")
+        return record
 
     def _update_record(self, iteration: int, status: str) -> None:
-        elapsed, self._clock = time.monotonic() - self._clock, time.monotonic()
+        now = time.monotonic() if self._ended is None else self._ended
+        elapsed, self._clock = now - self._clock, now
         segment = self._record["segments"][-1]
         segment["seconds"] += elapsed
         segment["last_iteration"] = iteration
@@ -275,19 +434,43 @@ class RunFolder:
         content = (json.dumps(self._record, indent=2) + "\n").encode()
         checkpoint.write_atomically(self.path / "run.json", lambda file: file.write(content))
 
-    def _truncate_metrics(self, iteration: int) -> None:
-        """Drops the lines after the checkpoint's iteration; training computes and logs them again."""
+    def _check_metrics(self, iteration: int, record: Mapping[str, Any] | None, warn: bool) -> bytes | None:
+        """Returns the lines of ``metrics.jsonl`` up to the checkpoint's iteration; None if the file does not exist.
+
+        Lines after the checkpoint may be cut off by a kill, or garbage after a power failure. Earlier ones cannot:
+        they were flushed to disk before the checkpoint was written.
+
+        Raises:
+            MamlError: if there is garbage before the checkpoint's iteration.
+        """
         path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(errors="replace").splitlines(keepends=True):
-            try:
-                if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
-                    kept.append(line)
-            except ValueError:
-                break  # the line was cut off in the middle of a write
-        checkpoint.write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept, iterations, last, unreadable = [], [0], 0, 0
+        for number, line in enumerate(lines, start=1):
+            logged = _logged_iteration(line)
+            if logged is not None and logged <= iteration and (unreadable or logged <= last):
+                raise _garbage(path, unreadable or number, iteration)
+            if logged is None:
+                unreadable = unreadable or number
+                continue
+            last = logged
+            if logged <= iteration:
+                kept.append(line)
+                iterations.append(logged)
+        lost = sorted(_expected_iterations(record, iteration, self.settings.num_iterations) - set(iterations))
+        if lost and unreadable:
+            raise _garbage(path, unreadable, iteration)
+        if lost and warn:
+            before = sum(logged < lost[0] for logged in iterations) - 1
+            LOG.warning(
+                "%s lacks iterations %d to %d%s. The run goes on without these lines, and no result depends on them. "
+                "If you have a copy of the file, stop the run and restore it",
+                path,
+                lost[0],
+                lost[-1],
+                f", after line {before}" if before else "",
+            )
+        return b"".join(kept) if lines else None
 
 
 class NonWritingRunFolder(RunFolder):
@@ -316,7 +499,7 @@ def find_report(
     """
     found = []
     for path in (folder / "report.json", *sorted(folder.glob("evaluations/*/report.json"))):
-        report = read_json(path)
+        report = _read_report(path)
         if report is None or report["evaluation"] != evaluation or report["run_id"] != run_id:
             continue
         if report["iteration"] == report["num_iterations"]:
@@ -327,17 +510,119 @@ def find_report(
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON file; returns None if it does not exist.
+    """Reads a JSON file with an object; returns None if it does not exist.
 
     Raises:
-        MamlError: if the file is damaged.
+        MamlError: if the file is damaged, cannot be read, or does not hold an object.
     """
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except IsADirectoryError as error:
+        raise _in_the_way(path) from error
+    except OSError as error:
+        raise MamlError(f"{path} cannot be read ({error.strerror}); change its permissions, and try again") from error
     except ValueError as error:
-        raise MamlError(f"{path} is damaged ({error}); move it away, or restore it, and try again") from error
+        raise _damaged(path, str(error)) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, f"it holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _damaged(path: Path, reason: str) -> MamlError:
+    return MamlError(f"{path} is damaged ({reason}); move it away, or restore it, and try again")
+
+
+def _in_the_way(path: Path) -> MamlError:
+    return MamlError(f"{path} is a folder, but a file belongs there; move it away, and try again")
+
+
+def _refuse_folders(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (folder / name).is_dir():
+            raise _in_the_way(folder / name)
+
+
+def _check_entries(path: Path, content: Any, entries: Mapping[str, Any], where: str = "") -> None:
+    """Checks that an object in a file has these entries.
+
+    Args:
+        path: the file.
+        content: what was read.
+        entries: type of each entry, by name; float allows int too.
+        where: name of the object in the file; empty is the whole file.
+
+    Raises:
+        MamlError: if it is no object, or lacks an entry or has one of another type.
+    """
+    if not isinstance(content, dict):
+        raise _damaged(path, f"{where} is not an object")
+    for name, kind in entries.items():
+        if name not in content:
+            raise _damaged(path, f"{where}{'.' if where else ''}{name} is missing")
+        value = content[name]
+        if not isinstance(float(value) if type(value) is int and kind is not int else value, kind):
+            raise _damaged(path, f"{where}{'.' if where else ''}{name} is a {type(value).__name__}")
+
+
+def _check_list(path: Path, items: Sequence[Any], entries: Mapping[str, Any], where: str) -> None:
+    if not items:
+        raise _damaged(path, f"{where} is empty")
+    for number, item in enumerate(items):
+        _check_entries(path, item, entries, f"{where}[{number}]")
+
+
+def _read_report(path: Path) -> dict[str, Any] | None:
+    """Reads a ``report.json``; returns None if it does not exist.
+
+    Raises:
+        MamlError: if it is damaged.
+    """
+    report = read_json(path)
+    if report is not None:
+        _check_entries(path, report, _REPORT)
+        _check_list(path, report["curves"], _CURVE, "curves")
+        for number, curve in enumerate(report["curves"]):
+            _check_list(path, curve["steps"], _STEP, f"curves[{number}].steps")
+    return report
+
+
+def _catch_up(record: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Brings the record of a run to its checkpoint: a kill can come after the checkpoint and before the record."""
+    segment, iteration = record["segments"][-1], saved["iteration"]
+    if iteration > segment["last_iteration"] or "iteration" not in record:
+        segment |= {"last_iteration": iteration, "execution": dict(saved["execution"])}
+        record["iteration"] = iteration
+
+
+def _logged_iteration(line: bytes) -> int | None:
+    """Returns the iteration of one line of ``metrics.jsonl``; None if the line is damaged or cut off."""
+    try:
+        content = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    logged = content.get("iteration") if isinstance(content, dict) else None
+    return logged if isinstance(logged, int) else None
+
+
+def _expected_iterations(record: Mapping[str, Any] | None, iteration: int, num_iterations: int) -> set[int]:
+    """Returns the iterations up to a checkpoint that were logged, as far as the record knows how often that was."""
+    expected: set[int] = set()
+    end = iteration
+    for segment in reversed(record["segments"] if record else []):
+        numbers = range(segment["first_iteration"] + 1, end + 1)
+        if every := segment.get("log_every"):
+            expected |= {number for number in numbers if number % every == 0 or number == num_iterations}
+        end = min(end, segment["first_iteration"])
+    return expected
+
+
+def _garbage(path: Path, line: int, iteration: int) -> MamlError:
+    return MamlError(
+        f"{path}, line {line}, is damaged or out of order, although it is older than the checkpoint of iteration "
+        f"{iteration}. Restore the file, or delete this line (no result depends on it), and run the same command again"
+    )
 
 
 def versions() -> dict[str, str]:

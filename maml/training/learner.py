@@ -55,6 +55,7 @@ class Learner:
 
     def finish(self, report: dict[str, Any], plot: Path) -> None:
         """Takes the report of the run's own evaluation, and sends it to the logger with its plot."""
+        self.folder.stop_clock()
         self.logger.report(report, {"adaptation": plot})
         self.report = report
 
@@ -96,12 +97,23 @@ class Learner:
         saved = distributed.on_rank_zero(lambda: self.folder.open(described, command, self.algorithm.name))
         status = "failed"
         try:
-            self._start_logger(self.folder.path, resumed=saved is not None)
+            self._start_logger(self.folder.path, resumed=saved is not None or self.folder.is_trained)
             yield saved
         except (KeyboardInterrupt, SystemExit, Disconnected):  # a launcher that requeues raises SystemExit
             status = "interrupted"
             raise
         finally:
-            status = "finished" if self.report is not None else status
-            self.folder.close(status)  # before the logger, which may wait for a network
-            self.logger.finish(status)
+            if self.report is None:
+                self.folder.close(status)  # before the logger, which may wait for a network
+                self.logger.finish(status)
+            else:
+                self._commit()
+
+    def _commit(self) -> None:
+        """Records that the run is finished, after the logger has it all: nothing is left to do then."""
+        status = "interrupted"
+        try:
+            self.logger.finish("finished")
+            status = "finished"
+        finally:
+            self.folder.close(status)

@@ -42,7 +42,8 @@ def make_run(
     machine = {"device": "cpu", "cpu": cpu, "cores": 2}
     segment = {"started": "2026-01-01T00:00:00+00:00", "seconds": 50.0, "first_iteration": 0, "last_iteration": done}
     segment |= {"commit": "0123456789", "dirty": True, "hardware": machine}
-    record = {"run_id": run_id, "seed": seed, "status": status, "training": settings, "segments": [segment]}
+    record = {"experiment": source.experiment, "run_id": run_id, "seed": seed, "status": status}
+    record |= {"training": settings, "segments": [segment]}
     record |= {"seconds": 50.0}
     write(folder / "run.json", record)
     if evaluated:
@@ -50,6 +51,7 @@ def make_run(
         num_steps, num_tasks, every_k = evaluation["num_steps"], evaluation["num_tasks"], evaluation["num_shots"]
         steps = [{"step": step, "mean": mean, "ci95": ci95, "num_tasks": num_tasks} for step in range(num_steps + 1)]
         report = {
+            "experiment": source.experiment,
             "run_id": run_id,
             "seed": seed,
             "iteration": done,
@@ -64,6 +66,7 @@ def make_run(
         complete = done == settings["num_iterations"]
         path = folder / ("report.json" if complete else "evaluations/0a/report.json")
         write(path, report)
+        path.with_name("report.png").touch()
         with open(path.with_name("tasks.csv"), "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["num_shots", "metric", "task", *(f"step_{step}" for step in range(num_steps + 1))])

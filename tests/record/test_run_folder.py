@@ -37,12 +37,16 @@ def record(run: RunFolder) -> dict[str, Any]:
 
 
 def report(run: RunFolder, iteration: int = 200, num_shots: int = 5) -> dict[str, Any]:
+    steps = [{"step": 0, "mean": 0.5, "ci95": 0.25, "num_tasks": 2}]
     return {
+        "experiment": "custom",
         "run_id": run.run_id,
         "iteration": iteration,
         "num_iterations": 200,
         "evaluation": {"evaluation.num_shots": [num_shots]},
+        "headline_metric": "mse",
         "headline": 0.5,
+        "curves": [{"metric": "mse", "num_shots": num_shots, "steps": steps}],
     }
 
 

@@ -68,18 +68,21 @@ def test_error_says_how_a_training_ended_in_the_record_first_and_in_the_mirror(
     assert Closing.closed == [(status, status)]
 
 
-@pytest.mark.parametrize(("report", "status"), [({"headline": 1.0}, "finished"), (None, "failed")])
-def test_training_is_finished_once_it_has_its_report(
-    tiny: TinyRuns, report: dict[str, Any] | None, status: str
+@pytest.mark.parametrize(
+    ("report", "closed", "status"),
+    [({"headline": 1.0}, ("running", "finished"), "finished"), (None, ("failed", "failed"), "failed")],
+)
+def test_training_is_finished_once_it_has_its_report_and_its_mirror_too(
+    tiny: TinyRuns, report: dict[str, Any] | None, closed: tuple[str, str], status: str
 ) -> None:
     Closing.closed.clear()
     mine = learner(tiny)
     with mine.open(Hardware("cpu"), num_seeds=3):
         if report is not None:
             mine.finish(report, Path("plot.png"))
-    assert Closing.closed == [(status, status)]
+    assert Closing.closed == [closed]
     record = read_json(mine.folder.path / "run.json")
-    assert record is not None
+    assert record is not None and record["status"] == status
     assert record["segments"][0]["hardware"]["seeds"] == 3, "whose time it is, together"
 
 
