@@ -22,6 +22,7 @@ OF_NO_MODULE = {
     "contract/test_own_options.py": "the same of a user's own options",
     "test_experiments.py": "the files in conf/experiment/",
     "test_gpu.py": "what needs a CUDA device",
+    "test_kills.py": "runs that are killed at every point of their last second",
     "test_mirror.py": "this",
     "test_package.py": "the wheel and the editable install",
     "training/test_seeds.py": "several seeds as one computation, from config to run folders",

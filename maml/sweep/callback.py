@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from maml.config.identity import digest
 from maml.errors import Interrupted
-from maml.record.checkpoint import write_atomically
+from maml.record.checkpoint import remove_leftovers, write_atomically
 from maml.record.run_folder import command_line
 from maml.sweep.disk import local_disk
 from maml.sweep.gpu_lease import visible_gpus
@@ -77,6 +77,8 @@ class Sweep(Callback):
             return  # Hydra itself reports the wrong override
         self.folder = Path(config.runs_dir).resolve() / "sweeps" / _sweep_id(config)
         (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.folder / "jobs"):
+            remove_leftovers(folder)
         self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
         self._in_file = not _is(config.hydra.launcher, BasicLauncher)  # several jobs at once
         self._started = time.time()
