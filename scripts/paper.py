@@ -29,6 +29,7 @@ from rich.text import Text
 
 from maml.errors import MamlError
 from maml.paper.plan import WATERMARK, Job, estimate, list_needs, plan, select, write_smoke_cells
+from maml.record.checkpoint import write_atomically
 from maml.record.index import Run, find_runs
 from maml.record.lock import acquire, advice, holder
 from maml.record.run_folder import command_line
@@ -371,7 +372,9 @@ def render(roots: Sequence[Path], results: Path, smoke: bool) -> bool:
         for name, out in RENDERERS.items()
     ]
     for path in results.rglob("*.md") if smoke else ():
-        path.write_text(f"**{WATERMARK}**\n\n{path.read_text()}")
+        text = path.read_text()
+        if not text.startswith(mark := f"**{WATERMARK}**\n\n"):
+            write_atomically(path, lambda file, text=text: file.write(f"{mark}{text}".encode()))  # type: ignore[misc]
     return not any(statuses)
 
 

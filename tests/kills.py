@@ -57,14 +57,14 @@ class Killer:
         for name in ("replace", "rename", "unlink", "mkdir"):
             setattr(os, name, self._around(getattr(os, name)))
         os.fsync = self._around(lambda _: None)  # a kill is no power failure, so nothing has to reach the disk
-        builtins.open = io.open = self._open(io.open)  # type: ignore[assignment]
+        builtins.open = io.open = self._open(io.open)
         update = Iteration.__call__
 
         def counted(iterate: Iteration, number: Any) -> Any:
             self.left -= 1
             return update(iterate, number)
 
-        Iteration.__call__ = counted  # type: ignore[method-assign]
+        Iteration.__call__ = counted  # type: ignore[assignment, method-assign]
 
     def _around(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def replacement(*arguments: Any, **options: Any) -> Any:

@@ -18,6 +18,7 @@ from maml.config.schema import Settings
 from maml.errors import Interrupted, MamlError
 from maml.experiment import Judgement, print_report, run_experiment
 from maml.logger.base import Logger
+from maml.record.index import read_run
 from maml.record.plot import plot_report
 from maml.record.run_folder import read_json
 from tests.runs import TinyRuns, assert_same_run, before_iteration, file_contents
@@ -282,6 +283,56 @@ def test_same_evaluation_again_writes_the_same_report(tiny: TinyRuns, uninterrup
     (again,) = (tiny.folder() / "evaluations").iterdir()
     for name in ("report.json", "tasks.csv"):
         assert (again / name).read_bytes() == (tiny.folder() / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "lost", [("report.png",), ("tasks.csv",), ("report.json", "report.png"), ("tasks.csv", "report.png")]
+)
+def test_lost_file_of_a_finished_run_is_made_again(
+    lost: tuple[str, ...], tiny: TinyRuns, uninterrupted: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(uninterrupted(tiny), tiny.folder())
+    before = file_contents(tiny.folder())
+    for name in lost:
+        (tiny.folder() / name).unlink()
+    with training_forbidden(monkeypatch):
+        tiny.run()
+    assert file_contents(tiny.folder()) == before
+
+
+def test_picture_of_a_run_without_checkpoint_is_drawn_again_and_its_mirror_left_alone(
+    tiny: TinyRuns, uninterrupted: Reference, told: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(uninterrupted(tiny), tiny.folder())
+    for path in (*tiny.folder().glob("checkpoint*"), tiny.folder() / "report.png"):
+        path.unlink()
+    with training_forbidden(monkeypatch):
+        tiny.run(NOTING)
+    assert (tiny.folder() / "report.png").exists()
+    assert (tiny.folder() / "metrics.jsonl").read_bytes() == (uninterrupted(tiny) / "metrics.jsonl").read_bytes()
+    assert told == []
+
+
+def test_run_that_was_killed_before_its_mirror_was_told_is_finished(
+    tiny: TinyRuns, told: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kill(self: Noting, status: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Noting, "finish", kill)
+        tiny.run(NOTING, *SHORT)
+    run = read_run(tiny.folder(*SHORT))
+    assert run is not None and (run.record.status, run.status) == ("interrupted", "finished")
+    told.clear()
+    monkeypatch.setattr("maml.evaluation.Evaluation.__call__", lambda *_: pytest.fail("evaluated again"))
+    headline = run_experiment(tiny.config(NOTING, *SHORT), "custom", lambda *_: {"table9/a": "better"})
+    (start, (*_, resumed)), (report, content), finish = told
+    assert (start, resumed, report, finish) == ("start", True, "report", ("finish", "finished"))
+    assert (content["headline"], content["cells"]) == (headline, {"table9/a": "better"})
+    assert "was evaluated, but lacked status: now it is finished" in capsys.readouterr().out
+    record = read_json(tiny.folder(*SHORT) / "run.json")
+    assert record is not None and record["status"] == "finished"
 
 
 def test_evaluation_of_nothing_trained_says_what_to_do(tiny: TinyRuns) -> None:

@@ -152,7 +152,7 @@ class Storm:
         while killed < count:
             self.anew()
             for _ in range(3):
-                process = self.start(self.tiny)
+                process = self.start()
                 time.sleep(random.uniform(0, 1.2 * self.seconds))
                 process.kill()
                 killed += join(process) != 0

@@ -364,7 +364,8 @@ def write_smoke_cells(results: Path, out: Path) -> None:
     for path in (results / "notes.md", results / "departures.yaml"):  # other files that the renderers read
         if path.exists():
             shutil.copy(path, out)
-    OmegaConf.save(OmegaConf.create(entries), out / "cells.yaml")
+    content = OmegaConf.to_yaml(OmegaConf.create(entries)).encode()
+    checkpoint.write_atomically(out / "cells.yaml", lambda file: file.write(content))
 
 
 def _append_smoke(entry: Any) -> None:

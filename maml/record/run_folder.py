@@ -228,14 +228,13 @@ class RunFolder:
             MamlError: if a file is damaged.
         """
         _refuse_folders(self.path, (*_RUN_FILES, *_EVALUATION_FILES))
-        found = self._find_report()
+        record, found = self._read_record(), self._find_report()
         if found is None:
             return {"report.json"}
         _, folder = found
         # Another evaluation's config.yaml is written last.
         files = {"tasks.csv", "report.png"} | ({"config.yaml"} if folder != self.path else set())
         missing = {name for name in files if not (folder / name).exists()}
-        record = self._read_record()
         return missing | ({"status"} if record is None or record["status"] != "finished" else set())
 
     def check_free(self) -> None:

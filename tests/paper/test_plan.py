@@ -15,6 +15,7 @@ from maml.errors import MamlError
 from maml.paper.cells import Source
 from maml.paper.plan import SMOKE, WATERMARK, Job, Need, estimate, list_needs, plan, select, write_smoke_cells
 from maml.record.index import find_runs
+from maml.record.lock import acquire
 from tests.paper.fake_runs import SINUSOID, edit, make_run, make_run_with_checkpoint
 from tests.runs import file_contents
 
@@ -128,6 +129,63 @@ def test_unfinished_committed_run_is_copied_whole_and_stays_as_it_is(tmp_path: P
     assert (job.folder / "metrics.jsonl").read_text() == "gone on"
     (job,) = jobs(tmp_path, SINUSOID)
     assert job.committed is None
+
+
+def test_folder_with_a_checkpoint_is_never_replaced_by_a_committed_run(tmp_path: Path) -> None:
+    make_run_with_checkpoint(tmp_path / "committed", done=30_000, status="interrupted")
+    (job,) = jobs(tmp_path, SINUSOID)
+    for name in ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.previous.pt"):
+        job.folder.mkdir(parents=True)
+        (job.folder / name).write_bytes(b"mine")  # run.json was moved away, because it was damaged
+        job.prepare()
+        assert file_contents(job.folder) == {name: b"mine"}
+        (again,) = jobs(tmp_path, SINUSOID)
+        assert (again.state, again.committed) == ("run", None), "train.py goes on from it"
+        shutil.rmtree(job.folder)
+
+
+def test_folder_with_unknown_files_is_left_alone_and_named(tmp_path: Path) -> None:
+    make_run_with_checkpoint(tmp_path / "committed", done=30_000, status="interrupted")
+    (job,) = jobs(tmp_path, SINUSOID)
+    job.folder.mkdir(parents=True)
+    (job.folder / "metrics.jsonl").write_text("mine")
+    job.prepare()
+    assert file_contents(job.folder) == {"metrics.jsonl": b"mine"}
+    (again,) = jobs(tmp_path, SINUSOID)
+    assert again.state == "cannot"
+    assert "has files, but neither run.json nor a checkpoint; restore one, or move it away" in again.impossible
+
+
+def test_traces_of_a_start_do_not_keep_a_committed_run_from_being_copied(tmp_path: Path) -> None:
+    committed = make_run_with_checkpoint(tmp_path / "committed", done=30_000, status="interrupted")
+    (job,) = jobs(tmp_path, SINUSOID)
+    job.folder.mkdir(parents=True)
+    for name in ("lock", "config.yaml", ".run.json.12345"):
+        (job.folder / name).touch()
+    (job,) = jobs(tmp_path, SINUSOID)
+    job.prepare()
+    assert file_contents(job.folder) == file_contents(committed)
+
+
+def test_process_that_has_recorded_nothing_yet_is_alive(tmp_path: Path) -> None:
+    make_run_with_checkpoint(tmp_path / "committed", done=30_000, status="interrupted")
+    (job,) = jobs(tmp_path, SINUSOID)
+    assert not job.alive
+    job.folder.mkdir(parents=True)
+    held = acquire(job.folder / "lock")
+    assert held is not None
+    assert job.alive
+    held.release()
+    assert not job.alive
+
+
+@pytest.mark.parametrize("lost", ["report.png", "tasks.csv", "status"])
+def test_run_that_lacks_the_end_of_its_evaluation_is_a_job(tmp_path: Path, lost: str) -> None:
+    folder = make_run_with_checkpoint(tmp_path / "runs", status="running" if lost == "status" else "finished")
+    if lost != "status":
+        (folder / lost).unlink()
+    (job,) = jobs(tmp_path, SINUSOID)
+    assert (job.state, len(job.commands)) == ("evaluate", 1)
 
 
 def test_missing_photos_and_superseded_runs_cannot_be_run(tmp_path: Path) -> None:

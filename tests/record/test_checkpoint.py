@@ -206,6 +206,46 @@ def test_readers_see_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_write_that_is_interrupted_leaves_no_temporary_file(tmp_path: Path) -> None:
+    def write(file: IO[bytes]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_atomically(tmp_path / "report.json", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = {".hidden", ".report.json", "report.json.17", ".checkpoint.new.pt.x1"}
+    for name in (*kept, ".report.json.17", ".checkpoint.new.pt.99999"):
+        (tmp_path / name).touch()
+    (tmp_path / ".folder.12").mkdir()
+    checkpoint.remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, ".folder.12"}
+
+
+def test_file_that_is_being_written_is_no_leftover(tmp_path: Path) -> None:
+    def write(file: IO[bytes]) -> None:
+        file.write(b"new")
+        checkpoint.remove_leftovers(tmp_path)  # as another process would
+
+    checkpoint.write_atomically(tmp_path / "report.json", write)
+    assert (tmp_path / "report.json").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_save_that_was_killed_after_its_first_rename_is_completed(path: Path, older: bool) -> None:
+    checkpoint.save(path, content(1))
+    checkpoint.save(path, content(2))
+    path.rename(path.with_name("checkpoint.new.pt"))
+    if older:
+        checkpoint.previous_path(path).rename(path)
+    checkpoint.complete_save(path)
+    assert checkpoint.load(path)["iteration"] == 2
+    assert checkpoint.load(checkpoint.previous_path(path))["iteration"] == 1
+    assert len(list(path.parent.iterdir())) == 2
+
+
 def test_group_of_an_older_checkpoint_has_its_name_of_today(tmp_path: Path) -> None:
     state = {"theta": {"a": torch.ones(2)}, "carried": {"mean": torch.zeros(2)}}
     checkpoint.save(tmp_path / "checkpoint.pt", {"state": state})

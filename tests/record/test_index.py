@@ -99,6 +99,13 @@ def test_report_of_the_furthest_iteration_stands_for_a_run(tmp_path: Path) -> No
     assert read_run(make_run(tmp_path, seed=1, evaluated=False)).headline is None  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("status", ["running", "interrupted", "finished"])
+def test_a_run_that_was_killed_after_its_evaluation_is_called_finished(tmp_path: Path, status: str) -> None:
+    make_run(tmp_path, status=status)
+    make_run(tmp_path, seed=1, done=20, status="interrupted")
+    assert sorted(run.status for run in read_runs(tmp_path)[0]) == ["finished", "interrupted"]
+
+
 def test_a_run_that_was_killed_is_not_called_running(tmp_path: Path) -> None:
     folder = make_run(tmp_path, done=12_000, evaluated=False, status="running")
     with open(folder / "lock", "w") as lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from maml.algorithm.classifier import Classifier
 from maml.config.identity import digest, evaluation_config
 from maml.errors import MamlError
 from maml.experiment import run_experiment
-from maml.record.run_folder import RunFolder, command_line, read_json
-from tests.runs import TinyRuns, file_contents
+from maml.record import checkpoint
+from maml.record.run_folder import _RECORD, RunFolder, _check_entries, _read_report, command_line, read_json
+from tests.runs import ROOT, TinyRuns, file_contents
 
 HARDWARE = {"device": "cpu"}
 
@@ -143,11 +145,12 @@ def test_resumed_run_gets_its_checkpoint_and_drops_later_metrics(run: RunFolder,
 
 
 def test_half_written_checkpoints_of_killed_processes_are_removed(run: RunFolder) -> None:
-    run.path.mkdir(parents=True)
-    (run.path / ".checkpoint.new.pt.12345").write_bytes(b"half")
+    (run.path / "evaluations" / "1f").mkdir(parents=True)
+    for name in (".checkpoint.new.pt.12345", ".run.json.7", "evaluations/1f/.tasks.csv.12345"):
+        (run.path / name).write_bytes(b"half")
     run.open(HARDWARE, "", "MAML")
     run.close("finished")
-    assert not list(run.path.glob(".*"))
+    assert not list(run.path.rglob(".*"))
 
 
 def test_metrics_keep_every_bit(run: RunFolder) -> None:
@@ -178,6 +181,222 @@ def test_damaged_record_is_named(run: RunFolder, content: str) -> None:
     (run.path / "run.json").write_text(content)
     with pytest.raises(MamlError, match=r"run\.json is damaged .*; move it away, or restore it"):
         run.open(HARDWARE, "", "MAML")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("run.json", "[]", "it holds a list, not an object"),
+        ("run.json", "{}", "run_id is missing"),
+        ("run.json", '{"segments": []}', "segments is empty"),
+        ("run.json", '{"segments": [3]}', r"segments\[0\] is not an object"),
+        ("run.json", '{"segments": [{"seconds": 1}]}', r"segments\[0\]\.first_iteration is missing"),
+        ("report.json", "3", "it holds a int, not an object"),
+        ("report.json", "{}", "run_id is missing"),
+        ("report.json", '{"iteration": "200"}', "iteration is a str"),
+        ("report.json", '{"headline": "0.5"}', "headline is a str"),
+        ("report.json", '{"curves": {}}', "curves is a dict"),
+        (
+            "report.json",
+            '{"curves": [{"metric": "mse", "num_shots": 5, "steps": [[]]}]}',
+            r"curves\[0\]\.steps\[0\] is not an object",
+        ),
+    ],
+)
+def test_json_of_the_wrong_shape_is_named_before_anything_is_written(
+    run: RunFolder, tiny: TinyRuns, name: str, content: str, reason: str
+) -> None:
+    run.open(HARDWARE, "", "MAML")
+    run.save_report(report(run), ROWS)
+    run.close("finished")
+    changes = json.loads(content)
+    if changes and isinstance(changes, dict):
+        changes = json.loads((run.path / name).read_text()) | changes
+    (run.path / name).write_text(json.dumps(changes))
+    before = file_contents(run.path)
+    again = RunFolder(tiny.config(), "custom")
+    for look in (again.missing, lambda: again.open(HARDWARE, "", "MAML")):
+        with pytest.raises(MamlError, match=rf"{name} is damaged \({reason}.*\); move it away, or restore it"):
+            look()
+    assert file_contents(run.path) == before
+
+
+RUN_FILES = ("run.json", "config.yaml", "metrics.jsonl", "report.json", "tasks.csv", "report.png", "checkpoint.pt")
+
+
+@pytest.mark.parametrize("name", [*RUN_FILES, "checkpoint.new.pt", "checkpoint.previous.pt", "lock"])
+def test_folder_in_place_of_a_file_is_named_before_anything_is_written(
+    tiny: TinyRuns, tmp_path: Path, name: str
+) -> None:
+    in_the_way = tiny.folder() / name
+    in_the_way.mkdir(parents=True)
+    for more in ((), ("mode=eval",)):
+        with pytest.raises(MamlError, match=f"{name} is a folder, but a file belongs there; move it away"):
+            tiny.run(*more)
+    assert [path for path in tiny.runs_dir.rglob("*") if path != in_the_way] == [tiny.folder().parent, tiny.folder()]
+
+
+def test_file_in_place_of_the_other_evaluations_is_named(run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    (run.path / "evaluations").touch()
+    with pytest.raises(MamlError, match=r"cannot be created .*; move away what is in its way"):
+        run.save_report(report(run, iteration=20), ROWS)
+
+
+def test_checkpoint_without_its_entries_is_named(run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    checkpoint.save(run.checkpoint_path, {"state": {}, "experiment": "custom"})
+    with pytest.raises(MamlError, match=r"checkpoint\.pt is damaged \(training is missing\)"):
+        run.open(HARDWARE, "", "MAML")
+
+
+def opened_again(run: RunFolder, tiny: TinyRuns) -> list[int]:
+    """Opens a run and returns the iterations of its metrics."""
+    again = RunFolder(tiny.config(), "custom")
+    again.open(HARDWARE, "", "MAML")
+    again.close("interrupted")
+    return [json.loads(line)["iteration"] for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def metrics(run: RunFolder) -> Path:
+    """The metrics of a run with lines 3 to 24, log_every=3, and a checkpoint at 21."""
+    run.open(HARDWARE, "", "MAML")
+    for iteration in range(3, 25, 3):
+        run.log(iteration, {"loss": 0.5})
+    saved(run, 21)
+    run.close("interrupted")
+    return run.path / "metrics.jsonl"
+
+
+@pytest.mark.parametrize(
+    "bad", [b"", b"\0" * 40 + b"\n", b'{"loss": 0.5}\n', b"[6]\n", b'{"iteration": 6, "lo', b"\xff\n"]
+)
+def test_garbage_in_the_middle_of_the_metrics_is_named_and_left_alone(
+    metrics: Path, run: RunFolder, tiny: TinyRuns, bad: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join([lines[0], bad, *lines[2:]]))
+    before = file_contents(run.path)
+    if bad:
+        with pytest.raises(
+            MamlError, match=r"metrics\.jsonl, line 2, is damaged or out of order.*Restore the file, or"
+        ):
+            opened_again(run, tiny)
+        assert file_contents(run.path) == before
+        lines = metrics.read_bytes().splitlines(keepends=True)
+        metrics.write_bytes(b"".join(line for line in lines if b"iteration" in line and line.startswith(b"{")))
+    if b"lo" not in bad or bad.startswith(b'{"loss'):  # else the line after the cut one is gone too
+        assert opened_again(run, tiny) == [3, 9, 12, 15, 18, 21]
+        assert "metrics.jsonl lacks iterations 6 to 6, after line 1" in caplog.text
+
+
+def test_metrics_out_of_order_are_named(metrics: Path, run: RunFolder, tiny: TinyRuns) -> None:
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join([*lines[:3], lines[1], *lines[3:]]))
+    with pytest.raises(MamlError, match=r"metrics\.jsonl, line 4, is damaged or out of order"):
+        opened_again(run, tiny)
+
+
+def test_garbage_in_place_of_the_last_line_before_the_checkpoint_is_named(
+    metrics: Path, run: RunFolder, tiny: TinyRuns
+) -> None:
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join(lines[:6]) + b"\0\0\0")
+    with pytest.raises(MamlError, match=r"metrics\.jsonl, line 7, is damaged"):
+        opened_again(run, tiny)
+
+
+@pytest.mark.parametrize("end", [b"", b'{"iteration": 24, "lo', b"\0\0\n\xff", b'{"iteration": 24, "loss": 1}\n{"iter'])
+def test_end_of_the_metrics_after_the_checkpoint_is_cut_off_in_silence(
+    metrics: Path, run: RunFolder, tiny: TinyRuns, end: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:7]) + end)
+    assert opened_again(run, tiny) == list(range(3, 22, 3))
+    assert caplog.text == ""
+
+
+def test_lost_metrics_are_named_and_the_run_goes_on(
+    metrics: Path, run: RunFolder, tiny: TinyRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics.unlink()
+    again = RunFolder(tiny.config(), "custom")
+    again.open(HARDWARE, "", "MAML")
+    again.close("interrupted")
+    assert "metrics.jsonl lacks iterations 3 to 21. The run goes on" in caplog.text
+
+
+def test_other_log_every_after_a_resume_is_no_hole(
+    metrics: Path, tiny: TinyRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    for every in (10, 3):
+        other = RunFolder(tiny.config(f"log_every={every}"), "custom")
+        other.open(HARDWARE, "", "MAML")
+        other.log(30, {"loss": 0.5}) if every == 10 else None
+        saved(other, 37)
+        other.close("interrupted")
+    assert caplog.text == ""
+
+
+def test_record_that_is_behind_its_checkpoint_catches_up(run: RunFolder, tiny: TinyRuns) -> None:
+    run.open(HARDWARE, "", "MAML")
+    saved(run, 7)
+    behind = (run.path / "run.json").read_bytes()
+    saved(run, 14)
+    run.close("interrupted")
+    (run.path / "run.json").write_bytes(behind)  # as after a kill between the two
+    again = RunFolder(tiny.config(), "custom")
+    again.open(HARDWARE, "", "MAML")
+    again.close("interrupted")
+    first, second = record(run)["segments"]
+    assert (first["last_iteration"], second["first_iteration"], record(run)["iteration"]) == (14, 14, 14)
+
+
+def test_what_is_missing_is_said_until_the_status_is_recorded(tiny: TinyRuns) -> None:
+    run = RunFolder(tiny.config("evaluation.num_shots=[5]"), "custom")
+    assert run.missing() == {"report.json"}
+    run.open(HARDWARE, "", "MAML")
+    saved(run, 200)
+    mine = report(run) | {"evaluation": evaluation_config(run.settings)}
+    run.save_report(mine, ROWS)
+    assert run.missing() == {"report.png", "status"}
+    (run.path / "report.png").touch()
+    assert run.missing() == {"status"}
+    run.close("finished")
+    assert run.missing() == set()
+    (run.path / "tasks.csv").unlink()
+    assert run.missing() == {"tasks.csv"}
+
+
+def test_tasks_that_cannot_be_made_again_are_named(run: RunFolder, tiny: TinyRuns) -> None:
+    run.open(HARDWARE, "", "MAML")
+    run.save_report(report(run) | {"evaluation": evaluation_config(run.settings)}, ROWS)
+    run.close("finished")
+    (run.path / "tasks.csv").unlink()
+    with pytest.raises(MamlError, match=r"tasks\.csv is missing, and .* has no checkpoint to evaluate again; restore"):
+        RunFolder(tiny.config(), "custom").open(HARDWARE, "", "MAML")
+    (run.path / "run.json").unlink()
+    with pytest.raises(MamlError, match=r"has a report, but .* has neither run\.json nor a checkpoint"):
+        RunFolder(tiny.config(), "custom").open(HARDWARE, "", "MAML")
+
+
+def test_time_of_a_run_ends_before_its_logger_is_waited_for(run: RunFolder) -> None:
+    run.open(HARDWARE, "", "MAML")
+    run.stop_clock()
+    time.sleep(0.05)
+    run.close("finished")
+    assert record(run)["seconds"] < 0.05
+
+
+def test_committed_records_and_reports_have_the_shape_that_is_asked_for() -> None:
+    folders = [path.parent for path in (ROOT / "results" / "runs").glob("*/*/run.json")]
+    assert len(folders) > 30
+    for folder in folders:
+        content = read_json(folder / "run.json")
+        assert content is not None
+        _check_entries(folder, content, _RECORD)
+        for path in folder.rglob("report.json"):
+            assert _read_report(path) is not None
 
 
 def test_report_of_the_whole_run_lies_in_its_folder(run: RunFolder) -> None:
