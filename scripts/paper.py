@@ -29,7 +29,7 @@ from rich.text import Text
 
 from maml.errors import MamlError
 from maml.paper.plan import WATERMARK, Job, estimate, list_needs, plan, select, write_smoke_cells
-from maml.record.checkpoint import write_atomically
+from maml.record.checkpoint import remove_leftovers, write_atomically
 from maml.record.index import Run, find_runs
 from maml.record.lock import acquire, advice, holder
 from maml.record.run_folder import command_line
@@ -366,6 +366,8 @@ class _StatusDisplay:
 
 def render(roots: Sequence[Path], results: Path, smoke: bool) -> bool:
     """Renders tables, figures and the report; returns whether all renderers succeeded."""
+    for folder in (results, *(path for path in results.rglob("*/") if not path.is_relative_to(results / "runs"))):
+        remove_leftovers(folder)  # of a renderer that was killed
     folders = ["--runs-dir", *map(str, roots), "--results", str(results)]
     statuses = [
         subprocess.run([sys.executable, str(ROOT / "scripts" / name), *folders, "--out", str(results / out)]).returncode

@@ -57,6 +57,8 @@ def records(runs_dir: Path) -> dict[str, Any]:
                 assert reached == segment["first_iteration"] or "execution" in segment
             content[name] = {key: value for key, value in record.items() if key not in _TIMES}
             content[name] |= {"keys": set(record), "reached": reached}
+        elif path.suffix == ".json" and "sweeps" in path.parts:
+            content[name] = {key: value for key, value in json.loads(path.read_text()).items() if key not in _TIMES}
         elif path.name == "report.png":
             assert path.stat().st_size
             content[name] = None

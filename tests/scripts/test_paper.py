@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,9 @@ from omegaconf import OmegaConf
 from maml.config.compose import compose
 from maml.experiment import run_experiment
 from maml.paper.plan import WATERMARK
+from maml.record.checkpoint import is_temporary
 from maml.record.run_folder import read_json
+from tests.kills import every_point, script_killed, start_process
 from tests.runs import assert_same_run, file_contents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +32,7 @@ SPEC = importlib.util.spec_from_file_location("paper_script", SCRIPT)
 assert SPEC and SPEC.loader
 paper = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(paper)
+RENDERERS: dict[str, str] = paper.RENDERERS
 
 TINY = ["meta_batch_size=2", "evaluation.num_tasks=3", "log_every=3", "checkpoint_every=7", "hardware=cpu"]
 TINY += ["hardware.num_threads=1"]
@@ -203,3 +208,98 @@ def test_smoke_test_that_would_be_the_real_thing_is_refused(
     with pytest.raises(paper.MamlError, match=r"a smoke test of sinusoid_10shot .* would have the settings of"):
         paper.main(arguments(results(MAML=("sinusoid_10shot", tiny)), "--smoke"))
     capsys.readouterr()
+
+
+def copy_notes(results: Path) -> None:
+    """Copies what the report also reads."""
+    for name in ("notes.md", "departures.yaml"):
+        shutil.copy(ROOT / "results" / name, results)
+
+
+def rendered(folder: Path) -> dict[str, bytes]:
+    """Returns all that is in a folder of results, but the inputs that a smoke test copies."""
+    return {
+        name: content
+        for name, content in file_contents(folder).items()
+        if not name.startswith(("paper/", "runs/")) and name not in ("cells.yaml", "notes.md", "departures.yaml")
+    }
+
+
+@pytest.mark.slow
+def test_smoke_test_killed_at_random_even_while_it_renders_is_finished_by_the_same_command(
+    results: Results, tmp_path: Path
+) -> None:
+    folder = results(MAML=("sinusoid_10shot", TINY), pretrain=("sinusoid_pretrain", TINY))
+    copy_notes(folder)
+    smoke = tmp_path / "runs_smoke"
+    begin = time.monotonic()
+    process = start(folder, "--smoke")
+    assert process.communicate()[1] == "" and process.returncode == 0
+    seconds = time.monotonic() - begin
+    whole, runs = rendered(smoke / "results"), {path.parent.name: path.parent for path in smoke.glob("*/*/run.json")}
+    kept = tmp_path / "whole"
+    killed = while_rendering = 0
+    smoke.rename(kept)
+    while killed < 12:
+        shutil.rmtree(smoke, ignore_errors=True)
+        for _ in range(3):
+            process = start(folder, "--smoke")
+            time.sleep(random.uniform(0.1, 1) * seconds)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            is_rendering = all((smoke / path.relative_to(smoke) / "report.png").exists() for path in runs.values())
+            process.kill()
+            for child in children if random.random() < 0.5 else ():  # else they go on alone
+                with suppress(ProcessLookupError):
+                    os.kill(int(child), signal.SIGKILL)
+            process.communicate()
+            killed += process.returncode == -signal.SIGKILL
+            while_rendering += process.returncode == -signal.SIGKILL and is_rendering
+        process = start(folder, "--smoke")
+        assert process.communicate()[1] == "" and process.returncode == 0
+        for path in runs.values():
+            assert_same_run(path, kept / path.relative_to(smoke))
+            record = read_json(path / "run.json")
+            assert record and record["status"] == "finished"
+        assert rendered(smoke / "results").keys() == whole.keys()
+        for name, content in rendered(smoke / "results").items():
+            if not name.endswith((".html", ".png", ".pdf")):  # these show times
+                assert content == whole[name], name
+    print(f"killed {killed} times, {while_rendering} times while rendering")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "out"), list(RENDERERS.items()))
+def test_renderer_killed_at_any_point_leaves_whole_files(
+    script: str, out: str, results: Results, tmp_path: Path
+) -> None:
+    folder = results(MAML=("sinusoid_10shot", SHORT), pretrain=("sinusoid_pretrain", SHORT))
+    copy_notes(folder)
+    for experiment in ("sinusoid_10shot", "sinusoid_pretrain"):
+        reference(tmp_path, experiment, SHORT)
+    target = tmp_path / "rendered"
+    roots = ["--runs-dir", str(tmp_path / "undisturbed"), "--results", str(folder), "--out", str(target / out)]
+
+    def render(at: int = 0) -> int | None:
+        process = start_process(script_killed, script, roots, at)
+        process.join(120)
+        return process.exitcode
+
+    def kill(at: int) -> int | None:
+        for name in whole:
+            (target / name).write_bytes(b"old")
+        return render(at)
+
+    def check() -> None:
+        for path in target.rglob("*"):
+            if path.is_file() and not is_temporary(path):
+                assert path.read_bytes() in (b"old", whole[str(path.relative_to(target))]), path
+        assert render() == 0
+        for path in target.rglob("*"):
+            if is_temporary(path):
+                path.unlink()
+        assert file_contents(target) == whole
+
+    target.mkdir()
+    assert render() == 0
+    whole = file_contents(target)
+    print(f"killed at {every_point(kill, check)} points")
