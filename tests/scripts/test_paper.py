@@ -237,6 +237,7 @@ def test_smoke_test_killed_at_random_even_while_it_renders_is_finished_by_the_sa
     assert process.communicate()[1] == "" and process.returncode == 0
     seconds = time.monotonic() - begin
     whole, runs = rendered(smoke / "results"), {path.parent.name: path.parent for path in smoke.glob("*/*/run.json")}
+    assert len(runs) == 2
     kept = tmp_path / "whole"
     killed = while_rendering = 0
     smoke.rename(kept)

@@ -15,8 +15,9 @@ from maml.sweep.state import Job, job_name
 
 def job(mean: float | None, *overrides: str, metric: str = "mse") -> Job:
     """Returns a finished job; adaptation diverged if ``mean`` is None."""
-    last = {"step": 1, "mean": mean, "ci95": None if mean is None else 0.5}
-    curve = {"metric": metric, "num_shots": 5, "steps": [{"step": 0, "mean": 9.0, "ci95": 1.0}, last]}
+    last = {"step": 1, "mean": mean, "ci95": None if mean is None else 0.5, "num_tasks": 2}
+    first = {"step": 0, "mean": 9.0, "ci95": 1.0, "num_tasks": 2}
+    curve = {"metric": metric, "num_shots": 5, "steps": [first, last]}
     report = {"headline_metric": metric, "headline": mean, "larger_is_better": metric != "mse", "curves": [curve]}
     return Job(overrides, report, state="finished")
 
@@ -27,6 +28,7 @@ def write_report(runs_dir: Path, run_id: str, values: Sequence[float]) -> None:
     folder.mkdir(parents=True)
     finished = job(sum(values) / len(values)).report
     content = {"run_id": run_id, "iteration": 9, "num_iterations": 9, "evaluation": {}, "banks": {"5": "a"}}
+    content |= {"experiment": "sinusoid"}
     (folder / "report.json").write_text(json.dumps({**(finished or {}), **content}))
     lines = ["num_shots,metric,task,step_0,step_1", *(f"5,mse,{task},9,{value}" for task, value in enumerate(values))]
     (folder / "tasks.csv").write_text("\n".join(lines) + "\n")
