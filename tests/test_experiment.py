@@ -326,10 +326,11 @@ def test_run_that_was_killed_before_its_mirror_was_told_is_finished(
     assert run is not None and (run.record.status, run.status) == ("interrupted", "finished")
     told.clear()
     monkeypatch.setattr("maml.evaluation.Evaluation.__call__", lambda *_: pytest.fail("evaluated again"))
-    headline = run_experiment(tiny.config(NOTING, *SHORT), "custom", lambda *_: {"table9/a": "better"})
+    judged = {"table9/a": Judgement("mse", 10, 1, "0.5", "better", "both numbers: better")}
+    headline = run_experiment(tiny.config(NOTING, *SHORT), "custom", lambda *_: judged)
     (start, (*_, resumed)), (report, content), finish = told
     assert (start, resumed, report, finish) == ("start", True, "report", ("finish", "finished"))
-    assert (content["headline"], content["cells"]) == (headline, {"table9/a": "better"})
+    assert (content["headline"], content["cells"]) == (headline, {"table9/a": "both numbers: better"})
     assert "was evaluated, but lacked status: now it is finished" in capsys.readouterr().out
     record = read_json(tiny.folder(*SHORT) / "run.json")
     assert record is not None and record["status"] == "finished"
