@@ -34,8 +34,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: setup  ## meta-train the sinusoid experiment with the full budget and compare it with the paper (minutes)
 	$(RUN) scripts/demo.py
 
+# In two processes, each with whole files of tests; pytest without -n runs them in one.
 test: setup  ## run the tests
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 test-slow: setup  ## run all tests, with the slow ones
 	$(RUN) -m pytest -q -m 'slow or not slow'
