@@ -161,9 +161,13 @@ class Report(BaseModel):
     @cached_property
     def _task_values(self) -> dict[Any, np.ndarray]:
         """The values in `task_table` by K and metric, ``(tasks, steps)``."""
-        values = self.task_table.filter(like="step_").to_numpy(dtype=float)
-        rows = self.task_table.groupby(["num_shots", "metric"], sort=False).indices
-        return {curve: values[numbers] for curve, numbers in rows.items()}
+        table = self.task_table
+        values = table.iloc[:, 3:].to_numpy(dtype=float)
+        curves = list(zip(table["num_shots"].tolist(), table["metric"].tolist(), strict=True))
+        # The lines of a curve follow each other, which is many times faster to use than a grouping.
+        starts = [row for row in range(len(curves)) if row == 0 or curves[row] != curves[row - 1]]
+        ends = [*starts[1:], len(curves)]
+        return {curves[start]: values[start:end] for start, end in zip(starts, ends, strict=True)}
 
     def difference(self, other: Report) -> str:
         """Describes the first number that differs from another report by more than rounding; empty if none does."""
