@@ -20,6 +20,7 @@ import torch
 import yaml
 from numpy.typing import ArrayLike
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
@@ -36,7 +37,7 @@ from maml.hardware.base import Hardware
 from maml.model.base import Model
 from maml.record import checkpoint
 from maml.record.exported import State, compose_entry, read_index, restore, unpack
-from maml.record.run_folder import read_json
+from maml.record.run_folder import read_checkpoint, read_json
 from maml.types import Examples, Params, Tasks
 
 Inputs = ArrayLike | Tensor
@@ -114,9 +115,13 @@ def _load_run(path: Path, allow: Sequence[str]) -> Network:
             f"{folder} is no run folder: it lacks checkpoint.pt or config.yaml; give runs/<experiment>/<run id>"
         )
     settings = check(_read_config(folder / "config.yaml"), allow)
-    saved = checkpoint.load(file)
+    saved = read_checkpoint(file)
     report = read_json(folder / "report.json") or {}
-    sizes = {int(num_shots): chosen for num_shots, chosen in report.get("step_sizes", {}).items()}
+    try:
+        sizes = TypeAdapter(dict[int, list[float] | None]).validate_python(report.get("step_sizes", {}))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise MamlError(f"{folder / 'report.json'} is damaged (step_sizes: {reason}); restore it") from error
     return _build_network(saved["experiment"], saved["run_id"], saved["iteration"], settings, saved["state"], sizes)
 
 

@@ -510,6 +510,19 @@ def test_checkpoint_runs_no_code(sent: Path) -> None:
         assert "damaged or not a checkpoint" in refusal(sent / "checkpoint.pt")
 
 
+@pytest.mark.parametrize("change", [{"experiment": None}, {"iteration": "many"}, {"state": 3}, {"state": {"theta": 3}}])
+def test_checkpoint_of_another_form_is_named(change: dict[str, Any], sent: Path) -> None:
+    saved = checkpoint.load(sent / "checkpoint.pt") | change
+    checkpoint.save(sent / "checkpoint.pt", {key: value for key, value in saved.items() if value is not None})
+    assert "checkpoint.pt is damaged (" in refusal(sent)
+
+
+@pytest.mark.parametrize("sizes", ["[1]", '{"a": [0.1]}', '{"5": "b"}'])
+def test_step_sizes_of_another_form_are_named(sizes: str, sent: Path) -> None:
+    (sent / "report.json").write_text(f'{{"step_sizes": {sizes}}}')
+    assert "report.json is damaged (step_sizes: " in refusal(sent)
+
+
 def test_own_module_is_used_only_if_it_is_allowed_by_name(tiny: TinyRuns, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_nets.py").write_text(

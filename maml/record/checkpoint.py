@@ -151,7 +151,11 @@ def load(path: Path) -> dict[str, Any]:
         raise MamlError(f"{path} is damaged or not a checkpoint ({_first_line(error)}){advice}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise MamlError(f"{path} is not a checkpoint of this project: its format is not {_FORMAT!r}")
-    return content | {"state": rename_groups(content["state"])} if "state" in content else content
+    state = content.get("state", {})
+    groups = state.values() if isinstance(state, dict) else [None]
+    if not all(isinstance(group, dict) and all(map(torch.is_tensor, group.values())) for group in groups):
+        raise MamlError(f"{path} is damaged (its state is not made of groups of tensors); restore it")
+    return content | {"state": rename_groups(state)} if "state" in content else content
 
 
 def rename_groups(state: Mapping[str, Any]) -> dict[str, Any]:

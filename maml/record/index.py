@@ -341,7 +341,10 @@ def find_runs(*roots: Path) -> tuple[list[Run], list[str]]:
 def read_runs(*roots: Path) -> tuple[list[Run], list[str]]:
     """Reads every run as `find_runs` does, but also returns superseded runs."""
     runs, problems = [], []
-    for folder in (folder for root in roots for folder in sorted(root.glob("*/*/"))):
+    distinct: dict[Path, Path] = {}
+    for root in roots:
+        distinct.setdefault(root.resolve(), root)  # a root that is given twice has no more runs
+    for folder in (folder for root in distinct.values() for folder in sorted(root.glob("*/*/"))):
         try:
             run = read_run(folder)
         except (MamlError, OSError) as error:

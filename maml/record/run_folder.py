@@ -58,6 +58,7 @@ _REPORT |= {"headline": float | None, "headline_metric": str, "curves": list}
 _CURVE: dict[str, Any] = {"metric": str, "num_shots": int, "steps": list}
 _STEP: dict[str, Any] = {"step": int, "mean": float | None, "ci95": float | None, "num_tasks": int}
 _CHECKPOINT: dict[str, Any] = {"experiment": str, "training": dict, "iteration": int, "execution": dict, "state": dict}
+_CHECKPOINT |= {"run_id": str}
 
 
 class RunFolder:
@@ -273,8 +274,7 @@ class RunFolder:
         if file is None:
             self._refuse_other_run(self._read_record(), self.path)
             return None
-        saved = checkpoint.load(file)
-        _check_entries(file, saved, _CHECKPOINT)
+        saved = read_checkpoint(file)
         self._refuse_other_run(saved, file)
         return saved
 
@@ -506,6 +506,17 @@ def find_report(
         if unfinished:
             found.append((report, path.parent))
     return max(found, key=lambda entry: entry[0]["iteration"], default=None)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a run's checkpoint.
+
+    Raises:
+        MamlError: if it does not exist, is damaged, or lacks an entry.
+    """
+    saved = checkpoint.load(path)
+    _check_entries(path, saved, _CHECKPOINT)
+    return saved
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -62,6 +62,14 @@ def test_other_task_banks_contradict_and_a_curve_that_only_one_has_does_not(tmp_
     assert conflicts_among(find_runs(tmp_path)[0]) == []
 
 
+def test_a_root_that_is_given_twice_has_no_more_runs(tmp_path: Path) -> None:
+    for root in ("b", "a"):
+        make_run(tmp_path / root)
+    again = tmp_path / "a" / ".." / "b"
+    runs, _ = find_runs(tmp_path / "b", tmp_path / "a", again)
+    assert [run.path.parents[1] for run in runs] == [tmp_path / "b", tmp_path / "a"]
+
+
 def test_a_mark_that_may_be_committed_names_no_machines_path(tmp_path: Path) -> None:
     make_run(tmp_path)
     (mine,), _ = read_runs(tmp_path)
