@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import gc
 import importlib.metadata
 import shlex
@@ -16,9 +15,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 
 from maml.hardware.base import Hardware
+from maml.record.checkpoint import write_text_atomically
 from maml.record.run_folder import versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,9 +187,7 @@ def write_results(
     """Writes the Markdown page, and the CSV, which has the conditions in every row."""
     options.out.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in conditions.items()), "", *text]
-    output_path(options).write_text("\n".join(lines).rstrip() + "\n")
-    with output_path(options, "csv").open("w", newline="") as file:
-        columns = dict.fromkeys(key for row in rows for key in (*row, *conditions))
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **conditions} for row in rows)
+    write_text_atomically(output_path(options), "\n".join(lines).rstrip() + "\n")
+    columns = dict.fromkeys(key for row in rows for key in (*row, *conditions))
+    frame = pd.DataFrame([{**row, **conditions} for row in rows], columns=list(columns), dtype=object)
+    write_text_atomically(output_path(options, "csv"), frame.to_csv(index=False))

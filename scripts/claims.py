@@ -10,13 +10,13 @@ no parameters besides the classifier's.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from benchmark import choose_clock, describe_conditions, seconds_per_call
 from implementations import Noise
@@ -26,6 +26,7 @@ from maml.config.compose import compose
 from maml.config.schema import build
 from maml.hardware.base import Hardware
 from maml.model.base import Model
+from maml.record.checkpoint import write_text_atomically
 from maml.seeding import Stream
 from maml.training.meta_gradient import MetaGradient
 
@@ -191,15 +192,12 @@ def write(out: Path, measurements: Sequence[Measurement], conditions: Mapping[st
     out.mkdir(parents=True, exist_ok=True)
     kept = {key: conditions[key] for key in ("hardware", "commit", "command")}
     rows: list[dict[str, Any]] = [asdict(measurement) | kept for measurement in measurements]
-    with (out / "claims.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_text_atomically(out / "claims.csv", pd.DataFrame(rows, dtype=object).to_csv(index=False))
     lines = ["# Claims of section 5.2", ""]
     lines += [f"- {key}: {value}" for key, value in conditions.items()]
     lines += ["", "| claim | shape | published | ours | range |", "| --- | --- | ---: | ---: | ---: |"]
     lines += [f"| {m.claim} | {m.shape} | {m.published} | {m.ours} | {m.range} |" for m in measurements]
-    (out / "claims.md").write_text("\n".join(lines) + "\n" + NOTES)
+    write_text_atomically(out / "claims.md", "\n".join(lines) + "\n" + NOTES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from maml.experiment import run_experiment
 from maml.paper.cells import Source, load_figures, load_levels, load_tables
 from maml.paper.figures import DrawnCurve, plot_figure
 from maml.paper.tables import reading_text, verdict
+from maml.record.checkpoint import write_text_atomically
 from maml.record.index import Report
 from maml.record.run_folder import RunFolder
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = RunFolder(settings, experiment)
     report = Report.model_validate(run.finished_report())
     table = comparison(report, options.smoke)
-    (run.path / "comparison.md").write_text(f"{table}\n")
+    write_text_atomically(run.path / "comparison.md", f"{table}\n")
     picture = draw_figure(report, options.smoke, run.path / "figure3.png")
     print(
         f"\n{table}\n\n"

@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [table.name for table in tables]
     write_text_atomically(options.out / "tables.tex", document(f"{counted}.", names))
     write_text_atomically(options.out / "tables.md", "\n".join([*overview, "", "Made by `make paper-tables`.", ""]))
-    for message in conflicts:
+    incomplete = [c.evidence.missing_values(c.cell.source, c.cell.step) for c in cells if c.cell.source]
+    for message in [*conflicts, *dict.fromkeys(filter(None, incomplete))]:
         print(f"NOTE: {message}", file=sys.stderr)
     for message in damaged:
         print(f"ERROR, left out: {message}", file=sys.stderr)

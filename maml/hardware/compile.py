@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,7 +53,7 @@ class CompiledFunction:
         shapes = tuple(value.shape for value in (*params.values(), *tasks.values()))
         if shapes not in self._programs:
             try:
-                self._programs[shapes] = _compile(self.function, params, tasks)
+                self._programs[shapes] = _compile_with_sound_cache(self.function, params, tasks)
             except torch.OutOfMemoryError:
                 raise  # the caller tries smaller chunks
             except Exception as error:
@@ -60,6 +61,21 @@ class CompiledFunction:
                 _log.warning("compiling failed, so the run goes on without it (slower, same mathematics): %s", reason)
                 self._programs[shapes], self.failed = self.function, True
         return self._programs[shapes](params, tasks)
+
+
+def _compile_with_sound_cache(function: ChunkGradient, params: Params, tasks: Tasks) -> ChunkGradient:
+    """Compiles, and once more if the compiler's cache has a library that a killed process left half-written."""
+    try:
+        return _compile(function, params, tasks)
+    except Exception as error:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes more than a second to import
+
+        found = re.search(r"(/\S+\.so): (file too short|invalid ELF header)", str(error))
+        library = Path(found[1]) if found else None
+        if library is None or not library.is_relative_to(cache_dir()):
+            raise
+        library.unlink(missing_ok=True)
+    return _compile(function, params, tasks)
 
 
 def _compile(function: ChunkGradient, params: Params, tasks: Tasks) -> ChunkGradient:

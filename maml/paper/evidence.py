@@ -82,9 +82,21 @@ class Evidence:
             return None
         if (source, step) not in self._statistics:
             readings = [report.reading(source, step) for _, report in self.evaluated]
-            values = self.per_task(source, step) if len(readings) > 1 else None
+            try:
+                values = self.per_task(source, step) if len(readings) > 1 else None
+            except MamlError:  # `missing_values` names it
+                values = None
             self._statistics[source, step] = combine(readings, values)
         return self._statistics[source, step]
+
+    def missing_values(self, source: Source, step: int) -> str:
+        """Returns what is wrong with the values per task that `statistics` needs; empty if nothing is."""
+        try:
+            if len(self.evaluated) > 1:
+                self.per_task(source, step)
+        except MamlError as error:
+            return f"{error}. Until then the interval over runs is too wide"
+        return ""
 
     @cached_property
     def _statistics(self) -> dict[tuple[Source, int], Statistics]:
@@ -93,14 +105,14 @@ class Evidence:
     def per_task(self, source: Source, step: int) -> np.ndarray | None:
         """Returns the value of each run and task, ``(runs, tasks)``, in the paper's unit.
 
-        None if the runs were evaluated on different tasks, or if the values of a run are missing.
+        None if the runs were evaluated on different tasks.
+
+        Raises:
+            MamlError: if the values of a run are missing or damaged.
         """
         if len({report.banks[str(source.num_shots)] for _, report in self.evaluated}) != 1:
             return None
-        try:
-            return np.stack([report.per_task(source, step) for _, report in self.evaluated])
-        except MamlError:
-            return None
+        return np.stack([report.per_task(source, step) for _, report in self.evaluated])
 
 
 def find_evidence(source: Source, runs: Sequence[Run]) -> Evidence:

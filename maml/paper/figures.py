@@ -129,7 +129,7 @@ def _mean_per_task(source: Source, step: int, evidence: Evidence) -> np.ndarray:
         MamlError: if the values of a run are missing or damaged.
     """
     values = evidence.per_task(source, step)
-    if values is None:  # the first run alone; it raises the error if its values are missing
+    if values is None:  # on different tasks: the first run stands for all
         return evidence.evaluated[0][1].per_task(source, step)
     return values.mean(0)
 

@@ -328,9 +328,10 @@ class _Page:
 
     def _tasks(self, source: Source, evidence: Evidence, step: int, published: str) -> Content:
         """Returns a histogram of each test task's mean over runs; empty if the values cannot be read."""
-        of_runs, num_runs = evidence.per_task(source, step), len(evidence.evaluated)
+        num_runs = len(evidence.evaluated)
         try:
-            if of_runs is None:  # runs on different tasks, or a damaged file
+            of_runs = evidence.per_task(source, step)
+            if of_runs is None:  # on different tasks: the first run stands for all
                 of_runs = evidence.evaluated[0][1].per_task(source, step)[None]
         except MamlError as error:
             self.problems.append(str(error))

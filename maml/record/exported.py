@@ -194,6 +194,8 @@ def unpack(path: Path, sha256: str) -> State:
         raise MamlError(f"{path} is no safetensors file ({error}); restore it") from error
     for name, value in tensors.items():
         group, _, parameter = name.partition(".")
+        if not (group and parameter):
+            raise MamlError(f"{path} is no file of this project: it has a tensor {name!r}; restore it")
         state.setdefault(group, {})[parameter] = value
     return checkpoint.rename_groups(state)
 

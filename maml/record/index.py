@@ -220,7 +220,7 @@ class Segment(BaseModel):
     @property
     def environment(self) -> tuple[Any, ...]:
         """All that has to be equal for the same computation to give the same bits."""
-        return self.machine, self.execution.get("num_threads"), sorted(self.versions.items())
+        return self.machine, sorted(self.versions.items()), sorted(self.execution.items())
 
 
 class RunRecord(BaseModel):
@@ -358,8 +358,8 @@ def read_runs(*roots: Path) -> tuple[list[Run], list[str]]:
 def _conflicts(runs: Sequence[Run]) -> dict[Path, str]:
     """Returns a message, by folder, for every two runs that should have given the same numbers and did not.
 
-    These are runs with equal settings, seed, hardware, versions and number of threads. On other hardware or versions,
-    training ends at other numbers, because rounding errors grow.
+    These are runs with equal settings, seed, hardware, versions and execution (threads, chunks, compilation).
+    Otherwise training may end at other numbers, because rounding errors grow.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:

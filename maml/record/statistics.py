@@ -64,8 +64,9 @@ def combine(readings: Sequence[tuple[float, float]], values: np.ndarray | None =
 
     Args:
         readings: the mean of each run and the half-width of its 95 % interval over tasks.
-        values: the value of each run and task, ``(runs, tasks)``. None if the runs have different tasks; the interval
-            then is somewhat too wide.
+        values: the value of each run and task, ``(runs, tasks)``. None if it is unknown which values belong to the
+            same task, because the runs have different tasks or a file is missing; the interval
+            then covers both kinds of chance, but is too wide.
     """
     means, intervals = (np.array(column, dtype=float) for column in zip(*readings, strict=True))
     num_runs, mean = len(means), float(means.mean())

@@ -15,8 +15,8 @@ from maml.config.compose import experiment_name, settings_of
 from maml.config.identity import evaluation_config
 from maml.errors import MamlError
 from maml.record.checkpoint import write_atomically
+from maml.record.heartbeat import Heartbeat
 from maml.record.run_folder import RunFolder, find_report
-from maml.sweep.heartbeat import Heartbeat
 from maml.sweep.output import OutputFile
 from maml.sweep.state import job_name, job_overrides
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from maml.config.identity import digest
 from maml.errors import MamlError
+from maml.record.heartbeat import looks_dead
 from maml.record.index import read_run
 from maml.record.run_folder import find_report, read_json
-from maml.sweep.heartbeat import looks_dead
 
 SWEEP = "sweep.json"  # what the process that started the sweep knows: its command, and the jobs that it plans
 
@@ -162,9 +162,10 @@ class SweepReader:
                 report, where = found
                 done, seconds = report["iteration"], record["seconds"]
                 return replace(job, report=report, folder=where, state="finished", iteration=done, seconds=seconds)
-            if beat is not None and record["error"] is None:
-                return self._read_beat(job, beat)
             unfinished = read_run(folder)
+            was_stopped = unfinished is not None and unfinished.record.status == "interrupted"
+            if beat is not None and record["error"] is None and not was_stopped:
+                return self._read_beat(job, beat)
         except MamlError as reason:
             return replace(job, state="failed", problem=job.problem or str(reason))
         if unfinished is None:

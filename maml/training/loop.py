@@ -20,7 +20,7 @@ from maml.hardware import distributed
 from maml.hardware.base import Execution
 from maml.hardware.compile import is_compiling
 from maml.record import checkpoint
-from maml.sweep.heartbeat import report_iteration
+from maml.record.heartbeat import report_iteration
 from maml.training.cuda_graph import with_cuda_graph
 from maml.training.diagnostics import Diagnostics
 from maml.training.iteration import Iteration

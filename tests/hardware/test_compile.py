@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from maml.model.mlp import MLP
 from maml.seeding import Stream
 from maml.types import num_tasks
 from tests.algorithms import build_from, meta_gradient
+from tests.runs import ROOT
 
 
 def sinusoid() -> MAML:
@@ -67,6 +70,29 @@ def test_compiling_is_announced_once(capsys: pytest.CaptureFixture[str]) -> None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("compiling, about ")
     assert line.endswith(" the first time, then mostly from a cache")
+
+
+_COMPILE = """
+import torch
+from maml.hardware.compile import CompiledFunction
+compiled = CompiledFunction(lambda params, tasks: ({"a": params["a"] * tasks["x"].sin().sum()}, {}))
+compiled({"a": torch.ones(7)}, {"x": torch.arange(5.0)})
+print(compiled.failed)
+"""
+
+
+@pytest.mark.slow
+def test_library_that_a_killed_compiler_left_half_written_is_made_again(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "False", done.stderr
+        libraries = list(tmp_path.rglob("*.main.so"))
+        assert libraries
+        for library in libraries:
+            library.write_bytes(b"")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="without /proc, compilers are not found")

@@ -325,3 +325,19 @@ def test_rendering_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert {Path(name).suffix for name in one} == {".md", ".csv", ".tex"}
     assert len(one) == 3 * 8 + 2
     assert set(SYMBOLS) == {"reproduced", "better", "worse", "reduced budget", "quoted"}
+
+
+def test_lost_values_per_task_are_named_and_widen_the_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [make_run(tmp_path / "runs", mean=mean, seed=seed) for seed, mean in enumerate((0.6, 0.7, 0.8))]
+    before = compared(tmp_path / "runs").ours
+    (folders[2] / "tasks.csv").unlink()
+    after = compared(tmp_path / "runs").ours
+    assert before
+    assert after
+    assert before[0] == after[0]
+    assert before[1] < after[1]
+    assert main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.startswith(f"NOTE: {folders[2] / 'tasks.csv'} is missing or damaged") for line in errors] == [True]

@@ -34,7 +34,7 @@ def test_only_equal_settings_seed_and_iteration_can_disagree(
     assert [named in conflict for conflict in conflicts] == ([True] if named else [])
 
 
-@pytest.mark.parametrize("change", ["hardware", "versions", "threads", "segments"])
+@pytest.mark.parametrize("change", ["hardware", "versions", "threads", "compiled", "segments"])
 def test_only_an_equal_environment_can_contradict(tmp_path: Path, change: str) -> None:
     first, second = (make_run(tmp_path, mean=mean, name=name) for mean, name in ((0.5, "a"), (0.52, "b")))
     (segment,) = json.loads((second / "run.json").read_text())["segments"]
@@ -46,6 +46,7 @@ def test_only_an_equal_environment_can_contradict(tmp_path: Path, change: str) -
         "hardware": [known | {"hardware": known["hardware"] | {"cpu": "Slide rule"}}],
         "versions": [known | {"versions": {"torch": "2.13"}}],
         "threads": [known | {"execution": {"num_threads": 2}}],
+        "compiled": [known | {"execution": {"num_threads": 1, "compile": True}}],
         "segments": [known, known | {"hardware": known["hardware"] | {"cpu": "Slide rule"}}],
     }
     edit(second / "run.json", segments=other[change])

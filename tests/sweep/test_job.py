@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from maml.config.paths import CONF
 from maml.experiment import run_experiment
-from maml.record import checkpoint
-from maml.sweep import heartbeat, job
+from maml.record import checkpoint, heartbeat
+from maml.sweep import job
 from maml.sweep.job import RunningJob
 from maml.sweep.ray_sweep import Disk
 from maml.sweep.state import SweepReader

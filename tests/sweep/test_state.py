@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from maml.errors import MamlError
-from maml.sweep.heartbeat import DEAD_AFTER
+from maml.record.heartbeat import DEAD_AFTER
 from maml.sweep.state import SWEEP, Job, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows
 from tests.sweep.fake_sweep import write_beat, write_job, write_report
 

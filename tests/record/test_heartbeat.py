@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from maml.sweep import heartbeat
-from maml.sweep.heartbeat import DEAD_AFTER, Heartbeat, looks_dead, report_iteration
+from maml.record import heartbeat
+from maml.record.heartbeat import DEAD_AFTER, Heartbeat, looks_dead, report_iteration
 
 
 def wait_for(beats: list[Mapping[str, Any]], count: int) -> None:
