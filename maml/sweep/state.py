@@ -163,8 +163,8 @@ class SweepReader:
                 done, seconds = report["iteration"], record["seconds"]
                 return replace(job, report=report, folder=where, state="finished", iteration=done, seconds=seconds)
             unfinished = read_run(folder)
-            was_stopped = unfinished is not None and unfinished.record.status == "interrupted"
-            if beat is not None and record["error"] is None and not was_stopped:
+            said_so = unfinished is not None and unfinished.record.status == "interrupted"  # and was not just killed
+            if beat is not None and record["error"] is None and not (said_so and looks_dead(beat)):
                 return self._read_beat(job, beat)
         except MamlError as reason:
             return replace(job, state="failed", problem=job.problem or str(reason))

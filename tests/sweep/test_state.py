@@ -13,6 +13,7 @@ import pytest
 from maml.errors import MamlError
 from maml.record.heartbeat import DEAD_AFTER
 from maml.sweep.state import SWEEP, Job, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows
+from tests.paper.fake_runs import make_run
 from tests.sweep.fake_sweep import write_beat, write_job, write_report
 
 
@@ -66,6 +67,17 @@ def test_job_whose_process_is_gone_was_killed(sweep: Path) -> None:
     assert job.state == "stopped"
     assert job.problem.startswith("killed: ")
     assert job.problem.endswith("at iteration 3")
+
+
+def test_job_that_was_interrupted_is_not_called_killed(sweep: Path) -> None:
+    made = make_run(sweep.parents[1], done=500, evaluated=False, status="interrupted")
+    record = write_job(sweep, "a=1", run_id=made.name)
+    content = json.loads(record.read_text())
+    content["runs"][0]["folder"] = str(made.relative_to(sweep.parents[1]))
+    record.write_text(json.dumps(content))
+    write_beat(record, age=DEAD_AFTER + 1, host="elsewhere", iteration=500)
+    job = only(sweep)
+    assert (job.state, job.problem) == ("stopped", "interrupted at iteration 500")
 
 
 def test_silent_job_of_another_machine_looks_dead(sweep: Path) -> None:
