@@ -8,7 +8,6 @@ predictor(more_images)
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import ArrayLike
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
@@ -37,7 +35,7 @@ from maml.hardware.base import Hardware
 from maml.model.base import Model
 from maml.record import checkpoint
 from maml.record.exported import State, compose_entry, read_index, restore, unpack
-from maml.record.run_folder import read_checkpoint, read_json
+from maml.record.run_folder import read_checkpoint, read_config, read_json
 from maml.types import Examples, Params, Tasks
 
 Inputs = ArrayLike | Tensor
@@ -114,7 +112,7 @@ def _load_run(path: Path, allow: Sequence[str]) -> Network:
         raise MamlError(
             f"{folder} is no run folder: it lacks checkpoint.pt or config.yaml; give runs/<experiment>/<run id>"
         )
-    settings = check(_read_config(folder / "config.yaml"), allow)
+    settings = check(read_config(folder / "config.yaml"), allow)
     saved = read_checkpoint(file)
     report = read_json(folder / "report.json") or {}
     try:
@@ -123,22 +121,6 @@ def _load_run(path: Path, allow: Sequence[str]) -> Network:
         reason = error.errors()[0]["msg"]
         raise MamlError(f"{folder / 'report.json'} is damaged (step_sizes: {reason}); restore it") from error
     return _build_network(saved["experiment"], saved["run_id"], saved["iteration"], settings, saved["state"], sizes)
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    """Reads a run's config as plain data: tags of Python objects are refused, interpolations stay texts.
-
-    Raises:
-        MamlError: if the file is no mapping of plain data.
-    """
-    try:
-        config = yaml.safe_load(path.read_text())
-        json.dumps(config)  # fails for dates, bytes and lists that contain themselves
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise MamlError(f"{path} is damaged, or no config of a run ({error}); restore it") from error
-    if not isinstance(config, dict):
-        raise MamlError(f"{path} is damaged: it is no mapping of settings; restore it")
-    return config
 
 
 def _build_network(

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from maml.config.identity import digest
 from maml.errors import MamlError
 from maml.logger.base import Logger
 from maml.record.lock import is_held
-from maml.record.run_folder import read_json
+from maml.record.run_folder import read_config, read_json, read_metrics
 
 
 def described(config: Mapping[str, Any], training: Mapping[str, Any], algorithm: str) -> dict[str, Any]:
@@ -46,12 +43,12 @@ def mirror(folder: Path, logger: Logger, files_dir: Path | None = None) -> int:
         MamlError: if the run has not ended, a file is missing or damaged, or the logger did not get everything.
     """
     files_dir = files_dir or folder
-    config = _read_config(folder)
+    config = read_config(folder / "config.yaml")
     sent = int(replay(folder, logger, config, read_json(folder / "report.json"), files_dir=files_dir))
     _check_complete(logger, folder)
     for path in sorted(folder.glob("evaluations/*/report.json")):
         evaluation = path.parent
-        own_config = {**_read_config(evaluation), "mode": "eval"}
+        own_config = {**read_config(evaluation / "config.yaml"), "mode": "eval"}
         own_files = files_dir / evaluation.relative_to(folder)
         sent += replay(folder, logger, own_config, read_json(path), files_dir=own_files, with_training=False)
         _check_complete(logger, evaluation)
@@ -104,7 +101,7 @@ def replay(
         "record": {key: record.get(key) for key in ("started", "finished", "seconds", "command")}
         | {key: last.get(key) for key in ("commit", "dirty", "hardware", "versions")}
     }
-    lines = list(_metrics(folder / "metrics.jsonl")) if with_training else []  # before anything is sent: may be damaged
+    lines = read_metrics(folder / "metrics.jsonl") if with_training else []  # before anything is sent: may be damaged
     files_dir.mkdir(parents=True, exist_ok=True)
     full_config = described(config, record["training"], config.get("algorithm_name") or algorithm) | history
     logger.replay_into(files_dir)
@@ -115,31 +112,6 @@ def replay(
         logger.report({**report, "cells": dict(cells())}, _pictures(folder, report))
     logger.finish("interrupted" if record["status"] == "running" else record["status"])  # running: it was killed
     return True
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-        if not isinstance(config, dict):
-            raise TypeError("it is no mapping")
-    except Exception as error:  # YAML's parser and OmegaConf raise many kinds
-        raise MamlError(f"{path} is missing or damaged ({error}); restore it, and try again") from error
-    return {str(key): value for key, value in config.items()}
-
-
-def _metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of ``metrics.jsonl``; nothing if there is no such file, as after a run of no iterations."""
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            content = json.loads(line)
-            content["iteration"] = int(content["iteration"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines) and not line.endswith("\n"):
-                return  # cut off in the middle of a write
-            raise MamlError(f"{path} is damaged in line {number} ({error}); restore it, and try again") from error
-        yield content
 
 
 def _pictures(folder: Path, report: Mapping[str, Any]) -> dict[str, Path]:

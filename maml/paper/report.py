@@ -39,6 +39,7 @@ from maml.paper.tables import (
 )
 from maml.record.exported import read_index
 from maml.record.index import Run
+from maml.record.run_folder import read_metrics
 from maml.record.statistics import MIN_RUNS
 
 _NUM_POINTS = 200  # most points of a learning curve
@@ -309,7 +310,7 @@ class _Page:
         curves, metric = {}, ""
         for run in runs:
             try:
-                records = _read_metrics(run)
+                records = read_metrics(run.path / "metrics.jsonl")
             except MamlError as error:
                 self.problems.append(str(error))
                 continue
@@ -564,25 +565,6 @@ def _steps(item: CurveComparison) -> Markup:
         rows.append(element("tr", element("th", str(step), scope="row"), cells))
     head = element("thead", element("tr", [element("th", name, scope="col") for name in _STEP_HEADS]))
     return _scroll_box(element("table", head, element("tbody", rows)), "Steps")
-
-
-def _read_metrics(run: Run) -> list[dict[str, Any]]:
-    """Reads a run's ``metrics.jsonl``; empty if the file does not exist.
-
-    Raises:
-        MamlError: if the file is damaged.
-    """
-    path = run.path / "metrics.jsonl"
-    if not path.exists():
-        return []
-    try:
-        *lines, _ = path.read_text().split("\n")  # without the last piece: it is empty, or is being written
-        records = [json.loads(line) for line in lines]
-        if not all(isinstance(record, dict) and "iteration" in record for record in records):
-            raise ValueError("a line without iteration")
-    except ValueError as error:
-        raise MamlError(f"{path} is damaged ({error}); restore it") from error
-    return records
 
 
 def _downsampled(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import yaml
 from filelock import BaseFileLock
 from omegaconf import OmegaConf
 
@@ -538,6 +539,43 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise _damaged(path, f"it holds a {type(content).__name__}, not an object")
     return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a run's config as plain data: tags of Python objects are refused, interpolations stay texts.
+
+    Raises:
+        MamlError: if the file is no mapping of plain data.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+        json.dumps(config)  # fails for dates, bytes and lists that contain themselves
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise MamlError(f"{path} is damaged, or no config of a run ({error}); restore it") from error
+    if not isinstance(config, dict):
+        raise MamlError(f"{path} is damaged: it is no mapping of settings; restore it")
+    return config
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads a ``metrics.jsonl``, without a last line that is being written or was cut off.
+
+    Returns:
+        One dict per line; empty if the file does not exist, as after a run of no iterations.
+
+    Raises:
+        MamlError: if the file is damaged.
+    """
+    *lines, _ = path.read_text(errors="replace").split("\n") if path.exists() else [""]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["iteration"] = int(record["iteration"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise MamlError(f"{path} is damaged in line {number} ({error}); restore it, and try again") from error
+        records.append(record)
+    return records
 
 
 def _damaged(path: Path, reason: str) -> MamlError:

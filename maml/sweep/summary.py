@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from maml.sweep.state import Job, SweepReader, describe, varying_keys
 if TYPE_CHECKING:
     import pandas as pd
 
+LOG = logging.getLogger(__name__)
 _NUMBERS = ("mean", "ci95", "lowest", "highest")
 
 
@@ -74,10 +76,12 @@ def _values(jobs: Sequence[Job]) -> np.ndarray | None:
         step = f"step_{curve['steps'][-1]['step']}"
         if job.folder is None:
             return None
+        path = job.folder / "tasks.csv"
         try:
-            tasks = pd.read_csv(job.folder / "tasks.csv", usecols=["num_shots", "metric", step])
+            tasks = pd.read_csv(path, usecols=["num_shots", "metric", step])
             values.append(tasks[step][(tasks.num_shots == curve["num_shots"]) & (tasks.metric == curve["metric"])])
-        except (OSError, ValueError):  # the file is missing or damaged: the report's own interval remains
+        except (OSError, ValueError) as error:  # the interval is then made from those of the reports
+            LOG.warning("%s is missing or damaged (%s); ci95 is too wide until it is restored", path, error)
             return None
     return np.array(values) if len({len(each) for each in values}) == 1 else None
 

@@ -106,7 +106,7 @@ def test_what_cannot_be_mirrored_is_refused_before_anything_is_sent(tiny: TinyRu
     folder, logger = tiny.run(*SHORT), Noting()
     for name, content, message in (
         ("metrics.jsonl", '{"iteration": 3}\n[]\n{"iteration": 6}\n', "damaged in line 2"),
-        ("config.yaml", "- a list", "config.yaml is missing or damaged"),
+        ("config.yaml", "- a list", "config.yaml is damaged: it is no mapping of settings"),
         ("run.json", None, "is no run folder"),
     ):
         copy = shutil.copytree(folder, tmp_path / name)

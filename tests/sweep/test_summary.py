@@ -57,7 +57,9 @@ def test_sweep_without_jobs_is_an_empty_table() -> None:
     assert len(tabulate([])) == 0
 
 
-def test_interval_covers_trainings_and_knows_that_runs_share_their_tasks(tmp_path: Path) -> None:
+def test_interval_covers_trainings_and_knows_that_runs_share_their_tasks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     runs_dir, sweep = tmp_path, tmp_path / "sweeps" / "one"
     values = np.random.default_rng(0).normal(size=(3, 20)).round(4) + np.array([[0.0], [1.0], [2.0]])
     for seed, row in enumerate(values.tolist()):
@@ -69,8 +71,10 @@ def test_interval_covers_trainings_and_knows_that_runs_share_their_tasks(tmp_pat
     assert row["ci95"] == pytest.approx(expected.ci95)
     assert (row["lowest"], row["highest"]) == pytest.approx((expected.lowest, expected.highest))
     assert expected.ci95 > 1.5 * expected.tasks_ci95, "the example must show the difference"
-    (runs_dir / "sinusoid" / "run1" / "tasks.csv").unlink()
+    lost = runs_dir / "sinusoid" / "run1" / "tasks.csv"
+    lost.unlink()
     summarise(sweep)
+    assert f"{lost} is missing or damaged" in caplog.text
     (row,) = pd.read_csv(sweep / "summary.csv").to_dict("records")
     assert row["ci95"] == pytest.approx(combine([(mean, 0.5) for mean in values.mean(1)]).ci95)
 
