@@ -69,6 +69,11 @@ def unflatten(vector: Tensor, theta: Params) -> Params:
     return {name: part.view_as(value) for (name, value), part in zip(theta.items(), parts, strict=True)}
 
 
+def select_entries(params: Params, which: Tensor) -> Params:
+    """Returns the entries of the leading axis with these indices, or where a mask is true."""
+    return {name: value[which] for name, value in params.items()}
+
+
 class Outer(ABC):
     """The meta-update theta <- theta - beta * ... (Algorithm 1, line 8).
 
@@ -81,6 +86,26 @@ class Outer(ABC):
     @abstractmethod
     def init_state(self, theta: Params) -> OuterState:
         """Returns the optimizer's state before the first update."""
+
+    def select_state(self, state: OuterState, theta: Params, which: Tensor) -> OuterState:
+        """Returns the state for some entries of theta's leading axis, which are independent of each other.
+
+        A tensor with one number for each of theta's is taken to be in the order of `flatten`, as Adam's means are;
+        other tensors, such as a step counter, are kept.
+
+        Args:
+            state: the state.
+            theta: the parameters it belongs to, ``(T, ...)``.
+            which: indices of the entries, or a mask ``(T,)``.
+        """
+        size = sum(value.numel() for value in theta.values())
+        selected: OuterState = {}
+        for name, value in state.items():
+            if value.shape == (size,):
+                entries = select_entries(unflatten(value, theta), which)
+                value = flatten(entries, theta)
+            selected[name] = value
+        return selected
 
     @abstractmethod
     def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ class MetaGradient:
         Raises:
             MamlError: if a single task does not fit into memory.
         """
-        gradients, metrics = self._in_chunks(lambda chunk: self.sums(params, tasks, chunk), tasks)
+        gradients, metrics = self._in_chunks(lambda chunk: self.sums(params, tasks, chunk), self._tasks_per_seed(tasks))
         means = distributed.all_reduce_mean([*gradients.values(), *metrics.values()], self._tasks_per_seed(tasks))
         self.latest, metrics = _split(means, gradients, metrics)
         return self.latest, metrics
@@ -108,7 +108,7 @@ class MetaGradient:
             gradients, metrics = zip(*parts, strict=True)
             return _concatenate(gradients), _concatenate(metrics)
 
-        return self._in_chunks(compute, tasks)
+        return self._in_chunks(compute, num_tasks(tasks))
 
     @torch.no_grad()
     def evaluate(self, params: Params, tasks: Tasks) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ class MetaGradient:
                 sums.append(self._sum_over_tasks({"loss": losses} | metrics))
             return {name: torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]}
 
-        own = self._in_chunks(compute, tasks)
+        own = self._in_chunks(compute, self._tasks_per_seed(tasks))
         return dict(zip(own, distributed.all_reduce_mean(list(own.values()), self._tasks_per_seed(tasks)), strict=True))
 
     def curvature(self, params: Params, tasks: Tasks, every: int = 1) -> MatrixVectorProduct:
@@ -145,7 +145,7 @@ class MetaGradient:
                 for chunk, count in zip(chunks, counts, strict=True)
             ]
 
-        products = self._in_chunks(compute, tasks)
+        products = self._in_chunks(compute, self._tasks_per_seed(tasks))
 
         def product(vector: Params) -> Params:
             own: Params = {}
@@ -184,9 +184,11 @@ class MetaGradient:
         metrics = {name: value.detach() for name, value in ({"loss": losses} | metrics).items()}
         return dict(zip(theta, gradients, strict=True)), metrics
 
-    def _in_chunks(self, compute: Callable[[int], Computed], tasks: Tasks) -> Computed:
-        """Calls ``compute`` with the chunk size. If memory forces smaller chunks, later calls use them too."""
-        count = self._tasks_per_seed(tasks)
+    def _in_chunks(self, compute: Callable[[int], Computed], count: int) -> Computed:
+        """Calls ``compute`` with the chunk size for ``count`` tasks.
+
+        If memory forces smaller chunks, later calls use them too.
+        """
         chunk = min(self._execution.task_chunk or count, count)
         result, used_chunk = halve_chunk_on_oom(compute, chunk)
         if used_chunk < chunk:
@@ -230,7 +232,7 @@ class BatchObjective(Objective):
     """The meta-objective of one seed on one meta-batch. Each method computes when it is called.
 
     Args:
-        meta_gradient: computes for one seed.
+        meta_gradient: computes for one seed. With several seeds, only `task_gradients` is possible.
         tasks: this process's part of a meta-batch, with its rollouts if the domain is on-policy.
     """
 
