@@ -232,8 +232,8 @@ class Evaluation:
         """Checks, before any training, that the evaluation is possible on a domain.
 
         Raises:
-            MamlError: if the domain has too little data or no bank of the authors at some K, if some K has no step size,
-                or if the best theta is evaluated and training does not keep it.
+            MamlError: if the domain has too little data at some K or lacks the authors' bank, if some K has no step
+                size, or if the best theta is evaluated and training does not keep it.
         """
         if self.theta == "best" and domain.selected_by is None:
             raise MamlError(

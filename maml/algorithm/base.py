@@ -188,7 +188,7 @@ class Algorithm(ABC):
         """
         raise NotImplementedError
 
-    def check_result(self) -> None:
+    def check_result(self) -> None:  # noqa: B027, most algorithms check nothing
         """Checks, after the last iteration, that training has reached what the algorithm asks for.
 
         Raises:

@@ -12,10 +12,11 @@ from torch import Tensor
 from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics
 from maml.errors import MamlError
-from maml.outer.base import Objective, select_entries
+from maml.outer.base import Objective, OuterState, select_entries
 from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, expand, num_tasks, take
 
 _CHECK_EVERY = 100  # number of steps between two checks of the errors
+_CENTRE, _WEIGHT = "centre.", "weight"  # entries of the tasks that hold the regulariser
 _PREVIOUS = "previous."  # the buffers that hold the last regressor, with `initial` = previous
 
 
@@ -142,8 +143,8 @@ class MultitaskAverage(Algorithm):
             Each regressor as it was at its smallest error, ``(S T, ...)``, and this error, ``(S T,)``.
         """
         count = num_tasks(tasks) // len(seeds)
-        centres = _concatenate([expand(seed._centre(), count) for seed in seeds])
-        trained = {name: torch.empty_like(value) for name, value in centres.items()}
+        tasks = tasks | _concatenate([seed._pull(count) for seed in seeds])
+        trained = {name: value.new_empty((num_tasks(tasks), *value.shape)) for name, value in self.theta.items()}
         errors = next(iter(trained.values())).new_full((num_tasks(tasks),), torch.inf)
         for attempt in range(self.max_attempts):
             (untrained,) = (errors >= self.max_error).nonzero(as_tuple=True)
@@ -151,55 +152,68 @@ class MultitaskAverage(Algorithm):
                 break
             starts = [seeds[index // count]._start(index % count, attempt) for index in untrained.tolist()]
             params = {name: torch.stack([start[name] for start in starts]) for name in self.theta}
-            fitted, fitted_errors = self._fit(
-                objective, params, select_entries(tasks, untrained), select_entries(centres, untrained)
-            )
+            fitted, fitted_errors = self._fit(objective, params, select_entries(tasks, untrained))
             # In the first attempt there is nothing to keep, not even if an error is NaN.
             is_better = (fitted_errors < errors[untrained]) | (attempt == 0)
             _write(trained, untrained[is_better], select_entries(fitted, is_better))
             errors[untrained[is_better]] = fitted_errors[is_better]
         return trained, errors
 
-    def _fit(self, objective: Objective, params: Params, tasks: Tasks, centres: Params) -> tuple[Params, Tensor]:
-        """Makes one attempt to train regressors. Those that are trained leave the batch at once.
+    def _fit(self, objective: Objective, params: Params, tasks: Tasks) -> tuple[Params, Tensor]:
+        """Makes one attempt to train regressors. The batch becomes smaller when half of them are trained.
 
         Args:
             objective: computes the gradients.
             params: the initial regressors, ``(T, ...)``; changed in place.
-            tasks: their T tasks.
-            centres: the points that they are pulled to, ``(T, ...)``.
+            tasks: their T tasks, with what `_pull` adds.
 
         Returns:
             Each regressor at the check at which its error was smallest, ``(T, ...)``, and this error, ``(T,)``. The
             error is inf if it never was a number.
         """
-        # Before the first regressor there is no mean to pull to.
-        weight = 0.0 if self.pull == "mean" and not self.buffers["num_averaged"] else self.weight
         state = self.outer.init_state(params)
         best = {name: value.clone() for name, value in params.items()}
         errors = next(iter(params.values())).new_full((num_tasks(tasks),), torch.inf)
         active = torch.arange(len(errors), device=errors.device)
         for step in range(1, self.num_steps + 1):
-            self.outer.step(_RegressorObjective(objective, tasks, centres, weight), params, state)
+            params, state = objective.task_step(self._step, params, state, tasks)
             if step % _CHECK_EVERY and step < self.num_steps:
                 continue
             with torch.no_grad():
                 query_errors = self.domain.outer_loss(self.model, params, self.domain.data(tasks, "query"))[0]
-            is_better = query_errors < errors[active]
+            # A regressor that is trained stays as it is, though it may still be part of the batch.
+            is_better = (query_errors < errors[active]) & ~(errors[active] < self.max_error)
             _write(best, active[is_better], select_entries(params, is_better))
             errors[active[is_better]] = query_errors[is_better]
-            is_left = ~(query_errors < self.max_error)
-            if not is_left.any():
+            is_left = ~(errors[active] < self.max_error)
+            size = _batch_size(len(active), int(is_left.sum()))
+            if size == 0:
                 break
-            if not is_left.all():
-                state = self.outer.select_state(state, params, is_left)
-                active = active[is_left]
-                params, tasks, centres = (select_entries(group, is_left) for group in (params, tasks, centres))
+            if size < len(active):
+                kept = is_left.int().argsort(descending=True, stable=True)[:size]
+                state = self.outer.select_state(state, params, kept)
+                active = active[kept]
+                params, tasks = select_entries(params, kept), select_entries(tasks, kept)
         return best, errors
 
-    def _centre(self) -> Params:
-        """Returns the point that the regressors are pulled to."""
-        return {name: torch.zeros_like(value) if self.pull == "zero" else value for name, value in self.theta.items()}
+    def _step(self, objective: Objective, params: Params, state: OuterState, tasks: Tasks) -> None:
+        """Makes one step on T regressors and their tasks; the tasks hold what `_pull` adds."""
+        self.outer.step(_RegressorObjective(objective, tasks), params, state)
+
+    def _pull(self, count: int) -> Params:
+        """Returns the regulariser of ``count`` regressors: the points that they are pulled to, and its weight.
+
+        It is empty without a regulariser. Before the first regressor there is no mean to pull to.
+        """
+        if not self.weight:
+            return {}
+        value = next(iter(self.theta.values()))
+        is_pulled = self.pull == "zero" or bool(self.buffers["num_averaged"])
+        pull = {
+            _CENTRE + name: torch.zeros_like(value) if self.pull == "zero" else value
+            for name, value in self.theta.items()
+        }
+        return expand(pull | {_WEIGHT: value.new_tensor(self.weight if is_pulled else 0.0)}, count)
 
     def _start(self, number: int, attempt: int) -> Params:
         """Returns the initial parameters of a regressor of this iteration."""
@@ -216,23 +230,36 @@ class MultitaskAverage(Algorithm):
 class _RegressorObjective(Objective):
     """The objective of T independent regressors: each has its own parameters and its own gradient.
 
+    The regulariser of a regressor theta_i is weight |theta_i - centre_i|^2.
+
     Args:
         objective: computes the gradient of each task's loss.
-        tasks: T tasks.
-        centres: the points that the regressors are pulled to, ``(T, ...)``.
-        weight: the weight w of the pull, w |theta_i - centre_i|^2.
+        tasks: T tasks with the centres and the weight, if there is a regulariser.
     """
 
-    def __init__(self, objective: Objective, tasks: Tasks, centres: Params, weight: float) -> None:
-        self.objective, self.tasks, self.centres, self.weight = objective, tasks, centres, weight
+    def __init__(self, objective: Objective, tasks: Tasks) -> None:
+        self.objective, self.tasks = objective, tasks
 
     def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
         gradients, metrics = self.objective.task_gradients(theta, self.tasks)
-        if not self.weight:
+        if _WEIGHT not in self.tasks:
             return gradients, metrics
-        distances = torch._foreach_sub(list(theta.values()), [self.centres[name] for name in theta])
-        pulled = torch._foreach_add([gradients[name] for name in theta], list(distances), alpha=2 * self.weight)
-        return dict(zip(theta, pulled, strict=True)), metrics
+        pulled: Params = {}
+        for name, gradient in gradients.items():
+            distance = theta[name] - self.tasks[_CENTRE + name]
+            weight = self.tasks[_WEIGHT].view(-1, *[1] * (distance.dim() - 1))
+            pulled[name] = gradient + 2 * weight * distance
+        return pulled, metrics
+
+
+def _batch_size(size: int, num_left: int) -> int:
+    """Returns how many regressors the batch keeps: the smallest of size, size / 2, size / 4, ..., 0 that is enough.
+
+    A batch has few sizes, because a step is compiled for each of them.
+    """
+    while size and (smaller := size // 2 + size % 2 if size > 1 else 0) >= num_left:
+        size = smaller
+    return size
 
 
 def _concatenate(parts: Iterable[Params]) -> Params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from maml.types import MatrixVectorProduct, Params, Tasks
 
 OuterState = dict[str, Tensor]
 """Everything that an outer optimizer keeps from one iteration to the next, as named tensors; checkpoints hold it."""
+
+
+TaskStep = Callable[["Objective", Params, OuterState, Tasks], None]
+"""Changes parameters of single tasks and the state in place; the objective has `Objective.task_gradients` only."""
 
 
 class Objective(ABC):
@@ -40,6 +45,20 @@ class Objective(ABC):
             The gradients, name -> ``(T, ...)``, and the metrics, name -> ``(T,)``.
         """
         raise _missing("gradients of single tasks")
+
+    def task_step(self, step: TaskStep, params: Params, state: OuterState, tasks: Tasks) -> tuple[Params, OuterState]:
+        """Makes a step on the parameters of single tasks, as one compiled program if the run compiles.
+
+        Args:
+            step: the step. It is compiled once, so it may depend on its arguments only.
+            params: parameters of each task, name -> ``(T, ...)``.
+            state: the state of the outer optimizer.
+            tasks: T tasks.
+
+        Returns:
+            The parameters and the state after the step. Those before it may be overwritten.
+        """
+        raise _missing("steps on single tasks")
 
     def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
         """Returns the Hessian of the mean KL divergence from the policies of ``theta``, at ``theta``.

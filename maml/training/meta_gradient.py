@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from maml.hardware import distributed
 from maml.hardware.base import Execution
 from maml.hardware.compile import CompiledFunction
 from maml.hardware.memory import halve_chunk_on_oom, recompute_inner_steps
-from maml.outer.base import Objective
+from maml.outer.base import Objective, OuterState, TaskStep
 from maml.types import MatrixVectorProduct, Params, Tasks, expand, num_tasks, take
 
 Computed = TypeVar("Computed")
@@ -47,11 +48,12 @@ class MetaGradient:
         compiles = self._execution.compile
         self._compute_sums = CompiledFunction(self._chunk_sums) if compiles else self._chunk_sums
         self._compute_gradients = CompiledFunction(self._chunk_gradients) if compiles else self._chunk_gradients
+        self._task_steps: dict[TaskStep, CompiledFunction] = {}
 
     @property
     def execution(self) -> Execution:
         """The execution in use now: chunks shrink when memory is short, and compiling may fail."""
-        functions = self._compute_sums, self._compute_gradients
+        functions = self._compute_sums, self._compute_gradients, *self._task_steps.values()
         compiled = [function for function in functions if isinstance(function, CompiledFunction)]
         return replace(self._execution, compile=bool(compiled) and not any(function.failed for function in compiled))
 
@@ -109,6 +111,17 @@ class MetaGradient:
             return _concatenate(gradients), _concatenate(metrics)
 
         return self._in_chunks(compute, num_tasks(tasks))
+
+    def task_step(self, step: TaskStep, params: Params, state: OuterState, tasks: Tasks) -> tuple[Params, OuterState]:
+        """Makes a step on the parameters of single tasks; see `Objective.task_step`."""
+        if not self._execution.compile:
+            step(TaskGradients(self.task_gradients), params, state, tasks)
+            return params, state
+        if step not in self._task_steps:
+            self._task_steps[step] = CompiledFunction(partial(_copying_step, step, self._chunk_gradients))
+        both = {f"params.{name}": value for name, value in params.items()}
+        both |= {f"state.{name}": value for name, value in state.items()}
+        return self._task_steps[step](both, tasks)
 
     @torch.no_grad()
     def evaluate(self, params: Params, tasks: Tasks) -> dict[str, Tensor]:
@@ -216,6 +229,38 @@ class MetaGradient:
         return {name: value.detach().unflatten(0, (self.num_seeds, -1)).sum(1) for name, value in metrics.items()}
 
 
+class TaskGradients(Objective):
+    """An objective that has gradients of single tasks only.
+
+    Args:
+        compute: computes `Objective.task_gradients`.
+    """
+
+    def __init__(self, compute: Callable[[Params, Tasks], tuple[Params, Metrics]]) -> None:
+        self._compute = compute
+
+    def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
+        raise MamlError("this objective has gradients of single tasks only; see Objective.task_gradients")
+
+    def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
+        return self._compute(params, tasks)
+
+
+def _copying_step(
+    step: TaskStep,
+    compute: Callable[[Params, Tasks], tuple[Params, Metrics]],
+    both: Params,
+    tasks: Tasks,
+) -> tuple[Params, OuterState]:
+    """Returns the parameters and the state after a step, and leaves those before it as they are."""
+    params, state = (
+        {name.removeprefix(group): value.clone() for name, value in both.items() if name.startswith(group)}
+        for group in ("params.", "state.")
+    )
+    step(TaskGradients(compute), params, state, tasks)
+    return params, state
+
+
 def _concatenate(parts: Sequence[Params]) -> Params:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -232,7 +277,7 @@ class BatchObjective(Objective):
     """The meta-objective of one seed on one meta-batch. Each method computes when it is called.
 
     Args:
-        meta_gradient: computes for one seed. With several seeds, only `task_gradients` is possible.
+        meta_gradient: computes for one seed. With several seeds, only `task_gradients` and `task_step` are possible.
         tasks: this process's part of a meta-batch, with its rollouts if the domain is on-policy.
     """
 
@@ -253,6 +298,9 @@ class BatchObjective(Objective):
 
     def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
         return self.meta_gradient.task_gradients(params, tasks)
+
+    def task_step(self, step: TaskStep, params: Params, state: OuterState, tasks: Tasks) -> tuple[Params, OuterState]:
+        return self.meta_gradient.task_step(step, params, state, tasks)
 
 
 class PrecomputedGradient(Objective):
