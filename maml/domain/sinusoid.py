@@ -50,7 +50,7 @@ class Sinusoid(SupervisedDomain):
         }
 
     def authors_test_tasks(self, num_tasks: int, num_shots: int) -> Tasks:
-        """Returns the authors' test sinusoids and points. Their code draws them with NumPy's seed 1, anew for each K."""
+        """Returns the authors' test sinusoids and points. Their code draws them anew for each K, with seed 1."""
         if num_tasks > _NUM_AUTHORS_TASKS:
             raise MamlError(
                 f"the authors' bank has {_NUM_AUTHORS_TASKS} sinusoids, but evaluation.num_tasks={num_tasks}; lower "
