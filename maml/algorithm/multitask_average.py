@@ -15,7 +15,7 @@ from maml.errors import MamlError
 from maml.outer.base import Objective, OuterState, select_entries
 from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, expand, num_tasks, take
 
-_CHECK_EVERY = 100  # number of steps between two checks of the errors
+_CHECK_EVERY = 50  # number of steps between two checks of the errors
 _CENTRE, _WEIGHT = "centre.", "weight"  # entries of the tasks that hold the regulariser
 _PREVIOUS = "previous."  # the buffers that hold the last regressor, with `initial` = previous
 

@@ -24,7 +24,7 @@ from maml.types import Params, Tasks, take
 from tests import algorithms, plain_adam, plain_maml
 from tests.algorithms import build_from
 
-STEP_SIZE, CHECK_EVERY = 0.02, 100
+STEP_SIZE, CHECK_EVERY = 0.02, 50
 MAX_ERROR = 4.8  # the first regressor reaches it at the second check, the others at the first
 
 
