@@ -123,7 +123,7 @@ class Outer(ABC):
             if value.shape == (size,):
                 entries = select_entries(unflatten(value, theta), which)
                 value = flatten(entries, theta)
-            selected[name] = value
+            selected[name] = value.clone()
         return selected
 
     @abstractmethod

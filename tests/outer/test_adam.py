@@ -71,4 +71,5 @@ def test_state_of_some_entries_goes_on_as_they_would_alone() -> None:
     part_state = adam.select_state(state, whole, which)
     adam.step(Given(gradients[2]), whole, state)
     adam.step(Given({name: value[which] for name, value in gradients[2].items()}), part, part_state)
-    assert all(torch.equal(value, whole[name][which]) for name, value in part.items())
+    for name, value in part.items():
+        torch.testing.assert_close(value, whole[name][which])

@@ -241,6 +241,7 @@ def test_first_order_differs_measurably_from_second(case: str) -> None:
     assert (flat[0] - flat[1]).norm() > 0.01 * flat[1].norm()
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
 def test_compiled_step_on_single_tasks_equals_eager() -> None:
     def step(objective: Objective, params: Params, state: OuterState, tasks: Tasks) -> None:
         adam.step(OfTasks(objective, tasks), params, state)
