@@ -17,6 +17,7 @@ from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, ex
 
 _CHECK_EVERY = 50  # number of steps between two checks of the errors
 _CENTRE, _WEIGHT = "centre.", "weight"  # entries of the tasks that hold the regulariser
+_EXAMPLES = "examples"  # entry of the tasks that holds the support examples of a step
 _PREVIOUS = "previous."  # the buffers that hold the last regressor, with `initial` = previous
 
 
@@ -43,6 +44,7 @@ class MultitaskAverage(Algorithm):
         num_steps: number of steps per attempt. A regressor that is not trained by then starts again from another
             initialisation, because some initialisations never reach a small error.
         max_attempts: number of attempts per regressor.
+        num_examples: number of support examples in each step, in turns; None uses all of them in every step.
         initial: where a regressor starts: at a ``fresh`` initialisation, or where the ``previous`` iteration's (last)
             regressor ended. The state of the outer optimizer is new in both cases. ``previous`` has a single attempt.
     """
@@ -59,6 +61,7 @@ class MultitaskAverage(Algorithm):
         max_share_above: Annotated[float, Ge(0), Le(1)],
         num_steps: Count,
         max_attempts: Count,
+        num_examples: Count | None = None,
         initial: Literal["fresh", "previous"] = "fresh",
     ) -> None:
         super().__init__(parts)
@@ -69,7 +72,7 @@ class MultitaskAverage(Algorithm):
             )
         self.weight, self.pull, self.initial = weight, pull, initial
         self.max_error, self.max_share_above = max_error, max_share_above
-        self.num_steps, self.max_attempts = num_steps, max_attempts
+        self.num_steps, self.max_attempts, self.num_examples = num_steps, max_attempts, num_examples
         device = self.stream.device
         buffers: Params = {
             "num_averaged": torch.zeros((), dtype=torch.int64, device=device),
@@ -82,7 +85,11 @@ class MultitaskAverage(Algorithm):
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """The loss of each regressor on its own task, without the regulariser."""
-        return self.domain.outer_loss(self.model, self.theta_of(params), self.domain.data(tasks, "support"))
+        data = self.domain.data(tasks, "support")
+        if _EXAMPLES in tasks:
+            entries = torch.arange(num_tasks(tasks), device=data.x.device).unsqueeze(1), tasks[_EXAMPLES]
+            data = data._replace(x=data.x[entries], y=data.y[entries])
+        return self.domain.outer_loss(self.model, self.theta_of(params), data)
 
     def meta_update(self, objective: Objective, tasks: Tasks) -> dict[str, Tensor]:
         """Trains one regressor per task and updates the mean."""
@@ -172,11 +179,13 @@ class MultitaskAverage(Algorithm):
             error is inf if it never was a number.
         """
         state = self.outer.init_state(params)
+        num_support = self.domain.data(take(tasks, 0, 1), "support").x.shape[1]
         best = {name: value.clone() for name, value in params.items()}
         errors = next(iter(params.values())).new_full((num_tasks(tasks),), torch.inf)
         active = torch.arange(len(errors), device=errors.device)
         for step in range(1, self.num_steps + 1):
-            params, state = objective.task_step(self._step, params, state, tasks)
+            with_examples = tasks | self._examples(step, num_support, len(active))
+            params, state = objective.task_step(self._step, params, state, with_examples)
             if step % _CHECK_EVERY and step < self.num_steps:
                 continue
             with torch.no_grad():
@@ -199,6 +208,14 @@ class MultitaskAverage(Algorithm):
     def _step(self, objective: Objective, params: Params, state: OuterState, tasks: Tasks) -> None:
         """Makes one step on T regressors and their tasks; the tasks hold what `_pull` adds."""
         self.outer.step(_RegressorObjective(objective, tasks), params, state)
+
+    def _examples(self, step: int, num_support: int, count: int) -> Tasks:
+        """Returns which of the support examples a step uses, ``(count, num_examples)``; empty if it uses all."""
+        if self.num_examples is None:
+            return {}
+        first = (step - 1) * self.num_examples
+        numbers = torch.arange(first, first + self.num_examples, device=self.stream.device) % num_support
+        return {_EXAMPLES: numbers.expand(count, -1)}
 
     def _pull(self, count: int) -> Params:
         """Returns the regulariser of ``count`` regressors: the points that they are pulled to, and its weight.

@@ -185,6 +185,23 @@ def test_regressor_that_starts_at_the_previous_one_has_a_new_optimizer_and_one_a
         make(initial="previous", max_attempts=2)
 
 
+def test_steps_use_the_support_examples_in_turns() -> None:
+    algorithm = make(num_examples=5, max_error=1e-9, num_steps=3, max_attempts=1)
+    algorithms.step(algorithm, take(TASKS, 0, 2))
+    regressors = []
+    for number in range(2):
+        params = MODEL.init(Stream(0).child("regressors").child(0).child(number))
+        states, task = dict.fromkeys(params, plain_adam.NEW), take(TASKS, number, number + 1)
+        for examples in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 0, 1, 2]):
+            leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
+            part = task | {"support_x": task["support_x"][:, examples]}
+            gradients = torch.autograd.grad(error(leaves, part, "support"), list(leaves.values()))
+            for name, gradient in zip(params, gradients, strict=True):
+                params[name], states[name] = plain_adam.step(params[name], gradient, states[name], STEP_SIZE)
+        regressors.append(params)
+    assert_equal(algorithm.theta, mean(regressors))
+
+
 def test_chain_goes_on_from_a_saved_state_with_the_same_bits() -> None:
     whole, first, second = (make(initial="previous", max_attempts=1, pull="mean", weight=0.02) for _ in range(3))
     for number in range(4):
