@@ -67,7 +67,7 @@ def test_authors_bank_is_the_domains_and_frozen() -> None:
 
 def test_validation_tasks_beside_the_authors_bank_are_the_seeded_ones() -> None:
     domain = Sinusoid()
-    authors, seeded = (Evaluation(num_tasks=5, num_steps=0, bank=bank) for bank in ("authors", "seeded"))  # type: ignore[arg-type]
+    authors, seeded = (Evaluation(num_tasks=5, num_steps=0, bank=bank) for bank in ("authors", "seeded"))
     assert bank_hash(authors.bank(domain, 5, 3, split="val")) == bank_hash(seeded.bank(domain, 5, 3, split="val"))
     assert bank_hash(authors.bank(domain, 5)) != bank_hash(seeded.bank(domain, 5))
 
@@ -82,8 +82,9 @@ def test_validation_tasks_beside_the_authors_bank_are_the_seeded_ones() -> None:
     ],
 )
 def test_other_tasks_than_the_authors_bank_has_are_refused(options: dict[str, Any], problem: str) -> None:
+    settings: dict[str, Any] = {"num_tasks": 5, "num_steps": 0, "bank": "authors"} | options
     with pytest.raises(MamlError, match=problem):
-        Evaluation(**{"num_tasks": 5, "num_steps": 0, "bank": "authors"} | options).check(Sinusoid())
+        Evaluation(**settings).check(Sinusoid())
 
 
 @pytest.mark.parametrize("domain", [SinusoidSequence(), PointNavigation()])

@@ -232,9 +232,9 @@ def test_seeds_side_by_side_equal_separate_runs(initial: str, batch: int) -> Non
             assert {name: value.item() for name, value in here.items()} == pytest.approx(
                 {name: value.item() for name, value in there.items()}
             )
-    for here, there in zip(together, apart, strict=True):
-        assert_equal(here.theta, there.theta)
-        assert_equal(here.buffers, there.buffers)
+    for joined, separate in zip(together, apart, strict=True):
+        assert_equal(joined.theta, separate.theta)
+        assert_equal(joined.buffers, separate.buffers)
 
 
 def test_attempt_that_fails_is_drawn_anew_and_no_other() -> None:
