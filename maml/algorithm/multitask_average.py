@@ -46,7 +46,8 @@ class MultitaskAverage(Algorithm):
         max_attempts: number of attempts per regressor.
         num_examples: number of support examples in each step, in turns; None uses all of them in every step.
         initial: where a regressor starts: at a ``fresh`` initialisation, or where the ``previous`` iteration's (last)
-            regressor ended. The state of the outer optimizer is new in both cases. ``previous`` has a single attempt.
+            regressor ended. The state of the outer optimizer is new in both cases. With ``previous``, the first
+            iteration starts fresh, with all attempts; later regressors have one attempt.
     """
 
     sums_over_tasks = False
@@ -65,11 +66,6 @@ class MultitaskAverage(Algorithm):
         initial: Literal["fresh", "previous"] = "fresh",
     ) -> None:
         super().__init__(parts)
-        if initial == "previous" and max_attempts > 1:
-            raise MamlError(
-                "algorithm.initial=previous has a single place to start from, so a second attempt would repeat the "
-                f"first, but algorithm.max_attempts={max_attempts}; set it to 1"
-            )
         self.weight, self.pull, self.initial = weight, pull, initial
         self.max_error, self.max_share_above = max_error, max_share_above
         self.num_steps, self.max_attempts, self.num_examples = num_steps, max_attempts, num_examples
@@ -80,7 +76,7 @@ class MultitaskAverage(Algorithm):
             "sum_errors": torch.zeros((), dtype=torch.float64, device=device),
         }
         if initial == "previous":
-            buffers |= {_PREVIOUS + name: value for name, value in self._fresh(0, attempt=0).items()}
+            buffers |= {_PREVIOUS + name: torch.zeros_like(value) for name, value in self.theta.items()}
         self.set_initial(self.theta, buffers)
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
@@ -153,7 +149,7 @@ class MultitaskAverage(Algorithm):
         tasks = tasks | _concatenate([seed._pull(count) for seed in seeds])
         trained = {name: value.new_empty((num_tasks(tasks), *value.shape)) for name, value in self.theta.items()}
         errors = next(iter(trained.values())).new_full((num_tasks(tasks),), torch.inf)
-        for attempt in range(self.max_attempts):
+        for attempt in range(1 if self._goes_on else self.max_attempts):
             (untrained,) = (errors >= self.max_error).nonzero(as_tuple=True)
             if not len(untrained):
                 break
@@ -234,14 +230,16 @@ class MultitaskAverage(Algorithm):
 
     def _start(self, number: int, attempt: int) -> Params:
         """Returns the initial parameters of a regressor of this iteration."""
-        if self.initial == "previous":
+        if self._goes_on:
             # Departure: appendix C.1 starts each regressor from its own random initialisation.
             return {name: self.buffers[_PREVIOUS + name] for name in self.theta}
-        return self._fresh(int(self.buffers["num_averaged"]) + number, attempt)
+        stream = self.stream.child("regressors").child(attempt)
+        return self.model.init(stream.child(int(self.buffers["num_averaged"]) + number))
 
-    def _fresh(self, number: int, attempt: int) -> Params:
-        """Draws the initial parameters of the regressor with this number in the run."""
-        return self.model.init(self.stream.child("regressors").child(attempt).child(number))
+    @property
+    def _goes_on(self) -> bool:
+        """Whether this iteration's regressors start where the last one ended; there is one attempt then."""
+        return self.initial == "previous" and bool(self.buffers["num_averaged"])
 
 
 class _RegressorObjective(Objective):

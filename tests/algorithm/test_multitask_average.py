@@ -173,16 +173,24 @@ def test_training_with_a_pull_minimises_the_loss_plus_the_squared_distance() -> 
         torch.testing.assert_close(algorithm.theta[name], (centre[name] + expected) / 2, rtol=1e-8, atol=1e-10)
 
 
-def test_regressor_that_starts_at_the_previous_one_has_a_new_optimizer_and_one_attempt() -> None:
-    algorithm = make(initial="previous", max_attempts=1, num_steps=200, weight=0.01)
+def test_regressor_that_starts_at_the_previous_one_has_a_new_optimizer() -> None:
+    algorithm = make(initial="previous", num_steps=200, weight=0.01)
     start, regressors = None, []
     for number in range(4):
         algorithms.step(algorithm, take(TASKS, number, number + 1))
         start, _ = trained_alone(number, 0, num_steps=200, weight=0.01, start=start)
         regressors.append(start)
         assert_equal(algorithm.theta, mean(regressors))
-    with pytest.raises(MamlError, match=r"algorithm\.initial=previous .* algorithm\.max_attempts=2; set it to 1"):
-        make(initial="previous", max_attempts=2)
+
+
+def test_only_the_first_regressor_of_a_chain_has_several_attempts() -> None:
+    algorithm = make(initial="previous", max_error=1e-9, num_steps=1, max_attempts=3)
+    algorithms.step(algorithm, take(TASKS, 0, 1))
+    first, _ = min((trained_alone(0, attempt, 0.0, 1) for attempt in range(3)), key=lambda found: found[1])
+    assert_equal(algorithm.theta, first)
+    algorithms.step(algorithm, take(TASKS, 1, 2))
+    second, _ = trained_alone(1, 0, 0.0, 1, start=first)
+    assert_equal(algorithm.theta, mean([first, second]))
 
 
 def test_steps_use_the_support_examples_in_turns() -> None:
@@ -203,7 +211,7 @@ def test_steps_use_the_support_examples_in_turns() -> None:
 
 
 def test_chain_goes_on_from_a_saved_state_with_the_same_bits() -> None:
-    whole, first, second = (make(initial="previous", max_attempts=1, pull="mean", weight=0.02) for _ in range(3))
+    whole, first, second = (make(initial="previous", pull="mean", weight=0.02) for _ in range(3))
     for number in range(4):
         algorithms.step(whole, take(TASKS, number, number + 1))
     for number in range(2):
@@ -218,8 +226,7 @@ def test_chain_goes_on_from_a_saved_state_with_the_same_bits() -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("initial", ["fresh", "previous"])
 def test_seeds_side_by_side_equal_separate_runs(initial: str, batch: int) -> None:
-    options: dict[str, Any] = {"initial": initial, "max_attempts": 1 if initial == "previous" else 3}
-    options |= {"pull": "mean", "weight": 0.01, "num_steps": 200}
+    options: dict[str, Any] = {"initial": initial, "max_attempts": 3, "pull": "mean", "weight": 0.01, "num_steps": 200}
     together, apart = ([make(seed, **options) for seed in range(3)] for _ in range(2))
     streams = [Stream(seed) for seed in range(3)]
     execution = Execution(num_threads=1, task_chunk=None, compile=False)
