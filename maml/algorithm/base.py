@@ -159,6 +159,21 @@ class Algorithm(ABC):
         """
         raise MamlError(f"{type(self).__name__} does not know how far a policy moves; choose outer=adam")
 
+    def kl_gradients(self, params: Params, tasks: Tasks) -> Params:
+        """Returns the gradient of each task's KL divergence from the policy that collected its rollouts.
+
+        Args:
+            params: theta of the new policies and the buffers, name -> ``(T, ...)``.
+            tasks: T tasks with their rollouts.
+
+        Returns:
+            The gradients with respect to each task's copy of theta, name -> ``(T, ...)``.
+
+        Raises:
+            MamlError: if the algorithm has no such policy.
+        """
+        raise MamlError(f"{type(self).__name__} does not know how far a policy moves; choose outer=adam")
+
     def meta_update(self, objective: Objective, tasks: Tasks) -> dict[str, Tensor]:
         """Updates theta, the buffers and the outer optimizer's state in place.
 

@@ -75,12 +75,30 @@ class MAML(Algorithm):
 
         return product
 
+    def kl_gradients(self, params: Params, tasks: Tasks) -> Params:
+        data = self.domain.data(tasks, self.role, self.num_steps)
+        if not (self.inner.is_plain_sgd and isinstance(self.domain, Reinforcement)):
+            theta, kl = self._kl(params, tasks)
+            gradients = torch.autograd.grad(kl, list(theta.values()), materialize_grads=True)
+            return dict(zip(theta, gradients, strict=True))
+        v = self.theta_of(params)
+        alpha, names = self.inner.step_size, self.inner.adapted_names(list(v))
+        hessians = []
+        for step in range(self.num_steps):
+            gradient, hessian = self.domain.inner_derivatives(self.model, v, self.domain.data(tasks, "support", step))
+            v = v | {name: v[name] - alpha * gradient[name] for name in names}
+            hessians.append(hessian)
+        fixed = {name: torch.zeros_like(v[name]) for name in v if name not in names}
+        v = self.domain.kl_gradient(self.model, v, data)
+        for hessian in reversed(hessians) if self.inner.order == 2 else []:
+            curved = hessian(v | fixed)
+            v = {name: value - alpha * curved[name] for name, value in v.items()}
+        return v
+
     def _curvature_by_autograd(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
         """Differentiates the KL divergence twice, through the steps of any inner optimizer, in any domain."""
-        theta = {name: value.detach().requires_grad_() for name, value in self.theta_of(params).items()}
-        with torch.enable_grad():
-            kl = self.task_losses(params | theta, tasks)[1]["kl"].sum()
-            gradients = torch.autograd.grad(kl, list(theta.values()), create_graph=True, materialize_grads=True)
+        theta, kl = self._kl(params, tasks)
+        gradients = torch.autograd.grad(kl, list(theta.values()), create_graph=True, materialize_grads=True)
 
         def product(vector: Params) -> Params:
             curved = torch.autograd.grad(
@@ -89,3 +107,9 @@ class MAML(Algorithm):
             return dict(zip(theta, curved, strict=True))
 
         return product
+
+    @torch.enable_grad()
+    def _kl(self, params: Params, tasks: Tasks) -> tuple[Params, Tensor]:
+        """Returns theta as leaves of a graph, and the sum over tasks of the KL divergences, 0-dim."""
+        theta = {name: value.detach().requires_grad_() for name, value in self.theta_of(params).items()}
+        return theta, self.task_losses(params | theta, tasks)[1]["kl"].sum()

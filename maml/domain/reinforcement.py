@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from maml.environment.base import Environments, TellGoal
 from maml.environment.rollouts import collect_episodes
 from maml.hardware.workload import Workload
 from maml.model.base import Model
+from maml.model.linearized import Linearized
 from maml.seeding import Stream
 from maml.types import Count, Discount, MatrixVectorProduct, Params, Split, Tasks
 
@@ -198,16 +200,22 @@ class Reinforcement(Domain[Rollouts]):
 
     def inner_hessian(self, model: Model, params: Params, data: Rollouts) -> MatrixVectorProduct:
         """Returns the Hessian of `inner_loss` at the parameters, per task."""
+        linearized, delta, output_hessian = _linearized_reinforce(model, params, data)
+        return linearized.hessian(delta, output_hessian)
+
+    def inner_derivatives(self, model: Model, params: Params, data: Rollouts) -> tuple[Params, MatrixVectorProduct]:
+        """Returns the gradient and the Hessian of `inner_loss` at the parameters, per task."""
+        linearized, delta, output_hessian = _linearized_reinforce(model, params, data)
+        return linearized.vjp(delta), linearized.hessian(delta, output_hessian)
+
+    def kl_gradient(self, model: Model, params: Params, data: Rollouts) -> Params:
+        """Returns the gradient of the mean KL divergence from the policy that collected the rollouts, per task."""
         linearized = model.linearize(params, data.observations)
         outputs = linearized.outputs.detach().requires_grad_()
         with torch.enable_grad():
-            loss = _reinforce(outputs, data).sum()
-            (delta,) = torch.autograd.grad(loss, outputs, create_graph=True)
-
-        def output_hessian(change: Tensor) -> Tensor:
-            return torch.autograd.grad(delta, outputs, change, retain_graph=True)[0]
-
-        return linearized.hessian(delta.detach(), output_hessian)
+            kl = (data.weights * kl_divergence(data.outputs, outputs)).sum()
+            (delta,) = torch.autograd.grad(kl, outputs)
+        return linearized.vjp(delta)
 
     def fisher(self, model: Model, params: Params, data: Rollouts) -> MatrixVectorProduct:
         """Returns the Hessian of the mean KL divergence from the policy of ``params``, at ``params``, per task."""
@@ -235,3 +243,19 @@ def kl_divergence(old: Tensor, new: Tensor) -> Tensor:
 
 def _reinforce(outputs: Tensor, data: Rollouts) -> Tensor:
     return -(data.weights * log_prob(outputs, data.actions) * data.advantages).sum(1)
+
+
+def _linearized_reinforce(
+    model: Model, params: Params, data: Rollouts
+) -> tuple[Linearized, Tensor, Callable[[Tensor], Tensor]]:
+    """Returns the model's derivatives, the inner loss's gradient with respect to the outputs, and its Hessian there."""
+    linearized = model.linearize(params, data.observations)
+    outputs = linearized.outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = _reinforce(outputs, data).sum()
+        (delta,) = torch.autograd.grad(loss, outputs, create_graph=True)
+
+    def output_hessian(change: Tensor) -> Tensor:
+        return torch.autograd.grad(delta, outputs, change, retain_graph=True)[0]
+
+    return linearized, delta.detach(), output_hessian

@@ -26,6 +26,15 @@ class Objective(ABC):
     def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
         """Returns the gradient at ``theta``, by name, and the mean metrics of the meta-batch, 0-dim tensors."""
 
+    def kl_gradient(self, theta: Params, every: int = 1) -> Params:
+        """Returns the gradient at ``theta`` of the mean KL divergence from the policies that collected the rollouts.
+
+        Args:
+            theta: the parameters of the new policies.
+            every: 1 uses every timestep, n uses every n-th.
+        """
+        raise _missing("gradient of a KL divergence")
+
     def evaluate(self, theta: Params) -> dict[str, Tensor]:
         """Returns the mean metrics at ``theta``, 0-dim tensors.
 

@@ -72,6 +72,28 @@ class MetaGradient:
         self.latest, metrics = _split(means, gradients, metrics)
         return self.latest, metrics
 
+    def kl_gradient(self, params: Params, tasks: Tasks, every: int = 1) -> Params:
+        """Returns the gradient of the mean KL divergence from the policies that collected the rollouts.
+
+        Args:
+            params: theta and the buffers, without a task axis.
+            tasks: this process's part of a meta-batch, with its rollouts.
+            every: 1 uses every timestep, n uses every n-th.
+        """
+
+        def compute(task_chunk: int) -> Params:
+            own: Params = {}
+            for chunk in self._chunks(tasks, task_chunk):
+                fewer = self.algorithm.domain.subsample_timesteps(chunk, every)
+                added = self.algorithm.kl_gradients(self.per_task(params, num_tasks(chunk)), fewer)
+                sums = self._sum_over_tasks(added)
+                own = {name: own[name] + value for name, value in sums.items()} if own else sums
+            return own
+
+        own = self._in_chunks(compute, tasks)
+        means = distributed.all_reduce_mean(list(own.values()), self._tasks_per_seed(tasks))
+        return dict(zip(own, means, strict=True))
+
     def sums(self, params: Params, tasks: Tasks, task_chunk: int) -> tuple[Params, Metrics]:
         """Returns the sums of the gradients with respect to theta and of the metrics, over this process's tasks.
 
@@ -292,6 +314,9 @@ class BatchObjective(Objective):
 
     def evaluate(self, theta: Params) -> dict[str, Tensor]:
         return self.meta_gradient.evaluate(self._params(theta), self.tasks)
+
+    def kl_gradient(self, theta: Params, every: int = 1) -> Params:
+        return self.meta_gradient.kl_gradient(self._params(theta), self.tasks, every)
 
     def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
         return self.meta_gradient.curvature(self._params(theta), self.tasks, every)

@@ -155,3 +155,22 @@ def test_log_prob_is_of_the_unclipped_action() -> None:
     actions = torch.tensor([[3.0, -4.0]])
     expected = torch.distributions.Normal(outputs[:, :2], outputs[:, 2:].exp()).log_prob(actions).sum(-1)
     assert torch.allclose(log_prob(outputs, actions), expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("num_steps", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_the_divergence_is_autograds_away_from_theta(kind: str, activation: str, num_steps: int) -> None:
+    algorithm, tasks = made(kind, activation, num_steps)
+    theta = flat(algorithm.theta)
+    vector = theta + 0.1 * torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    vector.requires_grad_()
+    (expected,) = torch.autograd.grad(mean_kl(algorithm, tasks, vector), vector)
+    assert expected.abs().max() > 1e-3
+    params = like(vector.detach(), algorithm.theta)
+    for chunk in (2, None):
+        ours = flat(algorithms.meta_gradient(algorithm, chunk).kl_gradient(params, tasks))
+        assert torch.allclose(ours, expected, rtol=1e-10, atol=1e-12)
+    thinned = algorithm.domain.subsample_timesteps(tasks, 2)
+    ours = flat(algorithms.meta_gradient(algorithm).kl_gradient(params, tasks, every=2))
+    assert torch.equal(ours, flat(algorithms.meta_gradient(algorithm).kl_gradient(params, thinned)))

@@ -351,6 +351,11 @@ def test_checkpoint_of_other_observations_is_refused(tiny: TinyRuns) -> None:
         (["outer=trpo", "outer.max_kl=0"], r"outer\.max_kl=0: input should be greater than 0"),
         (["outer=trpo", "outer.num_cg_steps=0"], r"outer\.num_cg_steps=0: input should be greater than or equal to 1"),
         (["outer=trpo", "outer.backtrack=1"], r"outer\.backtrack=1: input should be less than 1"),
+        (
+            ["outer=trpo", "outer.curvature=fd"],
+            r"outer\.curvature='fd': input should be 'exact' or 'finite_difference'",
+        ),
+        (["outer=trpo", "outer.first_fraction=0"], r"outer\.first_fraction=0: input should be greater than 0"),
         (["outer=trpo", "outer.damping=-1"], r"outer\.damping=-1: input should be greater than or equal to 0"),
         (["outer=trpo", "outer.curvature_every=0"], r"outer\.curvature_every=0: input should be greater than or equal"),
         (["evaluation=average_return", "evaluation.theta=first"], r"input should be 'last' or 'best'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from maml.inner.sgd import SGD
 from maml.model.functional import Activation
 from maml.model.gaussian_policy import GaussianPolicy
 from maml.outer.base import MatrixVectorProduct, Objective
-from maml.outer.trpo import TRPO, conjugate_gradient
+from maml.outer.trpo import TRPO, conjugate_gradient, exact_product, finite_difference_product
 from maml.seeding import Stream
 from maml.types import Params
 from tests import algorithms
@@ -53,6 +54,7 @@ class Quadratic(Objective):
         self.judge = judge
         self.tried: list[Tensor] = []
         self.every: list[int] = []
+        self.bend = 0.0  # of the divergence's gradient: adds bend * |away|^2 * away
 
     def loss(self, vector: Tensor) -> Tensor:
         away = vector - self.minimum
@@ -82,6 +84,12 @@ class Quadratic(Objective):
             return {"b": curved[4:], "a": curved[:4].reshape(2, 2)}
 
         return product
+
+    def kl_gradient(self, theta: Params, every: int = 1) -> Params:
+        self.every.append(every)
+        away = flat(theta) - self.start
+        curved = self.metric @ away + self.bend * away.norm() ** 2 * away
+        return {"b": curved[4:], "a": curved[:4].reshape(2, 2)}
 
 
 def full_step(objective: Quadratic, max_kl: float, damping: float) -> np.ndarray:
@@ -117,18 +125,59 @@ def test_conjugate_gradient_ends_when_the_residual_is_small() -> None:
     assert torch.equal(vector, torch.tensor([3.0, -4.0]))
 
 
+@pytest.mark.parametrize("curvature", ["exact", "finite_difference"])
 @pytest.mark.parametrize("max_kl", [0.01, 0.5])
 @pytest.mark.parametrize("damping", [0.0, 0.1])
-def test_step_goes_to_the_border_of_the_trust_region(max_kl: float, damping: float) -> None:
+def test_step_goes_to_the_border_of_the_trust_region(
+    max_kl: float, damping: float, curvature: Literal["exact", "finite_difference"]
+) -> None:
     objective, theta = Quadratic(), start()
-    metrics = TRPO(max_kl, num_cg_steps=20, damping=damping, curvature_every=3).step(objective, theta, {})
+    outer = TRPO(max_kl, num_cg_steps=20, damping=damping, curvature=curvature, curvature_every=3)
+    metrics = outer.step(objective, theta, {})
     expected = full_step(objective, max_kl, damping)
     assert np.allclose((objective.start - flat(theta)).numpy(), expected, rtol=1e-5)
     assert metrics["step_fraction"] == 1.0
     assert metrics["kl"] <= max_kl
     # Damping makes the step shorter than the divergence would allow.
     assert metrics["kl"].item() == pytest.approx(max_kl, rel=1e-6 if damping == 0 else 0.2)
-    assert objective.every == [3]
+    assert set(objective.every) == {3}
+
+
+def test_finite_difference_is_the_authors_formula() -> None:
+    """Their formula, with the step that their code uses by mistake, on a divergence that is not quadratic."""
+    objective, theta = Quadratic(), start()
+    objective.bend = 3.0
+    vector = torch.linspace(-3.0, 2.0, SIZE, dtype=torch.float64)
+    eps = 1.0 / (np.linalg.norm(flat(theta).numpy()) + 1e-8)
+
+    def gradient(at: np.ndarray) -> np.ndarray:
+        away = at - objective.start.numpy()
+        return objective.metric.numpy() @ away + 3.0 * (away @ away) * away
+
+    around = objective.start.numpy()
+    expected = (gradient(around + eps * vector.numpy()) - gradient(around - eps * vector.numpy())) / (2 * eps)
+    ours = finite_difference_product(objective, theta, 1)(vector)
+    assert np.allclose(ours.numpy(), expected, rtol=1e-12)
+    exact = exact_product(objective, theta, 1)(vector).numpy()
+    assert not np.allclose(exact, expected, rtol=0.1)
+
+
+def test_length_of_a_step_measures_the_curvature_of_its_own_direction() -> None:
+    """A difference is not linear, so the authors multiply the direction once more. Here the product is b^3."""
+
+    class Cubic(Quadratic):
+        def kl_gradient(self, theta: Params, every: int = 1) -> Params:
+            away = flat(theta) - self.start
+            curved = away**3
+            return {"b": curved[4:], "a": curved[:4].reshape(2, 2)}
+
+    objective, theta = Cubic(lambda number: (-1e9, 0.0)), start()
+    TRPO(max_kl=0.02, num_cg_steps=1, damping=0.0, curvature="finite_difference").step(objective, theta, {})
+    eps = 1 / (objective.start.norm() + 1e-8)
+    slope = objective.slope()
+    direction = (slope @ slope) / (slope @ (eps**2 * slope**3)) * slope
+    step = (2 * 0.02 / (direction @ (eps**2 * direction**3) + 1e-8)).sqrt() * direction
+    assert torch.allclose(objective.start - objective.tried[0], step)
 
 
 def test_metrics_are_those_before_the_step_and_after() -> None:
@@ -181,6 +230,15 @@ def test_shortening_follows_the_option() -> None:
     objective = Quadratic(lambda number: (-5.0, 0.0) if number == 2 else (1e9, 0.0))
     metrics = TRPO(backtrack=0.5).step(objective, start(), {})
     assert metrics["step_fraction"] == 0.25
+
+
+def test_fractions_begin_and_end_where_the_options_say() -> None:
+    objective = Quadratic(lambda number: (1e9, 0.0))
+    TRPO(num_cg_steps=20, first_fraction=1.5, backtrack=0.5, num_tries=3).step(objective, start(), {})
+    step = full_step(objective, 0.01, 1e-5)
+    assert len(objective.tried) == 3
+    for fraction, tried in zip((1.5, 0.75, 0.375), objective.tried, strict=True):
+        assert np.allclose((objective.start - tried).numpy(), fraction * step, rtol=1e-5)
 
 
 def test_gradient_that_is_not_a_number_moves_nothing() -> None:
