@@ -90,7 +90,7 @@ class MetaGradient:
                 own = {name: own[name] + value for name, value in sums.items()} if own else sums
             return own
 
-        own = self._in_chunks(compute, tasks)
+        own = self._in_chunks(compute, self._tasks_per_seed(tasks))
         means = distributed.all_reduce_mean(list(own.values()), self._tasks_per_seed(tasks))
         return dict(zip(own, means, strict=True))
 
