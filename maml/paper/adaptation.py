@@ -102,7 +102,7 @@ def plot_picture(picture: Picture, panels: Sequence[tuple[Panel, Evidence, list[
     for item in sorted(panels, key=lambda item: methods.index(item[0].row)):  # the tasks of a method keep their order
         columns.setdefault(item[0].label, []).append(item)
     num_rows = max(map(len, columns.values()))
-    canvas = Canvas(figsize=(PAGE, 1.35 * num_rows + 0.95), layout="constrained")
+    canvas = Canvas(figsize=(PAGE, 1.35 * num_rows + 0.75), layout="constrained")
     grid = canvas.subplots(num_rows, len(columns), squeeze=False, sharex=True, sharey=True)
     handles: dict[str, Any] = {}
     for column, items in zip(grid.T, columns.values(), strict=True):
@@ -115,7 +115,6 @@ def plot_picture(picture: Picture, panels: Sequence[tuple[Panel, Evidence, list[
         column[len(items) - 1].set_xlabel("input x")
     for axes in grid[:, 0]:
         axes.set_ylabel("output y")
-    canvas.suptitle(picture.title)
     canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=5)
     save(canvas, *(path.with_suffix(suffix) for suffix in SUFFIXES))
     return path

@@ -176,7 +176,7 @@ def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Pat
     """Plots our curves and bands over the published ones, panel by panel; returns the PNG.
 
     The panels stand in one row, and one legend below them names what is drawn. A curve that lacks runs or iterations
-    is named below its panel.
+    is named below its panel. The figure's title is left to the caption.
 
     Args:
         figure: the figure.
@@ -190,7 +190,7 @@ def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Pat
         if item.curve.is_plotted:
             panels.setdefault(item.curve.panel, []).append(item)
     has_numbers = any(item.curve.cells for item in curves)
-    canvas = Canvas(figsize=(COLUMN, 2.7) if len(panels) == 1 else (PAGE, 2.55), layout="constrained")
+    canvas = Canvas(figsize=(COLUMN, 2.5) if len(panels) == 1 else (PAGE, 2.35), layout="constrained")
     # Panels with exact numbers show different environments, whose returns have different ranges.
     (grid,) = canvas.subplots(1, len(panels), squeeze=False, sharey=not has_numbers)
     shown = [item.curve.name for items in panels.values() for item in items]
@@ -209,7 +209,6 @@ def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Pat
         _explain_missing(axes, items)
         if has_numbers or axes is grid[0]:
             axes.set_ylabel(f"{figure.ylabel} (symlog axis)" if axes.get_yscale() == "symlog" else figure.ylabel)
-    canvas.suptitle(figure.title)
     handles = legend_handles([item for items in panels.values() for item in items], colours)
     canvas.legend(handles=handles, loc="outside lower center", ncols=2 if len(panels) == 1 else len(handles))
     save(canvas, *(path.with_suffix(suffix) for suffix in SUFFIXES))

@@ -106,7 +106,7 @@ def plot_picture(picture: Picture, panels: Sequence[tuple[Panel, Evidence, list[
     import matplotlib  # imported here because it takes half a second
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(COLUMN, 4.1), layout="constrained")
+    canvas = Canvas(figsize=(COLUMN, 3.85), layout="constrained")
     grid = canvas.subplots(2, len(panels), squeeze=False, sharex=True, sharey=True)
     handles: dict[str, Any] = {}
     for column, (panel, evidence, rows) in zip(grid.T, panels, strict=True):
@@ -128,7 +128,6 @@ def plot_picture(picture: Picture, panels: Sequence[tuple[Panel, Evidence, list[
         column[-1].set_xlabel("position x")
     for axes in grid[:, 0]:
         axes.set_ylabel("position y")
-    canvas.suptitle(picture.title)
     order = [*(label for label, *_ in STEPS.values()), "start", "goal"]
     canvas.legend(handles=[handles[name] for name in order if name in handles], loc="outside lower center", ncols=2)
     save(canvas, *(path.with_suffix(suffix) for suffix in SUFFIXES))

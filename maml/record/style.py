@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from maml.record.checkpoint import write_atomically
 
@@ -48,19 +49,26 @@ def save(canvas: Figure, *paths: Path) -> None:
         background = "none" if kind == "svg" else "auto"  # an SVG is transparent: it lies on pages of any colour
         canvas.savefig(buffer, format=kind, metadata=_NO_DATE[kind], facecolor=background)
         content = themed(buffer.getvalue().decode()).encode() if kind == "svg" else buffer.getvalue()
-        write_atomically(path, lambda file, content=content: file.write(content))
+        write_atomically(path, partial(_write, content=content))
+
+
+def _write(file: IO[bytes], content: bytes) -> None:
+    file.write(content)
 
 
 def themed(svg: str) -> str:
     """Returns Matplotlib's SVG with text and axes in the colour of the text around it.
 
-    Names of groups go, since they would occur twice on a page with several pictures. What remains are definitions;
-    equal names there have equal contents.
+    It may stand on a page beside others: its rules apply to itself only, and names of groups, which others have too,
+    are left out. What keeps its name are definitions; equal names there have equal contents.
     """
     import matplotlib
 
     ink = str(matplotlib.rcParams["text.color"])
     svg = re.sub(f"{ink if ink.startswith('#') else '#' + ink}", "currentColor", svg, flags=re.IGNORECASE)
+    rules = re.search(r'<defs>\s*<style type="text/css">\*\{([^}]*)\}</style>\s*</defs>\s*', svg)
+    if rules:  # for all elements of the page; the same is inherited from the root
+        svg = svg.replace(rules[0], "").replace("<svg ", f'<svg style="{rules[1]}" ', 1)
     return re.sub(r'(<g) id="[^"]*"', r"\1", svg)
 
 

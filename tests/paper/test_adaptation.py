@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.gridspec import SubplotSpec
 
 from maml.errors import MamlError
 from maml.paper.adaptation import panel_rows, plot_picture
@@ -107,9 +108,9 @@ def test_the_picture_has_a_column_for_each_method_and_k_and_names_only_what_is_d
     assert len(canvas.axes) == 8 and len(shown) == 6, "two tasks at K=5 and one at K=10"
     assert [axes.get_title() for axes in canvas.axes[:4]] == ["MAML, K=5", "MAML, K=10", *PRETRAINED]
     for column in range(4):
-        lowest = max(axes.get_subplotspec().rowspan.start for axes in shown if column_of(axes) == column)
-        for axes in (axes for axes in shown if column_of(axes) == column):
-            is_lowest = axes.get_subplotspec().rowspan.start == lowest
+        lowest = max(place(axes).rowspan.start for axes in shown if place(axes).colspan.start == column)
+        for axes in (axes for axes in shown if place(axes).colspan.start == column):
+            is_lowest = place(axes).rowspan.start == lowest
             assert axes.get_xlabel() == ("input x" if is_lowest else "")
             assert axes.get_ylabel() == ("output y" if column == 0 else "")
             assert len(axes.get_lines()) == (5 if column < 2 else 0)
@@ -127,10 +128,10 @@ def test_the_picture_has_a_column_for_each_method_and_k_and_names_only_what_is_d
 PRETRAINED = ["pretrained, K=5", "pretrained, K=10"]
 
 
-def column_of(axes: Axes) -> int:
-    place = axes.get_subplotspec()
-    assert place is not None
-    return place.colspan.start
+def place(axes: Axes) -> SubplotSpec:
+    found = axes.get_subplotspec()
+    assert found is not None
+    return found
 
 
 def test_the_heading_names_the_step_size_that_was_chosen_for_meta_test(

@@ -69,7 +69,9 @@ def test_curve_that_diverged_at_every_step_is_no_error(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
 
 
-METRICS = [{"iteration": 10 * number, "loss": 8 / number, "accuracy": 0.1 * number} for number in (1, 2, 4)]
+METRICS: list[dict[str, Any]] = [
+    {"iteration": 10 * number, "loss": 8 / number, "accuracy": 0.1 * number} for number in (1, 2, 4)
+]
 
 
 def test_training_stands_beside_adaptation_where_there_are_metrics(
@@ -102,7 +104,7 @@ def test_training_curve_is_the_metric_closest_to_meta_test() -> None:
     assert training_curve(METRICS, "accuracy_inductive")[0] == "accuracy"
     assert training_curve(METRICS, "mse") == ("loss", [(10, 8.0), (20, 4.0), (40, 2.0)])
     assert training_curve([], "mse") == ("loss", [])
-    with_gap = [*METRICS, {"iteration": 50, "loss": None, "accuracy": 1.0}]
+    with_gap: list[dict[str, Any]] = [*METRICS, {"iteration": 50, "loss": None, "accuracy": 1.0}]
     assert training_curve(with_gap, "mse")[1][-1] == (40, 2.0)
     many = [{"iteration": number, "return": number % 2} for number in range(1, 1001)]
     name, points = training_curve(many, "return")

@@ -38,7 +38,7 @@ def test_svg_takes_the_colour_of_the_page(tmp_path: Path) -> None:
         assert str(matplotlib.rcParams["text.color"]).lower() not in svg.lower()
     assert "currentColor" in svg and ">level</text>" in svg
     assert "<g id=" not in svg and "fill: #ffffff" not in svg
-    assert "#0072b2" in svg, "colours of curves stay"
+    assert "#2880c3" in svg, "colours of curves stay"
 
 
 def test_themed_changes_ink_and_names_only() -> None:
