@@ -16,9 +16,9 @@ from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.paper.cells import Panel, Picture, Source
 from maml.paper.evidence import Evidence
-from maml.paper.figures import SUFFIXES
+from maml.paper.figures import save_figure
 from maml.record import checkpoint
-from maml.record.style import GRAY, PAGE, save, style
+from maml.record.style import GRAY, PAGE, style
 from maml.seeding import Stream
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def plot_picture(picture: Picture, panels: Sequence[tuple[Panel, Evidence, list[
     for axes in grid[:, 0]:
         axes.set_ylabel("output y")
     canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=5)
-    save(canvas, *(path.with_suffix(suffix) for suffix in SUFFIXES))
+    save_figure(canvas, picture.title, path)
     return path
 
 

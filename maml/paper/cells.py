@@ -16,6 +16,17 @@ from maml.record.index import Source
 # Keys of a line in cells.yaml that are not fields of its `Source`.
 _NON_SOURCE_KEYS = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal", "note"}
 
+# Names of methods for the reader, by their `method` in the paper's files; a method that is not here has that name itself.
+# The order gives the colours, which are the same in all figures.
+METHODS = {
+    "MAML": "MAML",
+    "pretrained": "pretrained",
+    "pretrained_step0.01": "pretrained",
+    "pretrained_step0.02": "pretrained",
+    "random": "random initialization",
+    "oracle": "oracle",
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -92,7 +103,6 @@ class Curve:
         cells: the printed mean at every gradient step; empty if only the image is published.
         is_plotted: whether the paper plots it.
         note: the same as in `Cell`.
-        method: name of the method for the reader; if empty, it is the row.
     """
 
     row: str
@@ -103,12 +113,11 @@ class Curve:
     cells: tuple[Cell, ...] = ()
     is_plotted: bool = True
     note: str = ""
-    method: str = ""
 
     @property
     def name(self) -> str:
         """The name of the method for the reader; curves of several panels may share it."""
-        return self.method or self.row
+        return METHODS.get(self.row, self.row)
 
     @property
     def label(self) -> str:
@@ -127,7 +136,6 @@ class Figure:
         curves: the curves, panel by panel.
         axes: arguments of Matplotlib's ``Axes.set`` for each panel.
         note: a remark for the reader; empty if there is none.
-        methods: names of all methods; their order gives the colours, which are the same in all figures.
     """
 
     name: str
@@ -136,7 +144,6 @@ class Figure:
     curves: tuple[Curve, ...]
     axes: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
-    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,19 +155,17 @@ class Panel:
         task: number of the task in the picture, or, in navigation, number of the meta-test goal.
         one_half: whether all support points lie in the right half of the input range.
         source: source of the method's run; its K is also the task's.
-        method: the same as in `Curve`.
     """
 
     row: str
     task: int
     one_half: bool
     source: Source
-    method: str = ""
 
     @property
     def name(self) -> str:
         """The name of the method for the reader."""
-        return self.method or self.row
+        return METHODS.get(self.row, self.row)
 
     @property
     def label(self) -> str:
@@ -201,14 +206,12 @@ def load_tables(results: Path) -> list[Table]:
 
 def load_figures(results: Path) -> list[Figure]:
     """Reads all figures of curves that have an experiment; ``results`` as in `load_tables`."""
-    entries = _entries(results)
-    return [_figure(results, name, entry, entries.get("methods", {})) for name, entry in entries["figures"].items()]
+    return [_figure(results, name, entry) for name, entry in _entries(results)["figures"].items()]
 
 
 def load_pictures(results: Path) -> list[Picture]:
     """Reads all pictures of single tasks that have an experiment; ``results`` as in `load_tables`."""
-    entries = _entries(results)
-    return [_picture(results, name, entry, entries.get("methods", {})) for name, entry in entries["pictures"].items()]
+    return [_picture(results, name, entry) for name, entry in _entries(results)["pictures"].items()]
 
 
 def load_levels(results: Path, name: str, row: str, num_shots: int, num_steps: int) -> dict[int, tuple[float, float]]:
@@ -280,29 +283,20 @@ def _refuse_unknown(
         )
 
 
-def _figure(results: Path, name: str, entry: Mapping[str, Any], methods: Mapping[str, str]) -> Figure:
-    return Figure(
-        name,
-        entry["title"],
-        entry["ylabel"],
-        tuple(_curve(results, entry, line, methods) for line in entry["curves"]),
-        entry.get("axes", {}),
-        entry.get("note", ""),
-        tuple(dict.fromkeys(methods.values())),
-    )
+def _figure(results: Path, name: str, entry: Mapping[str, Any]) -> Figure:
+    curves = [_curve(results, entry, line) for line in entry["curves"]]
+    return Figure(name, entry["title"], entry["ylabel"], tuple(curves), entry.get("axes", {}), entry.get("note", ""))
 
 
-def _curve(results: Path, entry: Mapping[str, Any], line: Mapping[str, Any], methods: Mapping[str, str]) -> Curve:
+def _curve(results: Path, entry: Mapping[str, Any], line: Mapping[str, Any]) -> Curve:
     file = line.get("panel")
     fields = entry["defaults"] | (entry["panels"][file] if file else {}) | line
     row, num_steps, source = fields["row"], fields["num_steps"], _source(fields)
-    method = methods.get(row, row)
     if file is None:
         levels = load_levels(results, entry["levels"], row, source.num_shots, num_steps)
         if source.num_shots in entry.get("unreadable", ()):
             levels = {}
-        note = fields.get("note", "")
-        return Curve(row, f"K={source.num_shots}", source, num_steps, levels, note=note, method=method)
+        return Curve(row, f"K={source.num_shots}", source, num_steps, levels, note=fields.get("note", ""))
     printed = [
         point for point in _read(results, file) if point["method"] == row and int(point["grad_step"]) <= num_steps
     ]
@@ -322,18 +316,16 @@ def _curve(results: Path, entry: Mapping[str, Any], line: Mapping[str, Any], met
         ),
         printed[0]["plotted_in_paper"] == "yes",
         fields.get("note", ""),
-        method,
     )
 
 
-def _picture(results: Path, name: str, entry: Mapping[str, Any], methods: Mapping[str, str]) -> Picture:
+def _picture(results: Path, name: str, entry: Mapping[str, Any]) -> Picture:
     panels = [
         Panel(
             method["row"],
             task.get("goal", number),
             task.get("one_half", False),
             _source(entry["defaults"] | task | method),
-            methods.get(method["row"], method["row"]),
         )
         for number, task in enumerate(entry["tasks"])
         for method in entry["methods"]

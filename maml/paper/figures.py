@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maml.paper.cells import Curve, Figure, Source
+from maml.paper.cells import METHODS, Curve, Figure, Source
 from maml.paper.evidence import Evidence, provenance
+from maml.paper.plan import WATERMARK
 from maml.paper.tables import Comparison, reason_for, status_markdown, verdict
 from maml.record.statistics import Statistics
 from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_gradient_steps, save, style
@@ -19,8 +20,9 @@ from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_gradi
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
-SUFFIXES = (".png", ".pdf", ".svg")  # each picture is written as each of these
+_SUFFIXES = (".png", ".pdf", ".svg")  # each picture is written as each of these
 _RESAMPLES = 5000  # the number in the authors' plots
 _LINEAR_WITHIN = 2  # a symlog axis is linear between minus this and this
 _PAPER: dict[str, Any] = {"ls": (0, (1, 1.2))}  # colours stand for methods, line styles for whose curve it is
@@ -176,7 +178,7 @@ def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Pat
     """Plots our curves and bands over the published ones, panel by panel; returns the PNG.
 
     The panels stand in one row, and one legend below them names what is drawn. A curve that lacks runs or iterations
-    is named below its panel. The figure's title is left to the caption.
+    is named below its panel.
 
     Args:
         figure: the figure.
@@ -194,7 +196,7 @@ def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Pat
     # Panels with exact numbers show different environments, whose returns have different ranges.
     (grid,) = canvas.subplots(1, len(panels), squeeze=False, sharey=not has_numbers)
     shown = [item.curve.name for items in panels.values() for item in items]
-    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys([*figure.methods, *shown]))}
+    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys([*METHODS.values(), *shown]))}
     for axes, (title, items) in zip(grid, panels.items(), strict=True):
         axes.use_sticky_edges = False  # otherwise the axis would end at the bottom of the lowest bar
         num_steps = max(item.curve.num_steps for item in items)
@@ -211,8 +213,21 @@ def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Pat
             axes.set_ylabel(f"{figure.ylabel} (symlog axis)" if axes.get_yscale() == "symlog" else figure.ylabel)
     handles = legend_handles([item for items in panels.values() for item in items], colours)
     canvas.legend(handles=handles, loc="outside lower center", ncols=2 if len(panels) == 1 else len(handles))
-    save(canvas, *(path.with_suffix(suffix) for suffix in SUFFIXES))
+    save_figure(canvas, figure.title, path)
     return path
+
+
+def save_figure(canvas: Canvas, title: str, path: Path) -> None:
+    """Writes a figure as PNG, PDF and SVG. A smoke test has its warning above the picture.
+
+    Args:
+        canvas: the picture.
+        title: title of the figure, which is left to the caption.
+        path: path of the PNG.
+    """
+    if title.startswith(WATERMARK):
+        canvas.suptitle(WATERMARK)
+    save(canvas, *(path.with_suffix(suffix) for suffix in _SUFFIXES))
 
 
 def legend_handles(curves: Iterable[DrawnCurve], colours: Mapping[str, str]) -> list[Artist]:

@@ -20,8 +20,8 @@ from maml.evaluation import Evaluation
 from maml.paper.adaptation import load_trained, say_why_empty
 from maml.paper.cells import Panel, Picture
 from maml.paper.evidence import Evidence
-from maml.paper.figures import SUFFIXES
-from maml.record.style import COLUMN, GRAY, save, style
+from maml.paper.figures import save_figure
+from maml.record.style import COLUMN, GRAY, style
 from maml.types import take
 
 # The gradient steps that are drawn, with label, colour and line style.
@@ -130,5 +130,5 @@ def plot_picture(picture: Picture, panels: Sequence[tuple[Panel, Evidence, list[
         axes.set_ylabel("position y")
     order = [*(label for label, *_ in STEPS.values()), "start", "goal"]
     canvas.legend(handles=[handles[name] for name in order if name in handles], loc="outside lower center", ncols=2)
-    save(canvas, *(path.with_suffix(suffix) for suffix in SUFFIXES))
+    save_figure(canvas, picture.title, path)
     return path

@@ -14,6 +14,7 @@ from maml.errors import MamlError
 from maml.paper.cells import Curve, Figure, Panel, Picture, Source, load_figures
 from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.figures import CurveComparison, DrawnCurve, bootstrap_interval, plot_figure, prepare_curve
+from maml.paper.plan import WATERMARK
 from maml.record.index import find_runs
 from maml.record.style import style
 from tests.paper.fake_runs import POINT, SINUSOID, make_run, make_run_with_checkpoint
@@ -395,3 +396,10 @@ def test_the_svg_has_the_colour_of_the_page_and_keeps_its_text(tmp_path: Path) -
     assert "<g id=" not in svg
     background = svg[: svg.index("<text")]
     assert "#ffffff" not in background and "fill: white" not in background
+
+
+def test_a_smoke_test_says_so_in_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for title, expected in [("Figure 6", ""), (f"{WATERMARK}. Figure 6", WATERMARK)]:
+        curve = Curve("a", "K=5", Source("a", "mse", 5), 1, {})
+        canvas = drawn_canvas(Figure("figure6", title, "mse", ()), [DrawnCurve(curve, [(1.0, 0.1)] * 2)], monkeypatch)
+        assert canvas.get_suptitle() == expected
