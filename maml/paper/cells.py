@@ -16,7 +16,7 @@ from maml.record.index import Source
 # Keys of a line in cells.yaml that are not fields of its `Source`.
 _NON_SOURCE_KEYS = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal", "note"}
 
-# Names of methods for the reader, by their `method` in the paper's files; a method that is not here has that name itself.
+# Names of methods for the reader, by their `method` in the paper's files; any other method keeps the name it has there.
 # The order gives the colours, which are the same in all figures.
 METHODS = {
     "MAML": "MAML",
