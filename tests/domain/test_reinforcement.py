@@ -213,7 +213,7 @@ def test_each_episode_has_its_own_goal_and_all_timesteps_count_together(num_goal
     theta = algorithm.params_per_task(1)
     # Episode i is the one that task i of a larger meta-batch would begin with.
     draws = RandomLengthWalk(oracle=True, num_goals=num_goals).sample_tasks(100, Stream(1))
-    expected, steps = [], 0
+    expected, steps = list[dict[str, Any]](), 0
     while steps < 6 * 3 * 12:
         one = slice(len(expected), len(expected) + 1)
         stream = Stream(draws["keys"][one]).child("step").child(0)
@@ -284,12 +284,9 @@ def test_training_with_a_goal_per_episode_goes_on_with_any_number_of_episodes() 
 
 
 def test_meta_test_keeps_one_goal_per_task() -> None:
-    per_task, per_episode = (
-        RandomLengthWalk(pooled=True, goal_per=goal_per)  # type: ignore[arg-type]
-        for goal_per in ("task", "episode")
-    )
+    per_task, per_episode = (RandomLengthWalk(pooled=True, goal_per=goal_per) for goal_per in ("task", "episode"))
     for split in ("val", "test"):
-        one, other = (domain.sample_tasks(4, Stream(0), split) for domain in (per_task, per_episode))  # type: ignore[arg-type]
+        one, other = (domain.sample_tasks(4, Stream(0), split) for domain in (per_task, per_episode))
         assert one.keys() == other.keys()
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
