@@ -95,7 +95,8 @@ def _entries(
         else:
             raw = text[value.start_mark.index : value.end_mark.index]
             if isinstance(value, yaml.MappingNode) and "\n" in raw:
-                raw = "{" + ", ".join(f"{inner.value}: {item.value}" for inner, item in value.value) + "}"
+                written = [(inner.value, text[item.start_mark.index : item.end_mark.index]) for inner, item in value.value]
+                raw = "{" + ", ".join(f"{inner}: {item}" for inner, item in written) + "}"
             end = value.end_mark if value.end_mark.line == key.start_mark.line else key.end_mark
             comment = re.search(r"\s#\s+(.*)$", lines[key.start_mark.line][end.column :])
             yield name, Entry(" ".join(raw.split()), comment[1] if comment else "")
