@@ -149,6 +149,8 @@ class Evaluation:
         search: searches the step size at each K on validation tasks, instead of ``step_size``.
         split: which tasks to evaluate on: ``test``, or ``val`` to choose settings.
         bank_seed: seed of the frozen bank, the fixed set of test tasks.
+        bank: whose test tasks the bank has: ``seeded`` draws them from ``bank_seed``; ``authors`` rebuilds those of the
+            authors, in domains where that is possible. Validation tasks are always drawn from ``bank_seed``.
         theta: which theta to evaluate: the ``last`` one or, in domains whose training keeps it, the ``best`` by its
             training returns.
     """
@@ -164,6 +166,7 @@ class Evaluation:
         split: Split = "test",
         bank_seed: NonNegativeInt = 0,
         theta: Literal["last", "best"] = "last",
+        bank: Literal["seeded", "authors"] = "seeded",
     ) -> None:
         if isinstance(step_size, list) and len(step_size) != num_steps:
             raise MamlError(
@@ -179,10 +182,17 @@ class Evaluation:
                 "evaluation.search chooses on validation tasks, so evaluation.split=val would report the tasks that it "
                 "chose on; set evaluation.search=null, or evaluation.split=test"
             )
+        if bank == "authors" and (split != "test" or bank_seed != 0):
+            raise MamlError(
+                f"evaluation.bank=authors is one fixed set of test tasks, but evaluation.split={split} and "
+                f"evaluation.bank_seed={bank_seed} ask for others; set evaluation.bank=seeded, or split=test and "
+                "bank_seed=0"
+            )
         self.num_tasks, self.num_steps = num_tasks, num_steps
         self.num_shots, self.num_query = num_shots, num_query
         self.step_size, self.search = step_size, search
         self.split, self.bank_seed, self.theta = split, bank_seed, theta
+        self.uses_authors_bank = bank == "authors"
 
     def step_sizes(self, num_shots: int) -> list[float] | None:
         """Returns the step sizes at one K, one per step; None if the inner optimizer's own are used.
@@ -210,18 +220,24 @@ class Evaluation:
             num_shots: K.
             num_tasks: number of tasks; None is the evaluation's own.
             split: which tasks; None is the evaluation's own split.
+
+        Raises:
+            MamlError: if the domain has too little data, or if the authors' bank is asked for and the domain cannot
+                rebuild it.
         """
-        stream = Stream(self.bank_seed).child("bank")
-        return domain.sample_tasks(
-            num_tasks or self.num_tasks, stream, split or self.split, num_shots, self.num_query or num_shots
-        )
+        count, split, num_query = num_tasks or self.num_tasks, split or self.split, self.num_query or num_shots
+        if self.uses_authors_bank and split == "test":
+            if num_query != num_shots:
+                raise MamlError("evaluation.bank=authors has K query points; set evaluation.num_query=null")
+            return domain.authors_test_tasks(count, num_shots)
+        return domain.sample_tasks(count, Stream(self.bank_seed).child("bank"), split, num_shots, num_query)
 
     def check(self, domain: Domain[Any]) -> None:
         """Checks, before any training, that the evaluation is possible on a domain.
 
         Raises:
-            MamlError: if the domain has too little data at some K, if some K has no step size, or if the best theta is
-                evaluated and training does not keep it.
+            MamlError: if the domain has too little data at some K or lacks the authors' bank, if some K has no step
+                size, or if the best theta is evaluated and training does not keep it.
         """
         if self.theta == "best" and domain.selected_by is None:
             raise MamlError(
@@ -230,7 +246,8 @@ class Evaluation:
         for num_shots in self.num_shots or [domain.num_shots]:
             self.step_sizes(num_shots)
             try:
-                self.bank(domain, num_shots, num_tasks=1)
+                # One task shows whether there is enough data. The authors' bank also has a limited number of tasks.
+                self.bank(domain, num_shots, num_tasks=None if self.uses_authors_bank else 1)
             except MamlError as error:
                 raise MamlError(
                     f"evaluation at K={num_shots}, num_query={self.num_query or num_shots}: {error}"

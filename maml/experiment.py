@@ -180,8 +180,16 @@ def _train(
             settings.log_every,
             settings.checkpoint_every,
         )
+        problems = []
         for learner in learners:
+            try:
+                learner.algorithm.check_result()
+            except MamlError as error:
+                problems.append(MamlError(f"{learner.folder.path}: {error}"))
+                continue
             learner.finish(*_evaluate(learner, evaluation, settings.num_iterations, execution.task_chunk, judge))
+        if problems:  # after the evaluation of the other seeds
+            raise problems[0]
 
 
 def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Judge | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Renders the paper's tables from all finished runs: results/tables.md, tables.tex, and a folder for each table.
+"""Renders the paper's tables from all finished runs: results/tables.md, readings.md, tables.tex, and a folder for each.
 
     python scripts/paper_tables.py
 
@@ -19,6 +19,7 @@ import pandas as pd
 from maml.paper.cells import Table, load_tables
 from maml.paper.evidence import find_evidence
 from maml.paper.latex import document, table_latex
+from maml.paper.readings import readings_markdown
 from maml.paper.tables import (
     CONFLICT,
     STATUSES,
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs, damaged = find_runs(*options.runs_dir)
     conflicts = conflicts_among(runs)
     tables = load_tables(options.results)
-    comparisons = compare(tables, cache(lambda source: find_evidence(source, runs)))
+    find = cache(lambda source: find_evidence(source, runs))
+    comparisons = compare(tables, find)
     counted, *other_counts = counts_of(tables, comparisons)
     cells = [comparison for group in comparisons.values() for comparison in group]
     overview = ["# The paper's tables", "", f"{counted}.", "", *(f"{line}.\n" for line in other_counts)]
@@ -83,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counts = Counter(comparison.status for comparison in group)
         numbers = " | ".join(str(counts[status] or "") for status in STATUSES)
         overview.append(f"| [{table.title}]({table.name}/{table.name}.md) | {numbers} |")
+    overview += ["", "[Where the paper's number lies among our runs, and other readings of the paper](readings.md)"]
+    write_text_atomically(options.out / "readings.md", readings_markdown(tables, find))
     write_text_atomically(options.out / "tables.tex", document(f"{counted}.", latex))
     write_text_atomically(options.out / "tables.md", "\n".join([*overview, "", "Made by `make paper-tables`.", ""]))
     incomplete = [c.evidence.missing_values(c.cell.source, c.cell.step) for c in cells if c.cell.source]

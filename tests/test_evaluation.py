@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ import torch
 from maml.algorithm.maml import MAML
 from maml.config.identity import digest, evaluation_config
 from maml.config.schema import build
+from maml.domain.base import Domain
+from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid
+from maml.domain.sinusoid_sequence import SinusoidSequence
 from maml.errors import MamlError
 from maml.evaluation import Curve, Evaluation, StepSizeSearch, bank_hash, per_task_rows
 from maml.experiment import build_algorithm
@@ -52,6 +56,41 @@ def test_bank_follows_its_settings(change: dict[str, object]) -> None:
     first, other = (Evaluation(**{"num_tasks": 5, "num_steps": 0} | extra) for extra in ({}, change))  # type: ignore[arg-type]
     shots = (other.num_shots or [10])[0]
     assert bank_hash(first.bank(domain, 10)) != bank_hash(other.bank(domain, shots))
+
+
+def test_authors_bank_is_the_domains_and_frozen() -> None:
+    evaluation = Evaluation(num_tasks=600, num_steps=0, num_shots=[5], bank="authors")
+    domain = Sinusoid()
+    evaluation.check(domain)
+    assert bank_hash(evaluation.bank(domain, 5)) == bank_hash(domain.authors_test_tasks(600, 5)) == "0f1b9460b7c06aea"
+
+
+def test_validation_tasks_beside_the_authors_bank_are_the_seeded_ones() -> None:
+    domain = Sinusoid()
+    authors, seeded = (Evaluation(num_tasks=5, num_steps=0, bank=bank) for bank in ("authors", "seeded"))
+    assert bank_hash(authors.bank(domain, 5, 3, split="val")) == bank_hash(seeded.bank(domain, 5, 3, split="val"))
+    assert bank_hash(authors.bank(domain, 5)) != bank_hash(seeded.bank(domain, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"split": "val"}, r"evaluation\.split=val and evaluation\.bank_seed=0"),
+        ({"bank_seed": 1}, r"evaluation\.split=test and evaluation\.bank_seed=1"),
+        ({"num_query": 3}, r"set evaluation\.num_query=null"),
+        ({"num_tasks": 601}, r"evaluation\.num_tasks=601; lower it"),
+    ],
+)
+def test_other_tasks_than_the_authors_bank_has_are_refused(options: dict[str, Any], problem: str) -> None:
+    settings: dict[str, Any] = {"num_tasks": 5, "num_steps": 0, "bank": "authors"} | options
+    with pytest.raises(MamlError, match=problem):
+        Evaluation(**settings).check(Sinusoid())
+
+
+@pytest.mark.parametrize("domain", [SinusoidSequence(), PointNavigation()])
+def test_domain_without_a_bank_of_the_authors_is_refused(domain: Domain[Any]) -> None:
+    with pytest.raises(MamlError, match=r"has no bank that is rebuilt .* set evaluation\.bank=seeded"):
+        Evaluation(num_tasks=5, num_steps=0, bank="authors").check(domain)
 
 
 def test_curve_equals_adaptation_by_hand() -> None:

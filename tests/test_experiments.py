@@ -43,8 +43,8 @@ def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -
     places = [f"runs_dir={tmp_path}", f"cache_dir={cache_dir}", "hardware=cpu", "hardware.num_threads=1"]
     # Rollouts are what an RL experiment's time goes into.
     few = ["domain.num_shots=2", "evaluation.num_shots=[2]"] if name.startswith(("point", "cheetah", "ant")) else []
-    if "multitask_average" in name:  # Regressors that have to be good take thousands of steps.
-        few = ["algorithm.max_error=3"]
+    if "multitask" in name:  # Regressors that have to be good take thousands of steps.
+        few = ["algorithm.max_error=100", "algorithm.num_steps=200"]
     config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
     if "num_filters" in config.model:  # An image experiment spends its time in convolutions.
         config = replace(config, model={**config.model, "num_filters": 4})
@@ -240,16 +240,25 @@ def test_sinusoid_baselines_are_the_papers(cache_dir: Path) -> None:
     assert (config.num_iterations, type(algorithm)) == (0, RandomInit)
 
 
-@pytest.mark.parametrize("variant", ["", "_l2", "_to_mean"])
-def test_multitask_average_is_of_500_regressors(variant: str, cache_dir: Path) -> None:
-    config, algorithm, evaluation = built(f"sinusoid_multitask_average{variant}", cache_dir)
+@pytest.mark.parametrize("reading", ["average", "chain"])
+@pytest.mark.parametrize(("variant", "weight"), [("", 0.0), ("_l2", 0.001), ("_to_mean", 0.01)])
+def test_multitask_average_is_of_500_regressors(variant: str, weight: float, reading: str, cache_dir: Path) -> None:
+    config, algorithm, evaluation = built(f"sinusoid_multitask_{reading}{variant}", cache_dir)
     assert isinstance(algorithm, MultitaskAverage)
-    assert config.meta_batch_size * config.num_iterations == 500
-    assert (config.meta_batch_size == 1) == (variant == "_to_mean"), "that one is sequential by definition"
-    assert (algorithm.max_error, algorithm.pull) == (0.02, "mean" if variant == "_to_mean" else "zero")
-    assert (algorithm.weight > 0) == bool(variant)
+    assert (config.meta_batch_size, config.num_iterations) == (1, 500)
+    assert (algorithm.max_error, algorithm.max_share_above) == (0.02, 0.05)
+    assert (algorithm.weight, algorithm.pull) == (weight, "mean" if variant == "_to_mean" else "zero")
+    assert algorithm.initial == ("previous" if reading == "chain" else "fresh")
     assert size(algorithm) == 1761
-    assert evaluation.search is not None
+    assert evaluation.search is not None and evaluation.search.num_candidates == 22
+
+
+def test_papers_sinusoid_experiments_are_tested_on_the_authors_bank(cache_dir: Path) -> None:
+    papers = {name for name in EXPERIMENTS if name.startswith("sinusoid")} - {"sinusoid_reptile", "sinusoid_sequence"}
+    for name in papers:
+        assert built(name, cache_dir)[2].uses_authors_bank
+    for name in ("sinusoid_reptile", "sinusoid_sequence"):
+        assert not built(name, cache_dir)[2].uses_authors_bank
 
 
 # K in training and in meta-test, alpha, KL limit, iterations of MAML, pretrained and oracle, the authors' step sizes in

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -56,7 +56,9 @@ class Algorithm(ABC):
             only; None if it has runs of its own.
         learns_from_rollouts: whether it can learn from data that depends on theta, as rollouts do.
         sums_over_tasks: whether the meta-update follows from a sum over the tasks of a meta-batch. Only then processes
-            can share the tasks, and several seeds can be trained as one computation.
+            can share the tasks.
+        updates_seeds_together: whether `meta_updates` is defined. Only then, or if ``sums_over_tasks``, several seeds
+            can be trained as one computation.
 
     Attributes:
         theta: the meta-learnt parameters, those of the model and of the inner optimizer, without a task axis.
@@ -69,6 +71,7 @@ class Algorithm(ABC):
     trained_as: str | None = None
     learns_from_rollouts = False
     sums_over_tasks = True
+    updates_seeds_together = False
 
     def __init__(self, parts: Parts) -> None:
         self.domain, self.inner, self.outer = parts.domain, parts.inner, parts.outer
@@ -185,6 +188,27 @@ class Algorithm(ABC):
         for name, value in self.buffers.items():
             value.copy_(metrics.pop(name))
         return metrics
+
+    @classmethod
+    def meta_updates(cls, algorithms: Sequence[Self], objective: Objective, tasks: Tasks) -> list[dict[str, Tensor]]:
+        """Makes the `meta_update` of several seeds in one computation, if ``updates_seeds_together``.
+
+        Args:
+            algorithms: S algorithms that differ in the seed only.
+            objective: computes gradients of single tasks, and nothing else.
+            tasks: the meta-batches of all seeds, seed by seed, ``(S B, ...)``.
+
+        Returns:
+            The mean metrics of each seed, 0-dim tensors.
+        """
+        raise NotImplementedError
+
+    def check_result(self) -> None:  # noqa: B027, most algorithms check nothing
+        """Checks, after the last iteration, that training has reached what the algorithm asks for.
+
+        Raises:
+            MamlError: if not. The trained state is saved, and ``mode=eval`` evaluates it.
+        """
 
     def adapt(
         self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
+from maml.errors import MamlError
 from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.seeding import Stream
@@ -122,6 +123,21 @@ class Domain(ABC, Generic[Data]):
         Returns:
             Tensors ``(T, ...)`` by name, from which `data` makes the examples.
         """
+
+    def authors_test_tasks(self, num_tasks: int, num_shots: int) -> Tasks:
+        """Returns the paper's own meta-test tasks, in the form of `draw_tasks`, on the CPU.
+
+        Args:
+            num_tasks: T; the first T of them are returned.
+            num_shots: K, for support and query data.
+
+        Raises:
+            MamlError: if they cannot be rebuilt, or there are fewer.
+        """
+        raise MamlError(
+            f"{type(self).__name__} has no bank that is rebuilt from the authors' code (in reinforcement learning, the "
+            "test goals are the authors' without it); set evaluation.bank=seeded"
+        )
 
     def collect(self, tasks: Tasks, model: Model, params: Params, step: int) -> None:
         """Adds rollouts to the tasks, collected with the parameters ``params`` of gradient step ``step``.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from maml.domain.base import Metrics, Role, SupervisedDomain
+from maml.errors import MamlError
 from maml.model.base import Model
 from maml.seeding import Stream
 from maml.types import Count, Examples, Params, Split, Tasks
@@ -15,6 +17,7 @@ from maml.types import Count, Examples, Params, Split, Tasks
 _AMPLITUDE = (0.1, 5.0)
 _PHASE = (0.0, math.pi)
 _INPUT = (-5.0, 5.0)
+_NUM_AUTHORS_TASKS = 600
 
 
 class Sinusoid(SupervisedDomain):
@@ -45,6 +48,23 @@ class Sinusoid(SupervisedDomain):
         return {
             name: part * (high - low) + low for (name, (low, high)), part in zip(ranges.items(), parts, strict=True)
         }
+
+    def authors_test_tasks(self, num_tasks: int, num_shots: int) -> Tasks:
+        """Returns the authors' test sinusoids and points. Their code draws them anew for each K, with seed 1."""
+        if num_tasks > _NUM_AUTHORS_TASKS:
+            raise MamlError(
+                f"the authors' bank has {_NUM_AUTHORS_TASKS} sinusoids, but evaluation.num_tasks={num_tasks}; lower "
+                "it, or set evaluation.bank=seeded"
+            )
+        random = np.random.RandomState(1)
+        drawn = []
+        for _ in range(num_tasks):
+            # In the order of the authors' code: the amplitude, the phase, then support and query points.
+            ranges = (*_AMPLITUDE, 1), (*_PHASE, 1), (*_INPUT, 2 * num_shots)
+            drawn.append(np.concatenate([random.uniform(low, high, count) for low, high, count in ranges]))
+        values = torch.from_numpy(np.stack(drawn)).to(torch.get_default_dtype()).unsqueeze(-1)
+        names = ("amplitude", "phase", "support_x", "query_x")
+        return dict(zip(names, values.split([1, 1, num_shots, num_shots], dim=1), strict=True))
 
     def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
         x = tasks[f"{role}_x"]

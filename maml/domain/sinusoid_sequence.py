@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from maml.domain.base import Role
+from maml.domain.base import Role, SupervisedDomain
 from maml.domain.sinusoid import Sinusoid
 from maml.types import Count, Examples, Tasks
 
@@ -27,6 +27,10 @@ class SinusoidSequence(Sinusoid):
     def __init__(self, num_shots: Count = 10, num_query: Count | None = None, sequence_length: Count = 10) -> None:
         super().__init__(num_shots, num_query)
         self.in_shape = (sequence_length, 1)
+
+    def authors_test_tasks(self, num_tasks: int, num_shots: int) -> Tasks:
+        """Raises an error: the authors have no sequences."""
+        return SupervisedDomain.authors_test_tasks(self, num_tasks, num_shots)
 
     def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
         """Returns the sequences, ``(T, S, L, 1)``, that end one spacing before the points of section 5.1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from maml.types import MatrixVectorProduct, Params, Tasks
 
 OuterState = dict[str, Tensor]
 """Everything that an outer optimizer keeps from one iteration to the next, as named tensors; checkpoints hold it."""
+
+
+TaskStep = Callable[["Objective", Params, OuterState, Tasks], None]
+"""Changes parameters of single tasks and the state in place; the objective has `Objective.task_gradients` only."""
 
 
 class Objective(ABC):
@@ -50,6 +55,20 @@ class Objective(ABC):
         """
         raise _missing("gradients of single tasks")
 
+    def task_step(self, step: TaskStep, params: Params, state: OuterState, tasks: Tasks) -> tuple[Params, OuterState]:
+        """Makes a step on the parameters of single tasks, as one compiled program if the run compiles.
+
+        Args:
+            step: the step. It is compiled once, so it may depend on its arguments only.
+            params: parameters of each task, name -> ``(T, ...)``.
+            state: the state of the outer optimizer.
+            tasks: T tasks.
+
+        Returns:
+            The parameters and the state after the step. Those before it may be overwritten.
+        """
+        raise _missing("steps on single tasks")
+
     def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
         """Returns the Hessian of the mean KL divergence from the policies of ``theta``, at ``theta``.
 
@@ -78,6 +97,11 @@ def unflatten(vector: Tensor, theta: Params) -> Params:
     return {name: part.view_as(value) for (name, value), part in zip(theta.items(), parts, strict=True)}
 
 
+def select_entries(params: Params, which: Tensor) -> Params:
+    """Returns the entries of the leading axis with these indices, or where a mask is true."""
+    return {name: value[which] for name, value in params.items()}
+
+
 class Outer(ABC):
     """The meta-update theta <- theta - beta * ... (Algorithm 1, line 8).
 
@@ -90,6 +114,26 @@ class Outer(ABC):
     @abstractmethod
     def init_state(self, theta: Params) -> OuterState:
         """Returns the optimizer's state before the first update."""
+
+    def select_state(self, state: OuterState, theta: Params, which: Tensor) -> OuterState:
+        """Returns the state for some entries of theta's leading axis, which are independent of each other.
+
+        A tensor with one number for each of theta's is taken to be in the order of `flatten`, as Adam's means are;
+        other tensors, such as a step counter, are kept.
+
+        Args:
+            state: the state.
+            theta: the parameters it belongs to, ``(T, ...)``.
+            which: indices of the entries, or a mask ``(T,)``.
+        """
+        size = sum(value.numel() for value in theta.values())
+        selected: OuterState = {}
+        for name, value in state.items():
+            if value.shape == (size,):
+                entries = select_entries(unflatten(value, theta), which)
+                value = flatten(entries, theta)
+            selected[name] = value.clone()
+        return selected
 
     @abstractmethod
     def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,24 @@ from maml.errors import MamlError
 from maml.record.index import Source
 
 # Keys of a line in cells.yaml that are not fields of its `Source`.
-_NON_SOURCE_KEYS = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal", "note"}
+_NON_SOURCE_KEYS = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal", "note", "name"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Another reading of the paper that gives a number for a cell, beside the one that the table shows.
+
+    Attributes:
+        name: what the reading is, in a few words.
+        source: source of its number.
+        step: the gradient step after which the number is taken.
+        note: anchor of the section in ``results/notes.md`` about the reading; may be empty.
+    """
+
+    name: str
+    source: Source
+    step: int
+    note: str = ""
 
 # Names of methods for the reader, by their `method` in the paper's files; any other method keeps the name it has there.
 # The order gives the colours, which are the same in all figures.
@@ -43,6 +60,7 @@ class Cell:
         step: the gradient step after which our number is taken.
         ci_is_printed: whether the paper prints the interval beside the value.
         note: anchor of the section in ``results/notes.md`` that explains why our number differs; may be empty.
+        readings: other readings of the paper that give a number for this cell.
     """
 
     table: str
@@ -55,6 +73,7 @@ class Cell:
     step: int = 0
     ci_is_printed: bool = True
     note: str = ""
+    readings: tuple[Reading, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -253,21 +272,33 @@ def _table(results: Path, name: str, entry: Mapping[str, Any]) -> Table:
     quoted = set(entry.get("quoted", ()))
     intervals = {row: _read(results, file) for row, file in entry.get("intervals", {}).items()}
     columns = entry.get("columns", {})
-    runs: dict[tuple[str, str], dict[str, Any]] = {}
-    for run in entry.get("runs", ()):
-        for column in [run["column"]] if "column" in run else columns:
-            runs[run["row"], column] = entry.get("defaults", {}) | columns.get(column, {}) | run
+    runs = dict(_lines_by_cell(entry, "runs"))
+    readings: dict[tuple[str, str], list[Reading]] = {}
+    for place, fields in _lines_by_cell(entry, "readings"):
+        reading = Reading(fields["name"], _source(fields), fields.get("step", 0), fields.get("note", ""))
+        readings.setdefault(place, []).append(reading)
     layout = Layout(**entry["layout"] | {"own": frozenset(entry["layout"].get("own", ()))})
     rows = {*quoted, *intervals, *layout.own, *(row for group in layout.groups for row in group)}
-    _refuse_unknown(name, published, rows, {*columns, *layout.columns}, set(runs))
+    _refuse_unknown(name, published, rows, {*columns, *layout.columns}, {*runs, *readings})
     cells = []
     for line in published:
         row, column = line["method"], line["setting"]
         ci = _figure_ci(intervals[row], row, column) if row in intervals else line["ci"]
         run = runs.get((row, column), {})
         source, step, note = _source(run) if run else None, run.get("step", 0), run.get("note", "")
-        cells.append(Cell(name, row, column, line["value"], ci, row in quoted, source, step, ci == line["ci"], note))
+        others = tuple(readings.get((row, column), ()))
+        cells.append(
+            Cell(name, row, column, line["value"], ci, row in quoted, source, step, ci == line["ci"], note, others)
+        )
     return Table(name, entry["title"], tuple(cells), layout)
+
+
+def _lines_by_cell(entry: Mapping[str, Any], key: str) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+    """Yields row and column of each cell that the lines under ``key`` fill, with all fields of the line."""
+    columns = entry.get("columns", {})
+    for line in entry.get(key, ()):
+        for column in [line["column"]] if "column" in line else columns:
+            yield (line["row"], column), entry.get("defaults", {}) | columns.get(column, {}) | line
 
 
 def _refuse_unknown(

@@ -88,7 +88,7 @@ def first_path(rollouts: Rollouts, goals: Tensor, domain: PointNavigation) -> Te
     """
     starts = (rollouts.observations[0] == 0).all(-1).nonzero()  # every episode starts at the origin
     before, actions = (values[0, : int(starts[1])] for values in (rollouts.observations, rollouts.actions))
-    last, _, _ = move(before[-1:], actions[-1:], goals, domain.reward)
+    last, _, _ = move(before[-1:], actions[-1:], goals, domain.reward, domain.arrival)
     return torch.cat([before, last])
 
 

@@ -22,7 +22,7 @@ class Iteration:
     """Makes the meta-update of an iteration, which depends on theta and the iteration's number only.
 
     Several seeds can be trained at once. Each seed has the tasks and initial parameters that it has when it is trained
-    alone, and its own outer optimizer. Their meta-gradients are one batched computation.
+    alone, and its own outer optimizer. Their meta-gradients, or their meta-updates, are one batched computation.
 
     Args:
         algorithms: one algorithm for each seed; they differ in the seed only.
@@ -59,6 +59,8 @@ class Iteration:
         tasks = self.sample_tasks(number)
         if len(self.algorithms) == 1:
             return [meta_update(self.algorithms[0], self.meta_gradient, tasks)]
+        if not self.algorithms[0].sums_over_tasks:
+            return self.algorithms[0].meta_updates(self.algorithms, BatchObjective(self.meta_gradient, tasks), tasks)
         gradients, metrics = self.meta_gradient.gradient(self.params(), tasks)
         return [
             algorithm.meta_update(
@@ -134,7 +136,8 @@ def check_parallelism(algorithm: Algorithm, num_seeds: int, meta_batch_size: int
             f"meta_batch_size={meta_batch_size} cannot be shared by {num_processes} processes; raise it, or start fewer"
         )
     has_rollouts = type(algorithm.domain).rollout_metrics is not Domain.rollout_metrics or algorithm.domain.on_policy
-    if num_seeds > 1 and (has_rollouts or not algorithm.sums_over_tasks):
+    is_joint = algorithm.sums_over_tasks or algorithm.updates_seeds_together
+    if num_seeds > 1 and (has_rollouts or not is_joint):
         part = domain if has_rollouts else name
         raise MamlError(
             f"seeds={num_seeds}: {part} cannot train several seeds as one computation; sweep instead, with -m seed=..."

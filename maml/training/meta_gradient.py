@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from maml.hardware import distributed
 from maml.hardware.base import Execution
 from maml.hardware.compile import CompiledFunction
 from maml.hardware.memory import halve_chunk_on_oom, recompute_inner_steps
-from maml.outer.base import Objective
+from maml.outer.base import Objective, OuterState, TaskStep
 from maml.types import MatrixVectorProduct, Params, Tasks, expand, num_tasks, take
 
 Computed = TypeVar("Computed")
@@ -47,11 +48,12 @@ class MetaGradient:
         compiles = self._execution.compile
         self._compute_sums = CompiledFunction(self._chunk_sums) if compiles else self._chunk_sums
         self._compute_gradients = CompiledFunction(self._chunk_gradients) if compiles else self._chunk_gradients
+        self._task_steps: dict[TaskStep, CompiledFunction] = {}
 
     @property
     def execution(self) -> Execution:
         """The execution in use now: chunks shrink when memory is short, and compiling may fail."""
-        functions = self._compute_sums, self._compute_gradients
+        functions = self._compute_sums, self._compute_gradients, *self._task_steps.values()
         compiled = [function for function in functions if isinstance(function, CompiledFunction)]
         return replace(self._execution, compile=bool(compiled) and not any(function.failed for function in compiled))
 
@@ -65,7 +67,7 @@ class MetaGradient:
         Raises:
             MamlError: if a single task does not fit into memory.
         """
-        gradients, metrics = self._in_chunks(lambda chunk: self.sums(params, tasks, chunk), tasks)
+        gradients, metrics = self._in_chunks(lambda chunk: self.sums(params, tasks, chunk), self._tasks_per_seed(tasks))
         means = distributed.all_reduce_mean([*gradients.values(), *metrics.values()], self._tasks_per_seed(tasks))
         self.latest, metrics = _split(means, gradients, metrics)
         return self.latest, metrics
@@ -88,7 +90,7 @@ class MetaGradient:
                 own = {name: own[name] + value for name, value in sums.items()} if own else sums
             return own
 
-        own = self._in_chunks(compute, tasks)
+        own = self._in_chunks(compute, self._tasks_per_seed(tasks))
         means = distributed.all_reduce_mean(list(own.values()), self._tasks_per_seed(tasks))
         return dict(zip(own, means, strict=True))
 
@@ -130,7 +132,18 @@ class MetaGradient:
             gradients, metrics = zip(*parts, strict=True)
             return _concatenate(gradients), _concatenate(metrics)
 
-        return self._in_chunks(compute, tasks)
+        return self._in_chunks(compute, num_tasks(tasks))
+
+    def task_step(self, step: TaskStep, params: Params, state: OuterState, tasks: Tasks) -> tuple[Params, OuterState]:
+        """Makes a step on the parameters of single tasks; see `Objective.task_step`."""
+        if not self._execution.compile:
+            step(TaskGradients(self.task_gradients), params, state, tasks)
+            return params, state
+        if step not in self._task_steps:
+            self._task_steps[step] = CompiledFunction(partial(_copying_step, step, self._chunk_gradients))
+        both = {f"params.{name}": value for name, value in params.items()}
+        both |= {f"state.{name}": value for name, value in state.items()}
+        return self._task_steps[step](both, tasks)
 
     @torch.no_grad()
     def evaluate(self, params: Params, tasks: Tasks) -> dict[str, Tensor]:
@@ -143,7 +156,7 @@ class MetaGradient:
                 sums.append(self._sum_over_tasks({"loss": losses} | metrics))
             return {name: torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]}
 
-        own = self._in_chunks(compute, tasks)
+        own = self._in_chunks(compute, self._tasks_per_seed(tasks))
         return dict(zip(own, distributed.all_reduce_mean(list(own.values()), self._tasks_per_seed(tasks)), strict=True))
 
     def curvature(self, params: Params, tasks: Tasks, every: int = 1) -> MatrixVectorProduct:
@@ -167,7 +180,7 @@ class MetaGradient:
                 for chunk, count in zip(chunks, counts, strict=True)
             ]
 
-        products = self._in_chunks(compute, tasks)
+        products = self._in_chunks(compute, self._tasks_per_seed(tasks))
 
         def product(vector: Params) -> Params:
             own: Params = {}
@@ -206,9 +219,11 @@ class MetaGradient:
         metrics = {name: value.detach() for name, value in ({"loss": losses} | metrics).items()}
         return dict(zip(theta, gradients, strict=True)), metrics
 
-    def _in_chunks(self, compute: Callable[[int], Computed], tasks: Tasks) -> Computed:
-        """Calls ``compute`` with the chunk size. If memory forces smaller chunks, later calls use them too."""
-        count = self._tasks_per_seed(tasks)
+    def _in_chunks(self, compute: Callable[[int], Computed], count: int) -> Computed:
+        """Calls ``compute`` with the chunk size for ``count`` tasks.
+
+        If memory forces smaller chunks, later calls use them too.
+        """
         chunk = min(self._execution.task_chunk or count, count)
         result, used_chunk = halve_chunk_on_oom(compute, chunk)
         if used_chunk < chunk:
@@ -236,6 +251,38 @@ class MetaGradient:
         return {name: value.detach().unflatten(0, (self.num_seeds, -1)).sum(1) for name, value in metrics.items()}
 
 
+class TaskGradients(Objective):
+    """An objective that has gradients of single tasks only.
+
+    Args:
+        compute: computes `Objective.task_gradients`.
+    """
+
+    def __init__(self, compute: Callable[[Params, Tasks], tuple[Params, Metrics]]) -> None:
+        self._compute = compute
+
+    def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
+        raise MamlError("this objective has gradients of single tasks only; see Objective.task_gradients")
+
+    def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
+        return self._compute(params, tasks)
+
+
+def _copying_step(
+    step: TaskStep,
+    compute: Callable[[Params, Tasks], tuple[Params, Metrics]],
+    both: Params,
+    tasks: Tasks,
+) -> tuple[Params, OuterState]:
+    """Returns the parameters and the state after a step, and leaves those before it as they are."""
+    params, state = (
+        {name.removeprefix(group): value.clone() for name, value in both.items() if name.startswith(group)}
+        for group in ("params.", "state.")
+    )
+    step(TaskGradients(compute), params, state, tasks)
+    return params, state
+
+
 def _concatenate(parts: Sequence[Params]) -> Params:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -252,7 +299,7 @@ class BatchObjective(Objective):
     """The meta-objective of one seed on one meta-batch. Each method computes when it is called.
 
     Args:
-        meta_gradient: computes for one seed.
+        meta_gradient: computes for one seed. With several seeds, only `task_gradients` and `task_step` are possible.
         tasks: this process's part of a meta-batch, with its rollouts if the domain is on-policy.
     """
 
@@ -276,6 +323,9 @@ class BatchObjective(Objective):
 
     def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
         return self.meta_gradient.task_gradients(params, tasks)
+
+    def task_step(self, step: TaskStep, params: Params, state: OuterState, tasks: Tasks) -> tuple[Params, OuterState]:
+        return self.meta_gradient.task_step(step, params, state, tasks)
 
 
 class PrecomputedGradient(Objective):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pytest
 import torch
 
 from maml.domain.sinusoid import Sinusoid
+from maml.errors import MamlError
 from maml.model.mlp import MLP
 from maml.seeding import Stream
 
@@ -58,3 +61,40 @@ def test_step_zero_is_measured_on_the_support_points() -> None:
     after = domain.measure(MODEL, params, support, query, step=1)["mse"]
     assert torch.equal(before, domain.inner_loss(MODEL, params, support))
     assert torch.equal(after, domain.inner_loss(MODEL, params, query))
+
+
+def obvious_authors_bank(num_shots: int) -> list[tuple[float, float, np.ndarray]]:
+    """The authors' test loop: amplitude, phase and inputs of each of 600 batches of one sinusoid."""
+    np_random = np.random.RandomState(1)
+    tasks = []
+    for _ in range(600):
+        amplitude = np_random.uniform(0.1, 5.0, [1])[0]
+        phase = np_random.uniform(0, np.pi, [1])[0]
+        inputs = np_random.uniform(-5.0, 5.0, [2 * num_shots, 1])
+        tasks.append((amplitude, phase, inputs))
+    return tasks
+
+
+@pytest.mark.parametrize("num_shots", [5, 10])
+def test_authors_bank_is_that_of_their_code(num_shots: int) -> None:
+    domain = Sinusoid(oracle=True)
+    bank = domain.authors_test_tasks(600, num_shots)
+    support, query = domain.data(bank, "support"), domain.data(bank, "query")
+    for task, (amplitude, phase, inputs) in enumerate(obvious_authors_bank(num_shots)):
+        for data, x in ((support, inputs[:num_shots]), (query, inputs[num_shots:])):
+            expected = np.concatenate([x, np.full_like(x, amplitude), np.full_like(x, phase)], axis=1)
+            np.testing.assert_allclose(data.x[task], expected, rtol=1e-6)
+            np.testing.assert_allclose(data.y[task], amplitude * np.sin(x - phase), rtol=1e-4, atol=1e-5)
+    first = domain.authors_test_tasks(3, num_shots)
+    assert all(torch.equal(value[:3], first[name]) for name, value in bank.items())
+
+
+def test_zero_function_on_the_authors_bank_scores_4_095() -> None:
+    domain = Sinusoid()
+    query = domain.data(domain.authors_test_tasks(600, 5), "query")
+    assert domain.loss(torch.zeros_like(query.y), query)[0].mean().item() == pytest.approx(4.095, abs=5e-4)
+
+
+def test_more_tasks_than_the_authors_bank_has_are_refused() -> None:
+    with pytest.raises(MamlError, match=r"600 sinusoids, but evaluation\.num_tasks=601"):
+        Sinusoid().authors_test_tasks(601, 5)

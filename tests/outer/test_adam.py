@@ -57,3 +57,19 @@ def test_tiny_gradients_move_less_than_with_torchs_epsilon() -> None:
     parameter.grad = torch.tensor([1e-9], dtype=torch.float64)
     torch.optim.Adam([parameter], lr=0.01).step()
     assert abs(ours - 1.0) < 0.1 * abs(parameter.item() - 1.0)
+
+
+def test_state_of_some_entries_goes_on_as_they_would_alone() -> None:
+    adam, random = Adam(step_size=0.1), torch.Generator().manual_seed(0)
+    gradients = [{"a": torch.randn(4, 2, generator=random), "b": torch.randn(4, 3, 1, generator=random)} for _ in "123"]
+    whole = {"a": torch.ones(4, 2), "b": torch.ones(4, 3, 1)}
+    state = adam.init_state(whole)
+    for given in gradients[:2]:
+        adam.step(Given(given), whole, state)
+    which = torch.tensor([2, 0])
+    part = {name: value[which].clone() for name, value in whole.items()}
+    part_state = adam.select_state(state, whole, which)
+    adam.step(Given(gradients[2]), whole, state)
+    adam.step(Given({name: value[which] for name, value in gradients[2].items()}), part, part_state)
+    for name, value in part.items():
+        torch.testing.assert_close(value, whole[name][which])

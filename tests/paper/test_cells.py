@@ -65,6 +65,12 @@ def test_every_source_composes_and_evaluates_what_the_cell_asks_for(cell: Cell) 
     assert_evaluates(cell.source, cell.step)
 
 
+def test_every_reading_composes_and_evaluates_what_the_cell_asks_for() -> None:
+    for cell in CELLS.values():
+        for reading in cell.readings:
+            assert_evaluates(reading.source, reading.step)
+
+
 def test_every_curve_and_panel_composes_and_evaluates_what_it_draws() -> None:
     for figure in load_figures(RESULTS):
         for curve in figure.curves:
@@ -227,6 +233,7 @@ def test_figures_have_30_drawn_curves() -> None:
 
 def test_every_experiment_belongs_to_a_cell_curve_or_picture_of_the_paper_or_says_that_it_does_not() -> None:
     sources = [cell.source for table in TABLES if table.in_paper for cell in table.cells if cell.source]
+    sources += [reading.source for table in TABLES for cell in table.cells for reading in cell.readings]
     sources += [curve.source for figure in load_figures(RESULTS) for curve in figure.curves]
     sources += [panel.source for picture in load_pictures(RESULTS) for panel in picture.panels]
     in_paper = {source.experiment for source in sources}

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 
 from maml.algorithm.maml import MAML
 from maml.domain.base import Metrics, Role, SupervisedDomain
+from maml.domain.sinusoid import Sinusoid
+from maml.hardware.base import Execution
 from maml.hardware.memory import recompute_inner_steps
 from maml.inner.sgd import SGD
 from maml.model.base import Model
 from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
 from maml.model.module import ModuleModel
+from maml.outer.adam import Adam
+from maml.outer.base import Objective, OuterState
 from maml.seeding import Stream
+from maml.training.meta_gradient import BatchObjective, MetaGradient
 from maml.types import Examples, Params, Split, Tasks, expand
 from tests import algorithms, plain_maml
 from tests.algorithms import build_from
@@ -234,3 +239,32 @@ def test_first_order_differs_measurably_from_second(case: str) -> None:
         gradient, _ = algorithms.gradient(algorithm, theta, tasks)
         flat.append(torch.cat([value.flatten() for value in gradient.values()]))
     assert (flat[0] - flat[1]).norm() > 0.01 * flat[1].norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
+def test_compiled_step_on_single_tasks_equals_eager() -> None:
+    def step(objective: Objective, params: Params, state: OuterState, tasks: Tasks) -> None:
+        adam.step(OfTasks(objective, tasks), params, state)
+
+    class OfTasks(Objective):
+        def __init__(self, objective: Objective, tasks: Tasks) -> None:
+            self.objective, self.tasks = objective, tasks
+
+        def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
+            return self.objective.task_gradients(theta, self.tasks)
+
+    adam, inner = Adam(step_size=0.1), SGD(step_size=0.01, num_steps=1, order=2, adapt=["*"])
+    algorithm = build_from(MAML, Sinusoid(num_shots=4), MLP((1,), 1, [6]), inner)
+    tasks = algorithm.domain.sample_tasks(3, Stream(1))
+    results = []
+    for compiles in (False, True):
+        objective = BatchObjective(MetaGradient(algorithm, Execution(1, None, compile=compiles)), tasks)
+        params = {name: value.clone() for name, value in expand(algorithm.theta, 3).items()}
+        state = adam.init_state(params)
+        for _ in range(3):
+            params, state = objective.task_step(step, params, state, tasks)
+        assert objective.meta_gradient.execution.compile == compiles, "compiling has not failed"
+        results.append((params, state))
+    (eager, eager_state), (compiled, compiled_state) = results
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(compiled_state, eager_state, rtol=1e-4, atol=1e-6)

@@ -21,6 +21,14 @@ from tests.hardware.test_distributed import assert_alike
 from tests.runs import TinyRuns, assert_same_run, checkpoint_tensors, file_contents
 
 MANY = ("precision=float64", "num_iterations=50", "log_every=10", "evaluation.num_tasks=5", "hardware.task_chunk=4")
+CHAIN = (
+    "+experiment=sinusoid_multitask_chain",
+    "algorithm.max_error=100",
+    "algorithm.num_steps=2",
+    "domain.num_shots=4",
+    "domain.num_query=5",
+    "evaluation.search=null",
+)
 IMAGES = (
     "domain=omniglot",
     "model=conv4",
@@ -38,6 +46,7 @@ IMAGES = (
         pytest.param(("inner=learned_sgd", "algorithm=fomaml"), id="learned_step_sizes"),
         pytest.param(("+experiment=sinusoid_reptile", "meta_batch_size=4"), id="reptile"),
         pytest.param((*IMAGES, "meta_batch_size=3"), id="images"),
+        pytest.param((*CHAIN, "algorithm.pull=mean", "algorithm.weight=0.1"), id="chain"),
     ],
 )
 def test_seeds_side_by_side_equal_separate_runs(tiny: TinyRuns, overrides: tuple[str, ...]) -> None:
@@ -137,7 +146,7 @@ def test_seed_killed_before_its_checkpoint_catches_up_bit_exactly(
     ("overrides", "message"),
     [
         (("run_dir=here",), "run_dir= and checkpoint= are for one run"),
-        (("+experiment=sinusoid_multitask_average",), "seeds=2: MultitaskAverage cannot train several seeds"),
+        ((*IMAGES, "algorithm=finetune"), "seeds=2: FineTune cannot train several seeds"),
         (
             ("+experiment=point_navigation_maml", "evaluation.num_steps=4"),
             "seeds=2: PointNavigation cannot train several seeds as one computation; sweep instead, with -m seed=",
