@@ -269,7 +269,7 @@ def test_search_leaves_what_has_all_words_and_hides_empty_parts(browser: Browser
     assert browser.run("document.getElementById('table2_multitask').offsetParent") is None
     assert browser.run("document.getElementById('notes').offsetParent") is None
     for text, expected in [
-        ("figure 5 ant oracle", 2),  # the title above and the label
+        ("figure 5 ant oracle K=20", 1),  # the title above and the label
         ("2.300 ± 0.100", 5),  # a run behind the number: a row of Table 2 and curves of Figures 3 and 6
         ("no such thing", 0),
     ]:
