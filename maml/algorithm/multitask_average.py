@@ -153,9 +153,12 @@ class MultitaskAverage(Algorithm):
             (untrained,) = (errors >= self.max_error).nonzero(as_tuple=True)
             if not len(untrained):
                 break
-            starts = [seeds[index // count]._start(index % count, attempt) for index in untrained.tolist()]
+            # Some are trained twice, so that the batch has one of few sizes: a step is compiled for each of them.
+            filled = untrained[torch.arange(_next_power_of_two(len(untrained))) % len(untrained)]
+            starts = [seeds[index // count]._start(index % count, attempt) for index in filled.tolist()]
             params = {name: torch.stack([start[name] for start in starts]) for name in self.theta}
-            fitted, fitted_errors = self._fit(objective, params, select_entries(tasks, untrained))
+            fitted, fitted_errors = self._fit(objective, params, select_entries(tasks, filled))
+            fitted, fitted_errors = take(fitted, 0, len(untrained)), fitted_errors[: len(untrained)]
             # In the first attempt there is nothing to keep, not even if an error is NaN.
             is_better = (fitted_errors < errors[untrained]) | (attempt == 0)
             _write(trained, untrained[is_better], select_entries(fitted, is_better))
@@ -191,9 +194,10 @@ class MultitaskAverage(Algorithm):
             _write(best, active[is_better], select_entries(params, is_better))
             errors[active[is_better]] = query_errors[is_better]
             is_left = ~(errors[active] < self.max_error)
-            size = _batch_size(len(active), int(is_left.sum()))
-            if size == 0:
+            num_left = int(is_left.sum())
+            if num_left == 0:
                 break
+            size = _next_power_of_two(num_left)
             if size < len(active):
                 kept = is_left.int().argsort(descending=True, stable=True)[:size]
                 state = self.outer.select_state(state, params, kept)
@@ -267,14 +271,8 @@ class _RegressorObjective(Objective):
         return pulled, metrics
 
 
-def _batch_size(size: int, num_left: int) -> int:
-    """Returns how many regressors the batch keeps: the smallest of size, size / 2, size / 4, ..., 0 that is enough.
-
-    A batch has few sizes, because a step is compiled for each of them.
-    """
-    while size and (smaller := size // 2 + size % 2 if size > 1 else 0) >= num_left:
-        size = smaller
-    return size
+def _next_power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 def _concatenate(parts: Iterable[Params]) -> Params:
