@@ -33,6 +33,7 @@ class Reading:
     step: int
     note: str = ""
 
+
 # Names of methods for the reader, by their `method` in the paper's files; any other method keeps the name it has there.
 # The order gives the colours, which are the same in all figures.
 METHODS = {
