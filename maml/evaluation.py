@@ -70,6 +70,7 @@ class StepSizeSearch:
         decays: grid of decays to try with every step size. With decay d, step s (from 0) has the size
             step_size / (1 + s * d). None does not decay.
         num_tasks: number of validation tasks.
+        later_factor: factor of the sizes of all steps after the first; 0.5 halves them, as in the authors' RL code.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class StepSizeSearch:
         step_sizes: Annotated[list[PositiveFloat], MinLen(1)],
         num_tasks: Annotated[int, Ge(2)],
         decays: Annotated[list[NonNegativeFloat], MinLen(1)] | None = None,
+        later_factor: PositiveFloat = 1.0,
     ) -> None:
         self.step_sizes, self.num_tasks, self.decays = step_sizes, num_tasks, decays or [0.0]
+        self.later_factor = later_factor
 
     @property
     def num_candidates(self) -> int:
@@ -113,6 +116,7 @@ class StepSizeSearch:
         best, chosen = -math.inf, None
         for step_size, decay in itertools.product(self.step_sizes, self.decays):
             sizes = [step_size / (1 + step * decay) for step in range(evaluation.num_steps)]
+            sizes[1:] = [size * self.later_factor for size in sizes[1:]]
             if progress:
                 progress.what = f"K={num_shots}, trying step size {step_size:g}" + f", decay {decay:g}" * bool(decay)
             try:

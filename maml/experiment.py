@@ -25,6 +25,7 @@ from maml.hardware.precision import check_precision, use_precision
 from maml.logger.base import Logger
 from maml.model.base import Model
 from maml.record.plot import plot_report
+from maml.record.run_folder import read_metrics
 from maml.seeding import Stream
 from maml.training.autotune import tune_execution
 from maml.training.iteration import Iteration, check_parallelism
@@ -212,7 +213,7 @@ def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Ju
     with learner.open(hardware, num_seeds=1):
         plot = folder.report_folder / "report.png"
         if distributed.rank() == 0 and not plot.exists():
-            plot_report(report, plot)
+            plot_report(report, plot, read_metrics(folder.path / "metrics.jsonl"))
         learner.finish(report | {"cells": _cell_texts(judge, folder.experiment, learner.settings, report)}, plot)
     _print_on_rank_zero(f"{folder.path} was evaluated, but lacked {', '.join(sorted(missing))}: now it is finished")
     return report["headline"]
@@ -292,7 +293,7 @@ def _evaluate(
     if distributed.rank():
         return report, folder.path
     written_to = folder.save_report(report, per_task_rows(curves), report_dir)
-    plot = plot_report(report, written_to / "report.png")
+    plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
     judgements = judge(folder.experiment, settings, report) if judge else {}
     print_report(report, learner.algorithm.name, list(judgements.values()))
     print(f"written to {written_to}")

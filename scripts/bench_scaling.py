@@ -1,6 +1,7 @@
 """Measures how the time of one meta-gradient grows with tasks, shots, inner steps and width, for ours and the loop.
 
     python scripts/bench_scaling.py --rounds 3
+    python scripts/bench_scaling.py --redraw       # only the plot, from the measured times
 
 Each quantity is varied alone; the others have the experiment's values. An exponent is the slope of a straight line
 through the medians on logarithmic axes: 1 means proportional, and less than 1 means that overhead is shared.
@@ -8,6 +9,7 @@ through the medians on logarithmic axes: 1 means proportional, and less than 1 m
 
 from __future__ import annotations
 
+import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,7 @@ from benchmark import (
 )
 from implementations import IMPLEMENTATIONS, Problem
 
-from maml.record.checkpoint import write_atomically
+from maml.record.style import PAGE, log_ticks, save, style
 
 NAMES = ("ours", "loop")
 # The varied quantities of each experiment: an override, and the values.
@@ -77,27 +79,42 @@ def sweep(
     return times
 
 
+@style()
 def plot(panels: Mapping[tuple[str, str], Medians], path: Path) -> None:
     """Plots a row per experiment and a column per varied quantity, with the fitted exponents."""
     from matplotlib.figure import Figure  # imported here because it takes half a second
 
     experiments = list(dict.fromkeys(experiment for experiment, _ in panels))
     columns = list(dict.fromkeys(quantity for _, quantity in panels))
-    size = (3.2 * len(columns), 2.8 * len(experiments))
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(experiments), len(columns), squeeze=False)
+    figure = Figure(figsize=(PAGE, 1.85 * len(experiments) + 0.5), layout="constrained")
+    grid = figure.subplots(len(experiments), len(columns), squeeze=False, sharey="row")
     for (experiment, quantity), medians in panels.items():
-        axes = grid[experiments.index(experiment)][columns.index(quantity)]
+        row, column = experiments.index(experiment), columns.index(quantity)
+        axes = grid[row][column]
         for name, points in medians.items():
             x, y = zip(*points, strict=True)
-            axes.loglog(x, [1e3 * value for value in y], marker="o", label=f"{name}, exponent {exponent(points):.2f}")
+            axes.loglog(x, [1e3 * value for value in y], marker="o", label=name)
         axes.set_xticks(x, [str(value) for value in x])
-        axes.minorticks_off()
+        axes.set_xticks([], minor=True)
         axes.set_xlabel(quantity)
-        axes.set_ylabel("ms per meta-gradient")
-        axes.set_title(experiment, fontsize=9)
-        axes.legend(fontsize=7)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+        if column == 0:
+            axes.set_ylabel(f"{experiment}\nms per meta-gradient")
+        axes.set_title("exponent\n" + ", ".join(f"{name} {exponent(medians[name]):.2f}" for name in medians))
+    for axes in grid[:, 0]:  # at the end, when all limits of a row are known
+        log_ticks(axes)
+    figure.suptitle("Time of one meta-gradient; all axes are logarithmic")
+    figure.legend(handles=grid[0][0].get_lines(), loc="outside lower center", ncols=len(NAMES))
+    save(figure, path)
+
+
+def measured(path: Path) -> dict[tuple[str, str], dict[str, list[tuple[int, float]]]]:
+    """Returns the medians that an earlier run wrote into the CSV, by experiment and varied quantity."""
+    panels: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            medians = panels.setdefault((row["experiment"], row["varied"]), {})
+            medians.setdefault(row["implementation"], []).append((int(row["value"]), float(row["seconds"])))
+    return panels
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,7 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = argument_parser(__doc__, "scaling", rounds=3)
     options.add_argument("--experiments", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     options.add_argument("--values", nargs="+", type=int, help="values of every sweep, instead of the default ones")
+    options.add_argument("--redraw", action="store_true", help="measure nothing: draw the plot from the CSV again")
     args = options.parse_args(arguments)
+    if args.redraw:
+        plot(measured(output_path(args, "csv")), output_path(args, "png"))
+        return
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     conditions = describe_conditions(device, args.threads)

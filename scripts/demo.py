@@ -16,7 +16,7 @@ from pathlib import Path
 from maml.config.compose import compose
 from maml.errors import Interrupted, MamlError
 from maml.experiment import run_experiment
-from maml.paper.cells import Source, load_figures, load_levels, load_tables
+from maml.paper.cells import Source, load_figures, load_tables
 from maml.paper.figures import DrawnCurve, plot_figure
 from maml.paper.tables import reading_text, verdict
 from maml.record.checkpoint import write_text_atomically
@@ -64,10 +64,15 @@ def comparison(report: Report, smoke: bool) -> str:
         if table.name == "table2_multitask" and cell.source is not None and cell.row == "MAML"
     }
     lines = ["| K | gradient steps | ours (mse) | paper | source | verdict |", "|" + " --- |" * 6]
-    for num_shots in (5, 10, 20):
-        levels = load_levels(RESULTS, "fig3_fig6_sinusoid_approx", "MAML", num_shots, num_steps=9)
+    read_off = {
+        curve.source.num_shots: curve.levels
+        for figure in load_figures(RESULTS)
+        for curve in figure.curves
+        if figure.name == "figure6" and curve.row == "MAML"
+    }
+    for num_shots, levels in read_off.items():
         printed = cells if num_shots == 5 else {}
-        for step in sorted(levels | printed):
+        for step in sorted({*levels, *printed}):
             ours, ci = report.reading(Source(EXPERIMENT, "mse", num_shots), step)
             if step in printed:
                 paper, source = printed[step].value, "Table 2"
@@ -87,13 +92,9 @@ def draw_figure(report: Report, smoke: bool, path: Path) -> Path:
     """Plots Figure 3 with our MAML curve over the paper's; returns the file."""
     (figure,) = (figure for figure in load_figures(RESULTS) if figure.name == "figure3")
     curves = [curve for curve in figure.curves if curve.source.experiment == EXPERIMENT]
-    note = f" ({report.num_iterations} iterations: a smoke test)" if smoke else ""
+    missing = f"{report.num_iterations} iterations: a smoke test" if smoke else ""
     lines = [
-        DrawnCurve(
-            curve,
-            f"{curve.row}, ours{note}",
-            [report.reading(curve.source, step) for step in range(curve.num_steps + 1)],
-        )
+        DrawnCurve(curve, [report.reading(curve.source, step) for step in range(curve.num_steps + 1)], missing=missing)
         for curve in curves
     ]
     return plot_figure(figure, lines, path)

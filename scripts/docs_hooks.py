@@ -13,7 +13,7 @@ from maml.config.reference import Option, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-PAGES = ("*.md", "table*/*.md", "*_published/*.md", "figure*/*.png", "figure*/*.pdf", "report.html")
+PAGES = ("*.md", "table*/*.md", "*_published/*.md", "figure*/*.*", "report.html")
 
 _HOW_TO_READ = (
     "*Default* is the value that the option's file gives a key, or the constructor's default; *required* keys have "

@@ -122,7 +122,8 @@ def _section(figure: Figure | Picture, path: Path, items: Mapping[str, tuple[str
         items: status, status in Markdown, source and runs of each curve or panel, by label.
     """
     picture = f"{path.parent.name}/{path.name}"
-    lines = [f"## {figure.title}", "", f"![{figure.title}]({picture}.png)", "", f"[PDF]({picture}.pdf)", ""]
+    lines = [f"## {figure.title}", "", f"![{figure.title}]({picture}.png)", ""]
+    lines += [f"[PDF]({picture}.pdf), [SVG]({picture}.svg), [all numbers]({picture}.csv)", ""]
     lines += [figure.note, ""] if figure.note else []
     lines += ["| drawn | status | seeds | commit | hardware | command |", "|" + " --- |" * 6]
     for label, (status, text, source, evidence) in items.items():

@@ -73,20 +73,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overview += [f"**ERROR, left out:** {message}\n" for message in damaged]
     overview += [f"**{CONFLICT}** {message}\n" for message in conflicts]
     overview += ["| table | " + " | ".join(STATUSES) + " |", "| --- |" + " --- |" * len(STATUSES)]
+    latex = []
     for table in tables:
         folder, group = options.out / table.name, comparisons[table.name]
         folder.mkdir(parents=True, exist_ok=True)
         rows = pd.DataFrame(table_rows(group), dtype=object)
         write_text_atomically(folder / f"{table.name}.md", table_markdown(table, group))
-        write_text_atomically(folder / f"{table.name}.tex", table_latex(table, group))
+        latex.append(table_latex(table, group))
+        write_text_atomically(folder / f"{table.name}.tex", latex[-1])
         write_text_atomically(folder / f"{table.name}.csv", rows.to_csv(index=False))
         counts = Counter(comparison.status for comparison in group)
         numbers = " | ".join(str(counts[status] or "") for status in STATUSES)
         overview.append(f"| [{table.title}]({table.name}/{table.name}.md) | {numbers} |")
     overview += ["", "[Where the paper's number lies among our runs, and other readings of the paper](readings.md)"]
     write_text_atomically(options.out / "readings.md", readings_markdown(tables, find))
-    names = [table.name for table in tables]
-    write_text_atomically(options.out / "tables.tex", document(f"{counted}.", names))
+    write_text_atomically(options.out / "tables.tex", document(f"{counted}.", latex))
     write_text_atomically(options.out / "tables.md", "\n".join([*overview, "", "Made by `make paper-tables`.", ""]))
     incomplete = [c.evidence.missing_values(c.cell.source, c.cell.step) for c in cells if c.cell.source]
     for message in [*conflicts, *dict.fromkeys(filter(None, incomplete))]:

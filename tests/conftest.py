@@ -31,7 +31,7 @@ def _skip_flushing_and_drawing() -> Iterator[None]:
     tests/test_experiment.py draw pictures themselves.
     """
 
-    def save_blank_image(report: Mapping[str, Any], path: Path) -> Path:
+    def save_blank_image(report: Mapping[str, Any], path: Path, metrics: object) -> Path:
         Image.new("RGB", (1, 1)).save(path)
         return path
 

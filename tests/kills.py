@@ -101,7 +101,7 @@ def _prepare(at: int, after_updates: int) -> None:
     Killer(at, after_updates).install()
 
 
-def _write_small_picture(report: Mapping[str, Any], path: Path) -> Path:
+def _write_small_picture(report: Mapping[str, Any], path: Path, metrics: object = ()) -> Path:
     write_atomically(path, lambda file: file.write(f"picture of {report['run_id']}".encode()))
     return path
 

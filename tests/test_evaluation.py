@@ -282,6 +282,13 @@ def test_search_takes_what_does_best_on_validation_tasks_after_the_last_step(dom
         assert domain.splits[:4] == ["test", "val", "test", "val"]
 
 
+def test_search_shortens_the_steps_after_the_first() -> None:
+    algorithm = sinusoid()
+    search = StepSizeSearch([0.02], num_tasks=2, decays=[1.0], later_factor=0.5)
+    _, _, chosen = Evaluation(num_tasks=2, num_steps=3, search=search)(algorithm)
+    assert chosen == {"10": pytest.approx([0.02, 0.02 / 2 / 2, 0.02 / 3 / 2])}
+
+
 def test_search_never_takes_a_step_size_that_diverged() -> None:
     algorithm = sinusoid()
     algorithm.theta = {name: 20 * value for name, value in algorithm.theta.items()}

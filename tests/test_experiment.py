@@ -89,7 +89,7 @@ def test_run_is_mirrored_from_start_to_finish(
     assert {key: content[key] for key in saved or {}} == saved
     assert content["cells"] == {}
     with Image.open(folder / "report.png") as picture:
-        assert picture.size == (750, 540)
+        assert picture.size == (1200, 520), "adaptation and training"
 
 
 class Lacking(Noting):

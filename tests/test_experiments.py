@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from maml.algorithm.base import Algorithm
 from maml.algorithm.context_vector import ContextVector
@@ -262,8 +263,8 @@ def test_papers_sinusoid_experiments_are_tested_on_the_authors_bank(cache_dir: P
         assert not built(name, cache_dir)[2].uses_authors_bank
 
 
-# K in training and in meta-test, alpha, KL limit, iterations of MAML, pretrained and oracle, step sizes in meta-test of
-# MAML, pretrained and random; observations, actions, horizon
+# K in training and in meta-test, alpha, KL limit, iterations of MAML, pretrained and oracle, the authors' step sizes in
+# meta-test of MAML, pretrained and random; observations, actions, horizon
 # (docs/protocol.md#rl-training, docs/protocol.md#rl-baselines and docs/protocol.md#rl-meta-test).
 LATER = {"ant_direction": 0.01}  # step sizes behind the first, as parts of it; else one half
 RL = {
@@ -296,7 +297,7 @@ def test_rl_experiments_are_the_papers(domain_name: str, method: str, cache_dir:
     if meta_learns or (method == "pretrain" and is_point):
         assert (config.meta_batch_size, domain.num_shots) == (20 if is_point else 40, shots)
     elif method != "random_init":
-        # One rollout to each goal: 1,000 timesteps of the point, 20,000 of the others.
+        # One rollout for each goal: 1,000 timesteps of the point, 20,000 of the others.
         assert config.meta_batch_size * domain.num_shots * domain.horizon == (1000 if is_point else 20_000)
         assert domain.num_shots == 1
     if meta_learns:
@@ -313,7 +314,9 @@ def test_rl_experiments_are_the_papers(domain_name: str, method: str, cache_dir:
     # Domain and policy.
     assert (domain.horizon, domain.discount, domain.num_goals) == (horizon, 0.99, None)
     assert (domain.oracle, domain.pooled) == (method == "oracle", pooled)
-    goals = domain.sample_tasks(500, Stream(0))["goals"]
+    ends_early = is_point or domain_name.startswith("ant")
+    assert domain.goal_per == ("episode" if pooled and ends_early else "task"), "a new goal at every reset"
+    goals = domain.draw_goals(500, Stream(0))
     low, high = {"point_navigation": (-0.5, 0.5), "cheetah_velocity": (0.0, 2.0), "ant_velocity": (0.0, 3.0)}.get(
         domain_name, (-1.0, 1.0)
     )
@@ -332,13 +335,23 @@ def test_rl_experiments_are_the_papers(domain_name: str, method: str, cache_dir:
     # Meta-test: 4,000 timesteps per goal and step, 8,000 of the ant's directions.
     assert (evaluation.num_tasks, evaluation.num_shots, evaluation.split) == (40, [test_shots], "test")
     assert test_shots * horizon == (8000 if domain_name == "ant_direction" else 4000)
-    assert (evaluation.theta, evaluation.search) == ("last" if is_point else "best", None)
+    assert evaluation.theta == ("last" if is_point else "best")
     num_steps = 0 if method == "oracle" else 4 if is_point else 3
     assert evaluation.num_steps == num_steps
-    if num_steps:
-        first = first_sizes[{"pretrain": 1, "random_init": 2}.get(method, 0)]
-        later = [first * LATER.get(domain_name, 0.5)] * (num_steps - 1)
-        assert evaluation.step_sizes(test_shots) == pytest.approx([first, *later])
+    first, later = first_sizes[{"pretrain": 1, "random_init": 2}.get(method, 0)], LATER.get(domain_name, 0.5)
+    if meta_learns:
+        assert evaluation.step_sizes(test_shots) == pytest.approx([first, *[first * later] * (num_steps - 1)])
+    if method in ("pretrain", "random_init"):
+        assert evaluation.search is not None
+        assert (evaluation.search.num_tasks, evaluation.search.later_factor) == (40, later)
+        assert first in evaluation.search.step_sizes, "the authors' is among those that are tried"
+        tried = evaluation.bank(domain, test_shots, split="val")
+        tested = evaluation.bank(domain, test_shots)
+        assert not torch.isin(tried["keys"], tested["keys"]).any()
+        if "direction" not in domain_name:
+            assert not (tried["goals"].unsqueeze(1) == tested["goals"]).all(-1).any(), "validation goals are others"
+    else:
+        assert evaluation.search is None
     bank = evaluation.bank(domain, test_shots)
     assert bank["goals"].shape[0] == 40
     assert bank["num_rollouts"].tolist() == [test_shots] * 40
@@ -355,18 +368,21 @@ def test_rl_experiments_are_all_there() -> None:
     }
 
 
-def test_point_navigation_of_the_papers_text_differs_in_reward_and_step_size(cache_dir: Path) -> None:
+def test_point_navigation_of_the_papers_text_differs_in_what_the_text_says(cache_dir: Path) -> None:
     config, algorithm, evaluation = built("point_navigation_maml_paper_text", cache_dir)
     other, *_ = built("point_navigation_maml", cache_dir)
     assert isinstance(algorithm.domain, PointNavigation)
     assert isinstance(algorithm.domain.environments, PointEnvironments)
-    assert algorithm.domain.environments.reward == "squared_distance"
+    assert (algorithm.domain.environments.reward, algorithm.domain.environments.arrival) == ("squared_distance", "disc")
     assert (algorithm.inner.step_size, evaluation.step_sizes(40)) == (0.1, [0.1, 0.05, 0.05, 0.05])
     mine, theirs = training_config(config), training_config(other)
     assert {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)} == {
         "domain.reward",
+        "domain.arrival",
         "inner.step_size",
+        "num_iterations",
     }
+    assert config.num_iterations == 500
 
 
 def test_multirun_makes_a_folder_for_each_job_and_outlives_those_that_fail(tiny: TinyRuns) -> None:

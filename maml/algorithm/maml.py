@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maml.algorithm.base import Algorithm
+from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics, Role
 from maml.domain.reinforcement import Reinforcement
+from maml.errors import MamlError
 from maml.types import MatrixVectorProduct, Params, Tasks
 
 
@@ -18,6 +19,14 @@ class MAML(Algorithm):
     learns_from_rollouts = True
     role: Role = "query"
     """The data on which the meta-objective is computed."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        if self.num_steps and isinstance(self.domain, Reinforcement) and self.domain.goal_per == "episode":
+            raise MamlError(
+                f"{self.name} adapts to a task's goal, but domain.goal_per=episode draws a new goal for every episode; "
+                "set domain.goal_per=task, or choose algorithm=pretrain or oracle"
+            )
 
     @property
     def name(self) -> str:

@@ -95,7 +95,8 @@ def _entries(
         else:
             raw = text[value.start_mark.index : value.end_mark.index]
             if isinstance(value, yaml.MappingNode) and "\n" in raw:
-                raw = "{" + ", ".join(f"{inner.value}: {item.value}" for inner, item in value.value) + "}"
+                inner = [text[name.start_mark.index : item.end_mark.index] for name, item in value.value]
+                raw = "{" + ", ".join(inner) + "}"
             end = value.end_mark if value.end_mark.line == key.start_mark.line else key.end_mark
             comment = re.search(r"\s#\s+(.*)$", lines[key.start_mark.line][end.column :])
             yield name, Entry(" ".join(raw.split()), comment[1] if comment else "")

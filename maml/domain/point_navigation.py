@@ -26,14 +26,17 @@ class PointNavigation(Reinforcement):
     Args:
         goal_range: range of both coordinates of the goal.
         reward: minus the ``distance``, as in the authors' code, or minus the ``squared_distance`` of the paper's text.
+        arrival: where an episode ends: in the ``box`` where both coordinates are closer than 0.01 to the goal's, as in
+            the authors' code, or in the ``disc`` of radius 0.01 around the goal, as in the paper's text.
     """
 
     horizon: Count = 100
     goal_range: Interval = (-0.5, 0.5)
     reward: Literal["distance", "squared_distance"] = "distance"
+    arrival: Literal["box", "disc"] = "box"
 
     def make_environments(self) -> Environments:
-        return PointEnvironments(self.reward)
+        return PointEnvironments(self.reward, self.arrival)
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         return stream.uniform((count, 2), *self.goal_range)
@@ -47,6 +50,7 @@ class PointNavigation(Reinforcement):
             "maml/PointNavigation-v0",
             goal=goal.tolist(),
             reward=self.reward,
+            arrival=self.arrival,
             render_mode=render_mode,
             max_episode_steps=self.horizon,
         )

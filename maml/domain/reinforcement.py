@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import gymnasium
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor
 from maml.domain.base import Domain, Metrics, Role
 from maml.environment.advantages import advantages
 from maml.environment.base import Environments, TellGoal
-from maml.environment.rollouts import collect_episodes
+from maml.environment.rollouts import Episodes, collect_episodes, collect_single_episodes
+from maml.errors import MamlError
+from maml.hardware import distributed
 from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.model.linearized import Linearized
 from maml.seeding import Stream
-from maml.types import Count, Discount, MatrixVectorProduct, Params, Split, Tasks
+from maml.types import Count, Discount, MatrixVectorProduct, Params, Split, Tasks, expand
 
 # Number of timesteps in a chunk of tasks on a CPU: the values of a hidden layer then stay in its cache.
 _CHUNK_TIMESTEPS = 4000
@@ -34,7 +36,9 @@ class Rollouts(NamedTuple):
         actions: actions as drawn, ``(T, N, A)``.
         outputs: outputs of the policy that drew the actions: A means, then A log standard deviations, ``(T, N, 2A)``.
         advantages: standardised advantages of the actions, ``(T, N)``.
-        weights: weight of each timestep in a mean over its task, ``(T, N)``: 1 / number of timesteps; 0 for padding.
+        weights: weight of each timestep, ``(T, N)``; 0 for padding. It is 1 / number of timesteps of the task, so that
+            a weighted sum is the mean over the task. With ``goal_per="episode"`` it is T / number of timesteps of all
+            tasks, so that the mean of the weighted sums is the mean over all timesteps.
         returns: undiscounted return, mean over episodes, ``(T,)``.
         lengths: number of timesteps per episode, mean over episodes, ``(T,)``.
         num_unstable: number of episodes that ended because the simulation became unstable, ``(T,)``.
@@ -68,6 +72,12 @@ class Reinforcement(Domain[Rollouts]):
         pooled: whether, in training, all tasks of a meta-batch share one baseline and one standardisation. Each task
             then needs few rollouts only.
         num_goals: number of goals to train on, drawn once; None draws new goals for every meta-batch.
+        goal_per: how long a goal lasts in training (docs/protocol.md#rollouts). ``task``: until its task has
+            K * horizon timesteps. ``episode``: for one episode, and the timesteps of all episodes of a meta-batch are
+            counted together. This needs ``pooled`` and an algorithm that does not adapt in training.
+
+    Raises:
+        MamlError: if goals change with every episode and nothing is pooled.
     """
 
     num_shots: Count = 20
@@ -76,6 +86,7 @@ class Reinforcement(Domain[Rollouts]):
     oracle: bool = False
     pooled: bool = False
     num_goals: Count | None = None
+    goal_per: Literal["task", "episode"] = "task"
 
     headline = "return"
     larger_is_better = True
@@ -83,6 +94,11 @@ class Reinforcement(Domain[Rollouts]):
     selected_by = "return"
 
     def __post_init__(self) -> None:
+        if self.goal_per == "episode" and not self.pooled:
+            raise MamlError(
+                "domain.goal_per=episode gives each goal one episode, too little for a baseline of its own; set "
+                "domain.pooled=true, or domain.goal_per=task"
+            )
         environments = self.make_environments()
         self.environments = TellGoal(environments) if self.oracle else environments
         self.in_shape = (self.environments.observation_dim,)
@@ -113,44 +129,85 @@ class Reinforcement(Domain[Rollouts]):
 
     def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
         """Draws goals, and a random key for each task's rollouts. Test goals are always the same."""
-        if split == "test":
-            goals = self.test_goals(num_tasks).to(stream.device)
-        elif split == "train" and self.num_goals is not None:
-            fixed = self.draw_goals(self.num_goals, Stream(0, stream.device).child("goals"))
-            goals = fixed[torch.arange(num_tasks, device=stream.device) % self.num_goals]
-        else:
-            goals = self.draw_goals(num_tasks, stream.child("goals"))
         constants = {"num_rollouts": num_shots, "pooled": int(self.pooled and split == "train")}
-        return {"goals": goals, "keys": stream.child("keys").bits((num_tasks,))} | {
+        if split == "train" and self.goal_per == "episode":
+            # How many episodes there are depends on the policy, so `collect` draws their goals.
+            constants["stream"] = int(stream.key)
+            draws = {}
+        else:
+            goals, keys = self._draw_goals_and_keys(num_tasks, stream, split)
+            draws = {"goals": goals, "keys": keys}
+        return draws | {
             name: torch.full((num_tasks,), value, device=stream.device) for name, value in constants.items()
         }
 
+    def _draw_goals_and_keys(self, count: int, stream: Stream, split: Split) -> tuple[Tensor, Tensor]:
+        """Returns goals, ``(count, G)``, and keys of random streams, ``(count,)``. Neither depends on ``count``."""
+        if split == "test":
+            goals = self.test_goals(count).to(stream.device)
+        elif split == "train" and self.num_goals is not None:
+            fixed = self.draw_goals(self.num_goals, Stream(0, stream.device).child("goals"))
+            goals = fixed[torch.arange(count, device=stream.device) % self.num_goals]
+        else:
+            goals = self.draw_goals(count, stream.child("goals"))
+        return goals, stream.child("keys").bits((count,))
+
     def collect(self, tasks: Tasks, model: Model, params: Params, step: int) -> None:
-        """Collects rollouts of each task's policy."""
+        """Collects rollouts of each task's policy.
+
+        With ``goal_per="episode"`` in training, the parameters of all tasks have to be equal. The tasks are then
+        replaced by one task for each episode, of which there are as many as the meta-batch needs.
+        """
         params = {name: value.detach() for name, value in params.items()}
-        goals = tasks["goals"]
-        episodes = collect_episodes(
-            self.environments,
-            lambda observations: model(params, observations),
-            goals,
-            Stream(tasks["keys"]).child("step").child(step),
-            int(tasks["num_rollouts"][0]),
-            self.horizon,
-            self.discount,
-        )
-        times = torch.arange(episodes.times.shape[1], device=goals.device)
-        lengths = episodes.lengths.unsqueeze(1)
+        pooled = bool(tasks["pooled"][0])
+        if "stream" in tasks:
+            episodes = self._collect_single_episodes(tasks, model, params)
+            tasks.clear()
+            own = [torch.full_like(episodes.lengths[0], len(episodes.lengths)), episodes.lengths.sum()]
+            count, num_timesteps = distributed.all_reduce_sum(own)
+            share = count / num_timesteps
+        else:
+            episodes = collect_episodes(
+                self.environments,
+                lambda observations: model(params, observations),
+                tasks["goals"],
+                Stream(tasks["keys"]).child("step").child(step),
+                int(tasks["num_rollouts"][0]),
+                self.horizon,
+                self.discount,
+            )
+            share = 1 / episodes.lengths.unsqueeze(1)
+        times = torch.arange(episodes.times.shape[1], device=episodes.times.device)
         rollouts = Rollouts(
             observations=episodes.observations,
             actions=episodes.actions,
             outputs=episodes.outputs,
-            advantages=advantages(episodes, pooled=bool(tasks["pooled"][0])),
-            weights=(times < lengths) / lengths,
+            advantages=advantages(episodes, pooled),
+            weights=(times < episodes.lengths.unsqueeze(1)) * share,
             returns=episodes.total_reward / episodes.num_episodes,
             lengths=episodes.lengths / episodes.num_episodes,
             num_unstable=episodes.num_unstable.to(episodes.total_reward.dtype),
         )
         tasks |= {f"step_{step}.{name}": value for name, value in rollouts._asdict().items()}
+
+    def _collect_single_episodes(self, tasks: Tasks, model: Model, params: Params) -> Episodes:
+        """Collects the episodes of a meta-batch, each with its own goal; each is a task of the result."""
+        stream = Stream(int(tasks["stream"][0]), tasks["stream"].device)
+        theta = {name: value[0] for name, value in params.items()}
+        (num_rollouts,) = distributed.all_reduce_sum([tasks["num_rollouts"].sum()])
+
+        def draw(begin: int, end: int) -> tuple[Tensor, Stream]:
+            goals, keys = self._draw_goals_and_keys(end, stream, "train")
+            return goals[begin:], Stream(keys[begin:]).child("step").child(0)
+
+        return collect_single_episodes(
+            self.environments,
+            lambda observations: model(expand(theta, len(observations)), observations),
+            draw,
+            int(num_rollouts) * self.horizon,
+            self.horizon,
+            self.discount,
+        )
 
     def data(self, tasks: Tasks, role: Role, step: int = 0) -> Rollouts:
         """Returns the rollouts that were collected at ``step``. They are the same for both roles."""
@@ -165,7 +222,7 @@ class Reinforcement(Domain[Rollouts]):
                 fewer[name] = value[:, ::every]
         for name, value in fewer.items():
             if name.endswith(".weights"):
-                fewer[name] = value / value.sum(1, keepdim=True)
+                fewer[name] = value * (tasks[name].sum(1, keepdim=True) / value.sum(1, keepdim=True))
         return fewer
 
     def rollout_metrics(self, tasks: Tasks) -> tuple[Metrics, Metrics]:

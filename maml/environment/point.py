@@ -17,14 +17,17 @@ from maml.errors import MamlError
 from maml.seeding import Stream
 
 _LONGEST_STEP = 0.1  # along each coordinate
-_CLOSE_ENOUGH = 0.01  # along each coordinate: in the authors' code, "within 0.01 of the goal" is a box
+_CLOSE_ENOUGH = 0.01  # section 5.3: "within 0.01 of the goal"
 _PICTURE = 256  # pixels
 _UNBOUNDED = float(np.finfo(np.float32).max)  # the plane has no walls, but Gymnasium's checker warns of infinity
 
 Reward = Literal["distance", "squared_distance"]
+Arrival = Literal["box", "disc"]
 
 
-def move(positions: Tensor, actions: Tensor, goals: Tensor, reward: Reward) -> tuple[Tensor, Tensor, Tensor]:
+def move(
+    positions: Tensor, actions: Tensor, goals: Tensor, reward: Reward, arrival: Arrival
+) -> tuple[Tensor, Tensor, Tensor]:
     """Moves agents. One agent and many agree to the bit, because no operation mixes agents.
 
     Args:
@@ -32,6 +35,7 @@ def move(positions: Tensor, actions: Tensor, goals: Tensor, reward: Reward) -> t
         actions: fractions of the longest step, ``(..., 2)``; clipped to ``[-1, 1]``.
         goals: the agents' goals, ``(..., 2)``.
         reward: see `PointNavigation`.
+        arrival: see `PointNavigation`.
 
     Returns:
         The new positions, ``(..., 2)``; the rewards at them, ``(...,)``; and whether the agents have reached their
@@ -41,7 +45,8 @@ def move(positions: Tensor, actions: Tensor, goals: Tensor, reward: Reward) -> t
     offsets = goals - positions
     squared_distances = offsets.square().sum(-1)
     rewards = -(squared_distances if reward == "squared_distance" else squared_distances.sqrt())
-    return positions, rewards, (offsets.abs() < _CLOSE_ENOUGH).all(-1)
+    arrived = squared_distances < _CLOSE_ENOUGH**2 if arrival == "disc" else (offsets.abs() < _CLOSE_ENOUGH).all(-1)
+    return positions, rewards, arrived
 
 
 class PointEnvironments(Environments):
@@ -49,14 +54,16 @@ class PointEnvironments(Environments):
 
     Args:
         reward: see `PointNavigation`.
+        arrival: see `PointNavigation`.
     """
 
     observation_dim = 2
     action_dim = 2
     goal_dim = 2
 
-    def __init__(self, reward: Reward = "distance") -> None:
+    def __init__(self, reward: Reward = "distance", arrival: Arrival = "box") -> None:
         self.reward: Reward = reward
+        self.arrival: Arrival = arrival
 
     def reset(self, goals: Tensor, stream: Stream) -> Tensor:
         """Puts the agents at the origin; nothing is drawn."""
@@ -65,7 +72,7 @@ class PointEnvironments(Environments):
         return self._positions
 
     def step(self, actions: Tensor, living: Tensor) -> Transition:
-        moved, rewards, arrived = move(self._positions[living], actions, self._goals[living], self.reward)
+        moved, rewards, arrived = move(self._positions[living], actions, self._goals[living], self.reward, self.arrival)
         self._positions = self._positions.index_copy(0, living, moved)  # a copy, because callers hold the old positions
         return Transition(moved, rewards, arrived, unstable=torch.zeros_like(arrived))
 
@@ -106,16 +113,17 @@ class PointNavigation(gymnasium.Env[np.ndarray, np.ndarray]):
 
     ## Episode End
 
-    The episode terminates when both coordinates are closer than 0.01 to the goal's. Made by its id, it is truncated
-    after 100 steps.
+    The episode terminates when both coordinates are closer than 0.01 to the goal's (the authors' code), or when the
+    distance is below 0.01 (the paper's text). Made by its id, it is truncated after 100 steps.
 
     ## Arguments
 
     * `goal`: x and y; `gymnasium.make("maml/PointNavigation-v0", goal=(0.3, -0.2))`.
     * `reward`: `"distance"` or `"squared_distance"`.
+    * `arrival`: `"box"` (both coordinates) or `"disc"` (the distance).
     * `render_mode`: `"rgb_array"` draws the goal (green), the path so far and the agent (blue).
 
-    An action that is not two finite numbers, and a goal or reward that is unusable, raise a `MamlError`.
+    An action that is not two finite numbers, and an unusable goal, reward or arrival, raise a `MamlError`.
 
     ## Version History
 
@@ -124,12 +132,21 @@ class PointNavigation(gymnasium.Env[np.ndarray, np.ndarray]):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
-    def __init__(self, goal: Sequence[float], reward: Reward = "distance", render_mode: str | None = None) -> None:
+    def __init__(
+        self,
+        goal: Sequence[float],
+        reward: Reward = "distance",
+        render_mode: str | None = None,
+        arrival: Arrival = "box",
+    ) -> None:
         if np.shape(goal) != (2,) or not np.isfinite(goal).all():
             raise MamlError(f"goal={goal} is no place in the plane; give two finite numbers, x and y")
         if reward not in ("distance", "squared_distance"):
             raise MamlError(f"reward={reward!r} is unknown; give 'distance' or 'squared_distance'")
+        if arrival not in ("box", "disc"):
+            raise MamlError(f"arrival={arrival!r} is unknown; give 'box' or 'disc'")
         self.reward: Reward = reward
+        self.arrival: Arrival = arrival
         self.render_mode = render_mode
         self.action_space = Box(-1.0, 1.0, (2,), np.float32)
         self.observation_space = Box(-_UNBOUNDED, _UNBOUNDED, (2,), np.float32)
@@ -145,7 +162,7 @@ class PointNavigation(gymnasium.Env[np.ndarray, np.ndarray]):
         if np.shape(action) != (2,) or not np.isfinite(action).all():
             raise MamlError(f"action {action} is no step in the plane; the policy has to give two finite numbers")
         taken = torch.from_numpy(np.array(action, dtype=np.float32))
-        position, reward, arrived = move(self._path[-1], taken, self._goal, self.reward)
+        position, reward, arrived = move(self._path[-1], taken, self._goal, self.reward, self.arrival)
         self._path.append(position)
         return self._observation(), reward.item(), bool(arrived), False, {}
 

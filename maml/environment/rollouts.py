@@ -10,10 +10,17 @@ from torch import Tensor
 
 from maml.environment.base import Environments
 from maml.errors import Diverged
+from maml.hardware import distributed
 from maml.seeding import Stream
 
 Policy = Callable[[Tensor], Tensor]
 """Maps observations, ``(T, W, O)``, to the means of A actions and their log standard deviations, ``(T, W, 2A)``."""
+
+DrawEpisodes = Callable[[int, int], tuple[Tensor, Stream]]
+"""Maps two episode numbers to the goals, ``(M, G)``, and the streams of the episodes from the first to the second.
+
+The streams' key is ``(M,)``. The second episode does not count, as in a range.
+"""
 
 
 class Episodes(NamedTuple):
@@ -70,11 +77,61 @@ def collect_episodes(
     Raises:
         Diverged: if the policy's outputs are not finite.
     """
-    count, device = goals.shape[0], goals.device
     wanted = num_rollouts * horizon
-    capacity = wanted + horizon - 1  # the last episode may begin one timestep before the wanted number
-    dim, size = environments.observation_dim, environments.action_dim
-    filled = Episodes(
+    # The last episode may begin one timestep before the wanted number.
+    filled = _no_episodes(environments, goals, wanted + horizon - 1)
+    while True:
+        missing = (wanted - filled.lengths).clamp(min=0)
+        needed = -(-missing // horizon)
+        width = int(needed.max())
+        if width == 0:
+            return _cut_padding(filled)
+        _collect_wave(environments, policy, goals, stream, needed, width, horizon, discount, filled)
+
+
+@torch.no_grad()
+def collect_single_episodes(
+    environments: Environments, policy: Policy, draw: DrawEpisodes, num_timesteps: int, horizon: int, discount: float
+) -> Episodes:
+    """Collects whole episodes, each with its own goal, until all of them together have ``num_timesteps`` timesteps.
+
+    The result is the same as with one environment that is reset with the next goal whenever an episode ends. It is
+    computed as in `collect_episodes`. The processes of a run share the episodes and count the timesteps of all of them.
+
+    Args:
+        environments: the domain's environments.
+        policy: computes the one policy, for any number T of episodes.
+        draw: gives each episode its goal and its stream.
+        num_timesteps: number of timesteps, summed over all processes.
+        horizon: H, number of timesteps after which an episode ends.
+        discount: discount of the rewards.
+
+    Returns:
+        This process's episodes, as T tasks with one episode each.
+
+    Raises:
+        Diverged: if the policy's outputs are not finite.
+    """
+    rank, num_processes = distributed.rank(), distributed.world_size()
+    parts, started, missing = list[Episodes](), 0, num_timesteps
+    while missing > 0:
+        count = -(-missing // horizon)
+        begin, end = (started + share * count // num_processes for share in (rank, rank + 1))
+        goals, stream = draw(begin, end)
+        part = _no_episodes(environments, goals, horizon)
+        if begin < end:
+            one_each = torch.ones(end - begin, dtype=torch.int64, device=goals.device)
+            _collect_wave(environments, policy, goals, stream, one_each, 1, horizon, discount, part)
+        (collected,) = distributed.all_reduce_sum([part.lengths.sum()])
+        parts.append(part)
+        started, missing = started + count, missing - int(collected)
+    return _cut_padding(Episodes(*map(torch.cat, zip(*parts, strict=True))))
+
+
+def _no_episodes(environments: Environments, goals: Tensor, capacity: int) -> Episodes:
+    """Returns space for ``capacity`` timesteps of each task, without episodes."""
+    count, dim, size, device = len(goals), environments.observation_dim, environments.action_dim, goals.device
+    return Episodes(
         observations=torch.zeros(count, capacity, dim, device=device),
         actions=torch.zeros(count, capacity, size, device=device),
         outputs=torch.zeros(count, capacity, 2 * size, device=device),
@@ -85,14 +142,12 @@ def collect_episodes(
         num_episodes=torch.zeros(count, dtype=torch.int64, device=device),
         num_unstable=torch.zeros(count, dtype=torch.int64, device=device),
     )
-    while True:
-        missing = (wanted - filled.lengths).clamp(min=0)
-        needed = -(-missing // horizon)
-        width = int(needed.max())
-        if width == 0:
-            longest = int(filled.lengths.max())
-            return Episodes(*(value[:, :longest] if value.dim() > 1 else value for value in filled))
-        _collect_wave(environments, policy, goals, stream, needed, width, horizon, discount, filled)
+
+
+def _cut_padding(filled: Episodes) -> Episodes:
+    """Returns the episodes without the timesteps that no task has."""
+    longest = int(filled.lengths.max())
+    return Episodes(*(value[:, :longest] if value.dim() > 1 else value for value in filled))
 
 
 def _collect_wave(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,12 +16,16 @@ from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.paper.cells import Panel, Picture, Source
 from maml.paper.evidence import Evidence
-from maml.paper.figures import save
+from maml.paper.figures import save_figure
 from maml.record import checkpoint
+from maml.record.style import GRAY, PAGE, style
 from maml.seeding import Stream
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # The gradient steps that are drawn, with label, colour and line style (dotted, dashed and solid as in the paper).
-STEPS = {0: ("pre-update", "0.6", ":"), 1: ("1 gradient step", "C2", "--"), 10: ("10 gradient steps", "C2", "-")}
+STEPS = {0: ("pre-update", GRAY, ":"), 1: ("1 gradient step", "C2", "--"), 10: ("10 gradient steps", "C2", "-")}
 _NUM_INPUTS = 101
 
 
@@ -79,33 +84,64 @@ def load_trained(source: Source, evidence: Evidence) -> Algorithm:
     return algorithm
 
 
+@style()
 def plot_picture(picture: Picture, panels: Sequence[tuple[Panel, Evidence, list[dict[str, Any]]]], path: Path) -> Path:
-    """Plots a panel for each task and method; a panel without rows shows the reason and the command. Returns the PNG.
+    """Plots a column for each method and K, with a panel for each task; returns the PNG.
+
+    A panel without rows shows the reason and the command.
 
     Args:
         picture: the figure.
         panels: its panels, with the runs and the rows of each.
-        path: path of the PNG.
+        path: path of the PNG; the PDF and the SVG are written beside it.
     """
     from matplotlib.figure import Figure as Canvas  # imported here because it takes half a second
 
-    num_tasks = len({panel.task for panel in picture.panels})
-    num_methods = len(picture.panels) // num_tasks
-    canvas = Canvas(figsize=(4.2 * num_methods, 2.2 * num_tasks + 0.8), layout="constrained")
-    grid = canvas.subplots(num_tasks, num_methods, squeeze=False, sharex=True, sharey="row")
-    for axes, (panel, evidence, rows) in zip(grid.flat, panels, strict=True):
-        axes.set_title(f"{panel.row}, K={panel.source.num_shots}")
-        axes.set_xlim(-5, 5)
-        if not rows:
-            why = "left out" if evidence.complete else evidence.state
-            text = f"{why}\n\n{panel.source.command([])}"
-            axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=8)
-        lines, points = ([row for row in rows if row["is_support"] == kind] for kind in (0, 1))
-        x = [row["x"] for row in lines]
-        axes.plot(x, [row["truth"] for row in lines], color="C3", label="ground truth")
-        for step, (label, colour, style) in STEPS.items():
-            axes.plot(x, [row[f"step_{step}"] for row in lines], color=colour, ls=style, label=label)
-        axes.plot([row["x"] for row in points], [row["truth"] for row in points], "^", color="C4", label="points used")
-    canvas.suptitle(picture.title)
-    canvas.legend(handles=grid.flat[0].get_lines(), loc="outside lower center", ncols=3)
-    return save(canvas, path)
+    columns: dict[str, list[tuple[Panel, Evidence, list[dict[str, Any]]]]] = {}
+    methods = list(dict.fromkeys(panel.row for panel, _, _ in panels))
+    for item in sorted(panels, key=lambda item: methods.index(item[0].row)):  # the tasks of a method keep their order
+        columns.setdefault(item[0].label, []).append(item)
+    num_rows = max(map(len, columns.values()))
+    canvas = Canvas(figsize=(PAGE, 1.35 * num_rows + 0.75), layout="constrained")
+    grid = canvas.subplots(num_rows, len(columns), squeeze=False, sharex=True, sharey=True)
+    handles: dict[str, Any] = {}
+    for column, items in zip(grid.T, columns.values(), strict=True):
+        column[0].set_title(_heading(*items[0][:2]))
+        for axes, item in zip(column, items, strict=False):
+            _plot_panel(axes, *item)
+            handles |= {str(line.get_label()): line for line in axes.get_lines()}
+        for axes in column[len(items) :]:
+            axes.set_visible(False)
+        column[len(items) - 1].set_xlabel("input x")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("output y")
+    canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=5)
+    save_figure(canvas, picture.title, path)
+    return path
+
+
+def _heading(panel: Panel, evidence: Evidence) -> str:
+    """Returns a column's heading, with the step size if it was chosen for the evaluation, as in the paper."""
+    sizes = evidence.evaluated[0][1].step_sizes.get(str(panel.source.num_shots)) if evidence.evaluated else None
+    return f"{panel.label}\nstep size {sizes[0]:g}" if sizes and len(set(sizes)) == 1 else panel.label
+
+
+def _plot_panel(axes: Axes, panel: Panel, evidence: Evidence, rows: Sequence[dict[str, Any]]) -> None:
+    axes.set_xlim(-5, 5)
+    if not rows:
+        say_why_empty(axes, panel, evidence)
+        return
+    lines, points = ([row for row in rows if row["is_support"] == kind] for kind in (0, 1))
+    x = [row["x"] for row in lines]
+    axes.plot(x, [row["truth"] for row in lines], color="C1", label="ground truth")
+    for step, (label, colour, line) in STEPS.items():
+        axes.plot(x, [row[f"step_{step}"] for row in lines], color=colour, ls=line, label=label)
+    given = [row["x"] for row in points], [row["truth"] for row in points]
+    axes.plot(*given, "^", color="C3", markersize=4.5, label="points used")
+
+
+def say_why_empty(axes: Axes, panel: Panel, evidence: Evidence) -> None:
+    """Writes into a panel without a picture why it has none, and the command that makes it."""
+    why = "left out" if evidence.complete else evidence.state
+    command = textwrap.fill(panel.source.command([]), 26, break_long_words=False)
+    axes.text(0.5, 0.5, f"{why}\n\n{command}", transform=axes.transAxes, ha="center", va="center", fontsize=5.5)

@@ -34,6 +34,18 @@ class Reading:
     note: str = ""
 
 
+# Names of methods for the reader, by their `method` in the paper's files; any other method keeps the name it has there.
+# The order gives the colours, which are the same in all figures.
+METHODS = {
+    "MAML": "MAML",
+    "pretrained": "pretrained",
+    "pretrained_step0.01": "pretrained",
+    "pretrained_step0.02": "pretrained",
+    "random": "random initialization",
+    "oracle": "oracle",
+}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One printed number.
@@ -123,9 +135,14 @@ class Curve:
     note: str = ""
 
     @property
+    def name(self) -> str:
+        """The name of the method for the reader; curves of several panels may share it."""
+        return METHODS.get(self.row, self.row)
+
+    @property
     def label(self) -> str:
         """A name that is unique within the figure."""
-        return f"{self.row}, {self.panel}"
+        return f"{self.name}, {self.panel}"
 
 
 @dataclass(frozen=True)
@@ -166,9 +183,14 @@ class Panel:
     source: Source
 
     @property
+    def name(self) -> str:
+        """The name of the method for the reader."""
+        return METHODS.get(self.row, self.row)
+
+    @property
     def label(self) -> str:
         """The method and K."""
-        return f"{self.row}, K={self.source.num_shots}"
+        return f"{self.name}, K={self.source.num_shots}"
 
 
 @dataclass(frozen=True)
@@ -304,6 +326,8 @@ def _curve(results: Path, entry: Mapping[str, Any], line: Mapping[str, Any]) -> 
     row, num_steps, source = fields["row"], fields["num_steps"], _source(fields)
     if file is None:
         levels = load_levels(results, entry["levels"], row, source.num_shots, num_steps)
+        if source.num_shots in entry.get("unreadable", ()):
+            levels = {}
         return Curve(row, f"K={source.num_shots}", source, num_steps, levels, note=fields.get("note", ""))
     printed = [
         point for point in _read(results, file) if point["method"] == row and int(point["grad_step"]) <= num_steps

@@ -21,7 +21,7 @@ def line_chart(curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str,
 
     Args:
         curves: points (x, y) by label; at least one curve has points.
-        xlabel: label of the horizontal axis.
+        xlabel: label of the horizontal axis, which counts something: its ticks are whole numbers.
         ylabel: label of the vertical axis.
         log: whether the vertical axis is logarithmic; ignored if a value is not positive.
     """
@@ -37,7 +37,8 @@ def line_chart(curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str,
         )
         for number, (_, curve) in enumerate(curves.items())
     ]
-    return _chart(lines, x, y, _ticks(left, right), _ticks(low, high, log), xlabel, ylabel)
+    label = f"{ylabel} (log axis)" if log else ylabel
+    return _chart(lines, x, y, _ticks(left, right, whole=True), _ticks(low, high, log), xlabel, label)
 
 
 def histogram(values: np.ndarray, marks: Mapping[str, float], xlabel: str) -> Markup:
@@ -68,7 +69,7 @@ def histogram(values: np.ndarray, marks: Mapping[str, float], xlabel: str) -> Ma
         element("line", x1=f"{x(at):.1f}", x2=f"{x(at):.1f}", y1=_TOP, y2=_HEIGHT - _BOTTOM, class_=f"mark {name}")
         for name, at in marks.items()
     ]
-    return _chart(bars, x, y, _ticks(edges[0], edges[-1]), _ticks(0, counts.max()), xlabel, "test tasks")
+    return _chart(bars, x, y, _ticks(edges[0], edges[-1]), _ticks(0, counts.max(), whole=True), xlabel, "test tasks")
 
 
 def _scale(low: float, high: float, start: float, end: float, log: bool = False) -> Scale:
@@ -78,7 +79,7 @@ def _scale(low: float, high: float, start: float, end: float, log: bool = False)
     return lambda value: start + (transform(value) - transform(low)) / span * (end - start)
 
 
-def _ticks(low: float, high: float, log: bool = False) -> list[float]:
+def _ticks(low: float, high: float, log: bool = False, whole: bool = False) -> list[float]:
     from matplotlib.ticker import LogLocator, MaxNLocator  # imported here because it is slow to import
 
     values: list[float] = []
@@ -87,7 +88,7 @@ def _ticks(low: float, high: float, log: bool = False) -> list[float]:
         values = [*LogLocator(10, (1.0,) if few else (1.0, 2.0, 5.0)).tick_values(low, high)]
         values = [value for value in values if low <= value <= high]
     if len(values) < 2:
-        values = [value for value in MaxNLocator(4).tick_values(low, high) if low <= value <= high]
+        values = [value for value in MaxNLocator(4, integer=whole).tick_values(low, high) if low <= value <= high]
     return values
 
 

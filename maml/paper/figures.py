@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maml.paper.cells import Curve, Figure, Source
+from maml.paper.cells import METHODS, Curve, Figure, Source
 from maml.paper.evidence import Evidence, provenance
+from maml.paper.plan import WATERMARK
 from maml.paper.tables import Comparison, reason_for, status_markdown, verdict
-from maml.record.checkpoint import write_atomically
 from maml.record.statistics import Statistics
+from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_gradient_steps, save, style
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
+_SUFFIXES = (".png", ".pdf", ".svg")  # each picture is written as each of these
 _RESAMPLES = 5000  # the number in the authors' plots
+_LINEAR_WITHIN = 2  # a symlog axis is linear between minus this and this
+_PAPER: dict[str, Any] = {"ls": (0, (1, 1.2))}  # colours stand for methods, line styles for whose curve it is
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,20 @@ class DrawnCurve:
 
     Attributes:
         curve: the published curve.
-        label: label of our line, which also tells if runs are missing or incomplete.
         readings: our mean over runs and the half-width of its 95 % interval, at each gradient step; empty if nothing
             was run.
         intervals: the 68 % interval of our mean over test tasks, at each gradient step, if exact means are published;
             else empty.
+        num_runs: the number of runs behind the readings.
+        missing: what our line lacks, as text: the state without readings, or the iterations done of a reduced budget.
+            Empty if training is complete.
     """
 
     curve: Curve
-    label: str
     readings: Sequence[tuple[float, float]]
     intervals: Sequence[tuple[float, float]] = ()
+    num_runs: int = 1
+    missing: str = ""
 
     @property
     def means(self) -> list[float]:
@@ -67,8 +74,13 @@ class CurveComparison:
 
     @property
     def status(self) -> str:
-        """``reproduced`` if all judged steps are; else the status of the last step that is not reproduced."""
+        """``reproduced`` if all judged steps are; else the status of the last step that is not reproduced.
+
+        ``measured`` if no step could be judged.
+        """
         judged = [status for status in self.steps if status != "measured"]
+        if not judged:
+            return "measured"
         return next((status for status in reversed(judged) if status != "reproduced"), "reproduced")
 
     @property
@@ -105,15 +117,12 @@ def prepare_curve(curve: Curve, evidence: Evidence) -> DrawnCurve:
     Raises:
         MamlError: if ``tasks.csv`` is needed for 68 % intervals, but is missing or damaged.
     """
-    note = ", ".join(filter(None, [evidence.state, evidence.progress]))
     if not evidence.evaluated:
-        return DrawnCurve(curve, f"{curve.row}, ours: {note}", [])
+        return DrawnCurve(curve, [], missing=evidence.state)
     found = curve_statistics(curve, evidence)
-    if evidence.complete:
-        note = f"{found[0].num_runs} runs" if found[0].num_runs > 1 else ""
     intervals = [bootstrap_interval(_mean_per_task(curve.source, cell.step, evidence)) for cell in curve.cells]
     readings = [(each.mean, each.ci95) for each in found]
-    return DrawnCurve(curve, ": ".join(filter(None, [f"{curve.row}, ours", note])), readings, intervals)
+    return DrawnCurve(curve, readings, intervals, found[0].num_runs, evidence.progress)
 
 
 def curve_statistics(curve: Curve, evidence: Evidence) -> list[Statistics]:
@@ -164,41 +173,101 @@ def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
     return rows
 
 
+@style()
 def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Path:
-    """Plots our curves and bands over the published ones, panel by panel; writes a PNG and a PDF, returns the PNG."""
+    """Plots our curves and bands over the published ones, panel by panel; returns the PNG.
+
+    The panels stand in one row, and one legend below them names what is drawn. A curve that lacks runs or iterations
+    is named below its panel.
+
+    Args:
+        figure: the figure.
+        curves: its curves.
+        path: path of the PNG; the PDF and the SVG are written beside it.
+    """
     from matplotlib.figure import Figure as Canvas  # imported here because it takes half a second
 
     panels: dict[str, list[DrawnCurve]] = {}
     for item in curves:
-        panels.setdefault(item.curve.panel, []).append(item)
-    num_columns = 2 if len(panels) > 3 else len(panels)
-    num_rows = math.ceil(len(panels) / num_columns)
-    canvas = Canvas(figsize=(5.5 * num_columns, 4.5 * num_rows), layout="constrained")
+        if item.curve.is_plotted:
+            panels.setdefault(item.curve.panel, []).append(item)
+    has_numbers = any(item.curve.cells for item in curves)
+    canvas = Canvas(figsize=(COLUMN, 2.5) if len(panels) == 1 else (PAGE, 2.35), layout="constrained")
     # Panels with exact numbers show different environments, whose returns have different ranges.
-    grid = canvas.subplots(num_rows, num_columns, squeeze=False, sharey=not any(item.curve.cells for item in curves))
-    for axes, (title, items) in zip(grid.flat, panels.items(), strict=True):
+    (grid,) = canvas.subplots(1, len(panels), squeeze=False, sharey=not has_numbers)
+    shown = [item.curve.name for items in panels.values() for item in items]
+    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys([*METHODS.values(), *shown]))}
+    for axes, (title, items) in zip(grid, panels.items(), strict=True):
         axes.use_sticky_edges = False  # otherwise the axis would end at the bottom of the lowest bar
         num_steps = max(item.curve.num_steps for item in items)
-        for number, item in enumerate(items):
-            if item.curve.is_plotted:
-                _plot_curve(axes, item, num_steps, f"C{number}")
+        for item in items:
+            _plot_curve(axes, item, num_steps, colours[item.curve.name])
         _set_axes(axes, figure.axes)
-        axes.set_xlabel("gradient steps")
-        axes.set_title(title)
-        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below the curves
-    for axes in grid[:, 0]:
-        axes.set_ylabel(figure.ylabel)
-    canvas.suptitle(figure.title)
-    return save(canvas, path)
-
-
-def save(canvas: Canvas, path: Path) -> Path:
-    """Writes a PNG and a PDF, without a date so that equal numbers give equal bytes. Returns the PNG's path."""
-    pdf = path.with_suffix(".pdf"), {"CreationDate": None, "Creator": None, "Producer": None}
-    for file, metadata in ((path, {"Software": None}), pdf):
-        drawn = partial(canvas.savefig, format=file.suffix[1:], dpi=150, metadata=metadata)
-        write_atomically(file, drawn)
+        count_gradient_steps(axes)
+        if len(panels) > 3:  # narrow panels
+            axes.set_title(title.replace(", ", ",\n", 1), fontsize=7)
+        else:
+            axes.set_title(title)
+        _explain_missing(axes, items)
+        if has_numbers or axes is grid[0]:
+            axes.set_ylabel(f"{figure.ylabel} (symlog axis)" if axes.get_yscale() == "symlog" else figure.ylabel)
+    handles = legend_handles([item for items in panels.values() for item in items], colours)
+    canvas.legend(handles=handles, loc="outside lower center", ncols=2 if len(panels) == 1 else len(handles))
+    save_figure(canvas, figure.title, path)
     return path
+
+
+def save_figure(canvas: Canvas, title: str, path: Path) -> None:
+    """Writes a figure as PNG, PDF and SVG. A smoke test has its warning above the picture.
+
+    Args:
+        canvas: the picture.
+        title: title of the figure, which is left to the caption.
+        path: path of the PNG.
+    """
+    if title.startswith(WATERMARK):
+        canvas.suptitle(WATERMARK)
+    save(canvas, *(path.with_suffix(suffix) for suffix in _SUFFIXES))
+
+
+def legend_handles(curves: Iterable[DrawnCurve], colours: Mapping[str, str]) -> list[Artist]:
+    """Returns the entries of a figure's legend: the methods by colour, then whose curve a line is.
+
+    Nothing is named that is not drawn. A method's entry has its number of runs if that is more than one.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    curves, handles = list(curves), list[Any]()
+    for name, colour in colours.items():
+        of_method = [item for item in curves if item.curve.name == name]
+        if any(item.readings or item.curve.levels for item in of_method):
+            counts = [item.num_runs for item in of_method if item.readings] or [0]
+            least, most = min(counts), max(counts)
+            runs = "" if most < 2 else f" ({most} runs)" if least == most else f" ({least} to {most} runs)"
+            handles.append(Line2D([], [], color=colour, lw=3, solid_capstyle="butt", label=f"{name}{runs}"))
+    if any(item.curve.cells for item in curves):
+        handles.append(Line2D([], [], color=GRAY, label="paper", **_PAPER))
+    elif any(item.curve.levels for item in curves):
+        handles.append(Patch(facecolor=GRAY, alpha=0.5, label="paper, read off its image"))
+    for label, reduced, line in (("ours", False, COMPLETE), ("ours, reduced budget", True, REDUCED)):
+        if any(item.readings and bool(item.missing) == reduced for item in curves):
+            handles.append(Line2D([], [], color=GRAY, label=label, **line))
+    return handles
+
+
+def _explain_missing(axes: Axes, items: Sequence[DrawnCurve]) -> None:
+    """Names below a panel the curves of ours that are missing or have a reduced budget."""
+    lines = [f"{item.curve.name}: {item.missing}" for item in items if item.readings and item.missing]
+    absent: dict[str, list[str]] = {}
+    for item in items:
+        if not item.readings:
+            absent.setdefault(item.missing, []).append(item.curve.name)
+    for state, names in absent.items():
+        text = f"ours {state}" + ("" if len(names) == len(items) else f": {', '.join(names)}")
+        lines += textwrap.wrap(text, 30)
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
+    axes.annotate("\n".join(lines), (0.5, 0), (0, -25), fontsize=6, color=GRAY, **place)
 
 
 def _plot_curve(axes: Axes, item: DrawnCurve, num_steps: int, colour: str) -> None:
@@ -206,37 +275,36 @@ def _plot_curve(axes: Axes, item: DrawnCurve, num_steps: int, colour: str) -> No
     curve, times = item.curve, 1 if item.curve.num_steps else num_steps + 1
     if curve.cells:
         published = [float(cell.value) for cell in curve.cells]
-        _plot_line(
-            axes,
-            published * times,
-            [*curve.levels.values()] * times,
-            color=colour,
-            ls="--",
-            label=f"{curve.row}, paper",
-        )
-    else:
+        bands = [*curve.levels.values()]
+        _plot_line(axes, published * times, bands * times, color=colour, label=f"{curve.name}, paper", **_PAPER)
+    elif curve.levels:
         low, high = zip(*curve.levels.values(), strict=True)
         heights = [top - bottom for bottom, top in zip(low, high, strict=True)]
-        label = f"{curve.row}, paper's image"
-        axes.bar(list(curve.levels), heights, 0.3, low, color=colour, edgecolor=colour, alpha=0.5, label=label)
-    _plot_line(axes, item.means * times, item.bands * times, color=colour, marker="o", markersize=3, label=item.label)
+        axes.bar(list(curve.levels), heights, 0.3, low, color=colour, edgecolor=colour, alpha=0.5)
+    if item.readings:
+        line = REDUCED if item.missing else COMPLETE
+        _plot_line(axes, item.means * times, item.bands * times, color=colour, label=f"{curve.name}, ours", **line)
 
 
-def _plot_line(axes: Axes, means: Sequence[float], bands: Sequence[tuple[float, float]], **style: Any) -> None:
+def _plot_line(axes: Axes, means: Sequence[float], bands: Sequence[tuple[float, float]], **line: Any) -> None:
     steps = range(len(means))
-    axes.plot(steps, means, **style)
+    axes.plot(steps, means, **line)
     bottom, top = ([band[side] for band in bands] for side in (0, 1))
-    axes.fill_between(steps, bottom, top, color=style["color"], alpha=0.2, lw=0)
+    axes.fill_between(steps, bottom, top, color=line["color"], alpha=0.18, lw=0)
 
 
 def _set_axes(axes: Axes, settings: Mapping[str, Any]) -> None:
     """Applies the figure's axes settings; the limits are widened if a curve exceeds them."""
+    settings = {"yscale": "linear", **settings}
+    scale = settings.pop("yscale")
+    axes.set_yscale(scale, **({"linthresh": _LINEAR_WITHIN} if scale == "symlog" else {}))
     axes.set(**settings)
     if "ylim" in settings:
         lowest, highest = settings["ylim"]
         axes.set_ylim(min(lowest, axes.dataLim.ymin), max(highest, axes.dataLim.ymax))
-    if axes.get_yscale() == "symlog":
-        from matplotlib.ticker import SymmetricalLogLocator
+    if scale == "symlog":
+        from matplotlib.ticker import NullLocator, SymmetricalLogLocator
 
-        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=2, subs=[1, 2, 5]))
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=_LINEAR_WITHIN, subs=[1, 2, 5]))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:g}")

@@ -1,4 +1,4 @@
-"""The tables in LaTeX: the paper's layout with booktabs, and one document with all tables."""
+"""The tables in LaTeX: the paper's layout with booktabs, and one document with all tables, which compiles alone."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ def escape(text: str) -> str:
 
 
 def table_latex(table: Table, comparisons: Sequence[Comparison]) -> str:
-    """Returns a table environment in the paper's layout, with our numbers below each row; it needs booktabs.
+    """Returns a table environment in the paper's layout, with our numbers below each row.
 
-    A number of ours that is not reproduced has a footnote, with the iterations done if training is not complete, and
-    the section of ``results/notes.md`` that explains the difference.
+    It needs booktabs, and graphicx, which shrinks a table that is wider than the text. The legend of `document`
+    explains the symbols. A number of ours that is not reproduced has a footnote, with the iterations done if training
+    is not complete, and the section of ``results/notes.md`` that explains the difference.
     """
     layout, bold, footnotes = table.layout, bold_cells(table), list[str]()
     title = f"The paper's {table.title}" if table.in_paper else table.title
@@ -61,7 +62,8 @@ def table_latex(table: Table, comparisons: Sequence[Comparison]) -> str:
                 body.append(_line(r"\quad ours", ours))
             if row.has_runs:
                 body.append(_line(r"\quad runs", [_number(item.runs_text) if item else "" for item in row.items]))
-    notes = [f"{number}: {escape(text)}." for number, text in enumerate(footnotes, 1)]
+    notes = " ".join(f"{number}: {escape(text)}." for number, text in enumerate(footnotes, 1))
+    below = [r"\par\medskip", r"\begin{minipage}{\linewidth}", r"\scriptsize", notes, r"\end{minipage}"]
     return "\n".join(
         [
             r"\begin{table}[htbp]",
@@ -70,33 +72,39 @@ def table_latex(table: Table, comparisons: Sequence[Comparison]) -> str:
             rf"\label{{tab:{table.name.replace('_', '-')}}}",
             r"\footnotesize",
             r"\setlength{\tabcolsep}{4pt}",
-            rf"\begin{{tabular}}{{l{'c' * len(layout.columns)}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}"
+            rf"{{\begin{{tabular}}{{l{'c' * len(layout.columns)}}}",
             r"\toprule",
             *_header(layout.corner, list(layout.columns.values())),
             *body,
             r"\bottomrule",
-            r"\end{tabular}",
-            r"\par\medskip",
-            r"\begin{minipage}{\linewidth}",
-            r"\scriptsize",
-            " ".join([escape(LEGEND), *notes]),
-            r"\end{minipage}",
+            r"\end{tabular}}",
+            *(below if notes else []),
             r"\end{table}",
             "",
         ]
     )
 
 
-def document(summary: str, names: Sequence[str]) -> str:
-    """Returns a document with all tables, to be compiled in ``results/``; it needs booktabs and geometry."""
+def document(summary: str, tables: Sequence[str]) -> str:
+    """Returns a document with all tables that compiles alone.
+
+    Args:
+        summary: a line about all tables.
+        tables: the results of `table_latex`. They share one legend, which stands before them.
+    """
     return "\n".join(
         [
             r"\documentclass{article}",
             r"\usepackage{booktabs}",
+            r"\usepackage{graphicx}",
             r"\usepackage[margin=2cm]{geometry}",
             r"\begin{document}",
             rf"\noindent {escape(summary)}",
-            *(rf"\input{{{name}/{name}}}" for name in names),
+            r"\par\medskip",
+            rf"\noindent {escape(LEGEND)}",
+            "",
+            *tables,
             r"\end{document}",
             "",
         ]

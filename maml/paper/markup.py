@@ -14,7 +14,7 @@ class Markup(str):
 Content: TypeAlias = str | Iterable["Content"]
 """Text, markup, or a sequence of both."""
 
-_VOID = ("br", "img", "link", "meta")
+_VOID = ("br", "img", "input", "link", "meta")
 
 
 def join(content: Content) -> Markup:

@@ -10,7 +10,10 @@ function open(id) {
 }
 
 function fromAddress() {
-  open(decodeURI(location.hash.slice(1)));
+  const id = decodeURI(location.hash.slice(1));
+  const target = document.getElementById(id);
+  if (target?.closest("[hidden]")) reset(); // it was filtered away
+  open(id);
 }
 
 for (const button of document.querySelectorAll("[data-opens]")) {
@@ -67,6 +70,84 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+
+// The search field and the verdicts choose what is shown: rows of tables, curves of figures, departures and notes. What
+// has to match is an item with the title above it, and the commands, runs and commits in the panels that it opens.
+const items = [
+  ...document.querySelectorAll("table.numbers tbody tr, .openers > button, .departures tbody tr, #notes details"),
+];
+const texts = new Map();
+const search = document.getElementById("search");
+const found = document.getElementById("found");
+const showAll = document.getElementById("show-all");
+const tiles = [...document.querySelectorAll("[data-filter]")];
+const openers = [...document.querySelectorAll("main [data-opens]")];
+
+function searchable(item) {
+  if (!texts.has(item)) {
+    const title = item.closest("article")?.querySelector("h3");
+    const buttons = item.matches("[data-opens]") ? [item] : [...item.querySelectorAll("[data-opens]")];
+    const evidence = buttons.flatMap((button) => [
+      button.dataset.opens,
+      ...[...document.getElementById(button.dataset.opens).querySelectorAll(".command code, td")],
+    ]);
+    const parts = [title, item, ...evidence].map((part) => part?.textContent ?? part ?? "");
+    texts.set(item, parts.join(" ").toLowerCase());
+  }
+  return texts.get(item);
+}
+
+function matches(item, words, verdict) {
+  const status = `[data-status="${verdict}"]`;
+  return (!verdict || item.matches(status) || item.querySelector(status) !== null)
+    && (!words.length || words.every((word) => searchable(item).includes(word)));
+}
+
+function filter() {
+  const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const verdict = tiles.find((tile) => tile.getAttribute("aria-pressed") === "true")?.dataset.filter;
+  const isFiltered = words.length > 0 || verdict !== undefined;
+  let count = 0;
+  for (const item of items) {
+    item.hidden = isFiltered && !matches(item, words, verdict);
+    count += !item.hidden;
+  }
+  for (const opener of openers) opener.classList.toggle("faded", verdict !== undefined && opener.dataset.status !== verdict);
+  // An article whose items are all hidden is hidden too, and so is its section.
+  for (const kind of ["article", "main > section"]) {
+    for (const part of document.querySelectorAll(kind)) {
+      part.hidden = isFiltered && !items.some((item) => !item.hidden && part.contains(item));
+    }
+  }
+  found.textContent = isFiltered ? `${count} of ${items.length} entries` : "";
+  showAll.hidden = !isFiltered;
+}
+
+for (const tile of tiles) {
+  tile.addEventListener("click", () => {
+    const pressed = tile.getAttribute("aria-pressed") !== "true";
+    for (const other of tiles) other.setAttribute("aria-pressed", String(other === tile && pressed));
+    filter();
+  });
+}
+search.addEventListener("input", filter);
+function reset() {
+  search.value = "";
+  for (const tile of tiles) tile.setAttribute("aria-pressed", "false");
+  filter();
+}
+showAll.addEventListener("click", () => {
+  reset();
+  search.focus();
+});
+
+// A box says that it scrolls sideways where it does; boxes in closed panels have no size until they open.
+const sizes = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    target.previousElementSibling.hidden = target.scrollWidth <= target.clientWidth + 1;
+  }
+});
+for (const box of document.querySelectorAll(".scroll")) sizes.observe(box);
 
 addEventListener("hashchange", fromAddress);
 fromAddress();

@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from maml.config.compose import compose_experiment
 from maml.config.schema import build
 from maml.domain.point_navigation import PointNavigation
+from maml.domain.reinforcement import Rollouts
+from maml.environment.point import move
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
-from maml.paper.adaptation import load_trained
+from maml.paper.adaptation import load_trained, say_why_empty
 from maml.paper.cells import Panel, Picture
 from maml.paper.evidence import Evidence
-from maml.paper.figures import save
+from maml.paper.figures import save_figure
+from maml.record.style import COLUMN, GRAY, style
 from maml.types import take
 
 # The gradient steps that are drawn, with label, colour and line style.
-STEPS = {0: ("pre-update", "0.6", ":"), 3: ("3 gradient steps", "C2", "-")}
+STEPS = {0: ("pre-update", GRAY, ":"), 3: ("3 gradient steps", "C2", "-")}
 _TOLERANCE = 0.01  # relative; rounding on another machine can end an episode one step earlier or later
 
 
@@ -35,8 +39,8 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
         evidence: the runs of the panel's source.
 
     Returns:
-        One row for each position before an action, at each of `STEPS`. The published rows come first. Our rows follow
-        if a run is finished.
+        One row for each position, at each of `STEPS`. The published rows come first; they lack the position after the
+        last action. Our rows follow if a run is finished, from the start to the position after the last action.
 
     Raises:
         MamlError: if the finished run's checkpoint or ``tasks.csv`` is missing, damaged, or belongs to another run, or
@@ -70,15 +74,25 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
                 f"{reported:.4g} in tasks.csv; the checkpoint is not the one that was evaluated, so restore it"
             )
         if step in STEPS:
-            starts = (rollouts.observations[0] == 0).all(-1).nonzero()  # every episode starts at the origin
-            positions = rollouts.observations[0, : int(starts[1])].tolist()
             rows += [
                 {"by": "ours"} | labels | dict(zip(columns, (step, t, f"{x:.6f}", f"{y:.6f}"), strict=True))
-                for t, (x, y) in enumerate(positions)
+                for t, (x, y) in enumerate(first_path(rollouts, tasks["goals"], domain).tolist())
             ]
     return rows
 
 
+def first_path(rollouts: Rollouts, goals: Tensor, domain: PointNavigation) -> Tensor:
+    """Returns all positions of the first episode of the only task, ``(steps + 1, 2)``.
+
+    Rollouts hold the position before each action, so the environment makes the last move once more.
+    """
+    starts = (rollouts.observations[0] == 0).all(-1).nonzero()  # every episode starts at the origin
+    before, actions = (values[0, : int(starts[1])] for values in (rollouts.observations, rollouts.actions))
+    last, _, _ = move(before[-1:], actions[-1:], goals, domain.reward, domain.arrival)
+    return torch.cat([before, last])
+
+
+@style()
 def plot_picture(picture: Picture, panels: Sequence[tuple[Panel, Evidence, list[dict[str, Any]]]], path: Path) -> Path:
     """Plots a column for each method: the published rollouts above, ours below. Returns the PNG.
 
@@ -87,26 +101,34 @@ def plot_picture(picture: Picture, panels: Sequence[tuple[Panel, Evidence, list[
     Args:
         picture: the figure.
         panels: its panels, with the runs and the rows of each.
-        path: path of the PNG.
+        path: path of the PNG; the PDF and the SVG are written beside it.
     """
-    from matplotlib.figure import Figure as Canvas  # imported here because it takes half a second
+    import matplotlib  # imported here because it takes half a second
+    from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(4.2 * len(panels), 9.4), layout="constrained")
+    canvas = Canvas(figsize=(COLUMN, 3.85), layout="constrained")
     grid = canvas.subplots(2, len(panels), squeeze=False, sharex=True, sharey=True)
+    handles: dict[str, Any] = {}
     for column, (panel, evidence, rows) in zip(grid.T, panels, strict=True):
         for axes, by in zip(column, ("paper", "ours"), strict=True):
-            axes.set_title(f"{panel.row}, {by}")
+            axes.set_title(f"{panel.name}, {by}")
             axes.set_aspect("equal")
             shown = [row for row in rows if row["by"] == by]
             if not shown:
-                why = "left out" if evidence.complete else evidence.state
-                text = f"{why}\n\n{panel.source.command([])}"
-                axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=8)
-            for step, (label, colour, style) in STEPS.items():
+                say_why_empty(axes, panel, evidence)
+            for step, (label, colour, line) in STEPS.items():
                 x, y = ([float(row[name]) for row in shown if int(row["grad_step"]) == step] for name in ("x", "y"))
-                axes.plot(x, y, color=colour, ls=style, label=label)
-            axes.plot(0, 0, "ko", markersize=4, label="start")
-            axes.plot(rows[0]["goal_x"], rows[0]["goal_y"], "*", color="C3", markersize=12, label="goal")
-    canvas.suptitle(picture.title)
-    canvas.legend(handles=grid.flat[0].get_lines(), loc="outside lower center", ncols=4)
-    return save(canvas, path)
+                if x:
+                    axes.plot(x, y, color=colour, ls=line, lw=0.9, label=label)
+            ink = matplotlib.rcParams["text.color"]
+            axes.plot(0, 0, "o", color=ink, label="start", zorder=3)
+            goal = rows[0]["goal_x"], rows[0]["goal_y"]
+            axes.plot(*goal, "*", color="C1", markersize=8, markeredgecolor=ink, mew=0.4, label="goal", zorder=3)
+            handles |= {str(mark.get_label()): mark for mark in axes.get_lines()}
+        column[-1].set_xlabel("position x")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("position y")
+    order = [*(label for label, *_ in STEPS.values()), "start", "goal"]
+    canvas.legend(handles=[handles[name] for name in order if name in handles], loc="outside lower center", ncols=2)
+    save_figure(canvas, picture.title, path)
+    return path

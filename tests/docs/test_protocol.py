@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maml.config.paths import RESULTS
-from maml.paper.report import load_departures
+from maml.paper.departures import load_departures
 
 ROOT = Path(__file__).parents[2]
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,3 +61,13 @@ def test_shapes_are_the_papers() -> None:
     domain, oracle = PointNavigation(), PointNavigation(oracle=True)
     assert (domain.in_shape, oracle.in_shape, domain.out_dim, oracle.out_dim) == ((2,), (4,), 4, 4)
     assert (domain.num_shots, domain.horizon, domain.discount) == (20, 100, 0.99)
+
+
+def test_arrival_is_that_of_the_environments() -> None:
+    for domain, arrived in ((PointNavigation(), True), (PointNavigation(arrival="disc"), False)):
+        domain.environments.reset(torch.zeros(1, 2), Stream(torch.arange(1)))
+        transition = domain.environments.step(torch.tensor([[0.095, -0.095]]), torch.arange(1))
+        assert transition.terminated.tolist() == [arrived]
+        single = domain.make_single(torch.zeros(2))
+        single.reset(seed=0)
+        assert single.step(np.array([0.095, -0.095], dtype=np.float32))[2] == arrived

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from maml.algorithm.best import update_best
 from maml.algorithm.maml import MAML
+from maml.algorithm.pretrain import Pretrain
 from maml.config.compose import compose
 from maml.config.schema import build
 from maml.domain.locomotion import CheetahVelocity
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.reinforcement import Reinforcement, kl_divergence, log_prob
-from maml.environment.base import Environments, Transition
+from maml.environment.base import Environments, TellGoal, Transition
 from maml.environment.point import PointEnvironments
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
@@ -33,7 +34,7 @@ from maml.seeding import Stream
 from maml.types import Params, Tasks, expand, num_tasks
 from tests import algorithms
 from tests.algorithms import build_from
-from tests.environment.test_rollouts import RandomLengthWalks
+from tests.environment.test_rollouts import RandomLengthWalks, roll_out_one_task
 from tests.runs import TinyRuns
 
 
@@ -192,6 +193,119 @@ def test_pooling_is_for_training_only() -> None:
         assert bool((means.abs() > 1e-3).any()) == pooled
 
 
+def pretrain_on(domain: Reinforcement) -> Pretrain:
+    model = GaussianPolicy(domain.in_shape, domain.out_dim, hidden_sizes=[8], activation="tanh")
+    return build_from(Pretrain, domain, model, SGD(0.1, 1, order=2, adapt=["*"]), TRPO())
+
+
+def collect_for_pretraining(domain: Reinforcement, count: int = 6) -> tuple[Pretrain, Tasks]:
+    algorithm = pretrain_on(domain)
+    tasks = algorithm.sample_tasks(count, Stream(1))
+    algorithm.collect(algorithm.params_per_task(count), tasks)
+    return algorithm, tasks
+
+
+@pytest.mark.parametrize("num_goals", [None, 2])
+def test_each_episode_has_its_own_goal_and_all_timesteps_count_together(num_goals: int | None) -> None:
+    """Against the sampler written out: reset with the next goal, until the batch has enough timesteps."""
+    domain = RandomLengthWalk(oracle=True, pooled=True, goal_per="episode", num_goals=num_goals)
+    algorithm, tasks = collect_for_pretraining(domain)
+    theta = algorithm.params_per_task(1)
+    # Episode i is the one that task i of a larger meta-batch would begin with.
+    draws = RandomLengthWalk(oracle=True, num_goals=num_goals).sample_tasks(100, Stream(1))
+    expected, steps = list[dict[str, Any]](), 0
+    while steps < 6 * 3 * 12:
+        one = slice(len(expected), len(expected) + 1)
+        stream = Stream(draws["keys"][one]).child("step").child(0)
+        environments = TellGoal(RandomLengthWalks())
+        episode = roll_out_one_task(
+            environments, lambda x: algorithm.model(theta, x), draws["goals"][one], stream, 1, 12, most_episodes=1
+        )
+        expected.append(episode)
+        steps += episode["lengths"]
+    data = domain.data(tasks, "support", 0)
+    assert num_tasks(tasks) == len(expected) > 6 * 3
+    for number, episode in enumerate(expected):
+        length = episode["lengths"]
+        assert data.lengths[number] == length
+        for name in ("observations", "actions", "outputs"):
+            torch.testing.assert_close(getattr(data, name)[number, :length], episode[name], rtol=1e-4, atol=1e-4)
+            assert not getattr(data, name)[number, length:].any()
+        assert data.returns[number].item() == pytest.approx(episode["total_reward"], rel=1e-4, abs=1e-4)
+    goals = data.observations[:, 0, -1].unique()
+    assert len(goals) == (num_goals or len(expected))
+
+    # Losses, divergence and returns are means over the whole batch.
+    taken = data.weights > 0
+    assert int(taken.sum()) == steps
+    assert abs(data.advantages[taken].mean()) < 1e-6
+    params = expand(algorithm.model.init(Stream(9)), num_tasks(tasks))
+    loss, metrics = domain.outer_loss(algorithm.model, params, data)
+    outputs = algorithm.model(params, data.observations)
+    ratios = (log_prob(outputs, data.actions) - log_prob(data.outputs, data.actions)).exp()
+    torch.testing.assert_close(loss.mean(), -(ratios * data.advantages)[taken].mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics["kl"].mean(), kl_divergence(data.outputs, outputs)[taken].mean())
+    means, _ = domain.rollout_metrics(tasks)
+    total = sum(episode["total_reward"] for episode in expected)
+    assert means["return"].mean().item() == pytest.approx(total / len(expected), rel=1e-4)
+    assert means["episode_length"].mean().item() == pytest.approx(steps / len(expected))
+
+
+@pytest.mark.parametrize("kind", ["point", "cheetah"])
+def test_where_no_episode_ends_early_a_goal_per_episode_is_one_per_task_to_the_bit(kind: str) -> None:
+    options = {"num_shots": 1, "horizon": 8, "pooled": True}
+    after = []
+    for goal_per in ("task", "episode"):
+        domain = (
+            PointNavigation(goal_range=(5.0, 6.0), goal_per=goal_per, **options)  # type: ignore[arg-type]
+            if kind == "point"
+            else CheetahVelocity(goal_range=(0.0, 2.0), goal_per=goal_per, **options)  # type: ignore[arg-type]
+        )
+        algorithm, tasks = collect_for_pretraining(domain)
+        metrics = algorithms.step(algorithm, algorithm.sample_tasks(6, Stream(2)))
+        after.append((domain.data(tasks, "support", 0)._asdict(), metrics, algorithm.theta))
+    for per_task, per_episode in zip(*after, strict=True):
+        assert per_task.keys() == per_episode.keys()
+        assert [name for name, value in per_task.items() if not torch.equal(value, per_episode[name])] == []
+
+
+def test_training_with_a_goal_per_episode_goes_on_with_any_number_of_episodes() -> None:
+    domain = RandomLengthWalk(pooled=True, goal_per="episode", num_shots=1)
+    algorithm = pretrain_on(domain)
+    before = clone_params(algorithm.theta)
+    counts = set()
+    for iteration in range(4):
+        tasks = algorithm.sample_tasks(4, Stream(2).child(iteration))
+        metrics = algorithms.step(algorithm, tasks, task_chunk=3)
+        counts.add(num_tasks(tasks))
+        assert metrics["kl"].isfinite()
+    assert len(counts) > 1
+    assert not torch.equal(before["log_std"], algorithm.theta["log_std"])
+
+
+def test_meta_test_keeps_one_goal_per_task() -> None:
+    per_task, per_episode = (RandomLengthWalk(pooled=True, goal_per=goal_per) for goal_per in ("task", "episode"))
+    for split in ("val", "test"):
+        one, other = (domain.sample_tasks(4, Stream(0), split) for domain in (per_task, per_episode))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_goal_per_episode_needs_a_pooled_baseline_and_no_adaptation() -> None:
+    with pytest.raises(MamlError, match=r"too little for a baseline of its own; set domain\.pooled=true"):
+        RandomLengthWalk(goal_per="episode")
+    with pytest.raises(MamlError, match=r"MAML adapts to a task's goal.*choose algorithm=pretrain or oracle"):
+        algorithm_on(RandomLengthWalk(pooled=True, goal_per="episode"))
+
+
+def test_subsampled_episodes_keep_their_share_of_the_mean() -> None:
+    domain = RandomLengthWalk(pooled=True, goal_per="episode")
+    _, tasks = collect_for_pretraining(domain)
+    whole, fewer = (domain.data(each, "support", 0) for each in (tasks, domain.subsample_timesteps(tasks, 3)))
+    torch.testing.assert_close(fewer.weights.sum(1), whole.weights.sum(1))
+    assert fewer.weights.sum(1).mean().item() == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_subsampled_rollouts_are_every_nth_timestep(every: int) -> None:
     algorithm, tasks = collect(RandomLengthWalk())
@@ -341,6 +455,8 @@ def test_checkpoint_of_other_observations_is_refused(tiny: TinyRuns) -> None:
         (["domain.discount=1.01"], r"domain\.discount=1\.01: input should be less than or equal to 1"),
         (["domain.discount=-0.1"], r"domain\.discount=-0\.1: input should be greater than or equal to 0"),
         (["domain.pooled=3"], r"domain\.pooled=3: input should be a valid boolean"),
+        (["domain.goal_per=rollout"], r"domain\.goal_per='rollout': input should be 'task' or 'episode'"),
+        (["domain.arrival=circle"], r"domain\.arrival='circle': input should be 'box' or 'disc'"),
         (["domain.reward=squared"], r"domain\.reward='squared': input should be 'distance' or 'squared_distance'"),
         (["domain.goal_range=[0.5,-0.5]"], r"domain\.goal_range=\[0\.5, -0\.5\]: .*0\.5 is not below -0\.5; swap them"),
         (["domain.goal_range=[0.5,0.5]"], r"0\.5 is not below 0\.5"),

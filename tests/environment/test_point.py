@@ -16,7 +16,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import maml.environment  # noqa: F401  (registers the environment)
-from maml.environment.point import PointEnvironments, PointNavigation, Reward
+from maml.environment.point import Arrival, PointEnvironments, PointNavigation, Reward
 from maml.errors import MamlError
 from maml.seeding import Stream
 
@@ -92,6 +92,13 @@ def test_goal_is_a_box_not_a_disc(reward: Reward) -> None:
     assert not environment.step(np.array([0.105, 0.0]))[2]
 
 
+def test_goal_of_the_papers_text_is_a_disc() -> None:
+    environment = PointNavigation((0.0, 0.0), arrival="disc")
+    for action, arrived in (([0.095, -0.095], False), ([0.07, -0.07], True), ([0.105, 0.0], False)):
+        environment.reset()
+        assert environment.step(np.array(action))[2] == arrived
+
+
 def test_actions_are_clipped_and_start_is_the_origin() -> None:
     environment = gymnasium.make(ID, goal=(0.3, 0.4))
     assert environment.reset(seed=0)[0].tolist() == [0.0, 0.0]
@@ -159,15 +166,17 @@ def test_impossible_settings_are_refused() -> None:
             PointNavigation(goal)  # type: ignore[arg-type]
     with pytest.raises(MamlError, match="'squared' is unknown"):
         PointNavigation((0.1, 0.2), reward="squared")  # type: ignore[arg-type]
+    with pytest.raises(MamlError, match="arrival='circle' is unknown; give 'box' or 'disc'"):
+        PointNavigation((0.1, 0.2), arrival="circle")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("reward", ["distance", "squared_distance"])
-def test_many_equal_one_to_the_bit(reward: Reward) -> None:
+@pytest.mark.parametrize(("reward", "arrival"), [("distance", "box"), ("squared_distance", "disc")])
+def test_many_equal_one_to_the_bit(reward: Reward, arrival: Arrival) -> None:
     stream = Stream(0)
     goals = stream.child("goals").uniform((13, 2), -0.5, 0.5)
     actions = stream.child("actions").normal((200, len(goals), 2), std=1.5)
-    many = PointEnvironments(reward)
-    ones = [PointNavigation(goal, reward) for goal in goals.tolist()]
+    many = PointEnvironments(reward, arrival)
+    ones = [PointNavigation(goal, reward, arrival=arrival) for goal in goals.tolist()]
     everyone = torch.arange(len(goals))
     first = many.reset(goals, Stream(everyone))
     assert torch.equal(first, torch.from_numpy(np.stack([one.reset()[0] for one in ones])))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from maml.environment.base import Environments, Transition
 from maml.environment.point import PointEnvironments
-from maml.environment.rollouts import Episodes, Policy, collect_episodes
+from maml.environment.rollouts import Episodes, Policy, collect_episodes, collect_single_episodes
 from maml.errors import MamlError
+from maml.hardware import distributed
 from maml.model.gaussian_policy import GaussianPolicy
 from maml.seeding import Stream
 
@@ -68,14 +69,20 @@ def network_policies(count: int, observation_dim: int) -> tuple[GaussianPolicy, 
 
 
 def roll_out_one_task(
-    environments: Environments, policy: Policy, goal: Tensor, stream: Stream, num_rollouts: int, horizon: int
+    environments: Environments,
+    policy: Policy,
+    goal: Tensor,
+    stream: Stream,
+    num_rollouts: int,
+    horizon: int,
+    most_episodes: int = 10**9,
 ) -> dict[str, Any]:
-    """Collects one task in one environment, episode by episode, until there are enough timesteps."""
+    """Collects one task in one environment, episode by episode, until there are enough timesteps or episodes."""
     recorded: dict[str, list[Tensor]] = {"observations": [], "actions": [], "outputs": []}
     returns: list[float] = []
     times: list[int] = []
     total, episode, unstable, steps = 0.0, 0, 0, 0
-    while steps < num_rollouts * horizon:
+    while steps < num_rollouts * horizon and episode < most_episodes:
         own = stream.child(torch.tensor([episode]))
         noise = own.child("actions").normal((horizon, environments.action_dim))
         observation = environments.reset(goal, own.child("reset"))
@@ -235,3 +242,61 @@ def test_stream_decides_what_happens() -> None:
     )
     assert all(torch.equal(value, same) for value, same in zip(first, again, strict=True))
     assert not torch.equal(first.total_reward, other.total_reward)
+
+
+def draw_single(start: int, end: int) -> tuple[Tensor, Stream]:
+    """Draws goals and streams of episodes; each has its own, whatever is drawn with it."""
+    return Stream(3).uniform((end, 1), -1.0, 1.0)[start:], Stream(streams(end).key[start:])
+
+
+def roll_out_with_a_goal_per_reset(environments: Environments, policy: Policy, num_timesteps: int, horizon: int) -> Any:
+    """Collects episode after episode in one environment, each with the next goal, until there are enough timesteps."""
+    episodes, steps = list[dict[str, Any]](), 0
+    while steps < num_timesteps:
+        goal, stream = draw_single(len(episodes), len(episodes) + 1)
+        episodes.append(roll_out_one_task(environments, policy, goal, stream, 1, horizon, most_episodes=1))
+        steps += episodes[-1]["lengths"]
+    return episodes
+
+
+@pytest.mark.parametrize(("num_timesteps", "horizon"), [(1, 12), (60, 12), (61, 7), (300, 30)])
+def test_single_episodes_are_to_the_bit_those_of_one_environment_with_a_new_goal_at_every_reset(
+    num_timesteps: int, horizon: int
+) -> None:
+    policy = pull_policy(torch.tensor([[0.3]]))
+    environments = RandomLengthWalks()
+    episodes = collect_single_episodes(environments, policy, draw_single, num_timesteps, horizon, DISCOUNT)
+    expected = roll_out_with_a_goal_per_reset(RandomLengthWalks(), policy, num_timesteps, horizon)
+    assert len(episodes.lengths) == len(expected)
+    for number, episode in enumerate(expected):
+        assert_same_rollouts(episodes, number, episode, tolerance=0.0)
+    assert num_timesteps <= episodes.lengths.sum() < num_timesteps + horizon
+    assert (episodes.num_episodes == 1).all()
+    assert environments.started[0] == -(-num_timesteps // horizon), "those that are needed in any case start at once"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_the_single_episodes_of_one(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = pull_policy(torch.tensor([[0.3]]))
+    alone = collect_single_episodes(RandomLengthWalks(), policy, draw_single, 61, 7, DISCOUNT)
+    # The waves of one process, whose lengths the other processes would report.
+    environments = RandomLengthWalks()
+    collect_single_episodes(environments, policy, draw_single, 61, 7, DISCOUNT)
+    ends = torch.tensor(environments.started).cumsum(0).tolist()
+    waves = [alone.lengths[start:end].sum() for start, end in zip([0, *ends], ends, strict=False)]
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
+    found: dict[int, Tensor] = {}
+    for rank in range(size):
+        sums = iter(waves)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "all_reduce_sum", lambda _, sums=sums: [next(sums)])
+        numbers: list[int] = []
+
+        def draw(start: int, end: int, numbers: list[int] = numbers) -> tuple[Tensor, Stream]:
+            numbers += range(start, end)
+            return draw_single(start, end)
+
+        own = collect_single_episodes(RandomLengthWalks(), policy, draw, 61, 7, DISCOUNT)
+        found |= dict(zip(numbers, own.total_reward, strict=True))
+    assert sorted(found) == list(range(len(alone.lengths)))
+    assert torch.equal(torch.stack([found[number] for number in sorted(found)]), alone.total_reward)

@@ -30,6 +30,7 @@ RL: tuple[str, ...] = (
     "domain.horizon=8",
     "model.hidden_sizes=[10]",
     "evaluation.step_size=0.5",
+    "evaluation.search=null",
     "evaluation.num_shots=null",
     "outer.damping=0.1",  # with less, conjugate gradients magnify rounding errors
 )
@@ -47,6 +48,13 @@ KINDS = {
     "reptile": ("+experiment=sinusoid_reptile",),
     "rl": ("+experiment=point_navigation_maml", *RL),
     "rl_pooled": ("+experiment=point_navigation_pretrain", "outer=trpo", *RL, "domain.pooled=true"),
+    # Goals are near the start, so that episodes end early.
+    "rl_goal_per_episode": (
+        "+experiment=point_navigation_oracle",
+        *RL,
+        "domain.horizon=30",
+        "domain.goal_range=[-0.05,0.05]",
+    ),
 }
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.gridspec import SubplotSpec
 
 from maml.errors import MamlError
-from maml.paper.adaptation import panel_rows
-from maml.paper.cells import Panel, Picture
-from maml.paper.evidence import find_evidence
+from maml.paper.adaptation import panel_rows, plot_picture
+from maml.paper.cells import Panel, Picture, Source
+from maml.paper.evidence import Evidence, find_evidence
 from maml.record import checkpoint
 from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, edit, make_run_with_checkpoint
@@ -84,3 +87,61 @@ def test_the_trained_maml_comes_closer_to_every_kind_of_task_with_each_step_draw
         rows = [row for panel in panels for row in panel_rows(PICTURE, panel, found)]
         errors = [sum((row[f"step_{step}"] - row["truth"]) ** 2 for row in rows) for step in (0, 1, 10)]
         assert errors[0] > errors[1] > errors[2]
+
+
+def test_the_picture_has_a_column_for_each_method_and_k_and_names_only_what_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run_with_checkpoint(tmp_path)
+    found = evidence(tmp_path)
+    pretrained = Source("sinusoid_pretrain", "mse", 5)
+    panels = []
+    for task, num_shots in enumerate([5, 5, 10]):
+        for row, source, runs in [("MAML", SINUSOID, found), ("pretrained", pretrained, Evidence())]:
+            panel = Panel(row, task, False, replace(source, num_shots=num_shots))
+            panels.append((panel, runs, panel_rows(PICTURE, panel, runs)))
+    canvases: list[Canvas] = []
+    monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
+    plot_picture(PICTURE, panels, tmp_path / "unused.png")
+    canvas, *_ = canvases
+    shown = [axes for axes in canvas.axes if axes.get_visible()]
+    assert len(canvas.axes) == 8 and len(shown) == 6, "two tasks at K=5 and one at K=10"
+    assert [axes.get_title() for axes in canvas.axes[:4]] == ["MAML, K=5", "MAML, K=10", *PRETRAINED]
+    for column in range(4):
+        lowest = max(place(axes).rowspan.start for axes in shown if place(axes).colspan.start == column)
+        for axes in (axes for axes in shown if place(axes).colspan.start == column):
+            is_lowest = place(axes).rowspan.start == lowest
+            assert axes.get_xlabel() == ("input x" if is_lowest else "")
+            assert axes.get_ylabel() == ("output y" if column == 0 else "")
+            assert len(axes.get_lines()) == (5 if column < 2 else 0)
+            assert ["not run" in text.get_text() for text in axes.texts] == [True] * (column >= 2)
+    (legend,) = canvas.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "ground truth",
+        "pre-update",
+        "1 gradient step",
+        "10 gradient steps",
+        "points used",
+    ]
+
+
+PRETRAINED = ["pretrained, K=5", "pretrained, K=10"]
+
+
+def place(axes: Axes) -> SubplotSpec:
+    found = axes.get_subplotspec()
+    assert found is not None
+    return found
+
+
+def test_the_heading_names_the_step_size_that_was_chosen_for_meta_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run_with_checkpoint(tmp_path)
+    edit(folder / "report.json", step_sizes={"5": [0.02] * 10, "10": None, "20": None})
+    found = evidence(tmp_path)
+    canvases: list[Canvas] = []
+    monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
+    panels = [(panel, found, panel_rows(PICTURE, panel, found)) for panel in [PANEL]]
+    plot_picture(PICTURE, panels, tmp_path / "unused.png")
+    assert canvases[0].axes[0].get_title() == "MAML, K=5\nstep size 0.02"

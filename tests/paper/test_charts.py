@@ -43,3 +43,25 @@ def test_bars_are_as_high_as_their_counts() -> None:
     heights = [float(height) for height in re.findall(r'height="([^"]*)"', chart)]
     assert heights[0] == pytest.approx(3 * heights[1], abs=0.3)
     assert chart.count('class="mark paper"') == 1
+
+
+def labels(chart: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", chart)
+
+
+def test_what_is_counted_has_whole_ticks() -> None:
+    steps = line_chart({"a": [(0.0, 1.5), (3.0, 2.5)]}, "gradient steps", "y", log=False)
+    places = re.findall(r'text-anchor="middle">([^<]*)<', steps)
+    assert places[: places.index("gradient steps")] == ["0", "1", "2", "3"]
+    assert {label for label in labels(histogram(np.array([1.0, 1.5, 1.5]), {}, "x")) if label.isdecimal()} >= {
+        "0",
+        "1",
+        "2",
+    }
+
+
+def test_logarithmic_axis_says_so() -> None:
+    points = {"a": [(0.0, 1.0), (1.0, 10.0)]}
+    assert "loss (log axis)" in labels(line_chart(points, "x", "loss", log=True))
+    assert "loss" in labels(line_chart(points, "x", "loss", log=False))
+    assert "loss" in labels(line_chart({"a": [(0.0, 0.0), (1.0, 1.0)]}, "x", "loss", log=True)), "zero has no logarithm"

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from maml.errors import MamlError
 from maml.paper.cells import Curve, Figure, Panel, Picture, Source, load_figures
 from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.figures import CurveComparison, DrawnCurve, bootstrap_interval, plot_figure, prepare_curve
+from maml.paper.plan import WATERMARK
 from maml.record.index import find_runs
+from maml.record.style import style
 from tests.paper.fake_runs import POINT, SINUSOID, make_run, make_run_with_checkpoint
 
 ROOT = Path(__file__).parents[2]
+KINDS = ("png", "pdf", "svg")
 PICTURE = Picture("figure2", "Figure 2", ())
 PANEL = Panel("MAML", 0, False, SINUSOID)
 main = runpy.run_path(str(ROOT / "scripts" / "paper_figures.py"))["main"]
@@ -45,11 +49,11 @@ def rendered(tmp_path: Path, figure: str) -> list[dict[str, str]]:
 
 def pictures(tmp_path: Path) -> dict[str, bytes]:
     names = {"figure2", "figure3", "figure4", "figure4_trajectories", "figure5", "figure6", "figure7"}
-    found = {path.name: path.read_bytes() for path in tmp_path.glob("figure*/*.p*")}
-    assert set(found) == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    found = {path.name: path.read_bytes() for path in tmp_path.glob("figure*/*.[ps][ndv]*")}
+    assert set(found) == {f"{name}.{kind}" for name in names for kind in KINDS}
     for name, content in found.items():
-        assert content.startswith(b"\x89PNG" if name.endswith("png") else b"%PDF")
-        assert b"CreationDate" not in content
+        assert content.startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[name[-3:]])
+        assert b"CreationDate" not in content and b"<dc:date>" not in content
     return found
 
 
@@ -84,7 +88,7 @@ def test_a_finished_run_is_drawn_and_the_same_run_gives_the_same_bytes(tmp_path:
     render(tmp_path)
     assert with_run == pictures(tmp_path)
     assert {name for name, content in without.items() if with_run[name] == content} == {
-        f"{name}.{kind}" for name in ("figure4", "figure4_trajectories", "figure5") for kind in ("png", "pdf")
+        f"{name}.{kind}" for name in ("figure4", "figure4_trajectories", "figure5") for kind in KINDS
     }
     overview = (tmp_path / "figures.md").read_text()
     assert [overview.index(f"## Figure {number}:") for number in (2, 3, 6, 7)] == sorted(
@@ -93,7 +97,7 @@ def test_a_finished_run_is_drawn_and_the_same_run_gives_the_same_bytes(tmp_path:
     # Figures 2 and 7 have no verdict, Figure 6 has.
     assert overview.count("| MAML, K=5 | finished | 0 | 0123456+ | CPU, Abacus | `python train.py +experiment=") == 2
     assert "| MAML, K=5 | better, no reason known yet (2 of 3 steps reproduced) | 0 | 0123456+ |" in overview
-    assert "\n0 of 30 curves reproduced, 1 better, 3 worse, 0 reduced budget, 26 not run.\n" in overview
+    assert "\n0 of 30 curves reproduced, 1 better, 2 worse, 1 measured, 0 reduced budget, 26 not run.\n" in overview
 
 
 def test_figure_6_has_every_step_at_every_k(tmp_path: Path) -> None:
@@ -174,8 +178,8 @@ def test_each_k_is_a_panel_and_what_never_adapts_a_flat_line(monkeypatch: pytest
             Curve(row, f"K={num_shots}", Source(row, "mse", num_shots), num_steps, {0: (0.0, 0.1)})
             for row, num_steps in (("MAML", 2), ("oracle", 0))
         )
-        items += [DrawnCurve(adapts, "MAML, ours", [(3.0, 0.1), (2.0, 0.1), (1.0, 0.1)])]
-        items += [DrawnCurve(flat, "oracle, ours", [(0.5, 0.1)])]
+        items += [DrawnCurve(adapts, [(3.0, 0.1), (2.0, 0.1), (1.0, 0.1)])]
+        items += [DrawnCurve(flat, [(0.5, 0.1)])]
     canvas = drawn_canvas(Figure("figure6", "Figure 6", "mse", ()), items, monkeypatch)
     assert [axes.get_title() for axes in canvas.axes] == ["K=5", "K=20"]
     for axes in canvas.axes:
@@ -220,7 +224,7 @@ def test_without_runs_figure_4_has_the_papers_numbers_and_says_not_run(tmp_path:
     ]
     assert [flag for _, flag in shown] == ["no"] * 4 + ["yes"] * 4 + ["no"] * 4 + ["yes"] * 4
     overview = (tmp_path / "figures.md").read_text()
-    assert "| random, ant, goal velocity, K=20 | not run |" in overview
+    assert "| random initialization, ant, goal velocity, K=20 | not run |" in overview
     assert "![Figure 4, bottom: first rollout to one of the goals](figure4/figure4_trajectories.png)" in overview
     assert "with a step size of 0.25 at every step" in overview.replace("\n", " ")
 
@@ -270,10 +274,20 @@ def test_a_curve_without_its_values_per_task_is_named_and_left_out(tmp_path: Pat
 def drawn_canvas(figure: Figure, items: list[DrawnCurve], monkeypatch: pytest.MonkeyPatch) -> Canvas:
     canvases: list[Canvas] = []
     monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
-    monkeypatch.setattr("maml.paper.figures.write_atomically", lambda path, write: write(io.BytesIO()))
+    monkeypatch.setattr("maml.record.style.write_atomically", lambda path, write: write(io.BytesIO()))
     plot_figure(figure, items, Path("unused.png"))
-    canvas, _ = canvases  # as PNG and as PDF
-    return canvas
+    assert len(canvases) == len(KINDS)
+    return canvases[0]
+
+
+def legend(canvas: Canvas) -> list[str]:
+    (only,) = canvas.legends
+    assert not any(axes.get_legend() for axes in canvas.axes)
+    return [text.get_text() for text in only.get_texts()]
+
+
+def explanation(axes: Axes) -> str:
+    return " ".join(text.get_text() for text in axes.texts).replace("\n", " ")
 
 
 def test_figure_5_draws_the_published_curve_in_each_panel_and_leaves_out_what_the_paper_does(
@@ -282,11 +296,13 @@ def test_figure_5_draws_the_published_curve_in_each_panel_and_leaves_out_what_th
     (figure,) = (figure for figure in load_figures(ROOT / "results") if figure.name == "figure5")
     canvas = drawn_canvas(figure, [prepare_curve(curve, Evidence()) for curve in figure.curves], monkeypatch)
     assert len(canvas.axes) == 4
+    assert legend(canvas) == ["MAML", "pretrained", "random initialization", "oracle", "paper"]
     for axes in canvas.axes:
-        curves = [curve for curve in figure.curves if curve.panel == axes.get_title()]
+        curves = [curve for curve in figure.curves if curve.panel == axes.get_title().replace("\n", " ")]
         names = [curve.row for curve in curves if curve.row != "random" or "velocity" not in curve.panel]
         lines = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
-        assert list(lines) == [text for name in names for text in (f"{name}, paper", f"{name}, ours: not run")]
+        assert list(lines) == [f"{name.replace('random', 'random initialization')}, paper" for name in names]
+        assert explanation(axes) == "ours not run"
         assert lines["MAML, paper"] == [float(cell.value) for cell in curves[0].cells]
         assert lines["oracle, paper"] == [float(curves[-1].cells[0].value)] * 4
 
@@ -302,3 +318,88 @@ def test_figure_4_has_the_papers_axis_and_widens_it_for_a_curve_beyond(
         assert (axes.get_yscale(), axes.get_ylim()) == ("symlog", limits)
         lines = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
         assert lines["MAML, ours"] == [mean] * 4
+        assert axes.get_ylabel() == "average return (symlog axis)"
+
+
+def test_every_axis_of_every_figure_has_a_label_and_whole_gradient_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path, mean=0.5)
+    for figure in load_figures(ROOT / "results"):
+        items = [prepare_curve(curve, evidence(tmp_path, curve.source)) for curve in figure.curves]
+        canvas = drawn_canvas(figure, items, monkeypatch)
+        with style():
+            canvas.draw_without_rendering()
+        first = canvas.axes[0]
+        for axes in canvas.axes:
+            assert axes.get_xlabel() == "gradient steps"
+            assert axes.get_ylabel() or axes in first.get_shared_y_axes().get_siblings(first)
+            assert all(float(tick).is_integer() for tick in axes.get_xticks())
+        assert first.get_ylabel().startswith(figure.ylabel)
+
+
+def test_a_method_has_one_colour_and_one_name_in_all_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    colours: dict[str, set[str]] = {}
+    for figure in load_figures(ROOT / "results"):
+        items = [DrawnCurve(curve, [(1.0, 0.1)] * (curve.num_steps + 1)) for curve in figure.curves]
+        canvas = drawn_canvas(figure, items, monkeypatch)
+        assert not any("_" in name for name in legend(canvas))
+        for line in (line for axes in canvas.axes for line in axes.get_lines()):
+            colours.setdefault(str(line.get_label()).partition(",")[0], set()).add(str(line.get_color()))
+    assert list(colours) == ["MAML", "pretrained", "oracle", "random initialization"]
+    assert [len(each) for each in colours.values()] == [1] * 4
+    assert len(set.union(*colours.values())) == 4
+
+
+def test_a_reduced_budget_is_dashed_and_a_curve_without_runs_has_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third, fourth = (
+        Curve(row, "K=5", Source(row, "mse", 5), 1, {0: (0.9, 1.1)} if row == "a" else {}) for row in "abcd"
+    )
+    items = [
+        DrawnCurve(first, [(1.0, 0.1), (0.5, 0.1)], num_runs=3),
+        DrawnCurve(second, [(2.0, 0.1), (1.5, 0.1)], missing="20 of 50 iterations"),
+        DrawnCurve(third, [], missing="not run"),
+        DrawnCurve(fourth, [], missing="not run"),
+    ]
+    canvas = drawn_canvas(Figure("figure6", "Figure 6", "mse", ()), items, monkeypatch)
+    (axes,) = canvas.axes
+    full, reduced = axes.get_lines()
+    assert (full.get_linestyle(), reduced.get_linestyle()) == ("-", "--")
+    assert full.get_markerfacecolor() == full.get_color() and reduced.get_markerfacecolor() == "none"
+    assert legend(canvas) == ["a (3 runs)", "b", "paper, read off its image", "ours", "ours, reduced budget"]
+    assert explanation(axes) == "b: 20 of 50 iterations ours not run: c, d"
+    canvas = drawn_canvas(Figure("figure6", "Figure 6", "mse", ()), items[1:3], monkeypatch)
+    assert legend(canvas) == ["b", "ours, reduced budget"]
+
+
+def test_ranges_that_cannot_be_read_are_neither_drawn_nor_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path, mean=0.5)
+    (figure,) = (figure for figure in load_figures(ROOT / "results") if figure.name == "figure6")
+    for curve in figure.curves:
+        assert bool(curve.levels) == (curve.source.num_shots != 20)
+        if not curve.levels and curve.row == "MAML":
+            judged = CurveComparison(curve, evidence(tmp_path, curve.source))
+            assert (judged.status, set(judged.steps)) == ("measured", {"measured"})
+    canvas = drawn_canvas(figure, [prepare_curve(curve, Evidence()) for curve in figure.curves], monkeypatch)
+    assert [len(axes.patches) > 0 for axes in canvas.axes] == [True, True, False]
+    assert "not credible" in figure.note
+
+
+@pytest.mark.usefixtures("painted")
+def test_the_svg_has_the_colour_of_the_page_and_keeps_its_text(tmp_path: Path) -> None:
+    render(tmp_path)
+    svg = (tmp_path / "figure5" / "figure5.svg").read_text()
+    assert "currentColor" in svg
+    assert "gradient steps</text>" in svg and "goal velocity, K=20</text>" in svg
+    assert "<g id=" not in svg
+    background = svg[: svg.index("<text")]
+    assert "#ffffff" not in background and "fill: white" not in background
+
+
+def test_a_smoke_test_says_so_in_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for title, expected in [("Figure 6", ""), (f"{WATERMARK}. Figure 6", WATERMARK)]:
+        curve = Curve("a", "K=5", Source("a", "mse", 5), 1, {})
+        canvas = drawn_canvas(Figure("figure6", title, "mse", ()), [DrawnCurve(curve, [(1.0, 0.1)] * 2)], monkeypatch)
+        assert canvas.get_suptitle() == expected

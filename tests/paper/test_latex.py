@@ -12,7 +12,7 @@ import pytest
 from maml.paper.cells import Cell, Layout, Table, load_tables
 from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.latex import document, escape, table_latex
-from maml.paper.tables import Comparison, bold_cells, compare
+from maml.paper.tables import LEGEND, Comparison, bold_cells, compare
 from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, make_run
 
@@ -24,7 +24,7 @@ main = runpy.run_path(str(ROOT / "scripts" / "paper_tables.py"))["main"]
 COMMANDS = re.compile(
     r"begin|end|documentclass|usepackage|noindent|input|centering|caption|label|footnotesize|scriptsize|setlength"
     r"|tabcolsep|par|medskip|linewidth|(top|mid|bottom|cmid)rule|multicolumn|textbf|quad|textbackslash|textasciitilde"
-    r"|textasciicircum|pm|theta|bigtriangleup|bigtriangledown|circ|dagger|ddagger"
+    r"|resizebox|ifdim|width|else|fi|textasciicircum|pm|theta|bigtriangleup|bigtriangledown|circ|dagger|ddagger"
 )
 
 
@@ -157,14 +157,17 @@ def test_a_miss_has_a_footnote_with_its_reason(
     text = one_row(Comparison(cell_of(note=note), find_evidence(SINUSOID, find_runs(tmp_path)[0])))
     assert_well_formed(text)
     assert numbers(text)[1] == [r"\quad ours", ours]
-    assert text.endswith(f"printed beside it.{footnote}\n\\end{{minipage}}\n\\end{{table}}\n")
+    if footnote:
+        assert text.endswith(f"\\scriptsize\n{footnote.strip()}\n\\end{{minipage}}\n\\end{{table}}\n")
+    else:
+        assert text.endswith("\\end{tabular}}\n\\end{table}\n"), "there is nothing to explain"
 
 
 def test_a_reduced_budget_has_its_iterations_in_the_footnote_and_runs_a_row(tmp_path: Path) -> None:
     make_run(tmp_path / "a", mean=0.67, done=69_999, status="interrupted")
     comparison = Comparison(cell_of(), find_evidence(SINUSOID, find_runs(tmp_path / "a")[0]))
     assert numbers(one_row(comparison))[1] == [r"\quad ours", r"0.670 ± 0.100 $\circ$$^{1}$"]
-    assert r" 1: 69,999 of 70,000 iterations; see results/notes.md\#reduced-budget." in one_row(comparison)
+    assert r"1: 69,999 of 70,000 iterations; see results/notes.md\#reduced-budget." in one_row(comparison)
     for seed in (0, 1):
         make_run(tmp_path / "b", mean=0.6 + seed, seed=seed)
     comparison = Comparison(cell_of(), find_evidence(SINUSOID, find_runs(tmp_path / "b")[0]))
@@ -183,11 +186,18 @@ def test_equal_footnotes_are_one(tmp_path: Path) -> None:
     assert r" & \multicolumn{2}{c}{a} \\" + "\n" + r"\cmidrule(lr){2-3}" in text
 
 
-def test_document_of_all_tables_is_well_formed_and_names_each() -> None:
-    names = [table.name for table in TABLES]
-    text = document("1 of 71 cells, 100 %.", names)
+def test_document_holds_every_table_and_its_legend_once() -> None:
+    tables = [table_latex(table, compare([table], lambda source: Evidence())[table.name]) for table in TABLES]
+    text = document("1 of 71 cells, 100 %.", tables)
     assert_well_formed(text)
-    assert re.findall(r"\\input\{([^}]*)\}", text) == [f"{name}/{name}" for name in names]
+    assert text.count(escape(LEGEND)) == 1 and text.index(escape(LEGEND)) < text.index(r"\begin{table}")
+    assert not any(escape(LEGEND)[:60] in table for table in tables)
+    assert re.findall(r"\\label\{tab:([^}]*)\}", text) == [table.name.replace("_", "-") for table in TABLES]
+    assert r"\input" not in text and r"\include" not in text, "it needs no other file"
+    used = {
+        package for line in re.findall(r"\\usepackage(?:\[[^]]*\])?\{([^}]*)\}", text) for package in line.split(",")
+    }
+    assert used == {"booktabs", "graphicx", "geometry"}, "all are in every LaTeX distribution"
 
 
 def test_the_document_compiles_and_no_table_is_too_wide(tmp_path: Path) -> None:
@@ -196,11 +206,14 @@ def test_the_document_compiles_and_no_table_is_too_wide(tmp_path: Path) -> None:
         pytest.skip("neither pdflatex nor tectonic is installed")
     assert main(["--runs-dir", str(RESULTS / "runs"), "--out", str(tmp_path)]) == 0
     options = ["-interaction=nonstopmode", "-halt-on-error"] if compiler.endswith("pdflatex") else []
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (tmp_path / "tables.tex").rename(alone / "tables.tex")
     done = subprocess.run(
-        [compiler, *options, "tables.tex"], cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=300
+        [compiler, *options, "tables.tex"], cwd=alone, capture_output=True, text=True, errors="replace", timeout=300
     )
     if "tectonic" in compiler and "network" in done.stderr.lower():
         pytest.skip("tectonic cannot fetch its packages")
     assert done.returncode == 0, done.stdout[-3000:]
-    assert (tmp_path / "tables.pdf").read_bytes().startswith(b"%PDF")
+    assert (alone / "tables.pdf").read_bytes().startswith(b"%PDF")
     assert "Overfull" not in done.stdout

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure as Canvas
 
-from maml.config.compose import compose_experiment
-from maml.config.identity import training_config
 from maml.paper.cells import Source, load_tables
-from maml.paper.report import load_departures, measured_readings, render
+from maml.paper.report import drawing, render
 from maml.record.index import find_runs
+from maml.record.style import PAGE, save, style
 from tests.browser import Browser, find_browser
-from tests.paper.fake_runs import make_run
+from tests.paper.fake_runs import edit, make_run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -22,18 +22,30 @@ main = runpy.run_path(str(ROOT / "scripts" / "report.py"))["main"]
 
 
 def make_runs(root: Path) -> None:
-    """Makes two seeds of a finished run with learning curves, one of which diverged, and a run of a baseline."""
-    make_run(root, mean=2.4, source=Source("sinusoid_pretrain", "mse", 5))
+    """Makes runs whose learning curves are long: two seeds, one of which diverged, and two seeds of a baseline."""
+    for seed in (0, 1):
+        make_run(root, mean=2.3 + 0.2 * seed, seed=seed, source=Source("sinusoid_pretrain", "mse", 5))
     for seed, mean in enumerate([0.7, None]):
         folder = make_run(root, mean=mean, seed=seed)
         lines = [json.dumps({"iteration": i, "loss": 5.0 / i}) + "\n" for i in range(1, 1000)]
         (folder / "metrics.jsonl").write_text("".join(lines) + '{"iteration": 10')  # the last line is being written
 
 
-def report(root: Path) -> str:
-    page, problems = render(RESULTS, *find_runs(root))
+def report(root: Path, results: Path = RESULTS) -> str:
+    page, problems = render(results, *find_runs(root))
     assert problems == []
     return page
+
+
+@style()
+def draw(path: Path, width: float) -> None:
+    """Draws an SVG as wide as some figure of the paper."""
+    path.parent.mkdir()
+    canvas = Canvas(figsize=(width, 2))
+    axes = canvas.subplots()
+    axes.plot([1, 2], label="a curve")
+    axes.legend()
+    save(canvas, path)
 
 
 def panel(page: str, name: str) -> str:
@@ -47,7 +59,13 @@ def panel(page: str, name: str) -> str:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     make_runs(root / "runs")
-    (root / "report.html").write_text(report(root / "runs"))
+    results = root / "results"
+    results.mkdir()
+    for name in ("cells.yaml", "departures.yaml", "notes.md", "paper", "checkpoints"):
+        (results / name).symlink_to(RESULTS / name)
+    for name, width in (("figure3", 3.0), ("figure5", PAGE)):
+        draw(results / name / f"{name}.svg", width)
+    (root / "report.html").write_text(report(root / "runs", results))
     return root / "report.html"
 
 
@@ -77,8 +95,10 @@ def test_panel_holds_the_evidence(page: Path) -> None:
     for text in ("0123456+", "CPU, Abacus", "50 s", "5a", "70,000", "inner.step_size", "num_iterations: 70000"):
         assert text in content
     assert 'href="#sinusoid-step-size"' in content
-    assert content.count("<svg") == 2
-    curve = content.partition('class="curve curve-0"')[0].rpartition("<path")[2]
+    assert content.count("<svg") == 3, "adaptation of the seed that did not diverge, training, test tasks"
+    assert "Adaptation at meta-test" in content and "gradient steps</text>" in content
+    training = content.partition("Training: loss")[0].rpartition("<svg")[2]
+    curve = training.partition('class="curve curve-0"')[0].rpartition("<path")[2]
     assert 100 < curve.count("L") < 200
 
 
@@ -98,29 +118,36 @@ def test_problems_are_named_and_escaped(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_equal_runs_give_equal_bytes(page: Path) -> None:
-    assert report(page.parent / "runs") == page.read_text()
+    assert report(page.parent / "runs", page.parent / "results") == page.read_text()
 
 
-def test_departures_are_complete_and_point_into_the_code() -> None:
-    entries = load_departures(RESULTS)
-    assert len(entries) == 33
-    for entry in entries:
-        assert entry.keys() - {"measured"} == {"topic", "paper", "code", "ours", "where"}
-        for place in entry["where"]:
-            file, _, text = place.partition(": ")
-            assert text in (ROOT / file).read_text(), place
+def test_page_names_the_newest_commit_and_date_of_its_runs(tmp_path: Path) -> None:
+    assert "Rendered without any evaluated run." in report(tmp_path / "none")
+    make_run(tmp_path, mean=0.7)
+    folder = make_run(tmp_path, mean=0.8, seed=1)
+    record = json.loads((folder / "run.json").read_text())
+    later = record["segments"][0] | {"started": "2026-02-03T04:05:06+00:00", "commit": "abcdef0123", "dirty": False}
+    edit(folder / "run.json", segments=[*record["segments"], later])
+    assert "Rendered from 2 runs; the newest was trained at commit abcdef0 on 2026-02-03." in report(tmp_path)
 
 
-def test_departures_are_measured_by_what_they_name() -> None:
-    for measured in (entry["measured"] for entry in load_departures(RESULTS) if "measured" in entry):
-        choices = []
-        for label, source, step in measured_readings(measured):
-            config = compose_experiment(source.experiment, source.overrides)
-            evaluation, domain = config.evaluation, config.domain
-            assert source.num_shots in (evaluation["num_shots"] or [domain["num_shots"]]), label
-            assert step <= evaluation["num_steps"]
-            choices.append((json.dumps(training_config(config)), json.dumps(evaluation), source.metric, step))
-        assert len(set(choices)) == len(choices) == 2, "the choices are the same"
+def test_numbers_of_several_runs_have_their_range_beside_them(page: Path) -> None:
+    button = page.read_text().partition('data-opens="table2_multitask/pretrain_all_tasks/K5_gradsteps_5"')[2]
+    button = button.partition("</button>")[0]
+    assert "2.400 ± 0.046" in button
+    assert '<span class="spread">2 runs, 2.300 to 2.500</span>' in button
+    diverged = page.read_text().partition(f'data-opens="{CELL}"')[2].partition("</button>")[0]
+    assert '<span class="spread">1 of 2 diverged</span>' in diverged
+
+
+def test_drawing_keeps_its_text_and_is_described(tmp_path: Path) -> None:
+    draw(tmp_path / "figure9" / "figure9.svg", 3.0)
+    drawn = drawing(tmp_path / "figure9" / "figure9.svg", "A <title>")
+    assert 'aria-label="A &lt;title&gt;"' in drawn and 'role="img"' in drawn
+    assert ">a curve</text>" in drawn and "currentColor" in drawn
+    assert "<?xml" not in drawn and "<!DOCTYPE" not in drawn and "<style" not in drawn
+    assert 'viewBox="0 0 216 144"' in drawn and "width: 378px" in drawn
+    assert "wide" not in drawn
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +220,7 @@ def test_copy_button_takes_the_command(browser: Browser, page: Path) -> None:
 
 def test_column_sorts_both_ways_and_back(browser: Browser, page: Path) -> None:
     browser.load(page, 1280, 900)
-    rows = "[...document.querySelectorAll('#table2_multitask > .scroll tbody tr')]"
+    rows = "[...document.querySelectorAll('#table2_multitask .numbers tbody tr')]"
     methods, papers = f"{rows}.map(row => row.cells[0].innerText)", f"{rows}.map(row => Number(row.cells[1].innerText))"
     printed, numbers = browser.run(methods), browser.run(papers)
     head = "#table2_multitask thead tr + tr th .sorter"
@@ -209,9 +236,90 @@ def test_column_sorts_both_ways_and_back(browser: Browser, page: Path) -> None:
     assert browser.run(methods)[0] == "pretrain on all tasks"
 
 
-def test_figures_are_drawn_without_the_network(browser: Browser, page: Path) -> None:
-    browser.load(page, 1280, 900)
-    browser.run("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
-    browser.run("Promise.all([...document.images].map(image => image.decode()))")
-    assert browser.run("[...document.images].every(image => image.naturalWidth > 0) && document.images.length")
+def test_figures_follow_the_colours_of_the_page_without_the_network(browser: Browser, page: Path) -> None:
+    ink = "getComputedStyle(document.querySelector('#figure3 .drawing text')).fill"
+    for dark in (False, True):
+        browser.load(page, 1280, 900, dark)
+        assert browser.run("document.querySelectorAll('.drawing svg').length") == 2
+        red, green, blue = map(int, browser.run(ink)[4:-1].split(","))
+        assert (red + green + blue > 600) == dark
+        assert browser.run("getComputedStyle(document.querySelector('.drawing svg')).backgroundColor") == NOTHING
     assert browser.run("performance.getEntriesByType('resource').every(entry => entry.name.startsWith('data:'))")
+
+
+NOTHING = "rgba(0, 0, 0, 0)"
+SHOWN = "[...document.querySelectorAll('tbody tr, .openers button, #notes details')].filter(e => e.offsetParent)"
+
+
+def shown(browser: Browser, what: str = "row.textContent") -> list[str]:
+    return browser.run(f"{SHOWN}.map(row => {what})")
+
+
+def type_in(browser: Browser, text: str) -> None:
+    browser.run(f"search.value = {json.dumps(text)}; search.dispatchEvent(new Event('input'))")
+
+
+def test_search_leaves_what_has_all_words_and_hides_empty_parts(browser: Browser, page: Path) -> None:
+    browser.load(page, 1280, 900)
+    everything = len(shown(browser))
+    type_in(browser, "Siamese KOCH")
+    (row,) = shown(browser)
+    assert row.startswith("Siamese nets (Koch, 2015)")
+    assert browser.run("document.getElementById('found').textContent").startswith("1 of ")
+    assert browser.run("document.getElementById('table2_multitask').offsetParent") is None
+    assert browser.run("document.getElementById('notes').offsetParent") is None
+    for text, expected in [
+        ("figure 5 ant oracle K=20", 1),  # the title above and the label
+        ("2.300 ± 0.100", 5),  # a run behind the number: a row of Table 2 and curves of Figures 3 and 6
+        ("no such thing", 0),
+    ]:
+        type_in(browser, text)
+        assert len(shown(browser)) == expected, text
+    browser.click("#show-all")
+    assert len(shown(browser)) == everything
+    assert browser.run("search.value + document.getElementById('found').textContent") == ""
+    assert browser.run("document.getElementById('show-all').hidden")
+
+
+def test_verdict_shows_its_numbers_alone_and_a_second_click_all(browser: Browser, page: Path) -> None:
+    browser.load(page, 1280, 900)
+    everything = len(shown(browser))
+    browser.click('[data-filter="worse"]')
+    assert browser.run("document.querySelector('[data-filter=\\'worse\\']').ariaPressed") == "true"
+    assert 0 < len(shown(browser)) < everything
+    assert all(" worse" in text for text in shown(browser))
+    faded = browser.run(
+        "[...document.querySelectorAll('main [data-opens].faded')].every(button => button.dataset.status !== 'worse')"
+    )
+    assert faded and browser.run("document.querySelectorAll('main [data-opens].faded').length")
+    type_in(browser, "table 2")
+    assert browser.run("[...document.querySelectorAll('article')].filter(e => e.offsetParent).map(e => e.id)") == [
+        "table2_multitask"
+    ]
+    type_in(browser, "")
+    browser.click('[data-filter="quoted"]')
+    assert all(" quoted" in text for text in shown(browser))
+    browser.click('[data-filter="quoted"]')
+    assert len(shown(browser)) == everything
+
+
+def test_link_to_what_is_filtered_away_shows_it(browser: Browser, page: Path) -> None:
+    browser.load(page, 1280, 900)
+    type_in(browser, "Siamese")
+    browser.run("location.hash = 'sinusoid-step-size'")
+    browser.run("new Promise(done => setTimeout(done, 50))")
+    assert browser.run("document.getElementById('sinusoid-step-size').closest('[hidden]')") is None
+
+
+@pytest.mark.parametrize(("width", "scrolls"), [(390, True), (1280, False)])
+def test_hint_says_that_a_table_or_figure_scrolls_where_it_does(
+    browser: Browser, page: Path, width: int, scrolls: bool
+) -> None:
+    browser.load(page, width, 900)
+    browser.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    for part in ("table2_multitask", "figure5"):
+        hint = f"document.querySelector('#{part} .hint')"
+        assert (browser.run(f"{hint}.offsetParent") is not None) == scrolls, part
+        box = f"{hint}.nextElementSibling"
+        assert browser.run(f"{box}.scrollWidth > {box}.clientWidth + 1") == scrolls
+    assert browser.run("document.querySelector('#figure3 .hint').hidden"), "a narrow figure fits"

@@ -13,12 +13,14 @@ from matplotlib.figure import Figure as Canvas
 from maml.algorithm.base import Algorithm
 from maml.config.compose import compose_experiment
 from maml.config.schema import build
+from maml.domain.point_navigation import PointNavigation
+from maml.domain.reinforcement import Rollouts
 from maml.errors import MamlError
 from maml.evaluation import Evaluation, per_task_rows
 from maml.paper.adaptation import load_trained
 from maml.paper.cells import Panel, load_pictures
 from maml.paper.evidence import Evidence, find_evidence
-from maml.paper.trajectories import panel_rows, plot_picture
+from maml.paper.trajectories import first_path, panel_rows, plot_picture
 from maml.record.index import find_runs
 from tests.paper.fake_runs import POINT, edit, make_run_with_checkpoint
 
@@ -79,11 +81,23 @@ def test_ours_is_the_first_rollout_of_the_whole_banks_evaluation(tmp_path: Path)
     goal = np.array([rows[0]["goal_x"], rows[0]["goal_y"]])
     for step in (0, 3):
         path, rollouts = positions(rows, "ours", step), bank[f"step_{step}.observations"][6].numpy()
-        assert path == pytest.approx(rollouts[: len(path)], abs=1e-5)
-        assert path[0].tolist() == [0.0, 0.0] == rollouts[len(path)].tolist()  # where the second rollout begins
-        moves = 0.1 * bank[f"step_{step}.actions"][6].clamp(-1, 1).numpy()[: len(path)]
-        assert np.diff(path, axis=0) == pytest.approx(moves[:-1], abs=1e-5)
-        assert len(path) == 20 or (abs(path[-1] + moves[-1] - goal) < 0.01).all()
+        num_moves = len(path) - 1
+        assert path[:-1] == pytest.approx(rollouts[:num_moves], abs=1e-5)
+        assert path[0].tolist() == [0.0, 0.0] == rollouts[num_moves].tolist()  # where the second rollout begins
+        moves = 0.1 * bank[f"step_{step}.actions"][6].clamp(-1, 1).numpy()[:num_moves]
+        assert np.diff(path, axis=0) == pytest.approx(moves, abs=1e-5)
+        assert num_moves == 20 or (abs(path[-1] - goal) < 0.01).all()
+
+
+def test_a_rollout_that_arrives_ends_at_the_goal() -> None:
+    goal, domain = torch.tensor([[0.15, 0.1]]), PointNavigation()
+    observations = torch.tensor([[[0.0, 0.0], [0.1, 0.06], [0.0, 0.0]]])
+    actions = torch.tensor([[[3.0, 0.6], [0.5, 0.35], [1.0, 1.0]]])
+    empty = torch.zeros(1, 3)
+    rollouts = Rollouts(observations, actions, empty, empty, empty, *torch.zeros(3, 1))
+    path = first_path(rollouts, goal, domain)
+    assert path.flatten().tolist() == pytest.approx([0.0, 0.0, 0.1, 0.06, 0.15, 0.095])
+    assert bool((path[-1] - goal[0]).abs().max() < 0.01)
 
 
 def test_a_checkpoint_that_does_not_reach_the_reported_return_is_refused(tmp_path: Path) -> None:
@@ -103,13 +117,17 @@ def test_the_picture_has_the_published_over_ours_and_says_what_is_not_run(
         (panel, runs, panel_rows(PICTURE, panel, runs)) for panel, runs in [(PANEL, found), (missing, Evidence())]
     ]
     plot_picture(PICTURE, panels, tmp_path / "unused.png")
-    canvas, _ = canvases  # as PNG and as PDF
+    canvas, *_ = canvases  # as PNG, PDF and SVG
     titles = ["MAML, paper", "pretrained, paper", "MAML, ours", "pretrained, ours"]
     assert [axes.get_title() for axes in canvas.axes] == titles
     for axes, (_, _, rows), by in zip(canvas.axes, [*panels, *panels], ["paper"] * 2 + ["ours"] * 2, strict=True):
-        before, after, start, goal = (np.array(line.get_xydata()) for line in axes.get_lines())
-        assert before.tolist() == positions(rows, by, 0).tolist()
-        assert after.tolist() == positions(rows, by, 3).tolist()
-        assert (start.tolist(), goal.tolist()) == ([[0, 0]], [[-0.29555, 0.37812]])
-        texts = [text.get_text() for text in axes.texts]
-        assert texts == ([f"not run\n\n{SMALL.command([])}"] if axes is canvas.axes[3] else [])
+        *paths, start, goal = (np.array(line.get_xydata()).tolist() for line in axes.get_lines())
+        is_missing = axes is canvas.axes[3]
+        assert paths == ([] if is_missing else [positions(rows, by, step).tolist() for step in (0, 3)])
+        assert (start, goal) == ([[0, 0]], [[-0.29555, 0.37812]])
+        texts = [" ".join(text.get_text().split()) for text in axes.texts]
+        assert texts == ([f"not run {SMALL.command([])}"] if is_missing else [])
+    assert [axes.get_ylabel() for axes in canvas.axes] == ["position y", ""] * 2
+    assert [axes.get_xlabel() for axes in canvas.axes] == [""] * 2 + ["position x"] * 2
+    (legend,) = canvas.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["pre-update", "3 gradient steps", "start", "goal"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure as Canvas
 
 from tests.runs import ROOT
 
@@ -159,6 +160,31 @@ def test_scaling_writes_table_and_plot(
     found = rows(tmp_path, "scaling")
     assert {row["varied"] for row in found} == {"shots", "width"}
     assert len(found) == 2 * 2 * 2 and (tmp_path / "scaling.png").stat().st_size > 1000
+    drawn = (tmp_path / "scaling.png").read_bytes()
+    (tmp_path / "scaling.png").unlink()
+    module.main(["--redraw", "--out", str(tmp_path)])
+    assert (tmp_path / "scaling.png").read_bytes() == drawn
+
+
+def test_scaling_plot_has_logarithmic_axes_with_numbers_and_one_legend(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canvases: list[Canvas] = []
+    monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
+    medians = {"ours": [(5, 0.001), (80, 0.003)], "loop": [(5, 0.02), (80, 0.06)]}
+    script("bench_scaling").plot(
+        {("sinusoid_10shot", what): medians for what in ("shots", "width")}, tmp_path / "a.png"
+    )
+    (canvas,) = canvases
+    first, second = canvas.axes
+    canvas.draw_without_rendering()
+    assert {text.get_text() for text in first.get_yticklabels()} >= {"1", "2", "5", "10", "20", "50"}
+    assert [text.get_text() for text in first.get_xticklabels()] == ["5", "80"]
+    assert (first.get_ylabel(), second.get_xlabel()) == ("sinusoid_10shot\nms per meta-gradient", "width")
+    assert "all axes are logarithmic" in canvas.get_suptitle()
+    assert first.get_title() == "exponent\nours 0.40, loop 0.40"
+    (legend,) = canvas.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["ours", "loop"]
 
 
 @pytest.mark.filterwarnings("default")  # other libraries may warn

@@ -28,7 +28,7 @@ def test_demo_runs_compares_and_shows_the_same_again(
     assert table in first
     steps = [line.split(" | ")[:2] + line.split(" | ")[3:] for line in table.splitlines()[2:]]
     assert steps[1] == ["| 5", "1", "0.67", "Table 2", "smoke test |"]
-    assert len(steps) == 11
+    assert len(steps) == 8, "at K=20 nothing could be read off"
     for name in ("figure3.png", "comparison.md", folder.name):
         assert name in first
 
