@@ -182,11 +182,10 @@ class Evaluation:
                 "evaluation.search chooses on validation tasks, so evaluation.split=val would report the tasks that it "
                 "chose on; set evaluation.search=null, or evaluation.split=test"
             )
-        if bank == "authors" and (split != "test" or bank_seed != 0):
+        if bank == "authors" and split == "test" and bank_seed != 0:
             raise MamlError(
-                f"evaluation.bank=authors is one fixed set of test tasks, but evaluation.split={split} and "
-                f"evaluation.bank_seed={bank_seed} ask for others; set evaluation.bank=seeded, or split=test and "
-                "bank_seed=0"
+                f"evaluation.bank=authors is one fixed set of test tasks, but evaluation.bank_seed={bank_seed} asks "
+                "for others; set evaluation.bank=seeded, or bank_seed=0"
             )
         self.num_tasks, self.num_steps = num_tasks, num_steps
         self.num_shots, self.num_query = num_shots, num_query

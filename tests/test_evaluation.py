@@ -70,13 +70,15 @@ def test_validation_tasks_beside_the_authors_bank_are_the_seeded_ones() -> None:
     authors, seeded = (Evaluation(num_tasks=5, num_steps=0, bank=bank) for bank in ("authors", "seeded"))
     assert bank_hash(authors.bank(domain, 5, 3, split="val")) == bank_hash(seeded.bank(domain, 5, 3, split="val"))
     assert bank_hash(authors.bank(domain, 5)) != bank_hash(seeded.bank(domain, 5))
+    tuning = Evaluation(num_tasks=5, num_steps=0, bank="authors", split="val")
+    tuning.check(domain)
+    assert bank_hash(tuning.bank(domain, 5)) == bank_hash(seeded.bank(domain, 5, split="val"))
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"split": "val"}, r"evaluation\.split=val and evaluation\.bank_seed=0"),
-        ({"bank_seed": 1}, r"evaluation\.split=test and evaluation\.bank_seed=1"),
+        ({"bank_seed": 1}, r"evaluation\.bank_seed=1 asks for others; set evaluation\.bank=seeded"),
         ({"num_query": 3}, r"set evaluation\.num_query=null"),
         ({"num_tasks": 601}, r"evaluation\.num_tasks=601; lower it"),
     ],

@@ -24,6 +24,13 @@ RUNS = sorted(path.parent for path in (ROOT / "results" / "runs").glob("*/*/run.
 ADDED = {
     ("sinusoid_10shot", run_id): ("inner.step_size=0.01",)  # trained before the experiment's step size was settled
     for run_id in ("2f60af4e622c", "c2cb79b89b9b", "89e00df25d96")
+} | {
+    # Another reading: exact curvature instead of the authors' finite differences.
+    **{
+        ("point_navigation_maml", run_id): ("outer=trpo",)
+        for run_id in ("95215b3f8098", "fbe05b78f620", "089767d282b1", "cb50b6486523", "c35db3b8d8ba")
+    },
+    ("point_navigation_context_vector", "ad36db25ce3c"): ("outer=trpo",),
 }
 
 every_committed_run = pytest.mark.parametrize("folder", RUNS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -169,11 +169,15 @@ def test_outer_optimizer_descends_a_quadratic_from_any_restart(option: str, conf
         def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
             return lambda vector: vector
 
+        def kl_gradient(self, theta: Params, every: int = 1) -> Params:
+            return {name: value - start[name] for name, value in theta.items()}
+
     objective: Objective = Quadratic()
     theta = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[0.5]])}
     state = outer.init_state(theta)
     size = float(sum(value.square().sum() for value in theta.values()))
     for _ in range(5):
+        start = {name: value.clone() for name, value in theta.items()}
         outer.step(objective, theta, state)
         theta = {name: value.clone() for name, value in theta.items()}  # the optimizer must keep everything in `state`
         state = {name: value.clone() for name, value in state.items()}
