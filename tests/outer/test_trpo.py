@@ -54,7 +54,7 @@ class Quadratic(Objective):
         self.judge = judge
         self.tried: list[Tensor] = []
         self.every: list[int] = []
-        self.bend = 0.0  # of the divergence's gradient: adds bend * |away|^2 * away
+        self.bend = 0.0  # a term of the divergence's gradient: bend * |away|^2 * away
 
     def loss(self, vector: Tensor) -> Tensor:
         away = vector - self.minimum
