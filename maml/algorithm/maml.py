@@ -8,7 +8,6 @@ from torch import Tensor
 from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics, Role
 from maml.domain.reinforcement import Reinforcement
-from maml.errors import MamlError
 from maml.types import MatrixVectorProduct, Params, Tasks
 
 
@@ -22,11 +21,8 @@ class MAML(Algorithm):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        if self.num_steps and isinstance(self.domain, Reinforcement) and self.domain.goal_per == "episode":
-            raise MamlError(
-                f"{self.name} adapts to a task's goal, but domain.goal_per=episode draws a new goal for every episode; "
-                "set domain.goal_per=task, or choose algorithm=pretrain or oracle"
-            )
+        if self.num_steps:
+            self.domain.check_adaptation(self.name)
 
     @property
     def name(self) -> str:

@@ -79,6 +79,16 @@ class Domain(ABC, Generic[Data]):
         """Whether the split ``val`` holds other data than ``train``, so that it shows what training does not."""
         return False
 
+    def check_adaptation(self, algorithm: str) -> None:
+        """Checks that training gives each task data of its own, so that an algorithm can adapt to it.
+
+        Args:
+            algorithm: name of the algorithm that adapts in training.
+
+        Raises:
+            MamlError: if not.
+        """
+
     def to(self, device: torch.device) -> None:
         """Moves the domain's tensors to the device."""
 

@@ -111,6 +111,13 @@ class Reinforcement(Domain[Rollouts]):
         # Environments are stepped together, so more tasks at once are faster.
         return Workload(task_chunk=chunk, fixed_shapes=False, threads_pay="beside_gpu", whole_bank=True)
 
+    def check_adaptation(self, algorithm: str) -> None:
+        if self.goal_per == "episode":
+            raise MamlError(
+                f"{algorithm} adapts to a task's goal, but domain.goal_per=episode draws a new goal for every episode; "
+                "set domain.goal_per=task, or choose algorithm=pretrain or oracle"
+            )
+
     @abstractmethod
     def make_environments(self) -> Environments:
         """Makes the environments, without the goal in the observations; `oracle` adds it."""

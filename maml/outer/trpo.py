@@ -69,15 +69,15 @@ class TRPO(Outer):
         """
         gradients, metrics = objective.gradient(theta)
         gradient = flatten(gradients, theta)
-        curvature = _CURVATURES[self.curvature](objective, theta, self.curvature_every)
+        make_product, is_linear = _CURVATURES[self.curvature]
+        curvature = make_product(objective, theta, self.curvature_every)
 
         def damped_product(vector: Tensor) -> Tensor:
             return curvature(vector) + self.damping * vector
 
         direction, residual = conjugate_gradient(damped_product, gradient, self.num_cg_steps)
-        # An exact product is linear, so the definition of the residual gives the direction's. A difference is not.
-        exact = self.curvature == "exact"
-        direction_product = gradient - residual if exact else damped_product(direction)
+        # The definition of the residual gives the direction's product, if products are linear.
+        direction_product = gradient - residual if is_linear else damped_product(direction)
         length = (2 * self.max_kl / (direction @ direction_product + 1e-8)).sqrt()
         step = direction * torch.where(length.isfinite(), length, 1.0)
 
@@ -128,7 +128,8 @@ def finite_difference_product(objective: Objective, theta: Params, every: int) -
     return product
 
 
-_CURVATURES = {"exact": exact_product, "finite_difference": finite_difference_product}
+# By name, the function that makes the products, and whether a product is linear in its vector.
+_CURVATURES = {"exact": (exact_product, True), "finite_difference": (finite_difference_product, False)}
 
 
 def conjugate_gradient(product: Product, vector: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:

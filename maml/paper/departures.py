@@ -22,7 +22,7 @@ def load_departures(results: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def measured_readings(measured: Mapping[str, Any]) -> list[tuple[str, Source, int]]:
+def readings_of(measured: Mapping[str, Any]) -> list[tuple[str, Source, int]]:
     """Returns label, source and gradient step of each reading that shows the effect of a departure."""
     readings = []
     for reading in measured["readings"]:
@@ -72,7 +72,7 @@ def _effect(measured: Mapping[str, Any] | None, find: Callable[[Source], Evidenc
     if measured is None:
         return element("span", "effect not measured", class_="muted")
     lines, is_measured = [], True
-    for label, source, step in measured_readings(measured):
+    for label, source, step in readings_of(measured):
         evidence = find(source)
         is_measured &= evidence.complete
         values = [reading_text(*report.reading(source, step), 2) for _, report in evidence.evaluated]

@@ -28,12 +28,16 @@ class Measured:
     """Our runs of one reading of a cell.
 
     Attributes:
+        row: the printed name of the cell's row.
+        column: the printed heading of its column.
         cell: the published cell.
         reading: the reading; the first one of a cell is the table's own.
         evidence: the runs.
         statistics: their means.
     """
 
+    row: str
+    column: str
     cell: Cell
     reading: Reading
     evidence: Evidence
@@ -63,13 +67,15 @@ def measured_readings(table: Table, find: Callable[[Source], Evidence]) -> Itera
         table: the table.
         find: returns the runs of a source.
     """
+    row_names = {row: name for group in table.layout.groups for row, name in group.items()}
     for cell in table.cells:
+        row, column = row_names[cell.row], ", ".join(table.layout.columns[cell.column])
         own = [Reading(OWN, cell.source, cell.step, cell.note)] if cell.source else []
         for reading in (*own, *cell.readings):
             evidence = find(reading.source)
             statistics = evidence.statistics(reading.source, reading.step)
             if statistics:
-                yield Measured(cell, reading, evidence, statistics)
+                yield Measured(row, column, cell, reading, evidence, statistics)
 
 
 def readings_markdown(tables: Sequence[Table], find: Callable[[Source], Evidence]) -> str:
@@ -105,8 +111,8 @@ def _markdown_row(one: Measured) -> list[str]:
     name = f"[{one.reading.name}](notes.md#{one.reading.note})" if one.reading.note else one.reading.name
     seeds = sorted({report.seed for _, report in one.evidence.evaluated})
     return [
-        one.cell.row,
-        one.cell.column,
+        one.row,
+        one.column,
         one.cell.value,
         name,
         str(found.num_runs),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from maml.config.compose import compose_experiment
 from maml.config.identity import training_config
-from maml.paper.departures import departures_table, load_departures, measured_readings
+from maml.paper.departures import departures_table, load_departures, readings_of
 from maml.paper.evidence import Evidence, find_evidence
 from maml.record.index import find_runs
 from tests.paper.fake_runs import make_run
@@ -27,7 +27,7 @@ def test_departures_are_complete_and_point_into_the_code() -> None:
 def test_departures_are_measured_by_what_they_name() -> None:
     for measured in (entry["measured"] for entry in load_departures(RESULTS) if "measured" in entry):
         choices = []
-        for label, source, step in measured_readings(measured):
+        for label, source, step in readings_of(measured):
             config = compose_experiment(source.experiment, source.overrides)
             evaluation, domain = config.evaluation, config.domain
             assert source.num_shots in (evaluation["num_shots"] or [domain["num_shots"]]), label
@@ -42,7 +42,7 @@ def test_table_has_a_row_for_each_departure_and_the_readings_of_its_runs(tmp_pat
     assert without.count("<tr>") == 1 + len(entries)
     assert "effect not measured" in without and "not run" in without
     measured = next(entry["measured"] for entry in entries if "measured" in entry)
-    (_, source, _), *_ = measured_readings(measured)
+    (_, source, _), *_ = readings_of(measured)
     make_run(tmp_path, mean=0.123, source=source)
     runs, _ = find_runs(tmp_path)
     assert "0.12 ± 0.10" in departures_table(RESULTS, lambda each: find_evidence(each, runs))
