@@ -12,6 +12,7 @@ import torch
 from maml.errors import MamlError, Unavailable
 from maml.hardware import distributed
 from maml.hardware.memory import keep_freed_memory
+from maml.hardware.products import onednn_is_faster, use_onednn
 from maml.hardware.workload import Workload
 from maml.types import Count
 
@@ -29,6 +30,7 @@ class Execution:
         compile: whether the meta-gradient is compiled.
         cuda_graph: whether the whole meta-iteration is launched as one CUDA graph.
         recompute: whether the backward pass computes inner steps again instead of keeping them in memory.
+        onednn: whether products of matrices in reinforcement learning use oneDNN.
         device: type of the device that this was chosen for, ``cpu`` or ``cuda``.
     """
 
@@ -37,6 +39,7 @@ class Execution:
     compile: bool
     cuda_graph: bool = False
     recompute: bool = False
+    onednn: bool = False
     device: str = "cpu"
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,6 +63,8 @@ class Hardware:
             graph. ``auto`` does so on a GPU, except for reinforcement learning.
         recompute: whether the backward pass computes inner steps again instead of keeping them in memory. Training
             takes about a third longer; memory does not grow with the number of steps.
+        onednn: whether the products of matrices in reinforcement learning on a CPU use oneDNN's routine instead of
+            PyTorch's. ``auto`` measures which is faster on this processor.
         deterministic: whether to use only kernels that give the same bits every time. Resuming is then exact on a GPU
             too.
         min_processes: least number of processes; a run with fewer fails at once. It keeps a run that was meant for
@@ -77,6 +82,7 @@ class Hardware:
         compile: bool | Literal["auto"] = "auto",
         cuda_graph: bool | Literal["auto"] = "auto",
         recompute: bool = False,
+        onednn: bool | Literal["auto"] = "auto",
         deterministic: bool = False,
         min_processes: Count = 1,
     ) -> None:
@@ -99,7 +105,8 @@ class Hardware:
         # Each process of a machine has its own GPU.
         self.device = torch.device(device, distributed.local_rank()) if device == "cuda" else torch.device(device)
         self.num_threads, self.task_chunk, self.compile = num_threads, task_chunk, compile
-        self.cuda_graph, self.recompute, self.deterministic = cuda_graph, recompute, deterministic
+        self.cuda_graph, self.recompute, self.onednn = cuda_graph, recompute, onednn
+        self.deterministic = deterministic
 
     def choose(self, workload: Workload, num_iterations: int, earlier: Mapping[str, Any]) -> Execution:
         """Decides every setting that is ``auto``.
@@ -131,9 +138,12 @@ class Hardware:
             "task_chunk": workload.task_chunk if on_cpu else None,
             "compile": workload.fixed_shapes and compiling_pays,
             "cuda_graph": workload.fixed_shapes and not on_cpu,
+            "onednn": False,
         }
-        chosen: dict[str, Any] = {"device": self.device.type, "recompute": self.recompute}
         kept = earlier if earlier.get("device", self.device.type) == self.device.type else {}
+        if on_cpu and not workload.fixed_shapes and self.onednn == "auto" and "onednn" not in kept:
+            automatic["onednn"] = onednn_is_faster()
+        chosen: dict[str, Any] = {"device": self.device.type, "recompute": self.recompute}
         for name, value in (automatic | {name: kept[name] for name in automatic.keys() & kept.keys()}).items():
             asked = getattr(self, name)
             chosen[name] = value if asked == "auto" else None if asked == "all" else asked
@@ -143,6 +153,7 @@ class Hardware:
         """Sets the process-wide switches of torch and of memory allocation."""
         keep_freed_memory()
         torch.set_num_threads(execution.num_threads)
+        use_onednn(execution.onednn)
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch's compiler

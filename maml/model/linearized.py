@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from maml.hardware.products import add_outer, linear
 from maml.model.functional import ACTIVATIONS, Activation
 from maml.types import Params
 
@@ -23,14 +23,6 @@ Forward = Callable[[Params], tuple[Tensor, Backward]]
 #   N = 2000, 2 inputs, 2 outputs      3.8   3.4    3.2    3.1
 #   N = 4000, 20 inputs, 6 outputs     8.7   7.9    7.5    7.7
 BLOCK = 1024
-
-# The operation that torch's compiler uses for a linear layer on a CPU. On AMD's processors it is up to twice as fast as
-# `torch.bmm`, which does not use their vector units fully; a whole curvature product takes a fifth less time. For sums
-# of outer products, it is faster only if both sides are wide.
-_ONEDNN_LINEAR: Any = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-)
-_WIDE = 64
 
 
 class Linearized(ABC):
@@ -195,7 +187,7 @@ class LinearizedMLP(Linearized):
                     y = ACTIVATIONS[activation](y)
                     block.slopes.append(_SLOPES[activation](y))
                 block.inputs.append(y)
-                y = _linear(y, weight, bias)
+                y = linear(y, weight, bias)
             self.outputs[block.at] = y
 
     def jvp(self, v: Params) -> Tensor:
@@ -210,7 +202,7 @@ class LinearizedMLP(Linearized):
             for (weight, bias), x, signal in zip(
                 self._layers(sums, block), block.inputs, self._backpropagated(block, delta)[0], strict=True
             ):
-                _add_outer(weight, signal, x)
+                add_outer(weight, signal, x)
                 bias += signal.sum(1)
         return sums
 
@@ -229,12 +221,12 @@ class LinearizedMLP(Linearized):
                     weights, directions = self._layers(self._params, block), self._layers(v, block)
                     moved = moved_delta[block.at]
                     for i, (weight, bias) in reversed(list(enumerate(self._layers(sums, block)))):
-                        _add_outer(weight, moved, block.inputs[i])
+                        add_outer(weight, moved, block.inputs[i])
                         bias += moved.sum(1)
                         if i > 0:
-                            _add_outer(weight, signals[i], moved_inputs[i - 1])
-                            moved = _linear(moved, weights[i][0].mT)
-                            moved = moved.add_(_linear(signals[i], directions[i][0].mT)).mul_(block.slopes[i - 1])
+                            add_outer(weight, signals[i], moved_inputs[i - 1])
+                            moved = linear(moved, weights[i][0].mT)
+                            moved = moved.add_(linear(signals[i], directions[i][0].mT)).mul_(block.slopes[i - 1])
                             if bends:
                                 moved.addcmul_(bends[i - 1], moved_inputs[i - 1])
                 return sums
@@ -248,9 +240,9 @@ class LinearizedMLP(Linearized):
         tangents: list[Tensor] = []
         layers = zip(self._layers(self._params, block), self._layers(v, block), block.inputs, strict=True)
         for i, ((weight, _), (moved_weight, moved_bias), x) in enumerate(layers):
-            tangent = _linear(x, moved_weight, moved_bias)
+            tangent = linear(x, moved_weight, moved_bias)
             if i > 0:
-                tangent += _linear(tangents[-1].mul_(block.slopes[i - 1]), weight)
+                tangent += linear(tangents[-1].mul_(block.slopes[i - 1]), weight)
             tangents.append(tangent)
         return tangents
 
@@ -263,7 +255,7 @@ class LinearizedMLP(Linearized):
         signals, bends = [signal], []
         weights = self._layers(self._params, block)
         for i in reversed(range(1, len(weights))):
-            signal = _linear(signal, weights[i][0].mT)
+            signal = linear(signal, weights[i][0].mT)
             if self._bend is not None:
                 bends.append(signal * self._bend(block.inputs[i]))
             signal.mul_(block.slopes[i - 1])
@@ -284,26 +276,6 @@ class LinearizedMLP(Linearized):
             sums[weight] = longer_last if num_out <= num_in else longer_last.mT
             sums[bias] = self.outputs.new_zeros(tasks, num_out)
         return sums
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns ``x W^T + b`` of each task: ``(T, N, I)``, ``(T, O, I)``, ``(T, O)`` -> ``(T, N, O)``."""
-    if _has_onednn(x):
-        return _ONEDNN_LINEAR(x[0], weight[0], None if bias is None else bias[0], "none", [], "").unsqueeze(0)
-    y = torch.bmm(x, weight.mT)
-    return y if bias is None else y.add_(bias.unsqueeze(1))
-
-
-def _add_outer(total: Tensor, y: Tensor, x: Tensor) -> None:
-    """Adds ``y^T x`` of each task to the total: ``(T, O, I)``, ``(T, N, O)``, ``(T, N, I)``."""
-    if _has_onednn(x) and min(x.shape[-1], y.shape[-1]) >= _WIDE:
-        total[0] += _ONEDNN_LINEAR(y[0].T, x[0].T, None, "none", [], "")
-    else:
-        total.baddbmm_(y.mT, x)
-
-
-def _has_onednn(x: Tensor) -> bool:
-    return _ONEDNN_LINEAR is not None and x.shape[0] == 1 and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -17,6 +17,7 @@ from maml.domain.omniglot import Omniglot
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import Interrupted, MamlError
+from maml.hardware import base
 from maml.hardware.base import Execution, Hardware
 from maml.record import checkpoint
 from tests.hardware.test_distributed import metrics
@@ -40,6 +41,7 @@ def _switches() -> Iterator[None]:
 def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(base, "onednn_is_faster", lambda: False)
 
 
 @pytest.mark.usefixtures("three_cores")

@@ -9,6 +9,7 @@ import torch
 
 from maml.config.compose import compose_experiment
 from maml.config.schema import build_without_data
+from maml.hardware import base
 from maml.hardware.base import Execution, Hardware
 from maml.hardware.workload import Workload
 from tests.training.test_meta_gradient import FixedExamples
@@ -43,6 +44,7 @@ def test_new_domain_is_taken_for_one_of_small_vectors(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("experiment", CHOSEN)
 def test_execution_of_an_experiment_is_the_one_its_runs_had(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
+    monkeypatch.setattr(base, "onednn_is_faster", lambda: False)
     domain = build_without_data(compose_experiment(experiment).domain)
     threads, chunk, compiled = CHOSEN[experiment]
     for num_iterations in (4999, 5000):
