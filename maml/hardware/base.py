@@ -11,6 +11,7 @@ import torch
 
 from maml.errors import MamlError, Unavailable
 from maml.hardware import distributed
+from maml.hardware.kernels import library, use_kernels
 from maml.hardware.memory import keep_freed_memory
 from maml.hardware.products import onednn_is_faster, use_onednn
 from maml.hardware.workload import Workload
@@ -30,6 +31,7 @@ class Execution:
         compile: whether the meta-gradient is compiled.
         cuda_graph: whether the whole meta-iteration is launched as one CUDA graph.
         recompute: whether the backward pass computes inner steps again instead of keeping them in memory.
+        kernels: whether normalisation uses kernels of our own.
         onednn: whether products of matrices in reinforcement learning use oneDNN.
         device: type of the device that this was chosen for, ``cpu`` or ``cuda``.
     """
@@ -39,6 +41,7 @@ class Execution:
     compile: bool
     cuda_graph: bool = False
     recompute: bool = False
+    kernels: bool = False
     onednn: bool = False
     device: str = "cpu"
 
@@ -63,6 +66,8 @@ class Hardware:
             graph. ``auto`` does so on a GPU, except for reinforcement learning.
         recompute: whether the backward pass computes inner steps again instead of keeping them in memory. Training
             takes about a third longer; memory does not grow with the number of steps.
+        kernels: whether normalisation, ReLU and pooling of images are kernels with derivatives of their own. They are
+            compiled once for each processor. ``auto`` uses them on a CPU that has a compiler.
         onednn: whether the products of matrices in reinforcement learning on a CPU use oneDNN's routine instead of
             PyTorch's. ``auto`` measures which is faster on this processor.
         deterministic: whether to use only kernels that give the same bits every time. Resuming is then exact on a GPU
@@ -82,6 +87,7 @@ class Hardware:
         compile: bool | Literal["auto"] = "auto",
         cuda_graph: bool | Literal["auto"] = "auto",
         recompute: bool = False,
+        kernels: bool | Literal["auto"] = "auto",
         onednn: bool | Literal["auto"] = "auto",
         deterministic: bool = False,
         min_processes: Count = 1,
@@ -105,8 +111,8 @@ class Hardware:
         # Each process of a machine has its own GPU.
         self.device = torch.device(device, distributed.local_rank()) if device == "cuda" else torch.device(device)
         self.num_threads, self.task_chunk, self.compile = num_threads, task_chunk, compile
-        self.cuda_graph, self.recompute, self.onednn = cuda_graph, recompute, onednn
-        self.deterministic = deterministic
+        self.cuda_graph, self.recompute, self.deterministic = cuda_graph, recompute, deterministic
+        self.kernels, self.onednn = kernels, onednn
 
     def choose(self, workload: Workload, num_iterations: int, earlier: Mapping[str, Any]) -> Execution:
         """Decides every setting that is ``auto``.
@@ -138,6 +144,7 @@ class Hardware:
             "task_chunk": workload.task_chunk if on_cpu else None,
             "compile": workload.fixed_shapes and compiling_pays,
             "cuda_graph": workload.fixed_shapes and not on_cpu,
+            "kernels": on_cpu and workload.measure_chunk,
             "onednn": False,
         }
         kept = earlier if earlier.get("device", self.device.type) == self.device.type else {}
@@ -147,12 +154,20 @@ class Hardware:
         for name, value in (automatic | {name: kept[name] for name in automatic.keys() & kept.keys()}).items():
             asked = getattr(self, name)
             chosen[name] = value if asked == "auto" else None if asked == "all" else asked
+        if chosen["kernels"] and on_cpu and library() is None:
+            if self.kernels is True:
+                raise Unavailable(
+                    "hardware.kernels=true, but they cannot be compiled here (the warning above says why); install a "
+                    "C++ compiler, or leave it to auto"
+                )
+            chosen["kernels"] = False
         return Execution(**chosen)
 
     def apply(self, execution: Execution) -> None:
         """Sets the process-wide switches of torch and of memory allocation."""
         keep_freed_memory()
         torch.set_num_threads(execution.num_threads)
+        use_kernels(execution.kernels)
         use_onednn(execution.onednn)
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -129,7 +129,10 @@ class Inner(ABC):
 
         def take_step(params: Params, state: Params, step: int, create_graph: bool) -> tuple[Params, Params]:
             gradients = torch.autograd.grad(
-                loss(params, step).sum(), [params[name] for name in names], create_graph=create_graph
+                loss(params, step).sum(),
+                [params[name] for name in names],
+                create_graph=create_graph,
+                materialize_grads=True,  # a bias that normalisation cancels is no part of the graph
             )
             size = None if step_sizes is None else step_sizes[step]
             return self.update(params, dict(zip(names, gradients, strict=True)), state, step, size)

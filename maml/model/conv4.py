@@ -8,12 +8,16 @@ from typing import Literal
 from torch import Tensor
 
 from maml.errors import MamlError
+from maml.hardware.kernels import kernels_apply
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.model.functional import ACTIVATIONS, Activation, batch_statistics, conv3x3, linear, max_pool, normalize
+from maml.model.normalization import Windows, norm_relu
 from maml.seeding import Stream
 from maml.types import Count, Params, PositiveFloat
 
 _NUM_MODULES = 4
+# The kinds of pooling that a kernel can do together with normalisation.
+_WINDOWS: dict[str, Windows] = {"stride": "none", "max": "max", "max_keep_odd": "max_keep_odd"}
 
 
 class Conv4(Model):
@@ -65,6 +69,7 @@ class Conv4(Model):
         self.pooling, self.head, self.head_std = pooling, head, head_std
         self.activation = ACTIVATIONS[activation]
         self.norm_scale = norm_scale
+        self._windows = _WINDOWS.get(pooling) if activation == "relu" else None
 
     def init(self, stream: Stream) -> Params:
         """Draws Glorot-uniform kernels and the head; biases and shifts are 0 (authors' code)."""
@@ -109,6 +114,11 @@ class Conv4(Model):
         for i in range(1, _NUM_MODULES + 1):
             stride = 2 if self.pooling == "stride" else 1
             x = conv3x3(x, params[f"conv{i}.weight"], stride)
+            is_plain = num_reference is None and seen is None and f"norm{i}.mean" not in params
+            if self._windows and is_plain and kernels_apply(x):
+                # The bias cancels, because the batch's mean is subtracted.
+                x = norm_relu(x, params[f"norm{i}.shift"], params.get(f"norm{i}.scale"), self._windows)
+                continue
             # The bias is subtracted from the mean instead of added to every pixel; with the batch's mean it cancels.
             shape = (x.shape[0], 1, 1, 1, -1)
             bias = params[f"conv{i}.bias"].reshape(shape)

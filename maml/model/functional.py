@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from maml.hardware.precision import round_factors
 
-_BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
+BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
 
 # Least number of output pixels of a task, and of input channels, with which a CPU convolves one task at a time. Above
 # them, one batched product of all tasks costs more for gathering windows than it saves. Five Omniglot images reach both
@@ -75,7 +75,7 @@ def normalize(x: Tensor, mean: Tensor, variance: Tensor, shift: Tensor, scale: T
         shift: the learnt beta, ``(T, C)``.
         scale: the learnt gamma, ``(T, C)``; None, as in the authors' code, does not scale.
     """
-    factor = torch.rsqrt(variance + _BATCH_NORM_EPS)
+    factor = torch.rsqrt(variance + BATCH_NORM_EPS)
     if scale is not None:
         factor = factor * scale.reshape(mean.shape)
     return torch.addcmul(shift.reshape(mean.shape) - mean * factor, x, factor)

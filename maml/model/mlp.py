@@ -7,9 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from maml.hardware.kernels import kernels_apply
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.model.functional import ACTIVATIONS, Activation, batch_norm, linear
 from maml.model.linearized import Linearized, LinearizedMLP
+from maml.model.normalization import norm_relu
 from maml.seeding import Stream
 from maml.types import Count, Params, PositiveFloat, num_elements
 
@@ -65,7 +67,11 @@ class MLP(Model):
         for i, layer in enumerate(self.layers, start=1):
             x = linear(x, params[f"{layer}.weight"], params[f"{layer}.bias"])
             if layer != "head":
-                if self.normalization == "batch":
+                is_batch = self.normalization == "batch"
+                if is_batch and self.activation == "relu" and num_reference is None and kernels_apply(x):
+                    x = norm_relu(x, params[f"norm{i}.shift"])
+                    continue
+                if is_batch:
                     x = batch_norm(x, params[f"norm{i}.shift"], num_reference)
                 x = ACTIVATIONS[self.activation](x)
         return x

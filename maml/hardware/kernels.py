@@ -1,0 +1,104 @@
+"""Kernels of our own: compiled for this processor once, loaded from a cache, and used if a run says so."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from maml.status import announce
+
+_log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("normalization.cpp")
+# Sets of flags, from the best to those that every compiler has. -ffast-math is not among them: a NaN stays a NaN.
+_COMMON = ["-std=c++17", "-O3", "-fPIC", "-shared"]
+_FAST = [*_COMMON, "-march=native", "-fno-trapping-math", "-fno-math-errno"]
+_FLAGS = ([*_FAST, "-fopenmp"], _FAST, _COMMON)
+
+_enabled = False
+
+
+def use_kernels(enabled: bool) -> None:
+    """Sets whether the kernels are used; a process-wide switch."""
+    global _enabled
+    _enabled = enabled
+
+
+def kernels_apply(x: Tensor) -> bool:
+    """Returns whether a kernel is to compute on this tensor, instead of PyTorch's operations.
+
+    While a program is traced of which it would be a part, or its operations are counted, it is not.
+    """
+    is_possible = x.dtype in (torch.float32, torch.float64) and not is_in_torch_dispatch_mode()
+    return _enabled and is_possible
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Compiles the kernels for this processor, or loads them from the cache.
+
+    Returns:
+        The library; None if there is no compiler or it fails, which a warning says.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        _log.warning(
+            "there is no C++ compiler (c++, or the environment variable CXX), so normalisation runs without kernels "
+            "(slower, same mathematics)"
+        )
+        return None
+    path = _cache_folder() / f"normalization-{_fingerprint(compiler)}.so"
+    try:
+        if not path.exists():
+            announce("compiling kernels for this processor, about ten seconds, once")
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", "") or str(error)
+        _log.warning(
+            "%s cannot compile the kernels, so normalisation runs without them (slower, same mathematics): %s",
+            compiler,
+            reason.strip().splitlines()[0],
+        )
+        return None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        for flags in _FLAGS:
+            result = subprocess.run(
+                [compiler, *flags, "-o", str(made), str(_SOURCE)], capture_output=True, text=True, check=False
+            )
+            if result.returncode == 0:
+                break
+        result.check_returncode()
+        made.replace(path)  # another process may do the same; each of them leaves a whole file
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
+
+
+def _fingerprint(compiler: str) -> str:
+    """Returns a hash of what decides the library; nodes of a cluster may share the cache and differ in processors."""
+    processor = platform.processor()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        pass
+    parts = [_SOURCE.read_text(), str(_FLAGS), os.path.realpath(compiler), platform.machine(), processor]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

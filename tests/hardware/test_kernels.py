@@ -1,0 +1,100 @@
+"""Kernels of our own: compiled once, cached, and left out where they cannot be compiled."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from maml.domain.omniglot import Omniglot
+from maml.domain.sinusoid import Sinusoid
+from maml.errors import Unavailable
+from maml.hardware import base, kernels
+from maml.hardware.base import Execution, Hardware
+
+HAS_COMPILER = shutil.which("c++") is not None
+IMAGES = Omniglot.without_data(num_ways=5, num_shots=1, data_dir="", cache_dir="").workload
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache; the library of this process is loaded anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernels.library.cache_clear()
+    yield tmp_path / "maml"
+    kernels.library.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _switch() -> Iterator[None]:
+    yield
+    kernels.use_kernels(False)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+def test_library_is_compiled_once_and_then_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_FLAGS", (["--no-such-flag"], ["-std=c++17", "-O1", "-fPIC", "-shared"]))
+    assert isinstance(kernels.library(), ctypes.CDLL), "the second set of flags compiles"
+    (made,) = cache.iterdir()
+    changed = made.stat().st_mtime_ns
+    kernels.library.cache_clear()
+    assert isinstance(kernels.library(), ctypes.CDLL)
+    assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [changed]
+    kernels.library.cache_clear()
+    monkeypatch.setattr(kernels, "_FLAGS", (["-std=c++17", "-O0", "-fPIC", "-shared"],))
+    assert kernels.library()
+    assert len(list(cache.iterdir())) == 2, "another way to compile gives another library"
+
+
+def test_without_a_compiler_there_is_a_warning_and_no_library(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.WARNING):
+        assert kernels.library() is None
+        assert kernels.library() is None
+    assert len(caplog.records) == 1
+    assert "no C++ compiler" in caplog.text
+    assert not cache.exists()
+
+
+def test_a_compiler_that_fails_is_quoted(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = cache.parent / "broken"
+    compiler.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with caplog.at_level(logging.WARNING):
+        assert kernels.library() is None
+    assert "it is broken" in caplog.text
+    assert list(cache.iterdir()) == []
+
+
+def test_kernels_are_for_images_on_a_cpu_with_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = object()
+    monkeypatch.setattr(base, "library", lambda: library)
+    assert Hardware("cpu").choose(IMAGES, 100, {}).kernels
+    assert not Hardware("cpu", kernels=False).choose(IMAGES, 100, {}).kernels
+    assert not Hardware("cpu").choose(Sinusoid().workload, 100, {}).kernels
+    library = None
+    assert not Hardware("cpu").choose(IMAGES, 100, {}).kernels
+    assert not Hardware("cpu").choose(IMAGES, 100, Execution(1, 1, False, kernels=True).as_dict()).kernels
+    with pytest.raises(Unavailable, match=r"hardware\.kernels=true, but they cannot be compiled"):
+        Hardware("cpu", kernels=True).choose(IMAGES, 100, {})
+
+
+def test_kernels_apply_if_the_run_says_so_and_no_program_is_traced() -> None:
+    x = torch.zeros(1, 2, 3)
+    assert not kernels.kernels_apply(x)
+    Hardware("cpu").apply(Execution(1, None, False, kernels=True))
+    assert kernels.kernels_apply(x)
+    assert not kernels.kernels_apply(x.half())
+    with FlopCounterMode(display=False):
+        assert not kernels.kernels_apply(x)
