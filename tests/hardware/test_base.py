@@ -42,6 +42,7 @@ def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     monkeypatch.setattr(base, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(base, "library", lambda: object())
 
 
 @pytest.mark.usefixtures("three_cores")
@@ -50,12 +51,12 @@ def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (VECTORS, 100, Execution(1, None, False)),
         (VECTORS, 70_000, Execution(1, None, True)),
-        (images(5, 1), 60_000, Execution(3, 8, False)),
-        (images(5, 5), 60_000, Execution(3, 1, False)),
-        (images(20, 5), 60_000, Execution(3, 1, False)),
-        (images(5, 1, MiniImagenet), 60_000, Execution(3, 1, False)),
-        (images(5, 1, CifarFS), 60_000, Execution(3, 2, False)),
-        (images(5, 1, CifarFS, num_query=15), 60_000, Execution(3, 1, False)),
+        (images(5, 1), 60_000, Execution(3, 8, False, kernels=True)),
+        (images(5, 5), 60_000, Execution(3, 1, False, kernels=True)),
+        (images(20, 5), 60_000, Execution(3, 1, False, kernels=True)),
+        (images(5, 1, MiniImagenet), 60_000, Execution(3, 1, False, kernels=True)),
+        (images(5, 1, CifarFS), 60_000, Execution(3, 2, False, kernels=True)),
+        (images(5, 1, CifarFS, num_query=15), 60_000, Execution(3, 1, False, kernels=True)),
         (PointNavigation(), 100_000, Execution(1, 2, False)),
         (PointNavigation(num_shots=100), 500, Execution(1, 1, False)),
     ],
@@ -68,7 +69,7 @@ def test_auto_suits_the_domain(domain: Any, num_iterations: int, expected: Execu
 def test_what_is_asked_for_wins_over_auto_and_over_the_checkpoint() -> None:
     earlier = Execution(2, 4, True).as_dict()
     asked = Hardware(num_threads=5, task_chunk="all", compile=False)
-    assert asked.choose(images(5, 1).workload, 60_000, {}) == Execution(5, None, False)
+    assert asked.choose(images(5, 1).workload, 60_000, {}) == Execution(5, None, False, kernels=True)
     assert asked.choose(images(5, 1).workload, 60_000, earlier) == Execution(5, None, False)
     assert Hardware().choose(images(5, 1).workload, 60_000, earlier) == Execution(2, 4, True)
     assert Hardware(task_chunk=7).choose(images(5, 1).workload, 60_000, earlier) == Execution(2, 7, True)

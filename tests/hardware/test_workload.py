@@ -45,10 +45,12 @@ def test_new_domain_is_taken_for_one_of_small_vectors(monkeypatch: pytest.Monkey
 def test_execution_of_an_experiment_is_the_one_its_runs_had(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
     monkeypatch.setattr(base, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(base, "library", lambda: object())
     domain = build_without_data(compose_experiment(experiment).domain)
     threads, chunk, compiled = CHOSEN[experiment]
     for num_iterations in (4999, 5000):
-        expected = Execution(threads, chunk, compiled and num_iterations == 5000)
+        compiles, is_image = compiled and num_iterations == 5000, domain.workload.measure_chunk
+        expected = Execution(threads, chunk, compiles, kernels=is_image)
         assert Hardware("cpu").choose(domain.workload, num_iterations, {}) == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     rollouts = domain.on_policy
