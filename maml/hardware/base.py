@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,8 @@ from maml.types import Count
 
 # Compiling takes up to a minute. It pays off for small networks, whose time is mostly the overhead of the operations.
 _MIN_ITERATIONS_TO_COMPILE = 5000
+# What a run did whose checkpoint is older than these settings. Resumed, it goes on computing the same bits.
+_BEFORE: Mapping[str, Any] = MappingProxyType({"kernels": False, "onednn": True})
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ class Hardware:
             "kernels": on_cpu and workload.measure_chunk,
             "onednn": False,
         }
-        kept = earlier if earlier.get("device", self.device.type) == self.device.type else {}
+        is_same_device = earlier.get("device", self.device.type) == self.device.type
+        kept = {**_BEFORE, **earlier} if earlier and is_same_device else {}
         if on_cpu and not workload.fixed_shapes and self.onednn == "auto" and "onednn" not in kept:
             automatic["onednn"] = onednn_is_faster()
         chosen: dict[str, Any] = {"device": self.device.type, "recompute": self.recompute}

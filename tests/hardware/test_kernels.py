@@ -90,6 +90,15 @@ def test_kernels_are_for_images_on_a_cpu_with_a_compiler(monkeypatch: pytest.Mon
         Hardware("cpu", kernels=True).choose(IMAGES, 100, {})
 
 
+def test_a_checkpoint_that_is_older_than_the_kernels_goes_on_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "library", object)
+    older = {name: value for name, value in Execution(1, 1, False).as_dict().items() if name not in base._BEFORE}
+    chosen = Hardware("cpu").choose(IMAGES, 100, older)
+    assert (chosen.kernels, chosen.onednn) == (False, True)
+    assert Hardware("cpu", kernels=True).choose(IMAGES, 100, older).kernels
+    assert Hardware("cpu").choose(IMAGES, 100, {**older, "device": "cuda"}).kernels
+
+
 def test_kernels_apply_if_the_run_says_so_and_no_program_is_traced() -> None:
     x = torch.zeros(1, 2, 3)
     assert not kernels.kernels_apply(x)
