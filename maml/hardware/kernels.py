@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from maml.status import announce
 
 _log = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("normalization.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("normalization.cpp", "windows.cpp")]
 # Sets of flags, from the best to those that every compiler has. -ffast-math is not among them: a NaN stays a NaN.
 _COMMON = ["-std=c++17", "-O3", "-fPIC", "-shared"]
 _FAST = [*_COMMON, "-march=native", "-fno-trapping-math", "-fno-math-errno"]
@@ -54,11 +55,11 @@ def library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         _log.warning(
-            "there is no C++ compiler (c++, or the environment variable CXX), so normalisation runs without kernels "
+            "there is no C++ compiler (c++, or the environment variable CXX), so images are computed without kernels "
             "(slower, same mathematics)"
         )
         return None
-    path = _cache_folder() / f"normalization-{_fingerprint(compiler)}.so"
+    path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
     try:
         if not path.exists():
             announce("compiling kernels for this processor, about ten seconds, once")
@@ -67,11 +68,33 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", "") or str(error)
         _log.warning(
-            "%s cannot compile the kernels, so normalisation runs without them (slower, same mathematics): %s",
+            "%s cannot compile the kernels, so images are computed without them (slower, same mathematics): %s",
             compiler,
             reason.strip().splitlines()[0],
         )
         return None
+
+
+def call(name: str, sizes: Sequence[int], values: Sequence[Tensor | float]) -> None:
+    """Calls a kernel.
+
+    Args:
+        name: its name, without the type.
+        sizes: the fields of its first argument, without the number of threads.
+        values: its other arguments. Tensors are contiguous, and float32 or float64.
+    """
+    functions = library()
+    assert functions is not None
+    dtype = next(value.dtype for value in values if isinstance(value, Tensor))
+    function = getattr(functions, f"{name}_{'float32' if dtype == torch.float32 else 'float64'}")
+    fields = (*sizes, torch.get_num_threads())
+    function(
+        (ctypes.c_int64 * len(fields))(*fields),
+        *(
+            ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_double(value)
+            for value in values
+        ),
+    )
 
 
 def _compile(compiler: str, path: Path) -> None:
@@ -80,7 +103,7 @@ def _compile(compiler: str, path: Path) -> None:
         made = Path(folder) / path.name
         for flags in _FLAGS:
             result = subprocess.run(
-                [compiler, *flags, "-o", str(made), str(_SOURCE)], capture_output=True, text=True, check=False
+                [compiler, *flags, "-o", str(made), *map(str, _SOURCES)], capture_output=True, text=True, check=False
             )
             if result.returncode == 0:
                 break
@@ -100,5 +123,11 @@ def _fingerprint(compiler: str) -> str:
             processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         pass
-    parts = [_SOURCE.read_text(), str(_FLAGS), os.path.realpath(compiler), platform.machine(), processor]
+    parts = [
+        *(source.read_text() for source in _SOURCES),
+        str(_FLAGS),
+        os.path.realpath(compiler),
+        platform.machine(),
+        processor,
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

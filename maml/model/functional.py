@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from maml.hardware.kernels import call, kernels_apply
 from maml.hardware.precision import round_factors
 
 BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
 
 # Least number of output pixels of a task, and of input channels, with which a CPU convolves one task at a time. Above
-# them, one batched product of all tasks costs more for gathering windows than it saves. Five Omniglot images reach both
-# numbers in the second layer.
-_WIDE_ROWS, _WIDE_CHANNELS = 200, 16
+# them, one batched product of all tasks costs more for gathering windows than it saves. Gathering is cheaper with our
+# kernels. Five Omniglot images have 245 pixels in the second layer, 25 have 1,225.
+_WIDE_ROWS, _WIDE_ROWS_WITH_KERNELS, _WIDE_CHANNELS = 200, 500, 16
 
 ACTIVATIONS = {"relu": torch.relu, "softplus": F.softplus, "tanh": torch.tanh}
 Activation = Literal["relu", "softplus", "tanh"]
@@ -115,7 +116,8 @@ def _conv3x3(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     if tasks == 1:
         return _convolve(x[0], weight[0], stride).unsqueeze(0)
     rows = x.shape[1] * _out_size(x.shape[2], stride) * _out_size(x.shape[3], stride)
-    if x.device.type == "cpu" and rows >= _WIDE_ROWS and x.shape[4] >= _WIDE_CHANNELS:
+    wide_rows = _WIDE_ROWS_WITH_KERNELS if kernels_apply(x) else _WIDE_ROWS
+    if x.device.type == "cpu" and rows >= wide_rows and x.shape[4] >= _WIDE_CHANNELS:
         return torch.stack([_convolve(images, kernels, stride) for images, kernels in zip(x, weight, strict=True)])
     columns = _Columns.apply(x, stride)
     kernels = weight.permute(0, 3, 4, 2, 1).reshape(tasks, -1, num_out)
@@ -140,6 +142,11 @@ class _Columns(Function):
     def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
         ctx.size, ctx.stride = x.shape[2:4], stride
         tasks, examples, height, width, channels = x.shape
+        if x.device.type == "cpu" and kernels_apply(x):
+            size = _out_size(height, stride), _out_size(width, stride)
+            columns = x.new_empty(tasks, examples, *size, 9 * channels)
+            call("gather", [tasks * examples, height, width, channels, stride], [x.contiguous(), columns])
+            return columns
         padded = F.pad(x, (0, 0, 1, 1, 1, 1))
         t, s, h, w, c = padded.stride()
         windows = padded.as_strided(
@@ -160,6 +167,10 @@ class _Fold(Function):
     def forward(ctx: Any, columns: Tensor, height: int, width: int, stride: int) -> Tensor:
         ctx.stride = stride
         tasks, examples, rows, cols, size = columns.shape
+        if columns.device.type == "cpu" and kernels_apply(columns):
+            x = columns.new_empty(tasks, examples, height, width, size // 9)
+            call("add_up", [tasks * examples, height, width, size // 9, stride], [columns.contiguous(), x])
+            return x
         windows = columns.reshape(tasks, examples, rows, cols, 3, 3, size // 9)
         padded = columns.new_zeros(tasks, examples, height + 2, width + 2, size // 9)
         for i in range(3):

@@ -14,7 +14,6 @@ For the gradient of sum(u dz) + w db + v dc with respect to the cotangent, z and
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from maml.hardware.kernels import library
+from maml.hardware.kernels import call
 from maml.model.functional import BATCH_NORM_EPS
 
 Windows = Literal["none", "max", "max_keep_odd"]
@@ -94,23 +93,8 @@ class _NormReLUGradient(Function):
 # On a CPU, the kernels are those of maml/hardware/normalization.cpp.
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in ("tasks", "examples", "height", "width", "channels", "windows", "num_threads")
-    ]
-
-
-def _call(name: str, z: Tensor, windows: Windows, values: Sequence[Any]) -> None:
-    """Calls a function of the library for z ``(T, S, H, W, C)``. Tensors have to be contiguous and of the same type."""
-    functions = library()
-    assert functions is not None
-    function = getattr(functions, f"{name}_{'float32' if z.dtype == torch.float32 else 'float64'}")
-    shape = _Shape(*z.shape, _WINDOWS.index(windows), torch.get_num_threads())
-    function(
-        ctypes.byref(shape),
-        *(ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in values),
-    )
+def _call(name: str, z: Tensor, windows: Windows, values: Sequence[Tensor | float]) -> None:
+    call(name, [*z.shape, _WINDOWS.index(windows)], values)
 
 
 def _value_on_cpu(z: Tensor, shift: Tensor, scale: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +103,7 @@ def _value_on_cpu(z: Tensor, shift: Tensor, scale: Tensor, windows: Windows) -> 
         size = [(length + (windows == "max_keep_odd")) // 2 for length in size]
     y, mean = z.new_empty(tasks, examples, *size, channels), z.new_empty(tasks, 1, 1, 1, channels)
     factor = torch.empty_like(mean)
-    _call("value", z, windows, [ctypes.c_double(BATCH_NORM_EPS), z, shift, scale, y, mean, factor])
+    _call("value", z, windows, [BATCH_NORM_EPS, z, shift, scale, y, mean, factor])
     return y, mean, factor
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from maml.hardware.kernels import library, use_kernels
 from maml.model import functional
 from maml.seeding import Stream
 
@@ -20,6 +22,16 @@ Layer = Callable[..., Tensor]
 
 # Three code paths of the convolution: one task; wide layers, task by task; all other shapes, all tasks as one product.
 ONE_TASK, TASK_BY_TASK, ALL_TASKS = (1, 2, 5, 4, 3), (2, 10, 5, 5, 16), (3, 2, 5, 4, 2)
+
+
+@pytest.fixture(params=[False, True], ids=["operations", "kernels"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether windows are gathered by our kernels or by PyTorch's operations; the test runs with both."""
+    if request.param and library() is None:
+        pytest.skip("no C++ compiler")
+    use_kernels(request.param)
+    yield request.param
+    use_kernels(False)
 
 
 def random(*shape: int, seed: int = 0, low: float = -1.0) -> Tensor:
@@ -61,6 +73,7 @@ def conv_of_one_task(stride: int) -> Layer:
     return convolve
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [ONE_TASK, TASK_BY_TASK, ALL_TASKS], ids=["one task", "task by task", "all tasks"])
 def test_convolution_equals_the_librarys_for_each_task_to_second_derivatives(
@@ -82,6 +95,32 @@ def test_convolution_equals_the_librarys_for_each_task_to_second_derivatives(
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 7), (5, 4)])
+def test_kernels_gather_and_add_up_the_same_windows(size: tuple[int, int], stride: int, dtype: torch.dtype) -> None:
+    if library() is None:
+        pytest.skip("no C++ compiler")
+    x = random(2, 3, *size, 5).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)  # not contiguous
+    columns = functional._Columns.apply(x, stride)
+    folded = functional._Fold.apply(columns, *size, stride)
+    use_kernels(True)
+    try:
+        assert torch.equal(functional._Columns.apply(x, stride), columns)
+        torch.testing.assert_close(functional._Fold.apply(columns, *size, stride), folded)
+    finally:
+        use_kernels(False)
+
+
+def test_kernels_make_task_by_task_pay_for_more_rows_only(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
+    convolve = Mock(wraps=functional._convolve)
+    monkeypatch.setattr(functional, "_convolve", convolve)
+    functional.conv3x3(random(2, 10, 5, 5, 16), random(2, 4, 16, 3, 3))  # 250 rows
+    assert convolve.call_count == (0 if kernels else 2)
+    functional.conv3x3(random(2, 20, 5, 5, 16), random(2, 4, 16, 3, 3))  # 500 rows
+    assert convolve.call_count == (2 if kernels else 4)
+
+
 def test_shapes_above_take_all_three_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     convolve, columns = functional._convolve, functional._Columns.apply
@@ -101,6 +140,7 @@ def test_shapes_above_take_all_three_ways(monkeypatch: pytest.MonkeyPatch) -> No
         calls.clear()
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("num_tasks", [1, 2])
 def test_convolution_has_the_derivatives_of_finite_differences(num_tasks: int, stride: int) -> None:
@@ -120,6 +160,7 @@ def test_convolution_differentiates_one_argument_alone(stride: int) -> None:
     assert_same_derivatives(lambda weight: functional.conv3x3(x, weight, stride), partial(reference, x), weight)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_gathering_and_adding_back_are_each_others_transpose() -> None:
     """<gather x, y> = <x, fold y>, which makes each the derivative of the other."""
     for stride in (1, 2):
