@@ -6,6 +6,7 @@ differentiates once, and the meta-gradient differentiates the result again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -108,92 +109,12 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
         ``(T, S, ceil(H / stride), ceil(W / stride), O)``.
     """
     dtype, (x, weight) = x.dtype, round_factors(x, weight)
-    return _conv3x3(x, weight, stride).to(dtype)
-
-
-def _conv3x3(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    tasks, num_out = weight.shape[:2]
-    if tasks == 1:
-        return _convolve(x[0], weight[0], stride).unsqueeze(0)
-    rows = x.shape[1] * _out_size(x.shape[2], stride) * _out_size(x.shape[3], stride)
-    wide_rows = _WIDE_ROWS_WITH_KERNELS if kernels_apply(x) else _WIDE_ROWS
-    if x.device.type == "cpu" and rows >= wide_rows and x.shape[4] >= _WIDE_CHANNELS:
-        return torch.stack([_convolve(images, kernels, stride) for images, kernels in zip(x, weight, strict=True)])
-    columns = _Columns.apply(x, stride)
-    kernels = weight.permute(0, 3, 4, 2, 1).reshape(tasks, -1, num_out)
-    y = torch.bmm(columns.reshape(tasks, -1, columns.shape[-1]), kernels)
-    return y.reshape(*columns.shape[:4], num_out)
-
-
-def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Convolves the images of one task, ``(S, H, W, C)``: for one set of kernels, the library's convolution is fast."""
-    y = _Conv.apply(x.permute(0, 3, 1, 2), weight.contiguous(memory_format=torch.channels_last), stride)
-    return y.permute(0, 2, 3, 1)
-
-
-def _out_size(size: int, stride: int) -> int:
-    return (size - 1) // stride + 1
-
-
-class _Columns(Function):
-    """Gathers each output position's 3x3xC window. `_Fold` is its transpose; each is the other's derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
-        ctx.size, ctx.stride = x.shape[2:4], stride
-        tasks, examples, height, width, channels = x.shape
-        if x.device.type == "cpu" and kernels_apply(x):
-            size = _out_size(height, stride), _out_size(width, stride)
-            columns = x.new_empty(tasks, examples, *size, 9 * channels)
-            call("gather", [tasks * examples, height, width, channels, stride], [x.contiguous(), columns])
-            return columns
-        padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-        t, s, h, w, c = padded.stride()
-        windows = padded.as_strided(
-            (tasks, examples, _out_size(height, stride), _out_size(width, stride), 3, 3, channels),
-            (t, s, h * stride, w * stride, h, w, c),
-        )
-        return windows.reshape(*windows.shape[:4], 9 * channels)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Fold.apply(grad, *ctx.size, ctx.stride), None
-
-
-class _Fold(Function):
-    """Adds windows to the pixels from which they were gathered."""
-
-    @staticmethod
-    def forward(ctx: Any, columns: Tensor, height: int, width: int, stride: int) -> Tensor:
-        ctx.stride = stride
-        tasks, examples, rows, cols, size = columns.shape
-        if columns.device.type == "cpu" and kernels_apply(columns):
-            x = columns.new_empty(tasks, examples, height, width, size // 9)
-            call("add_up", [tasks * examples, height, width, size // 9, stride], [columns.contiguous(), x])
-            return x
-        windows = columns.reshape(tasks, examples, rows, cols, 3, 3, size // 9)
-        padded = columns.new_zeros(tasks, examples, height + 2, width + 2, size // 9)
-        for i in range(3):
-            for j in range(3):
-                pixels = padded[
-                    :, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (cols - 1) + 1 : stride
-                ]
-                pixels += windows[:, :, :, :, i, j]
-        return padded[:, :, 1:-1, 1:-1].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Columns.apply(grad, ctx.stride), None, None, None
+    return _Conv.apply(x, weight, stride).to(dtype)
 
 
 # A convolution, its data gradient and its weight gradient are bilinear, and the derivative of each consists of the
-# other two. PyTorch's own double backward is slower.
-
-
-def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int, mask: list[bool]) -> list[Tensor]:
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [stride, stride], [1, 1], [1, 1], False, [0, 0], 1, mask
-    )
+# other two. PyTorch's own double backward is slower. Windows are gathered again instead of being kept, because they are
+# nine times as large as the images.
 
 
 class _Conv(Function):
@@ -203,7 +124,7 @@ class _Conv(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
-        return F.conv2d(x, weight, None, stride, 1)
+        return _convolve(x, weight, stride)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -222,8 +143,7 @@ class _ConvData(Function):
     def forward(ctx: Any, grad: Tensor, weight: Tensor, shape: torch.Size, stride: int) -> Tensor:
         ctx.save_for_backward(grad, weight)
         ctx.stride = stride
-        x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-        return _convolution_backward(grad, x, weight, stride, [True, False, False])[0]
+        return _data_gradient(grad, weight, shape, stride)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -243,8 +163,7 @@ class _ConvWeight(Function):
     def forward(ctx: Any, grad: Tensor, x: Tensor, shape: torch.Size, stride: int) -> Tensor:
         ctx.save_for_backward(grad, x)
         ctx.stride = stride
-        weight = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-        return _convolution_backward(grad, x, weight, stride, [False, True, False])[1]
+        return _weight_gradient(grad, x, shape, stride)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -255,3 +174,99 @@ class _ConvWeight(Function):
             None,
             None,
         )
+
+
+def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    if _goes_task_by_task(x, x.shape, stride):
+        return _for_each_task(lambda x, weight: F.conv2d(x, weight, None, stride, 1), _channels_first(x), weight)
+    windows = _gather(x, stride)
+    return torch.bmm(windows.flatten(1, 3), _flat(weight).mT).view(*windows.shape[:4], -1)
+
+
+def _data_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, stride: int) -> Tensor:
+    if _goes_task_by_task(grad, shape, stride):
+        images = torch.empty(shape[1:], dtype=grad.dtype, device=grad.device).permute(0, 3, 1, 2)
+        return _for_each_task(
+            lambda grad, weight: _convolution_backward(grad, images, weight, stride, [True, False, False])[0],
+            _channels_first(grad),
+            weight,
+        )
+    windows = torch.bmm(grad.flatten(1, 3), _flat(weight)).view(*grad.shape[:4], -1)
+    return _add_up(windows, shape[2], shape[3], stride)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, stride: int) -> Tensor:
+    if _goes_task_by_task(x, x.shape, stride):
+        kernels = torch.empty(shape[1:], dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+        found = [
+            _convolution_backward(grad, images, kernels, stride, [False, True, False])[1]
+            for grad, images in zip(_channels_first(grad), _channels_first(x), strict=True)
+        ]
+        return torch.stack(found)
+    products = torch.bmm(grad.flatten(1, 3).mT, _gather(x, stride).flatten(1, 3))
+    return products.unflatten(2, (3, 3, shape[2])).permute(0, 1, 4, 2, 3)
+
+
+def _goes_task_by_task(values: Tensor, shape: torch.Size, stride: int) -> bool:
+    """Returns whether the library's convolution of single tasks is faster for images of this shape."""
+    rows = shape[1] * _out_size(shape[2], stride) * _out_size(shape[3], stride)
+    wide_rows = _WIDE_ROWS_WITH_KERNELS if kernels_apply(values) else _WIDE_ROWS
+    return shape[0] == 1 or (values.device.type == "cpu" and rows >= wide_rows and shape[4] >= _WIDE_CHANNELS)
+
+
+def _for_each_task(function: Callable[[Tensor, Tensor], Tensor], images: Tensor, weight: Tensor) -> Tensor:
+    """Applies a function of images ``(S, C, H, W)`` and kernels to each task; returns images ``(T, S, H, W, C)``."""
+    found = [
+        function(own, kernels.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        for own, kernels in zip(images, weight, strict=True)
+    ]
+    return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 1, 4, 2, 3)
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int, mask: list[bool]) -> list[Tensor]:
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride, stride], [1, 1], [1, 1], False, [0, 0], 1, mask
+    )
+
+
+def _flat(weight: Tensor) -> Tensor:
+    """``(T, O, C, 3, 3)`` -> ``(T, O, 9 C)`` in the order of `_gather`; no copy if the channels are last in memory."""
+    return weight.permute(0, 1, 3, 4, 2).flatten(2)
+
+
+def _out_size(size: int, stride: int) -> int:
+    return (size - 1) // stride + 1
+
+
+def _gather(x: Tensor, stride: int) -> Tensor:
+    """Gathers the 3x3 window of each output position: ``(T, S, H, W, C)`` -> ``(T, S, H', W', 9 C)``."""
+    tasks, examples, height, width, channels = x.shape
+    rows, cols = _out_size(height, stride), _out_size(width, stride)
+    if x.device.type == "cpu" and kernels_apply(x):
+        windows = x.new_empty(tasks, examples, rows, cols, 9 * channels)
+        call("gather", [tasks * examples, height, width, channels, stride], [x.contiguous(), windows])
+        return windows
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    t, s, h, w, c = padded.stride()
+    view = padded.as_strided((tasks, examples, rows, cols, 3, 3, channels), (t, s, h * stride, w * stride, h, w, c))
+    return view.reshape(tasks, examples, rows, cols, 9 * channels)
+
+
+def _add_up(windows: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """Adds windows to the pixels from which `_gather` takes them: its transpose."""
+    tasks, examples, rows, cols, size = windows.shape
+    if windows.device.type == "cpu" and kernels_apply(windows):
+        x = windows.new_empty(tasks, examples, height, width, size // 9)
+        call("add_up", [tasks * examples, height, width, size // 9, stride], [windows.contiguous(), x])
+        return x
+    parts = windows.reshape(tasks, examples, rows, cols, 3, 3, size // 9)
+    padded = windows.new_zeros(tasks, examples, height + 2, width + 2, size // 9)
+    for i in range(3):
+        for j in range(3):
+            pixels = padded[:, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (cols - 1) + 1 : stride]
+            pixels += parts[:, :, :, :, i, j]
+    return padded[:, :, 1:-1, 1:-1].contiguous()

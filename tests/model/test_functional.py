@@ -102,19 +102,19 @@ def test_kernels_gather_and_add_up_the_same_windows(size: tuple[int, int], strid
     if library() is None:
         pytest.skip("no C++ compiler")
     x = random(2, 3, *size, 5).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)  # not contiguous
-    columns = functional._Columns.apply(x, stride)
-    folded = functional._Fold.apply(columns, *size, stride)
+    columns = functional._gather(x, stride)
+    folded = functional._add_up(columns, *size, stride)
     use_kernels(True)
     try:
-        assert torch.equal(functional._Columns.apply(x, stride), columns)
-        torch.testing.assert_close(functional._Fold.apply(columns, *size, stride), folded)
+        assert torch.equal(functional._gather(x, stride), columns)
+        torch.testing.assert_close(functional._add_up(columns, *size, stride), folded)
     finally:
         use_kernels(False)
 
 
 def test_kernels_make_task_by_task_pay_for_more_rows_only(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
-    convolve = Mock(wraps=functional._convolve)
-    monkeypatch.setattr(functional, "_convolve", convolve)
+    convolve = Mock(wraps=F.conv2d)
+    monkeypatch.setattr(functional.F, "conv2d", convolve)
     functional.conv3x3(random(2, 10, 5, 5, 16), random(2, 4, 16, 3, 3))  # 250 rows
     assert convolve.call_count == (0 if kernels else 2)
     functional.conv3x3(random(2, 20, 5, 5, 16), random(2, 4, 16, 3, 3))  # 500 rows
@@ -123,7 +123,7 @@ def test_kernels_make_task_by_task_pay_for_more_rows_only(monkeypatch: pytest.Mo
 
 def test_shapes_above_take_all_three_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    convolve, columns = functional._convolve, functional._Columns.apply
+    convolve, gather = F.conv2d, functional._gather
 
     def recording(way: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(*args: Any) -> Tensor:
@@ -132,8 +132,8 @@ def test_shapes_above_take_all_three_ways(monkeypatch: pytest.MonkeyPatch) -> No
 
         return run
 
-    monkeypatch.setattr(functional, "_convolve", recording("task", convolve))
-    monkeypatch.setattr(functional._Columns, "apply", recording("all", columns))
+    monkeypatch.setattr(functional.F, "conv2d", recording("task", convolve))
+    monkeypatch.setattr(functional, "_gather", recording("all", gather))
     for shape, ways in ((ONE_TASK, ["task"]), (TASK_BY_TASK, ["task", "task"]), (ALL_TASKS, ["all"])):
         functional.conv3x3(random(*shape), random(shape[0], 4, shape[-1], 3, 3))
         assert calls == ways
@@ -165,9 +165,9 @@ def test_gathering_and_adding_back_are_each_others_transpose() -> None:
     """<gather x, y> = <x, fold y>, which makes each the derivative of the other."""
     for stride in (1, 2):
         x = random(2, 3, 5, 4, 2, seed=1)
-        windows = functional._Columns.apply(x, stride)
+        windows = functional._gather(x, stride)
         y = random(*windows.shape, seed=2)
-        folded = functional._Fold.apply(y, 5, 4, stride)
+        folded = functional._add_up(y, 5, 4, stride)
         assert (windows * y).sum().item() == pytest.approx((x * folded).sum().item(), rel=1e-12)
 
 
