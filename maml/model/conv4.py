@@ -78,7 +78,7 @@ class Conv4(Model):
         channels, filters = self.num_channels, self.num_filters
         for i in range(1, _NUM_MODULES + 1):
             kernel = glorot_uniform(stream.child(f"conv{i}"), (filters, channels, 3, 3), 9 * channels, 9 * filters)
-            # The channels are last in memory, as in the windows that kernels are multiplied by.
+            # The channels are last in memory, as in the windows that these are multiplied by.
             params[f"conv{i}.weight"] = kernel.contiguous(memory_format=torch.channels_last)
             params[f"conv{i}.bias"] = zeros(stream, filters)
             params[f"norm{i}.shift"] = zeros(stream, filters)
