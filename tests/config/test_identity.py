@@ -31,6 +31,8 @@ ADDED = {
         for run_id in ("95215b3f8098", "fbe05b78f620", "089767d282b1", "cb50b6486523", "c35db3b8d8ba")
     },
     ("point_navigation_context_vector", "ad36db25ce3c"): ("outer=trpo",),
+    # The other way round.
+    ("cheetah_direction_maml", "bcf6212fd215"): ("outer.curvature=finite_difference",),
 }
 
 every_committed_run = pytest.mark.parametrize("folder", RUNS, ids=lambda path: f"{path.parent.name}/{path.name}")
