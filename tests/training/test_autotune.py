@@ -122,7 +122,7 @@ def test_nothing_is_measured_where_it_does_not_pay_or_is_not_asked_for(
         ("cifar_fs_5way_1shot", 0.1, False),  # five inner steps
     ],
 )
-def test_long_runs_of_one_inner_step_are_compiled(
+def test_long_runs_of_one_inner_step_are_compiled_where_there_are_no_kernels(
     experiment: str, seconds: float, compile: bool, monkeypatch: pytest.MonkeyPatch, cache_dir: Path, tmp_path: Path
 ) -> None:
     iterate = iteration(experiment, 2, cache_dir, torch.device("cpu"))
@@ -131,3 +131,5 @@ def test_long_runs_of_one_inner_step_are_compiled(
     execution = Execution(1, 2, False)
     assert tune_execution(iterate, execution, Hardware("cpu"), config) == Execution(1, 1, compile)
     assert tune_execution(iterate, execution, Hardware("cpu", compile=False), config) == Execution(1, 1, False)
+    with_kernels = Execution(1, 2, False, kernels=True)
+    assert tune_execution(iterate, with_kernels, Hardware("cpu"), config) == Execution(1, 1, False, kernels=True)
