@@ -33,6 +33,7 @@ ADDED = {
     ("point_navigation_context_vector", "ad36db25ce3c"): ("outer=trpo",),
     # The other way round.
     ("cheetah_direction_maml", "bcf6212fd215"): ("outer.curvature=finite_difference",),
+    ("cheetah_direction_maml", "c45bcfe057a6"): ("outer.backtrack=0.95", "outer.num_tries=60"),
 }
 
 every_committed_run = pytest.mark.parametrize("folder", RUNS, ids=lambda path: f"{path.parent.name}/{path.name}")
