@@ -59,13 +59,13 @@ def library() -> ctypes.CDLL | None:
             "(slower, same mathematics)"
         )
         return None
-    path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
     try:
+        path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
         if not path.exists():
             announce("compiling kernels for this processor, about ten seconds, once")
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home folder
         reason = getattr(error, "stderr", "") or str(error)
         _log.warning(
             "%s cannot compile the kernels, so images are computed without them (slower, same mathematics): %s",

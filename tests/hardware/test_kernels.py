@@ -77,6 +77,25 @@ def test_a_compiler_that_fails_is_quoted(
     assert list(cache.iterdir()) == []
 
 
+def test_without_a_folder_for_the_cache_there_is_a_warning_and_no_library(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (cache.parent / "c++").symlink_to("/bin/true")
+    monkeypatch.setenv("CXX", str(cache.parent / "c++"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "c++"))  # a file
+    assert kernels.library() is None
+    kernels.library.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert kernels.library() is None
+    assert len(caplog.records) == 2
+    assert "Could not determine home directory" in caplog.text
+
+
 def test_kernels_are_for_images_on_a_cpu_with_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     library = object()
     monkeypatch.setattr(base, "library", lambda: library)
