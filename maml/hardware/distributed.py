@@ -43,6 +43,9 @@ def start(on_gpus: bool) -> None:
         torch.cuda.set_device(local_rank())
     with _explain_lost_process():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+        # A process that is connected may fail and end while others still connect: then they would report a lost
+        # process instead of the fault. So each waits until all are connected.
+        dist.all_reduce(torch.zeros(()))
     atexit.register(dist.destroy_process_group)
     # Before they join, all processes fail alike; only rank 0 reports. From here on every process may report.
     sys.stderr = sys.__stderr__
