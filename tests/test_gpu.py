@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -130,8 +131,10 @@ def test_run_in_less_precision_learns(precision: str, tiny_images: TinyRuns) -> 
 
 
 def test_memory_that_does_not_suffice_halves_the_chunk(tiny_images: TinyRuns) -> None:
+    gc.collect()  # graphs of earlier tests keep their memory until they are deleted
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(256 * 2**20 / torch.cuda.get_device_properties(0).total_memory)
+    limit = torch.cuda.memory_reserved() + 256 * 2**20
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     try:
         folder = tiny_images.run(
             "hardware=gpu", "hardware.task_chunk=all", "meta_batch_size=64", "model.num_filters=64", "num_iterations=3"

@@ -177,6 +177,8 @@ class Hardware:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch's compiler
             torch.use_deterministic_algorithms(self.deterministic)
+            # It would also fill all new memory with NaN, a kernel for each tensor, to show reads of unwritten memory.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def describe(self) -> dict[str, Any]:
         """Returns the facts about the machine that a run's record keeps: device, processor, cores, GPU, processes."""

@@ -49,11 +49,14 @@ def halve_chunk_on_oom(compute: Callable[[int], Computed], chunk: int) -> tuple[
 
     Raises:
         MamlError: if a single task does not fit into memory.
+        torch.OutOfMemoryError: if memory runs out while a CUDA graph is captured, which has to begin again then.
     """
     while True:
         try:
             return compute(chunk), chunk
         except torch.OutOfMemoryError as error:
+            if is_capturing():
+                raise
             reason = str(error).splitlines()[0]
         # Outside the handler, because within it the exception keeps the failed computation's tensors alive.
         gc.collect()
@@ -66,6 +69,11 @@ def halve_chunk_on_oom(compute: Callable[[int], Computed], chunk: int) -> tuple[
             )
         chunk //= 2
         _log.warning("out of memory (%s): continuing with hardware.task_chunk=%d", reason, chunk)
+
+
+def is_capturing() -> bool:
+    """Returns whether what is computed now is captured as a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def keep_freed_memory() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from maml.hardware.base import Execution, Hardware
 from maml.record.checkpoint import write_atomically
 from maml.record.run_folder import read_json, versions
 from maml.status import announce
+from maml.training.cuda_graph import capture
 from maml.training.iteration import Iteration
 from maml.types import num_tasks
 
@@ -77,23 +80,21 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
 
 
 def measure_seconds_per_task(iterate: Iteration) -> dict[int, float]:
-    """Returns the seconds that the meta-gradient of one task takes, by chunk size (number of tasks of each seed)."""
+    """Returns the seconds that the meta-gradient of one task takes, by chunk size (number of tasks of each seed).
+
+    If the run will replay a CUDA graph, so does the measurement: otherwise it would measure how fast the CPU launches.
+    """
     tasks, num_seeds = iterate.sample_tasks(1), len(iterate.algorithms)
     count = num_tasks(tasks) // num_seeds
     params, on_gpu = iterate.params(), tasks[next(iter(tasks))].is_cuda
     sizes = sorted({min(2**power, count) for power in range(count.bit_length() + 1)}, reverse=on_gpu)
+    can_capture = iterate.execution.cuda_graph and iterate.algorithms[0].sums_over_tasks
     seconds: dict[int, float] = {}
     best, num_worse = float("inf"), 0
     for size in sizes:
         chunk = {name: value.unflatten(0, (num_seeds, -1))[:, :size].flatten(0, 1) for name, value in tasks.items()}
-        times = []
         try:
-            for _ in range(1 + _REPETITIONS):  # the first is a warm-up
-                start = time.perf_counter()
-                iterate.meta_gradient.sums(params, chunk, size)
-                if on_gpu:
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
+            times = _times(partial(iterate.meta_gradient.sums, params, chunk, size), on_gpu, can_capture)
         except torch.OutOfMemoryError:
             continue
         seconds[size] = min(times[1:]) / (num_seeds * size)
@@ -102,6 +103,30 @@ def measure_seconds_per_task(iterate: Iteration) -> dict[int, float]:
         if num_worse == 2:
             break
     return seconds or {1: 0.0}  # not even one task fits into memory: the first iteration will report that
+
+
+def _times(compute: Callable[[], object], on_gpu: bool, captured: bool) -> list[float]:
+    """Returns the seconds of a few calls; the first is a warm-up.
+
+    Raises:
+        torch.OutOfMemoryError: if memory does not suffice.
+    """
+    if captured:
+        compute()  # libraries choose algorithms in their first calls, which cannot be captured
+        try:
+            _, compute = capture(compute)
+        except RuntimeError as error:
+            # Ending a failed capture raises another error after the first. If it is not memory, plain calls are measured.
+            if isinstance(cause := error.__context__ or error, torch.OutOfMemoryError):
+                raise cause from None
+    times = []
+    for _ in range(1 + _REPETITIONS):
+        start = time.perf_counter()
+        compute()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def _read_cache(path: Path) -> dict[int, float] | None:

@@ -110,12 +110,24 @@ class CudaGraphIteration:
         return metrics
 
     def _try_capture(self) -> tuple[list[dict[str, Tensor]], Callable[[], None], str]:
-        """Returns the metrics and the replay function of `capture`, and the reason of a failure; empty if it worked."""
-        try:
-            return *capture(lambda: self.iterate(self.number)), ""
-        except RuntimeError as error:
-            cause = error.__context__ or error  # ending a failed capture raises another error, which hides the first
-            return [], lambda: None, str(cause).splitlines()[0]
+        """Returns the metrics and the replay function of `capture`, and the reason of a failure; empty if it worked.
+
+        A graph has memory of its own. If that runs out, smaller chunks of tasks are tried.
+        """
+        planned = self.iterate.execution.task_chunk
+        chunk = planned or self.iterate.meta_batch_size
+        while True:
+            try:
+                return *capture(lambda: self.iterate(self.number)), ""
+            except RuntimeError as error:
+                cause = error.__context__ or error  # ending a failed capture raises another error after the first
+                reason = str(cause).splitlines()[0]
+            if not isinstance(cause, torch.OutOfMemoryError) or chunk == 1:
+                self.iterate.meta_gradient.set_task_chunk(planned)
+                return [], lambda: None, reason
+            chunk //= 2
+            _log.warning("no memory for the CUDA graph (%s): trying it with hardware.task_chunk=%d", reason, chunk)
+            self.iterate.meta_gradient.set_task_chunk(chunk)
 
     def _difference(
         self, before: State, after: State, expected: list[dict[str, Tensor]], metrics: list[dict[str, Tensor]]

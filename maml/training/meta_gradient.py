@@ -57,6 +57,10 @@ class MetaGradient:
         compiled = [function for function in functions if isinstance(function, CompiledFunction)]
         return replace(self._execution, compile=bool(compiled) and not any(function.failed for function in compiled))
 
+    def set_task_chunk(self, task_chunk: int | None) -> None:
+        """Sets the number of tasks of each seed that are computed at once from here on; None computes all at once."""
+        self._execution = replace(self._execution, task_chunk=task_chunk)
+
     def gradient(self, params: Params, tasks: Tasks) -> tuple[Params, dict[str, Tensor]]:
         """Returns the gradient of the mean task loss with respect to theta, and the mean metrics.
 
@@ -227,7 +231,7 @@ class MetaGradient:
         chunk = min(self._execution.task_chunk or count, count)
         result, used_chunk = halve_chunk_on_oom(compute, chunk)
         if used_chunk < chunk:
-            self._execution = replace(self._execution, task_chunk=used_chunk)
+            self.set_task_chunk(used_chunk)
         return result
 
     def _chunks(self, tasks: Tasks, task_chunk: int) -> Iterator[Tasks]:

@@ -137,6 +137,8 @@ def test_switches_are_set_and_reset() -> None:
     Hardware(device="cpu", deterministic=True).apply(Execution(2, None, False))
     assert torch.get_num_threads() == 2
     assert torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    assert not fills, "it takes a kernel for each tensor"
     Hardware(device="cpu").apply(Execution(1, None, False))
     assert torch.get_num_threads() == 1
     assert not torch.are_deterministic_algorithms_enabled()

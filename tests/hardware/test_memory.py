@@ -16,6 +16,7 @@ from maml.algorithm.maml import MAML
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
+from maml.hardware import memory
 from maml.hardware.memory import halve_chunk_on_oom
 from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
@@ -50,6 +51,16 @@ def test_chunk_is_halved_until_it_fits_and_stays_so(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING):
         assert halve_chunk_on_oom(compute, 25) == ("done", 3)
     assert [record.getMessage().split("=")[-1] for record in caplog.records] == ["12", "6", "3"]
+
+
+def _no_memory(chunk: int) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_capture_without_memory_is_not_halved_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "is_capturing", lambda: True)
+    with pytest.raises(torch.OutOfMemoryError):
+        halve_chunk_on_oom(_no_memory, 4)
 
 
 def test_smaller_chunks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

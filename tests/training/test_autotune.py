@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from maml.record import checkpoint
 from maml.training import autotune
 from maml.training.autotune import measure_seconds_per_task, tune_execution
 from maml.training.iteration import Iteration
+from maml.training.meta_gradient import MetaGradient
 from maml.types import num_tasks
 from tests.runs import TinyRuns, before_iteration
 from tests.training.test_iteration import iteration
@@ -133,3 +135,24 @@ def test_long_runs_of_one_inner_step_are_compiled_where_there_are_no_kernels(
     assert tune_execution(iterate, execution, Hardware("cpu", compile=False), config) == Execution(1, 1, False)
     with_kernels = Execution(1, 2, False, kernels=True)
     assert tune_execution(iterate, with_kernels, Hardware("cpu"), config) == Execution(1, 1, False, kernels=True)
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError, torch.OutOfMemoryError])
+def test_what_will_run_as_a_graph_is_measured_as_a_graph(
+    failure: type[RuntimeError] | None, monkeypatch: pytest.MonkeyPatch, cache_dir: Path
+) -> None:
+    iterate = iteration("omniglot_5way_1shot", 2, cache_dir, torch.device("cpu"))
+    iterate.meta_gradient = MetaGradient(iterate.algorithms[0], Execution(1, None, False, cuda_graph=True))
+    plain, replayed = [], []
+
+    def capture(compute: Callable[[], object]) -> tuple[object, Callable[[], None]]:
+        if failure is not None:
+            raise failure
+        return compute(), lambda: replayed.append(1)
+
+    monkeypatch.setattr(autotune, "capture", capture)
+    monkeypatch.setattr(MetaGradient, "sums", lambda self, *given: plain.append(1))
+    seconds = measure_seconds_per_task(iterate)
+    calls_per_size = {None: (2, 4), RuntimeError: (5, 0), torch.OutOfMemoryError: (1, 0)}[failure]
+    assert (len(plain), len(replayed)) == tuple(2 * calls for calls in calls_per_size)
+    assert set(seconds) == ({1} if failure is torch.OutOfMemoryError else {1, 2})

@@ -120,3 +120,25 @@ def test_graph_that_does_something_else_is_given_up_and_nothing_is_lost(
     assert expected in said.getMessage()
     mine, theirs = _flat(plain.algorithms[0]), _flat(iterate.algorithms[0])
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(2, 2), (0, None)])
+def test_graph_without_memory_is_tried_with_smaller_chunks(
+    most: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, iterate = iteration(), iteration()
+    captured = CudaGraphIteration(iterate)
+
+    def limited(compute: Callable[[], Any]) -> Any:
+        if (iterate.execution.task_chunk or 4) > most:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            except RuntimeError:
+                raise RuntimeError("the capture has failed")  # noqa: B904 - as torch does
+        return fake_capture(iterate)(compute)
+
+    monkeypatch.setattr(cuda_graph, "capture", limited)
+    for number in range(1, 8):
+        assert captured(number)[0]["loss"].item() == pytest.approx(plain(number)[0]["loss"].item())
+    assert captured.execution.task_chunk == expected
+    assert captured.execution.cuda_graph == (expected is not None)
