@@ -46,9 +46,9 @@ check: setup  ## lint and type-check
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-paper: setup  ## run the paper's missing runs, then render; PLAN=1 ONLY=table2,figure3 SMOKE=1 WANDB=1 JOBS=2 SEEDS=0,1
+paper: setup  ## run the paper's missing runs, then render; PLAN=1 ONLY=table2,figure3 SMOKE=1 WANDB=1 JOBS=2 SEEDS=0,1 BUDGET=8m
 	$(RUN) scripts/paper.py $(if $(PLAN),--plan) $(if $(SMOKE),--smoke) $(if $(WANDB),--wandb) \
-		$(if $(ONLY),--only '$(ONLY)') $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS))
+		$(if $(ONLY),--only '$(ONLY)') $(if $(JOBS),--jobs $(JOBS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BUDGET),--budget $(BUDGET))
 
 paper-tables: setup  ## render the paper's tables from all runs
 	$(RUN) scripts/paper_tables.py

@@ -3,6 +3,7 @@
     python scripts/paper.py                               # everything
     python scripts/paper.py --only table2,figure3         # the runs of these; table2/MAML is one row
     python scripts/paper.py --plan                        # list the runs and their estimated times
+    python scripts/paper.py --budget 8m                   # most valuable runs first; stops in time, all saved
     python scripts/paper.py --smoke                       # test everything in minutes; its numbers mean nothing
 
 You can stop it at any time and in any way. The same command resumes from the last checkpoints.
@@ -11,7 +12,9 @@ You can stop it at any time and in any way. The same command resumes from the la
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -28,7 +31,16 @@ from rich.live import Live
 from rich.text import Text
 
 from maml.errors import MamlError
-from maml.paper.plan import WATERMARK, Job, estimate, list_needs, plan, select, write_smoke_cells
+from maml.paper.plan import (
+    WATERMARK,
+    Job,
+    estimate,
+    list_needs,
+    most_valuable_first,
+    plan,
+    select,
+    write_smoke_cells,
+)
 from maml.record.checkpoint import remove_leftovers, write_atomically
 from maml.record.index import Run, find_runs
 from maml.record.lock import acquire, advice, holder
@@ -36,6 +48,8 @@ from maml.record.run_folder import command_line
 from maml.sweep.gpu_lease import visible_gpus
 from maml.training.progress import LINE_SECONDS, REDRAW_SECONDS
 
+OUT_OF_TIME = "OUT_OF_TIME"
+MIN_BUDGET = 30  # seconds; starting a run takes up to ten
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 RENDERERS = {
@@ -57,6 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--plan", action="store_true", help="only print the runs and their estimated times")
     parser.add_argument("--smoke", action="store_true", help="tiny runs in other folders; their numbers mean nothing")
+    parser.add_argument(
+        "--budget",
+        type=_parse_budget,
+        help="time for the runs, as 90s, 8m or 1h30m: those that complete most of the paper per hour come first, and "
+        "unfinished ones are saved before it ends",
+    )
     parser.add_argument("--wandb", action="store_true", help="mirror runs to Weights & Biases, grouped by table")
     parser.add_argument(
         "--jobs", type=int, help="most jobs at once (default: one per GPU; without GPU, as many as fit on the cores)"
@@ -84,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         needs = select(needs, options.only)
     if options.plan:
         runs, damaged = find_runs(*roots)
-        print_plan(plan(needs, options.seeds, runs, runs_dir), runs)
+        jobs = plan(needs, options.seeds, runs, runs_dir)
+        print_plan(most_valuable_first(jobs, runs) if options.budget else jobs, runs)
         return _report_damaged(damaged)
     with _exclusive_lock(runs_dir):
         runs, damaged = find_runs(*roots)
@@ -92,13 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.smoke:
             refuse_mixing(jobs, plan(list_needs(options.results), options.seeds, [], options.runs_dir))
         failed = _report_damaged(damaged)
-        stopped_by, all_succeeded = run_jobs(jobs, options.jobs)
+        if options.budget:
+            jobs = most_valuable_first(jobs, runs)
+        stopped_by, all_succeeded = run_jobs(jobs, options.jobs, options.budget)
     if stopped_by:
-        print(
-            f"stopped by {signal.Signals(stopped_by).name}; all progress is saved. Run the same command again to "
-            f"continue: {command_line()}"
-        )
-        return 128 + stopped_by
+        reason = "the budget is used up" if stopped_by == OUT_OF_TIME else f"stopped by {stopped_by}"
+        print(f"{reason}; all progress is saved. Run the same command again to continue: {command_line()}")
+        if stopped_by == OUT_OF_TIME:
+            print("the tables are as before; make paper-tables renders what there is")
+            return int(bool(failed) or not all_succeeded)
+        return 128 + signal.Signals[stopped_by]
     rendered = render(roots, results, options.smoke)
     return int(bool(failed) or not all_succeeded or not rendered)
 
@@ -109,6 +133,16 @@ def _parse_names(text: str) -> list[str]:
 
 def _parse_seeds(text: str) -> list[int]:
     return [int(seed) for seed in text.split(",")]
+
+
+def _parse_budget(text: str) -> float:
+    """Returns a time in seconds."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    parts = match.groups(default="0") if match else ("0", "0", "0")
+    seconds = sum(int(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=True))
+    if seconds < MIN_BUDGET:
+        raise argparse.ArgumentTypeError(f"{text}: give a time of at least {MIN_BUDGET} s, as in 90s, 8m or 1h30m")
+    return seconds
 
 
 def _report_damaged(messages: Sequence[str]) -> int:
@@ -229,16 +263,20 @@ class Worker:
             return [line.strip() for line in log if line.strip()]
 
 
-def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
+def run_jobs(jobs: Sequence[Job], limit: int | None, budget: float | None = None) -> tuple[str, bool]:
     """Runs all unfinished jobs that can run here; a failed job does not stop the others.
 
     Args:
         jobs: all jobs of the plan.
         limit: most jobs at once; None is one per GPU, or, without a GPU, as many as fit on the cores.
+        budget: seconds until all jobs have to be saved and ended; None is unlimited.
 
     Returns:
-        The signal that stopped the jobs, or None, and whether no job failed.
+        The name of the signal that stopped the jobs, or `OUT_OF_TIME`; empty if nothing did. And whether no job failed.
     """
+    end = time.monotonic() + budget if budget else math.inf
+    # Jobs save and end within this time. An iteration of reinforcement learning on a CPU takes up to half a minute.
+    stop_at = end - min(60.0, (budget or 0.0) / 5)
     print(f"{_counts(jobs)}")
     impossible = {job.name: job.impossible for job in jobs if job.state == "cannot"}
     failed: list[str] = []
@@ -252,9 +290,17 @@ def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
 
     trained_elsewhere: set[str] = set()
     with _signals() as received, _StatusDisplay() as display:
-        passed_on = 0
-        while workers or (waiting and not received):
-            for job in () if received else tuple(waiting):
+        passed_on, is_late = 0, False
+        while workers or (waiting and not received and not is_late):
+            if not received and not is_late and time.monotonic() >= stop_at:
+                is_late = True
+                for worker in workers:
+                    worker.process.terminate()
+            if time.monotonic() >= end:
+                for worker in workers:
+                    worker.process.kill()  # it goes on from its last checkpoint
+            is_stopping = bool(received) or is_late
+            for job in () if is_stopping else tuple(waiting):
                 if sum(threads_for(worker.job) for worker in workers) + threads_for(job) > room:
                     break
                 if job.alive:  # perhaps started by a `make paper` that was killed; the job continues after it ends
@@ -273,14 +319,14 @@ def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
                 status = worker.process.poll()
                 if status is None:
                     continue
-                if status == 0 and worker.commands and not received:
+                if status == 0 and worker.commands and not is_stopping:
                     worker.start()
                     continue
                 workers.remove(worker)
                 name, output = worker.job.name, worker.lines
                 if status == 0 and not worker.commands:
                     display.say(f"finished {name}")
-                elif received:
+                elif is_stopping:
                     display.say(f"stopped {name}: {output[-1] if output else 'before it began'}")
                 elif status == os.EX_UNAVAILABLE:
                     impossible[name] = output[-1]
@@ -302,7 +348,9 @@ def run_jobs(jobs: Sequence[Job], limit: int | None) -> tuple[int | None, bool]:
         print(f"cannot run here: {', '.join(names)}: {reason}")
     for message in failed:
         print(message, file=sys.stderr)
-    return (received[0] if received else None), not failed
+    if received:
+        return signal.Signals(received[0]).name, not failed
+    return (OUT_OF_TIME if is_late else ""), not failed
 
 
 def _start(job: Job, slot: int, gpus: Sequence[str], display: _StatusDisplay) -> Worker:

@@ -8,6 +8,8 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from maml.record.run_folder import RunFolder
 
 WATERMARK = "SMOKE TEST: these numbers mean nothing"
 SMOKE = "+debug=smoke"
+_MIN_HOURS = 1 / 60  # a job that has only to be evaluated takes about a minute
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Need:
     row: str
     column: str
     source: Source | None
+    in_paper: bool = True
 
     @property
     def path(self) -> tuple[str, str, str]:
@@ -55,6 +59,7 @@ class Job:
         iteration: number of iterations of the newest checkpoint; None if there is no checkpoint.
         committed: committed run folder with that checkpoint, if it is not in ``folder``.
         impossible: why it cannot run on this machine, if that is known before the start; else empty.
+        num_needs: number of the paper's cells, curves and panels that need it.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Job:
     iteration: int | None = None
     committed: Path | None = None
     impossible: str = ""
+    num_needs: int = 0
 
     @property
     def run_id(self) -> str:
@@ -132,7 +138,9 @@ def _is_vacant(folder: Path) -> bool:
 def list_needs(results: Path) -> list[Need]:
     """Lists every cell, curve and panel in ``results/cells.yaml``."""
     cells = [
-        Need(table.name, cell.row, cell.column, cell.source) for table in load_tables(results) for cell in table.cells
+        Need(table.name, cell.row, cell.column, cell.source, table.in_paper)
+        for table in load_tables(results)
+        for cell in table.cells
     ]
     curves = [
         Need(figure.name, curve.row, curve.panel, curve.source)
@@ -202,27 +210,32 @@ def plan(
     Returns:
         One job per training run, in the order of the needs.
     """
-    artifacts: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    needs_of: dict[tuple[str, tuple[str, ...]], list[Need]] = {}
     for need in needs:
         if need.source:
-            artifacts.setdefault((need.source.experiment, need.source.overrides), []).append(need.artifact)
+            needs_of.setdefault((need.source.experiment, need.source.overrides), []).append(need)
     groups: dict[str, list[_Command]] = {}
-    for (experiment, overrides), names in artifacts.items():
+    for (experiment, overrides), its_needs in needs_of.items():
         for seed in seeds:
             settings = replace(compose_experiment(experiment, overrides), seed=seed, runs_dir=str(runs_dir))
-            command = _Command(experiment, overrides, settings, tuple(dict.fromkeys(names)))
+            command = _Command(experiment, overrides, settings, tuple(its_needs))
             groups.setdefault(digest(training_config(settings)), []).append(command)
     return [_job(group, runs, wandb) for group in groups.values()]
 
 
 @dataclass(frozen=True)
 class _Command:
-    """One experiment with one seed, and the artifacts that need it."""
+    """One experiment with one seed, and the cells, curves and panels that need it."""
 
     experiment: str
     overrides: tuple[str, ...]
     settings: Settings
-    artifacts: tuple[str, ...]
+    needs: tuple[Need, ...]
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """The names of the tables and figures that need it."""
+        return tuple(dict.fromkeys(need.artifact for need in self.needs))
 
     def arguments(self, wandb: bool) -> tuple[str, ...]:
         """Returns the arguments of ``train.py``, without defaults, so that the run's record shows a short command."""
@@ -272,7 +285,30 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
         start.iteration if start else None,
         committed.path if committed else None,
         impossible,
+        sum(need.in_paper for command in group for need in command.needs),
     )
+
+
+def most_valuable_first(jobs: Sequence[Job], runs: Sequence[Run]) -> list[Job]:
+    """Sorts jobs by the number of the paper's cells, curves and panels that each completes per hour.
+
+    Jobs of unknown length follow those of known length; then come the jobs of tables that are not in the paper. On a
+    machine with a GPU, jobs that it hardly speeds up (simulation) come last.
+
+    Args:
+        jobs: all jobs of the plan.
+        runs: existing runs, from which lengths are estimated.
+    """
+
+    def rank(job: Job) -> tuple[bool, bool, bool, float]:
+        on_gpu = build(job.settings.hardware).device.type == "cuda"
+        is_simulated = not build_without_data(job.settings.domain).workload.fixed_shapes
+        hours = estimate(job, runs).hours
+        per_hour = job.num_needs / max(hours or 0.0, _MIN_HOURS)
+        return on_gpu and is_simulated, not job.num_needs, hours is None, -per_hour
+
+    is_open = [job.state not in ("done", "cannot") for job in jobs]
+    return sorted(compress(jobs, is_open), key=rank) + list(compress(jobs, map(not_, is_open)))
 
 
 def _lacks_its_end(command: _Command) -> bool:

@@ -116,7 +116,7 @@ def _times(compute: Callable[[], object], on_gpu: bool, captured: bool) -> list[
         try:
             _, compute = capture(compute)
         except RuntimeError as error:
-            # Ending a failed capture raises another error after the first. If it is not memory, plain calls are measured.
+            # Ending a failed capture raises another error after the first. Unless it is memory, plain calls are timed.
             if isinstance(cause := error.__context__ or error, torch.OutOfMemoryError):
                 raise cause from None
     times = []

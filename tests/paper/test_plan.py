@@ -12,8 +12,21 @@ import pytest
 from omegaconf import OmegaConf
 
 from maml.errors import MamlError
+from maml.paper import plan as plan_module
 from maml.paper.cells import Source
-from maml.paper.plan import SMOKE, WATERMARK, Job, Need, estimate, list_needs, plan, select, write_smoke_cells
+from maml.paper.plan import (
+    SMOKE,
+    WATERMARK,
+    Estimate,
+    Job,
+    Need,
+    estimate,
+    list_needs,
+    most_valuable_first,
+    plan,
+    select,
+    write_smoke_cells,
+)
 from maml.record.index import find_runs
 from maml.record.lock import acquire
 from tests.paper.fake_runs import SINUSOID, edit, make_run, make_run_with_checkpoint
@@ -239,6 +252,30 @@ def test_estimate_is_of_the_newest_run_on_this_machine_or_names_the_other(
     found = estimate(job, find_runs(tmp_path / "runs")[0])
     assert (found.hours, found.machine) == (pytest.approx(70_000 * 100 / 105_000 / 3600), "")
     assert estimate(replace(job, commands=()), []).hours == 0
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_most_valuable_jobs_come_first(has_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Abacus")
+    names = {
+        "later": ("cifar_fs_5way_1shot", 1, 0.1, False),  # from another paper
+        "unknown": ("omniglot_20way_1shot", 9, None, True),
+        "slow": ("omniglot_5way_1shot", 2, 10.0, True),
+        "rollouts": ("point_navigation_maml", 8, 1.0, True),
+        "quick": ("sinusoid_10shot", 2, 1.0, True),
+        "evaluate": ("sinusoid_pretrain", 1, 0.0, True),
+    }
+    needs, hours = [], {}
+    for experiment, count, length, in_paper in names.values():
+        needs += [Need("table", "row", str(column), Source(experiment, "m", 1), in_paper) for column in range(count)]
+        hours[experiment] = length
+    monkeypatch.setattr(plan_module, "estimate", lambda job, runs: Estimate(hours[job.name], None))
+    order = ["evaluate", "rollouts", "quick", "slow", "unknown", "later"]
+    if has_gpu:  # which rollouts do not use
+        order = ["evaluate", "quick", "slow", "unknown", "later", "rollouts"]
+    found = [job.name for job in most_valuable_first(plan(needs, [0], [], tmp_path), [])]
+    assert found == [names[name][0] for name in order]
 
 
 def test_smoke_cells_are_smoke_tests_and_say_so(tmp_path: Path) -> None:

@@ -108,6 +108,31 @@ def test_stopped_jobs_save_and_go_on(results: Results, capsys: pytest.CaptureFix
     assert f"continue from {record['iteration']}" in capsys.readouterr().out
 
 
+def test_budget_ends_in_time_with_everything_saved_and_nothing_rendered(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endless = [*TINY, "num_iterations=100000000"]
+    folder = results(short=("sinusoid_pretrain", SHORT), MAML=("sinusoid_10shot", endless))
+    monkeypatch.setattr(paper, "MIN_BUDGET", 1)
+    monkeypatch.setattr(paper, "render", lambda *_: pytest.fail("rendered"))
+    start_time = time.monotonic()
+    assert paper.main(arguments(folder, "--budget", "25s", "--jobs", "2")) == 0
+    assert time.monotonic() - start_time < 35
+    out = capsys.readouterr().out
+    assert "finished sinusoid_pretrain" in out and "stopped by SIGTERM after iteration " in out
+    assert "the budget is used up; all progress is saved. Run the same command again to continue: " in out
+    (path,) = tmp_path.glob("runs/sinusoid_10shot/*/run.json")
+    record = read_json(path)
+    assert record and record["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("text", ["8", "m", "", "20s", "-8m", "8 m", "1.5h"])
+def test_wrong_budget_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        paper.main([f"--budget={text}"])
+    assert "give a time of at least 30 s, as in 90s, 8m or 1h30m" in capsys.readouterr().err
+
+
 def test_killed_at_any_point_loses_nothing_and_repeats_nothing(
     results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
