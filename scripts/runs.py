@@ -1,9 +1,9 @@
-"""Lists, shows, compares, mirrors and deletes runs: the folders in runs/ and the committed ones in results/runs/.
+"""Lists, shows, compares, imports, mirrors and deletes runs: those in runs/ and the committed ones in results/runs/.
 
     python scripts/runs.py list 'sinusoid_*' --set inner.step_size=0.001 --by-seed
 
-Only `supersede` (a mark in the run's folder) and `mirror` (files of W&B or TensorBoard) write anything. Only
-`prune --yes` deletes anything.
+Only `supersede` (a mark in the run's folder), `import` (runs of another machine) and `mirror` (files of W&B or
+TensorBoard) write anything. Only `prune --yes` deletes anything.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from maml.record.frame import UNKNOWN, run_frame, setting
 from maml.record.index import SUPERSEDED, CurveRecord, Run, conflicts_among, read_run, read_runs, supersede
 from maml.record.lock import acquire
 from maml.record.run_folder import read_json
+from maml.record.transfer import import_runs
 from maml.sweep.state import SWEEP, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows
 
 RESULTS = CONF.parent / "results"
@@ -119,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     supersede_parser.add_argument("--by", metavar="RUN", help="the run that replaces it")
     supersede_parser.add_argument("--reason", default="", metavar="TEXT", help="why it is no longer evidence")
     supersede_parser.add_argument("--undo", action="store_true", help="remove the mark")
+
+    import_parser = command("import", import_archive, "take runs over from another machine")
+    import_parser.add_argument("archive", type=Path, help="tar file of run folders, made by `tar cf runs.tar runs`")
+    import_parser.add_argument("--into", type=Path, default=Path("runs"), help="folder that takes them (default: runs)")
 
     mirror_parser = command("mirror", mirror_run, "send a run that has ended to W&B or TensorBoard")
     mirror_parser.add_argument("run", help="its folder, or the beginning of its id")
@@ -475,6 +480,23 @@ def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 def _resample_weights(count: int) -> np.ndarray:
     """Returns the weight of each task in each resample, ``(RESAMPLES, count)``."""
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+
+
+# Import.
+
+
+def import_archive(options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Takes the runs of an archive, and prints what became of each.
+
+    Raises:
+        MamlError: if the archive cannot be read, or some of its runs were refused.
+    """
+    outcomes = import_runs(options.archive, options.into)
+    for outcome in outcomes:
+        print(f"{outcome.folder}: {outcome.text}")
+    refused = sum(outcome.refused for outcome in outcomes)
+    if refused:
+        raise MamlError(f"{refused} of {len(outcomes)} runs were refused, see above; the others are in their places")
 
 
 # Mirror.

@@ -1,0 +1,215 @@
+"""Takes runs over from another machine: checked first, one by one, and never in place of something that is further."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maml.config.identity import digest
+from maml.errors import MamlError
+from maml.record import checkpoint
+from maml.record.index import Run, read_run
+from maml.record.lock import acquire, advice, holder
+from maml.record.run_folder import read_checkpoint, read_metrics
+
+_STAGING = ".importing"  # in the folder that takes the runs, so that moving them is a rename
+_NEVER_TAKEN = ("lock", "lock.marker", "checkpoint.previous.pt")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one run of the archive.
+
+    Attributes:
+        folder: the run's folder: here, or in the archive if it was refused.
+        text: what was done, in words.
+        refused: whether the run was not taken because something is wrong.
+    """
+
+    folder: Path
+    text: str
+    refused: bool = False
+
+
+def import_runs(archive: Path, into: Path) -> list[Outcome]:
+    """Takes the runs of an archive into a folder of run folders.
+
+    A run that is here already is replaced if the archive's continues it or adds evaluations; evaluations from here are
+    kept. If it is further here, it stays. A run of the same settings and seed with another history is another sample
+    and stands beside it, as ``<run id>_2``. A kill at any point loses nothing; the same call goes on.
+
+    Args:
+        archive: tar file with folders ``<experiment>/<run id>``, at any depth.
+        into: folder of run folders.
+
+    Returns:
+        One outcome for each run in the archive.
+
+    Raises:
+        MamlError: if the archive cannot be read or holds no run, or another process is importing.
+    """
+    with _staging(into) as staging:
+        content = staging / "content"
+        _extract(archive, content)
+        folders = sorted(path.parent for path in content.glob("*/*/**/run.json"))
+        if not folders:
+            raise MamlError(f"{archive} holds no run: pack folders EXPERIMENT/ID, as `tar cf runs.tar runs` does")
+        outcomes = []
+        for folder in folders:
+            try:
+                outcomes.append(_take(folder, into, staging))
+            except (MamlError, OSError) as error:
+                where = folder.relative_to(content)
+                outcomes.append(Outcome(where, f"refused: {str(error).replace(f'{content}/', '')}", refused=True))
+        return outcomes
+
+
+@contextmanager
+def _staging(into: Path) -> Iterator[Path]:
+    """Yields a folder for incomplete copies, one at a time, and puts back what a killed import had moved away."""
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        lock = acquire(into / f"{_STAGING}.lock")
+    except OSError as error:
+        raise MamlError(f"{into} cannot be written ({error.strerror}); choose another folder with --into") from error
+    if lock is None:
+        path = into / f"{_STAGING}.lock"
+        raise MamlError(f"{holder(path)} is importing into {into}; {advice(path)}")
+    staging = into / _STAGING
+    try:
+        for replaced in staging.glob("replaced/*/*"):
+            target = into / replaced.relative_to(staging / "replaced")
+            if not target.exists():
+                replaced.rename(target)
+        shutil.rmtree(staging, ignore_errors=True)
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        lock.release()
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    """Unpacks an archive; nothing can be written outside the folder.
+
+    Raises:
+        MamlError: if it is no tar file, is cut off, holds links, or does not fit on the disk.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if not (member.isfile() or member.isdir()):
+                    raise MamlError(f"{archive}: {member.name} is a link or a device, which no run has; pack it anew")
+                path = Path(member.name)
+                if path.name not in _NEVER_TAKEN and not checkpoint.is_temporary(path):
+                    tar.extract(member, folder, filter="data")
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise MamlError(f"{archive} is no tar file, or is damaged ({error}); copy it again") from error
+    except OSError as error:
+        raise MamlError(f"{archive} cannot be unpacked into {folder} ({error.strerror or error})") from error
+
+
+def _take(folder: Path, into: Path, staging: Path) -> Outcome:
+    """Checks a run in the staging folder and moves it to its place."""
+    run = _checked(folder)
+    here = (read_run(path) for path in sorted(into.glob(f"*/{run.record.run_id}*/")))
+    equal = [other for other in here if other is not None and other.record.run_id == run.record.run_id]
+    for other in equal:
+        if _continues(other, run) and not _adds_to(run, other):
+            return Outcome(other.path, f"kept: it is here already, {_progress(other)} (archive: {_progress(run)})")
+    continued = next((other for other in equal if _continues(run, other)), None)
+    if continued is None:
+        beside = f", beside {equal[0].path}, which has another history" if equal else ""
+        text = f"imported, {_progress(run)}{beside}"
+        target = _free_folder(run, into)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+        return Outcome(target, text)
+    lock = acquire(continued.path / "lock")
+    if lock is None:
+        raise MamlError(f"{holder(continued.path / 'lock')} is training in {continued.path}; stop it first")
+    text = f"imported, {_progress(run)} (before: {_progress(continued)})"
+    try:
+        _keep_files(continued.path, folder)
+        replaced = staging / "replaced" / continued.path.relative_to(into)
+        replaced.parent.mkdir(parents=True, exist_ok=True)
+        continued.path.rename(replaced)
+        folder.rename(continued.path)
+    finally:
+        lock.release()
+    return Outcome(continued.path, text)
+
+
+def _checked(folder: Path) -> Run:
+    """Returns a run whose files were read and fit together.
+
+    Raises:
+        MamlError: if one is missing, damaged, or of another run.
+    """
+    run = read_run(folder)
+    assert run is not None, "it was found by its run.json"
+    if digest(run.record.training) != run.record.run_id:
+        raise MamlError(f"{folder / 'run.json'} is damaged: its settings do not have the id {run.record.run_id}")
+    newest = checkpoint.newest(folder / "checkpoint.pt")
+    if newest is None and run.report is None:
+        raise MamlError(f"{folder} has neither a checkpoint nor a report, so there is nothing to take")
+    if newest is not None and read_checkpoint(newest)["run_id"] != run.record.run_id:
+        raise MamlError(f"{newest} belongs to another run than the run.json beside it")
+    read_metrics(folder / "metrics.jsonl")
+    for report in run.reports:
+        if not (report.folder / "tasks.csv").exists():
+            raise MamlError(f"{report.folder} has a report without its tasks.csv")
+    return run
+
+
+def _history(run: Run) -> list[tuple[Any, ...]]:
+    return [(part.started, part.first_iteration) for part in run.record.segments]
+
+
+def _iteration(run: Run) -> int:
+    """The iteration of the newest checkpoint, which after a kill may be ahead of the record."""
+    newest = checkpoint.newest(run.path / "checkpoint.pt")
+    return max(run.iteration, checkpoint.load(newest)["iteration"] if newest else 0)
+
+
+def _continues(run: Run, earlier: Run) -> bool:
+    """Returns whether a run has the whole history of another, and is at least as far."""
+    before = _history(earlier)
+    return _history(run)[: len(before)] == before and _iteration(run) >= _iteration(earlier)
+
+
+def _adds_to(run: Run, other: Run) -> bool:
+    """Returns whether a run is further than another, or as far with evaluations that the other lacks."""
+    if _iteration(run) != _iteration(other):
+        return _iteration(run) > _iteration(other)
+    known = [(report.evaluation, report.iteration) for report in other.reports]
+    return any((report.evaluation, report.iteration) not in known for report in run.reports)
+
+
+def _keep_files(here: Path, folder: Path) -> None:
+    """Copies what only the run here has: evaluations and the mark that it is superseded."""
+    for path in here.iterdir():
+        if path.is_file() and path.name not in _NEVER_TAKEN and not (folder / path.name).exists():
+            shutil.copy2(path, folder)
+    for path in here.glob("evaluations/*/"):
+        if not (folder / "evaluations" / path.name).exists():
+            shutil.copytree(path, folder / "evaluations" / path.name)
+
+
+def _free_folder(run: Run, into: Path) -> Path:
+    names = (run.record.run_id, *(f"{run.record.run_id}_{number}" for number in range(2, 1000)))
+    default = into / run.experiment / run.record.run_id
+    if default.exists() and not (default / "run.json").exists():
+        raise MamlError(f"{default} exists but has no run.json; move it away, and import again")
+    return next(path for path in (default.with_name(name) for name in names) if not path.exists())
+
+
+def _progress(run: Run) -> str:
+    count = len(run.reports)
+    evaluated = f", {count} evaluation{'s' * (count != 1)}" if count else ""
+    return f"{_iteration(run):,} of {run.num_iterations:,} iterations{evaluated}"

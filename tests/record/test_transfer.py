@@ -1,0 +1,195 @@
+"""Taking runs over from another machine: what is further stays, what is wrong is refused, a kill loses nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from maml.errors import Interrupted, MamlError
+from maml.record.lock import acquire
+from maml.record.transfer import import_runs
+from tests.kills import every_point, script_killed, start_process
+from tests.paper.fake_runs import edit, make_run
+from tests.runs import TinyRuns, before_iteration, file_contents
+
+STEPS = ("checkpoint_every=7", "num_iterations=20")
+
+
+@pytest.fixture
+def stages(tiny: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """One run at two stages of its training, and once more from the beginning: archives by name."""
+    archives = {}
+
+    def pack(name: str) -> None:
+        archives[name] = archive_of(tiny.runs_dir, tmp_path / f"{name}.tar")
+
+    for name, iterations in (("early", 5), ("late", 6)):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            before_iteration(patch, iterations, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            tiny.run(*STEPS)
+        pack(name)
+    tiny.run(*STEPS)
+    pack("finished")
+    shutil.rmtree(tiny.runs_dir)
+    tiny.run(*STEPS)
+    pack("again")
+    shutil.rmtree(tiny.runs_dir)
+    return archives
+
+
+def archive_of(runs: Path, path: Path) -> Path:
+    with tarfile.open(path, "w") as tar:
+        tar.add(runs, "runs")
+    return path
+
+
+def imported(archive: Path, into: Path) -> list[str]:
+    return [outcome.text for outcome in import_runs(archive, into)]
+
+
+def test_further_run_replaces_and_is_never_replaced(stages: dict[str, Path], tmp_path: Path) -> None:
+    into = tmp_path / "here"
+    assert imported(stages["early"], into)[0].startswith("imported, 5 of 20")
+    assert imported(stages["late"], into)[0].startswith("imported, 11 of 20 iterations (before: 5 of 20")
+    late = file_contents(into)
+    for name in ("early", "late"):
+        assert imported(stages[name], into)[0].startswith("kept: it is here already, 11 of 20")
+    assert file_contents(into) == late
+    assert imported(stages["finished"], into)[0].startswith("imported, 20 of 20 iterations, 1 evaluation (before: 11")
+    assert imported(stages["late"], into)[0].startswith("kept: ")
+
+
+def test_run_goes_on_where_it_was_imported(stages: dict[str, Path], tiny: TinyRuns) -> None:
+    import_runs(stages["late"], tiny.runs_dir)
+    folder = tiny.run(*STEPS)
+    record = json.loads((folder / "run.json").read_text())
+    assert [part["first_iteration"] for part in record["segments"]] == [0, 5, 11]
+
+
+def test_other_history_is_another_sample_beside_it(stages: dict[str, Path], tmp_path: Path) -> None:
+    into = tmp_path / "here"
+    import_runs(stages["late"], into)
+    (text,) = imported(stages["again"], into)
+    assert "which has another history" in text
+    assert len(list(into.glob("*/*_2/run.json"))) == 1
+    assert imported(stages["again"], into)[0].startswith("kept: ")
+    assert imported(stages["finished"], into)[0].startswith("imported, 20 of 20"), "it continues the first"
+    assert len(list(into.glob("*/*/run.json"))) == 2
+
+
+def test_evaluations_and_marks_of_here_are_kept(stages: dict[str, Path], tmp_path: Path) -> None:
+    into = tmp_path / "here"
+    (outcome,) = import_runs(stages["late"], into)
+    more = outcome.folder / "evaluations" / "mine"
+    more.mkdir(parents=True)
+    (more / "config.yaml").write_text("a: 1\n")
+    (outcome.folder / "superseded.json").write_text(json.dumps({"by": "", "reason": "why"}))
+    import_runs(stages["finished"], into)
+    assert (more / "config.yaml").exists() and (outcome.folder / "superseded.json").exists()
+    assert (outcome.folder / "report.json").exists()
+
+
+def test_evaluation_from_elsewhere_is_added(tiny: TinyRuns, tmp_path: Path) -> None:
+    run = tiny.run(*STEPS)
+    archive = archive_of(tiny.runs_dir, tmp_path / "runs.tar")
+    for name in ("report.json", "tasks.csv"):
+        (run / name).unlink()
+    (text,) = imported(archive, tiny.runs_dir)
+    assert "1 evaluation (before: 20 of 20 iterations)" in text
+    assert (run / "report.json").exists()
+
+
+def test_run_in_training_is_not_replaced(stages: dict[str, Path], tmp_path: Path) -> None:
+    into = tmp_path / "here"
+    (outcome,) = import_runs(stages["early"], into)
+    before = file_contents(outcome.folder)
+    lock = acquire(outcome.folder / "lock")
+    assert lock
+    (refused,) = import_runs(stages["late"], into)
+    lock.release()
+    assert refused.refused and "is training in" in refused.text
+    (outcome.folder / "lock").unlink()
+    assert file_contents(outcome.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "run.json").write_text("{"), "is damaged"),
+        (lambda run: edit(run / "run.json", run_id="0" * 12), "does not belong to the run"),
+        (lambda run: (run / "checkpoint.pt").write_bytes(b"PK"), "checkpoint.pt"),
+        (lambda run: (run / "metrics.jsonl").write_text("no\nmetrics\n"), "damaged in line 1"),
+        (lambda run: (run / "tasks.csv").unlink(), "has a report without its tasks.csv"),
+    ],
+)
+def test_damaged_run_is_refused_and_the_others_are_taken(
+    spoil: Callable[[Path], object], message: str, tiny: TinyRuns, tmp_path: Path
+) -> None:
+    spoil(tiny.run(*STEPS))
+    make_run(tiny.runs_dir, seed=1)
+    outcomes = import_runs(archive_of(tiny.runs_dir, tmp_path / "runs.tar"), tmp_path / "here")
+    assert sorted(outcome.refused for outcome in outcomes) == [False, True]
+    (refused,) = (outcome for outcome in outcomes if outcome.refused)
+    assert message in refused.text
+    assert ".importing" not in refused.text
+    assert len(list((tmp_path / "here").glob("*/*/run.json"))) == 1
+
+
+def test_changed_settings_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    record = json.loads((run / "run.json").read_text())
+    edit(run / "run.json", training=record["training"] | {"meta_batch_size": 99})
+    (outcome,) = import_runs(archive_of(tmp_path / "runs", tmp_path / "runs.tar"), tmp_path / "here")
+    assert outcome.refused and "its settings do not have the id" in outcome.text
+
+
+def test_archive_that_is_none_or_would_write_elsewhere_is_refused(tmp_path: Path) -> None:
+    archive, into = tmp_path / "runs.tar", tmp_path / "here"
+    with pytest.raises(MamlError, match="cannot be unpacked"):
+        import_runs(archive, into)
+    archive.write_bytes(b"no archive")
+    with pytest.raises(MamlError, match="is no tar file, or is damaged"):
+        import_runs(archive, into)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MamlError, match="holds no run"):
+        import_runs(archive_of(tmp_path / "empty", archive), into)
+    for name, kind in (("../../outside", tarfile.REGTYPE), ("runs/a/link", tarfile.SYMTYPE)):
+        with tarfile.open(archive, "w") as tar:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member, io.BytesIO())
+        with pytest.raises(MamlError, match=r"is a link or a device|no tar file"):
+            import_runs(archive, into)
+    assert not (tmp_path / "outside").exists()
+    cut = archive_of(make_run(tmp_path / "runs").parents[1], archive).read_bytes()
+    archive.write_bytes(cut[: len(cut) // 2])
+    with pytest.raises(MamlError, match="is damaged"):
+        import_runs(archive, into)
+    assert not list(into.glob("*/*")), "nothing was taken"
+
+
+def test_kill_at_any_point_loses_nothing(stages: dict[str, Path], tmp_path: Path) -> None:
+    into = tmp_path / "here"
+
+    def kill(at: int) -> int | None:
+        shutil.rmtree(into, ignore_errors=True)
+        import_runs(stages["early"], into)
+        process = start_process(script_killed, "runs.py", ["import", str(stages["finished"]), "--into", str(into)], at)
+        process.join(60)
+        return process.exitcode
+
+    def check() -> None:
+        before = [path for path in into.glob("*/*/run.json")]
+        assert import_runs(stages["finished"], into)[0].text.startswith(("imported, 20 of 20", "kept: ")), before
+        assert len(list(into.glob("*/*/run.json"))) == 1
+        assert not (into / ".importing").exists()
+
+    assert every_point(kill, check) > 5
