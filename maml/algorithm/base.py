@@ -239,9 +239,11 @@ class Algorithm(ABC):
             step_sizes: one step size per step; None uses the inner optimizer's own.
             create_graph: whether second derivatives with respect to ``params`` are needed.
         """
+        # Examples are the same at every step, and gathered once; each step has rollouts of its own.
+        examples = None if self.domain.on_policy else self.domain.data(tasks, "support")
 
         def support_loss(params: Params, step: int) -> Tensor:
-            data = self.domain.data(tasks, "support", step)
+            data = self.domain.data(tasks, "support", step) if examples is None else examples
             return self.domain.inner_loss(self.model, params, data)
 
         for adapted, _ in self.inner.adapt(support_loss, self.theta_of(params), num_steps, create_graph, step_sizes):
