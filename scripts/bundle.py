@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", metavar="OUT.tar", nargs="?", type=Path, default=Path(f"{TOP}.tar"), help="the new file")
     this_python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    parser.add_argument("--python", default=this_python, help=f"Python there (default: {this_python}, as here)")
+    parser.add_argument(
+        "--python", type=_python, default=this_python, help=f"Python there (default: {this_python}, as here)"
+    )
     parser.add_argument(
         "--platform",
         type=names,
@@ -108,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-size", type=_size, help="refuse to write more, as in 500MB (default: no limit)")
     return parser
+
+
+def _python(text: str) -> str:
+    if re.fullmatch(r"\d+\.\d+", text) is None:
+        raise argparse.ArgumentTypeError(f"{text} is no version such as 3.12")
+    return text
 
 
 def _size(text: str) -> int:
@@ -181,8 +189,9 @@ def _download(folder: Path, requirements: Sequence[str], options: argparse.Names
     tags = [word for tag in options.platform for word in ("--platform", tag)]
     # What is left out would come back as a dependency. Without it, constraints.txt is complete.
     tags += ["--no-deps"] if options.without else []
-    where = ["--dest", str(folder), "--find-links", str(folder)]
-    _pip("download", "--only-binary=:all:", "--python-version", options.python, *tags, *where, *requirements)
+    # Some packages need a later patch than 3.11.0, which 3.11 would mean to pip.
+    tags += ["--python-version", f"{options.python}.99", "--only-binary=:all:"]
+    _pip("download", *tags, "--dest", str(folder), "--find-links", str(folder), *requirements)
 
 
 def _pip(*words: str) -> None:

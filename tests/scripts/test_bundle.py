@@ -89,12 +89,11 @@ def git(folder: Path, *words: str) -> None:
     subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder, check=True)
 
 
-def make_wheel(folder: Path, name: str, needs: str = "") -> None:
-    """Makes a wheel of version 1.0 that holds nothing."""
+def make_wheel(folder: Path, name: str, field: str = "") -> None:
+    """Makes a wheel of version 1.0 that holds nothing; its metadata may have one field more."""
     folder.mkdir(exist_ok=True)
     info = f"{name}-1.0.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
-    metadata += f"Requires-Dist: {needs}\n" if needs else ""
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{field}\n"
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA", metadata)
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -130,12 +129,17 @@ def test_bundle_holds_code_wheels_and_data(bundle: Bundle, clone: Path, tmp_path
 
 def test_dependencies_without_a_pin_come_along(bundle: Bundle, tmp_path: Path) -> None:
     make_wheel(tmp_path / "index", "cudnn")
-    make_wheel(tmp_path / "index", "torch", needs="cudnn")
+    make_wheel(tmp_path / "index", "torch", "Requires-Dist: cudnn")
     assert "cudnn" in wheels_in(bundle())
 
 
+def test_package_that_needs_a_later_patch_of_python_comes_along(bundle: Bundle, tmp_path: Path) -> None:
+    make_wheel(tmp_path / "index", "one", "Requires-Python: >=3.12.2")
+    assert "one" in wheels_in(bundle("--python", "3.12"))
+
+
 def test_packages_left_out_have_neither_wheel_nor_pin(bundle: Bundle, tmp_path: Path) -> None:
-    make_wheel(tmp_path / "index", "one", needs="torch")
+    make_wheel(tmp_path / "index", "one", "Requires-Dist: torch")
     folder = bundle("--without", "Torch")
     assert wheels_in(folder) == {"backend", "free", "one"}
     assert (folder / "wheels" / "constraints.txt").read_text() == "backend==1.0\none==1.0\n"
