@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ Files = dict[str, Path]
 """Files by their path in the bundle."""
 
 _SOURCE_ONLY = {"antlr4-python3-runtime"}  # published without a wheel; pure Python, so one wheel fits all machines
+_FOR_EDITABLE = "editables~=0.3"  # hatchling asks for it in an editable install; no file of ours names it
 _OF_TORCH = re.compile(r"triton|(nvidia|cuda)-.+")  # of no use without the torch that they were made for
 # Locks belong to a machine. The older checkpoint and half-written files are not needed to resume.
 _NOT_PACKED = re.compile(r"lock(\..+)?|checkpoint\.previous\.pt|\..+\.\d+")
@@ -166,7 +168,7 @@ def _requirements(without: Sequence[str]) -> tuple[list[str], str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     # Added to the pins for what has none (setuptools), and for the build of the editable install.
-    needed = [*lines, *project["project"]["dependencies"], *project["build-system"]["requires"]]
+    needed = [*lines, *project["project"]["dependencies"], *project["build-system"]["requires"], _FOR_EDITABLE]
     left_out = {canonicalize_name(name) for name in without}
     if unknown := left_out - {_name(line) for line in needed}:
         raise MamlError(f"no package {', '.join(sorted(unknown))} is needed; --without takes names of constraints.txt")
@@ -286,7 +288,7 @@ def _write(file: IO[bytes], description: bytes, code: bytes, parts: Mapping[str,
         tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, dereference=True) as tar,
     ):
         info = tarfile.TarInfo(f"{TOP}/bundle.json")
-        info.size = len(description)
+        info.size, info.mtime = len(description), int(time.time())
         tar.addfile(neutral(info), io.BytesIO(description))
         for member in archive:
             tar.addfile(member, archive.extractfile(member) if member.isfile() else None)

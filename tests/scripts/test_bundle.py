@@ -47,6 +47,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git(clone, "commit", "-qm", "first")
     for name in ("backend", "free", "nvidia_it", "one", "torch"):
         make_wheel(wheels, name)
+    make_wheel(wheels, "editables", version="0.5")
     (tmp_path / "data" / "tiny").mkdir(parents=True)
     (tmp_path / "data" / "tiny" / "images.zip").write_bytes(bytes(5000))
     (tmp_path / "data" / "tiny").chmod(0o555)
@@ -89,12 +90,12 @@ def git(folder: Path, *words: str) -> None:
     subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder, check=True)
 
 
-def make_wheel(folder: Path, name: str, field: str = "") -> None:
-    """Makes a wheel of version 1.0 that holds nothing; its metadata may have one field more."""
+def make_wheel(folder: Path, name: str, field: str = "", version: str = "1.0") -> None:
+    """Makes a wheel that holds nothing; its metadata may have one field more."""
     folder.mkdir(exist_ok=True)
-    info = f"{name}-1.0.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{field}\n"
-    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+    info = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{field}\n"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA", metadata)
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
@@ -114,7 +115,7 @@ def test_bundle_holds_code_wheels_and_data(bundle: Bundle, clone: Path, tmp_path
     code = {"pyproject.toml", "constraints.txt", "code.py", "results/table.md", "Makefile"}
     others = {"bundle.json", "data/tiny/images.zip", "wheels/constraints.txt"}
     assert {name for name in contents(folder) if not name.endswith(".whl")} == code | others
-    assert wheels_in(folder) == {"backend", "free", "nvidia_it", "one", "torch"}
+    assert wheels_in(folder) == {"backend", "editables", "free", "nvidia_it", "one", "torch"}
     assert (folder / "wheels" / "constraints.txt").read_bytes() == (clone / "constraints.txt").read_bytes()
     (folder / "data" / "tiny" / "new").touch()  # what is write-protected here is not so there
     (folder.parent.parent / "data" / "tiny").chmod(0o755)
@@ -141,7 +142,7 @@ def test_package_that_needs_a_later_patch_of_python_comes_along(bundle: Bundle, 
 def test_packages_left_out_have_neither_wheel_nor_pin(bundle: Bundle, tmp_path: Path) -> None:
     make_wheel(tmp_path / "index", "one", "Requires-Dist: torch")
     folder = bundle("--without", "Torch")
-    assert wheels_in(folder) == {"backend", "free", "one"}
+    assert wheels_in(folder) == {"backend", "editables", "free", "one"}
     assert (folder / "wheels" / "constraints.txt").read_text() == "backend==1.0\none==1.0\n"
 
 
