@@ -15,6 +15,8 @@ SOURCE := They come from wheels, without network
 SITE := $(shell cmp -s constraints.txt $(CONSTRAINTS) || echo --system-site-packages)
 $(VENV)/installed: export PIP_NO_INDEX := 1
 $(VENV)/installed: export PIP_FIND_LINKS := wheels
+# That Python may have plugins of pytest, which would change the tests.
+test test-slow: export PYTEST_DISABLE_PLUGIN_AUTOLOAD := $(if $(SITE),1)
 endif
 
 .DEFAULT_GOAL := help
@@ -52,7 +54,7 @@ demo: setup  ## meta-train the sinusoid experiment with the full budget and comp
 
 # In two processes, each with whole files of tests; pytest without -n runs them in one.
 test: setup  ## run the tests
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	$(RUN) -m pytest -q -p xdist -n 2 --dist loadfile
 
 test-slow: setup  ## run all tests, with the slow ones
 	$(RUN) -m pytest -q -m 'slow or not slow'

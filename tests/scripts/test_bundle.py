@@ -25,7 +25,7 @@ SCRIPT = runpy.run_path(str(ROOT / "scripts" / "bundle.py"))
 PROJECT = '[project]\ndependencies = ["one>=1", "torch>=1", "free"]\n[build-system]\nrequires = ["backend>=1"]\n'
 # Logs what it is called with; as "-m venv FOLDER" it makes an environment of itself.
 FAKE_PYTHON = """#!/usr/bin/env bash
-echo "no index: $PIP_NO_INDEX, links: $PIP_FIND_LINKS, $*" >> log
+echo "no index: $PIP_NO_INDEX, links: $PIP_FIND_LINKS, no plugins: $PYTEST_DISABLE_PLUGIN_AUTOLOAD, $*" >> log
 if [ "$1 $2" = "-m venv" ]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; fi
 """
 
@@ -244,23 +244,22 @@ def test_run_in_a_bundle_records_its_commit_and_changed_files(
 @pytest.mark.parametrize(("without", "site"), [([], ""), (["--without", "torch"], "--system-site-packages ")])
 def test_setup_in_a_bundle_uses_its_wheels_only(bundle: Bundle, without: list[str], site: str) -> None:
     folder = bundle(*without)
-    done = set_up(folder)
-    assert done.returncode == 0, done.stderr
-    # The first two calls check the version of Python, the third prints it.
-    venv, install = (folder / "log").read_text().splitlines()[-2:]
+    venv, install, test = make_test(folder)
     assert venv.endswith(f"-m venv {site}.venv")
-    assert install.startswith("no index: 1, links: wheels, -m pip install ")
+    assert install.startswith("no index: 1, links: wheels, ")
     assert install.endswith("--constraint wheels/constraints.txt --editable .[dev]")
+    # Those of the other machine's Python; xdist is loaded by its name.
+    assert f"no plugins: {'1' if site else ''}, -m pytest -q -p xdist " in test
 
 
 def test_setup_in_a_clone_is_as_before(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
-    assert set_up(clone).returncode == 0
-    venv, install = (clone / "log").read_text().splitlines()[-2:]
-    assert venv == "no index: , links: , -m venv .venv"
-    assert install.startswith("no index: , links: , -m pip install ")
+    venv, install, test = make_test(clone)
+    assert venv == "no index: , links: , no plugins: , -m venv .venv"
+    assert install.startswith("no index: , links: , no plugins: , -m pip install ")
     assert install.endswith("--constraint constraints.txt --editable .[dev]")
+    assert test.startswith("no index: , links: , no plugins: , -m pytest ")
 
 
 def test_setup_with_another_python_names_the_right_one(bundle: Bundle) -> None:
@@ -271,8 +270,9 @@ def test_setup_with_another_python_names_the_right_one(bundle: Bundle) -> None:
     assert not (folder / ".venv").exists()
 
 
-def set_up(folder: Path) -> subprocess.CompletedProcess[str]:
+def make_test(folder: Path) -> list[str]:
+    """Calls `make test` with a Python that does nothing; returns its last calls: venv, pip and pytest."""
     (folder / "python").write_text(FAKE_PYTHON)
     (folder / "python").chmod(0o755)
-    command = ["make", "setup", f"PYTHON={folder / 'python'}"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    subprocess.run(["make", "test", f"PYTHON={folder / 'python'}"], cwd=folder, check=True)
+    return (folder / "log").read_text().splitlines()[-3:]
