@@ -6,8 +6,21 @@ RUN := $(VENV)/bin/python
 # The tables of a GPU are written beside those of the CPU, with a suffix.
 BENCH = $(if $(DEVICE),--device $(DEVICE) --suffix _$(DEVICE))
 
+# In a bundle (scripts/bundle.py), wheels/ has the packages, and pip looks nowhere else. If its constraints are not ours,
+# packages were left out: they come from the Python that makes .venv.
+CONSTRAINTS := $(firstword $(wildcard wheels/constraints.txt) constraints.txt)
+SOURCE := The download of PyTorch is 0.2 GB for CPUs and about 3 GB with CUDA
+ifneq ($(CONSTRAINTS),constraints.txt)
+SOURCE := They come from wheels, without network
+SITE := $(shell cmp -s constraints.txt $(CONSTRAINTS) || echo --system-site-packages)
+$(VENV)/installed: export PIP_NO_INDEX := 1
+$(VENV)/installed: export PIP_FIND_LINKS := wheels
+# That Python may have plugins of pytest, which would change the tests.
+test test-slow: export PYTEST_DISABLE_PLUGIN_AUTOLOAD := $(if $(SITE),1)
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check paper paper-tables paper-report paper-figures readme verify checkpoints claims bench docs
+.PHONY: help setup bundle demo test test-slow check paper paper-tables paper-report paper-figures readme verify checkpoints claims bench docs
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,14 +29,16 @@ setup: $(VENV)/installed  ## create or update .venv from constraints.txt
 
 # From pip's output, only the slow steps are shown (large downloads, the installation), and all errors.
 $(VENV)/installed: SHELL := bash
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.11 ...")'
+	@test ! -e bundle.json || $(PYTHON) -c 'import json, sys; wanted = json.load(open("bundle.json"))["python"]; \
+		sys.exit("%d.%d" % sys.version_info[:2] != wanted and f"wheels/ is for Python {wanted}; make PYTHON=python{wanted} ...")'
 	@echo "setup 1 of 2: $(VENV) with $$($(PYTHON) --version)"
-	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@echo "setup 2 of 2: PyTorch and the other packages of constraints.txt into $(VENV), once. The download of PyTorch" \
-		"is 0.2 GB for CPUs and about 3 GB with CUDA. This takes one to ten minutes"
+	@test -x $(RUN) || $(PYTHON) -m venv $(SITE) $(VENV)
+	@echo "setup 2 of 2: PyTorch and the other packages of constraints.txt into $(VENV), once." \
+		"$(SOURCE). This takes one to ten minutes"
 	@set -o pipefail; $(RUN) -m pip install --disable-pip-version-check --progress-bar off \
-			--constraint constraints.txt --editable '.[dev]' | while read -r line; do \
+			--constraint $(CONSTRAINTS) --editable '.[dev]' | while read -r line; do \
 		case "$$line" in \
 			*[0-9][0-9].[0-9]\ MB\)|*\ GB\)) echo "  $$line" ;; \
 			"Installing collected packages"*) set -- $${line#*: }; echo "  Downloads are complete. Installing $$# packages, about a minute" ;; \
@@ -31,12 +46,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 	@echo "setup: done"
 
+bundle: setup  ## pack code, wheels and unfinished runs for a machine without network; ARGS='--python 3.12 --without torch,torchvision'
+	$(RUN) scripts/bundle.py $(ARGS)
+
 demo: setup  ## meta-train the sinusoid experiment with the full budget and compare it with the paper (minutes)
 	$(RUN) scripts/demo.py
 
 # In two processes, each with whole files of tests; pytest without -n runs them in one.
 test: setup  ## run the tests
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	$(RUN) -m pytest -q -p xdist -n 2 --dist loadfile
 
 test-slow: setup  ## run all tests, with the slow ones
 	$(RUN) -m pytest -q -m 'slow or not slow'

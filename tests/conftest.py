@@ -16,7 +16,9 @@ from maml.data.cache import cached_tensor
 from maml.data.photos import NUM_CLASSES
 from maml.seeding import Stream
 
-os.environ.setdefault("MAML_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data"))
+_ROOT = Path(__file__).resolve().parents[1]
+_SHARED = _ROOT.parent / "shared" / "data"
+os.environ.setdefault("MAML_DATA", str(_SHARED if _SHARED.is_dir() else _ROOT / "data"))
 os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(1)  # tensors are small, and results must not depend on the number of cores
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -60,6 +61,7 @@ _CURVE: dict[str, Any] = {"metric": str, "num_shots": int, "steps": list}
 _STEP: dict[str, Any] = {"step": int, "mean": float | None, "ci95": float | None, "num_tasks": int}
 _CHECKPOINT: dict[str, Any] = {"experiment": str, "training": dict, "iteration": int, "execution": dict, "state": dict}
 _CHECKPOINT |= {"run_id": str}
+_BUNDLE: dict[str, Any] = {"commit": str, "files": dict}
 
 
 class RunFolder:
@@ -700,13 +702,12 @@ def command_line() -> str:
 
 
 def _commit() -> dict[str, Any]:
-    """Returns the clone's commit and whether tracked files differ from it; both are None outside a clone.
+    """Returns the commit of the clone or bundle, and whether tracked files differ from it; both are None elsewhere.
 
     An installed wheel, or a copy of the files, may be inside another project's repository. That commit is not used.
     """
-    unknown = {"commit": None, "dirty": None}
     if not IN_CLONE:
-        return unknown
+        return {"commit": None, "dirty": None}
     try:
         top, head, status = (
             subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout
@@ -718,10 +719,29 @@ def _commit() -> dict[str, Any]:
             )
         )
     except (OSError, subprocess.SubprocessError):
-        return unknown
+        return _bundled_commit()
     if Path(top.rstrip("\n")).resolve() != ROOT:
-        return unknown
+        return _bundled_commit()
     return {"commit": head.strip(), "dirty": bool(status.strip())}
+
+
+def _bundled_commit() -> dict[str, Any]:
+    """Does for the files of a bundle (scripts/bundle.py), by their hashes, what `_commit` does for a clone."""
+    bundle = read_json(ROOT / "bundle.json")
+    if bundle is None:
+        return {"commit": None, "dirty": None}
+    _check_entries(ROOT / "bundle.json", bundle, _BUNDLE)
+    dirty = any(_blob_hash(ROOT / name) != recorded for name, recorded in bundle["files"].items())
+    return {"commit": bundle["commit"], "dirty": dirty}
+
+
+def _blob_hash(path: Path) -> str:
+    """Returns the hash that git gives to the content of a file; empty if it cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return ""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _now() -> str:
