@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-# The tables of a GPU are written beside those of the CPU, with a suffix.
-BENCH = $(if $(DEVICE),--device $(DEVICE) --suffix _$(DEVICE))
+BENCH = $(if $(DEVICE),--device $(DEVICE))
+COMPARED = $(if $(PREVIOUS),--previous $(PREVIOUS))
 
 # In a bundle (scripts/bundle.py), wheels/ has the packages, and pip looks nowhere else. If its constraints are not ours,
 # packages were left out: they come from the Python that makes .venv.
@@ -93,9 +93,11 @@ checkpoints: setup  ## export the parameters of every number to results/checkpoi
 claims: setup  ## measure two claims of section 5.2: FOMAML's speed-up, the number of parameters
 	$(RUN) scripts/claims.py
 
-bench: setup  ## run all benchmarks (an hour on one CPU core), DEVICE=cuda on a GPU: tables and plots in results/benchmarks
-	$(RUN) scripts/bench_meta_gradient.py $(BENCH)
-	$(RUN) scripts/bench_training.py $(BENCH)
+bench: setup  ## run all benchmarks (an hour or more on one CPU core) into results/benchmarks; DEVICE=cuda PREVIOUS=REVISION
+	@echo "bench: 6 benchmarks, together an hour or more on one CPU core. Numbers are printed as they are measured, and" \
+		"each table is written again after each of its parts, so it can be stopped at any time"
+	$(RUN) scripts/bench_meta_gradient.py $(BENCH) $(COMPARED)
+	$(RUN) scripts/bench_training.py $(BENCH) $(COMPARED)
 	$(RUN) scripts/bench_scaling.py $(BENCH)
 	$(RUN) scripts/bench_evaluation.py $(BENCH)
 	$(RUN) scripts/bench_time_to_accuracy.py $(BENCH)

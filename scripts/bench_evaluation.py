@@ -114,7 +114,7 @@ def measure(
         "ours": lambda: evaluate_batched(problem, evaluation, bank),
         "loop": lambda: evaluate_in_loop(problem, evaluation, bank),
     }
-    seconds = time_in_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0])
+    seconds = time_in_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0], title=experiment)
     shown, rows = [], []
     for name in runs:
         spread, against = Spread.of(seconds[name]), times_as_fast(seconds[name], seconds["loop"])

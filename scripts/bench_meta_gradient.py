@@ -4,11 +4,13 @@
 
 Every implementation computes the gradient of the mean query loss from theta and the sampled tasks. Before the timing,
 all gradients must agree. All implementations run in one process and take turns, so that a ratio compares measurements
-that are close in time. The reported ratio is the median over rounds.
+that are close in time. The reported ratio is the median over rounds. This project's own code at an earlier revision
+takes turns as well, in a process of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import multiprocessing
 from collections.abc import Mapping, Sequence
@@ -21,32 +23,38 @@ from benchmark import (
     PEERS,
     Spread,
     argument_parser,
-    choose_clock,
     describe_conditions,
     markdown_table,
     output_path,
     resident_mib,
-    time_in_turns,
     times_as_fast,
     verdict,
     write_results,
 )
 from floor import NOTES, Cost, Rates, slowest_operations
 from implementations import IMPLEMENTATIONS, Problem, prepare
+from previous import PREVIOUS, PREVIOUS_BAR, PREVIOUS_TEXT, Previous, add_previous_option
 
-# Required ratio to the loop on one CPU core: how many times as fast an implementation must be.
-BARS: dict[str, dict[str, float]] = {
-    "sinusoid_10shot": {"ours": 10, "ours compiled": 25},
-    "omniglot_5way_1shot": {"ours": 2.8, "ours compiled": 1.4},
-    "omniglot_20way_1shot": {"ours": 2.0, "ours compiled": 1.15},
-    "mini_imagenet_5way_1shot": {"ours": 2.2, "ours compiled": 1.4},
+# Required ratio to each other implementation on one CPU core: how many times as fast ours must be.
+BARS: dict[str, dict[str, dict[str, float]]] = {
+    "sinusoid_10shot": {"ours": {"loop": 10}, "ours compiled": {"loop": 30}},
+    "omniglot_5way_1shot": {"ours": {"loop": 2.8, "jax": 1.0}, "ours compiled": {"loop": 1.4, "jax": 1.2}},
+    "omniglot_5way_5shot": {"ours": {"jax": 1.0}, "ours compiled": {"jax": 1.2}},
+    "omniglot_20way_1shot": {"ours": {"loop": 2.0, "jax": 1.0}, "ours compiled": {"loop": 1.15, "jax": 1.2}},
+    "mini_imagenet_5way_1shot": {"ours": {"loop": 2.2, "jax": 1.0}, "ours compiled": {"loop": 1.4, "jax": 1.2}},
 }
 MAX_MEMORY_RATIO = 2.0
+# The implementations that ratios are shown to.
+OTHERS = ("loop", "jax", "learn2learn", PREVIOUS)
 
 TEXT = """
 A ratio says how many times as fast an implementation is: the median over rounds of (time of the other / its own time in
-the same round), with the lowest and highest ratio in brackets. Before the timing, each gave the loop's gradient;
-`error` is the relative difference in float64 and in float32. Peak memory does not count libraries, theta and data.
+the same round), with the lowest and highest ratio in brackets; then comes the required ratio, if there is one. Before
+the timing, each gave the loop's gradient; `error` is the relative difference in float64 and in float32. Peak memory
+does not count libraries, theta and data.
+
+Two implementations are compiled, in this process and before the timing: `ours compiled` by `torch.compile`, and `jax`,
+whose whole meta-gradient is one program that XLA compiled (`jax.jit`). The others run operation by operation.
 """.strip()
 
 
@@ -75,37 +83,35 @@ def peak_memory(name: str, experiment: str, device: str, num_threads: int) -> tu
 
 
 def measure(
-    experiment: str, names: Sequence[str], rounds: int, device: torch.device, rates: Rates, with_bars: bool
+    experiment: str, names: Sequence[str], options: argparse.Namespace, rates: Rates, previous: Previous
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Returns the lines of one experiment's section and its rows for the CSV."""
-    num_threads = torch.get_num_threads()
+    device, num_threads = torch.device(options.device), options.threads
     problem, ready, errors, missing = prepare(names, experiment, device=device)
     runs = {name: lambda way=way: way.gradient(problem.tasks) for name, way in ready.items()}
-    seconds = time_in_turns(runs, rounds, choose_clock(device, num_threads)[0])
-    bars = BARS.get(experiment, {}) if with_bars else {}
+    seconds, without = previous.time_in_turns(runs, options.rounds, "ours", experiment, "gradient")
+    missing |= without
     shown: list[Mapping[str, str]] = []
     rows: list[dict[str, Any]] = []
-    for name in names:
+    for name in (*names, PREVIOUS):
         spread = Spread.of(seconds.get(name, []))
         speeds = {
-            other: times_as_fast(seconds[name], seconds[other])
-            for other in ("loop", "learn2learn")
-            if spread and other in seconds
+            other: times_as_fast(seconds[name], seconds[other]) for other in OTHERS if spread and other in seconds
         }
-        against = speeds.get("loop")
+        bars = BARS.get(experiment, {}).get(name, {}) if device.type == "cpu" and num_threads == 1 else {}
+        if name == "ours":
+            bars = bars | {PREVIOUS: PREVIOUS_BAR}
         shown.append(
             {
                 "implementation": name,
                 "ms": f"{1e3 * spread.median:.4g}" if spread else missing[name],
-                "ratio to loop": str(against or ""),
-                "bar": verdict(against.median, bars.get(name)) if against else "",
-                "ratio to learn2learn": str(speeds.get("learn2learn") or ""),
+                **{f"ratio to {other}": _judged(speeds.get(other), bars.get(other)) for other in OTHERS},
                 "error": ", ".join(f"{error:.0e}" for error in errors.get(name, [])),
             }
         )
         row: dict[str, Any] = {"experiment": experiment, "implementation": name, "note": missing.get(name, "")}
         row |= {"rounds": len(seconds.get(name, []))} | _cells("seconds", spread)
-        for other in ("loop", "learn2learn"):
+        for other in OTHERS:
             row |= _cells(f"times_{other}", speeds.get(other))
         row |= dict(zip(("error_float64", "error_float32"), errors.get(name, ("", "")), strict=True))
         rows.append(row)
@@ -130,6 +136,10 @@ def measure(
     return lines, rows
 
 
+def _judged(ratio: Spread | None, bar: float | None) -> str:
+    return f"{ratio} {verdict(ratio.median, bar)}".rstrip() if ratio else ""
+
+
 def _cells(name: str, spread: Spread | None) -> dict[str, Any]:
     median, low, high = spread or ("", "", "")
     return {name: median, f"{name}_min": low, f"{name}_max": high}
@@ -142,17 +152,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries besides the loop")
     compiled = ["sinusoid_10shot"]  # the other experiments take minutes to compile, and training does not compile them
     options.add_argument("--compile", nargs="*", default=compiled, help="experiments to time compiled as well")
+    add_previous_option(options)
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    rates = Rates.measure(device)
-    conditions = describe_conditions(device, args.threads) | {"rates": str(rates)}
-    text, rows = [TEXT, "", NOTES, ""], []
-    with_bars = device.type == "cpu" and args.threads == 1
+    rates, previous = Rates.measure(device), Previous(args)
+    conditions = describe_conditions(device, args.threads) | {"rates": str(rates), "previous": str(previous)}
+    text, rows = [TEXT, "", PREVIOUS_TEXT, "", NOTES, ""], []
     for experiment in args.experiments:
         compiled = ["ours compiled"] if experiment in args.compile else []
         names = ["ours", *compiled, "loop", "loop, fused norm", *args.peers]
-        lines, csv_rows = measure(experiment, names, args.rounds, device, rates, with_bars)
+        lines, csv_rows = measure(experiment, names, args, rates, previous)
         text += lines
         rows += csv_rows
         write_results(args, "Time and memory of one second-order meta-gradient", conditions, text, rows)

@@ -89,8 +89,8 @@ class Shape:
 
 
 SHAPES = {
-    "point": Shape("point_navigation_maml", 20, 20, 100, steps_per_second=500_000, max_seconds=4.0),
-    "cheetah": Shape("cheetah_velocity_maml", 40, 20, 200, times_sync=1.6, max_seconds=15.0),
+    "point": Shape("point_navigation_maml", 20, 20, 100, steps_per_second=500_000, max_seconds=2.8),
+    "cheetah": Shape("cheetah_velocity_maml", 40, 20, 200, times_sync=1.6, max_seconds=12.0),
     "ant": Shape("ant_velocity_maml", 40, 20, 200, times_sync=1.4),
 }
 
@@ -184,6 +184,9 @@ def compare_samplers(shape: Shape, rounds: int, turn_seconds: float) -> dict[str
             speed = steps_per_second(sampler, turn_seconds)
             if turn > 0:  # the first turn is a warm-up
                 speeds[name].append(speed)
+        if turn > 0:
+            measured = ", ".join(f"{name} {values[-1]:,.0f} steps/s" for name, values in speeds.items())
+            print(f"{shape.experiment}, round {turn} of {rounds}: {measured}", flush=True)
     synchronous.close()
     asynchronous.close()
     return speeds
@@ -262,6 +265,7 @@ def meta_iterations(shape: Shape, count: int) -> tuple[list[float], dict[str, fl
         start = clock()
         meta_update(algorithm, meta_gradient, algorithm.sample_tasks(shape.num_tasks, Stream(0).child(iteration)))
         seconds.append(clock() - start)
+        print(f"{shape.experiment}, meta-iteration {iteration} of {count}: {seconds[-1]:.3g} s", flush=True)
     stopwatch.enter("rest")
     phases = {phase: stopwatch.seconds[phase] / count for phase in PHASES}
     return seconds[1:], phases, (resident_mib("VmHWM"), before)

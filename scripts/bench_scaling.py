@@ -1,7 +1,7 @@
 """Measures how the time of one meta-gradient grows with tasks, shots, inner steps and width, for ours and the loop.
 
     python scripts/bench_scaling.py --rounds 3
-    python scripts/bench_scaling.py --redraw       # only the plot, from the measured times
+    python scripts/bench_scaling.py --redraw       # only the plots of all processors, from the measured times
 
 Each quantity is varied alone; the others have the experiment's values. An exponent is the slope of a straight line
 through the medians on logarithmic axes: 1 means proportional, and less than 1 means that overhead is shared.
@@ -74,7 +74,7 @@ def sweep(
         runs = {name: lambda way=way, problem=problem: way.gradient(problem.tasks) for name, way in ready.items()}
         for run in runs.values():
             run()
-        for name, seconds in time_in_turns(runs, rounds, clock).items():
+        for name, seconds in time_in_turns(runs, rounds, clock, title=f"{experiment}, {quantity} {value}").items():
             times[name].append((value, seconds))
     return times
 
@@ -122,10 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = argument_parser(__doc__, "scaling", rounds=3)
     options.add_argument("--experiments", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     options.add_argument("--values", nargs="+", type=int, help="values of every sweep, instead of the default ones")
-    options.add_argument("--redraw", action="store_true", help="measure nothing: draw the plot from the CSV again")
+    options.add_argument("--redraw", action="store_true", help="measure nothing: draw the plots from the CSVs again")
     args = options.parse_args(arguments)
     if args.redraw:
-        plot(measured(output_path(args, "csv")), output_path(args, "png"))
+        for path in args.out.glob(f"*/{args.name}.csv"):
+            plot(measured(path), path.with_suffix(".png"))
         return
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "accuracy": accuracy,
         }
         points.append(last)
+        print(f"{iteration:,} iterations, {last['seconds']:,.1f} s of training: {accuracy:.2%}", flush=True)
         args.state.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(args.state, {"same": same, "points": points, "state": algorithm.state_dict()})
         write_results(

@@ -1,16 +1,17 @@
 """Times whole training steps of `python train.py`, and compares them with a plain loop and with other libraries.
 
     python scripts/bench_training.py --rounds 5
-    python scripts/bench_training.py --device cuda --suffix _cuda
+    python scripts/bench_training.py --device cuda
 
 A step samples the tasks, gathers their data, computes the meta-gradient and makes Adam's update. All implementations
 use our code for sampling and gathering. Ours is built from the experiment's config and does the same as in training on
 this hardware, with compilation. Before the timing, all must give the same meta-gradient. They then take turns in one
-process.
+process; this project's own code at an earlier revision takes turns as well, in a process of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,25 +21,26 @@ from benchmark import (
     PEERS,
     Spread,
     argument_parser,
-    choose_clock,
     describe_conditions,
     markdown_table,
     output_path,
-    time_in_turns,
     times_as_fast,
     verdict,
     write_results,
 )
 from floor import NOTES, Cost, Rates, kernels, slowest_operations
 from implementations import Implementation, Problem, prepare
+from previous import PREVIOUS, PREVIOUS_BAR, PREVIOUS_TEXT, Previous, add_previous_option
 
-# Required iterations per second on one GPU.
-BARS = {
+BARS_GPU = "H100"  # the bars are for GPUs with this in their name
+BARS = {  # required iterations per second
     "sinusoid_10shot": 1500.0,
     "omniglot_5way_1shot": 300.0,
-    "omniglot_20way_1shot": 60.0,
-    "cifar_fs_5way_1shot": 100.0,
-    "mini_imagenet_5way_1shot": 40.0,
+    "omniglot_5way_5shot": 150.0,
+    "omniglot_20way_1shot": 100.0,
+    "omniglot_20way_5shot": 35.0,
+    "cifar_fs_5way_1shot": 150.0,
+    "mini_imagenet_5way_1shot": 60.0,
 }
 LOOP_BARS = {"omniglot_5way_1shot": 20.0}  # required ratio to the loop on the same GPU
 BUSY_BARS = {"omniglot_5way_1shot": 80.0}  # required share of the time in which the GPU computes, in percent
@@ -46,7 +48,7 @@ OURS = "ours as trained"
 
 TEXT = """
 A ratio says how many times as fast an implementation is: the median over rounds of (time of the other / its own time in
-the same round), with the lowest and highest ratio in brackets.
+the same round), with the lowest and highest ratio in brackets. Then comes what is required, if anything is.
 """.strip()
 
 
@@ -57,31 +59,36 @@ def make_iterations(problem: Problem, implementation: Implementation) -> Callabl
 
 
 def measure(
-    experiment: str, names: Sequence[str], rounds: int, device: torch.device, rates: Rates
+    experiment: str, names: Sequence[str], options: argparse.Namespace, rates: Rates, previous: Previous
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Returns the lines of one experiment's section and its rows for the CSV."""
+    device = torch.device(options.device)
     problem, ready, _, missing = prepare(names, experiment, device=device)
     runs = {name: make_iterations(problem, way) for name, way in ready.items()}
     for run in runs.values():  # a warm-up, which makes Adam's state
         run()
-    seconds = time_in_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0])
+    seconds, without = previous.time_in_turns(runs, options.rounds, OURS, experiment, "iterate")
+    missing |= without
     on_gpu = device.type == "cuda"
+    bars_hold = on_gpu and BARS_GPU in torch.cuda.get_device_name(device)
     shown, rows = [], []
-    for name in names:
+    for name in (*names, PREVIOUS):
         row: dict[str, Any] = {"experiment": experiment, "implementation": name, "note": missing.get(name, "")}
-        cells = {"implementation": name, "it/s": missing.get(name, ""), "bar": "", "ratio to loop": "", "ratio bar": ""}
+        cells = {"implementation": name, "it/s": missing.get(name, "")}
         speed = Spread.of(1 / value for value in seconds.get(name, []))
-        against = times_as_fast(seconds[name], seconds["loop"]) if speed else None
-        if speed and against:
-            is_judged = on_gpu and name == OURS
-            cells |= {
-                "it/s": str(speed),
-                "bar": verdict(speed.median, BARS.get(experiment), " it/s") if is_judged else "",
-                "ratio to loop": str(against),
-                "ratio bar": verdict(against.median, LOOP_BARS.get(experiment)) if is_judged else "",
-            }
-            row |= {"rounds": rounds, "iterations_per_second": speed.median, "min": speed.low, "max": speed.high}
-            row |= {"times_loop": against.median, "times_loop_min": against.low, "times_loop_max": against.high}
+        row |= {"rounds": options.rounds, "iterations_per_second": speed.median} if speed else {}
+        row |= {"min": speed.low, "max": speed.high} if speed else {}
+        bars = {"loop": LOOP_BARS.get(experiment) if bars_hold else None, PREVIOUS: PREVIOUS_BAR}
+        if speed:
+            bar = BARS.get(experiment) if bars_hold and name == OURS else None
+            cells["it/s"] = f"{speed} {verdict(speed.median, bar, ' it/s')}".rstrip()
+        for other, bar in bars.items():
+            against = times_as_fast(seconds[name], seconds[other]) if speed and other in seconds else None
+            judged = verdict(against.median, bar) if against and name == OURS else ""
+            cells[f"ratio to {other}"] = f"{against or ''} {judged}".strip()
+            if against:
+                row |= {f"times_{other}": against.median}
+                row |= {f"times_{other}_min": against.low, f"times_{other}_max": against.high}
         shown.append(cells)
         rows.append(row)
     cost = Cost.of(lambda: ready["loop"].gradient(problem.tasks))
@@ -109,14 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = argument_parser(__doc__, "training", rounds=5)
     options.add_argument("--experiments", nargs="+", default=list(BARS))
     options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries besides the loop")
+    add_previous_option(options)
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    rates = Rates.measure(device)
-    conditions = describe_conditions(device, args.threads) | {"rates": str(rates)}
-    text, rows = [TEXT, "", NOTES, ""], []
+    rates, previous = Rates.measure(device), Previous(args)
+    conditions = describe_conditions(device, args.threads) | {"rates": str(rates), "previous": str(previous)}
+    text, rows = [TEXT, "", PREVIOUS_TEXT, "", NOTES, ""], []
     for experiment in args.experiments:
-        lines, csv_rows = measure(experiment, [OURS, "loop", *args.peers], args.rounds, device, rates)
+        lines, csv_rows = measure(experiment, [OURS, "loop", *args.peers], args, rates, previous)
         text += [*lines, ""]
         rows += csv_rows
         write_results(args, "Whole training steps", conditions, text, rows)

@@ -1,22 +1,23 @@
-"""Shared code of the benchmarks: conditions, clocks, timing in turns, ratios and bars, and result files."""
+"""Shared code of the benchmarks: conditions, timing in turns, ratios and bars, and a folder of results by processor."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import importlib.metadata
+import re
 import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from clocks import MIN_TURN_SECONDS, Clock, choose_clock, seconds_per_call
 
 from maml.hardware.base import Hardware
 from maml.record.checkpoint import write_text_atomically
@@ -24,9 +25,15 @@ from maml.record.run_folder import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("learn2learn", "higher", "torchopt", "jax")
-MIN_TURN_SECONDS = 0.2  # shortest duration of a turn, which repeats the computation
+RESULTS = "results/benchmarks"
+OVERVIEW = """
+# Benchmarks
 
-Clock = Callable[[], float]
+Every kind of processor and GPU has a folder. A cell is the commit that was measured.
+""".strip()
+
+Turn = Callable[[], float]
+"""Times one turn, and returns the seconds per call."""
 
 
 class Unavailable(Exception):
@@ -47,11 +54,27 @@ def argument_parser(
     if not only_one_core:
         options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         options.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s; bars need 1)")
-    folder = ROOT / "results" / "benchmarks"
-    options.add_argument("--out", type=Path, default=folder, help="folder (default results/benchmarks)")
-    options.add_argument("--suffix", default="", help=f"suffix of the file names {name}.md and {name}.csv")
+    else:
+        options.set_defaults(device="cpu")
+    out = f"folder of the folders of all processors (default {RESULTS})"
+    options.add_argument("--out", type=Path, default=ROOT / RESULTS, help=out)
     options.set_defaults(name=name)
     return options
+
+
+def hardware_slug(name: str) -> str:
+    """Returns the name of a processor or GPU as the name of a folder, such as ``amd_epyc_7763``.
+
+    It leaves out what the same processor may have or not: trademarks, the number of cores and the clock rate.
+    """
+    short = re.sub(r"\((R|TM)\)|@.*|\b(CPU|Processor|\d+-Core)\b", " ", name, flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9]+", "_", short.lower()).strip("_") or "unknown"
+
+
+def hardware_folder(device: str) -> str:
+    """Returns the name of the folder of this machine's GPU if ``device`` is ``cuda``, otherwise of its processor."""
+    described = Hardware("cuda" if device == "cuda" else "cpu").describe()
+    return hardware_slug(described.get("gpu", described["cpu"]))
 
 
 def describe_conditions(device: torch.device, num_threads: int) -> dict[str, str]:
@@ -61,9 +84,8 @@ def describe_conditions(device: torch.device, num_threads: int) -> dict[str, str
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[peer] = importlib.metadata.version(peer)
     # Without results/: the benchmark itself rewrites files there.
-    git = ["git", "-C", str(ROOT)]
-    commit = _output([*git, "rev-parse", "HEAD"]) or "unknown"
-    changed = _output([*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"])
+    commit = git("rev-parse", "HEAD") or "unknown"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     hardware = Hardware("cuda" if device.type == "cuda" else "cpu").describe()
     return {
         "command": shlex.join(["python", "scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -75,51 +97,47 @@ def describe_conditions(device: torch.device, num_threads: int) -> dict[str, str
     }
 
 
-def _output(command: Sequence[str]) -> str:
+def git(*arguments: str) -> str:
+    """Returns what git prints about this clone; empty if it fails or is not installed."""
     with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
     return ""
 
 
 # Time and memory.
 
 
-def choose_clock(device: torch.device, num_threads: int) -> tuple[Clock, str]:
-    """Returns the clock and its description."""
-    if device.type == "cuda":
-
-        def synchronized() -> float:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-
-        return synchronized, "wall clock, synchronised with the GPU"
-    if num_threads == 1:
-        return time.process_time, "CPU time of all threads of the process, which other load disturbs less"
-    return time.perf_counter, "wall clock"
-
-
-def seconds_per_call(run: Callable[[], object], clock: Clock, min_seconds: float = MIN_TURN_SECONDS) -> float:
-    """Returns the seconds per call in one turn, which calls ``run`` until ``min_seconds`` have passed."""
-    gc.collect()
-    calls, start, elapsed = 0, clock(), 0.0
-    while elapsed < min_seconds or not calls:
-        run()
-        calls += 1
-        elapsed = clock() - start
-    return elapsed / calls
-
-
 def time_in_turns(
-    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Clock, min_seconds: float = MIN_TURN_SECONDS
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Clock,
+    min_seconds: float = MIN_TURN_SECONDS,
+    elsewhere: Mapping[str, Turn] | None = None,
+    title: str = "turns",
 ) -> dict[str, list[float]]:
     """Times functions in turns; returns seconds per call by name, one number per round.
 
-    Numbers of the same round were measured one after the other, so their ratio is hardly disturbed by other load.
+    Numbers of the same round were measured one after the other, so their ratio is hardly disturbed by other load. Each
+    round is printed at once, so that an interrupted run leaves its numbers.
+
+    Args:
+        runs: the functions.
+        rounds: number of turns of each function.
+        clock: the clock.
+        min_seconds: shortest duration of a turn, in seconds.
+        elsewhere: functions that are timed in other processes; they come first in each round.
+        title: what is measured, for the printed lines.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            seconds[name].append(seconds_per_call(run, clock, min_seconds))
+    turns: dict[str, Turn] = dict(elsewhere or {})
+    for name, run in runs.items():
+        turns[name] = partial(seconds_per_call, run, clock, min_seconds)
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(1, rounds + 1):
+        for name, turn in turns.items():
+            seconds[name].append(turn())
+        measured = ", ".join(f"{name} {1e3 * values[-1]:.4g} ms" for name, values in seconds.items())
+        print(f"{title}, round {number} of {rounds}: {measured}", flush=True)
     return seconds
 
 
@@ -173,8 +191,8 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def output_path(options: argparse.Namespace, kind: str = "md") -> Path:
-    """Returns the path of the benchmark's file of a kind: ``md``, ``csv`` or ``png``."""
-    return options.out / f"{options.name}{options.suffix}.{kind}"
+    """Returns the path of the benchmark's file of a kind, ``md``, ``csv`` or ``png``, in this processor's folder."""
+    return Path(options.out) / hardware_folder(options.device) / f"{options.name}.{kind}"
 
 
 def write_results(
@@ -184,10 +202,28 @@ def write_results(
     text: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes the Markdown page, and the CSV, which has the conditions in every row."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    """Writes the Markdown page, the CSV, which has the conditions in every row, and the overview of all processors."""
+    output_path(options).parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in conditions.items()), "", *text]
     write_text_atomically(output_path(options), "\n".join(lines).rstrip() + "\n")
     columns = dict.fromkeys(key for row in rows for key in (*row, *conditions))
     frame = pd.DataFrame([{**row, **conditions} for row in rows], columns=list(columns), dtype=object)
     write_text_atomically(output_path(options, "csv"), frame.to_csv(index=False))
+    write_text_atomically(options.out / "README.md", overview(options.out))
+
+
+def read_conditions(page: str) -> dict[str, str]:
+    """Returns the conditions at the top of a benchmark's Markdown page."""
+    return dict(line[2:].split(": ", 1) for line in page.splitlines() if re.match(r"- \w+: ", line))
+
+
+def overview(folder: Path) -> str:
+    """Returns a page with one table: which processor has which benchmark, and at which commit."""
+    pages = {path: read_conditions(path.read_text()) for path in sorted(folder.glob("*/*.md"))}
+    names = sorted({path.stem for path in pages})
+    rows: dict[str, dict[str, str]] = {}
+    for path, conditions in pages.items():
+        row = rows.setdefault(path.parent.name, {"folder": path.parent.name} | dict.fromkeys(names, ""))
+        commit, *dirty = conditions["commit"].split("-")
+        row[path.stem] = f"[{'-'.join([commit[:7], *dirty])}]({path.parent.name}/{path.name})"
+    return "\n".join([OVERVIEW, *markdown_table([*rows.values()])])

@@ -21,11 +21,13 @@ def test_quick_run_writes_all_it_measures(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/bench_meta_rl.py", "--quick", "--shapes", "ant", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    written = (tmp_path / "meta_rl.md").read_text()
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    written = (folder / "meta_rl.md").read_text()
     assert written in done.stdout
+    assert "ant_velocity_maml, meta-iteration 2 of 2: " in done.stdout.split("# Time and memory")[0]
     assert "met (" not in written and "missed (" not in written  # bars are for the full sizes
 
-    rows = list(csv.DictReader((tmp_path / "meta_rl.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((folder / "meta_rl.csv").read_text().splitlines()))
     assert all(row["commit"] and row["command"] and row["hardware"] for row in rows)
     assert "| ant | 2 x 2 x 10 |" in written
     medians = {row["what"]: float(row["median"]) for row in rows}

@@ -1,11 +1,17 @@
-"""The benchmarks: equal gradients of all implementations; ratios, bars, floors and exponents; tiny runs."""
+"""The benchmarks: equal gradients; ratios, bars, floors and exponents; folders of processors; tiny runs."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
+import itertools
 import math
-from collections.abc import Callable
+import re
+import subprocess
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -126,6 +132,173 @@ def test_turns_are_taken_and_ratios_compare_neighbours(script: Callable[[str], A
     assert benchmark.times_as_fast([], [2.0]) is None
 
 
+def test_every_round_is_printed_when_it_is_measured(
+    script: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed: list[str] = []
+
+    def elsewhere() -> float:
+        printed.append(capsys.readouterr().out)
+        return 0.25
+
+    ticks = itertools.count()
+    seconds = script("benchmark").time_in_turns(
+        {"ours": lambda: None}, 2, lambda: float(next(ticks)), elsewhere={"previous": elsewhere}, title="sinusoid"
+    )
+    assert seconds == {"previous": [0.25, 0.25], "ours": [1.0, 1.0]}
+    assert printed == ["", "sinusoid, round 1 of 2: previous 250 ms, ours 1000 ms\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("AMD EPYC 7763 64-Core Processor", "amd_epyc_7763"),
+        ("AMD EPYC", "amd_epyc"),
+        ("Intel(R) Xeon(R) Processor", "intel_xeon"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "intel_xeon"),
+        ("Intel(R) Core(TM) i7-8700K CPU @ 3.70GHz", "intel_core_i7_8700k"),
+        ("NVIDIA H100 80GB HBM3", "nvidia_h100_80gb_hbm3"),
+        ("", "unknown"),
+    ],
+)
+def test_hardware_slug_names_the_kind_of_processor(script: Callable[[str], Any], name: str, slug: str) -> None:
+    assert script("benchmark").hardware_slug(name) == slug
+
+
+def test_committed_tables_lie_in_the_folder_of_their_processor(script: Callable[[str], Any]) -> None:
+    benchmark = script("benchmark")
+    tables = [*(ROOT / benchmark.RESULTS).glob("*/*.md")]
+    assert tables
+    for path in tables:
+        hardware = benchmark.read_conditions(path.read_text())["hardware"]
+        name = re.search(r", gpu (.*)", hardware) or re.search(r", cpu (.*), cores", hardware)
+        assert name is not None and benchmark.hardware_slug(name[1]) == path.parent.name, path
+
+
+def test_committed_overview_is_up_to_date(script: Callable[[str], Any]) -> None:
+    benchmark = script("benchmark")
+    folder = ROOT / benchmark.RESULTS
+    assert (folder / "README.md").read_text() == benchmark.overview(folder)
+
+
+def test_overview_has_a_row_per_processor_and_a_column_per_benchmark(
+    script: Callable[[str], Any], tmp_path: Path
+) -> None:
+    for name, commit in {
+        "a/training": "0123456789",
+        "b/training": "abcdefghij-dirty",
+        "b/scaling": "9876543210",
+    }.items():
+        path = tmp_path / f"{name}.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"# Title\n\n- command: python a: b\n- commit: {commit}\n\nText.\n")
+    assert script("benchmark").overview(tmp_path).split("\n\n", 2)[2].splitlines() == [
+        "| folder | scaling | training |",
+        "| --- | ---: | ---: |",
+        "| a |  | [0123456](a/training.md) |",
+        "| b | [9876543](b/scaling.md) | [abcdefg-dirty](b/training.md) |",
+    ]
+
+
+def previous_revision(script: Callable[[str], Any], revision: str | None) -> Any:
+    options = Namespace(name="meta_gradient", device="cpu", threads=1, previous=revision)
+    return script("previous").Previous(options)
+
+
+@pytest.mark.parametrize("method", ["gradient", "iterate"])
+def test_previous_revision_times_its_own_code_in_turns(script: Callable[[str], Any], method: str) -> None:
+    previous = previous_revision(script, "HEAD")
+    with previous.process("ours", *SINUSOID[:1], method, SINUSOID[1]) as turn:
+        seconds = [turn() for _ in range(2)]
+    assert len(str(previous)) == 40 and all(0 < value < 1 for value in seconds)
+
+
+def test_previous_revision_that_cannot_be_measured_says_why(script: Callable[[str], Any]) -> None:
+    module = script("previous")
+    with (
+        pytest.raises(module.Unavailable, match=r"cannot be measured: KeyError: 'no such one'"),
+        previous_revision(script, "HEAD").process("no such one", *SINUSOID[:1], "gradient"),
+    ):
+        pass
+    with (
+        pytest.raises(module.Unavailable, match="this clone has no revision no-such-tag"),
+        previous_revision(script, "no-such-tag").process("ours", *SINUSOID[:1], "gradient"),
+    ):
+        pass
+
+
+def test_previous_revision_whose_process_ends_is_an_error(
+    script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes: list[subprocess.Popen[str]] = []
+
+    class Noted(subprocess.Popen[str]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            processes.append(self)
+
+    revision = previous_revision(script, "HEAD")
+    monkeypatch.setattr(script("previous").subprocess, "Popen", Noted)
+    with (
+        pytest.raises(RuntimeError, match="ended during its turn: it ended without a message; run the benchmark again"),
+        revision.process("ours", *SINUSOID[:1], "gradient", SINUSOID[1]) as turn,
+    ):
+        processes[-1].kill()
+        processes[-1].wait()
+        turn()
+
+
+def test_previous_revision_is_by_default_the_newest_tag_or_the_commit_of_the_table(
+    script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("previous")
+    monkeypatch.setattr(module, "hardware_folder", lambda device: "some_processor")
+    answers = {
+        "describe": "v1.0",
+        "show": "# Title\n\n- command: python\n- commit: 0123456-dirty\n",
+        "rev-parse": "",
+    }
+    asked: list[str] = []
+
+    def git(*arguments: str) -> str:
+        asked.append(arguments[-1])
+        return answers[arguments[0]]
+
+    monkeypatch.setattr(module, "git", git)
+    previous_revision(script, None)
+    answers["describe"] = ""
+    previous_revision(script, None)
+    answers["show"] = ""
+    assert str(previous_revision(script, None)).startswith("unavailable: no tag, and no committed table")
+    shown = "HEAD:results/benchmarks/some_processor/meta_gradient.md"
+    asked = [name for name in asked if not name.startswith("--")]
+    assert asked == ["v1.0^{commit}", shown, "0123456^{commit}", shown]
+
+
+def test_meta_gradient_shows_ratios_to_others_with_their_bars(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, floor, previous = script("bench_meta_gradient"), script("floor"), script("previous")
+    monkeypatch.setattr(floor.Rates, "measure", classmethod(lambda cls, device: cls(1e11, 1e10)))
+    monkeypatch.setattr(module, "peak_memory", lambda *_: (1.0, 2.0))
+    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda count, _: ThreadPoolExecutor(count))
+
+    @contextlib.contextmanager
+    def process(*_: Any) -> Iterator[Callable[[], float]]:
+        yield lambda: 1e-9  # far faster than the present code
+
+    monkeypatch.setattr(previous.Previous, "process", process)
+    options = ["--experiments", "sinusoid_10shot", "--peers", "--compile", "--rounds", "1", "--previous", "HEAD"]
+    module.main([*options, "--out", str(tmp_path)])
+    found = {row["implementation"]: row for row in rows(tmp_path, "meta_gradient")}
+    assert [*found] == ["ours", "loop", "loop, fused norm", "previous"]
+    assert 0 < float(found["ours"]["times_previous"]) < 0.95 and float(found["previous"]["times_previous"]) == 1
+    page = written(tmp_path, "meta_gradient.md").read_text()
+    (ours,) = (line for line in page.splitlines() if line.startswith("| ours |"))
+    assert "(>= 10) |" in ours and "missed (>= 0.95) |" in ours
+    assert (tmp_path / "README.md").read_text() == script("benchmark").overview(tmp_path)
+
+
 def test_exponent_of_a_power_law_is_found(script: Callable[[str], Any]) -> None:
     exponent = script("bench_scaling").exponent
     assert exponent([(x, 3e-3 * x**1.7) for x in (1, 2, 4, 8)]) == pytest.approx(1.7)
@@ -142,8 +315,14 @@ def test_floor_counts_products_and_covers_intervals(script: Callable[[str], Any]
     assert floor.union_length([(3.0, 4.0), (0.0, 2.0), (1.0, 2.5), (1.2, 1.4)]) == pytest.approx(3.5)
 
 
+def written(folder: Path, name: str) -> Path:
+    """Returns the only file of a name, which lies in the folder of this machine's processor."""
+    (path,) = folder.glob(f"*/{name}")
+    return path
+
+
 def rows(folder: Path, name: str) -> list[dict[str, str]]:
-    found = list(csv.DictReader((folder / f"{name}.csv").read_text().splitlines()))
+    found = list(csv.DictReader(written(folder, f"{name}.csv").read_text().splitlines()))
     assert all(row["commit"] and row["command"] and row["hardware"] for row in found)
     return found
 
@@ -159,11 +338,12 @@ def test_scaling_writes_table_and_plot(
     module.main(arguments)
     found = rows(tmp_path, "scaling")
     assert {row["varied"] for row in found} == {"shots", "width"}
-    assert len(found) == 2 * 2 * 2 and (tmp_path / "scaling.png").stat().st_size > 1000
-    drawn = (tmp_path / "scaling.png").read_bytes()
-    (tmp_path / "scaling.png").unlink()
+    path = written(tmp_path, "scaling.png")
+    assert len(found) == 2 * 2 * 2 and path.stat().st_size > 1000
+    drawn = path.read_bytes()
+    path.unlink()
     module.main(["--redraw", "--out", str(tmp_path)])
-    assert (tmp_path / "scaling.png").read_bytes() == drawn
+    assert path.read_bytes() == drawn
 
 
 def test_scaling_plot_has_logarithmic_axes_with_numbers_and_one_legend(
@@ -199,10 +379,12 @@ def test_training_shows_who_is_missing(
         ways._library("no_such_library")
 
     monkeypatch.setitem(ways.IMPLEMENTATIONS, "jax", absent)
-    module.main(["--experiments", "sinusoid_10shot", "--peers", "jax", "--rounds", "1", "--out", str(tmp_path)])
+    options = ["--experiments", "sinusoid_10shot", "--peers", "jax", "--rounds", "1", "--previous", "no-such-tag"]
+    module.main([*options, "--out", str(tmp_path)])
     notes = {row["implementation"]: row["note"] for row in rows(tmp_path, "training")}
+    assert notes.pop("previous").startswith("unavailable: this clone has no revision no-such-tag; ")
     assert notes == {"ours as trained": "", "loop": "", "jax": "not installed"}
-    assert "| jax | not installed |" in (tmp_path / "training.md").read_text()
+    assert "| jax | not installed |" in written(tmp_path, "training.md").read_text()
 
 
 def test_evaluation_of_the_loop_agrees(script: Callable[[str], Any], tmp_path: Path) -> None:
@@ -219,7 +401,7 @@ def test_time_to_accuracy_goes_on_from_its_state(script: Callable[[str], Any], t
     call += ["--out", str(tmp_path), "--state", str(state), "hardware.compile=false"]
     module.main([*call, "--accuracy", "1e9"])
     first = rows(tmp_path, "time_to_accuracy")
-    assert "Not reached yet" in (tmp_path / "time_to_accuracy.md").read_text()
+    assert "Not reached yet" in written(tmp_path, "time_to_accuracy.md").read_text()
     module.main([*call, "--accuracy", "1e9"])
     both = rows(tmp_path, "time_to_accuracy")
     assert both[: len(first)] == first and len(both) > len(first)
@@ -230,4 +412,4 @@ def test_time_to_accuracy_goes_on_from_its_state(script: Callable[[str], Any], t
         module.main([*call, "--accuracy", "0.001"])
     state.unlink()
     module.main([*call, "--accuracy", "0.001"])  # reached, because the metric is a squared error
-    assert "Reached after 2 iterations" in (tmp_path / "time_to_accuracy.md").read_text()
+    assert "Reached after 2 iterations" in written(tmp_path, "time_to_accuracy.md").read_text()
