@@ -292,8 +292,9 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
 def most_valuable_first(jobs: Sequence[Job], runs: Sequence[Run]) -> list[Job]:
     """Sorts jobs by the number of the paper's cells, curves and panels that each completes per hour.
 
-    Jobs of unknown length follow those of known length; then come the jobs of tables that are not in the paper. On a
-    machine with a GPU, jobs that it hardly speeds up (simulation) come last.
+    Jobs of unknown length follow those of known length; then come the jobs of tables that are not in the paper. The
+    length of an evaluation in simulation is unknown: up to half an hour, and lost when it is stopped. On a machine with
+    a GPU, jobs that it hardly speeds up (simulation) come last.
 
     Args:
         jobs: all jobs of the plan.
@@ -303,7 +304,7 @@ def most_valuable_first(jobs: Sequence[Job], runs: Sequence[Run]) -> list[Job]:
     def rank(job: Job) -> tuple[bool, bool, bool, float]:
         on_gpu = build(job.settings.hardware).device.type == "cuda"
         is_simulated = not build_without_data(job.settings.domain).workload.fixed_shapes
-        hours = estimate(job, runs).hours
+        hours = estimate(job, runs).hours if job.left or not is_simulated else None
         per_hour = job.num_needs / max(hours or 0.0, _MIN_HOURS)
         return on_gpu and is_simulated, not job.num_needs, hours is None, -per_hour
 

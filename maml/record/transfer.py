@@ -120,7 +120,7 @@ def _take(folder: Path, into: Path, staging: Path) -> Outcome:
     here = (read_run(path) for path in sorted(into.glob(f"*/{run.record.run_id}*/")))
     equal = [other for other in here if other is not None and other.record.run_id == run.record.run_id]
     for other in equal:
-        if _continues(other, run) and not _adds_to(run, other):
+        if not _adds_to(run, other) and (_continues(other, run) or _continues(run, other)):
             return Outcome(other.path, f"kept: it is here already, {_progress(other)} (archive: {_progress(run)})")
     continued = next((other for other in equal if _continues(run, other)), None)
     if continued is None:

@@ -265,15 +265,16 @@ def test_most_valuable_jobs_come_first(has_gpu: bool, tmp_path: Path, monkeypatc
         "rollouts": ("point_navigation_maml", 8, 1.0, True),
         "quick": ("sinusoid_10shot", 2, 1.0, True),
         "evaluate": ("sinusoid_pretrain", 1, 0.0, True),
+        "evaluate rollouts": ("ant_velocity_random_init", 3, 0.0, True),
     }
     needs, hours = [], {}
     for experiment, count, length, in_paper in names.values():
         needs += [Need("table", "row", str(column), Source(experiment, "m", 1), in_paper) for column in range(count)]
         hours[experiment] = length
     monkeypatch.setattr(plan_module, "estimate", lambda job, runs: Estimate(hours[job.name], None))
-    order = ["evaluate", "rollouts", "quick", "slow", "unknown", "later"]
+    order = ["evaluate", "rollouts", "quick", "slow", "unknown", "evaluate rollouts", "later"]
     if has_gpu:  # which rollouts do not use
-        order = ["evaluate", "quick", "slow", "unknown", "later", "rollouts"]
+        order = ["evaluate", "quick", "slow", "unknown", "later", "rollouts", "evaluate rollouts"]
     found = [job.name for job in most_valuable_first(plan(needs, [0], [], tmp_path), [])]
     assert found == [names[name][0] for name in order]
 

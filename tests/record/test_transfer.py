@@ -74,6 +74,17 @@ def test_run_goes_on_where_it_was_imported(stages: dict[str, Path], tiny: TinyRu
     assert [part["first_iteration"] for part in record["segments"]] == [0, 5, 11]
 
 
+def test_start_that_computed_nothing_is_no_reason_to_replace(stages: dict[str, Path], tiny: TinyRuns) -> None:
+    (outcome,) = import_runs(stages["late"], tiny.runs_dir)
+    record = json.loads((outcome.folder / "run.json").read_text())
+    segment = record["segments"][-1] | {"started": "later", "first_iteration": 11, "last_iteration": 11}
+    edit(outcome.folder / "run.json", segments=[*record["segments"], segment])
+    archive = archive_of(tiny.runs_dir, tiny.runs_dir.with_name("started.tar"))
+    into = tiny.runs_dir.with_name("here")
+    import_runs(stages["late"], into)
+    assert imported(archive, into)[0].startswith("kept: ")
+
+
 def test_other_history_is_another_sample_beside_it(stages: dict[str, Path], tmp_path: Path) -> None:
     into = tmp_path / "here"
     import_runs(stages["late"], into)
