@@ -61,8 +61,8 @@ class Hardware:
         num_threads: number of CPU threads. ``auto`` takes all cores for images, and for simulation if a GPU does the
             rest; otherwise one, because several threads slow operations on small vectors down.
         task_chunk: number of tasks of each seed that are batched at once. ``all`` batches the whole meta-batch.
-            ``auto`` measures the fastest number for images (on a CPU, the smallest that is at most a tenth slower),
-            takes rollouts on a CPU in parts that fit its cache, and otherwise batches the whole meta-batch.
+            ``auto`` measures the fastest number for images, takes rollouts on a CPU in parts that fit its cache, and
+            otherwise batches the whole meta-batch.
         compile: whether to compile the meta-gradient. ``auto`` does so for long CPU runs, except for images with
             several inner steps.
         cuda_graph: whether to launch the whole meta-iteration, from drawing tasks to the outer optimizer, as one CUDA

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -28,8 +28,7 @@ _REPETITIONS = 3
 # Least CPU training time for which compiling pays off, where there are no kernels: it takes minutes at each start, then
 # images are about 1.2 times faster. Kernels save more, and a compiled program does not use them.
 _MIN_SECONDS_TO_COMPILE = 3600
-# Measuring stops after two sizes in a row that take this many times as long as the best. On a CPU, a smaller size may
-# take as long.
+# Measuring stops after two sizes in a row that are this many times slower than the best.
 _SLOWER_THAN_BEST = 1.1
 _UNRELATED_KEYS = ("outer.", "seed", "num_iterations")  # training settings that do not change the speed
 
@@ -71,27 +70,13 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
             write_atomically(path, lambda file: file.write(content.encode()))
         table = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
         announce(f"hardware.task_chunk=auto: measured time per task, by chunk size: {table}")
-    chunk = choose_chunk(seconds, on_cpu=hardware.device.type == "cpu")
+    chunk = min(seconds, key=seconds.__getitem__)
     training_seconds = seconds[chunk] * num_tasks(tasks) * settings.num_iterations
     # The program of several inner steps is too long to compile.
     is_short = iterate.algorithms[0].inner.num_steps == 1
     is_compilable = hardware.device.type == "cpu" and is_short and not execution.kernels
     compiling_pays = hardware.compile == "auto" and is_compilable and training_seconds >= _MIN_SECONDS_TO_COMPILE
     return replace(execution, task_chunk=chunk, compile=compiling_pays)
-
-
-def choose_chunk(seconds: Mapping[int, float], on_cpu: bool) -> int:
-    """Returns the fastest chunk size; on a CPU, the smallest that is at most a tenth slower.
-
-    Memory grows with the size. A CPU is nearly as fast with a fraction of it, and other jobs share its caches. A GPU
-    has memory of its own, and larger chunks mean fewer launches.
-
-    Args:
-        seconds: seconds per task, by chunk size.
-        on_cpu: whether they were measured on a CPU.
-    """
-    limit = min(seconds.values()) * (_SLOWER_THAN_BEST if on_cpu else 1.0)
-    return min(size for size, value in seconds.items() if value <= limit)
 
 
 def measure_seconds_per_task(iterate: Iteration) -> dict[int, float]:

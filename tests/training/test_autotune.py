@@ -17,7 +17,7 @@ from maml.errors import Interrupted
 from maml.hardware.base import Execution, Hardware
 from maml.record import checkpoint
 from maml.training import autotune
-from maml.training.autotune import choose_chunk, measure_seconds_per_task, tune_execution
+from maml.training.autotune import measure_seconds_per_task, tune_execution
 from maml.training.iteration import Iteration
 from maml.training.meta_gradient import MetaGradient
 from maml.types import num_tasks
@@ -69,12 +69,6 @@ def test_chunk_is_the_one_that_takes_least_per_task(
     assert min(found, key=found.__getitem__) == best
     assert given == tried
     assert found[best] == pytest.approx(seconds[best] / best)
-
-
-@pytest.mark.parametrize(("on_cpu", "expected"), [(True, 4), (False, 16)])
-def test_smallest_chunk_that_is_nearly_the_fastest_is_taken_on_a_cpu(on_cpu: bool, expected: int) -> None:
-    seconds = {1: 21.1, 2: 10.9, 4: 7.7, 8: 7.3, 16: 7.0, 32: 7.8}
-    assert choose_chunk(seconds, on_cpu) == expected
 
 
 def test_seeds_are_measured_together(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
