@@ -21,7 +21,7 @@ from clocks import MIN_TURN_SECONDS, Clock, choose_clock, seconds_per_call
 
 from maml.hardware.base import Hardware
 from maml.record.checkpoint import write_text_atomically
-from maml.record.run_folder import versions
+from maml.record.run_folder import commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("learn2learn", "higher", "torchopt", "jax")
@@ -83,13 +83,11 @@ def describe_conditions(device: torch.device, num_threads: int) -> dict[str, str
     for peer in PEERS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[peer] = importlib.metadata.version(peer)
-    # Without results/: the benchmark itself rewrites files there.
-    commit = git("rev-parse", "HEAD") or "unknown"
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    recorded = commit()
     hardware = Hardware("cuda" if device.type == "cuda" else "cpu").describe()
     return {
         "command": shlex.join(["python", "scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit + "-dirty" * bool(changed),
+        "commit": (recorded["commit"] or "unknown") + "-dirty" * bool(recorded["dirty"]),
         "hardware": ", ".join(f"{key} {value}" for key, value in hardware.items()),
         "threads": str(num_threads),
         "clock": choose_clock(device, num_threads)[1],

@@ -117,11 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             jobs = most_valuable_first(jobs, runs)
         stopped_by, all_succeeded = run_jobs(jobs, options.jobs, options.budget)
     if stopped_by:
-        reason = "the budget is used up" if stopped_by == OUT_OF_TIME else f"stopped by {stopped_by}"
-        print(f"{reason}; all progress is saved. Run the same command again to continue: {command_line()}")
+        again = f"Run the same command again to continue: {command_line()}"
         if stopped_by == OUT_OF_TIME:
-            print("the tables are as before; make paper-tables renders what there is")
+            print(f"the budget is used up. {again}\nNothing was rendered; make paper-tables shows what there is")
             return int(bool(failed) or not all_succeeded)
+        print(f"stopped by {stopped_by}; all progress is saved. {again}")
         return 128 + signal.Signals[stopped_by]
     rendered = render(roots, results, options.smoke)
     return int(bool(failed) or not all_succeeded or not rendered)
@@ -290,15 +290,16 @@ def run_jobs(jobs: Sequence[Job], limit: int | None, budget: float | None = None
 
     trained_elsewhere: set[str] = set()
     with _signals() as received, _StatusDisplay() as display:
-        passed_on, is_late = 0, False
+        passed_on, is_late, is_cut_off = 0, False, False
         while workers or (waiting and not received and not is_late):
             if not received and not is_late and time.monotonic() >= stop_at:
                 is_late = True
                 for worker in workers:
                     worker.process.terminate()
-            if time.monotonic() >= end:
-                for worker in workers:
-                    worker.process.kill()  # it goes on from its last checkpoint
+            for worker in workers if time.monotonic() >= end else ():
+                display.say(f"killed {worker.job.name}, which did not end in time: it goes on from its last checkpoint")
+                worker.process.kill()
+                worker.process.wait()
             is_stopping = bool(received) or is_late
             for job in () if is_stopping else tuple(waiting):
                 if sum(threads_for(worker.job) for worker in workers) + threads_for(job) > room:
@@ -327,6 +328,7 @@ def run_jobs(jobs: Sequence[Job], limit: int | None, budget: float | None = None
                 if status == 0 and not worker.commands:
                     display.say(f"finished {name}")
                 elif is_stopping:
+                    is_cut_off = True
                     display.say(f"stopped {name}: {output[-1] if output else 'before it began'}")
                 elif status == os.EX_UNAVAILABLE:
                     impossible[name] = output[-1]
@@ -350,7 +352,7 @@ def run_jobs(jobs: Sequence[Job], limit: int | None, budget: float | None = None
         print(message, file=sys.stderr)
     if received:
         return signal.Signals(received[0]).name, not failed
-    return (OUT_OF_TIME if is_late else ""), not failed
+    return (OUT_OF_TIME if is_late and (is_cut_off or waiting) else ""), not failed
 
 
 def _start(job: Job, slot: int, gpus: Sequence[str], display: _StatusDisplay) -> Worker:

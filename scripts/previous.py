@@ -166,7 +166,7 @@ def _export(commit: str, folder: Path) -> None:
 def _commit_of_table(options: argparse.Namespace) -> str:
     """Returns the commit that this processor's committed table names; empty if there is no such table."""
     committed = git("show", f"HEAD:{RESULTS}/{hardware_folder(options.device)}/{options.name}.md")
-    return read_conditions(committed).get("commit", "").removesuffix("-dirty")
+    return read_conditions(committed).get("commit", "").removesuffix("-dirty").removesuffix("unknown")
 
 
 def _last_line(log: Path) -> str:

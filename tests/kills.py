@@ -97,7 +97,7 @@ def _prepare(at: int, after_updates: int) -> None:
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = io.open(os.devnull, "w")  # noqa: SIM115, UP020 - open until the process ends
     maml.experiment.plot_report = _write_small_picture  # drawing takes longer than the run, and so does Git
-    maml.record.run_folder._commit = lambda: {"commit": None, "dirty": None}
+    maml.record.run_folder.commit = lambda: {"commit": None, "dirty": None}
     Killer(at, after_updates).install()
 
 

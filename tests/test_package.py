@@ -172,13 +172,13 @@ def test_commit_is_that_of_the_clone_and_of_no_repository_around_it(
     for words in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "one"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     monkeypatch.setattr(run_folder, "ROOT", tmp_path)
-    assert len(run_folder._commit()["commit"]) == 40
+    assert len(run_folder.commit()["commit"]) == 40
     (tmp_path / "inside").mkdir()
     monkeypatch.setattr(run_folder, "ROOT", tmp_path / "inside")
-    assert run_folder._commit() == {"commit": None, "dirty": None}
+    assert run_folder.commit() == {"commit": None, "dirty": None}
     monkeypatch.setattr(run_folder, "ROOT", tmp_path)
     monkeypatch.setattr(run_folder, "IN_CLONE", False)
-    assert run_folder._commit() == {"commit": None, "dirty": None}
+    assert run_folder.commit() == {"commit": None, "dirty": None}
 
 
 @pytest.mark.slow

@@ -58,10 +58,7 @@ def halve_chunk_on_oom(compute: Callable[[int], Computed], chunk: int) -> tuple[
             if is_capturing():
                 raise
             reason = str(error).splitlines()[0]
-        # Outside the handler, because within it the exception keeps the failed computation's tensors alive.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_failed_memory()
         if chunk == 1:
             raise MamlError(
                 f"one task alone does not fit into memory ({reason}). Choose hardware.recompute=true, precision=bf16, "
@@ -69,6 +66,16 @@ def halve_chunk_on_oom(compute: Callable[[int], Computed], chunk: int) -> tuple[
             )
         chunk //= 2
         _log.warning("out of memory (%s): continuing with hardware.task_chunk=%d", reason, chunk)
+
+
+def release_failed_memory() -> None:
+    """Frees what a computation that ran out of memory has left.
+
+    Call it outside the handler: within it, the exception keeps the failed computation's tensors alive.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_capturing() -> bool:

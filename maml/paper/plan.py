@@ -59,7 +59,7 @@ class Job:
         iteration: number of iterations of the newest checkpoint; None if there is no checkpoint.
         committed: committed run folder with that checkpoint, if it is not in ``folder``.
         impossible: why it cannot run on this machine, if that is known before the start; else empty.
-        num_needs: number of the paper's cells, curves and panels that need it.
+        num_needs: number of the paper's cells, curves and panels that need the missing evaluations.
     """
 
     name: str
@@ -253,12 +253,13 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
     training, folder = training_config(settings), RunFolder(settings, group[0].experiment).path
     trained = [run for run in runs if run.record.training == training]
     evaluated = [report.evaluation for run in trained for report in run.reports if report.complete]
-    missing = []
+    missing, num_needs = [], 0
     for command in group:
         evaluation = evaluation_config(command.settings)
         if evaluation not in evaluated or (folder.exists() and _lacks_its_end(command)):
             evaluated.append(evaluation)
             missing.append(command.arguments(wandb))
+            num_needs += sum(need.in_paper for need in command.needs)
     resumable = [run for run in trained if checkpoint.newest(run.path / "checkpoint.pt")]
     here = next((run for run in resumable if run.path == folder), None)
     committed = None
@@ -285,7 +286,7 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
         start.iteration if start else None,
         committed.path if committed else None,
         impossible,
-        sum(need.in_paper for command in group for need in command.needs),
+        num_needs,
     )
 
 

@@ -175,7 +175,7 @@ class RunFolder:
             "last_iteration": iteration,
             "log_every": self.settings.log_every,
             "maml": maml.__version__,
-            **_commit(),
+            **commit(),
             "versions": versions(),
             "hardware": dict(hardware),
         }
@@ -701,7 +701,7 @@ def command_line() -> str:
     return shlex.join([*(torchrun or ["python"]), str(shown), *arguments])
 
 
-def _commit() -> dict[str, Any]:
+def commit() -> dict[str, Any]:
     """Returns the commit of the clone or bundle, and whether tracked files differ from it; both are None elsewhere.
 
     An installed wheel, or a copy of the files, may be inside another project's repository. That commit is not used.
@@ -726,7 +726,7 @@ def _commit() -> dict[str, Any]:
 
 
 def _bundled_commit() -> dict[str, Any]:
-    """Does for the files of a bundle (scripts/bundle.py), by their hashes, what `_commit` does for a clone."""
+    """Does for the files of a bundle (scripts/bundle.py), by their hashes, what `commit` does for a clone."""
     bundle = read_json(ROOT / "bundle.json")
     if bundle is None:
         return {"commit": None, "dirty": None}

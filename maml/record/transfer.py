@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from maml.config.identity import digest
 from maml.errors import MamlError
 from maml.record import checkpoint
-from maml.record.index import Run, read_run
+from maml.record.index import SUPERSEDED, Run, read_run
 from maml.record.lock import acquire, advice, holder
 from maml.record.run_folder import read_checkpoint, read_metrics
 
@@ -83,15 +82,22 @@ def _staging(into: Path) -> Iterator[Path]:
         raise MamlError(f"{holder(path)} is importing into {into}; {advice(path)}")
     staging = into / _STAGING
     try:
-        for replaced in staging.glob("replaced/*/*"):
-            target = into / replaced.relative_to(staging / "replaced")
-            if not target.exists():
-                replaced.rename(target)
-        shutil.rmtree(staging, ignore_errors=True)
+        _clear(staging, into)
         yield staging
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _clear(staging, into)
         lock.release()
+
+
+def _clear(staging: Path, into: Path) -> None:
+    """Deletes the staging folder, after putting back each run that was moved away and has no successor in its place."""
+    for replaced in staging.glob("replaced/*/*"):
+        target = into / replaced.relative_to(staging / "replaced")
+        successor, run = read_run(target), read_run(replaced)
+        if run is None or (successor is not None and _continues(successor, run)):
+            continue
+        replaced.rename(_free_folder(run, into) if target.exists() else target)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _extract(archive: Path, folder: Path) -> None:
@@ -117,8 +123,7 @@ def _extract(archive: Path, folder: Path) -> None:
 def _take(folder: Path, into: Path, staging: Path) -> Outcome:
     """Checks a run in the staging folder and moves it to its place."""
     run = _checked(folder)
-    here = (read_run(path) for path in sorted(into.glob(f"*/{run.record.run_id}*/")))
-    equal = [other for other in here if other is not None and other.record.run_id == run.record.run_id]
+    equal = _equal_runs(run, into)
     for other in equal:
         if not _adds_to(run, other) and (_continues(other, run) or _continues(run, other)):
             return Outcome(other.path, f"kept: it is here already, {_progress(other)} (archive: {_progress(run)})")
@@ -135,11 +140,11 @@ def _take(folder: Path, into: Path, staging: Path) -> Outcome:
         raise MamlError(f"{holder(continued.path / 'lock')} is training in {continued.path}; stop it first")
     text = f"imported, {_progress(run)} (before: {_progress(continued)})"
     try:
-        _keep_files(continued.path, folder)
+        _keep_files(continued, run)
         replaced = staging / "replaced" / continued.path.relative_to(into)
         replaced.parent.mkdir(parents=True, exist_ok=True)
         continued.path.rename(replaced)
-        folder.rename(continued.path)
+        folder.rename(continued.path)  # if this fails, the staging folder is cleared with the run put back
     finally:
         lock.release()
     return Outcome(continued.path, text)
@@ -167,10 +172,6 @@ def _checked(folder: Path) -> Run:
     return run
 
 
-def _history(run: Run) -> list[tuple[Any, ...]]:
-    return [(part.started, part.first_iteration) for part in run.record.segments]
-
-
 def _iteration(run: Run) -> int:
     """The iteration of the newest checkpoint, which after a kill may be ahead of the record."""
     newest = checkpoint.newest(run.path / "checkpoint.pt")
@@ -179,8 +180,13 @@ def _iteration(run: Run) -> int:
 
 def _continues(run: Run, earlier: Run) -> bool:
     """Returns whether a run has the whole history of another, and is at least as far."""
-    before = _history(earlier)
-    return _history(run)[: len(before)] == before and _iteration(run) >= _iteration(earlier)
+    parts, before = run.record.segments, earlier.record.segments
+    has_history = len(parts) >= len(before) and all(
+        (mine.started, mine.first_iteration) == (theirs.started, theirs.first_iteration)
+        and mine.last_iteration >= theirs.last_iteration
+        for mine, theirs in zip(parts, before, strict=False)
+    )
+    return has_history and _iteration(run) >= _iteration(earlier)
 
 
 def _adds_to(run: Run, other: Run) -> bool:
@@ -191,14 +197,29 @@ def _adds_to(run: Run, other: Run) -> bool:
     return any((report.evaluation, report.iteration) not in known for report in run.reports)
 
 
-def _keep_files(here: Path, folder: Path) -> None:
-    """Copies what only the run here has: evaluations and the mark that it is superseded."""
-    for path in here.iterdir():
-        if path.is_file() and path.name not in _NEVER_TAKEN and not (folder / path.name).exists():
-            shutil.copy2(path, folder)
-    for path in here.glob("evaluations/*/"):
-        if not (folder / "evaluations" / path.name).exists():
-            shutil.copytree(path, folder / "evaluations" / path.name)
+def _keep_files(here: Run, run: Run) -> None:
+    """Copies what only the run here has: evaluations, the mark that it is superseded, and the last checkpoint."""
+    for report in here.reports:
+        if any((other.evaluation, other.iteration) == (report.evaluation, report.iteration) for other in run.reports):
+            continue
+        # As in RunFolder.save_report: one evaluation of the whole training has its place in the run's own folder.
+        target = run.path / "evaluations" / digest({"iteration": report.iteration, **report.evaluation})
+        if report.folder == here.path and not (run.path / "report.json").exists():
+            target = run.path
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("config.yaml", "tasks.csv", "report.png", "report.json"):
+            if (report.folder / name).exists():
+                shutil.copy2(report.folder / name, target)
+    for name in (SUPERSEDED, *(["checkpoint.pt"] if _iteration(run) == _iteration(here) else [])):
+        if (here.path / name).exists() and not (run.path / name).exists():
+            shutil.copy2(here.path / name, run.path)
+
+
+def _equal_runs(run: Run, into: Path) -> list[Run]:
+    """Returns the runs here with the same id; their folders may have any name."""
+    records = [path for path in sorted(into.glob("*/*/run.json")) if run.record.run_id in path.read_text()]
+    here = (read_run(path.parent) for path in records)
+    return [other for other in here if other is not None and other.record.run_id == run.record.run_id]
 
 
 def _free_folder(run: Run, into: Path) -> Path:

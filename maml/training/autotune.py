@@ -16,10 +16,11 @@ from maml.config.identity import digest, training_config
 from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.hardware.base import Execution, Hardware
+from maml.hardware.memory import release_failed_memory
 from maml.record.checkpoint import write_atomically
 from maml.record.run_folder import read_json, versions
 from maml.status import announce
-from maml.training.cuda_graph import capture
+from maml.training.cuda_graph import capture, cause_of
 from maml.training.iteration import Iteration
 from maml.types import num_tasks
 
@@ -96,6 +97,9 @@ def measure_seconds_per_task(iterate: Iteration) -> dict[int, float]:
         try:
             times = _times(partial(iterate.meta_gradient.sums, params, chunk, size), on_gpu, can_capture)
         except torch.OutOfMemoryError:
+            times = []
+        if not times:
+            release_failed_memory()
             continue
         seconds[size] = min(times[1:]) / (num_seeds * size)
         num_worse = num_worse + 1 if seconds[size] > _SLOWER_THAN_BEST * best else 0
@@ -113,12 +117,13 @@ def _times(compute: Callable[[], object], on_gpu: bool, captured: bool) -> list[
     """
     if captured:
         compute()  # libraries choose algorithms in their first calls, which cannot be captured
+        is_out_of_memory, reason = False, ""
         try:
             _, compute = capture(compute)
-        except RuntimeError as error:
-            # Ending a failed capture raises another error after the first. Unless it is memory, plain calls are timed.
-            if isinstance(cause := error.__context__ or error, torch.OutOfMemoryError):
-                raise cause from None
+        except RuntimeError as error:  # what cannot be captured for another reason is measured as it is
+            reason, is_out_of_memory = cause_of(error)
+        if is_out_of_memory:  # a new error, because the first one keeps the failed computation's tensors alive
+            raise torch.OutOfMemoryError(reason)
     times = []
     for _ in range(1 + _REPETITIONS):
         start = time.perf_counter()

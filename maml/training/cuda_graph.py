@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maml.hardware import distributed
 from maml.hardware.base import Execution
+from maml.hardware.memory import release_failed_memory
 from maml.status import announce
 from maml.training.iteration import Iteration
 
@@ -41,6 +42,12 @@ def capture(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]
     finally:
         torch.cuda.set_stream(stream)  # a failed capture does not restore it
     return outputs, graph.replay
+
+
+def cause_of(error: RuntimeError) -> tuple[str, bool]:
+    """Returns why a capture failed, and whether memory ran out. Ending it raises another error after the first."""
+    cause = error.__context__ or error
+    return (str(cause).splitlines() or [type(cause).__name__])[0], isinstance(cause, torch.OutOfMemoryError)
 
 
 class CudaGraphIteration:
@@ -120,9 +127,9 @@ class CudaGraphIteration:
             try:
                 return *capture(lambda: self.iterate(self.number)), ""
             except RuntimeError as error:
-                cause = error.__context__ or error  # ending a failed capture raises another error after the first
-                reason = str(cause).splitlines()[0]
-            if not isinstance(cause, torch.OutOfMemoryError) or chunk == 1:
+                reason, is_out_of_memory = cause_of(error)
+            release_failed_memory()
+            if not is_out_of_memory or chunk == 1:
                 self.iterate.meta_gradient.set_task_chunk(planned)
                 return [], lambda: None, reason
             chunk //= 2

@@ -9,6 +9,7 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -99,13 +100,52 @@ def test_other_history_is_another_sample_beside_it(stages: dict[str, Path], tmp_
 def test_evaluations_and_marks_of_here_are_kept(stages: dict[str, Path], tmp_path: Path) -> None:
     into = tmp_path / "here"
     (outcome,) = import_runs(stages["late"], into)
-    more = outcome.folder / "evaluations" / "mine"
-    more.mkdir(parents=True)
-    (more / "config.yaml").write_text("a: 1\n")
     (outcome.folder / "superseded.json").write_text(json.dumps({"by": "", "reason": "why"}))
+    (outcome.folder / "checkpoint.new.pt").write_bytes(b"of a kill in an earlier save")
     import_runs(stages["finished"], into)
-    assert (more / "config.yaml").exists() and (outcome.folder / "superseded.json").exists()
-    assert (outcome.folder / "report.json").exists()
+    assert (outcome.folder / "superseded.json").exists()
+    assert not (outcome.folder / "checkpoint.new.pt").exists(), "it would replace the checkpoint that is further"
+
+
+def test_both_evaluations_of_a_finished_run_are_kept(tiny: TinyRuns, tmp_path: Path) -> None:
+    run = tiny.run(*STEPS)
+    record = json.loads((run / "report.json").read_text())
+    archive = archive_of(tiny.runs_dir, tmp_path / "runs.tar")
+    edit(run / "report.json", evaluation=record["evaluation"] | {"evaluation.num_tasks": 99})
+    import_runs(archive, tiny.runs_dir)
+    reports = [run / "report.json", *run.glob("evaluations/*/report.json")]
+    assert (
+        sorted(len(json.loads(path.read_text())["evaluation"]) for path in reports) == [len(record["evaluation"])] * 2
+    )
+    assert all((path.parent / "tasks.csv").exists() for path in reports)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_failure_between_the_moves_puts_the_run_back(
+    error: type[BaseException], stages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into = tmp_path / "here"
+    import_runs(stages["early"], into)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if "content" in self.parts:
+            raise error
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Path, "rename", failing)
+        assert import_runs(stages["finished"], into)[0].refused
+    assert imported(stages["early"], into)[0].startswith("kept: it is here already, 5 of 20")
+
+
+def test_run_in_a_folder_of_any_name_is_recognised(stages: dict[str, Path], tmp_path: Path) -> None:
+    into = tmp_path / "here"
+    (outcome,) = import_runs(stages["early"], into)
+    renamed = outcome.folder.rename(outcome.folder.with_name("mine"))
+    (outcome,) = import_runs(stages["finished"], into)
+    assert outcome.folder == renamed
+    assert len(list(into.glob("*/*/run.json"))) == 1
 
 
 def test_evaluation_from_elsewhere_is_added(tiny: TinyRuns, tmp_path: Path) -> None:
@@ -198,8 +238,8 @@ def test_kill_at_any_point_loses_nothing(stages: dict[str, Path], tmp_path: Path
         return process.exitcode
 
     def check() -> None:
-        before = [path for path in into.glob("*/*/run.json")]
-        assert import_runs(stages["finished"], into)[0].text.startswith(("imported, 20 of 20", "kept: ")), before
+        (text,) = imported(stages["finished"], into)
+        assert text.startswith("kept: ") or "(before: 5 of 20 iterations" in text, "the one that was here is lost"
         assert len(list(into.glob("*/*/run.json"))) == 1
         assert not (into / ".importing").exists()
 

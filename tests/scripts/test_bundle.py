@@ -226,19 +226,19 @@ def test_run_in_a_bundle_records_its_commit_and_changed_files(
     folder = bundle()
     monkeypatch.setattr(run_folder, "ROOT", folder)
     clean = {"commit": head.stdout.strip(), "dirty": False}
-    assert run_folder._commit() == clean
+    assert run_folder.commit() == clean
     (folder / "results" / "table.md").write_text("a run wrote this\n")
     (folder / "new.py").touch()
-    assert run_folder._commit() == clean
+    assert run_folder.commit() == clean
     (folder / "code.py").write_text("answer = 43\n")
-    assert run_folder._commit() == clean | {"dirty": True}
+    assert run_folder.commit() == clean | {"dirty": True}
     (folder / "code.py").unlink()
-    assert run_folder._commit() == clean | {"dirty": True}
+    assert run_folder.commit() == clean | {"dirty": True}
     (folder / "bundle.json").write_text("{}")
     with pytest.raises(MamlError, match="commit is missing"):
-        run_folder._commit()
+        run_folder.commit()
     (folder / "bundle.json").unlink()
-    assert run_folder._commit() == {"commit": None, "dirty": None}
+    assert run_folder.commit() == {"commit": None, "dirty": None}
 
 
 @pytest.mark.parametrize(("without", "site"), [([], ""), (["--without", "torch"], "--system-site-packages ")])
