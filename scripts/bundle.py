@@ -33,6 +33,7 @@ from maml.errors import MamlError
 from maml.record.checkpoint import write_atomically
 from maml.record.index import read_runs
 from maml.record.lock import is_held
+from maml.record.transfer import is_portable
 
 TOP = "maml-bundle"
 Files = dict[str, Path]
@@ -41,8 +42,6 @@ Files = dict[str, Path]
 _SOURCE_ONLY = {"antlr4-python3-runtime"}  # published without a wheel; pure Python, so one wheel fits all machines
 _FOR_EDITABLE = "editables~=0.3"  # hatchling asks for it in an editable install; no file of ours names it
 _OF_TORCH = re.compile(r"triton|(nvidia|cuda)-.+")  # of no use without the torch that they were made for
-# Locks belong to a machine. The older checkpoint and half-written files are not needed to resume.
-_NOT_PACKED = re.compile(r"lock(\..+)?|checkpoint\.previous\.pt|\..+\.\d+")
 _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -243,7 +242,7 @@ def _run_files(max_size: int) -> Files:
             problems.append(f"{run.path} is in use by a process")
             continue
         found = _files_in(run.path, f"runs/{run.experiment}/{run.path.name}")
-        found = {name: path for name, path in found.items() if _NOT_PACKED.fullmatch(path.name) is None}
+        found = {name: path for name, path in found.items() if is_portable(path)}
         if (size := _tar_size(found)) > max_size:
             problems.append(f"{run.path} has {size / 1e6:.1f} MB, more than --max-run-size")
             continue

@@ -184,7 +184,7 @@ def print_plan(jobs: Sequence[Job], runs: Sequence[Run]) -> None:
     """Prints a table of all jobs, with their estimated times and sizes."""
     rows, hours, size, unknown = [], 0.0, 0, 0
     for job in jobs:
-        expected = estimate(job, runs) if job.state not in ("done", "cannot") else None
+        expected = estimate(job, runs) if job.is_open else None
         if expected is not None:
             hours, size = hours + (expected.hours or 0), size + (expected.size or 0)
             unknown += expected.hours is None or expected.size is None
@@ -280,7 +280,7 @@ def run_jobs(jobs: Sequence[Job], limit: int | None, budget: float | None = None
     print(f"{_counts(jobs)}")
     impossible = {job.name: job.impossible for job in jobs if job.state == "cannot"}
     failed: list[str] = []
-    waiting = [job for job in jobs if job.state not in ("done", "cannot")]
+    waiting = [job for job in jobs if job.is_open]
     workers: list[Worker] = []
     gpus = visible_gpus()
     room = limit or len(gpus) or os.cpu_count() or 1

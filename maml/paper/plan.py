@@ -8,8 +8,6 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
-from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +90,11 @@ class Job:
         if self.iteration is None:
             return "run"
         return f"continue from {self.iteration:,}" if self.left else "evaluate"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something to do that this machine can do."""
+        return self.state not in ("done", "cannot")
 
     @property
     def num_threads(self) -> int:
@@ -309,8 +312,7 @@ def most_valuable_first(jobs: Sequence[Job], runs: Sequence[Run]) -> list[Job]:
         per_hour = job.num_needs / max(hours or 0.0, _MIN_HOURS)
         return on_gpu and is_simulated, not job.num_needs, hours is None, -per_hour
 
-    is_open = [job.state not in ("done", "cannot") for job in jobs]
-    return sorted(compress(jobs, is_open), key=rank) + list(compress(jobs, map(not_, is_open)))
+    return sorted((job for job in jobs if job.is_open), key=rank) + [job for job in jobs if not job.is_open]
 
 
 def _lacks_its_end(command: _Command) -> bool:

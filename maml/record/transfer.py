@@ -18,7 +18,11 @@ from maml.record.lock import acquire, advice, holder
 from maml.record.run_folder import read_checkpoint, read_metrics
 
 _STAGING = ".importing"  # in the folder that takes the runs, so that moving them is a rename
-_NEVER_TAKEN = ("lock", "lock.marker", "checkpoint.previous.pt")
+
+
+def is_portable(path: Path) -> bool:
+    """Returns whether a file of a run folder is of use on another machine: locks and half-written files are not."""
+    return path.name not in ("lock", "lock.marker", "checkpoint.previous.pt") and not checkpoint.is_temporary(path)
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,10 @@ def _staging(into: Path) -> Iterator[Path]:
         _clear(staging, into)
         yield staging
     finally:
-        _clear(staging, into)
-        lock.release()
+        try:
+            _clear(staging, into)
+        finally:
+            lock.release()
 
 
 def _clear(staging: Path, into: Path) -> None:
@@ -111,8 +117,7 @@ def _extract(archive: Path, folder: Path) -> None:
             for member in tar:
                 if not (member.isfile() or member.isdir()):
                     raise MamlError(f"{archive}: {member.name} is a link or a device, which no run has; pack it anew")
-                path = Path(member.name)
-                if path.name not in _NEVER_TAKEN and not checkpoint.is_temporary(path):
+                if is_portable(Path(member.name)):
                     tar.extract(member, folder, filter="data")
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise MamlError(f"{archive} is no tar file, or is damaged ({error}); copy it again") from error
