@@ -45,6 +45,7 @@ BARS = {  # required iterations per second
 LOOP_BARS = {"omniglot_5way_1shot": 20.0}  # required ratio to the loop on the same GPU
 BUSY_BARS = {"omniglot_5way_1shot": 80.0}  # required share of the time in which the GPU computes, in percent
 OURS = "ours as trained"
+OURS_ON_GPU = ("ours without graph", "ours with kernels")  # settings that training does not choose there
 
 TEXT = """
 A ratio says how many times as fast an implementation is: the median over rounds of (time of the other / its own time in
@@ -123,8 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates, previous = Rates.measure(device), Previous(args)
     conditions = describe_conditions(device, args.threads) | {"rates": str(rates), "previous": str(previous)}
     text, rows = [TEXT, "", PREVIOUS_TEXT, "", NOTES, ""], []
+    variants = OURS_ON_GPU if device.type == "cuda" else ()
     for experiment in args.experiments:
-        lines, csv_rows = measure(experiment, [OURS, "loop", *args.peers], args, rates, previous)
+        lines, csv_rows = measure(experiment, [OURS, *variants, "loop", *args.peers], args, rates, previous)
         text += [*lines, ""]
         rows += csv_rows
         write_results(args, "Whole training steps", conditions, text, rows)

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from maml.data.cache import ImageSet
 from maml.domain.classification import FewShotClassification, Splits
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
+from maml.hardware.kernels import use_kernels
 from maml.model.conv4 import Conv4
 from maml.seeding import Stream
 from maml.training.autotune import tune_execution
@@ -124,7 +125,7 @@ class Problem:
             sizes = {key: domain[key] for key in ("num_ways", "num_shots", "num_query")}
             noise = {"_target_": f"{__name__}.Noise", "image_set": domain["_target_"], **sizes}
             self.settings = replace(self.settings, domain=noise)
-        self.algorithm, _ = self.build(compile=False)
+        self.algorithm, _ = self.build({"compile": False})
         generator = torch.Generator().manual_seed(0)
         self.theta: Params = {}
         for name, value in self.algorithm.theta.items():
@@ -144,9 +145,9 @@ class Problem:
         """Whether the network is convolutional; otherwise it is fully connected."""
         return isinstance(self.algorithm.model, Conv4)
 
-    def build(self, compile: bool | Literal["auto"]) -> tuple[Algorithm, Iteration | CudaGraphIteration]:
-        """Builds the algorithm and the training iteration, with another value of ``hardware.compile``."""
-        return build_as_trained(replace(self.settings, hardware={**self.settings.hardware, "compile": compile}))
+    def build(self, hardware: Mapping[str, Any]) -> tuple[Algorithm, Iteration | CudaGraphIteration]:
+        """Builds the algorithm and the training iteration, with other values of some settings of ``hardware``."""
+        return build_as_trained(replace(self.settings, hardware={**self.settings.hardware, **hardware}))
 
     def sample(self, iteration: int) -> Tasks:
         """Samples the tasks of one training iteration."""
@@ -196,12 +197,18 @@ class Implementation(ABC):
 class Ours(Implementation):
     """Our implementation, with the chunk size that it chooses for this hardware.
 
+    Args:
+        problem: the problem to solve.
+        hardware: values of some settings of ``hardware``; ``compile`` is off unless it is among them.
+
     Raises:
-        Unavailable: if it should be compiled, but compilation fails.
+        Unavailable: if it should be compiled, but compilation fails; or kernels are asked for that do not apply.
     """
 
-    def __init__(self, problem: Problem, compile: bool | Literal["auto"] = False) -> None:
-        self._algorithm, self._iterate = problem.build(compile)
+    def __init__(self, problem: Problem, **hardware: Any) -> None:
+        if hardware.get("kernels") is True and not problem.is_image:
+            raise Unavailable("there are no kernels for it")
+        self._algorithm, self._iterate = problem.build({"compile": False, **hardware})
         if problem.dtype == torch.float32:  # Adam's state is in float32
             for name, value in self._algorithm.theta.items():
                 value.copy_(problem.theta[name])
@@ -209,18 +216,22 @@ class Ours(Implementation):
             self._algorithm.theta = problem.theta
         iterate = self._iterate.iterate if isinstance(self._iterate, CudaGraphIteration) else self._iterate
         self._meta_gradient = iterate.meta_gradient
+        self._kernels = self._meta_gradient.execution.kernels
         if self._meta_gradient.execution.compile:
             self.gradient(problem.tasks)
             if not self._meta_gradient.execution.compile:
                 raise Unavailable("does not compile here")
 
     def gradient(self, tasks: Tasks) -> Params:
+        use_kernels(self._kernels)  # a switch of the process, and another implementation may have set it
         return self._meta_gradient.gradient(self._algorithm.theta | self._algorithm.buffers, tasks)[0]
 
     def step(self, tasks: Tasks) -> object:
+        use_kernels(self._kernels)
         return meta_update(self._algorithm, self._meta_gradient, tasks)
 
     def iterate(self, problem: Problem, number: int) -> object:
+        use_kernels(self._kernels)
         return self._iterate(number)
 
 
@@ -533,6 +544,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem], Implementation]] = {
     "ours": Ours,
     "ours compiled": functools.partial(Ours, compile=True),
     "ours as trained": functools.partial(Ours, compile="auto"),
+    "ours without graph": functools.partial(Ours, cuda_graph=False),
+    "ours with kernels": functools.partial(Ours, kernels=True),
     "loop": loop,
     "loop, fused norm": fused_loop,
     "learn2learn": learn2learn,
