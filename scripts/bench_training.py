@@ -120,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_previous_option(options)
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # the loop convolves in float32, as ours does
     device = torch.device(args.device)
     rates, previous = Rates.measure(device), Previous(args)
     conditions = describe_conditions(device, args.threads) | {"rates": str(rates), "previous": str(previous)}
