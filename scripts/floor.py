@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _MIN_PROFILED_SECONDS = 0.5
+# Templates in the names of PyTorch's CUDA kernels that do not say what is computed.
+_WRAPPERS = {
+    "gpu_kernel_impl",
+    "gpu_kernel_impl_nocast",
+    "ReduceOp",
+    "func_wrapper_t",
+    "BinaryFunctor",
+    "AUnaryFunctor",
+}
 NOTES = """
 The floor is the time that the machine needs for the loop's matrix products and convolutions alone. It is the larger of
 two times: their operations, at the measured rate of a large matrix product; and the bytes of their operands and
@@ -125,9 +135,22 @@ def slowest_operations(run: Callable[[], object], device: torch.device, count: i
     events = sorted(averages, key=lambda event: getattr(event, kind), reverse=True)
     total = sum(getattr(event, kind) for event in events) or 1.0
     return [
-        {"operation": event.key, "share": f"{getattr(event, kind) / total:.0%}", "calls": f"{event.count / times:g}"}
+        {
+            "operation": short_name(event.key),
+            "share": f"{getattr(event, kind) / total:.0%}",
+            "calls": f"{event.count / times:g}",
+        }
         for event in events[:count]
     ]
+
+
+def short_name(name: str) -> str:
+    """Returns an operation's name; of a CUDA kernel's long C++ name, the template and what it computes."""
+    if not name.startswith("void "):
+        return name
+    template, _, arguments = name.removeprefix("void ").partition("<")
+    inner = [found for found in re.findall(r"at::native::(?:\w+::)*(\w+)", arguments) if found not in _WRAPPERS]
+    return " ".join([template.rpartition("::")[2], *inner[:1]])
 
 
 def kernels(run: Callable[[], object], device: torch.device, times: int = 20) -> tuple[float, float]:

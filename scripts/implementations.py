@@ -202,12 +202,12 @@ class Ours(Implementation):
         hardware: values of some settings of ``hardware``; ``compile`` is off unless it is among them.
 
     Raises:
-        Unavailable: if it should be compiled, but compilation fails; or kernels are asked for that do not apply.
+        Unavailable: if it should be compiled, but compilation fails; or there are no kernels to leave out.
     """
 
     def __init__(self, problem: Problem, **hardware: Any) -> None:
-        if hardware.get("kernels") is True and not problem.is_image:
-            raise Unavailable("there are no kernels for it")
+        if "kernels" in hardware and not problem.is_image:
+            raise Unavailable("it has none")
         self._algorithm, self._iterate = problem.build({"compile": False, **hardware})
         if problem.dtype == torch.float32:  # Adam's state is in float32
             for name, value in self._algorithm.theta.items():
@@ -545,7 +545,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem], Implementation]] = {
     "ours compiled": functools.partial(Ours, compile=True),
     "ours as trained": functools.partial(Ours, compile="auto"),
     "ours without graph": functools.partial(Ours, cuda_graph=False),
-    "ours with kernels": functools.partial(Ours, kernels=True),
+    "ours without kernels": functools.partial(Ours, kernels=False),
     "loop": loop,
     "loop, fused norm": fused_loop,
     "learn2learn": learn2learn,
@@ -610,6 +610,7 @@ def prepare(
     Raises:
         RuntimeError: if an implementation computes another gradient.
     """
+    torch.backends.cudnn.allow_tf32 = False  # as in training with precision=float32
     with default_dtype(torch.float64):
         exact = Problem(experiment, overrides, device, torch.float64)
 

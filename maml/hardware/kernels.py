@@ -1,4 +1,4 @@
-"""Kernels of our own: compiled for this processor once, loaded from a cache, and used if a run says so."""
+"""Kernels of our own: compiled once for this processor or GPU, loaded from a cache, and used if a run says so."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ _FAST = [*_COMMON, "-march=native", "-fno-trapping-math", "-fno-math-errno"]
 _FLAGS = ([*_FAST, "-fopenmp"], _FAST, _COMMON)
 
 _enabled = False
+_programs: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def use_kernels(enabled: bool) -> None:
@@ -95,6 +97,38 @@ def call(name: str, sizes: Sequence[int], values: Sequence[Tensor | float]) -> N
             for value in values
         ),
     )
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function of tensors, compiled by torch for a GPU as one kernel or a few.
+
+    Args:
+        function: its arguments are tensors of any size, and strings; a number would become a variable of the program.
+    """
+    if function not in _programs:
+        _programs[function] = torch.compile(function, dynamic=True, fullgraph=True)
+    return _programs[function]
+
+
+@functools.cache
+def compiles_on_gpu() -> bool:
+    """Returns whether torch's compiler works for the GPU; if not, a warning says why. It needs a C compiler."""
+    announce("compiling kernels for this GPU, up to a minute, then mostly from a cache")
+    try:
+        run = compiled(_example)
+        run(torch.ones(2, device="cuda"))
+    except Exception as error:  # it can fail in each of several programs
+        _log.warning(
+            "torch cannot compile kernels for this GPU, so images are computed without them (slower, same "
+            "mathematics): %s",
+            (str(error).strip() or type(error).__name__).splitlines()[0],
+        )
+        return False
+    return True
+
+
+def _example(x: Tensor) -> Tensor:
+    return x + 1
 
 
 def _compile(compiler: str, path: Path) -> None:

@@ -14,7 +14,7 @@ For the gradient of sum(u dz) + w db + v dc with respect to the cotangent, z and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from maml.hardware.kernels import call
+from maml.hardware.kernels import call, compiled
 from maml.model.functional import BATCH_NORM_EPS
 
 Windows = Literal["none", "max", "max_keep_odd"]
@@ -54,7 +54,7 @@ def norm_relu(z: Tensor, shift: Tensor, scale: Tensor | None = None, windows: Wi
 class _NormReLU(Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, shift: Tensor, scale: Tensor, windows: Windows) -> Tensor:
-        kernel = _value_on_cpu if z.device.type == "cpu" else _compiled(value)
+        kernel = _value_on_cpu if z.device.type == "cpu" else compiled(value)
         y, mean, factor = kernel(z, shift, scale, windows)
         ctx.save_for_backward(z, shift, scale, mean, factor)
         ctx.windows = windows
@@ -74,7 +74,7 @@ class _NormReLUGradient(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(grad, z, shift, scale, mean, factor)
         ctx.windows = windows
-        kernel = _gradient_on_cpu if z.device.type == "cpu" else _compiled(gradient)
+        kernel = _gradient_on_cpu if z.device.type == "cpu" else compiled(gradient)
         return kernel(grad, z, shift, scale, mean, factor, windows)
 
     @staticmethod
@@ -84,7 +84,7 @@ class _NormReLUGradient(Function):
             mean, factor = statistics(z)
             for_grad, for_z, for_scale = second(u, w, v, grad, z, shift, scale, mean, factor, ctx.windows)
         else:
-            kernel = _second_on_cpu if z.device.type == "cpu" else _compiled(second)
+            kernel = _second_on_cpu if z.device.type == "cpu" else compiled(second)
             cotangents = u.contiguous(), w.contiguous(), v.contiguous()
             for_grad, for_z, for_scale = kernel(*cotangents, grad, z, shift, scale, mean, factor, ctx.windows)
         return for_grad, for_z, None, for_scale, None, None, None
@@ -126,13 +126,6 @@ def _second_on_cpu(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
 # On a GPU, the kernels are these functions, compiled. They are also what the kernels of the CPU are tested against.
 # z is (T, S, H, W, C), and sums over rows are (T, 1, 1, 1, C).
 _ROWS = (1, 2, 3)
-_programs: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    if function not in _programs:
-        _programs[function] = torch.compile(function, dynamic=True, fullgraph=True)
-    return _programs[function]
 
 
 def statistics(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,35 @@ def test_kernels_are_for_images_on_a_cpu_with_a_compiler(monkeypatch: pytest.Mon
         Hardware("cpu", kernels=True).choose(IMAGES, 100, {})
 
 
+def test_kernels_are_for_long_runs_on_a_gpu_that_torch_compiles_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    works = True
+    monkeypatch.setattr(base, "compiles_on_gpu", lambda: works)
+    assert Hardware("cuda").choose(IMAGES, 60_000, {}).kernels
+    assert not Hardware("cuda").choose(IMAGES, 100, {}).kernels, "compiling takes longer than it saves"
+    assert not Hardware("cuda").choose(Sinusoid().workload, 60_000, {}).kernels
+    works = False
+    assert not Hardware("cuda").choose(IMAGES, 60_000, {}).kernels
+    with pytest.raises(Unavailable, match="install a C compiler"):
+        Hardware("cuda", kernels=True).choose(IMAGES, 60_000, {})
+
+
+def test_a_gpu_for_which_torch_cannot_compile_has_no_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(function: object) -> object:
+        raise RuntimeError("Failed to find C compiler\nlong advice")
+
+    monkeypatch.setattr(kernels, "compiled", fail)
+    kernels.compiles_on_gpu.cache_clear()
+    assert not kernels.compiles_on_gpu()
+    assert not kernels.compiles_on_gpu()
+    kernels.compiles_on_gpu.cache_clear()
+    assert [record.getMessage().endswith("mathematics): Failed to find C compiler") for record in caplog.records] == [
+        True
+    ], "once"
+
+
 def test_a_checkpoint_that_is_older_than_the_kernels_goes_on_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "library", object)
     older = {name: value for name, value in Execution(1, 1, False).as_dict().items() if name not in base._BEFORE}

@@ -309,6 +309,23 @@ def test_exponent_of_a_power_law_is_found(script: Callable[[str], Any]) -> None:
     assert exponent([(5, 0.2), (50, 0.2)]) == pytest.approx(0.0)
 
 
+def test_names_of_cuda_kernels_are_short(script: Callable[[str], Any]) -> None:
+    short_name = script("floor").short_name
+    copy = "gpu_kernel_impl_nocast<at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)::{lambda()#3}>"
+    product = "at::native::BinaryFunctor<float, float, float, at::native::binary_internal::MulFunctor<float> >"
+    names = {
+        "aten::bmm": "aten::bmm",
+        f"void at::native::elementwise_kernel<128, 2, at::native::{copy}>(int)": (
+            "elementwise_kernel direct_copy_kernel_cuda"
+        ),
+        f"void at::native::vectorized_elementwise_kernel<4, {product}, std::array<char*, 3ul> >(int)": (
+            "vectorized_elementwise_kernel MulFunctor"
+        ),
+        "void gemv2T_kernel_val<int, float>(float)": "gemv2T_kernel_val",
+    }
+    assert {name: short_name(name) for name in names} == names
+
+
 def test_floor_counts_products_and_covers_intervals(script: Callable[[str], Any]) -> None:
     floor = script("floor")
     a, b = torch.ones(3, 4), torch.ones(4, 5)

@@ -47,7 +47,7 @@ class FixedExamples(SupervisedDomain):
             child = stream.child(role)
             x = child.child("x").uniform((num_tasks, size, *self.in_shape), -1.0, 1.0, dtype=torch.float64)
             y = child.child("y").uniform((num_tasks, size, 1), -1.0, 1.0, dtype=torch.float64)
-            labels = torch.arange(size).remainder(NUM_WAYS).expand(num_tasks, size)
+            labels = torch.arange(size, device=stream.device).remainder(NUM_WAYS).expand(num_tasks, size)
             return {f"{role}_x": x, f"{role}_y": labels if self.classes else y}
 
         return data("support", NUM_SUPPORT) | data("query", NUM_QUERY)
