@@ -46,7 +46,11 @@ LOOP_BARS = {"omniglot_5way_1shot": 20.0}  # required ratio to the loop on the s
 BUSY_BARS = {"omniglot_5way_1shot": 80.0}  # required share of the time in which the GPU computes, in percent
 OURS = "ours as trained"
 WARM_UP = 6  # calls: a graph is captured at the fourth, and its first launch is slow
-OURS_ON_GPU = ("ours without graph", "ours without kernels")  # what each of the two gains there
+VARIANTS = (
+    "ours without graph",
+    "ours without kernels",
+    "ours compiled",
+)  # on a GPU; the last takes minutes to compile
 
 TEXT = """
 A ratio says how many times as fast an implementation is: the median over rounds of (time of the other / its own time in
@@ -119,6 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = argument_parser(__doc__, "training", rounds=5)
     options.add_argument("--experiments", nargs="+", default=list(BARS))
     options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries besides the loop")
+    options.add_argument(
+        "--variants", nargs="*", choices=VARIANTS, help="on a GPU, besides ours (default: the first two)"
+    )
     add_previous_option(options)
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -126,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates, previous = Rates.measure(device), Previous(args)
     conditions = describe_conditions(device, args.threads) | {"rates": str(rates), "previous": str(previous)}
     text, rows = [TEXT, "", PREVIOUS_TEXT, "", NOTES, ""], []
-    variants = OURS_ON_GPU if device.type == "cuda" else ()
+    variants = VARIANTS[:2] if args.variants is None and device.type == "cuda" else args.variants or ()
     for experiment in args.experiments:
         lines, csv_rows = measure(experiment, [OURS, *variants, "loop", *args.peers], args, rates, previous)
         text += [*lines, ""]
