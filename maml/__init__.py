@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maml.api import available as available
     from maml.api import load as load
     from maml.paper.results import results as results
 
 __version__ = "0.1.0"
 
 # What `import maml` offers, and its module. Each is imported on demand: it brings all of the framework with it.
-_OFFERED = {"load": "maml.api", "results": "maml.paper.results"}
+_OFFERED = {"available": "maml.api", "load": "maml.api", "results": "maml.paper.results"}
 
 
 def __getattr__(name: str) -> Any:

@@ -41,8 +41,13 @@ from maml.types import Examples, Params, Tasks
 Inputs = ArrayLike | Tensor
 
 
-def load(source: str | Path, allow: Sequence[str] = ()) -> Network:
-    """Loads a trained network, onto the CPU. A network whose training is not complete causes a warning.
+def available() -> list[str]:
+    """Returns the experiments whose trained networks `load` takes by name, in alphabetical order."""
+    return sorted({entry.experiment for entry in read_index(CHECKPOINTS).cells.values()})
+
+
+def load(source: str | Path, allow: Sequence[str] = (), device: str | torch.device = "cpu") -> Network:
+    """Loads a trained network. A network whose training is not complete causes a warning.
 
     The files may come from somebody else: no code in them is run. They can only name classes of this package, and of
     modules that the caller allows.
@@ -53,11 +58,13 @@ def load(source: str | Path, allow: Sequence[str] = ()) -> Network:
             set of the training is not needed.
         allow: modules outside this package from which the network may use classes, such as ``["my_nets"]``; this
             includes the modules below them. Loading imports them, so allow only what you trust.
+        device: where it computes, such as ``cuda`` or ``cuda:1``. Inputs may be on any device.
 
     Raises:
-        MamlError: if the source does not exist, is damaged, or names a class of a module that is not allowed.
+        MamlError: if the source does not exist, is damaged, or names a class of a module that is not allowed; or there
+            is no such device.
     """
-    network = _load(source, allow)
+    network = _load(source, allow, _hardware(device))
     if not network.complete:
         warnings.warn(
             f"{network.experiment} was trained for {network.iteration:,} of {network.num_iterations:,} iterations; its "
@@ -67,15 +74,32 @@ def load(source: str | Path, allow: Sequence[str] = ()) -> Network:
     return network
 
 
-def _load(source: str | Path, allow: Sequence[str]) -> Network:
-    index, path = read_index(CHECKPOINTS), Path(source)
-    if any(entry.experiment == source for entry in index.cells.values()):
-        return _load_exported(CHECKPOINTS, allow, experiment=str(source))
+def _hardware(device: str | torch.device) -> Hardware:
+    """Returns the hardware of one device.
+
+    Raises:
+        MamlError: if there is no such device.
+    """
+    try:
+        torch.empty(0, device=device)
+        chosen = torch.device(device)
+        hardware = Hardware("cuda" if chosen.type == "cuda" else "cpu")
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise MamlError(f"device={device} cannot be used ({str(error).splitlines()[0]}); cpu always can") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise MamlError(f"device={device} is not supported; allowed: cpu, cuda, cuda:0, ...")
+    hardware.device = chosen
+    return hardware
+
+
+def _load(source: str | Path, allow: Sequence[str], hardware: Hardware) -> Network:
+    experiments, path = available(), Path(source)
+    if source in experiments:
+        return _load_exported(CHECKPOINTS, allow, hardware, experiment=str(source))
     if path.suffix == ".safetensors":
-        return _load_exported(path.parent, allow, file=path.name)
+        return _load_exported(path.parent, allow, hardware, file=path.name)
     if path.exists():
-        return _load_run(path, allow)
-    experiments = sorted({entry.experiment for entry in index.cells.values()})
+        return _load_run(path, allow, hardware)
     if (CONF / "experiment" / f"{source}.yaml").exists():
         raise MamlError(
             f"{source} has no committed checkpoint: train it ({TRAIN} +experiment={source}) and load its run "
@@ -85,7 +109,7 @@ def _load(source: str | Path, allow: Sequence[str]) -> Network:
 
 
 def _load_exported(
-    folder: Path, allow: Sequence[str], experiment: str | None = None, file: str | None = None
+    folder: Path, allow: Sequence[str], hardware: Hardware, experiment: str | None = None, file: str | None = None
 ) -> Network:
     """Loads an exported file, given its experiment or its name."""
     index = read_index(folder)
@@ -101,10 +125,10 @@ def _load_exported(
     settings = compose_entry(first, origin.seed, allow)
     state = unpack(folder / first.file, origin.sha256)
     sizes = {entry.num_shots: entry.step_sizes for entry in entries}
-    return _build_network(first.experiment, origin.run_id, origin.iteration, settings, state, sizes)
+    return _build_network(first.experiment, origin.run_id, origin.iteration, settings, state, sizes, hardware)
 
 
-def _load_run(path: Path, allow: Sequence[str]) -> Network:
+def _load_run(path: Path, allow: Sequence[str], hardware: Hardware) -> Network:
     """Loads the network of a run folder, given the folder or a checkpoint in it."""
     folder = path if path.is_dir() else path.parent
     file = checkpoint.newest(folder / "checkpoint.pt") if path.is_dir() else path
@@ -120,7 +144,8 @@ def _load_run(path: Path, allow: Sequence[str]) -> Network:
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise MamlError(f"{folder / 'report.json'} is damaged (step_sizes: {reason}); restore it") from error
-    return _build_network(saved["experiment"], saved["run_id"], saved["iteration"], settings, saved["state"], sizes)
+    run_id, iteration, state = saved["run_id"], saved["iteration"], saved["state"]
+    return _build_network(saved["experiment"], run_id, iteration, settings, state, sizes, hardware)
 
 
 def _build_network(
@@ -130,13 +155,14 @@ def _build_network(
     settings: Settings,
     state: State,
     step_sizes: Mapping[int, list[float] | None],
+    hardware: Hardware,
 ) -> Network:
     if digest(training_config(settings)) != run_id:
         raise MamlError(
             f"the parameters belong to run {run_id}, but the settings of {experiment} have changed since that run; use "
             "the version of the project that trained it"
         )
-    algorithm = build_algorithm(settings, Hardware("cpu"), build_without_data(settings.domain))
+    algorithm = build_algorithm(settings, hardware, build_without_data(settings.domain))
     restore(algorithm, state)
     return Network(experiment, iteration, settings.num_iterations, algorithm, build(settings.evaluation), step_sizes)
 
@@ -179,6 +205,11 @@ class Network:
     def theta(self) -> Params:
         """The meta-learnt parameters that meta-test evaluates, without a task axis."""
         return self.evaluation.choose_theta(self.algorithm)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return self.algorithm.stream.device
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -248,9 +279,10 @@ class Network:
         inputs, classes = self.prepare(x), None
         if isinstance(domain, FewShotClassification):
             classes, targets, order = _in_blocks(y, len(inputs), domain.num_ways)
+            targets = targets.to(self.device)
             inputs, num_shots = inputs[order], len(inputs) // domain.num_ways
         else:
-            targets, num_shots = _floats(_tensor(y), "y"), len(inputs)
+            targets, num_shots = _floats(_tensor(y), "y", self.device), len(inputs)
             expected = (len(inputs), domain.out_dim)
             if targets.shape != expected:
                 raise MamlError(f"y has shape {tuple(targets.shape)}; the targets of x have shape {expected}")
@@ -274,7 +306,7 @@ class Network:
         return sizes and [*sizes, *sizes[-1:] * (num_steps - len(sizes))]
 
     def prepare(self, x: Inputs) -> Tensor:
-        """Checks inputs and returns them as the network takes them, ``(S, *in_shape)``.
+        """Checks inputs and returns them as the network takes them, ``(S, *in_shape)``, on its device.
 
         Args:
             x: S inputs, as in `adapt`.
@@ -284,7 +316,7 @@ class Network:
         """
         domain = self.algorithm.domain
         original = _tensor(x)
-        inputs = _floats(original, "x")
+        inputs = _floats(original, "x", self.device)
         if self.in_shape[-1] == 1 and inputs.shape[1:] == self.in_shape[:-1]:
             inputs = inputs.unsqueeze(-1)
         if inputs.shape[1:] != self.in_shape or not len(inputs):
@@ -321,9 +353,9 @@ def _tensor(values: Any) -> Tensor:
     return values if isinstance(values, Tensor) else torch.as_tensor(np.ascontiguousarray(values))
 
 
-def _floats(values: Tensor, name: str) -> Tensor:
-    """Returns the values as floats on the CPU, and refuses values that are not finite."""
-    floats = values.detach().to("cpu", torch.get_default_dtype())
+def _floats(values: Tensor, name: str, device: torch.device) -> Tensor:
+    """Returns the values as floats on a device, and refuses values that are not finite."""
+    floats = values.detach().to(device, torch.get_default_dtype())
     if not floats.isfinite().all():
         raise MamlError(f"{name} has values that are not finite")
     return floats

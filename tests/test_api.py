@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import pydoc
@@ -243,6 +244,44 @@ def test_policy_is_shown_and_not_adapted_to_examples(tmp_path: Path) -> None:
     assert same(network.theta, {name: network.algorithm.best[name] for name in network.theta})
     with pytest.raises(MamlError, match=r"scripts/render.py \+experiment=point_navigation_maml"):
         network.adapt([[0.0, 0.0]], [0])
+
+
+@may_be_unfinished
+def test_available_names_can_be_loaded() -> None:
+    names = maml.available()
+    assert names == sorted(set(names))
+    assert "sinusoid_10shot" in names
+    assert maml.load(names[-1]).experiment == names[-1]
+
+
+def test_predictor_can_be_saved_and_predicts_the_same() -> None:
+    predictor = maml.load("sinusoid_10shot").adapt([[0.1], [1.0], [2.0]], [[0.0], [0.5], [1.0]])
+    file = io.BytesIO()
+    torch.save(predictor, file)
+    file.seek(0)
+    for copied in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(predictor))):
+        assert torch.equal(copied([[0.3], [4.0]]), predictor([[0.3], [4.0]]))
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ("cuda:99", "device=cuda:99 cannot be used"),
+        ("tpu", "device=tpu cannot be used"),
+        ("meta", "allowed: cpu, cuda"),
+    ],
+)
+def test_device_that_cannot_be_used_is_refused(device: str, reason: str) -> None:
+    with pytest.raises(MamlError, match=reason):
+        maml.load("sinusoid_10shot", device=device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_network_on_a_gpu_predicts_as_on_the_cpu() -> None:
+    cpu, gpu = (maml.load("sinusoid_10shot", device=device) for device in ("cpu", "cuda"))
+    x, y = [[0.1], [1.0], [2.0]], [[0.0], [0.5], [1.0]]
+    assert torch.allclose(cpu.adapt(x, y)(x), gpu.adapt(x, y)(x).cpu(), atol=1e-4)
 
 
 def test_unknown_sources_say_what_there_is(tmp_path: Path) -> None:
