@@ -66,6 +66,11 @@ class MultitaskAverage(Algorithm):
         initial: Literal["fresh", "previous"] = "fresh",
     ) -> None:
         super().__init__(parts)
+        if self.outer.mixes_entries:
+            raise MamlError(
+                "outer.clip_norm would clip the regressors of a meta-batch together, though they are independent; "
+                "leave it at null, or clip each entry with outer.clip"
+            )
         self.weight, self.pull, self.initial = weight, pull, initial
         self.max_error, self.max_share_above = max_error, max_share_above
         self.num_steps, self.max_attempts, self.num_examples = num_steps, max_attempts, num_examples

@@ -5,21 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maml.outer.base import Objective, Outer, OuterState, flatten, unflatten
-from maml.types import Decay, Params, PositiveFloat
+from maml.outer.base import OuterState, flatten
+from maml.outer.first_order import FirstOrder
+from maml.outer.schedule import Schedule
+from maml.types import Decay, NonNegativeFloat, Params, PositiveFloat
 
 
-class Adam(Outer):
-    """Adam on the meta-gradient.
+class Adam(FirstOrder):
+    """Adam on the meta-gradient; AdamW with ``weight_decay``.
 
     Departure from ``torch.optim.Adam``: epsilon is added before the bias correction, as in TensorFlow. The difference
     matters for entries whose gradient is rounding noise, such as a convolution's bias before batch normalisation.
 
     Args:
         step_size: Adam's step size, the paper's beta.
-        clip: bound on the absolute value of each entry of the meta-gradient; None does not clip.
+        clip: as in `FirstOrder`.
         betas: decay rates of the running means of the gradient and of its square.
         eps: added to the root of the mean square, so that nothing is divided by zero.
+        clip_norm: as in `FirstOrder`.
+        weight_decay: as in `FirstOrder`.
+        schedule: as in `FirstOrder`.
     """
 
     def __init__(
@@ -28,37 +33,23 @@ class Adam(Outer):
         clip: PositiveFloat | None = None,
         betas: tuple[Decay, Decay] = (0.9, 0.999),
         eps: PositiveFloat = 1e-8,
+        clip_norm: PositiveFloat | None = None,
+        weight_decay: NonNegativeFloat = 0.0,
+        schedule: Schedule | None = None,
     ) -> None:
-        self.step_size = step_size
-        self.clip = clip
-        self.betas = betas
-        self.eps = eps
+        super().__init__(step_size, clip, clip_norm, weight_decay, schedule)
+        self.betas, self.eps = betas, eps
 
     def init_state(self, theta: Params) -> OuterState:
-        """Returns the running means, zero, over all parameters as one vector; and the step counter, zero.
-
-        The counter is a tensor, so that a CUDA graph can update it.
-        """
+        """Returns the step counter and the running means, zero; the means are over all parameters as one vector."""
         flat = flatten(theta, theta)
-        return {
-            "step": torch.zeros((), dtype=torch.float64, device=flat.device),
-            "mean": torch.zeros_like(flat),
-            "square": torch.zeros_like(flat),
-        }
+        return super().init_state(theta) | {"mean": torch.zeros_like(flat), "square": torch.zeros_like(flat)}
 
-    @torch.no_grad()
-    def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:
-        """Updates theta and the state in place from one meta-gradient; returns the objective's metrics."""
-        gradients, metrics = objective.gradient(theta)
-        gradient = flatten(gradients, theta)
-        if self.clip is not None:
-            gradient = gradient.clamp(-self.clip, self.clip)
+    def update(self, gradient: Tensor, state: OuterState, rate: Tensor | float) -> Tensor:
         beta1, beta2 = self.betas
-        step = state["step"].add_(1)
+        step = state["step"]
         mean = state["mean"].lerp_(gradient, 1 - beta1)
         square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         # Kingma and Ba 2015, end of section 2: the bias corrections are part of the step size.
-        rate = self.step_size * torch.sqrt(1 - beta2**step) / (1 - beta1**step)
-        update = mean / (square.sqrt() + self.eps) * rate.to(mean.dtype)
-        torch._foreach_sub_(list(theta.values()), list(unflatten(update, theta).values()))
-        return metrics
+        corrected = rate * torch.sqrt(1 - beta2**step) / (1 - beta1**step)
+        return mean / (square.sqrt() + self.eps) * corrected.to(mean.dtype)

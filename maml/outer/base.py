@@ -111,6 +111,11 @@ class Outer(ABC):
 
     needs_policy = False
 
+    @property
+    def mixes_entries(self) -> bool:
+        """Whether the update of one entry of theta depends on the gradient of other entries."""
+        return False
+
     @abstractmethod
     def init_state(self, theta: Params) -> OuterState:
         """Returns the optimizer's state before the first update."""
