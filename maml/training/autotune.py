@@ -113,8 +113,8 @@ def measure_seconds_per_task(iterate: Iteration) -> dict[int, float]:
         best = min(best, seconds[size])
         if num_worse == 2:
             break
-    is_loaded = not (on_gpu or can_capture)  # by other programs, which a GPU in use is not
-    contenders = [size for size, value in seconds.items() if is_loaded and value <= _CONTENDERS * best]
+    in_turns = not (on_gpu or can_capture)
+    contenders = [size for size, value in seconds.items() if in_turns and value <= _CONTENDERS * best]
     for _ in range(_REPETITIONS if len(contenders) > 1 else 0):
         for size in contenders:
             (once,) = _time(computation(size), 1)
