@@ -231,16 +231,21 @@ class Evaluation:
             return domain.authors_test_tasks(count, num_shots)
         return domain.sample_tasks(count, Stream(self.bank_seed).child("bank"), split, num_shots, num_query)
 
-    def check(self, domain: Domain[Any]) -> None:
+    def check(self, domain: Domain[Any], keeps_best: bool = False) -> None:
         """Checks, before any training, that the evaluation is possible on a domain.
+
+        Args:
+            domain: the domain.
+            keeps_best: whether training keeps the theta that is best on validation tasks.
 
         Raises:
             MamlError: if the domain has too little data at some K or lacks the authors' bank, if some K has no step
                 size, or if the best theta is evaluated and training does not keep it.
         """
-        if self.theta == "best" and domain.selected_by is None:
+        if self.theta == "best" and not (domain.selected_by or keeps_best):
             raise MamlError(
-                f"evaluation.theta=best, but training on {type(domain).__name__} keeps the last theta only; choose last"
+                f"evaluation.theta=best, but training on {type(domain).__name__} keeps the last theta only; choose "
+                "last, or set validate_every to keep the theta that is best on validation tasks"
             )
         for num_shots in self.num_shots or [domain.num_shots]:
             self.step_sizes(num_shots)

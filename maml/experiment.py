@@ -62,7 +62,10 @@ def build_algorithm(settings: Settings, hardware: Hardware, domain: Domain[Any] 
 
     stream = Stream(settings.seed, hardware.device).child("init")
     parts = Parts(domain, make_model, build(settings.inner), build(settings.outer), stream)
-    return build(settings.algorithm, parts=parts)
+    algorithm: Algorithm = build(settings.algorithm, parts=parts)
+    if settings.validate_every:
+        algorithm.keep_best_of_validation()
+    return algorithm
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
     for seed in range(settings.seed, settings.seed + settings.seeds):
         seed_settings = settings.for_seed(seed)
         learner = Learner(seed_settings, experiment, build_algorithm(seed_settings, hardware, domain))
-        evaluation.check(learner.algorithm.domain)
+        evaluation.check(domain, keeps_best=settings.validate_every is not None)
         if settings.mode == "eval":
             headlines.append(_evaluate_saved(learner, hardware, evaluation, judge))
         elif (missing := distributed.on_rank_zero(learner.folder.missing)) & {"report.json", "tasks.csv"}:
@@ -179,6 +182,7 @@ def _train(
             settings.meta_batch_size,
             settings.log_every,
             settings.checkpoint_every,
+            settings.validate_every,
         )
         problems = []
         for learner in learners:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from maml.algorithm.best import init_best
+from maml.algorithm.best import NUM_RECENT_RETURNS, init_best
 from maml.domain.base import Domain, Metrics
 from maml.errors import MamlError
 from maml.inner.base import Inner
@@ -115,7 +115,21 @@ class Algorithm(ABC):
         self.theta: Params = params | learnt
         self.buffers: Params = buffers or {}
         self.outer_state: OuterState = self.outer.init_state(self.theta)
-        self.best: Params = init_best(self.theta) if self.domain.selected_by else {}
+        self.best: Params = init_best(self.theta, NUM_RECENT_RETURNS) if self.domain.selected_by else {}
+
+    def keep_best_of_validation(self) -> None:
+        """Makes training keep the theta that is best on validation tasks; call it before training.
+
+        Raises:
+            MamlError: if the domain chooses its best theta in another way, or has no validation tasks.
+        """
+        if self.domain.selected_by:
+            raise MamlError(
+                f"validate_every is for supervised domains: {type(self.domain).__name__} keeps the theta with the best "
+                "average training return by itself; set validate_every=null"
+            )
+        self.domain.sample_tasks(1, self.stream.child("validation"), "val")  # refuses if there are none
+        self.best = init_best(self.theta, num_recent=1)
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
         """Draws a meta-batch of ``count`` tasks, a pure function of the stream."""

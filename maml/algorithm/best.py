@@ -1,4 +1,4 @@
-"""The theta with the best training returns, which appendix A.2 evaluates instead of the last theta."""
+"""The best theta so far: by its training returns, as in appendix A.2, or by validation tasks."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from maml.types import Params
 
 # The record holds the best theta's parameters and, under these names, its score and the values of recent iterations.
 _SCORE, _RECENT = "score", "recent"
-_NUM_RECENT = 10
+# The return of a single iteration is too noisy: it depends more on the few goals that were drawn than on theta.
+NUM_RECENT_RETURNS = 10
 
 
-def init_best(theta: Params) -> Params:
-    """Returns the record before training: a copy of theta, a score of -inf, and no values yet."""
-    lowest = next(iter(theta.values())).new_full((_NUM_RECENT,), -torch.inf)
+def init_best(theta: Params, num_recent: int) -> Params:
+    """Returns the record before training: a copy of theta, a score of -inf, and no values yet.
+
+    Args:
+        theta: the initial parameters.
+        num_recent: number of recent values whose mean is the score.
+    """
+    lowest = next(iter(theta.values())).new_full((num_recent,), -torch.inf)
     copies = {name: value.clone() for name, value in theta.items()}
     return copies | {_SCORE: lowest[0].clone(), _RECENT: lowest}
 
 
 def update_best(best: Params, theta: Params, value: Tensor) -> None:
-    """Copies theta into the record, in place, if its score is the best so far.
-
-    The score is the mean value of the last ten iterations. The value of a single iteration is too noisy: it depends
-    more on the few goals that were drawn than on theta.
+    """Copies theta into the record, in place, if its score is the best so far: the mean of the most recent values.
 
     Args:
         best: the record, as `init_best` returns it; changed in place.
-        theta: the parameters that collected the rollouts of this iteration.
-        value: the mean return of these rollouts, 0-dim; larger is better.
+        theta: the parameters that the value belongs to.
+        value: the value, 0-dim, such as the mean return of the rollouts that theta has collected; larger is better.
     """
     recent = best[_RECENT]
     recent.copy_(torch.where(recent.isneginf(), value, torch.cat([recent[1:], value.reshape(1)])))

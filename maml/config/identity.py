@@ -16,7 +16,7 @@ from maml.config.schema import TRAINING_PARTS, Settings, argument_types
 # Keys that say where data is stored. Results do not depend on them.
 _LOCATION_KEYS = {"data_dir", "cache_dir"}
 # The root keys on which trained numbers depend.
-TRAINING_KEYS = ("seed", "num_iterations", "meta_batch_size", "precision")
+TRAINING_KEYS = ("seed", "num_iterations", "meta_batch_size", "precision", "validate_every")
 
 
 def training_config(settings: Settings) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class Settings:
         runs_dir: folder in which run folders are made.
         data_dir: folder of the data sets.
         cache_dir: folder in which tensors built from data sets are cached.
+        validate_every: number of iterations between two measurements on validation tasks, by which the best theta is
+            kept; null keeps none.
         log_every: number of iterations between two lines of metrics.
         checkpoint_every: number of iterations between two checkpoints.
         domain: the distribution of tasks.
@@ -86,6 +88,7 @@ class Settings:
     runs_dir: str
     data_dir: str
     cache_dir: str
+    validate_every: Count | None = None
     log_every: Count
     checkpoint_every: Count
     domain: Part

@@ -8,11 +8,10 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from maml.hardware.memory import halve_chunk_on_oom
-from maml.seeding import Stream
 from maml.training.iteration import Iteration
 from maml.training.learner import Learner
-from maml.types import Params, num_tasks, take
+from maml.training.validation import validation_score
+from maml.types import Params
 
 # Validation tasks at each checkpoint. They are as many as one or a few iterations have, so they cost next to nothing.
 _NUM_VALIDATION_TASKS = 16
@@ -68,31 +67,18 @@ class Diagnostics:
         self._before = []
         return measured
 
-    @torch.no_grad()
     def validate(self) -> list[dict[str, float]]:
         """Returns the headline metric of each learner on validation tasks; nothing if the domain has none."""
         if not self.wanted or not self.learners[0].algorithm.domain.has_validation:
             return [{} for _ in self.learners]
         return [
-            {f"validation_{learner.algorithm.domain.headline}": self._validate(learner)} for learner in self.learners
+            {
+                f"validation_{learner.algorithm.domain.headline}": validation_score(
+                    learner.algorithm, _NUM_VALIDATION_TASKS, self.iterate.execution.task_chunk
+                )
+            }
+            for learner in self.learners
         ]
-
-    def _validate(self, learner: Learner) -> float:
-        algorithm, domain = learner.algorithm, learner.algorithm.domain
-        bank = domain.sample_tasks(_NUM_VALIDATION_TASKS, Stream(0, algorithm.stream.device).child("validation"), "val")
-        num_steps = algorithm.inner.num_steps
-
-        def total(chunk: int) -> float:
-            values = []
-            for start in range(0, _NUM_VALIDATION_TASKS, chunk):
-                tasks = take(bank, start, start + chunk)
-                *_, adapted = algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, num_steps)
-                support, query = domain.data(tasks, "support"), domain.data(tasks, "query")
-                values.append(domain.measure(algorithm.model, adapted, support, query, num_steps)[domain.headline])
-            return torch.cat(values).sum().item()
-
-        summed, _ = halve_chunk_on_oom(total, self.iterate.execution.task_chunk or _NUM_VALIDATION_TASKS)
-        return summed / _NUM_VALIDATION_TASKS
 
 
 def _norm(values: Sequence[Tensor]) -> Tensor:

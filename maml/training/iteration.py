@@ -98,8 +98,7 @@ def meta_update(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks)
     if algorithm.domain.on_policy:
         algorithm.collect(algorithm.params_per_task(num_tasks(tasks)), tasks)
     rollout_metrics = _reduce_rollout_metrics(algorithm.domain, tasks)
-    if algorithm.best:
-        assert algorithm.domain.selected_by is not None
+    if algorithm.domain.selected_by:
         update_best(algorithm.best, algorithm.theta, rollout_metrics[algorithm.domain.selected_by])
     return algorithm.meta_update(BatchObjective(meta_gradient, tasks), tasks) | rollout_metrics
 

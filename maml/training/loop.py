@@ -26,6 +26,7 @@ from maml.training.diagnostics import Diagnostics
 from maml.training.iteration import Iteration
 from maml.training.learner import Learner
 from maml.training.progress import Progress
+from maml.training.validation import keep_best_of_validation
 from maml.types import Params
 
 
@@ -36,6 +37,7 @@ def train(
     meta_batch_size: int,
     log_every: int,
     checkpoint_every: int,
+    validate_every: int | None = None,
 ) -> Execution:
     """Meta-trains to ``num_iterations``. The tasks of iteration t depend on the seed and t only.
 
@@ -48,6 +50,8 @@ def train(
         meta_batch_size: B, tasks per seed.
         log_every: number of iterations between two lines of metrics.
         checkpoint_every: number of iterations between two checkpoints.
+        validate_every: number of iterations between two measurements on validation tasks, by which the algorithms keep
+            their best theta; None keeps none.
 
     Returns:
         The execution in use at the end: chunks shrink when memory is short, and compiling may fail.
@@ -79,6 +83,10 @@ def train(
                 signal_number = distributed.all_reduce_max(stopped[0] if stopped else 0)
                 if distributed.rank() == 0:  # the display reads metrics from the device, which blocks for a moment
                     progress.update(number, lambda metrics=metrics: _to_floats(metrics[0]))  # type: ignore[misc]
+                if validate_every and (number % validate_every == 0 or number == num_iterations):
+                    for learner in active:
+                        score = keep_best_of_validation(learner.algorithm, iterate.execution.task_chunk)
+                        learner.logger.log({f"validated_{learner.algorithm.domain.headline}": score}, number)
                 last = number == end or bool(signal_number)
                 if is_logged:
                     pending.add(number, metrics, diagnostics.after(number))

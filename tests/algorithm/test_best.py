@@ -15,7 +15,7 @@ WINDOW = 10
 
 def recorded(values: list[float]) -> tuple[Params, list[float]]:
     """Gives one value per iteration, whose theta is its number; returns the record and the best theta after each."""
-    best, kept = init_best({"w": torch.tensor([-1.0])}), []
+    best, kept = init_best({"w": torch.tensor([-1.0])}, WINDOW), []
     for number, value in enumerate(values):
         update_best(best, {"w": torch.tensor([float(number)])}, torch.tensor(value))
         kept.append(best["w"].item())
@@ -63,7 +63,7 @@ def test_value_that_is_no_number_is_never_the_best(value: float) -> None:
 
 def test_record_is_a_copy_and_is_changed_in_place() -> None:
     theta = {"w": torch.zeros(1)}
-    best = init_best(theta)
+    best = init_best(theta, WINDOW)
     kept = best["w"]
     theta["w"].fill_(7.0)
     assert kept.item() == 0.0

@@ -506,7 +506,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(overrides: list[str], reas
 
 
 def test_best_theta_of_labelled_examples_is_refused() -> None:
-    config, _ = compose(["+evaluation.theta=best"])
+    config, _ = compose(["evaluation.theta=best"])
     with pytest.raises(
         MamlError, match=r"evaluation\.theta=best, but training on Sinusoid keeps the last .* choose last"
     ):

@@ -1,0 +1,125 @@
+"""Validation during training: the best theta is kept, exactly, and only by validation tasks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from maml.algorithm.base import Algorithm
+from maml.errors import Interrupted, MamlError
+from maml.experiment import build_algorithm
+from maml.hardware.base import Hardware
+from maml.seeding import Stream
+from maml.training.validation import NUM_TASKS, keep_best_of_validation, validation_score
+from tests.runs import TinyRuns, assert_same_run, before_iteration, checkpoint_tensors
+
+EVERY = ("validate_every=2", "evaluation.theta=best", "num_iterations=7")
+
+
+def scores(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> list[dict[str, torch.Tensor]]:
+    """Replaces the scores of validation; returns a list that collects theta at each of them."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def fake(algorithm: Algorithm, count: int, task_chunk: int | None) -> float:
+        assert count == NUM_TASKS
+        seen.append({name: value.clone() for name, value in algorithm.theta.items()})
+        return values[len(seen) - 1]
+
+    monkeypatch.setattr("maml.training.validation.validation_score", fake)
+    return seen
+
+
+def best_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("best."): value
+        for name, value in checkpoint_tensors(folder).items()
+        if name.startswith("best.")
+    }
+
+
+@pytest.mark.parametrize(("values", "best"), [([3.0, 1.0, 2.0, 1.0], 1), ([float("nan"), 5.0, 4.0, 4.5], 2)])
+def test_theta_with_the_lowest_validation_error_is_kept(
+    values: list[float], best: int, tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = scores(monkeypatch, values)
+    kept = best_of(tiny.run(*EVERY))
+    assert len(seen) == 4, "after iterations 2, 4, 6, and the last one"
+    for name, value in seen[best].items():
+        torch.testing.assert_close(kept[name], value)
+    assert kept["score"].item() == -values[best]
+
+
+def test_theta_with_the_highest_validation_accuracy_is_kept(
+    tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = scores(monkeypatch, [0.3, 0.5, 0.5, 0.4])
+    kept = best_of(tiny_images.run(*EVERY))
+    for name, value in seen[1].items():
+        torch.testing.assert_close(kept[name], value)
+
+
+def test_score_is_the_headline_after_the_steps_of_training(tiny_images: TinyRuns) -> None:
+    algorithm = build_algorithm(tiny_images.config(), Hardware("cpu"))
+    domain = algorithm.domain
+    tasks = domain.sample_tasks(6, Stream(0).child("validation"), "val")
+    support, query = domain.data(tasks, "support"), domain.data(tasks, "query")
+    *_, adapted = algorithm.adapt(algorithm.params_per_task(6), tasks, algorithm.inner.num_steps)
+    expected = domain.measure(algorithm.model, adapted, support, query, 1)["accuracy_transductive"].mean().item()
+    assert validation_score(algorithm, 6, task_chunk=4) == pytest.approx(expected)
+
+
+def test_training_is_the_same_and_the_best_theta_is_evaluated(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = checkpoint_tensors(tiny.in_folder("plain").run("num_iterations=7"))
+    scores(monkeypatch, [1.0, 2.0, 3.0, 4.0])  # the first is the best
+    folder = tiny.run(*EVERY)
+    trained = checkpoint_tensors(folder)
+    assert all(torch.equal(trained[name], value) for name, value in plain.items())
+    first = tiny.in_folder("first").run("num_iterations=2")
+    curves = [(folder / "tasks.csv").read_text(), (first / "tasks.csv").read_text()]
+    assert curves[0] == curves[1]
+
+
+def test_stopped_run_keeps_the_same_best_theta(tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        before_iteration(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny_images.run(*EVERY)
+    assert_same_run(tiny_images.run(*EVERY), tiny_images.in_folder("whole").run(*EVERY))
+
+
+def test_runs_with_and_without_validation_are_different_runs(tiny: TinyRuns) -> None:
+    assert tiny.folder("num_iterations=7") != tiny.folder("num_iterations=7", "validate_every=2")
+    assert tiny.folder("num_iterations=7") == tiny.folder("num_iterations=7", "validate_every=null")
+
+
+def test_each_seed_of_a_computation_has_its_own_best_theta(tiny: TinyRuns) -> None:
+    together = tiny.run("seeds=2", *EVERY)
+    for seed in (0, 1):
+        alone = best_of(tiny.in_folder("alone").run(f"seed={seed}", *EVERY))
+        kept = best_of(tiny.folder(f"seed={seed}", *EVERY))
+        for name, value in alone.items():
+            torch.testing.assert_close(kept[name], value)
+    assert together
+
+
+def test_best_theta_that_is_not_kept_is_refused_with_the_remedy(tiny: TinyRuns) -> None:
+    with pytest.raises(MamlError, match="or set validate_every"):
+        tiny.run("evaluation.theta=best")
+    assert not tiny.runs_dir.exists()
+
+
+def test_policies_keep_their_best_theta_in_their_own_way(tiny: TinyRuns) -> None:
+    with pytest.raises(MamlError, match="PointNavigation keeps the theta with the best average training return"):
+        tiny.run("+experiment=point_navigation_maml", "evaluation.num_steps=4", "validate_every=2")
+    assert not tiny.runs_dir.exists()
+
+
+def test_record_is_changed_only_by_a_better_score(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = build_algorithm(tiny.config("validate_every=2"), Hardware("cpu"))
+    scores(monkeypatch, [2.0, 3.0])
+    assert keep_best_of_validation(algorithm, None) == 2.0
+    assert keep_best_of_validation(algorithm, None) == 3.0
+    assert algorithm.best["score"].item() == -2.0
