@@ -175,11 +175,14 @@ def _to_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _largest_entries(state: Mapping[str, Params]) -> dict[str, Tensor]:
-    """Returns the largest absolute value in each group of tensors; NaN if the group holds a NaN."""
+    """Returns the largest absolute value in each group of tensors; NaN if the group holds a NaN.
+
+    The record of the best theta is left out: it is a copy, and its score is -inf before the first measurement.
+    """
     return {
         group: torch.stack([value.abs().max().double() for value in tensors.values()]).max()
         for group, tensors in state.items()
-        if tensors
+        if tensors and group != "best"
     }
 
 

@@ -90,6 +90,11 @@ def test_stopped_run_keeps_the_same_best_theta(tiny_images: TinyRuns, monkeypatc
     assert_same_run(tiny_images.run(*EVERY), tiny_images.in_folder("whole").run(*EVERY))
 
 
+def test_checkpoint_before_the_first_validation_is_saved(tiny: TinyRuns) -> None:
+    folder = tiny.run("validate_every=20", "checkpoint_every=2", "evaluation.theta=best", "num_iterations=5")
+    assert torch.isfinite(best_of(folder)["score"])
+
+
 def test_runs_with_and_without_validation_are_different_runs(tiny: TinyRuns) -> None:
     assert tiny.folder("num_iterations=7") != tiny.folder("num_iterations=7", "validate_every=2")
     assert tiny.folder("num_iterations=7") == tiny.folder("num_iterations=7", "validate_every=null")
