@@ -32,7 +32,7 @@ class Counting:
 
     def __init__(self) -> None:
         self.name = "Counting"
-        self.domain = SimpleNamespace(on_policy=False, rollout_metrics=lambda tasks: ({}, {}))
+        self.domain = SimpleNamespace(on_policy=False, selected_by=None, rollout_metrics=lambda tasks: ({}, {}))
         self.stream, self.buffers, self.best = Stream(0), dict[str, Tensor](), dict[str, Tensor]()
         self.theta = {"sum": torch.zeros(())}
         self.outer_state = {"step": torch.zeros((), dtype=torch.float64)}
