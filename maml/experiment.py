@@ -24,9 +24,11 @@ from maml.hardware.base import Hardware
 from maml.hardware.precision import check_precision, use_precision
 from maml.logger.base import Logger
 from maml.model.base import Model
+from maml.record.extension import extend_finished_run
 from maml.record.plot import plot_report
 from maml.record.run_folder import read_metrics
 from maml.seeding import Stream
+from maml.status import announce
 from maml.training.autotune import tune_execution
 from maml.training.iteration import Iteration, check_parallelism
 from maml.training.learner import Learner
@@ -161,6 +163,7 @@ def _train(
     with ExitStack() as stack:
         for learner in learners:
             distributed.on_rank_zero(learner.folder.check_free)
+            distributed.on_rank_zero(partial(_extend, learner))
         checkpoints = [stack.enter_context(learner.open(hardware, len(learners))) for learner in learners]
         # A resumed run keeps the execution of its checkpoint, so that it computes the same bits.
         earlier: Mapping[str, Any] = next((saved["execution"] for saved in checkpoints if saved), {})
@@ -194,6 +197,12 @@ def _train(
             learner.finish(*_evaluate(learner, evaluation, settings.num_iterations, execution.task_chunk, judge))
         if problems:  # after the evaluation of the other seeds
             raise problems[0]
+
+
+def _extend(learner: Learner) -> None:
+    """Goes on from a finished run with fewer iterations, and says so."""
+    if shorter := extend_finished_run(learner.folder):
+        announce(f"goes on from {shorter}, which has the same settings but for num_iterations")
 
 
 def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Judge | None) -> float | None:

@@ -1,0 +1,96 @@
+"""Begins a run with the state of a finished run that differs from it in a smaller number of iterations only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from maml.errors import MamlError
+from maml.record import checkpoint
+from maml.record.index import SUPERSEDED
+from maml.record.run_folder import RunFolder, read_checkpoint, read_json, read_metrics
+
+_STAGING = ".extending"  # in the folder of all runs, one level deeper than run folders
+
+
+def extend_finished_run(folder: RunFolder) -> Path | None:
+    """Copies the longest such run to the run's folder, if this does not exist yet; training then goes on from there.
+
+    Iteration t depends on the seed and t only, so the extended run has the numbers that it would have from the start. A
+    setting that follows ``num_iterations``, such as the length of a schedule, makes two runs differ in more.
+
+    Args:
+        folder: the folder of the run, before `RunFolder.open`.
+
+    Returns:
+        The folder of the finished run; None if there is none.
+    """
+    runs_dir, path = Path(folder.settings.runs_dir), folder.path
+    if path.exists() or folder.settings.run_dir is not None:
+        return None
+    found = [other for run in sorted(runs_dir.glob("*/*/run.json")) if (other := _finished_part(run.parent, folder))]
+    if not found:
+        return None
+    donor, record, saved, lines = max(found, key=lambda each: each[2]["iteration"])
+    staging = runs_dir / _STAGING / path.parent.name / path.name
+    shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+    try:
+        staging.mkdir(parents=True)
+        # The last iteration of a run is logged in any case; this one would not have been.
+        regular = [line for line in lines if line["iteration"] % _log_every(record) == 0]
+        (staging / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in regular))
+        own = {"run_id": folder.run_id, "training": folder.training_config}
+        checkpoint.save(staging / "checkpoint.pt", saved | own)
+        keys = ("experiment", "seed", "started", "seconds", "segments", "algorithm")
+        kept = {key: record[key] for key in keys if key in record}
+        content = kept | own | {"command": record["command"], "status": "interrupted", "iteration": saved["iteration"]}
+        checkpoint.write_text_atomically(staging / "run.json", json.dumps(content, indent=2) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging.rename(path)
+    except OSError as error:
+        raise MamlError(f"{donor} cannot be copied to {path} ({error.strerror}); change runs_dir") from error
+    finally:
+        shutil.rmtree(runs_dir / _STAGING, ignore_errors=True)
+    return donor
+
+
+def _finished_part(
+    other: Path, folder: RunFolder
+) -> tuple[Path, dict[str, Any], dict[str, Any], list[dict[str, Any]]] | None:
+    """Returns the folder, record, checkpoint and metrics of a run that this one can go on from; None for others."""
+    record = _readable(other)
+    if record is None or record.get("status") != "finished" or (other / SUPERSEDED).exists():
+        return None
+    training: Mapping[str, Any] = record["training"]
+    ours = folder.training_config
+    done, wanted = training.get("num_iterations"), ours.get("num_iterations")
+    if not isinstance(done, int) or not isinstance(wanted, int) or not 0 < done < wanted:
+        return None
+    if {**training, "num_iterations": wanted} != ours:
+        return None
+    every = ours.get("validate_every")
+    if every and done % every:  # its last iteration was validated in addition
+        return None
+    file = checkpoint.newest(other / "checkpoint.pt")
+    if file is None:
+        return None
+    try:
+        saved, lines = read_checkpoint(file), read_metrics(other / "metrics.jsonl")
+    except MamlError:  # damaged; its own command says so
+        return None
+    return (other, record, saved, lines) if (saved["iteration"], saved["training"]) == (done, training) else None
+
+
+def _readable(other: Path) -> dict[str, Any] | None:
+    try:
+        record = read_json(other / "run.json")
+    except MamlError:
+        return None
+    return record if record and isinstance(record.get("training"), dict) else None
+
+
+def _log_every(record: Mapping[str, Any]) -> int:
+    return int(record["segments"][-1].get("log_every", 1)) if record["segments"] else 1

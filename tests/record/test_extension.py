@@ -1,0 +1,90 @@
+"""A finished run that goes on to more iterations: the same bits as from the start, and only where that is so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from maml.record import checkpoint
+from maml.record.index import SUPERSEDED, find_runs
+from tests.runs import TinyRuns, assert_same_run, file_contents
+
+
+def first_iterations(folder: Path) -> list[int]:
+    return [part["first_iteration"] for part in json.loads((folder / "run.json").read_text())["segments"]]
+
+
+@pytest.mark.parametrize("done", [7, 9])  # the last iteration is logged, though log_every=3 does not divide 7
+def test_longer_run_goes_on_from_the_finished_one_with_the_same_bits(
+    done: int, each_domain: TinyRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shorter = each_domain.run(f"num_iterations={done}")
+    before = file_contents(shorter)
+    folder = each_domain.run("num_iterations=12")
+    assert f"goes on from {shorter}" in capsys.readouterr().err
+    assert folder != shorter and first_iterations(folder) == [0, done]
+    assert_same_run(folder, each_domain.in_folder("whole").run("num_iterations=12"))
+    assert file_contents(shorter) == before
+    assert not (each_domain.runs_dir / ".extending").exists()
+    runs, problems = find_runs(each_domain.runs_dir)
+    assert sorted(run.iteration for run in runs) == [done, 12] and not problems
+
+
+def test_longest_of_several_finished_runs_is_taken(tiny: TinyRuns) -> None:
+    tiny.run("num_iterations=2")
+    tiny.run("num_iterations=4")
+    assert first_iterations(tiny.run("num_iterations=6")) == [0, 2, 4]
+
+
+@pytest.mark.parametrize("difference", ["seed=1", "inner.step_size=0.02", "meta_batch_size=3"])
+def test_run_with_other_settings_starts_anew(difference: str, tiny: TinyRuns) -> None:
+    tiny.run("num_iterations=4")
+    assert first_iterations(tiny.run("num_iterations=6", difference)) == [0]
+
+
+def test_run_whose_schedule_follows_the_number_of_iterations_starts_anew(tiny: TinyRuns) -> None:
+    tiny.run("num_iterations=4", "outer=adam_cosine")
+    assert first_iterations(tiny.run("num_iterations=6", "outer=adam_cosine")) == [0]
+
+
+def test_run_that_was_validated_in_between_starts_anew(tiny: TinyRuns) -> None:
+    validated = ("validate_every=3", "evaluation.theta=best")
+    tiny.run("num_iterations=4", *validated)
+    assert first_iterations(tiny.run("num_iterations=8", *validated)) == [0]
+    tiny.run("num_iterations=6", *validated)
+    folder = tiny.run("num_iterations=9", *validated)
+    assert first_iterations(folder) == [0, 6]
+    assert_same_run(folder, tiny.in_folder("whole").run("num_iterations=9", *validated))
+
+
+def test_shorter_run_does_not_go_back(tiny: TinyRuns) -> None:
+    tiny.run("num_iterations=6")
+    assert first_iterations(tiny.run("num_iterations=4")) == [0]
+
+
+@pytest.mark.parametrize("damage", ["status", "checkpoint", "metrics", "superseded", "record"])
+def test_run_that_is_not_whole_is_left_alone(damage: str, tiny: TinyRuns) -> None:
+    shorter = tiny.run("num_iterations=4")
+    record = json.loads((shorter / "run.json").read_text())
+    if damage == "status":
+        (shorter / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    elif damage == "checkpoint":
+        for file in shorter.glob("checkpoint*.pt"):
+            file.write_bytes(b"no checkpoint")
+    elif damage == "metrics":
+        (shorter / "metrics.jsonl").write_text("garbage\n" + (shorter / "metrics.jsonl").read_text())
+    elif damage == "superseded":
+        (shorter / SUPERSEDED).write_text("{}")
+    else:
+        (shorter / "run.json").write_text("[")
+    assert first_iterations(tiny.run("num_iterations=6")) == [0]
+
+
+def test_several_seeds_go_on_together(tiny: TinyRuns) -> None:
+    tiny.run("num_iterations=4", "seeds=2")
+    tiny.run("num_iterations=6", "seeds=3")
+    folders = [tiny.folder("num_iterations=6", f"seed={seed}") for seed in range(3)]
+    assert [first_iterations(folder) for folder in folders] == [[0, 4], [0, 4], [0]]
+    assert [checkpoint.load(folder / "checkpoint.pt")["iteration"] for folder in folders] == [6, 6, 6]
