@@ -323,7 +323,8 @@ def test_every_committed_network_can_be_loaded(experiment: str) -> None:
 
 
 COMMITTED = sorted(path.parent for path in (ROOT / "results" / "runs").glob("*/*/config.yaml"))
-WITHOUT_CHECKPOINT = {"omniglot_5way_1shot_non_conv/37f8b2b40b51"}  # its parameters were not kept
+# Their checkpoints, with the optimizer's state, are too large; results/checkpoints has their parameters.
+WITHOUT_CHECKPOINT = {"omniglot_5way_1shot_non_conv/37f8b2b40b51", "omniglot_5way_5shot_non_conv/1aed3f1a8263"}
 
 
 def name(folder: Path) -> str:
