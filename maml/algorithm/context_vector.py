@@ -59,6 +59,9 @@ class _ModelWithContext(Model):
     def renamed(self, name: str) -> str:
         return self.model.renamed(name)
 
+    def check_second_derivative(self) -> None:
+        self.model.check_second_derivative()
+
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
         weights = dict(params)
         context = weights.pop("context").unsqueeze(1).expand(*x.shape[:-1], -1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter
 
-from maml.config.names import locate, stable_name
+from maml.config.names import locate, locate_callable, stable_name
 from maml.config.schema import TRAINING_PARTS, Settings, argument_types
 
 # Keys that say where data is stored. Results do not depend on them.
@@ -48,7 +48,7 @@ def _trained_as(settings: Settings) -> str | None:
 
 def _differences_from_defaults(path: str, value: Mapping[str, Any]) -> dict[str, Any]:
     """Flattens a part to dotted keys, without those that equal the constructor's default."""
-    target = locate(value["_target_"])
+    target = locate_callable(value["_target_"])
     parameters, hints = inspect.signature(target).parameters, argument_types(target)
     flat: dict[str, Any] = {}
     for name, item in value.items():

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from maml.algorithm.base import Algorithm
 from maml.config.hints import near_miss
-from maml.config.names import check_allowed, locate, named_modules
+from maml.config.names import check_allowed, locate, locate_callable, named_modules
 from maml.domain.base import Domain
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
@@ -44,7 +44,7 @@ PARTS = (*TRAINING_PARTS, "evaluation", "hardware", "logger")
 _BASES = dict(zip(PARTS, (Domain, Model, Inner, Outer, Algorithm, Evaluation, Hardware, Logger), strict=True))
 
 Part = Mapping[str, Any]
-"""``_target_``, the address of a class, and the arguments of its constructor."""
+"""``_target_``, the address of a class (with ``_partial_``, or of a function), and its arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def _check_part(path: str, value: Any, annotation: Any, allow: Sequence[str] | N
         return [f"{path} has no _target_; choose one of the files in conf/{path}/"]
     named = f"{path}._target_={value['_target_']}"
     try:
-        target = locate(value["_target_"], allow)
+        target = locate_callable(value["_target_"], allow)
     except MamlError as error:
         return [f"{path}: {error}"]
     except Exception as error:
@@ -154,8 +154,11 @@ def _check_part(path: str, value: Any, annotation: Any, allow: Sequence[str] | N
     if not bases:
         wanted = "true, because it takes a callable" if accepted[0][1] else "left out, because it takes no callable"
         return [f"{path}._partial_={is_partial} has to be {wanted}"]
-    if not any(_inherits(target, base) for base in bases):
-        names = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in bases)
+    names = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in bases)
+    if not isinstance(target, type):
+        if reason := _unfit_function(target, bases if is_partial else [], names, allow):
+            return [f"{named}: no such class (it is a {type(target).__name__}, not a class){reason}"]
+    elif not any(_inherits(target, base) for base in bases):
         return [f"{named}: the class has to inherit from {names}"]
     if lacking := getattr(target, "__abstractmethods__", None):
         return [f"{named}: the class lacks {', '.join(sorted(lacking))}, which its base class asks for"]
@@ -163,9 +166,31 @@ def _check_part(path: str, value: Any, annotation: Any, allow: Sequence[str] | N
     return _check_arguments(path, target, arguments, SUPPLIED.get(path, set()), allow)
 
 
+def _unfit_function(target: Callable[..., Any], bases: Sequence[type], names: str, allow: Sequence[str] | None) -> str:
+    """Returns why a function cannot take the place of a class; empty if it can.
+
+    Args:
+        target: the function.
+        bases: what it may return; empty where a class is needed.
+        names: the names of these classes.
+        allow: as in `check`. A function of a file from somebody else has to say what it returns, so that such a file
+            cannot call just any function of an allowed module.
+    """
+    annotation = argument_types(target).get("return")
+    returned = get_origin(annotation) or annotation
+    if not bases:
+        return "; only an argument that takes a callable may name a function"
+    if isinstance(returned, type) and returned is not Any:
+        fits = any(_inherits(returned, base) for base in bases)
+        return "" if fits else f"; it returns {returned.__name__}, not {names}"
+    if allow is not None:
+        return f"; to be called from a file, its annotation has to say that it returns {names}"
+    return ""
+
+
 def _check_arguments(
     path: str,
-    target: type,
+    target: Callable[..., Any],
     arguments: Mapping[str, Any],
     supplied: set[str],
     allow: Sequence[str] | None,
@@ -242,12 +267,13 @@ def _inherits(cls: type, base: type) -> bool:
         return True
 
 
-def argument_types(target: type) -> dict[str, Any]:
-    """Returns the types of a constructor's arguments by name; empty if they cannot be resolved."""
+def argument_types(target: Callable[..., Any]) -> dict[str, Any]:
+    """Returns the types of the arguments of a constructor or function by name; empty if they cannot be resolved."""
+    # A dataclass resolves inherited fields in the modules that declare them.
+    annotated = target.__init__ if isinstance(target, type) and not is_dataclass(target) else target  # type: ignore[misc]
     try:
-        # A dataclass resolves inherited fields in the modules that declare them.
-        return get_type_hints(target if is_dataclass(target) else target.__init__, include_extras=True)  # type: ignore[misc]
-    except NameError:  # a user's class whose annotations are imported under TYPE_CHECKING only
+        return get_type_hints(annotated, include_extras=True)
+    except (NameError, TypeError):  # annotations imported under TYPE_CHECKING only; a callable object
         return {}
 
 
@@ -285,5 +311,7 @@ def _built(value: Any) -> Any:
     if isinstance(value, Mapping):
         if "_target_" not in value:
             return _arguments(value)
-        return partial(locate(value["_target_"]), **_arguments(value)) if value.get("_partial_") else build(value)
+        if value.get("_partial_"):
+            return partial(locate_callable(value["_target_"]), **_arguments(value))
+        return build(value)
     return [_built(item) for item in value] if isinstance(value, list | tuple) else value

@@ -128,8 +128,11 @@ class Inner(ABC):
         yield params, state
 
         def take_step(params: Params, state: Params, step: int, create_graph: bool) -> tuple[Params, Params]:
+            total = loss(params, step).sum()
+            if not total.requires_grad:  # evaluation, and the network uses none of the parameters that adapt
+                total = total + 0 * params[names[0]].sum()
             gradients = torch.autograd.grad(
-                loss(params, step).sum(),
+                total,
                 [params[name] for name in names],
                 create_graph=create_graph,
                 materialize_grads=True,  # a bias that normalisation cancels is no part of the graph

@@ -47,6 +47,13 @@ class Model(ABC):
         """
         return name
 
+    def check_second_derivative(self) -> None:  # noqa: B027, most models are smooth by construction
+        """Checks, before a run, that the outputs can be differentiated twice with respect to the parameters.
+
+        Raises:
+            MamlError: if not.
+        """
+
     def linearize(self, params: Params, x: Tensor) -> Linearized:
         """Returns the model at ``params``, name -> ``(T, ...)``, and x, ``(T, N, *in_shape)``, with its derivatives.
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from maml.errors import MamlError
 from maml.hardware.precision import autocast
+from maml.model import trial
 from maml.model.base import Model
 from maml.seeding import Stream
+from maml.status import announce
 from maml.types import Params
 
 
@@ -25,47 +30,71 @@ class ModuleModel(Model):
     """Any module that maps a batch of inputs to a batch of outputs.
 
     Images are passed to the module as ``(S, C, H, W)``, vectors as ``(S, D)``. Batch normalisation layers use the
-    statistics of their batch; their buffers are neither read nor changed. Frozen parameters (``requires_grad=False``)
-    keep their initial values.
+    statistics of their batch; their buffers are neither read nor changed. Other buffers have their initial values in
+    every call. Frozen parameters (``requires_grad=False``) keep their initial values. Lazy layers take their shapes
+    from the domain.
+
+    The module is called a few times when it is built. A module that would give wrong numbers is refused before a run
+    starts (`maml.model.trial`).
 
     Args:
         in_shape: shape of one input; of an image, height, width and channels.
         out_dim: number of outputs that the domain needs.
-        module: class of the network, and its arguments; torch's seed is the run's. Arguments called ``in_shape`` and
-            ``out_dim`` get the domain's values if the config does not set them, so that one module serves all domains.
-        vectorize: whether all tasks are computed at once. False computes one task at a time, for modules that
-            ``torch.func.vmap`` cannot transform.
+        module: class of the network, or a function that returns one, and its arguments. It may draw initial values
+            from the global generators of torch, NumPy and Python, which have the run's seed then. Arguments called
+            ``in_shape`` and ``out_dim`` get the domain's values if the config does not set them, so that one module
+            serves all domains.
+        vectorize: whether all tasks are computed at once. If ``torch.func.vmap`` cannot transform the module, a line
+            says so, and one task is computed at a time. False does that without an attempt.
 
     Raises:
-        MamlError: if the module cannot take the domain's inputs, or returns another number of outputs.
+        MamlError: if the module cannot take the domain's inputs, returns anything but one tensor ``(S, out_dim)``,
+            cannot be differentiated, or if its outputs depend on more than its parameters and inputs.
     """
 
     def __init__(
         self, in_shape: Sequence[int], out_dim: int, module: Callable[..., nn.Module], vectorize: bool = True
     ) -> None:
-        self.vectorize = vectorize
         self.make = partial(module, **_left_open(module, {"in_shape": tuple(in_shape), "out_dim": out_dim}))
         self.is_image = len(in_shape) == 3
-        self.net = self._build(seed=0)
-        example = torch.zeros(1, 2, *in_shape)
-        params = {name: value.detach().unsqueeze(0) for name, value in _trained(self.net)}
-        try:
-            out = self(params, example)
-        except Exception as error:
+        self._example = Stream(0).uniform((2, 2, *in_shape))
+        first, second = self._make(seed=0), self._make(seed=0)
+        # A function may return layers that it keeps, such as pretrained ones. They are not changed.
+        self._copies = bool(set(first.modules()) & set(second.modules()))
+        self.net, twin = self._prepare(first, seed=0), self._prepare(second, seed=0)
+        trial.check_equal_constructions(self.net, twin)
+        self._places = trial.places(self.net)
+        self._trained = [name for name, _ in _trained(self.net)]
+        self._changed_buffers: Params = {}
+        self._is_recurrent = any(isinstance(layer, nn.RNNBase) for layer in self.net.modules())
+        if taken := [name for name in self._trained if name.startswith("inner.")]:
             raise MamlError(
-                f"model.module cannot be run on inputs of shape {self._inputs(example).shape[1:]}: {error}"
-            ) from error
-        if out.shape != (1, 2, out_dim):
-            raise MamlError(
-                f"model.module gives outputs of shape {tuple(out.shape[2:])}, but the domain needs ({out_dim},): "
-                "change the module's last layer, or give its constructor a parameter called out_dim to be told"
+                f"model.module has the parameter {taken[0]}, but names that start with 'inner.' belong to the inner "
+                "optimizer and do not adapt; give the layer another name"
             )
+        self.vectorize = False
+        with trial.seeded(0):
+            self._check(twin, out_dim)
+            self.vectorize = vectorize and self._can_be_vectorized()
 
-    def _build(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            net = copy.deepcopy(self.make())
-        for name, layer in list(net.named_modules()):
+    def _make(self, seed: int) -> nn.Module:
+        with trial.seeded(seed):
+            net = self.make()
+        if not isinstance(net, nn.Module):
+            raise MamlError(
+                f"model.module gives an object of class {type(net).__name__}, not a torch.nn.Module; name the class of "
+                "a network, or a function that returns one"
+            )
+        return net
+
+    def _prepare(self, net: nn.Module, seed: int) -> nn.Module:
+        """Returns the module with lazy layers initialised and batch normalisation replaced."""
+        net = copy.deepcopy(net) if self._copies else net
+        if any(is_lazy(value) for value in (*net.parameters(), *net.buffers())):
+            with trial.seeded(Stream(seed).child("lazy").key), torch.no_grad(), self._naming_failure():
+                net(self._inputs(self._example)[0])
+        replaced: dict[_BatchNorm, _BatchStatistics] = {}
+        for name, layer in list(net.named_modules(remove_duplicate=False)):
             if isinstance(layer, _DropoutNd) and layer.p > 0:
                 raise MamlError(
                     f"model.module has dropout ({name}, p={layer.p}), whose draws no seed of a run controls; set p=0"
@@ -73,13 +102,75 @@ class ModuleModel(Model):
             if isinstance(layer, _BatchNorm):
                 if not name:
                     raise MamlError("model.module is itself a batch normalisation layer; wrap it in a network")
-                net.set_submodule(name, _BatchStatistics(layer))
+                if layer not in replaced:
+                    replaced[layer] = _BatchStatistics(layer)
+                net.set_submodule(name, replaced[layer])
         return net
+
+    def _check(self, twin: nn.Module, out_dim: int) -> None:
+        """Refuses a module that would fail later or give wrong numbers."""
+        theta, x = self._example_params(), self._inputs(self._example)
+
+        def call(task: int) -> Tensor:
+            return self._run({name: value[task] for name, value in theta.items()}, x[task], {})
+
+        buffers = trial.BufferValues(self.net)
+        with torch.no_grad():
+            with self._naming_failure():
+                trial.check_outputs(self._outputs(self.net, {}, x[0]), x.shape[1], out_dim)
+            trial.check_draws(self.net, lambda: call(0))
+            trial.check_independence(lambda: call(0), lambda: call(1), buffers)
+            last = {name: value[1] for name, value in theta.items()}
+            trial.check_parameters_are_registered(
+                call(1), twin, last, lambda: self._outputs(twin, {}, x[1]).to(x.dtype)
+            )
+            self._changed_buffers = {name: value for name, value in buffers.changed().items() if name in self._places}
+            buffers.restore()
+        with self._naming_failure():
+            unused = trial.check_derivative(self(theta, self._example), theta)
+        if unused:
+            _announce_once(f"model.module does not use {', '.join(unused)} in forward: they keep their initial values")
+
+    def _can_be_vectorized(self) -> bool:
+        """Whether vmap can transform the module; if not, a line says why."""
+        theta = self._example_params()
+        self.vectorize = True
+        try:
+            trial.check_derivative(self(theta, self._example), theta)
+        except Exception as error:
+            _announce_once(
+                "model.module runs one task at a time, which is slower: torch.func.vmap cannot transform it "
+                f"({trial.first_line(error).partition('. ')[0]})"
+            )
+            return False
+        return True
+
+    def check_second_derivative(self) -> None:
+        theta = self._example_params()
+        if theta:
+            with trial.seeded(0):
+                trial.check_second_derivative(self(theta, self._example), theta)
+
+    def _example_params(self) -> Params:
+        """Returns different parameters for two tasks, name -> ``(2, ...)``, leaves of a graph."""
+        initial = {name: value.detach().cpu() for name, value in _trained(self.net)}
+        tasks = [trial.moved(initial, number) for number in range(2)]
+        return {name: torch.stack([task[name] for task in tasks]).requires_grad_() for name in initial}
+
+    @contextmanager
+    def _naming_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except MamlError:
+            raise
+        except Exception as error:
+            shape = tuple(self._inputs(self._example).shape[1:])
+            raise MamlError(f"model.module cannot be run on inputs of shape {shape}: {error}") from error
 
     def init(self, stream: Stream) -> Params:
         """Builds the module again under the run's seed and returns its parameters."""
         assert isinstance(stream.key, int)
-        net = self._build(seed=stream.key)
+        net = self._prepare(self._make(stream.key), stream.key)
         return {name: value.detach().clone().to(stream.device) for name, value in _trained(net)}
 
     def _inputs(self, x: Tensor) -> Tensor:
@@ -90,17 +181,36 @@ class ModuleModel(Model):
             if isinstance(layer, _BatchStatistics):
                 layer.num_reference = num_reference
         self.net.to(x.device)
-
-        def run(params: Params, x: Tensor) -> Tensor:
-            with autocast(x.device):
-                return functional_call(self.net, params, (x,)).to(x.dtype)
-
+        inputs, count = self._inputs(x), x.shape[0]
+        params = {name: params[name] for name in self._trained}  # without the inner optimizer's own
+        # Each task has its own copies, so that no task changes what another one reads.
+        buffers = {
+            name: value.to(x.device).expand(count, *value.shape).clone()
+            for name, value in self._changed_buffers.items()
+        }
         if self.vectorize:
-            return vmap(run)(params, self._inputs(x))
-        one_by_one = [
-            run({name: value[i] for name, value in params.items()}, inputs) for i, inputs in enumerate(self._inputs(x))
+            return vmap(self._run)(params, inputs, buffers)
+        tasks = [
+            self._run(
+                {name: value[i] for name, value in params.items()},
+                inputs[i],
+                {name: value[i] for name, value in buffers.items()},
+            )
+            for i in range(count)
         ]
-        return torch.stack(one_by_one)
+        return torch.stack(tasks)
+
+    def _run(self, params: Params, x: Tensor, buffers: Params) -> Tensor:
+        """Computes one task."""
+        return self._outputs(self.net, params | buffers, x).to(x.dtype)
+
+    def _outputs(self, net: nn.Module, tensors: Params, x: Tensor) -> Any:
+        # Tied tensors and layers that are registered twice: torch's own tie_weights=True replaces some places twice,
+        # and then restores what it has put there itself.
+        tensors = {place: value for name, value in tensors.items() for place in self._places[name]}
+        # Other kernels for attention, and cuDNN's recurrent layers, have no second derivative.
+        with autocast(x.device), sdpa_kernel(SDPBackend.MATH), _cudnn(not self._is_recurrent):
+            return functional_call(net, tensors, (x,), tie_weights=False)
 
 
 def _left_open(make: Callable[..., nn.Module], sizes: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +226,23 @@ def _left_open(make: Callable[..., nn.Module], sizes: dict[str, Any]) -> dict[st
         for name, size in sizes.items()
         if name in parameters and parameters[name].kind in by_name and name not in filled
     }
+
+
+@contextmanager
+def _cudnn(enabled: bool) -> Iterator[None]:
+    """Switches cuDNN off if it is not enabled here."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = before and enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+@cache
+def _announce_once(text: str) -> None:
+    """Prints a status line, once for all seeds of a run."""
+    announce(text)
 
 
 def _trained(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
