@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from maml.algorithm.maml import MAML
 from maml.config.schema import _check_part, build
 from maml.errors import MamlError
+from maml.hardware.precision import use_precision
+from maml.inner.base import Inner
+from maml.inner.learned_sgd import LearnedSGD
+from maml.inner.sgd import SGD
+from maml.model import module
 from maml.model.base import Model
 from maml.model.module import ModuleModel
 from maml.seeding import Stream
+from maml.types import Params
+from tests import algorithms
+from tests.model import torch_layers
+from tests.training.test_meta_gradient import NUM_TASKS, FixedExamples, as_list
 
 SHAPE = (6, 6, 2)
 
@@ -129,3 +146,446 @@ def test_size_left_open_is_no_missing_key() -> None:
     assert "model.module.out_dim='two'" in problem
     model = build(config, in_shape=SHAPE, out_dim=4)
     assert model.init(Stream(0))["net.2.weight"].shape == (4, 5)
+
+
+Forward = Callable[[Params, Tensor], Tensor]
+
+
+def assert_exact_meta_gradient(
+    make: Callable[..., nn.Module],
+    forward: Forward,
+    order: int,
+    vectorize: bool = True,
+    inner_kind: type[SGD | LearnedSGD] = SGD,
+    adapt: str = "*",
+) -> ModuleModel:
+    """Compares the meta-gradient of a network of three inputs and one output with a plain loop over tasks, in float64.
+
+    Args:
+        make: builds the network.
+        forward: the same network as a function of its parameters and inputs.
+        order: order of the meta-gradient.
+        vectorize: as in `ModuleModel`.
+        inner_kind: the inner optimizer.
+        adapt: pattern of the parameters that adapt.
+
+    Returns:
+        The model.
+    """
+    with use_precision("float64"):
+        domain = FixedExamples((3,), classes=False)
+        inner: Inner = inner_kind(step_size=0.1, num_steps=2, order=order, adapt=[adapt])  # type: ignore[arg-type]
+        model = ModuleModel((3,), 1, make, vectorize)
+        algorithm = algorithms.build_from(MAML, domain, model, inner)
+        theta = {
+            name: value + Stream(1).child(name).uniform(value.shape, -0.05, 0.05)
+            for name, value in algorithm.theta.items()
+        }
+        tasks = domain.sample_tasks(NUM_TASKS, Stream(2))
+        gradient, metrics = algorithms.gradient(algorithm, theta, tasks)
+
+        leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
+        total = torch.zeros(())
+        for x, y, query_x, query_y in as_list(tasks):
+            params = {name: value for name, value in leaves.items() if not name.startswith("inner.")}
+            for step in range(2):
+                names = inner.adapted_names(list(params))
+                gradients = torch.autograd.grad(
+                    ((forward(params, x) - y) ** 2).mean(),
+                    [params[name] for name in names],
+                    create_graph=order == 2,
+                    materialize_grads=True,
+                )
+                for name, each in zip(names, gradients, strict=True):
+                    size = leaves[f"inner.step_size.{name}"][step] if inner_kind is LearnedSGD else 0.1
+                    params[name] = params[name] - size * each
+            total = total + ((forward(params, query_x) - query_y) ** 2).mean() / NUM_TASKS
+        expected = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+        assert metrics["loss"].item() == pytest.approx(total.item(), rel=1e-10)
+        assert any(value.any() for value in expected)
+        for name, value in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(
+                gradient[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}"
+            )
+    return model
+
+
+def test_every_layer_of_torch_is_listed() -> None:
+    listed = sorted(torch_layers.CASES)
+    assert torch_layers.layers() == listed, "tests/model/torch_layers.py lists other layers than torch.nn has"
+
+
+@pytest.mark.parametrize("name", torch_layers.CASES)
+def test_layer_of_torch_trains_with_the_exact_meta_gradient_or_is_refused(name: str) -> None:
+    case = torch_layers.CASES[name]
+    make = partial(torch_layers.Surrounded, case)
+    if "refused" in case.limits:
+        with pytest.raises(MamlError, match=r"model\.module (has dropout|draws random numbers in forward) \(layer, "):
+            ModuleModel((3,), 1, make)
+        return
+    with use_precision("float64"):
+        reference = torch_layers.Surrounded(case, 1, plain=True)
+        reference(torch.zeros(2, 3))
+
+    def forward(params: Params, x: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return functional_call(reference, params, (x,))
+
+    model = assert_exact_meta_gradient(make, forward, order=1)
+    assert model.vectorize == ("one task at a time" not in case.limits)
+    if "first order" in case.limits:
+        with pytest.raises(MamlError, match=r"model\.module has no second derivative: .*choose inner\.order=1"):
+            assert_exact_meta_gradient(make, forward, order=2)
+    else:
+        assert_exact_meta_gradient(make, forward, order=2)
+
+
+class Tied(nn.Module):
+    """One layer that is registered twice, and another one that is tied to its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+        self.b = self.a
+        self.c.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.c(torch.tanh(self.b(torch.tanh(self.a(x))))))
+
+
+def tied(params: Params, x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = torch.tanh(F.linear(x, params["a.weight"], params["a.bias"]))
+    return F.linear(F.linear(x, params["a.weight"], params["c.bias"]), params["head.weight"], params["head.bias"])
+
+
+class Spare(nn.Module):
+    """A linear layer, and one that forward does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare, self.used = nn.Linear(2, 2), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def spare(params: Params, x: Tensor) -> Tensor:
+    return F.linear(x, params["used.weight"], params["used.bias"])
+
+
+@pytest.mark.parametrize("inner_kind", [SGD, LearnedSGD])
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(("make", "forward"), [(Tied, tied), (Spare, spare)])
+def test_tied_and_unused_parameters_have_the_exact_meta_gradient(
+    make: type[nn.Module], forward: Forward, order: int, vectorize: bool, inner_kind: type[SGD | LearnedSGD]
+) -> None:
+    model = assert_exact_meta_gradient(make, forward, order, vectorize, inner_kind)
+    assert model.vectorize == vectorize
+
+
+def test_tied_network_keeps_its_own_parameters_in_all_places() -> None:
+    model = ModuleModel((3,), 1, Tied, vectorize=False)
+    before = {name: value.clone() for name, value in model.net.named_parameters(remove_duplicate=False)}
+    assert len(before) == 8
+    for seed in (1, 2):
+        params = {name: value.unsqueeze(0) for name, value in model.init(Stream(seed)).items()}
+        x = Stream(seed).normal((1, 4, 3))
+        torch.testing.assert_close(model(params, x)[0], tied({name: value[0] for name, value in params.items()}, x[0]))
+    after = dict(model.net.named_parameters(remove_duplicate=False))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert after["c.weight"] is after["a.weight"] is after["b.weight"]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_parameters_that_adapt_may_all_be_unused(order: int) -> None:
+    assert_exact_meta_gradient(Spare, spare, order, adapt="spare.*")
+    inner = SGD(step_size=0.1, num_steps=1, order=1, adapt=["spare.*"])
+    model = ModuleModel((3,), 1, Spare)
+    params = {name: value.unsqueeze(0) for name, value in model.init(Stream(0)).items()}
+    x = Stream(1).normal((1, 4, 3))
+    *_, (adapted, _) = inner.adapt(lambda own, step: model(own, x).sum((1, 2)), params, 2, create_graph=False)
+    assert all(torch.equal(adapted[name], value) for name, value in params.items())
+
+
+def test_unused_parameters_are_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        ModuleModel((3,), 1, Spare)
+    printed = capsys.readouterr().err
+    assert printed.count("model.module does not use spare.weight, spare.bias in forward") <= 1, "once in a process"
+
+
+def test_batch_normalisation_that_is_registered_twice_uses_its_batch_in_both_places() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = nn.BatchNorm1d(3)
+            self.head = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(torch.tanh(self.first(x))))
+
+    with use_precision("float64"):
+        reference = Twice()
+
+    assert assert_exact_meta_gradient(Twice, lambda params, x: functional_call(reference, params, x), 2).vectorize
+
+
+class Drawing(nn.Module):
+    """A network that draws in forward."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.draw = nn.Sequential(nn.Linear(3, 4), Calling(draw)), draw
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class Calling(nn.Module):
+    """Calls a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: F.dropout(x, 0.5),
+        lambda x: x + torch.randn_like(x),
+        lambda x: x * (random.random() < 0.999),
+        lambda x: x + np.random.uniform(),
+        lambda x: x if torch.rand(()) < 2 else -x,  # its outputs are always the same
+    ],
+)
+def test_draws_in_forward_are_refused_by_the_name_of_the_layer(
+    draw: Callable[[Tensor], Tensor], vectorize: bool
+) -> None:
+    states = torch.get_rng_state(), random.getstate()
+    with pytest.raises(MamlError, match=r"draws random numbers in forward \(body\.1, Calling\)"):
+        ModuleModel((3,), 1, lambda: Drawing(draw), vectorize)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+def test_dropout_that_is_no_layer_of_its_own_is_refused() -> None:
+    case = torch_layers.Case(
+        lambda: nn.LSTM(3, 3, 2, dropout=0.5, batch_first=True), (4, 3), lambda layer, x: layer(x)[0]
+    )
+    with pytest.raises(MamlError, match=r"draws random numbers in forward \(layer, LSTM\).*set its dropout to 0"):
+        ModuleModel((3,), 1, partial(torch_layers.Surrounded, case))
+
+
+def test_spectral_norm_is_refused_by_the_name_of_its_buffers() -> None:
+    with pytest.raises(MamlError, match=r"changes its buffers 0\.parametrizations\.weight\.0\._u, .* in forward"):
+        ModuleModel((3,), 2, lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))))
+
+
+class Centred(nn.Module):
+    """Keeps a running mean, and subtracts it if asked."""
+
+    def __init__(self, subtract: bool, in_place: bool = True, is_buffer: bool = True) -> None:
+        super().__init__()
+        self.subtract, self.in_place, self.head = subtract, in_place, nn.Linear(3, 1)
+        if is_buffer:
+            self.register_buffer("mean", torch.ones(3))
+        else:
+            self.mean = torch.ones(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.head(x - self.mean if self.subtract else x)
+        if self.in_place:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return outputs
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_running_statistics_are_refused_where_outputs_depend_on_them(in_place: bool, vectorize: bool) -> None:
+    with pytest.raises(MamlError, match="changes its buffers mean in forward"):
+        ModuleModel((3,), 1, partial(Centred, True, in_place), vectorize)
+    with pytest.raises(MamlError, match="changes values that it keeps in forward"):
+        ModuleModel((3,), 1, partial(Centred, True, in_place, is_buffer=False), vectorize)
+    model = ModuleModel((3,), 1, partial(Centred, False, in_place), vectorize)
+    assert model.vectorize == vectorize
+    params = stacked(model, 2)
+    x = Stream(5).normal((2, 7, 3))
+    torch.testing.assert_close(model(params, x), x @ params["head.weight"].mT + params["head.bias"].unsqueeze(1))
+    assert torch.equal(dict(model.net.named_buffers())["mean"], torch.ones(3))
+
+
+def test_parameters_that_forward_reaches_by_other_ways_are_refused() -> None:
+    class Listed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 1)
+            self.kept = [self.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.kept[0], self.bias)
+
+    class Cached(nn.Linear):
+        cache: Tensor | None = None
+
+        def __init__(self) -> None:
+            super().__init__(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache = 2 * self.weight if self.cache is None else self.cache
+            return F.linear(x, self.cache, self.bias)
+
+    for make in (Listed, Cached):
+        with pytest.raises(MamlError, match="does not follow all changes of its parameters"):
+            ModuleModel((3,), 1, make)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_function_that_a_network_makes_of_itself_sees_the_parameters_of_the_task(order: int) -> None:
+    class Closed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 1)
+            self.function = lambda x: F.linear(x, self.weight, self.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.function(x)
+
+    assert_exact_meta_gradient(Closed, lambda params, x: F.linear(x, params["weight"], params["bias"]), order)
+
+
+def test_layers_that_a_function_keeps_stay_as_they_are() -> None:
+    backbone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    model = ModuleModel((3,), 1, lambda: nn.Sequential(backbone, nn.Linear(4, 1)))
+    model(stacked(model, 2), Stream(5).normal((2, 7, 3)))
+    assert isinstance(backbone[1], nn.BatchNorm1d)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert torch.equal(model.init(Stream(3))["0.0.weight"], before["0.weight"])
+
+
+def test_outputs_that_are_no_tensor_are_refused_with_the_remedy() -> None:
+    with pytest.raises(MamlError, match=r"returns a tuple, but one tensor of shape \(S, 3\) is needed; wrap it"):
+        ModuleModel((4, 2), 3, lambda: nn.LSTM(2, 3))
+
+
+@pytest.mark.parametrize("forward", [lambda x: x.detach(), lambda x: (x > 0).float()])
+def test_outputs_without_a_gradient_are_refused(forward: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(MamlError, match="has outputs without a gradient"):
+        ModuleModel((3,), 1, lambda: nn.Sequential(nn.Linear(3, 1), Calling(forward)))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_data_dependent_control_flow_runs_one_task_at_a_time(order: int) -> None:
+    def bent(x: Tensor) -> Tensor:
+        return 2 * x if x.sum() > 0 else torch.tanh(x)
+
+    model = assert_exact_meta_gradient(
+        lambda: nn.Sequential(nn.Linear(3, 1), Calling(bent)),
+        lambda params, x: bent(F.linear(x, params["0.weight"], params["0.bias"])),
+        order,
+    )
+    assert not model.vectorize
+
+
+def test_line_says_that_one_task_is_computed_at_a_time_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    module._announce_once.cache_clear()
+    for _ in range(2):
+        ModuleModel((3,), 1, lambda: nn.Sequential(nn.Linear(3, 1), Calling(lambda x: x * float(x.sum().item()))))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("model.module computes one task at a time, which is slower: torch.func.vmap fails on it (")
+    ModuleModel((3,), 1, lambda: nn.Sequential(nn.Linear(3, 1)), vectorize=False)
+    assert not capsys.readouterr().err
+
+
+def test_names_of_the_inner_optimizer_are_refused() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    with pytest.raises(MamlError, match=r"has the parameter inner\.weight.*give the layer another name"):
+        ModuleModel((3,), 1, Named)
+
+
+def test_lazy_layers_get_their_shapes_from_the_domain_and_their_values_from_the_seed() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+
+    model = ModuleModel(SHAPE, 3, make)
+    first, again, other = (model.init(Stream(seed)) for seed in (1, 1, 2))
+    assert first["0.weight"].shape == (4, 2, 3, 3)
+    assert first["4.weight"].shape == (3, 64)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["4.weight"], other["4.weight"])
+    assert model(stacked(model, 2), Stream(5).normal((2, 7, *SHAPE))).shape == (2, 7, 3)
+
+
+def test_initial_values_from_any_global_generator_follow_the_seed() -> None:
+    class Drawn(nn.Module):
+        def __init__(self, draw: Callable[[], float]) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([[draw()] * 3]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.mT
+
+    for draw in (random.random, np.random.uniform):
+        model = ModuleModel((3,), 1, partial(Drawn, draw))
+        values = [model.init(Stream(seed))["weight"][0, 0].item() for seed in (1, 1, 2)]
+        assert values[0] == values[1] != values[2]
+    with pytest.raises(MamlError, match="gives weight another initial value each time it is built"):
+        ModuleModel((3,), 1, partial(Drawn, np.random.default_rng(0).uniform))
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(MamlError, match=r"gives an object of class int, not a torch\.nn\.Module"):
+        ModuleModel((3,), 1, lambda: 3)  # type: ignore[arg-type, return-value]
+
+
+def small_net(width: int, out_dim: int = 1):  # type: ignore[no-untyped-def]
+    """A function that returns a network, as user code writes it."""
+    return nn.Sequential(nn.Linear(3, width), nn.Linear(width, out_dim))
+
+
+def annotated_net(out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, out_dim))
+
+
+def text(out_dim: int) -> str:
+    return "no network"
+
+
+def function_part(function: str, **arguments: Any) -> dict[str, Any]:
+    module = {"_target_": f"{__name__}.{function}", "_partial_": True, **arguments}
+    return {"_target_": "maml.model.module.ModuleModel", "module": module}
+
+
+def test_function_that_returns_a_network_is_a_target() -> None:
+    for part in (function_part("small_net", width=2), function_part("annotated_net")):
+        assert _check_part("model", part, Model) == []
+        assert build(part, in_shape=(3,), out_dim=1).init(Stream(0))["0.weight"].shape[1] == 3
+    (problem,) = _check_part("model", function_part("small_net", widht=2, width=2), Model)
+    assert "model.module.widht is not a key" in problem
+    (problem,) = _check_part("model", function_part("small_net"), Model)
+    assert problem == "model.module.width is missing"
+    (problem,) = _check_part("model", function_part("text"), Model)
+    assert "it returns str, not torch.nn.modules.module.Module" in problem
+
+
+def test_function_of_a_file_from_somebody_else_has_to_say_that_it_returns_a_network() -> None:
+    assert _check_part("model", function_part("annotated_net"), Model, allow=["tests"]) == []
+    (problem,) = _check_part("model", function_part("small_net", width=2), Model, allow=["tests"])
+    assert "its annotation has to say that it returns torch.nn.modules.module.Module" in problem
+    (problem,) = _check_part("model", function_part("annotated_net"), Model, allow=[])
+    assert "needs the module tests.model.test_module" in problem

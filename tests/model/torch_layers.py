@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Outcome = Literal["all tasks at once", "one task at a time", "first order", "refused"]
+Limit = Literal["refused", "first order", "one task at a time"]
 
 
 def plainly(layer: nn.Module, x: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class Case:
         make: builds the layer.
         shape: the shape of its inputs, without the batch axis.
         call: calls it on a batch of such inputs, and returns a tensor.
-        outcome: how it trains. ``first order`` is refused with ``inner.order=2``.
+        limits: what it cannot do. ``first order`` is refused with ``inner.order=2``.
         plain: builds a layer that does the same in plain torch on a CPU, if the layer itself does not; its parameters
             have the same names.
     """
@@ -32,7 +32,7 @@ class Case:
     make: Callable[[], nn.Module]
     shape: tuple[int, ...] = (4,)
     call: Callable[[Any, Tensor], Tensor] = plainly
-    outcome: Outcome = "all tasks at once"
+    limits: tuple[Limit, ...] = ()
     plain: Callable[[], nn.Module] | None = None
 
 
@@ -61,7 +61,7 @@ def _pool_and_back(pool: Callable[..., Any]) -> Callable[[Any, Tensor], Tensor]:
     return lambda layer, x: layer(*pool(x, 2, return_indices=True))
 
 
-LINE, IMAGE, VOLUME = (2, 5), (2, 4, 4), (2, 3, 3, 3)
+LINE, IMAGE, VOLUME = (2, 5), (2, 4, 4), (2, 4, 4, 4)
 SHAPES = {1: LINE, 2: IMAGE, 3: VOLUME}
 NO_DROPOUT = {"dim_feedforward": 6, "dropout": 0.0, "batch_first": True}
 
@@ -69,33 +69,38 @@ CASES: dict[str, Case] = {
     "AdaptiveLogSoftmaxWithLoss": Case(
         lambda: nn.AdaptiveLogSoftmaxWithLoss(4, 6, [2]), call=lambda layer, x: layer.log_prob(x)
     ),
-    "AlphaDropout": Case(nn.AlphaDropout, outcome="refused"),
-    "Bilinear": Case(lambda: nn.Bilinear(4, 4, 3), call=lambda layer, x: layer(x, x.tanh())),
+    "AlphaDropout": Case(nn.AlphaDropout, limits=("refused",)),
+    "Bilinear": Case(
+        lambda: nn.Bilinear(4, 4, 3), call=lambda layer, x: layer(x, x.tanh()), limits=("one task at a time",)
+    ),
     "ChannelShuffle": Case(lambda: nn.ChannelShuffle(2), (4, 2, 2)),
     "CosineSimilarity": Case(nn.CosineSimilarity, call=lambda layer, x: layer(x, x.flip(1)).unsqueeze(1)),
-    "CrossMapLRN2d": Case(lambda: nn.CrossMapLRN2d(2), IMAGE),
-    "Dropout": Case(nn.Dropout, outcome="refused"),
-    "Dropout1d": Case(nn.Dropout1d, LINE, outcome="refused"),
-    "Dropout2d": Case(nn.Dropout2d, IMAGE, outcome="refused"),
-    "Dropout3d": Case(nn.Dropout3d, VOLUME, outcome="refused"),
-    "Embedding": Case(
-        lambda: nn.Embedding(4, 3), call=lambda layer, x: layer(torch.arange(4)) * x.unsqueeze(-1)
-    ),
+    "CrossMapLRN2d": Case(lambda: nn.CrossMapLRN2d(2), IMAGE, limits=("first order", "one task at a time")),
+    "Dropout": Case(nn.Dropout, limits=("refused",)),
+    "Dropout1d": Case(nn.Dropout1d, LINE, limits=("refused",)),
+    "Dropout2d": Case(nn.Dropout2d, IMAGE, limits=("refused",)),
+    "Dropout3d": Case(nn.Dropout3d, VOLUME, limits=("refused",)),
+    "Embedding": Case(lambda: nn.Embedding(4, 3), call=lambda layer, x: layer(torch.arange(4)) * x.unsqueeze(-1)),
     "EmbeddingBag": Case(
-        lambda: nn.EmbeddingBag(4, 3), call=lambda layer, x: layer(torch.arange(4).view(2, 2)) * x.view(-1, 2, 2)[..., :1]
+        lambda: nn.EmbeddingBag(4, 3),
+        call=lambda layer, x: layer(torch.arange(4).view(2, 2)) * x.view(-1, 2, 2)[..., :1],
+        limits=("first order", "one task at a time"),
     ),
-    "FeatureAlphaDropout": Case(nn.FeatureAlphaDropout, outcome="refused"),
+    "FeatureAlphaDropout": Case(nn.FeatureAlphaDropout, limits=("refused",)),
     "Flatten": Case(nn.Flatten, LINE),
     "Fold": Case(lambda: nn.Fold((3, 3), 2), (4, 4)),
-    "FractionalMaxPool2d": Case(lambda: nn.FractionalMaxPool2d(2, 2), IMAGE, outcome="refused"),
-    "FractionalMaxPool3d": Case(lambda: nn.FractionalMaxPool3d(2, 2), VOLUME, outcome="refused"),
+    "FractionalMaxPool2d": Case(lambda: nn.FractionalMaxPool2d(2, 2), IMAGE, limits=("refused",)),
+    "FractionalMaxPool3d": Case(lambda: nn.FractionalMaxPool3d(2, 2), VOLUME, limits=("refused",)),
     "GLU": Case(nn.GLU),
-    "GRU": Case(lambda: nn.GRU(3, 3, batch_first=True), (4, 3), lambda layer, x: layer(x)[0], "one task at a time"),
-    "GRUCell": Case(lambda: nn.GRUCell(4, 3)),
+    "GRU": Case(lambda: nn.GRU(3, 3, batch_first=True), (4, 3), lambda layer, x: layer(x)[0], ("one task at a time",)),
+    "GRUCell": Case(lambda: nn.GRUCell(4, 3), limits=("one task at a time",)),
     "GroupNorm": Case(lambda: nn.GroupNorm(1, 2), IMAGE),
+    "Hardsigmoid": Case(nn.Hardsigmoid, limits=("first order",)),
     "Identity": Case(nn.Identity),
-    "LSTM": Case(lambda: nn.LSTM(3, 3, batch_first=True), (4, 3), lambda layer, x: layer(x)[0], "one task at a time"),
-    "LSTMCell": Case(lambda: nn.LSTMCell(4, 3), call=lambda layer, x: layer(x)[0]),
+    "LSTM": Case(
+        lambda: nn.LSTM(3, 3, batch_first=True), (4, 3), lambda layer, x: layer(x)[0], ("one task at a time",)
+    ),
+    "LSTMCell": Case(lambda: nn.LSTMCell(4, 3), call=lambda layer, x: layer(x)[0], limits=("one task at a time",)),
     "LayerNorm": Case(lambda: nn.LayerNorm(4)),
     "Linear": Case(lambda: nn.Linear(4, 3)),
     "LazyLinear": Case(lambda: nn.LazyLinear(3)),
@@ -108,17 +113,15 @@ CASES: dict[str, Case] = {
     "PixelShuffle": Case(lambda: nn.PixelShuffle(2), (4, 2, 2)),
     "PixelUnshuffle": Case(lambda: nn.PixelUnshuffle(2), IMAGE),
     "RMSNorm": Case(lambda: nn.RMSNorm(4)),
-    "RNN": Case(lambda: nn.RNN(3, 3, batch_first=True), (4, 3), lambda layer, x: layer(x)[0], "one task at a time"),
-    "RNNCell": Case(lambda: nn.RNNCell(4, 3)),
-    "RReLU": Case(nn.RReLU, outcome="refused"),
+    "RNN": Case(lambda: nn.RNN(3, 3, batch_first=True), (4, 3), lambda layer, x: layer(x)[0], ("one task at a time",)),
+    "RNNCell": Case(lambda: nn.RNNCell(4, 3), limits=("one task at a time",)),
+    "RReLU": Case(nn.RReLU, limits=("refused",)),
     "Softmax": Case(lambda: nn.Softmax(1)),
     "Softmax2d": Case(nn.Softmax2d, IMAGE),
     "Softmin": Case(lambda: nn.Softmin(1)),
     "SyncBatchNorm": Case(lambda: nn.SyncBatchNorm(2), IMAGE, plain=lambda: nn.BatchNorm2d(2)),
     "Threshold": Case(lambda: nn.Threshold(0.1, 0.2)),
-    "Transformer": Case(
-        lambda: nn.Transformer(4, 2, 1, 1, **NO_DROPOUT), (3, 4), lambda layer, x: layer(x, x.tanh())
-    ),
+    "Transformer": Case(lambda: nn.Transformer(4, 2, 1, 1, **NO_DROPOUT), (3, 4), lambda layer, x: layer(x, x.tanh())),
     "TransformerDecoder": Case(
         lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, **NO_DROPOUT), 1),
         (3, 4),
@@ -137,14 +140,14 @@ CASES: dict[str, Case] = {
     "UpsamplingBilinear2d": Case(lambda: nn.UpsamplingBilinear2d(scale_factor=2), IMAGE),
     "UpsamplingNearest2d": Case(lambda: nn.UpsamplingNearest2d(scale_factor=2), IMAGE),
 }
-CASES |= {  # activations without arguments
-    name: Case(getattr(nn, name))
-    for name in (
-        "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 SELU SiLU Sigmoid "
-        "Softplus Softshrink Softsign Tanh Tanhshrink"
-    ).split()
-}
+ACTIVATIONS: list[type[nn.Module]] = [
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish),
+    *(nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign),
+    *(nn.Tanh, nn.Tanhshrink),
+]
+CASES |= {layer.__name__: Case(layer) for layer in ACTIVATIONS}
 for dims, shape in SHAPES.items():
+
     def of(name: str, *arguments: Any, lazy: bool = False, dims: int = dims, **options: Any) -> Callable[[], nn.Module]:
         return lambda: getattr(nn, f"{'Lazy' * lazy}{name}{dims}d")(*arguments, **options)
 
@@ -158,14 +161,17 @@ for dims, shape in SHAPES.items():
         f"Conv{dims}d": Case(of("Conv", 2, 2, 2), shape),
         f"ConvTranspose{dims}d": Case(of("ConvTranspose", 2, 2, 2), shape),
         f"InstanceNorm{dims}d": Case(of("InstanceNorm", 2, affine=True, track_running_stats=True), shape),
-        f"LPPool{dims}d": Case(of("LPPool", 3, 2), shape),
+        f"LPPool{dims}d": Case(of("LPPool", 2, 2), shape),
         f"LazyBatchNorm{dims}d": Case(of("BatchNorm", lazy=True), shape),
         f"LazyConv{dims}d": Case(of("Conv", 2, 2, lazy=True), shape),
         f"LazyConvTranspose{dims}d": Case(of("ConvTranspose", 2, 2, lazy=True), shape),
         f"LazyInstanceNorm{dims}d": Case(of("InstanceNorm", affine=True, lazy=True), shape),
         f"MaxPool{dims}d": Case(of("MaxPool", 2), shape),
         f"MaxUnpool{dims}d": Case(
-            of("MaxUnpool", 2), shape, _pool_and_back(getattr(nn.functional, f"max_pool{dims}d"))
+            of("MaxUnpool", 2),
+            shape,
+            _pool_and_back(getattr(nn.functional, f"max_pool{dims}d")),
+            ("one task at a time",),
         ),
         f"ReflectionPad{dims}d": Case(of("ReflectionPad", 1), shape),
         f"ReplicationPad{dims}d": Case(of("ReplicationPad", 1), shape),
@@ -181,7 +187,9 @@ NO_LAYERS = {
 
 def layers() -> list[str]:
     """Returns the names of all layers in torch.nn. Losses, ``torch.nn.modules.loss``, are none."""
-    found = {name: value for name, value in vars(nn).items() if isinstance(value, type) and issubclass(value, nn.Module)}
+    found = {
+        name: value for name, value in vars(nn).items() if isinstance(value, type) and issubclass(value, nn.Module)
+    }
     return sorted(
         name for name, value in found.items() if value.__module__ != "torch.nn.modules.loss" and name not in NO_LAYERS
     )
