@@ -27,7 +27,7 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
-        random.seed(seed)
+        random.seed(seed % 2**64)  # it takes a negative seed for the positive one
         try:
             yield
         finally:
@@ -240,14 +240,30 @@ def check_second_derivative(outputs: Tensor, params: Params) -> None:
         MamlError: if not.
     """
     values = list(params.values())
+    reason = ""
     try:
         gradients = torch.autograd.grad(outputs.square().sum(), values, create_graph=True, materialize_grads=True)
         total = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
         torch.autograd.grad(total, values, allow_unused=True)
     except RuntimeError as error:
-        raise MamlError(
-            f"model.module has no second derivative: {first_line(error)}; choose inner.order=1, or another layer"
-        ) from error
+        reason = first_line(error)
+    else:
+        # The error of such a function is not on the way to the parameters, so autograd leaves its part out in silence.
+        if any(node.name().endswith("::Error") for node in _nodes(total)):
+            reason = "it has a function that is marked as once_differentiable"
+    if reason:
+        raise MamlError(f"model.module has no second derivative: {reason}; choose inner.order=1, or another layer")
+
+
+def _nodes(value: Tensor) -> Iterator[Any]:
+    """Yields the nodes of the graph that has computed a tensor."""
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+            yield node
 
 
 def _random_states() -> tuple[Any, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.docs.pages import ROOT, blocks, run_in_order, trainings
+from tests.model.torch_layers import CASES
 
 PAGE = ROOT / "docs" / "extending.md"
 RUNS = {
@@ -46,3 +48,12 @@ def test_sweep_over_an_own_option_is_summed_up(extended: Path) -> None:
     run_in_order(extended, [["-m", *words, "seed=0,1"]])
     (summary,) = extended.glob("runs/sweeps/*/summary.md")
     assert "2 of 2 jobs are finished" in summary.read_text()
+
+
+def test_table_names_every_layer_of_torch_that_has_a_limit() -> None:
+    _, _, table = PAGE.read_text().partition("| layer | what happens | why |")
+    listed: dict[str, str] = {}
+    for row in table.partition("\n\n")[0].splitlines()[2:]:
+        layers, limits, _ = row.strip("|").split("|")
+        listed |= {name: limits.strip() for name in re.findall(r"`([A-Z]\w+)`", layers)}
+    assert listed == {name: ", ".join(case.limits) for name, case in CASES.items() if case.limits}

@@ -63,7 +63,7 @@ def _pool_and_back(pool: Callable[..., Any]) -> Callable[[Any, Tensor], Tensor]:
 
 LINE, IMAGE, VOLUME = (2, 5), (2, 4, 4), (2, 4, 4, 4)
 SHAPES = {1: LINE, 2: IMAGE, 3: VOLUME}
-NO_DROPOUT = {"dim_feedforward": 6, "dropout": 0.0, "batch_first": True}
+NO_DROPOUT: dict[str, Any] = {"dim_feedforward": 6, "dropout": 0.0, "batch_first": True}
 
 CASES: dict[str, Case] = {
     "AdaptiveLogSoftmaxWithLoss": Case(
