@@ -140,14 +140,15 @@ def _check_part(path: str, value: Any, annotation: Any, allow: Sequence[str] | N
     """Checks a part: its class against the annotation of the argument that takes it, its keys against the class."""
     if not isinstance(value, Mapping) or "_target_" not in value:
         return [f"{path} has no _target_; choose one of the files in conf/{path}/"]
-    named = f"{path}._target_={value['_target_']}"
+    named, is_partial = f"{path}._target_={value['_target_']}", value.get("_partial_", False)
     try:
-        target = locate_callable(value["_target_"], allow)
+        # A function may make the object where one is asked for that can be called.
+        target = (locate_callable if is_partial else locate)(value["_target_"], allow)
     except MamlError as error:
         return [f"{path}: {error}"]
     except Exception as error:
         return [f"{named}: no such class ({error})"]
-    accepted, is_partial = list(_accepted(annotation)), value.get("_partial_", False)
+    accepted = list(_accepted(annotation))
     bases = [base for base, takes_callable in accepted if takes_callable in (is_partial, None)]
     if not accepted:
         return [f"{path} is a plain value, not a part; remove its _target_"]
@@ -156,7 +157,7 @@ def _check_part(path: str, value: Any, annotation: Any, allow: Sequence[str] | N
         return [f"{path}._partial_={is_partial} has to be {wanted}"]
     names = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in bases)
     if not isinstance(target, type):
-        if reason := _unfit_function(target, bases if is_partial else [], names, allow):
+        if reason := _unfit_function(target, bases, names, allow):
             return [f"{named}: no such class (it is a {type(target).__name__}, not a class){reason}"]
     elif not any(_inherits(target, base) for base in bases):
         return [f"{named}: the class has to inherit from {names}"]
@@ -171,15 +172,13 @@ def _unfit_function(target: Callable[..., Any], bases: Sequence[type], names: st
 
     Args:
         target: the function.
-        bases: what it may return; empty where a class is needed.
+        bases: what it may return.
         names: the names of these classes.
         allow: as in `check`. A function of a file from somebody else has to say what it returns, so that such a file
             cannot call just any function of an allowed module.
     """
     annotation = argument_types(target).get("return")
     returned = get_origin(annotation) or annotation
-    if not bases:
-        return "; only an argument that takes a callable may name a function"
     if isinstance(returned, type) and returned is not Any:
         fits = any(_inherits(returned, base) for base in bases)
         return "" if fits else f"; it returns {returned.__name__}, not {names}"
