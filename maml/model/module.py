@@ -26,6 +26,9 @@ from maml.seeding import Stream
 from maml.status import announce
 from maml.types import Params
 
+# How the warning begins with which vmap computes an operation task by task.
+_SLOW_RULE = "There is a performance drop"
+
 
 class ModuleModel(Model):
     """Any module that maps a batch of inputs to a batch of outputs.
@@ -111,24 +114,22 @@ class ModuleModel(Model):
     def _check(self, twin: nn.Module, out_dim: int) -> None:
         """Refuses a module that would fail later or give wrong numbers."""
         theta, x = self._example_params(), self._inputs(self._example)
+        tasks = [{name: value[task] for name, value in theta.items()} for task in range(2)]
 
-        def call(task: int) -> Tensor:
-            return self._run({name: value[task] for name, value in theta.items()}, x[task], {})
+        def call(task: int) -> Any:
+            return self._outputs(self.net, tasks[task], x[task])
 
         buffers = trial.BufferValues(self.net)
-        with torch.no_grad():
-            with self._naming_failure():
-                trial.check_outputs(self._outputs(self.net, {}, x[0]), x.shape[1], out_dim)
-            trial.check_draws(self.net, lambda: call(0))
-            trial.check_independence(lambda: call(0), lambda: call(1), buffers)
-            last = {name: value[1] for name, value in theta.items()}
-            trial.check_parameters_are_registered(
-                call(1), twin, last, lambda: self._outputs(twin, {}, x[1]).to(x.dtype)
-            )
+        with torch.no_grad(), self._naming_failure():
+            first = trial.check_draws(self.net, lambda: call(0))
+            trial.check_outputs(first, x.shape[1], out_dim)
+            second, again = call(1), call(0)
+            trial.check_independence(first, again, buffers)
+            trial.check_parameters_are_registered(second, twin, tasks[1], lambda: self._outputs(twin, {}, x[1]))
             self._changed_buffers = {name: value for name, value in buffers.changed().items() if name in self._places}
             buffers.restore()
         with self._naming_failure():
-            unused = trial.check_derivative(self(theta, self._example), theta)
+            unused = trial.check_derivative(self(*self._first_task(theta)), theta)
         if unused:
             _announce_once(f"model.module does not use {', '.join(unused)} in forward: they keep their initial values")
 
@@ -139,8 +140,8 @@ class ModuleModel(Model):
         try:
             with warnings.catch_warnings():
                 # Where vmap lacks a rule for an operation, it computes that one task by task, and warns in each call.
-                warnings.filterwarnings("error", "There is a performance drop")
-                trial.check_derivative(self(theta, self._example), theta)
+                warnings.filterwarnings("error", _SLOW_RULE)
+                self(theta, self._example)
         except Exception as error:
             reason = trial.first_line(error).partition(". ")[0]
             _announce_once(
@@ -152,14 +153,19 @@ class ModuleModel(Model):
     def check_second_derivative(self) -> None:
         theta = self._example_params()
         if theta:
-            with trial.seeded(0):
-                trial.check_second_derivative(self(theta, self._example), theta)
+            with trial.seeded(0), warnings.catch_warnings():
+                # Even where vmap has all rules for several tasks, it may lack one for the strides of a single task.
+                warnings.filterwarnings("ignore", _SLOW_RULE)
+                trial.check_second_derivative(self(*self._first_task(theta)), theta)
 
     def _example_params(self) -> Params:
         """Returns different parameters for two tasks, name -> ``(2, ...)``, leaves of a graph."""
         initial = {name: value.detach().cpu() for name, value in _trained(self.net)}
         tasks = [trial.moved(initial, number) for number in range(2)]
         return {name: torch.stack([task[name] for task in tasks]).requires_grad_() for name in initial}
+
+    def _first_task(self, theta: Params) -> tuple[Params, Tensor]:
+        return {name: value[:1] for name, value in theta.items()}, self._example[:1]
 
     @contextmanager
     def _naming_failure(self) -> Iterator[None]:

@@ -92,20 +92,23 @@ def check_outputs(outputs: Any, count: int, out_dim: int) -> None:
         )
 
 
-def check_draws(net: nn.Module, call: Callable[[], Any]) -> None:
+def check_draws(net: nn.Module, call: Callable[[], Any]) -> Any:
     """Refuses a module that draws random numbers in forward.
 
     Args:
         net: the module.
         call: calls the module.
 
+    Returns:
+        What the call gave.
+
     Raises:
         MamlError: names the layer that draws.
     """
     before = _random_states()
-    call()
+    outputs = call()
     if before == _random_states():
-        return
+        return outputs
     names, states, drawing = {layer: name for name, layer in net.named_modules()}, [], []
 
     def enter(layer: nn.Module, inputs: Any) -> None:
@@ -158,20 +161,18 @@ class BufferValues:
             setattr(layer, name, value)
 
 
-def check_independence(call: Callable[[], Tensor], call_otherwise: Callable[[], Any], buffers: BufferValues) -> None:
+def check_independence(before: Tensor, after: Tensor, buffers: BufferValues) -> None:
     """Refuses a module whose outputs depend on its earlier calls, which would mix tasks.
 
     Args:
-        call: calls the module.
-        call_otherwise: calls it with other parameters and inputs.
-        buffers: the values before the first call.
+        before: what the module gave first.
+        after: what it gave for the same parameters and inputs, after a call with others.
+        buffers: the values before the calls.
 
     Raises:
         MamlError: names the buffers that forward changes, if there are any.
     """
-    before = call()
-    call_otherwise()
-    if _equal(before, call(), _TOLERANCE_OF_CALLS):
+    if _equal(before, after, _TOLERANCE_OF_CALLS):
         return
     changed = ", ".join(buffers.changed())
     raise MamlError(
