@@ -20,6 +20,7 @@ from maml.model.module import ModuleModel
 from maml.seeding import Stream
 from tests.model import torch_layers
 from tests.model.test_module import Calling, Tied, stacked
+from tests.runs import TinyRuns
 
 
 class Drawing(nn.Module):
@@ -198,3 +199,32 @@ def test_function_without_a_second_derivative_is_refused() -> None:
         model.check_second_derivative()
     ModuleModel((3,), 1, lambda: nn.Linear(3, 1)).check_second_derivative()
     ModuleModel((3,), 3, nn.Identity).check_second_derivative()
+
+
+class Noisy(nn.Linear):
+    """A network for sinusoids whose outputs are noisy."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn(())
+
+
+class FirstOrderOnly(nn.Linear):
+    """A network for sinusoids that has a first derivative only."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardsigmoid(super().forward(x))
+
+
+def test_refused_network_leaves_no_file(tiny: TinyRuns) -> None:
+    for name, reason in (("Noisy", "draws random numbers"), ("FirstOrderOnly", "no second derivative")):
+        network = ["model=module", f"model.module._target_={__name__}.{name}", "inner.adapt=['*']"]
+        with pytest.raises(MamlError, match=reason):
+            tiny.run(*network)
+        assert not tiny.runs_dir.exists()
+    assert (tiny.run(*network, "inner.order=1") / "report.json").exists()
