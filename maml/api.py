@@ -26,8 +26,10 @@ from maml.config.hints import near_miss
 from maml.config.identity import digest, training_config
 from maml.config.paths import CHECKPOINTS, CONF, TRAIN
 from maml.config.schema import Settings, build, build_without_data, check
+from maml.data.pictures import to_pixels, warn_of_blank
 from maml.domain.base import Role, SupervisedDomain
 from maml.domain.classification import FewShotClassification
+from maml.domain.table import Table
 from maml.errors import Diverged, MamlError
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
@@ -219,8 +221,9 @@ class Network:
     def read(self, pictures: Iterable[str | Path | Image.Image]) -> Tensor:
         """Converts pictures to inputs like the training images.
 
-        Drawings (one channel) become black and white, with dark pixels 1. They should be dark on light, with strokes of
-        about 1/35 of the width, as in Omniglot. Photos become RGB, from 0 to 1.
+        Drawings become black and white, with dark pixels 1. They should be dark on light, with strokes of about 1/35 of
+        the width, as in Omniglot; one that is all ink or all paper causes a warning. Photos become RGB or grey, from 0
+        to 1, as in training. Transparent paper is white. Pictures of 16 bits are scaled by their own range.
 
         Args:
             pictures: paths, or images opened with Pillow. They are resized to ``in_shape``.
@@ -229,26 +232,32 @@ class Network:
             The images, ``(S, H, W, C)``.
 
         Raises:
-            MamlError: if the network takes no images, or a file cannot be read.
+            MamlError: if the network takes no images, there are no pictures, or a file cannot be read.
         """
         if len(self.in_shape) != 3:
             raise MamlError(
                 f"{self.experiment} takes inputs of shape {self.in_shape}, which are no images; give `adapt` numbers"
             )
-        return torch.stack([self._read(picture) for picture in pictures])
+        read = [self._read(picture, number) for number, picture in enumerate(pictures)]
+        if not read:
+            raise MamlError("there are no pictures to read; is the folder right that they come from?")
+        return torch.stack(read)
 
-    def _read(self, picture: str | Path | Image.Image) -> Tensor:
-        height, width, channels = self.in_shape
+    def _read(self, picture: str | Path | Image.Image, number: int) -> Tensor:
+        is_drawing = self.in_shape[-1] == 1 and getattr(self.algorithm.domain, "scale", 1.0) == 1
+        name: Any = picture
         try:
-            image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-            if channels == 1:  # the same steps as for the training drawings
-                black = image.convert("1", dither=Image.Dither.NONE).resize((width, height), Image.Resampling.NEAREST)
-                pixels = ~np.asarray(black)
+            if isinstance(picture, Image.Image):
+                name = getattr(picture, "filename", "") or f"picture {number}"
+                pixels = to_pixels(picture, self.in_shape, is_drawing)
             else:
-                pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)) / 255
-        except OSError as error:
-            raise MamlError(f"{picture} cannot be read as a picture ({error})") from error
-        return torch.tensor(pixels, dtype=torch.get_default_dtype()).reshape(self.in_shape)
+                with Image.open(picture) as image:
+                    pixels = to_pixels(image, self.in_shape, is_drawing)
+        except Exception as error:  # broken files raise a dozen types in Pillow
+            raise MamlError(f"{name} cannot be read as a picture ({error})") from error
+        if is_drawing:
+            warn_of_blank([(name, pixels)])
+        return torch.from_numpy(pixels / (1 if is_drawing else 255)).to(torch.get_default_dtype())
 
     @torch.no_grad()
     def adapt(self, x: Inputs, y: Sequence[Hashable] | Inputs, num_steps: int | None = None) -> Predictor:
@@ -260,7 +269,7 @@ class Network:
             x: S inputs, ``(S, *in_shape)``. Images with one channel may be ``(S, H, W)``. Pixels are floats in 0 to 1,
                 or the integers of the data set (Omniglot: paper 0, ink 1; photos: 0 to 255).
             y: in classification, one label per input, of any hashable type: N classes with K examples each, in any
-                order. In regression, the targets, ``(S, D)``.
+                order; the classes of a table are those of its training. In regression, the targets, ``(S, D)``.
             num_steps: number of gradient steps; None is that of meta-test.
 
         Returns:
@@ -281,6 +290,9 @@ class Network:
             classes, targets, order = _in_blocks(y, len(inputs), domain.num_ways)
             targets = targets.to(self.device)
             inputs, num_shots = inputs[order], len(inputs) // domain.num_ways
+        elif isinstance(domain, Table) and domain.classes is not None:
+            classes, num_shots = [*domain.classes], len(inputs)
+            targets = _class_numbers(y, num_shots, classes).to(self.device)
         else:
             targets, num_shots = _floats(_tensor(y), "y", self.device), len(inputs)
             expected = (len(inputs), domain.out_dim)
@@ -386,6 +398,16 @@ def _in_blocks(labels: Any, count: int, num_ways: int) -> tuple[list[Hashable], 
         raise MamlError(f"every class needs the same number of examples, but there are {counts}")
     order = torch.tensor(list(examples.values())).T.flatten()
     return list(examples), torch.arange(num_ways).repeat(count // num_ways), order
+
+
+def _class_numbers(labels: Any, count: int, classes: list[Hashable]) -> Tensor:
+    """Returns the number of each label among classes that are the same in every task, ``(S,)``."""
+    labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    if len(labels) != count:
+        raise MamlError(f"there are {count} inputs, but {len(labels)} labels")
+    if unknown := [label for label in labels if label not in classes]:
+        raise MamlError(f"{unknown[0]!r} is none of the classes that the network was trained on, {classes}")
+    return torch.tensor([classes.index(label) for label in labels])
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -177,6 +177,39 @@ def test_pictures_become_what_the_domain_has(tiny_images: TinyRuns, tmp_path: Pa
 
 
 @may_be_unfinished
+def test_drawings_on_transparent_paper_and_of_16_bits_are_read_as_drawn(tmp_path: Path) -> None:
+    row, column = np.mgrid[-1:1:105j, -1:1:105j]
+    ink = abs(row**2 + column**2 - 0.4) < 0.1
+    plain = Image.fromarray(np.where(ink, 0, 255).astype(np.uint8))
+    clear = Image.new("L", plain.size)
+    clear.putalpha(Image.fromarray(np.where(ink, 255, 0).astype(np.uint8)))
+    deep = Image.fromarray(np.where(ink, 45_000, 60_000).astype(np.uint16))
+    files = [tmp_path / name for name in ("plain.png", "la.png", "rgba.png", "deep.png")]
+    for picture, file in zip((plain, clear, clear.convert("RGBA"), deep), files, strict=True):
+        picture.save(file)
+    expected, *others = maml.load(OMNIGLOT).read(files)
+    assert 0.05 < expected.mean() < 0.3
+    assert all(torch.equal(other, expected) for other in others)
+
+
+@may_be_unfinished
+def test_picture_that_is_blank_or_broken_is_named(tmp_path: Path) -> None:
+    network = maml.load(OMNIGLOT)
+    Image.new("L", (50, 50), 255).save(tmp_path / "empty.png")
+    (tmp_path / "page.png").write_text("<html>404</html>")
+    (tmp_path / "half.png").write_bytes((tmp_path / "empty.png").read_bytes()[:60])
+    with pytest.warns(UserWarning, match=r"empty\.png is all paper"):
+        assert network.read([tmp_path / "empty.png"]).sum() == 0
+    with pytest.warns(UserWarning, match="picture 1 is all ink"):
+        network.read([Image.open(tmp_path / "empty.png").rotate(45), Image.new("L", (50, 50))])
+    for name in ("page.png", "half.png", "gone.png"):
+        with pytest.raises(MamlError, match=rf"{name} cannot be read as a picture \("):
+            network.read([tmp_path / name])
+    with pytest.raises(MamlError, match="no pictures to read"):
+        network.read([])
+
+
+@may_be_unfinished
 def test_own_images_in_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example of docs/python.md, on drawings of five shapes."""
     monkeypatch.chdir(tmp_path)

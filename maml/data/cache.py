@@ -5,30 +5,41 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import time_ns
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maml.data.files import File, checksum
 from maml.errors import MamlError
+from maml.status import about, announce
+
+_MEMORY = "sources.json"  # the contents of files that were read before, by their sizes and times
+_NUM_REMEMBERED = 32
+_CLOCK_TICK_NS = 2_000_000_000  # the coarsest clock of a disk: FAT
+_SECONDS_PER_FILE, _SECONDS_PER_BYTE, _SECONDS_OF_SILENCE = 5e-5, 1e-9, 5
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """All images of a data set; every class has the same number of images.
+    """All images of a data set.
 
     Attributes:
-        images: the images, uint8 ``(classes, images per class, ...)``.
-        classes: class names, in the order of the first axis.
+        images: the images, uint8 ``(classes, images per class, ...)``; or, if classes differ in size, ``(1, images,
+            ...)``, one class after the other.
+        classes: the class names, in the order of the images.
         digest: SHA-256 of the shape, the class names and the pixels, which identifies the data in a run's record.
+        counts: the number of images of each class, if classes differ in size; None otherwise.
     """
 
     images: Tensor
     classes: list[str]
     digest: str
+    counts: list[int] | None = None
 
 
 def cached_tensor(cache_dir: Path, name: str, sources: str, build: Callable[[], tuple[Tensor, list[str]]]) -> ImageSet:
@@ -39,7 +50,7 @@ def cached_tensor(cache_dir: Path, name: str, sources: str, build: Callable[[], 
     Args:
         cache_dir: folder of the cache files; created if it is missing.
         name: name of the data and its preparation; a change of the preparation needs a new name.
-        sources: the `fingerprint` of the original files.
+        sources: the `fingerprint` of the original files, by their content.
         build: returns a contiguous uint8 tensor ``(classes, images per class, ...)`` and the class names.
 
     Raises:
@@ -85,12 +96,69 @@ def load_cache(cache_dir: Path, name: str, sources: str | None = None) -> ImageS
     return ImageSet(images, classes, metadata["digest"]) if usable else None
 
 
-def fingerprint(sizes: Mapping[str, int]) -> str:
-    """Returns a hash of the original files' relative paths and sizes in bytes; their content is not read.
+def cached_from_files(
+    cache_dir: Path, name: str, files: Mapping[str, File], build: Callable[[], tuple[Tensor, list[str]]]
+) -> ImageSet:
+    """Loads the tensor that was built from these files, or builds it. The content of the files decides.
 
-    It does not depend on times, so that a copy of the data, zipped or extracted, can use the same cache.
+    The content is read again only if the size, a time or the inode of a file has changed since the last time.
+
+    Args:
+        cache_dir: as for `cached_tensor`.
+        name: as for `cached_tensor`. A ``{content}`` in it stands for a hash of the contents: each content then has a
+            cache of its own, which no other replaces.
+        files: the original files by name. The names count too, but not the places of the files.
+        build: as for `cached_tensor`.
+
+    Raises:
+        MamlError: if a file cannot be read, or the cache cannot be written.
     """
-    return hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest()
+    stamp = _hash([(name, file.size, file.stamp, file.checksum) for name, file in sorted(files.items())])
+    known, now = _recall(cache_dir), time_ns()
+    sources = known.get(stamp) or fingerprint(files)
+    image_set = cached_tensor(cache_dir, name.replace("{content}", sources[:16]), sources, build)
+    changed = max((time for file in files.values() for time in file.stamp[:2]), default=None)
+    # A file may change twice within one tick of the disk's clock, and then looks as it did after the first change.
+    if stamp not in known and changed is not None and changed < now - _CLOCK_TICK_NS:
+        _remember(cache_dir, known | {stamp: sources})
+    return image_set
+
+
+def fingerprint(files: Mapping[str, File]) -> str:
+    """Returns a hash of the names and contents of files. Files that are not in a zip are read.
+
+    It does not depend on places and times, so that a copy of the data, zipped or extracted, can use the same cache.
+
+    Raises:
+        MamlError: if a file cannot be read.
+    """
+    to_read = [file.size for file in files.values() if file.checksum is None]
+    seconds = _SECONDS_PER_FILE * len(to_read) + _SECONDS_PER_BYTE * sum(to_read)
+    if seconds > _SECONDS_OF_SILENCE:
+        announce(f"reading the files of the data, because they are new or changed: {about(seconds)}")
+    return _hash([(name, file.size, checksum(file)) for name, file in sorted(files.items())])
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _recall(cache_dir: Path) -> dict[str, str]:
+    """Returns the fingerprints of files that were read before, by a hash of their names, sizes and times."""
+    try:
+        known = json.loads((cache_dir / _MEMORY).read_text())
+        return {str(stamp): str(sources) for stamp, sources in known.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _remember(cache_dir: Path, known: Mapping[str, str]) -> None:
+    """Keeps the newest fingerprints. In a folder that cannot be written to, the files are read again next time."""
+    newest = dict([*known.items()][-_NUM_REMEMBERED:])
+    temporary = cache_dir / f".{_MEMORY}.{uuid.uuid4().hex}"
+    with suppress(OSError):
+        temporary.write_text(json.dumps(newest, indent=1))
+        os.replace(temporary, cache_dir / _MEMORY)
 
 
 def _path(cache_dir: Path, name: str) -> Path:

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
-from maml.data.files import list_files, unpickle
+from maml.data.cache import ImageSet, cached_from_files, load_cache
+from maml.data.files import File, list_files, unpickle
 from maml.data.photos import NUM_IMAGES, Photos, cached_photos, check_classes, stack
+from maml.data.pictures import opaque
 from maml.errors import MamlError, Unavailable
 from maml.status import announce
 
@@ -107,13 +108,13 @@ def _read_split(folder: Path) -> dict[str, str]:
 
 
 def _pngs(source: Path, classes: Mapping[str, str]) -> Photos:
-    photos: dict[str, dict[str, int]] = {name: {} for name in classes.values()}
+    photos: dict[str, dict[str, File]] = {name: {} for name in classes.values()}
     foreign = set()
-    for path, size in list_files(source, _advice(source)):
+    for path, info in list_files(source, _advice(source)):
         match path.split("/"):
             case ["images", label, file] if file.endswith(".png") and not file.startswith("."):
                 if label in classes:
-                    photos[classes[label]][path] = size
+                    photos[classes[label]][path] = info
                 else:
                     foreign.add(f"images/{label} does not belong to CIFAR-100")
     check_classes({name: len(files) for name, files in photos.items()}, _advice(source), sorted(foreign))
@@ -140,14 +141,14 @@ def _load_published(source: Path, classes: Mapping[str, str], cache_dir: Path) -
         photos = {name: sorted(photos, key=itemgetter(0)) for name, photos in named_photos.items()}
         return stack(photos, itemgetter(1))
 
-    sizes = dict(list_files(source, advice))
-    return cached_tensor(cache_dir, _CACHE_NAME, fingerprint(sizes | dict.fromkeys(classes.values(), 0)), build)
+    split = dict.fromkeys(classes.values(), File(0, checksum=0))  # other splits are other data
+    return cached_from_files(cache_dir, _CACHE_NAME, dict(list_files(source, advice)) | split, build)
 
 
 def _prepare(image: Image.Image) -> Image.Image:
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"its size is {image.size}, not {(IMAGE_SIZE, IMAGE_SIZE)}")
-    return image.convert("RGB")
+    return opaque(image).convert("RGB")
 
 
 def _download(data_dir: Path) -> None:

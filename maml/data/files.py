@@ -2,10 +2,11 @@
 
 import os
 import pickle
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 from maml.errors import MamlError
@@ -21,8 +22,27 @@ _ARRAYS = {
 }
 
 
-def list_files(source: Path, advice: str) -> Iterator[tuple[str, int]]:
-    """Yields path and size in bytes of every file in a zip or a folder. Paths start with the folder's own name.
+class File(NamedTuple):
+    """What is known of a file without reading it.
+
+    Attributes:
+        size: its size in bytes.
+        path: its place on disk; empty for a file in a zip.
+        stamp: the times of its last change in nanoseconds, and its inode; empty for a file in a zip. While size and
+            stamp stay, the content stays.
+        checksum: the CRC-32 of its content, which a zip lists; None for a file in a folder.
+    """
+
+    size: int
+    path: str = ""
+    stamp: tuple[int, ...] = ()
+    checksum: int | None = None
+
+
+def list_files(source: Path, advice: str) -> Iterator[tuple[str, File]]:
+    """Yields the path of every file in a zip or a folder, and what is known of it. Nothing is read.
+
+    Paths start with the folder's own name.
 
     Args:
         source: a ``.zip`` or a folder.
@@ -38,12 +58,37 @@ def list_files(source: Path, advice: str) -> Iterator[tuple[str, int]]:
         except (BadZipFile, OSError) as error:
             raise MamlError(f"{source} cannot be read as a zip ({error}); {advice}") from error
         for member in members:
-            yield member.filename, member.file_size
+            yield member.filename, File(member.file_size, checksum=member.CRC)
     else:
         for folder, _, files in os.walk(source):
             prefix = Path(folder).relative_to(source.parent).as_posix()
             for file in files:
-                yield f"{prefix}/{file}", os.stat(os.path.join(folder, file)).st_size
+                yield f"{prefix}/{file}", file_on_disk(os.path.join(folder, file))
+
+
+def file_on_disk(path: str | Path) -> File:
+    """Returns what is known of a file that is not in a zip."""
+    status = os.stat(path)
+    # The time of change too: unpacking or copying can set the time of modification back.
+    return File(status.st_size, str(path), (status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+
+
+def checksum(file: File) -> int:
+    """Returns the CRC-32 of a file's content, and reads the file only if nothing else knows it.
+
+    Raises:
+        MamlError: if the file cannot be read.
+    """
+    if file.checksum is not None:
+        return file.checksum
+    value = 0
+    try:
+        with open(file.path, "rb") as content:
+            while block := content.read(1 << 20):
+                value = zlib.crc32(block, value)
+    except OSError as error:
+        raise MamlError(f"{file.path} cannot be read ({error.strerror}); mend it, or move it away") from error
+    return value
 
 
 @contextmanager

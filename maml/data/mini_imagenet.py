@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
-from maml.data.files import list_files, unpickle
+from maml.data.cache import ImageSet, cached_from_files, load_cache
+from maml.data.files import File, file_on_disk, list_files, unpickle
 from maml.data.photos import NUM_CLASSES, Photos, cached_photos, check_classes, stack
+from maml.data.pictures import opaque
 from maml.errors import MamlError, Unavailable
 from maml.status import about, announce
 
@@ -73,14 +74,14 @@ def check_provided(data_dir: Path, cache_dir: Path) -> None:
 
 
 def _listed(place: Path) -> Photos:
-    sizes = dict(list_files(place / "images", _advice(place)))
-    photos: dict[str, dict[str, int]] = defaultdict(dict)
+    found = dict(list_files(place / "images", _advice(place)))
+    photos: dict[str, dict[str, File]] = defaultdict(dict)
     missing = [f"{split}.csv is missing" for split in NUM_CLASSES if not (place / f"{split}.csv").exists()]
     for split in NUM_CLASSES if not missing else ():
         for file, label in _read_list(place / f"{split}.csv"):
             path = f"images/{file}"
-            if path in sizes:
-                photos[f"{split}/{label}"][path] = sizes[path]
+            if path in found:
+                photos[f"{split}/{label}"][path] = found[path]
             else:
                 missing.append(f"{path} of {split}.csv is missing")
     check_classes({cls: len(files) for cls, files in photos.items()}, _advice(place), missing)
@@ -99,12 +100,12 @@ def _read_list(path: Path) -> list[tuple[str, str]]:
 
 
 def _in_folders(place: Path) -> Photos:
-    photos: dict[str, dict[str, int]] = defaultdict(dict)
+    photos: dict[str, dict[str, File]] = defaultdict(dict)
     for split in NUM_CLASSES:
-        for path, size in list_files(place / split, _advice(place)):
+        for path, info in list_files(place / split, _advice(place)):
             cls, _, file = path.rpartition("/")
             if file.lower().endswith((".jpg", ".jpeg", ".png")) and not file.startswith("."):
-                photos[cls][path] = size
+                photos[cls][path] = info
     check_classes({cls: len(files) for cls, files in photos.items()}, _advice(place))
     return photos
 
@@ -124,7 +125,7 @@ def _load_pickles(place: Path, cache_dir: Path) -> ImageSet:
         check_classes({cls: len(rows) for cls, rows in photos.items()}, _advice(place))
         return stack(photos, lambda pixels: np.asarray(_prepare(Image.fromarray(pixels))))
 
-    return cached_tensor(cache_dir, _CACHE_NAME, fingerprint({p.name: p.stat().st_size for p in paths.values()}), build)
+    return cached_from_files(cache_dir, _CACHE_NAME, {p.name: file_on_disk(p) for p in paths.values()}, build)
 
 
 def _read_pickle(path: Path) -> list[tuple[str, list[np.ndarray]]]:
@@ -142,7 +143,7 @@ def _read_pickle(path: Path) -> list[tuple[str, list[np.ndarray]]]:
 
 def _prepare(image: Image.Image) -> Image.Image:
     # Departure: the authors saved what they had resized as JPEG once more.
-    return image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    return opaque(image).convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
 
 
 def _advice(place: Path) -> str:

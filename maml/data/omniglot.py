@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maml.data.cache import ImageSet, cached_tensor, fingerprint, load_cache
-from maml.data.files import first_ten, list_files, reader
+from maml.data.cache import ImageSet, cached_from_files, load_cache
+from maml.data.files import File, first_ten, list_files, reader
+from maml.data.pictures import opaque, warn_of_blank
 from maml.errors import MamlError, Unavailable
 from maml.status import about, announce
 
@@ -113,8 +114,8 @@ def load_omniglot(data_dir: Path, cache_dir: Path, download: bool = True) -> Ima
             raise Unavailable(_how_to_provide(data_dir, missing))
         _download(data_dir, missing)
         found = _find(data_dir)
-    sizes = {name: size for source in found.values() for name, size in _list_drawings(source)}
-    return cached_tensor(cache_dir, _CACHE_NAME, fingerprint(sizes), lambda: _read(found, _group(sizes, data_dir)))
+    files = {name: file for source in found.values() for name, file in _list_drawings(source)}
+    return cached_from_files(cache_dir, _CACHE_NAME, files, lambda: _read(found, _group(files, data_dir)))
 
 
 def _find(data_dir: Path) -> dict[str, Path]:
@@ -128,11 +129,11 @@ def _find(data_dir: Path) -> dict[str, Path]:
     return found
 
 
-def _list_drawings(source: Path) -> Iterator[tuple[str, int]]:
-    """Yields ``images_background/<alphabet>/<character>/<file>.png`` and its size in bytes."""
-    for name, size in list_files(source, f"replace it, for example from {_HOMEPAGE}"):
+def _list_drawings(source: Path) -> Iterator[tuple[str, File]]:
+    """Yields ``images_background/<alphabet>/<character>/<file>.png`` and what is known of it."""
+    for name, file in list_files(source, f"replace it, for example from {_HOMEPAGE}"):
         if _DRAWING.fullmatch(name):
-            yield name, size
+            yield name, file
 
 
 def _group(names: Iterable[str], data_dir: Path) -> dict[str, list[str]]:
@@ -173,12 +174,13 @@ def _read(sources: dict[str, Path], drawings: dict[str, list[str]]) -> tuple[Ten
             half = halves[label]
             for drawing, name in enumerate(drawings[f"{half}/{label}"]):
                 try:
-                    images[index, drawing] = _ink(readers[half](name))
+                    images[index, drawing] = ink = _ink(readers[half](name))
                 except Exception as error:  # broken bytes raise a dozen types in Pillow, zipfile and zlib
                     raise MamlError(
                         f"{name} in {sources[half]} cannot be decoded ({error}); "
                         f"put the original file back, for example from {_HOMEPAGE}"
                     ) from error
+                warn_of_blank([(f"{name} in {sources[half]}", ink)])
     return torch.from_numpy(images), classes
 
 
@@ -187,7 +189,7 @@ def _ink(png: bytes) -> np.ndarray:
         if drawing.size != _SOURCE_SIZE:
             raise ValueError(f"its size is {drawing.size}, not {_SOURCE_SIZE}")
         # The authors' code asks for Lanczos, but Pillow resizes 1-bit images by the nearest pixel: ink stays 0 or 1.
-        paper = drawing.convert("1").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST)
+        paper = opaque(drawing).convert("1").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST)
     return ~np.asarray(paper)
 
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maml.data.cache import ImageSet, cached_tensor, fingerprint
-from maml.data.files import first_ten, reader
+from maml.data.cache import ImageSet, cached_from_files
+from maml.data.files import File, first_ten, reader
 from maml.errors import MamlError
 from maml.status import about, announce
 from maml.types import Split
@@ -23,8 +23,8 @@ NUM_IMAGES = 600
 _SECONDS_PER_PHOTO, _SECONDS_PER_BYTE = 3e-4, 5e-8
 
 Photo = TypeVar("Photo")
-Photos = Mapping[str, Mapping[str, int]]
-"""The files of each class, which is named ``split/label``: path in their zip or folder -> size in bytes."""
+Photos = Mapping[str, Mapping[str, File]]
+"""The files of each class, which is named ``split/label``, by their path in the zip or folder."""
 
 
 def class_splits(classes: Sequence[str]) -> dict[Split, Tensor]:
@@ -94,7 +94,7 @@ def cached_photos(
     """
 
     def build() -> tuple[Tensor, list[str]]:
-        file_sizes = [size for files in photos.values() for size in files.values()]
+        file_sizes = [file.size for files in photos.values() for file in files.values()]
         seconds = _SECONDS_PER_PHOTO * len(file_sizes) + _SECONDS_PER_BYTE * sum(file_sizes)
         announce(f"reading {label}, once: {about(seconds)}")
         with reader(source) as read:
@@ -108,5 +108,5 @@ def cached_photos(
 
             return stack({cls: sorted(files) for cls, files in photos.items()}, decode)
 
-    sizes = {f"{cls}/{path}": size for cls, files in photos.items() for path, size in files.items()}
-    return cached_tensor(cache_dir, name, fingerprint(sizes), build)
+    named = {f"{cls}/{path}": file for cls, files in photos.items() for path, file in files.items()}
+    return cached_from_files(cache_dir, name, named, build)

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maml.data.cache import ImageSet
+from maml.data.files import first_ten
 from maml.domain.base import Metrics, Role, SupervisedDomain
+from maml.domain.draw import choice_of_each
 from maml.errors import MamlError
 from maml.hardware.workload import Workload
 from maml.model.base import Model
@@ -66,8 +68,14 @@ class FewShotClassification(SupervisedDomain):
         data, splits = self.load(self.data_dir, self.cache_dir)
         images = data.images if data.images.dim() == 5 else data.images.unsqueeze(-1)
         assert images.shape[2:] == self.in_shape, f"{type(self).__name__}.in_shape is not that of its images"
-        self.num_images = images.shape[1]
         self.splits = dict(splits)
+        self.class_names, self.counts = data.classes, data.counts
+        self.num_images = max(data.counts or [images.shape[1]])
+        self.smallest = dict.fromkeys(self.splits, self.num_images)
+        if data.counts is not None:
+            self.class_counts = torch.tensor(data.counts)
+            self.class_starts = self.class_counts.cumsum(0) - self.class_counts
+            self.smallest = {split: int(self.class_counts[chosen].min()) for split, chosen in self.splits.items()}
         # Pixels flat, so that an image and its rotation are one gather.
         self.images = images.flatten(2, 3)
         height, width, _ = self.in_shape
@@ -78,7 +86,7 @@ class FewShotClassification(SupervisedDomain):
             raise MamlError(
                 f"domain.num_ways={num_ways}, but the smallest split has {smallest} classes; lower num_ways"
             )
-        self._check_images(num_shots, num_query or num_shots)
+        self._check_images("train", *_images_asked_for(num_shots, num_query or num_shots))
 
     @abstractmethod
     def load(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
@@ -89,7 +97,8 @@ class FewShotClassification(SupervisedDomain):
             cache_dir: folder in which the tensor built from these files is cached.
 
         Returns:
-            The images, uint8 ``(classes, images per class, H, W[, C])``, and the splits.
+            The images, uint8 ``(classes, images per class, H, W[, C])`` (`ImageSet` says how classes of unequal size
+            are held), and the splits.
 
         Raises:
             MamlError: if files are missing or damaged.
@@ -120,17 +129,32 @@ class FewShotClassification(SupervisedDomain):
         """Whether there is a split of classes for validation."""
         return "val" in self.splits
 
-    def _check_images(self, num_shots: int, num_query: int) -> None:
-        if num_shots + num_query > self.num_images:
-            raise MamlError(
-                f"num_shots={num_shots} plus num_query={num_query} is {num_shots + num_query}, but there are "
-                f"{self.num_images} images of each class; lower either"
-            )
+    def _check_images(self, split: Split, needed: int, asked: str, remedy: str = "lower either") -> None:
+        if needed <= self.smallest[split]:
+            return
+        if self.counts is None:
+            raise MamlError(f"{asked}, but there are {self.num_images} images of each class; {remedy}")
+        counts = {self.class_names[i]: self.counts[i] for i in self.splits[split].tolist()}
+        few = first_ten([f"{name} has {count} images" for name, count in counts.items() if count < needed])
+        raise MamlError(f"{asked}, but {few}; {remedy}, add images, or take the class away")
+
+    def _classes(self, split: Split) -> Tensor:
+        if split not in self.splits:
+            raise MamlError(f"this data set has no {split} classes, only {' and '.join(self.splits)}")
+        return self.splits[split]
 
     def to(self, device: torch.device) -> None:
         self.images = self.images.to(device)
         self.turned = self.turned.to(device)
         self.splits = {split: classes.to(device) for split, classes in self.splits.items()}
+        if self.counts is not None:
+            self.class_counts, self.class_starts = self.class_counts.to(device), self.class_starts.to(device)
+
+    def _draw_images(self, classes: Tensor, count: int, stream: Stream) -> Tensor:
+        """Draws distinct images of each class, as numbers within the class, ``(*classes.shape, count)``."""
+        if self.counts is None:
+            return stream.choice(classes.shape, self.num_images, count)
+        return choice_of_each(stream, self.class_counts.to(stream.device)[classes], self.num_images, count)
 
     def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
         """Draws classes, rotations and images. Within a task, classes and images are drawn without replacement.
@@ -140,18 +164,18 @@ class FewShotClassification(SupervisedDomain):
         Raises:
             MamlError: if a class has too few images.
         """
-        self._check_images(num_shots, num_query)
-        classes = self.splits[split].to(stream.device)
-        shape = (num_tasks, self.num_ways)
-        images = stream.child("images").choice(shape, self.num_images, num_shots + num_query)
+        members = self._classes(split).to(stream.device)
+        self._check_images(split, *_images_asked_for(num_shots, num_query))
+        classes = members[stream.child("classes").choice((num_tasks,), len(members), self.num_ways)]
+        images = self._draw_images(classes, num_shots + num_query, stream.child("images"))
         support, query = images.split([num_shots, num_query], dim=-1)
         tasks = {
-            "classes": classes[stream.child("classes").choice((num_tasks,), len(classes), self.num_ways)],
+            "classes": classes,
             "support_images": support,
             "query_images": query,
         }
         if self.rotate:
-            tasks["rotations"] = stream.child("rotations").integers(shape, 4)
+            tasks["rotations"] = stream.child("rotations").integers((num_tasks, self.num_ways), 4)
         return tasks
 
     def sample_images(self, count: int, stream: Stream, split: Split, num_per_class: int) -> Tasks:
@@ -164,19 +188,21 @@ class FewShotClassification(SupervisedDomain):
             num_per_class: largest number of images of one class.
 
         Raises:
-            MamlError: if ``count`` is more than all classes give.
+            MamlError: if ``count`` is more than all classes give, or a class has fewer than ``num_per_class`` images.
 
         Returns:
             One task in which every image is a class of its own, and ``labels``, ``(1, count)``: class numbers within
             the split.
         """
-        classes = self.splits[split].to(stream.device)
+        classes = self._classes(split).to(stream.device)
+        asked = f"an ordinary batch is drawn from {num_per_class} images of each class"
+        self._check_images(split, num_per_class, asked, remedy="choose another algorithm")
         if count > len(classes) * num_per_class:
             raise MamlError(
                 f"meta_batch_size={count} images cannot be drawn from {num_per_class} each of {len(classes)} classes; "
                 f"lower it to {len(classes) * num_per_class} or less"
             )
-        drawn = stream.child("images").choice((len(classes),), self.num_images, num_per_class)
+        drawn = self._draw_images(classes, num_per_class, stream.child("images"))
         slots = stream.child("slots").choice((1,), drawn.numel(), count)
         labels = slots // num_per_class
         tasks = {
@@ -192,6 +218,9 @@ class FewShotClassification(SupervisedDomain):
         """Returns K blocks of N images, ``(T, K * N, H, W, C)``, with labels ``0 .. N-1`` in each block."""
         chosen = tasks[f"{role}_images"].transpose(1, 2)  # (T, K, N)
         classes = tasks["classes"].unsqueeze(1)
+        if self.counts is not None:
+            chosen = chosen + self.class_starts[classes]
+            classes = torch.zeros_like(classes)
         if self.rotate:
             pixels = self.turned[tasks["rotations"]].unsqueeze(1)  # (T, 1, N, H * W)
             x = self.images[classes.unsqueeze(-1), chosen.unsqueeze(-1), pixels]
@@ -205,7 +234,7 @@ class FewShotClassification(SupervisedDomain):
     def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:
         """The cross-entropy, summed and divided by K (docs/protocol.md#classification-loss), and the accuracy."""
         losses = F.cross_entropy(outputs.flatten(0, 1), data.y.flatten(), reduction="none").reshape(data.y.shape)
-        return losses.sum(1) / data.num_shots, {"accuracy": _accuracy(outputs, data.y)}
+        return losses.sum(1) / data.num_shots, {"accuracy": accuracy(outputs, data.y)}
 
     def measure(self, model: Model, params: Params, support: Examples, query: Examples, step: int) -> Metrics:
         """Query accuracy, transductive and inductive.
@@ -218,10 +247,16 @@ class FewShotClassification(SupervisedDomain):
         num_support = support.x.shape[1]
         inductive = model(params, both, num_reference=num_support)[:, num_support:]
         return {
-            "accuracy_transductive": _accuracy(model(params, query.x), query.y),
-            "accuracy_inductive": _accuracy(inductive, query.y),
+            "accuracy_transductive": accuracy(model(params, query.x), query.y),
+            "accuracy_inductive": accuracy(inductive, query.y),
         }
 
 
-def _accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
+def _images_asked_for(num_shots: int, num_query: int) -> tuple[int, str]:
+    needed = num_shots + num_query
+    return needed, f"num_shots={num_shots} plus num_query={num_query} is {needed}"
+
+
+def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Returns the share of examples whose largest output is that of their label, ``(T,)``."""
     return (outputs.argmax(-1) == labels).to(outputs.dtype).mean(1)

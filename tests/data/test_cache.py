@@ -2,6 +2,8 @@
 
 import os
 import threading
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from maml.data import cache
-from maml.data.cache import cached_tensor, fingerprint, load_cache
+from maml.data.cache import cached_from_files, cached_tensor, fingerprint, load_cache
+from maml.data.files import File, checksum, file_on_disk
 from maml.errors import MamlError
 
 IMAGES = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
@@ -212,9 +215,95 @@ def test_cache_file_is_as_readable_as_other_new_files(tmp_path: Path) -> None:
     assert (tmp_path / "set.safetensors").stat().st_mode == other.stat().st_mode
 
 
-def test_fingerprint_depends_on_paths_and_sizes_only() -> None:
-    reference = fingerprint({"a.png": 1, "b.png": 2})
-    assert fingerprint({"b.png": 2, "a.png": 1}) == reference
-    assert fingerprint({"a.png": 1, "b.png": 3}) != reference
-    assert fingerprint({"a.png": 1, "c.png": 2}) != reference
-    assert fingerprint({"a.png": 1}) != reference
+def write(folder: Path, **contents: bytes) -> dict[str, File]:
+    """Writes files and lists them."""
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return {name: file_on_disk(folder / name) for name in contents}
+
+
+def test_fingerprint_depends_on_names_and_contents_only(tmp_path: Path) -> None:
+    reference = fingerprint(write(tmp_path / "a", one=b"12", two=b"345"))
+    assert fingerprint(write(tmp_path / "b", two=b"345", one=b"12")) == reference
+    assert fingerprint(write(tmp_path / "c", one=b"12", two=b"346")) != reference, "of equal size"
+    assert fingerprint(write(tmp_path / "d", one=b"12", three=b"345")) != reference
+    assert fingerprint(write(tmp_path / "e", one=b"12")) != reference
+    zipped = {name: File(len(text), checksum=zlib.crc32(text)) for name, text in {"one": b"12", "two": b"345"}.items()}
+    assert fingerprint(zipped) == reference
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files whose content was read, in the order of reading; an hour has passed since they changed."""
+    names = []
+
+    def read(file: File) -> int:
+        names.append(Path(file.path).name)
+        return checksum(file)
+
+    monkeypatch.setattr(cache, "checksum", read)
+    monkeypatch.setattr(cache, "time_ns", lambda: time.time_ns() + 3600 * 10**9)
+    return names
+
+
+def test_files_of_equal_size_and_other_content_are_other_data(tmp_path: Path, reads: list[str]) -> None:
+    for count, content in enumerate([b"first", b"other", b"third"], start=1):
+        build = Builder()
+        cached_from_files(tmp_path / "cache", "set", write(tmp_path, file=content), build)
+        assert (build.calls, len(reads)) == (1, count)
+
+
+def test_content_is_read_again_only_if_a_file_has_changed(tmp_path: Path, reads: list[str]) -> None:
+    def load() -> None:
+        files = {name: file_on_disk(tmp_path / name) for name in ("one", "two")}
+        cached_from_files(tmp_path / "cache", "set", files, build)
+
+    build = Builder()
+    write(tmp_path, one=b"1", two=b"2")
+    for _ in range(3):
+        load()
+    assert sorted(reads) == ["one", "two"]
+    os.utime(tmp_path / "one", (0, 0))
+    load()
+    assert len(reads) == 4
+    write(tmp_path, one=b"1")
+    os.utime(tmp_path / "one", (0, 0))  # as a program that unpacks does: the time of modification is the old one
+    load()
+    assert len(reads) == 6
+    assert build.calls == 1, "the content has never changed"
+
+
+def test_copy_of_the_data_uses_the_same_cache(tmp_path: Path, reads: list[str]) -> None:
+    originals, copies = (write(tmp_path / place, file=b"same") for place in ("here", "there"))
+    cached_from_files(tmp_path / "cache", "set", originals, Builder())
+    for files in (copies, originals, copies):
+        cached_from_files(tmp_path / "cache", "set", files, must_not_build)
+    assert len(reads) == 2, "each copy was read once"
+
+
+def test_files_that_changed_a_moment_ago_are_read_again(tmp_path: Path, reads: list[str]) -> None:
+    files = {"file": File(1, str(tmp_path / "file"), (cache.time_ns() - 10**9, 0, 7))}
+    write(tmp_path, file=b"1")
+    for _ in range(2):
+        cached_from_files(tmp_path / "cache", "set", files, Builder())
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("memory", ["", "[]", "{", "null", '{"a": 1}'])
+def test_damaged_memory_of_contents_costs_a_reading(tmp_path: Path, reads: list[str], memory: str) -> None:
+    files = write(tmp_path, file=b"1")
+    cached_from_files(tmp_path / "cache", "set", files, Builder())
+    (tmp_path / "cache" / "sources.json").write_text(memory)
+    for _ in range(2):
+        cached_from_files(tmp_path / "cache", "set", files, must_not_build)
+    assert len(reads) == 2
+
+
+def test_cache_of_sizes_alone_is_built_once_more(tmp_path: Path, reads: list[str]) -> None:
+    """A cache of an earlier version does not know the contents of its files."""
+    before = cached_tensor(tmp_path / "cache", "set", "hash of names and sizes", Builder())
+    build = Builder()
+    for _ in range(2):
+        assert cached_from_files(tmp_path / "cache", "set", write(tmp_path, a=b"1"), build).digest == before.digest
+    assert build.calls == 1

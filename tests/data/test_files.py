@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from maml.data.files import first_ten, list_files, reader, unpickle
+from maml.data.files import checksum, file_on_disk, first_ten, list_files, reader, unpickle
 from maml.errors import MamlError
 
 CONTENT = {"set/a/1.png": b"one", "set/a/2.png": b"two!", "set/b/deep/3.png": b""}
@@ -27,8 +28,22 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_zip_and_folder_list_the_same_files_with_their_sizes(source: Path) -> None:
-    found = {path: size for path, size in list_files(source, "mend it") if not path.endswith("/")}
+    found = {path: file.size for path, file in list_files(source, "mend it") if not path.endswith("/")}
     assert found == {path: len(content) for path, content in CONTENT.items()}
+
+
+def test_zip_and_folder_have_the_same_checksums(source: Path) -> None:
+    found = {path: checksum(file) for path, file in list_files(source, "mend it") if not path.endswith("/")}
+    assert found == {path: zlib.crc32(content) for path, content in CONTENT.items()}
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "gone.png"
+    path.write_bytes(b"one")
+    file = file_on_disk(path)
+    path.unlink()
+    with pytest.raises(MamlError, match=r"gone\.png cannot be read \(No such file or directory\)"):
+        checksum(file)
 
 
 def test_listed_paths_can_be_read(source: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,26 @@ def test_every_layout_in_every_place_gives_the_same_tensor(
     assert capsys.readouterr().err == "", "a cache is read in silence"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rewritten_files_of_equal_size_give_the_new_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    write = LAYOUTS | {"pickles": partial(make_pickles, protocol=4)}  # earlier ones write bytes as text of any length
+    write[layout](tmp_path / "data")
+    before = load(tmp_path)
+    sizes = {path: path.stat().st_size for path in (tmp_path / "data").rglob("*.*")}
+    others = {label: 255 - images for label, images in pixels().items()}
+    monkeypatch.setitem(globals(), "pixels", lambda: others)
+    write[layout](tmp_path / "data")
+    for path, size in sizes.items():
+        assert path.stat().st_size == size
+        os.utime(path, (0, 0))
+    after = load(tmp_path)
+    assert_is_complete_set(after)
+    assert torch.equal(after.images, 255 - before.images)
+    assert after.digest != before.digest
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_of_every_protocol_give_the_same_tensor(tmp_path: Path, protocol: int) -> None:
     make_pickles(tmp_path / "data", protocol)
@@ -181,6 +202,13 @@ def test_images_of_other_sizes_and_modes_are_resized_rgb(tmp_path: Path) -> None
     first, grey = load(tmp_path).images[2, :2].numpy()
     np.testing.assert_array_equal(first, Image.fromarray(large).resize((12, 12), Image.Resampling.LANCZOS))
     assert (grey == grey[..., :1]).all()
+
+
+def test_transparent_image_is_laid_on_white(tmp_path: Path) -> None:
+    make_folders(tmp_path / "data")
+    clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    clear.save(tmp_path / "data" / "train" / "n01" / "0.jpg", "png")
+    assert (load(tmp_path).images[2, 0] == 255).all()
 
 
 def test_nothing_found_says_what_goes_where(tmp_path: Path) -> None:

@@ -323,3 +323,12 @@ def test_download_fetches_the_missing_half_only(tmp_path: Path, zipped: Path, mo
     load_omniglot(data_dir, tmp_path / "cache")
     assert asked == [(False, True)]
     assert [path.name for path in (data_dir / "omniglot").iterdir()] == ["images_evaluation.zip"]
+
+
+def test_blank_drawing_causes_a_warning_that_names_it(extracted: Path, tmp_path: Path) -> None:
+    path = extracted / "omniglot-py" / "images_background" / "Braille" / "character01"
+    blank = sorted(path.glob("*.png"))[3]
+    Image.new("RGBA", (105, 105), (0, 0, 0, 0)).save(blank)  # transparent paper without ink
+    with pytest.warns(UserWarning, match=rf"{blank.name} in .* is all paper at 28x28 pixels"):
+        images = load_omniglot(extracted, tmp_path / "cache", download=False).images
+    assert images[0, 3].sum() == 0

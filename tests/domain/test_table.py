@@ -1,0 +1,278 @@
+"""Tasks from a table: rows of a task, splits, classes, and tables that are wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import maml
+from maml.config.schema import build_without_data
+from maml.domain.table import Table
+from maml.errors import MamlError, Unavailable
+from maml.model.base import Model
+from maml.seeding import Stream
+from maml.types import Examples, Params, Split, take
+from tests.runs import TinyRuns
+
+ROWS = {"a": 4, "b": 9, "c": 5, "d": 4, "e": 6, "f": 7}  # rows of each task
+PARTS: dict[str, Split] = {"a": "train", "b": "train", "c": "train", "d": "val", "e": "test", "f": "test"}
+
+
+def frame() -> pd.DataFrame:
+    """Returns a shuffled table: x is the number of the row in its task, z and y say which task it is."""
+    rows = [
+        {
+            "task": name,
+            "x": number,
+            "z": ord(name),
+            "y": ord(name) + number / 100,
+            "part": PARTS[name],
+            "odd": number % 2,
+        }
+        for name, count in ROWS.items()
+        for number in range(count)
+    ]
+    return pd.DataFrame(rows).sample(frac=1, random_state=0)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    frame().to_csv(tmp_path / "own.csv", index=False)
+    return tmp_path
+
+
+def table_of(data_dir: Path, **options: Any) -> Table:
+    given: dict[str, Any] = {
+        "file": "own.csv",
+        "task": "task",
+        "inputs": ["x", "z"],
+        "targets": ["y"],
+        "split": "part",
+        "num_shots": 2,
+    }
+    return Table(data_dir=str(data_dir), **(given | options))
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_task_has_rows_of_one_task_of_its_split_and_none_twice(data_dir: Path, split: Split) -> None:
+    domain = table_of(data_dir)
+    tasks = domain.sample_tasks(200, Stream(0), split)
+    support, query = domain.data(tasks, "support"), domain.data(tasks, "query")
+    assert (support.x.shape, support.y.shape, support.num_shots) == ((200, 2, 2), (200, 2, 1), 2)
+    both = torch.cat([support.x, query.x], dim=1)
+    seen = set()
+    for task in both.tolist():
+        (name,) = {chr(int(z)) for _, z in task}
+        assert len({x for x, _ in task}) == 4
+        seen |= {(name, int(x)) for x, _ in task}
+    assert seen == {(name, row) for name, part in PARTS.items() if part == split for row in range(ROWS[name])}
+    for data in (support, query):
+        torch.testing.assert_close(data.y[..., 0], data.x[..., 1] + data.x[..., 0] / 100)
+
+
+def test_a_task_depends_neither_on_how_many_are_drawn_nor_on_the_order_of_rows(data_dir: Path) -> None:
+    few, many = (table_of(data_dir).sample_tasks(count, Stream(5)) for count in (2, 9))
+    assert all(torch.equal(value, take(many, 0, 2)[name]) for name, value in few.items())
+
+
+@pytest.mark.parametrize(
+    ("own", "num_shots", "num_query", "expected"), [(None, None, None, 2), (1, None, None, 1), (1, 1, 3, 3)]
+)
+def test_query_rows_are_k_unless_asked(
+    data_dir: Path, own: int | None, num_shots: int | None, num_query: int | None, expected: int
+) -> None:
+    tasks = table_of(data_dir, num_query=own).sample_tasks(1, Stream(0), "test", num_shots, num_query)
+    assert tasks["query_rows"].shape == (1, expected)
+
+
+def test_tasks_are_drawn_and_gathered_on_the_device(data_dir: Path) -> None:
+    domain = table_of(data_dir)
+    domain.to(torch.device("meta"))  # like a GPU, it refuses tensors of the CPU
+    tasks = domain.sample_tasks(3, Stream(0, "meta"))
+    assert {value.device.type for value in (*tasks.values(), *domain.data(tasks, "query")[:2])} == {"meta"}
+
+
+def test_shares_share_out_the_tasks(data_dir: Path) -> None:
+    domain = table_of(data_dir, split=[0.5, 0.0, 0.5])
+    assert {split: len(members) for split, members in domain.splits.items()} == {"train": 3, "test": 3}
+    assert not domain.has_validation
+    with pytest.raises(MamlError, match="has no val tasks, only train and test"):
+        domain.sample_tasks(1, Stream(0), "val")
+    assert table_of(data_dir).has_validation
+
+
+def test_loss_is_the_mean_squared_error(data_dir: Path) -> None:
+    domain = table_of(data_dir)
+    outputs, y = Stream(1).uniform((2, 3, 1)), Stream(2).uniform((2, 3, 1))
+    losses, _ = domain.loss(outputs, Examples(torch.empty(0), y, 2))
+    for task in range(2):
+        squares = [(outputs[task, row, 0] - y[task, row, 0]) ** 2 for row in range(3)]
+        assert losses[task].item() == pytest.approx(float(sum(squares)) / 3)
+
+
+class Fixed(Model):
+    """Gives the same outputs for every input."""
+
+    def __init__(self, *outputs: float) -> None:
+        self.outputs = torch.tensor(outputs)
+
+    def init(self, stream: Stream) -> Params:
+        return {}
+
+    def __call__(self, params: Params, x: torch.Tensor, num_reference: int | None = None) -> torch.Tensor:
+        return self.outputs.expand(*x.shape[:2], -1)
+
+
+@pytest.mark.parametrize(("column", "classes"), [("odd", [0, 1]), ("odd", ["0", "1"]), ("word", ["even", "odd"])])
+def test_classes_are_predicted_by_cross_entropy(tmp_path: Path, column: str, classes: Sequence[Any]) -> None:
+    table = frame()
+    table["word"] = table["odd"].map({0: "even", 1: "odd"})
+    table.to_csv(tmp_path / "own.csv", index=False)
+    domain = table_of(tmp_path, targets=[column], classes=classes)
+    assert (domain.out_dim, domain.headline, domain.larger_is_better) == (2, "accuracy", True)
+    data = domain.data(domain.sample_tasks(3, Stream(0), "test"), "support")
+    assert torch.equal(data.y, (data.x[..., 0] % 2).long())
+    model = Fixed(0.0, math.log(3))
+    losses, metrics = domain.loss(model({}, data.x), data)
+    expected = torch.where(data.y == 1, -math.log(0.75), -math.log(0.25)).mean(1)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(metrics["accuracy"], data.y.float().mean(1))
+    torch.testing.assert_close(domain.measure(model, {}, data, data, 1)["accuracy"], data.y.float().mean(1))
+
+
+def test_facts_are_known_without_the_table(data_dir: Path) -> None:
+    part = {
+        "_target_": "maml.domain.table.Table",
+        "data_dir": "nowhere",
+        "file": "own.csv",
+        "task": "task",
+        "inputs": ["x", "z"],
+        "targets": ["odd"],
+        "classes": [0, 1],
+        "split": "part",
+        "num_shots": 2,
+    }
+    bare: Any = build_without_data(part)
+    full = table_of(data_dir, targets=["odd"], classes=[0, 1])
+    for fact in (
+        "in_shape",
+        "out_dim",
+        "headline",
+        "larger_is_better",
+        "num_shots",
+        "num_query",
+        "workload",
+        "classes",
+    ):
+        assert getattr(bare, fact) == getattr(full, fact)
+    with pytest.raises(Unavailable, match=r"there is no table nowhere/own\.csv; set domain\.file="):
+        bare.check_available()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"inputs": ["x", "zz"]}, "has no column zz; it has task, x, z"),
+        ({}, {"task": "person", "targets": ["yy"]}, "has no column person and no column yy"),
+        ({"x": "?"}, {}, r"row 1: 'x' is '\?', which is no finite number"),
+        ({"y": math.inf}, {}, "row 1: 'y' is 'inf', which is no finite number"),
+        ({"z": None}, {}, "row 1: 'z' is 'nan', which is no finite number"),
+        ({"task": None}, {}, "row 1: the column 'task' is empty"),
+        (
+            {"odd": 7},
+            {"targets": ["odd"], "classes": [0, 1]},
+            r"row 1: 'odd' is '7', which is none of domain\.classes=",
+        ),
+        ({"part": "tset"}, {}, "each task has one split, train, val or test, in the column 'part', but . has"),
+        ({}, {"targets": ["odd", "y"], "classes": [0, 1]}, "classes are different values of one column"),
+        ({}, {"targets": ["odd"], "classes": [0, 0]}, "classes are different values of one column"),
+        ({}, {"split": [0.6, 0.2, 0.3]}, "three shares"),
+        ({}, {"split": [1.0, 0.0, 0.0]}, "leaves no tasks for test"),
+        ({}, {"num_shots": 3}, "num_shots=3 plus num_query=3 is 6, but task a has 4 rows, task c has 5 rows; lower"),
+        ({}, {"file": "gone.csv"}, r"there is no table .*gone\.csv"),
+    ],
+)
+def test_wrong_table_says_what_is_wrong(
+    tmp_path: Path, change: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    table = frame().astype(object)
+    for name, value in change.items():
+        table.iloc[0, table.columns.get_loc(name)] = value
+    table.to_csv(tmp_path / "own.csv", index=False)
+    with pytest.raises(MamlError, match=message):
+        table_of(tmp_path, **options)
+
+
+def test_task_with_too_few_rows_for_meta_test_is_named(data_dir: Path) -> None:
+    with pytest.raises(MamlError, match="num_shots=4 plus num_query=3 is 7, but task e has 6 rows; lower"):
+        table_of(data_dir).sample_tasks(1, Stream(0), "test", num_shots=4, num_query=3)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe", b'a,b\n1,2,3\n"'])
+def test_file_that_is_no_table_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "own.csv").write_bytes(content)
+    with pytest.raises(MamlError, match=r"own\.csv (cannot be read as a table|has no column)"):
+        table_of(tmp_path)
+
+
+def test_parquet_is_read_if_there_is_a_package_for_it(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data_dir / "own.parquet").touch()
+    monkeypatch.setattr(pd, "read_parquet", lambda path: frame())
+    expected, found = (table_of(data_dir, file=file) for file in ("own.csv", "own.parquet"))
+    assert torch.equal(expected.inputs.sort(0).values, found.inputs.sort(0).values)
+
+    def fail(path: Path) -> None:
+        raise ImportError("no pyarrow")
+
+    monkeypatch.setattr(pd, "read_parquet", fail)
+    with pytest.raises(Unavailable, match="pip install pyarrow, or save it as csv"):
+        table_of(data_dir, file="own.parquet")
+
+
+def test_network_of_a_table_adapts_to_rows_of_a_new_task(tiny: TinyRuns) -> None:
+    runs = TinyRuns(tiny.runs_dir, tiny.cache_dir)
+    network = maml.load(
+        runs.run("+experiment=own_table", "num_iterations=300", "evaluation.num_tasks=5", "hardware=cpu")
+    )
+    x = torch.linspace(0, 4, 10).unsqueeze(1)
+    y = 1.7 * torch.exp(-1.5 * x)
+    before, after = (network.adapt(x, y, steps)(x) for steps in (0, 5))
+    assert (after - y).square().mean() < 0.5 * (before - y).square().mean()
+
+
+def test_network_of_classes_gives_them_back(tiny: TinyRuns, tmp_path: Path) -> None:
+    table = frame()
+    table["word"] = table["odd"].map({0: "even", 1: "odd"})
+    table["x"] /= 5
+    table.to_csv(tmp_path / "own.csv", index=False)
+    overrides = [
+        "domain=table",
+        f"data_dir={tmp_path}",
+        "domain.file=own.csv",
+        "domain.task=task",
+        "domain.inputs=[x]",
+        "domain.targets=[word]",
+        "domain.classes=[even,odd]",
+        "domain.split=part",
+        "domain.num_shots=2",
+        "evaluation=accuracy",
+        "evaluation.num_steps=2",
+        "evaluation.num_tasks=5",
+        "num_iterations=3",
+        "hardware=cpu",
+    ]
+    network = maml.load(TinyRuns(tiny.runs_dir, tiny.cache_dir).run(*overrides))
+    predictor = network.adapt([[0.0], [0.2], [0.4]], ["even", "odd", "even"])  # as many of each as there are
+    assert predictor.classes == ["even", "odd"]
+    assert set(predictor([[0.6], [0.8]])) <= {"even", "odd"}
+    assert predictor.probabilities([[0.6]]).shape == (1, 2)
+    with pytest.raises(MamlError, match=r"'uneven' is none of the classes that the network was trained on"):
+        network.adapt([[0.0]], ["uneven"])
+    with pytest.raises(MamlError, match="there are 2 inputs, but 1 labels"):
+        network.adapt([[0.0], [1.0]], ["odd"])
