@@ -13,6 +13,10 @@ class Diverged(MamlError):
     """Parameters, or values computed from them, are not finite."""
 
 
+class TooLarge(MamlError):
+    """Something would take more memory than this machine has."""
+
+
 class Disconnected(MamlError):
     """Another process of the run has ended or cannot be reached; this process itself has not failed."""
 

@@ -20,7 +20,18 @@ from maml.hardware import distributed
 from maml.hardware.memory import halve_chunk_on_oom
 from maml.seeding import Stream
 from maml.training.progress import EvaluationProgress
-from maml.types import Count, NonNegativeFloat, NonNegativeInt, Params, PositiveFloat, Split, Tasks, num_tasks, take
+from maml.types import (
+    Count,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Params,
+    PositiveFloat,
+    Seed,
+    Split,
+    Tasks,
+    num_tasks,
+    take,
+)
 
 # Number of tasks that are adapted at once if the execution sets no chunk.
 _DEFAULT_CHUNK = 100
@@ -164,7 +175,7 @@ class Evaluation:
         step_size: PositiveFloat | list[PositiveFloat] | dict[int, PositiveFloat] | None = None,
         search: StepSizeSearch | None = None,
         split: Split = "test",
-        bank_seed: NonNegativeInt = 0,
+        bank_seed: Seed = 0,
         theta: Literal["last", "best"] = "last",
         bank: Literal["seeded", "authors"] = "seeded",
     ) -> None:

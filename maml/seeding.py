@@ -14,9 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from maml.hardware.memory import check_memory
+
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
 _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
+
+# Draws of more numbers are compared with the machine's memory. Scrambling holds three copies of 8 bytes each.
+_MANY, _BYTES_PER_DRAW = 10**8, 24
 
 Key = TypeVar("Key", int, Tensor)
 
@@ -60,8 +65,15 @@ class Stream:
         return Stream(_mix(_signed(_signed(self.key * _GOLDEN) + number)), self.device)
 
     def bits(self, shape: Sequence[int]) -> Tensor:
-        """Returns uniform signed 64-bit integers. The first n numbers are the same for every shape."""
-        counters = torch.arange(1, math.prod(shape) + 1, device=self.device) * _GOLDEN
+        """Returns uniform signed 64-bit integers. The first n numbers are the same for every shape.
+
+        Raises:
+            TooLarge: if so many numbers do not fit into memory.
+        """
+        count = math.prod(shape)
+        if count > _MANY:
+            check_memory(_BYTES_PER_DRAW * count, f"a draw of {count:,} random numbers")
+        counters = torch.arange(1, count + 1, device=self.device) * _GOLDEN
         if isinstance(self.key, Tensor):
             return _mix(counters + self.key.unsqueeze(-1)).reshape(*self.key.shape, *shape)
         return _mix(counters + self.key).reshape(tuple(shape))

@@ -7,6 +7,7 @@ S support and Q query examples per task, N ways, K shots, D features, R rollouts
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, NamedTuple
 
@@ -29,6 +30,11 @@ PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 Discount = Annotated[float, Ge(0), Le(1)]
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
+"""A random seed. Streams count modulo 2^64, so a larger or negative seed would draw the numbers of another one."""
+
+# Limits of Linux and macOS, in bytes. A run folder adds up to about 150 bytes to the path that a user gives.
+_LONGEST_NAME, _LONGEST_PATH = 255, 3900
 
 
 def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
@@ -41,6 +47,35 @@ def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
 
 Interval = Annotated[tuple[float, float], AfterValidator(_ascending)]
 """The lower and upper end of a range."""
+
+
+def _not_empty(text: str) -> str:
+    """Not empty."""
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_not_empty)]
+"""A text that is not empty."""
+
+
+def _storable(path: str) -> str:
+    """Not empty."""
+    if not path.strip():
+        raise ValueError("a path cannot be empty; the current folder is '.'")
+    if "\0" in path:
+        raise ValueError("a path cannot have a zero byte")
+    longest = max(len(os.fsencode(name)) for name in path.split("/"))
+    if longest > _LONGEST_NAME:
+        raise ValueError(f"a name in it has {longest} bytes, but file systems take {_LONGEST_NAME}; shorten it")
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise ValueError(f"it has {len(os.fsencode(path))} bytes; a path has at most {_LONGEST_PATH} here")
+    return path
+
+
+FilePath = Annotated[str, AfterValidator(_storable)]
+"""The path of a file or folder, which need not exist."""
 
 
 Split = Literal["train", "val", "test"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics
+from maml.domain.classification import FewShotClassification
 from maml.errors import MamlError
 from maml.outer.base import Objective, OuterState, select_entries
 from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, expand, num_tasks, take
@@ -66,6 +67,12 @@ class MultitaskAverage(Algorithm):
         initial: Literal["fresh", "previous"] = "fresh",
     ) -> None:
         super().__init__(parts)
+        if isinstance(parts.domain, FewShotClassification):
+            raise MamlError(
+                f"algorithm=multitask_average averages regressors, but {type(parts.domain).__name__} classifies, with "
+                "classes numbered anew in every task, so that a mean of classifiers says nothing; choose "
+                "algorithm=finetune, nearest_neighbor or maml"
+            )
         if self.outer.mixes_entries:
             raise MamlError(
                 "outer.clip_norm would clip the regressors of a meta-batch together, though they are independent; "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from maml.config.paths import CONF
 from maml.config.schema import Settings, check
@@ -24,9 +24,28 @@ def to_plain_config(cfg: DictConfig) -> dict[str, Any]:
     try:
         container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise MamlError(f"the config cannot be resolved: {error}") from error
+        raise MamlError(explain_config_error(error)) from error
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def plain_overrides(hydra: Any) -> list[str]:
+    """Returns the words of a job's command as they were given, with interpolations as texts.
+
+    Args:
+        hydra: the part ``hydra`` of the job's config.
+    """
+    words = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    assert isinstance(words, list)
+    return [str(word) for word in words]
+
+
+def explain_config_error(error: OmegaConfBaseException) -> str:
+    """Returns one line that names the key of an error of OmegaConf and says what is wrong with it."""
+    reason = str(error).partition("\n")[0]
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value, and the run needs one: set {error.full_key}=..."
+    return f"{error.full_key}: {reason}" if error.full_key else f"the config cannot be resolved: {reason}"
 
 
 def compose(overrides: Sequence[str], config_dir: Path = CONF) -> tuple[Settings, str]:

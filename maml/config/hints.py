@@ -66,7 +66,7 @@ def _override_errors(arguments: Sequence[str]) -> list[str]:
     chosen = []  # the groups' options; of those to sweep over, the first
     for override in overrides:
         name = override.partition("=")[0]
-        if (CONF / name.lstrip("+")).is_dir():
+        if name.lstrip("+") and (CONF / name.lstrip("+")).is_dir():
             chosen += [f"{name}={choice}" for choice in _choices(override, folders)[:1]]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -75,6 +75,9 @@ def _override_errors(arguments: Sequence[str]) -> list[str]:
         known = None
     for override in overrides:
         name, _, value = override.partition("=")
+        if not name.lstrip("+"):
+            lines.append(f"{override}: there is no key before the =")
+            continue
         group = CONF / name.lstrip("+")
         if group.is_dir():
             options = _options(group.name, folders)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from maml.inner.base import Inner
 from maml.logger.base import Logger
 from maml.model.base import Model
 from maml.outer.base import Outer
-from maml.types import Count, NonNegativeInt
+from maml.types import Count, FilePath, NonNegativeInt, Seed
 
 # Arguments that the project itself passes to a part's constructor.
 SUPPLIED = {
@@ -37,6 +38,9 @@ _SUPPLIED_IF_MISSING = {"model.module": {"in_shape", "out_dim"}}
 _HYDRA_KEYS = {"_args_", "_convert_", "_recursive_"}
 _SCALARS = {bool, bytes, float, int, str, type(None)}
 _ANYTHING = {Any, object, type, list, dict, tuple, Callable, Mapping, Sequence}
+_TOO_LARGE = 2**63  # tensors hold integers below this
+_LARGEST_FLOAT = 3.4e38
+_LONGEST_SHOWN = 100  # characters of a wrong value that a message shows
 # The parts on which trained numbers depend, in the order of error messages.
 TRAINING_PARTS = ("domain", "model", "inner", "outer", "algorithm")
 PARTS = (*TRAINING_PARTS, "evaluation", "hardware", "logger")
@@ -59,6 +63,8 @@ class Settings:
         precision: floating-point precision of training and evaluation; it is part of the run's id.
         mode: ``train`` trains (or resumes) and then evaluates; ``eval`` evaluates the newest checkpoint.
         checkpoint: with ``mode=eval``, the checkpoint file to evaluate; null is the run folder's newest checkpoint.
+        changed_code: what happens if the code of a class outside this project has changed since the run was trained:
+            ``refuse`` stops before anything is written; ``accept`` uses the run as it is.
         run_dir: folder of this run; null is ``runs_dir/<experiment>/<run id>``.
         runs_dir: folder in which run folders are made.
         data_dir: folder of the data sets.
@@ -77,17 +83,18 @@ class Settings:
         logger: service to which metrics are sent, besides the run folder.
     """
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     seeds: Count = 1
     num_iterations: NonNegativeInt
     meta_batch_size: Count
     precision: Precision = "float32"
     mode: Literal["train", "eval"] = "train"
-    checkpoint: str | None = None
-    run_dir: str | None = None
-    runs_dir: str
-    data_dir: str
-    cache_dir: str
+    checkpoint: FilePath | None = None
+    changed_code: Literal["refuse", "accept"] = "refuse"
+    run_dir: FilePath | None = None
+    runs_dir: FilePath
+    data_dir: FilePath
+    cache_dir: FilePath
     validate_every: Count | None = None
     log_every: Count
     checkpoint_every: Count
@@ -277,17 +284,59 @@ def argument_types(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _check_value(path: str, value: Any, annotation: Any) -> list[str]:
+    shown = _shortened(repr(value))
+    for number in _numbers(value):
+        if isinstance(number, int) and abs(number) >= _TOO_LARGE:
+            return [f"{path}={shown}: an integer is below 2^63"]
+        if _LARGEST_FLOAT < abs(number) < math.inf:
+            return [f"{path}={shown}: a number is at most {_LARGEST_FLOAT:.1e}, the largest of float32"]
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+        config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=config)
         # Through JSON, so that a list is accepted for a tuple, but "3" or true is not accepted for 3.
-        adapter.validate_json(json.dumps(value), strict=True)
-    except PydanticUserError:
+        checked = adapter.validate_json(json.dumps(value), strict=True)
+    except (PydanticUserError, TypeError):
         return []  # a user's annotation that pydantic cannot check
     except ValidationError as error:
-        messages = [detail["msg"].replace("a valid array", "a list, such as [a, b]") for detail in error.errors()]
-        reasons = dict.fromkeys(message[0].lower() + message[1:] for message in messages)
-        return [f"{path}={value!r}: {'; or '.join(reasons)}"]
+        reasons = dict.fromkeys(_reason(detail, annotation) for detail in error.errors())
+        return [f"{path}={shown}: {'; or '.join(reasons)}"]
+    if _has_lost_boolean(value, checked):  # Literal[1, 2] accepts true, which equals 1
+        return [f"{path}={shown}: input should be a number, not true or false"]
     return []
+
+
+def _reason(detail: Mapping[str, Any], annotation: Any) -> str:
+    """Returns the reason for which pydantic refuses a value, in words that fit a yaml file."""
+    if detail["type"] == "needs_python_object":  # the annotation asks for an object of a class
+        names = " or ".join(f"{cls.__module__}.{cls.__qualname__}" for cls, _ in _accepted(annotation))
+        return f"input should be a part, a mapping with a _target_ that is {names} or inherits from it"
+    message = detail["msg"].removeprefix("Value error, ").replace("a valid array", "a list, such as [a, b]")
+    message = message.replace("a valid dictionary", "a mapping, such as {a: 1}")
+    return message[:1].lower() + message[1:]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """Yields the numbers in a value of a config."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(item)
+
+
+def _has_lost_boolean(value: Any, checked: Any) -> bool:
+    """Returns whether a boolean in a value was taken for something else."""
+    if isinstance(value, bool):
+        return not isinstance(checked, bool)
+    if isinstance(value, Mapping) and isinstance(checked, Mapping):
+        return any(map(_has_lost_boolean, value.values(), checked.values()))
+    if isinstance(value, list) and isinstance(checked, list | tuple):
+        return any(map(_has_lost_boolean, value, checked))
+    return False
 
 
 def build(part: Part, **supplied: Any) -> Any:

@@ -94,7 +94,7 @@ def _read_split(folder: Path) -> dict[str, str]:
     elif absent:
         raise MamlError(f"{' and '.join(absent)} missing beside the other lists of classes; {advice}")
     else:
-        splits = {split: path.read_text(encoding="utf-8", errors="replace").split() for split, path in paths.items()}
+        splits = {split: _read_list(path, advice) for split, path in paths.items()}
     known = {label for labels in SPLITS.values() for label in labels}
     unknown = [
         f"{label} of {split}.txt is not a class of CIFAR-100"
@@ -105,6 +105,13 @@ def _read_split(folder: Path) -> dict[str, str]:
     classes = [f"{split}/{label}" for split, labels in splits.items() for label in labels]
     check_classes(dict.fromkeys(classes, NUM_IMAGES), advice, unknown)
     return {name.partition("/")[2]: name for name in classes}
+
+
+def _read_list(path: Path, advice: str) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").split()
+    except OSError as error:
+        raise MamlError(f"{path} cannot be read as a list of classes ({error.strerror}); {advice}") from error
 
 
 def _pngs(source: Path, classes: Mapping[str, str]) -> Photos:

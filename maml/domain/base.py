@@ -79,6 +79,15 @@ class Domain(ABC, Generic[Data]):
         """Whether the split ``val`` holds other data than ``train``, so that it shows what training does not."""
         return False
 
+    def least_elements(self, num_shots: int, num_query: int) -> int:
+        """Returns a lower bound on the numbers that one task holds in memory, by which impossible runs are refused.
+
+        Args:
+            num_shots: K.
+            num_query: query examples (per class, in classification).
+        """
+        return num_shots + num_query
+
     def check_adaptation(self, algorithm: str) -> None:
         """Checks that training gives each task data of its own, so that an algorithm can adapt to it.
 

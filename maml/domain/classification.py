@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor
 
 from maml.data.cache import ImageSet
@@ -19,7 +20,7 @@ from maml.errors import MamlError
 from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Count, Examples, Params, Split, Tasks, num_elements
+from maml.types import Count, Examples, FilePath, Params, Split, Tasks, num_elements
 
 # Largest number of pixels in a chunk of tasks on a CPU, support and query together: 80 images of Omniglot. Half of it
 # halves the memory, but 20-way tasks are then computed one at a time, no faster than by a plain loop
@@ -42,7 +43,7 @@ class FewShotClassification(SupervisedDomain):
         rotate: whether every class of a task is turned by its own multiple of 90 degrees.
 
     Args:
-        num_ways: N, number of classes in a task.
+        num_ways: N, number of classes in a task; with one class, every answer would be right.
         num_shots: K, number of support images per class.
         num_query: number of query images per class in training; None is K.
         data_dir: folder of the original files.
@@ -60,7 +61,12 @@ class FewShotClassification(SupervisedDomain):
     larger_is_better = True
 
     def __init__(
-        self, num_ways: Count, num_shots: Count, data_dir: str, cache_dir: str, num_query: Count | None = None
+        self,
+        num_ways: Annotated[int, Ge(2)],
+        num_shots: Count,
+        data_dir: FilePath,
+        cache_dir: FilePath,
+        num_query: Count | None = None,
     ) -> None:
         self.out_dim = self.num_ways = num_ways
         self.num_shots, self.num_query = num_shots, num_query

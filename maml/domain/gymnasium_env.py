@@ -13,8 +13,9 @@ from torch import Tensor
 from maml.domain.reinforcement import Reinforcement
 from maml.environment.base import Environments
 from maml.environment.vectorized import VectorizedEnvironments
+from maml.errors import MamlError
 from maml.seeding import Stream
-from maml.types import Interval
+from maml.types import Interval, Text
 
 
 @dataclass(kw_only=True, eq=False)
@@ -30,13 +31,16 @@ class GymnasiumEnv(Reinforcement):
             vectors.
     """
 
-    env_id: str
+    env_id: Text
     goals: Annotated[dict[str, Interval], MinLen(1)]
 
     def make_environments(self) -> Environments:
         self.goal_names = list(self.goals)
         self.low, self.high = (torch.tensor(ends) for ends in zip(*self.goals.values(), strict=True))
-        return VectorizedEnvironments(self.env_id, self.goal_names, self.low.tolist())
+        try:
+            return VectorizedEnvironments(self.env_id, self.goal_names, self.low.tolist(), self.horizon)
+        except MamlError as error:
+            raise MamlError(f"domain.env_id={self.env_id!r}, domain.goals={dict(self.goals)}: {error}") from error
 
     def draw_goals(self, count: int, stream: Stream) -> Tensor:
         low, high = self.low.to(stream.device), self.high.to(stream.device)

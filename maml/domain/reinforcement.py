@@ -111,6 +111,10 @@ class Reinforcement(Domain[Rollouts]):
         # Environments are stepped together, so more tasks at once are faster.
         return Workload(task_chunk=chunk, fixed_shapes=False, threads_pay="beside_gpu", whole_bank=True)
 
+    def least_elements(self, num_shots: int, num_query: int) -> int:
+        """Rollouts hold an observation, an action and its distribution for each timestep."""
+        return num_shots * self.horizon * (self.in_shape[0] + self.out_dim + self.out_dim // 2)
+
     def check_adaptation(self, algorithm: str) -> None:
         if self.goal_per == "episode":
             raise MamlError(

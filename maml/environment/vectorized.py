@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +14,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.spaces import Box
+from gymnasium.wrappers import PassiveEnvChecker
 from torch import Tensor
 
 from maml.environment.base import Environments, Transition
@@ -34,20 +37,28 @@ class VectorizedEnvironments(Environments):
         environment: an id for ``gymnasium.make`` (``"package:id"`` first imports the package that registers it), or a
             function that makes the environment from keywords.
         goal_names: keywords of the environment, one for each column of the goals.
-        example_goal: any task's goal; an environment with it is built to read the spaces.
+        example_goal: any task's goal; an environment with it is built, checked and kept.
+        horizon: number of steps after which the caller ends an episode. It replaces the limit with which an id is
+            registered, so that longer episodes are not cut off; None keeps that limit.
 
     Raises:
-        MamlError: if the environment does not take these keywords, or if its actions are not a vector of real numbers,
-            or its observations are not a vector.
+        MamlError: if the environment does not take these keywords; if its actions are not a vector of real numbers, or
+            its observations are not a vector; if its `reset` or `step` breaks Gymnasium's interface, or gives other
+            results for the same seed.
     """
 
     def __init__(
-        self, environment: str | Callable[..., gymnasium.Env], goal_names: Sequence[str], example_goal: Sequence[float]
+        self,
+        environment: str | Callable[..., gymnasium.Env],
+        goal_names: Sequence[str],
+        example_goal: Sequence[float],
+        horizon: int | None = None,
     ) -> None:
         self._name = environment if isinstance(environment, str) else getattr(environment, "__name__", environment)
         self._make: Callable[..., gymnasium.Env] = (
-            # The checker checks the first step of each environment; with hundreds of environments this is slow.
-            partial(gymnasium.make, environment, disable_env_checker=True)
+            # The checker checks the first step of each environment; with hundreds of environments this is slow. So
+            # only the example is checked.
+            partial(gymnasium.make, environment, max_episode_steps=horizon, disable_env_checker=True)
             if isinstance(environment, str)
             else environment
         )
@@ -58,6 +69,7 @@ class VectorizedEnvironments(Environments):
         self._goal_names = list(goal_names)
         goal = tuple(float(number) for number in example_goal)
         example = self._build(goal)
+        self._check(example, goal)
         self._under_way = [(goal, example)]
         self.observation_dim = example.observation_space.shape[0]  # type: ignore[index]
         self.action_dim = example.action_space.shape[0]  # type: ignore[index]
@@ -110,7 +122,7 @@ class VectorizedEnvironments(Environments):
         keywords = self._keywords(goal)
         try:
             environment = self._make(**keywords)
-        except (TypeError, gymnasium.error.Error) as error:
+        except (ImportError, TypeError, ValueError, gymnasium.error.Error) as error:
             raise MamlError(
                 f"{self._name} cannot be made with {keywords} ({error}); give the environment's id, and as goal_names "
                 "keywords that its constructor takes"
@@ -128,8 +140,44 @@ class VectorizedEnvironments(Environments):
             )
         return environment
 
+    def _check(self, environment: gymnasium.Env, goal: Goal) -> None:
+        """Resets and steps an environment under Gymnasium's checker, first without and then with its wrappers."""
+        where = f"{self._name} with {self._keywords(goal)}"
+        with warnings.catch_warnings(record=True) as complaints:
+            warnings.simplefilter("always")
+            try:
+                for checked in dict.fromkeys((environment.unwrapped, environment)):
+                    first, again = (_first_step(checked) for _ in range(2))
+            except Exception as error:  # a user's environment may raise anything
+                raise MamlError(
+                    f"{where} breaks Gymnasium's interface in reset or step: {_one_line(error)}. An environment of an "
+                    "older API needs reset(seed, options) -> (observation, info) and a step that returns 5 values"
+                ) from error
+        for text in dict.fromkeys(_one_line(complaint.message) for complaint in complaints):
+            _log.warning("%s: Gymnasium's checker says: %s", self._name, text)
+        if not all(np.array_equal(one, other, equal_nan=True) for one, other in zip(first, again, strict=True)):
+            raise MamlError(
+                f"{where} gives other observations or rewards when it is reset with the same seed, so no run could be "
+                "repeated. Draw all random numbers from self.np_random, and call super().reset(seed=seed) in reset"
+            )
+
     def _keywords(self, goal: Goal) -> dict[str, float]:
         return dict(zip(self._goal_names, goal, strict=True))
+
+
+def _first_step(environment: gymnasium.Env) -> tuple[Any, Any, Any]:
+    """Returns the first observation of an episode, and the observation and reward after one step."""
+    checked = PassiveEnvChecker(environment)
+    start = np.array(checked.reset(seed=0)[0])
+    environment.action_space.seed(0)
+    observation, reward, *_ = checked.step(environment.action_space.sample())
+    return start, np.array(observation), np.array(reward)
+
+
+def _one_line(message: object) -> str:
+    """Returns a message without line breaks, colours of a terminal and the mark of Gymnasium's log."""
+    plain = re.sub(r"\x1b\[\d*m", "", str(message) or type(message).__name__)
+    return " ".join(plain.split()).removeprefix("WARN: ").rstrip(".")
 
 
 def _is_vector(space: gymnasium.Space) -> bool:

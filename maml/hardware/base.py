@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le
 
 from maml.errors import MamlError, Unavailable
 from maml.hardware import distributed
@@ -87,7 +88,7 @@ class Hardware:
     def __init__(
         self,
         device: Literal["auto", "cpu", "cuda"] = "auto",
-        num_threads: Count | Literal["auto"] = "auto",
+        num_threads: Annotated[int, Ge(1), Le(1024)] | Literal["auto"] = "auto",
         task_chunk: Count | Literal["auto", "all"] = "auto",
         compile: bool | Literal["auto"] = "auto",
         cuda_graph: bool | Literal["auto"] = "auto",
@@ -131,15 +132,8 @@ class Hardware:
         Raises:
             MamlError: if a setting is not possible for this domain.
         """
+        self.check(workload)
         on_cpu = self.device.type == "cpu"
-        if not workload.fixed_shapes:
-            if self.compile is True:
-                raise MamlError(
-                    "hardware.compile=true is for supervised domains: the length of rollouts changes with each "
-                    "iteration, so each iteration would be compiled again; leave it to auto"
-                )
-            if self.recompute:
-                raise MamlError("hardware.recompute=true is for supervised domains; leave it at false")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(1, cores // distributed.local_world_size())
         threads_pay = workload.threads_pay == "always" or (workload.threads_pay == "beside_gpu" and not on_cpu)
@@ -160,14 +154,40 @@ class Hardware:
         for name, value in (automatic | {name: kept[name] for name in automatic.keys() & kept.keys()}).items():
             asked = getattr(self, name)
             chosen[name] = value if asked == "auto" else None if asked == "all" else asked
-        if chosen["kernels"] and not (library() is not None if on_cpu else compiles_on_gpu()):
-            if self.kernels is True:
-                raise Unavailable(
-                    "hardware.kernels=true, but they cannot be compiled here (the warning above says why); install a "
-                    f"C{'++' * on_cpu} compiler, or leave it to auto"
-                )
+        if chosen["kernels"] and not self._can_compile_kernels():
             chosen["kernels"] = False
         return Execution(**chosen)
+
+    def check(self, workload: Workload) -> None:
+        """Checks, before anything is written, that the settings are possible for a domain.
+
+        Args:
+            workload: what the domain's tasks ask of a machine.
+
+        Raises:
+            MamlError: if one is not.
+        """
+        if not workload.fixed_shapes:
+            if self.compile is True:
+                raise MamlError(
+                    "hardware.compile=true is for supervised domains: the length of rollouts changes with each "
+                    "iteration, so each iteration would be compiled again; leave it to auto"
+                )
+            if self.cuda_graph is True:
+                raise MamlError(
+                    "hardware.cuda_graph=true is for supervised domains, whose iterations have tensors of fixed "
+                    "shapes; leave it to auto"
+                )
+            if self.recompute:
+                raise MamlError("hardware.recompute=true is for supervised domains; leave it at false")
+        if self.kernels is True and not self._can_compile_kernels():
+            raise Unavailable(
+                "hardware.kernels=true, but they cannot be compiled here (the warning above says why); install a "
+                f"C{'++' * (self.device.type == 'cpu')} compiler, or leave it to auto"
+            )
+
+    def _can_compile_kernels(self) -> bool:
+        return library() is not None if self.device.type == "cpu" else compiles_on_gpu()
 
     def apply(self, execution: Execution) -> None:
         """Sets the process-wide switches of torch and of memory allocation."""

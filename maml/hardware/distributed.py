@@ -22,6 +22,56 @@ from maml.types import Tasks, num_tasks, take
 Result = TypeVar("Result")
 
 
+_MOST_PORTS = 65535
+
+
+def launched_processes() -> int:
+    """Returns the number of processes that torchrun has started, by the environment; 1 without torchrun.
+
+    Raises:
+        MamlError: if the variables that torchrun sets are wrong or not complete. They may be left over.
+    """
+    count = _variable("WORLD_SIZE", least=1, default=1)
+    local_rank(), local_world_size()
+    if count > 1:
+        _variable("RANK", least=0, most=count - 1)
+        _variable("MASTER_PORT", least=1, most=_MOST_PORTS)
+        if not os.environ.get("MASTER_ADDR"):
+            raise _wrong_environment("MASTER_ADDR is not set")
+    return count
+
+
+def launched_rank() -> int:
+    """Returns this process's number by the environment that torchrun sets, before `start`; 0 without torchrun.
+
+    A ``RANK`` that was left over in the environment, without other processes, does not count.
+
+    Raises:
+        MamlError: if the variables that torchrun sets are wrong or not complete.
+    """
+    return int(os.environ["RANK"]) if launched_processes() > 1 else 0
+
+
+def _variable(name: str, least: int, most: int | None = None, default: int | None = None) -> int:
+    """Returns a number from an environment variable."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None:
+        raise _wrong_environment(f"{name} is not set")
+    allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+    if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+        raise _wrong_environment(f"{name}={text!r} is not a number {allowed}")
+    return int(text)
+
+
+def _wrong_environment(problem: str) -> MamlError:
+    return MamlError(
+        f"the environment variables of torchrun are wrong: {problem}. Start several processes with torchrun, which "
+        "sets them; for one process, remove them: unset WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE"
+    )
+
+
 def start(on_gpus: bool) -> None:
     """Joins the other processes that torchrun has started: by Gloo, and by NCCL for tensors on GPUs.
 
@@ -29,10 +79,10 @@ def start(on_gpus: bool) -> None:
         on_gpus: whether each process computes on its own GPU.
 
     Raises:
-        MamlError: if there are fewer GPUs than processes.
+        MamlError: if there are fewer GPUs than processes, or torchrun's environment variables are wrong.
         Disconnected: if another process cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if launched_processes() == 1 or dist.is_initialized():
         return
     if on_gpus:
         if local_world_size() > torch.cuda.device_count():
@@ -63,12 +113,12 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Returns this process's number on this machine, which is also the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _variable("LOCAL_RANK", least=0, default=0)
 
 
 def local_world_size() -> int:
     """Returns the number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _variable("LOCAL_WORLD_SIZE", least=1, default=1)
 
 
 def shard(tasks: Tasks) -> Tasks:

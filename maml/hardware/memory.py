@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from maml.errors import MamlError
+from maml.errors import MamlError, TooLarge
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _NEVER = 2**31 - 1
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 Computed = TypeVar("Computed")
 _log = logging.getLogger(__name__)
@@ -35,6 +39,34 @@ def recompute_inner_steps(enabled: bool) -> Iterator[None]:
 def recompute_enabled() -> bool:
     """Returns whether `recompute_inner_steps` is on."""
     return _recompute
+
+
+@functools.cache
+def machine_memory() -> int:
+    """Returns the bytes of main memory: the machine's, or those of its container if that has fewer."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
+            total = min(total, int(Path(limit).read_text()))
+    return total
+
+
+def check_memory(num_bytes: int, what: str) -> None:
+    """Refuses, before it is computed, what cannot fit into the machine's main memory.
+
+    Args:
+        num_bytes: a lower bound on what it takes.
+        what: what takes it, the beginning of a sentence.
+
+    Raises:
+        TooLarge: if it is more than the machine has.
+    """
+    if num_bytes > machine_memory():
+        raise TooLarge(f"{what} takes at least {_in_gib(num_bytes)}, but this machine has {_in_gib(machine_memory())}")
+
+
+def _in_gib(num_bytes: int) -> str:
+    return f"{num_bytes // 2**30:,} GiB"
 
 
 def halve_chunk_on_oom(compute: Callable[[int], Computed], chunk: int) -> tuple[Computed, int]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from maml.config.paths import IN_CLONE, ROOT
 from maml.logger.base import Mirror, cause
 from maml.logger.wandb_service import SERVICE
+from maml.types import Text
 
 # One start at a time: the first run that finds the server unreachable switches the whole process to offline.
 _STARTING = Lock()
@@ -47,9 +48,9 @@ class WandB(Mirror):
 
     def __init__(
         self,
-        project: str = "maml",
-        entity: str | None = None,
-        group: str | None = None,
+        project: Text = "maml",
+        entity: Text | None = None,
+        group: Text | None = None,
         tags: Sequence[str] = (),
         mode: Literal["auto", "online", "offline"] = "auto",
     ) -> None:

@@ -29,6 +29,7 @@ import maml
 from maml.config.identity import differences, digest, evaluation_config, training_config
 from maml.config.paths import IN_CLONE, ROOT
 from maml.config.schema import Settings
+from maml.config.source import changed_code, code_hashes
 from maml.errors import MamlError
 from maml.hardware import distributed
 from maml.record import checkpoint, lock
@@ -179,6 +180,8 @@ class RunFolder:
             "versions": versions(),
             "hardware": dict(hardware),
         }
+        if code := code_hashes(self.settings):
+            segment["code"] = code
         self._record |= {
             "algorithm": algorithm,
             "command": command,
@@ -240,6 +243,30 @@ class RunFolder:
         files = {"tasks.csv", "report.png"} | ({"config.yaml"} if folder != self.path else set())
         missing = {name for name in files if not (folder / name).exists()}
         return missing | ({"status"} if record is None or record["status"] != "finished" else set())
+
+    def check_code(self, checkpoint_file: Path | None = None) -> None:
+        """Checks that the code of the user's own classes is that with which the run was trained. Writes nothing.
+
+        Runs that were recorded without hashes of their code pass.
+
+        Args:
+            checkpoint_file: a checkpoint that is evaluated instead of the run's own; its folder has the record.
+
+        Raises:
+            MamlError: if the code has changed and ``changed_code`` is ``refuse``; with ``accept`` this is a warning.
+        """
+        folder = self.path if checkpoint_file is None else checkpoint_file.parent
+        names = ", ".join(code_changed_since(folder, self.settings))
+        if not names:
+            return
+        if self.settings.changed_code == "accept":
+            LOG.warning("the code of %s has changed since %s was trained; changed_code=accept uses it", names, folder)
+            return
+        raise MamlError(
+            f"the code of {names} has changed since {folder} was trained, so its numbers belong to the old code. To "
+            "train anew, give another run_dir= or delete the folder; to go on, undo the change, or set "
+            "changed_code=accept if it does not change what is computed"
+        )
 
     def check_free(self) -> None:
         """Checks, without writing anything, that no process is training in this folder.
@@ -483,6 +510,22 @@ class NonWritingRunFolder(RunFolder):
     def save_checkpoint(self, iteration: int, state: Mapping[str, Any], execution: Mapping[str, Any]) -> None: ...
 
     def close(self, status: str) -> None: ...
+
+
+def code_changed_since(folder: Path, settings: Settings) -> list[str]:
+    """Returns the user's classes whose code has changed since a run was trained.
+
+    Args:
+        folder: the run's folder; without a record of its code, nothing has changed.
+        settings: the run's settings.
+
+    Raises:
+        MamlError: if ``run.json`` is damaged.
+    """
+    earlier: dict[str, str] = {}
+    for segment in (read_json(folder / "run.json") or {}).get("segments", ()):
+        earlier |= segment.get("code", {})
+    return changed_code(earlier, code_hashes(settings)) if earlier else []
 
 
 def find_report(

@@ -23,9 +23,12 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from maml.config.compose import plain_overrides, settings_of
 from maml.config.identity import digest
-from maml.errors import Interrupted
+from maml.errors import Interrupted, MamlError
+from maml.hardware.distributed import launched_processes
 from maml.record.checkpoint import remove_leftovers, write_atomically
 from maml.record.run_folder import command_line
 from maml.sweep.disk import local_disk
@@ -69,12 +72,15 @@ class Sweep(Callback):
         self._reader: SweepReader | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launched_processes() > 1:
             return  # train.py refuses sweeps under torchrun
         try:
             planned = _planned_jobs(config)
         except HydraException:
             return  # Hydra itself reports the wrong override
+        if problem := _hopeless(config, planned):
+            print(problem, file=sys.stderr)
+            sys.exit(1)  # Hydra turns other errors of a callback into warnings
         self.folder = Path(config.runs_dir).resolve() / "sweeps" / _sweep_id(config)
         (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
         for folder in (self.folder, self.folder / "jobs"):
@@ -171,10 +177,32 @@ def _planned_jobs(config: DictConfig) -> list[list[str]] | None:
     return [job_overrides(job) for job in jobs]
 
 
+def _hopeless(config: DictConfig, planned: list[list[str]] | None) -> str:
+    """Returns why a sweep cannot have one valid job, in one to three lines; empty if it can.
+
+    Jobs are checked until one is valid, so a sweep in which some fail still runs and lists them.
+    """
+    for key in ("hydra.launcher.n_jobs", "hydra.sweeper.n_jobs", "hydra.sweeper.n_trials"):
+        number = OmegaConf.select(config, key)
+        if number == 0 or (isinstance(number, int) and number < 0 and key != "hydra.launcher.n_jobs"):
+            return f"{key}={number}: it has to be at least 1" + ", or -1 for one per core" * ("launcher" in key)
+    problem = ""
+    for overrides in planned or ():
+        try:
+            settings_of(GlobalHydra.instance().config_loader().load_sweep_config(config, overrides))
+        except MamlError as error:
+            problem = problem or f"{' '.join(overrides)}: {error}"
+        except (HydraException, OmegaConfBaseException):
+            return ""  # Hydra itself reports it
+        else:
+            return ""
+    return problem
+
+
 def _swept(config: DictConfig) -> list[str]:
     """Returns the overrides of the command, after those that a sweeper has from its config."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    return [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
+    return [*(f"{key}={value}" for key, value in params.items()), *plain_overrides(config.hydra)]
 
 
 def _sweep_id(config: DictConfig) -> str:

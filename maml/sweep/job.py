@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig
 
-from maml.config.compose import experiment_name, settings_of
+from maml.config.compose import experiment_name, plain_overrides, settings_of
 from maml.config.identity import evaluation_config
 from maml.errors import MamlError
 from maml.record.checkpoint import write_atomically
@@ -52,7 +52,7 @@ class RunningJob:
     ) -> None:
         self._jobs, self._post, self._with_checkpoints = folder / "jobs", post, with_checkpoints
         self._jobs.mkdir(parents=True, exist_ok=True)
-        overrides = job_overrides(config.hydra.overrides.task)
+        overrides = job_overrides(plain_overrides(config.hydra))
         self.name = job_name(overrides)
         self._record: dict[str, Any] = {"overrides": overrides, "error": None, "mode": "train", "seconds": None}
         self._runs: dict[str, RunFolder] = {}  # by the path that the process that started the sweep knows

@@ -84,6 +84,18 @@ def refusal(config: Config | Settings) -> str:
         ("evaluation.split", "tst", "evaluation.split='tst': input should be 'train', 'val' or 'test'"),
         ("seed", -1, "seed=-1: input should be greater than or equal to 0"),
         ("seed", 1.0, "seed=1.0: input should be a valid integer"),
+        ("seed", 2**64, "seed=18446744073709551616: an integer is below 2^63"),
+        ("evaluation.bank_seed", 2**63, "evaluation.bank_seed=9223372036854775808: an integer is below 2^63"),
+        ("seeds", True, "seeds=True: input should be a valid integer"),
+        ("inner.order", True, "inner.order=True: input should be a number, not true or false"),
+        ("model.hidden_sizes", [2**63], "model.hidden_sizes=[9223372036854775808]: an integer is below 2^63"),
+        ("run_dir", "", "run_dir='': a path cannot be empty; the current folder is '.'"),
+        ("inner.step_size", 1e300, "inner.step_size=1e+300: a number is at most 3.4e+38, the largest of float32"),
+        ("data_dir", " ", "data_dir=' ': a path cannot be empty"),
+        ("run_dir", "a\0b", "run_dir='a\\x00b': a path cannot have a zero byte"),
+        ("checkpoint", "a/" * 2000, "it has 4000 bytes; a path has at most 3900 here"),
+        ("cache_dir", "a" * 300, "a name in it has 300 bytes, but file systems take 255; shorten it"),
+        ("hardware.num_threads", 10**9, "hardware.num_threads=1000000000: input should be less than or equal to 1024"),
         ("mode", "test", "mode='test': input should be 'train' or 'eval'"),
         ("num_iterations", -5, "num_iterations=-5: input should be greater than or equal to 0"),
         ("checkpoint_every", 0, "checkpoint_every=0: input should be greater than or equal to 1"),
@@ -123,6 +135,7 @@ def refusal(config: Config | Settings) -> str:
             "inherit from maml.evaluation.StepSizeSearch",
         ),
         ("evaluation.search", {"_target_": "maml.evaluation.StepSizeSearch"}, "search.step_sizes is missing"),
+        ("evaluation.search", {"a": 1}, "a mapping with a _target_ that is maml.evaluation.StepSizeSearch or inherits"),
         ("inner.step_size", {"_target_": "pathlib.Path"}, "inner.step_size is a plain value, not a part"),
         ("seed", {"_target_": "pathlib.Path"}, "seed is a plain value, not a part; remove its _target_"),
         ("model.hidden_sizes", [{"_target_": "pathlib.Path"}], "model.hidden_sizes.0 is a plain value, not a part"),
@@ -134,6 +147,11 @@ def test_wrong_value_is_refused_by_name(tiny: TinyRuns, key: str, value: Any, re
     assert reason in refusal(changed(tiny.config(), key, value))
 
 
+def test_empty_folder_of_runs_is_refused(tiny: TinyRuns) -> None:
+    with pytest.raises(MamlError, match="runs_dir='': a path cannot be empty"):
+        check(changed(tiny.config(), "runs_dir", ""))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
@@ -141,6 +159,8 @@ def test_wrong_value_is_refused_by_name(tiny: TinyRuns, key: str, value: Any, re
         ("domain.num_query", 20, "num_shots=1 plus num_query=20 is 21, but there are 20 images of each class"),
         ("evaluation.num_shots", [1, 15], "evaluation at K=15, num_query=15: num_shots=15 plus num_query=15 is 30"),
         ("evaluation.num_query", 25, "evaluation at K=1, num_query=25: num_shots=1 plus num_query=25 is 26"),
+        ("domain.num_ways", 1, "domain.num_ways=1: input should be greater than or equal to 2"),
+        ("domain.cache_dir", "", "domain.cache_dir='': a path cannot be empty"),
         ("domain.num_ways", 500, "domain.num_ways=500, but the smallest split has 100 classes; lower num_ways"),
         ("model.head_std", -1.0, "model.head_std=-1.0: input should be greater than 0"),
         ("model.pooling", "avg", "model.pooling='avg': input should be 'stride', 'max', 'max_keep_odd' or 'mean'"),

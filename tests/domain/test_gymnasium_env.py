@@ -44,3 +44,10 @@ def test_single_environment_has_its_goal_its_horizon_and_clipped_actions() -> No
 def test_keyword_that_the_environment_does_not_take_is_refused() -> None:
     with pytest.raises(MamlError, match=r"Pendulum-v1 cannot be made .*gravity"):
         GymnasiumEnv(env_id="Pendulum-v1", goals={"gravity": (5.0, 15.0)})
+
+
+def test_horizon_replaces_the_registered_limit() -> None:
+    domain = pendulum(horizon=205)  # Pendulum-v1 is registered with 200
+    domain.environments.reset(torch.tensor([[9.5]]), Stream(torch.arange(1)))
+    ended = [bool(domain.environments.step(torch.zeros(1, 1), torch.arange(1)).terminated) for _ in range(205)]
+    assert ended.index(True) == 204, "the last step of the horizon"

@@ -169,3 +169,57 @@ def test_start_that_is_not_finite_is_refused() -> None:
     environments = VectorizedEnvironments(Counter, ["limit", "start"], [1.0, 0.0])
     with pytest.raises(MamlError, match=r"begins at .*nan.*'limit': 1.0.*mend its reset"):
         environments.reset(torch.tensor([[1.0, torch.nan]]), streams(1))
+
+
+class OldReset(Counter):
+    """Returns no info from `reset`, and four values from `step`."""
+
+    def reset(self, **_: Any) -> Any:
+        return super().reset(seed=0)[0]
+
+    def step(self, action: np.ndarray) -> Any:
+        return super().step(action)[:4]
+
+
+class Unseeded(Counter):
+    """Draws from a generator of its own."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        observation, info = super().reset(seed=seed)
+        return observation + np.random.default_rng().uniform(), info
+
+
+class Failing(Counter):
+    def step(self, action: np.ndarray) -> Any:
+        raise RuntimeError("the simulator is\nnot installed")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (OldReset, r"OldReset with {'limit': 1.0} breaks Gymnasium's interface in reset or step: .* 5 values"),
+        (Unseeded, "other observations or rewards when it is reset with the same seed.*self.np_random"),
+        (Failing, "in reset or step: the simulator is not installed"),
+    ],
+)
+def test_environment_that_breaks_the_interface_is_refused_by_name(environment: Any, message: str) -> None:
+    with pytest.raises(MamlError, match=message):
+        VectorizedEnvironments(environment, ["limit"], [1.0])
+
+
+def test_what_the_checker_warns_of_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Outside(Counter):
+        def step(self, action: np.ndarray) -> Any:
+            observation, *rest = super().step(action)
+            return observation + 1e6, *rest
+
+    with caplog.at_level(logging.WARNING):
+        VectorizedEnvironments(Outside, ["limit"], [9.0])
+    assert "Outside: Gymnasium's checker says: The obs returned by the `step()` method is not within" in caplog.text
+
+
+def test_horizon_replaces_the_limit_of_an_id() -> None:
+    environments = VectorizedEnvironments("Pendulum-v1", ["g"], [9.5], horizon=3)
+    environments.reset(torch.tensor([[9.5]]), streams(1))
+    ended = [bool(environments.step(torch.zeros(1, 1), torch.arange(1)).terminated) for _ in range(3)]
+    assert ended == [False, False, True]

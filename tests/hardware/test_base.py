@@ -175,3 +175,14 @@ def test_compiling_changes_no_result(tiny: TinyRuns) -> None:
 def test_recomputing_is_for_supervised_domains() -> None:
     with pytest.raises(MamlError, match="recompute=true is for supervised domains"):
         Hardware(device="cpu", recompute=True).choose(PointNavigation(num_shots=5, horizon=20).workload, 100, {})
+
+
+@pytest.mark.parametrize("name", ["compile", "cuda_graph", "recompute"])
+def test_setting_for_fixed_shapes_is_refused_in_rl_before_anything_is_chosen(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    hardware = Hardware(**{name: True})  # type: ignore[arg-type]
+    hardware.check(images(5, 1).workload)
+    with pytest.raises(MamlError, match=rf"hardware\.{name}=true is for supervised domains"):
+        hardware.check(PointNavigation(num_shots=5, horizon=20).workload)

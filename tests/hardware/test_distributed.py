@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -199,3 +200,43 @@ def test_torchrun_starts_it(tiny: TinyRuns) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to") == 1, "one process speaks"
+
+
+WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+def use_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' is not a number at least 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a number at least 1"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE='0' is not a number at least 1"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' is not a number at least 0"),
+        (WHOLE | {"MASTER_PORT": "abc"}, "MASTER_PORT='abc' is not a number from 1 to 65535"),
+        (WHOLE | {"RANK": "2"}, "RANK='2' is not a number from 0 to 1"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        (WHOLE | {"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_wrong_variable_of_torchrun_is_refused_by_name(
+    variables: dict[str, str], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_environment(monkeypatch, variables)
+    for ask in (distributed.launched_rank, partial(distributed.start, False)):
+        with pytest.raises(MamlError, match=problem) as caught:
+            ask()
+        assert "unset WORLD_SIZE" in str(caught.value)
+
+
+def test_rank_that_was_left_over_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_environment(monkeypatch, {"RANK": "1"})
+    assert (distributed.launched_rank(), distributed.launched_processes()) == (0, 1)
+    use_environment(monkeypatch, WHOLE)
+    assert (distributed.launched_rank(), distributed.launched_processes()) == (1, 2)

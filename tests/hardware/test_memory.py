@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maml.algorithm.maml import MAML
 from maml.domain.sinusoid import Sinusoid
-from maml.errors import MamlError
+from maml.errors import MamlError, TooLarge
 from maml.evaluation import Evaluation
 from maml.hardware import memory
 from maml.hardware.memory import halve_chunk_on_oom
@@ -125,3 +125,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_memory_is_reused() -> None:
     done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 5 * 2**24 * 4 / resource.getpagesize()  # without it, the pages of ten tensors
+
+
+def test_memory_is_that_of_the_container_if_it_has_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_CONTAINER_LIMITS", (str(limit),))
+    ask = memory.machine_memory.__wrapped__
+    whole = ask()
+    for text, expected in (("max", whole), (str(2**30), 2**30), (str(2**62), whole)):
+        limit.write_text(text)
+        assert ask() == expected
+
+
+def test_what_cannot_fit_is_refused_before_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "machine_memory", lambda: 8 * 2**30)
+    memory.check_memory(8 * 2**30, "a thing")
+    with pytest.raises(TooLarge, match=r"a thing takes at least 1,024 GiB, but this machine has 8 GiB"):
+        memory.check_memory(2**40, "a thing")
+    with pytest.raises(TooLarge, match=r"a draw of 1,000,000,000,000 random numbers"):
+        Stream(0).bits((10**6, 10**6))
