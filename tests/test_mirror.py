@@ -20,6 +20,7 @@ OF_NO_MODULE = {
     "contract/test_options.py": "what every option in conf/ has to fulfil",
     "contract/test_own_algorithms.py": "algorithms written against the documented interface alone",
     "contract/test_own_options.py": "the same of a user's own options",
+    "contract/test_wrong_values.py": "wrong values for every key of every option",
     "test_experiments.py": "the files in conf/experiment/",
     "test_gpu.py": "what needs a CUDA device",
     "test_kills.py": "runs that are killed at every point of their last second",

@@ -197,7 +197,7 @@ def test_settings_of_training_and_evaluation_are_overridden() -> None:
         ("experiment", "sinusoid_10shot,sinusoid_oracle", "which is no file in conf/experiment/"),
         ("overrides", ["inner.nothing=1"], "in index.json do not fit sinusoid_10shot"),
         ("overrides", ["inner.step_size=-1"], "inner.step_size=-1: input should be greater than 0"),
-        ("overrides", ["model=module"], "the config cannot be resolved"),
+        ("overrides", ["model=module"], "model.module._target_ has no value, and the run needs one"),
     ],
 )
 def test_entry_that_fits_no_experiment_is_refused(field: str, value: Any, reason: str) -> None:
