@@ -297,8 +297,19 @@ class Evaluation:
         return curves, hashes, sizes
 
     def choose_theta(self, algorithm: Algorithm) -> Params:
-        """Returns the theta to evaluate, without a task axis."""
-        return algorithm.theta if self.theta == "last" else {name: algorithm.best[name] for name in algorithm.theta}
+        """Returns the theta to evaluate, without a task axis.
+
+        Raises:
+            MamlError: if it is the best one, and none has been measured yet.
+        """
+        if self.theta == "last":
+            return algorithm.theta
+        if not algorithm.domain.selected_by and algorithm.best["score"].isneginf():
+            raise MamlError(
+                "evaluation.theta=best, but theta has not been measured on validation tasks yet, or never with a "
+                "number; train for validate_every iterations, or choose evaluation.theta=last"
+            )
+        return {name: algorithm.best[name] for name in algorithm.theta}
 
     @torch.no_grad()
     def curves(

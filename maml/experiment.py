@@ -268,6 +268,7 @@ def _extend(learner: Learner) -> None:
     """Goes on from a finished run with fewer iterations, and says so."""
     if shorter := extend_finished_run(learner.folder):
         announce(f"goes on from {shorter}, which has the same settings but for num_iterations")
+        learner.folder.check_code()  # warns if changed code is accepted
 
 
 def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Judge | None) -> float | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import gymnasium
 
-from maml.config.names import locate, named_modules
+from maml.config.names import locate_callable, named_modules
 from maml.config.schema import TRAINING_PARTS, Settings
 
 # Packages whose code is not hashed: this one (its commit is recorded), and those whose version is recorded.
@@ -28,8 +28,9 @@ _INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "p
 def code_hashes(settings: Settings) -> dict[str, str]:
     """Returns a hash of the code of every class and environment outside this project that training uses.
 
-    The hash covers the module that defines the class and the modules of the user that it imports. It is a hash of the
-    parsed code, so comments, docstrings and layout do not change it.
+    The hash covers the module that defines the class and the modules of the user that it imports, but not those that
+    only a function imports. It is a hash of the parsed code, so comments, docstrings and layout do not change it. A
+    different version of Python parses the same code to another hash.
 
     Args:
         settings: the settings of a run.
@@ -50,7 +51,7 @@ def code_hashes(settings: Settings) -> dict[str, str]:
 
 
 def _module_of_class(name: str) -> ModuleType | None:
-    return inspect.getmodule(locate(name))
+    return inspect.getmodule(locate_callable(name))
 
 
 def _module_of_environment(env_id: str) -> ModuleType | None:
@@ -106,7 +107,7 @@ def _parse(file: str, changed: int) -> tuple[str, tuple[tuple[int, str], ...]]:
     """
     tree = ast.parse(Path(file).read_bytes())
     imports: list[tuple[int, str]] = []
-    for node in ast.walk(tree):
+    for node in _run_by_the_import(tree):
         if isinstance(node, ast.Import):
             imports += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -114,9 +115,18 @@ def _parse(file: str, changed: int) -> tuple[str, tuple[tuple[int, str], ...]]:
             imports.append((node.level, parent))
             # What is imported may be a module itself.
             imports += [(node.level, f"{parent}.{alias.name}".lstrip(".")) for alias in node.names]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             _remove_docstring(node)
     return ast.dump(tree), tuple(imports)
+
+
+def _run_by_the_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Yields the nodes below one that importing the module runs: what a function imports may be loaded or not."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from _run_by_the_import(child)
 
 
 def _remove_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:

@@ -28,6 +28,8 @@ _COMMON = ["-std=c++17", "-O3", "-fPIC", "-shared"]
 _FAST = [*_COMMON, "-march=native", "-fno-trapping-math", "-fno-math-errno"]
 _FLAGS = ([*_FAST, "-fopenmp"], _FAST, _COMMON)
 
+_NUM_PROGRAMS = 64  # of one function, compiled by torch for a GPU
+
 _enabled = False
 _programs: dict[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -106,6 +108,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         function: its arguments are tensors of any size, and strings; a number would become a variable of the program.
     """
     if function not in _programs:
+        # A program for each kind of windows and sizes of 1; by default, the ninth would be an error.
+        torch._dynamo.config.recompile_limit = max(_NUM_PROGRAMS, torch._dynamo.config.recompile_limit)
         _programs[function] = torch.compile(function, dynamic=True, fullgraph=True)
     return _programs[function]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,16 @@ def extend_finished_run(folder: RunFolder) -> Path | None:
     if not found:
         return None
     donor, record, saved, lines = max(found, key=lambda each: each[2]["iteration"])
-    staging = runs_dir / _STAGING / path.parent.name / path.name
-    shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+    staging = runs_dir / _STAGING / path.parent.name / f"{path.name}_{uuid.uuid4().hex}"  # of this process alone
     try:
         staging.mkdir(parents=True)
         # The last iteration of a run is logged in any case; this one would not have been.
-        regular = [line for line in lines if line["iteration"] % _log_every(record) == 0]
+        done = saved["iteration"]
+        regular = lines if done % _log_every(record) == 0 else [line for line in lines if line["iteration"] < done]
         (staging / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in regular))
-        own = {"run_id": folder.run_id, "training": folder.training_config}
+        own = {"experiment": folder.experiment, "run_id": folder.run_id, "training": folder.training_config}
         checkpoint.save(staging / "checkpoint.pt", saved | own)
-        keys = ("experiment", "seed", "started", "seconds", "segments", "algorithm")
+        keys = ("seed", "started", "seconds", "segments", "algorithm")
         kept = {key: record[key] for key in keys if key in record}
         content = kept | own | {"command": record["command"], "status": "interrupted", "iteration": saved["iteration"]}
         checkpoint.write_text_atomically(staging / "run.json", json.dumps(content, indent=2) + "\n")
@@ -53,7 +55,10 @@ def extend_finished_run(folder: RunFolder) -> Path | None:
     except OSError as error:
         raise MamlError(f"{donor} cannot be copied to {path} ({error.strerror}); change runs_dir") from error
     finally:
-        shutil.rmtree(runs_dir / _STAGING, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        for parent in (staging.parent, staging.parent.parent):
+            with suppress(OSError):  # another process uses it
+                parent.rmdir()
     return donor
 
 

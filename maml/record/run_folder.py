@@ -516,7 +516,7 @@ def code_changed_since(folder: Path, settings: Settings) -> list[str]:
     """Returns the user's classes whose code has changed since a run was trained.
 
     Args:
-        folder: the run's folder; without a record of its code, nothing has changed.
+        folder: the run's folder; without a record of its code by this version of Python, nothing has changed.
         settings: the run's settings.
 
     Raises:
@@ -524,8 +524,14 @@ def code_changed_since(folder: Path, settings: Settings) -> list[str]:
     """
     earlier: dict[str, str] = {}
     for segment in (read_json(folder / "run.json") or {}).get("segments", ()):
-        earlier |= segment.get("code", {})
+        if _minor(segment.get("versions", {}).get("python", "")) == _minor(platform.python_version()):
+            earlier |= segment.get("code", {})
     return changed_code(earlier, code_hashes(settings)) if earlier else []
+
+
+def _minor(version: str) -> list[str]:
+    """``3.11.7`` -> ``[3, 11]``."""
+    return version.split(".")[:2]
 
 
 def find_report(

@@ -172,11 +172,12 @@ class CudaGraphIteration:
                 value.copy_(part.view_as(value))
 
     def _groups(self) -> dict[str, list[Tensor]]:
-        """Returns the tensors that an iteration changes, by seed and group."""
+        """Returns the tensors that an iteration changes, by seed and group; validation changes the best theta."""
         return {
             f"{group} of seed {number}" if len(self.iterate.algorithms) > 1 else group: list(values.values())
             for number, algorithm in enumerate(self.iterate.algorithms)
             for group, values in algorithm.state_dict().items()
+            if group != "best"
         }
 
 

@@ -8,6 +8,7 @@ from time import monotonic
 import torch
 from torch import Tensor
 
+from maml.errors import MamlError
 from maml.training.iteration import Iteration
 from maml.training.learner import Learner
 from maml.training.validation import validation_score
@@ -70,6 +71,11 @@ class Diagnostics:
     def validate(self) -> list[dict[str, float]]:
         """Returns the headline metric of each learner on validation tasks; nothing if the domain has none."""
         if not self.wanted or not self.learners[0].algorithm.domain.has_validation:
+            return [{} for _ in self.learners]
+        domain, stream = self.learners[0].algorithm.domain, self.learners[0].stream
+        try:
+            domain.sample_tasks(1, stream.child("validation"), "val")
+        except MamlError:  # the validation split is too small for it, which is no reason to stop a run
             return [{} for _ in self.learners]
         return [
             {

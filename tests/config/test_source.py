@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from maml.config.schema import Settings
 from maml.config.source import changed_code, code_hashes
 from maml.errors import MamlError
 from maml.experiment import run_experiment
-from maml.record.run_folder import RunFolder, read_json
+from maml.record.run_folder import RunFolder, code_changed_since, read_json
 from tests.config.test_schema import changed
 from tests.runs import TinyRuns, file_contents
 
@@ -78,6 +79,42 @@ def test_hash_is_that_of_the_parsed_code_and_of_the_users_modules_it_imports(own
     edit("own_layers", "nn.Tanh", "nn.ReLU")
     assert code_hashes(settings) == first
     assert changed_code({}, first) == changed_code(first, {}) == [], "older records have no hashes"
+
+
+def test_what_only_a_function_imports_does_not_count(own_net: tuple[Settings, Edit], tmp_path: Path) -> None:
+    settings, edit = own_net
+    (tmp_path / "code" / "own_late.py").write_text("x = 1\n")
+    edit("own_net", "        return self.net(x)", "        import own_late\n        return self.net(x)")
+    first = code_hashes(settings)
+    importlib.import_module("own_late")
+    assert code_hashes(settings) == first, "whether it is loaded already would decide"
+    sys.modules.pop("own_late")
+
+
+def test_record_of_another_python_is_not_compared(own_net: tuple[Settings, Edit]) -> None:
+    settings, edit = own_net
+    path = run_folder_of(settings)
+    record = path.read_text()
+    edit("own_net", "nn.Linear(4, 1)", "nn.Linear(4, 1, bias=True)")
+    assert code_changed_since(path.parent, settings) == ["own_net.Net"]
+    path.write_text(record.replace(f'"python": "{platform.python_version()}"', '"python": "3.99.1"'))
+    assert code_changed_since(path.parent, settings) == []
+
+
+def run_folder_of(settings: Settings) -> Path:
+    """Trains, and returns the path of the record."""
+    run_experiment(settings, "custom")
+    return RunFolder(settings, "custom").path / "run.json"
+
+
+def test_function_as_target_is_hashed_and_trains(
+    tiny: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_nets.py").write_text("from torch import nn\n\n\ndef small():\n    return nn.Linear(1, 1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tiny.run("model=module", "model.module._target_=own_nets.small", "num_iterations=2")
+    assert list((read_json(folder / "run.json") or {})["segments"][0]["code"]) == ["own_nets.small"]
+    sys.modules.pop("own_nets")
 
 
 def test_project_and_recorded_packages_are_not_hashed(tiny: TinyRuns) -> None:

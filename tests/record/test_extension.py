@@ -82,6 +82,23 @@ def test_run_that_is_not_whole_is_left_alone(damage: str, tiny: TinyRuns) -> Non
     assert first_iterations(tiny.run("num_iterations=6")) == [0]
 
 
+def test_lines_of_a_stretch_that_was_logged_more_often_are_kept(tiny: TinyRuns) -> None:
+    tiny.run("num_iterations=4", "log_every=1")
+    tiny.run("num_iterations=7", "log_every=3")
+    folder = tiny.run("num_iterations=9", "log_every=3")
+    logged = [json.loads(line)["iteration"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert logged == [1, 2, 3, 4, 6, 9]
+
+
+def test_copy_of_another_process_is_left_alone(tiny: TinyRuns) -> None:
+    tiny.run("num_iterations=4")
+    other = tiny.runs_dir / ".extending" / "custom" / "0123456789ab_of_another_process" / "run.json"
+    other.parent.mkdir(parents=True)
+    other.write_text("{}")
+    assert first_iterations(tiny.run("num_iterations=6")) == [0, 4]
+    assert other.exists()
+
+
 def test_several_seeds_go_on_together(tiny: TinyRuns) -> None:
     tiny.run("num_iterations=4", "seeds=2")
     tiny.run("num_iterations=6", "seeds=3")

@@ -71,6 +71,17 @@ def test_graph_goes_on_where_the_plain_iterations_were(monkeypatch: pytest.Monke
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_best_theta_before_its_first_validation_does_not_end_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    iterate = iteration()
+    iterate.algorithms[0].keep_best_of_validation()
+    captured = CudaGraphIteration(iterate)
+    monkeypatch.setattr(cuda_graph, "capture", fake_capture(iterate))
+    for number in range(1, 6):
+        captured(number)
+    assert captured.replay is not None
+    assert not captured.has_failed
+
+
 @pytest.mark.parametrize("factor", [0.0, -1.0, 3.0])
 def test_graph_whose_theta_goes_elsewhere_is_given_up(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     iterate = iteration()

@@ -116,6 +116,16 @@ def test_best_theta_that_is_not_kept_is_refused_with_the_remedy(tiny: TinyRuns) 
     assert not tiny.runs_dir.exists()
 
 
+def test_best_theta_before_the_first_validation_is_not_evaluated(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        before_iteration(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.run("validate_every=5", "evaluation.theta=best", "num_iterations=7")
+    with pytest.raises(MamlError, match="has not been measured on validation tasks yet"):
+        tiny.run("validate_every=5", "evaluation.theta=best", "num_iterations=7", "mode=eval")
+
+
 def test_policies_keep_their_best_theta_in_their_own_way(tiny: TinyRuns) -> None:
     with pytest.raises(MamlError, match="PointNavigation keeps the theta with the best average training return"):
         tiny.run("+experiment=point_navigation_maml", "evaluation.num_steps=4", "validate_every=2")
