@@ -28,7 +28,7 @@ _COMMON = ["-std=c++17", "-O3", "-fPIC", "-shared"]
 _FAST = [*_COMMON, "-march=native", "-fno-trapping-math", "-fno-math-errno"]
 _FLAGS = ([*_FAST, "-fopenmp"], _FAST, _COMMON)
 
-_NUM_PROGRAMS = 64  # of one function, compiled by torch for a GPU
+_NUM_PROGRAMS = 64  # torch may compile so many programs for one function on a GPU
 
 _enabled = False
 _programs: dict[Callable[..., Any], Callable[..., Any]] = {}
