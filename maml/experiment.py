@@ -239,7 +239,9 @@ def _train(
                 learner.restore(saved)
         if not any(checkpoints):
             algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
-            iterate = Iteration(algorithms, streams, settings.meta_batch_size, execution)
+            # What is measured has the order of the last iterations, which takes more time and memory.
+            last = max(settings.num_iterations, algorithms[0].inner.second_order_from or 1)
+            iterate = Iteration(algorithms, streams, settings.meta_batch_size, execution, last)
             execution = distributed.on_rank_zero(
                 lambda: tune_execution(iterate, execution, hardware, learners[0].settings)
             )
