@@ -25,6 +25,7 @@ from maml.hardware.memory import check_memory
 from maml.hardware.precision import check_precision, use_precision
 from maml.logger.base import Logger
 from maml.model.base import Model
+from maml.record.classes import TABLES, confusion
 from maml.record.extension import extend_finished_run
 from maml.record.plot import plot_report
 from maml.record.run_folder import read_metrics
@@ -164,7 +165,7 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
         distributed.on_rank_zero(partial(learner.folder.check_code, checkpoint_file))
         if settings.mode == "eval":
             headlines.append(_evaluate_saved(learner, hardware, evaluation, judge))
-        elif (missing := distributed.on_rank_zero(learner.folder.missing)) & {"report.json", "tasks.csv"}:
+        elif (missing := distributed.on_rank_zero(learner.folder.missing)) & {"report.json", *learner.folder.tables}:
             learners.append(learner)
         else:
             headlines.append(_complete(learner, hardware, missing, judge))
@@ -373,10 +374,17 @@ def _evaluate(
     }
     if distributed.rank():
         return report, folder.path
-    written_to = folder.save_report(report, per_task_rows(curves), report_dir)
+    counted = [
+        confusion(curve.num_shots, curve.predictions, domain.class_names) for curve in curves if curve.predictions
+    ]
+    rows = [row for each in counted for row in each.class_rows()], [row for each in counted for row in each.pair_rows()]
+    more = dict(zip(TABLES, rows, strict=True)) if counted else None
+    written_to = folder.save_report(report, per_task_rows(curves), report_dir, more)
     plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
     judgements = judge(folder.experiment, settings, report) if judge else {}
     print_report(report, learner.algorithm.name, list(judgements.values()))
+    for each in counted:
+        print(f"  classes, {each.summary()}")
     print(f"written to {written_to}")
     return report | {"cells": {cell: judged.text for cell, judged in judgements.items()}}, plot
 
