@@ -406,7 +406,7 @@ def print_report(report: Mapping[str, Any], algorithm: str, judgements: Sequence
     done, planned = report["iteration"], report["num_iterations"]
     budget = "" if done == planned else f"  (reduced budget: {done} of {planned} iterations)"
     print(f"{report['experiment']} {report['run_id']}, {algorithm}, seed {report['seed']}{budget}")
-    rows, ways = [], report["evaluation"].get("evaluation.num_ways")
+    rows, ways = [], report.get("evaluation", {}).get("evaluation.num_ways")
     shots = f"{ways} ways, K" if ways else "K"
     for curve in report["curves"]:
         title = f"  {curve['metric']}, {shots}={curve['num_shots']}, {curve['steps'][0]['num_tasks']} tasks"
