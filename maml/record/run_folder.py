@@ -97,6 +97,11 @@ class RunFolder:
         self._ended: float | None = None
         self.is_trained = False
 
+    @property
+    def _key(self) -> str:
+        """The key that says where the folder is."""
+        return "run_dir" if self.settings.run_dir else "runs_dir"
+
     def _find(self, run_dir: str | None, runs_dir: Path) -> Path:
         """Returns ``run_dir`` if it is set, or the folder of an equal run of any experiment, or a new folder."""
         default_path = runs_dir / self.experiment / self.run_id
@@ -122,7 +127,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MamlError(
-                f"the run folder {self.path} cannot be created ({error.strerror}); change runs_dir"
+                f"the run folder {self.path} cannot be created ({error.strerror}); change {self._key}"
             ) from error
         self._lock = self._acquire()
         try:
@@ -285,7 +290,7 @@ class RunFolder:
             acquired = lock.acquire(self.path / "lock", timeout=0.2)
         except OSError as error:
             raise MamlError(
-                f"the run folder {self.path} cannot be written ({error.strerror}); change runs_dir"
+                f"the run folder {self.path} cannot be written ({error.strerror}); change {self._key}"
             ) from error
         if acquired is None:
             raise self._held()
