@@ -55,6 +55,7 @@ class Domain(ABC, Generic[Data]):
         num_query: query examples (per class) in training; None is as many as support examples.
         workload: how tasks load a machine.
         class_names: names of the data set's classes; empty if `predict_classes` is not defined.
+        data_digest: a hash of the data set and its splits, which a run records; None if no data set was read.
     """
 
     in_shape: tuple[int, ...]
@@ -66,6 +67,7 @@ class Domain(ABC, Generic[Data]):
     larger_is_better: bool
     on_policy = False
     selected_by: str | None = None
+    data_digest: str | None = None
 
     @classmethod
     def without_data(cls, **options: Any) -> Self:
