@@ -45,7 +45,8 @@ class Counting:
 
     def __init__(self) -> None:
         self.name = "Counting"
-        self.domain = SimpleNamespace(on_policy=False, selected_by=None, rollout_metrics=lambda tasks: ({}, {}))
+        facts = {"on_policy": False, "selected_by": None, "data_digest": None}
+        self.domain = SimpleNamespace(**facts, rollout_metrics=lambda tasks: ({}, {}))
         self.stream, self.buffers, self.best = Stream(0), dict[str, Tensor](), dict[str, Tensor]()
         self.inner = SGD(step_size=0.1, num_steps=1, order=2, adapt=["*"])
         self.theta = {"sum": torch.zeros(())}
