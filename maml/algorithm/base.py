@@ -87,6 +87,7 @@ class Algorithm(ABC):
                 "policy; choose outer=adam, or an RL domain"
             )
         self.model = parts.make_model(self.domain.in_shape, self.domain.out_dim)
+        self.domain.check_model(self.model)
         if self.differentiates_adaptation and self.inner.order == 2:
             self.model.check_second_derivative()
         self.set_initial(self.model.init(self.stream))

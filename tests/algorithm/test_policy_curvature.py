@@ -11,7 +11,6 @@ from maml.algorithm.context_vector import ContextVector
 from maml.algorithm.maml import MAML
 from maml.algorithm.pretrain import Pretrain
 from maml.domain.point_navigation import PointNavigation
-from maml.domain.reinforcement import log_prob
 from maml.inner.learned_sgd import LearnedSGD
 from maml.inner.sgd import SGD
 from maml.model.gaussian_policy import GaussianPolicy
@@ -148,13 +147,6 @@ def test_inner_step_is_the_papers() -> None:
     *_, adapted = algorithm.inner_steps(expand(algorithm.theta, 3), tasks, 1, None, create_graph=False)
     for (name, value), gradient in zip(theta.items(), gradients, strict=True):
         assert torch.allclose(adapted[name][task], value + 0.1 * gradient, rtol=1e-6, atol=1e-9)
-
-
-def test_log_prob_is_of_the_unclipped_action() -> None:
-    outputs = torch.tensor([[0.5, -0.5, 0.1, -0.2]])
-    actions = torch.tensor([[3.0, -4.0]])
-    expected = torch.distributions.Normal(outputs[:, :2], outputs[:, 2:].exp()).log_prob(actions).sum(-1)
-    assert torch.allclose(log_prob(outputs, actions), expected)
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])

@@ -124,7 +124,8 @@ def test_episode_is_the_batchs_where_start_and_noise_are_the_same(monkeypatch: p
         noise = Stream(tasks["keys"]).child("step").child(1).child(0).child("actions").normal((12, 2))[0]
         monkeypatch.setattr(Stream, "normal", lambda self, shape: noise)
         environment = algorithm.domain.make_single(tasks["goals"][0], "rgb_array")
-        frames = SCRIPT["run_episode"](environment, algorithm.model, params, torch.zeros(0), 12)
+        distribution = algorithm.domain.distribution
+        frames = SCRIPT["run_episode"](environment, distribution, algorithm.model, params, torch.zeros(0), 12)
     assert frames[-1].time == 12
     assert frames[-1].total_reward == pytest.approx(tasks["step_1.returns"].item(), rel=1e-5)
 
