@@ -24,7 +24,7 @@ _FORMS = "[low, high], {integers: [low, high]} or {values: [a, b, ...]}"
 _LARGEST_INTEGER = 2**24  # goals are float32, which holds all integers up to this one
 
 Value = bool | int | float | str
-Choice = list[Value] | dict[str, list[Value]]
+Choice = Sequence[Value] | Mapping[str, Sequence[Value]]
 
 
 def _checked(goals: Mapping[str, Choice]) -> dict[str, Any]:
@@ -33,13 +33,13 @@ def _checked(goals: Mapping[str, Choice]) -> dict[str, Any]:
 
 
 def _checked_choice(name: str, choice: Choice) -> Any:
-    kind, numbers = next(iter(choice.items()), ("", [])) if isinstance(choice, dict) else ("range", choice)
-    if kind not in ("range", "integers", "values") or (isinstance(choice, dict) and len(choice) != 1):
+    kind, numbers = next(iter(choice.items()), ("", [])) if isinstance(choice, Mapping) else ("range", choice)
+    if kind not in ("range", "integers", "values") or (isinstance(choice, Mapping) and len(choice) != 1):
         raise ValueError(f"{name} has to be {_FORMS}")
     if kind == "values":
         if not numbers:
             raise ValueError(f"the list of values of {name} is empty; name one at least")
-        return {kind: numbers}
+        return {kind: list(numbers)}
     wanted = int if kind == "integers" else (int, float)
     if len(numbers) != 2 or not all(isinstance(end, wanted) and not isinstance(end, bool) for end in numbers):
         ends = "two integers, {integers: [low, high]}" if kind == "integers" else f"two numbers, or else {_FORMS}"
@@ -54,7 +54,7 @@ def _checked_choice(name: str, choice: Choice) -> Any:
         return low, high
     if max(abs(low), abs(high)) > _LARGEST_INTEGER:
         raise ValueError(f"integers of {name} may go from {-_LARGEST_INTEGER:,} to {_LARGEST_INTEGER:,}")
-    return {kind: numbers}
+    return {kind: list(numbers)}
 
 
 class _Range:
@@ -82,7 +82,7 @@ class _Listed:
     def __init__(self, values: Sequence[Value]) -> None:
         self.values = list(values)
         numeric = all(isinstance(value, int | float) for value in values)
-        self.numbers = torch.tensor([float(value) for value in (values if numeric else range(len(values)))])  # type: ignore[arg-type]
+        self.numbers = torch.tensor([float(value) for value in (values if numeric else range(len(values)))])
 
     def draw(self, unit: Tensor) -> Tensor:
         """Maps numbers uniform on [0, 1) to numbers of goals; both have the same shape."""

@@ -59,7 +59,7 @@ class Distribution(ABC):
 
     @abstractmethod
     def fisher(self, outputs: Tensor, weights: Tensor) -> Product:
-        """Returns the product with the Fisher information, the Hessian of ``weights * kl(outputs, new)`` at the outputs.
+        """Returns the product with the Fisher information, the Hessian of ``weights * kl(outputs, new)`` at outputs.
 
         Args:
             outputs: the policy's outputs, ``(..., D)``; they have no gradient.

@@ -9,7 +9,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, MultiDiscrete
+from gymnasium.spaces import Sequence as Words
 from torch import Tensor
 
 from maml.environment.vectorized import VectorizedEnvironments
@@ -135,7 +136,7 @@ def test_slowness_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "Pendulum-v1" in message and "slow" in message
 
 
-def counter_with_spaces(**spaces: gymnasium.Space) -> Any:
+def counter_with_spaces(**spaces: gymnasium.Space | None) -> Any:
     def build(limit: float) -> Counter:
         environment = Counter(limit)
         vars(environment).update(spaces)
@@ -151,11 +152,16 @@ def counter_with_spaces(**spaces: gymnasium.Space) -> Any:
         ("Pendulums-v1", ["g"], [9.5], "cannot be made .*Did you mean"),
         (Counter, ["limits"], [9.5], "Counter cannot be made .*unexpected keyword argument 'limits'"),
         ("Pendulum-v1", ["g"], [9.5, 1.0], "give a number for each"),
-        (counter_with_spaces(action_space=Discrete(2)), ["limit"], [1.0], r"action space Discrete\(2\)"),
+        (counter_with_spaces(action_space=MultiDiscrete([2, 3])), ["limit"], [1.0], "the 6 combinations, as Discrete"),
         (counter_with_spaces(action_space=Box(0, 3, (2,), np.int64)), ["limit"], [1.0], "int64.*floating dtype"),
         (counter_with_spaces(action_space=Box(-1, 1, (2, 2))), ["limit"], [1.0], "Box of one axis"),
-        (counter_with_spaces(observation_space=Dict(x=Box(0, 1))), ["limit"], [1.0], "observation space Dict.*Flatten"),
-        (counter_with_spaces(observation_space=Box(0, 1, (8, 8))), ["limit"], [1.0], "observation space Box.*Flatten"),
+        (counter_with_spaces(action_space=None), ["limit"], [1.0], "has the action space None, but policies here"),
+        (
+            counter_with_spaces(observation_space=Words(Box(0, 1))),
+            ["limit"],
+            [1.0],
+            "observation space Seq.* fixed length",
+        ),
     ],
 )
 def test_unsuitable_environment_is_refused(
