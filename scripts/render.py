@@ -184,7 +184,7 @@ def play(
             environment = domain.make_single(goal, render_mode="rgb_array")
             oracle_goal = goal if domain.oracle else goal[:0]
             frames = run_episode(environment, domain.distribution, algorithm.model, params, oracle_goal, domain.horizon)
-            episodes.append(Episode(step, frames, _steps_per_frame(environment) / environment.metadata["render_fps"]))
+            episodes.append(Episode(step, frames, _steps_per_frame(environment) / _fps(environment)))
             environment.close()
     return goal, episodes
 
@@ -229,10 +229,12 @@ def first_picture(environment: gymnasium.Env) -> Image.Image:
     """Takes the first picture, which starts OpenGL if the environment needs it.
 
     Raises:
-        MamlError: if OpenGL cannot start.
+        MamlError: if OpenGL cannot start, or a package is missing.
     """
     try:
         return _picture(environment)
+    except gymnasium.error.DependencyNotInstalled as error:  # it says which package is missing
+        raise MamlError(f"{type(environment.unwrapped).__name__} cannot be drawn: {error}") from error
     except Exception as error:  # each OpenGL backend raises other exceptions
         raise MamlError(
             f"{type(environment.unwrapped).__name__} cannot be drawn, because OpenGL does not start with "
@@ -248,7 +250,12 @@ def _picture(environment: gymnasium.Env) -> Image.Image:
 
 def _steps_per_frame(environment: gymnasium.Env) -> int:
     """Returns the number of environment steps between two pictures."""
-    return ceil(environment.metadata["render_fps"] / _MAX_FPS)
+    return ceil(_fps(environment) / _MAX_FPS)
+
+
+def _fps(environment: gymnasium.Env) -> int:
+    """Returns the number of steps per second; an environment need not say it."""
+    return environment.metadata.get("render_fps", _MAX_FPS)
 
 
 def caption(episode: Episode) -> str:

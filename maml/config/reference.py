@@ -275,7 +275,9 @@ def _member_in_words(annotation: Any, plural: bool) -> str:
         return f"list{'s' * plural} of {_member_in_words(arguments[0], plural=True)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         key, value = arguments
-        return f"mapping{'s' * plural} of {_member_in_words(key, plural=True)} to {_member_in_words(value, plural=True)}"
+        return (
+            f"mapping{'s' * plural} of {_member_in_words(key, plural=True)} to {_member_in_words(value, plural=True)}"
+        )
     if origin is not None and isinstance(origin, type) and issubclass(origin, Callable):  # type: ignore[arg-type]
         return "class (_target_) and its arguments"
     if isinstance(annotation, type):

@@ -160,5 +160,11 @@ class GymnasiumEnv(Reinforcement):
 
     def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
         keywords = self.keywords(goal.tolist())
-        environment = gymnasium.make(self.env_id, render_mode=render_mode, max_episode_steps=self.horizon, **keywords)
-        return with_vectors(environment)
+        try:
+            made = gymnasium.make(self.env_id, render_mode=render_mode, max_episode_steps=self.horizon, **keywords)
+        except Exception as error:  # a user's environment may raise anything
+            raise MamlError(
+                f"{self.env_id} cannot be made with {keywords} and render_mode={render_mode!r} ({error}); to be drawn, "
+                "its constructor takes render_mode, and metadata['render_modes'] has rgb_array"
+            ) from error
+        return with_vectors(made)

@@ -317,6 +317,22 @@ def test_picture_of_a_discrete_policy_shows_its_episodes(tiny: TinyRuns) -> None
         assert picture.n_frames > 1  # type: ignore[attr-defined]
 
 
+class NoPictures(Line):
+    def __init__(self, goal: int) -> None:
+        super().__init__(goal)
+
+
+gymnasium.register("tests/NoPictures-v0", NoPictures)
+
+
+@pytest.mark.filterwarnings("ignore:.*render_mode.*")
+def test_environment_without_pictures_is_named_when_it_should_be_drawn() -> None:
+    domain = GymnasiumEnv(env_id="tests/NoPictures-v0", goals={"goal": {"values": [1, 2]}})
+    domain.make_single(torch.tensor([1.0])).close()
+    with pytest.raises(MamlError, match=r"NoPictures-v0 cannot be made with {'goal': 1} and render_mode='rgb_array'"):
+        domain.make_single(torch.tensor([1.0]), "rgb_array")
+
+
 @pytest.mark.parametrize("domain", ["cheetah_velocity", "ant_direction", "gymnasium_env"])
 def test_double_precision_holds_for_rollouts(domain: str, tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     if domain != "gymnasium_env":
