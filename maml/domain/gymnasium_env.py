@@ -159,12 +159,12 @@ class GymnasiumEnv(Reinforcement):
         return self.draw_goals(count, Stream(0).child("test goals"))
 
     def make_single(self, goal: Tensor, render_mode: str | None = None) -> gymnasium.Env:
-        keywords = self.keywords(goal.tolist())
+        keywords = self.keywords(goal.tolist()) | ({"render_mode": render_mode} if render_mode else {})
         try:
-            made = gymnasium.make(self.env_id, render_mode=render_mode, max_episode_steps=self.horizon, **keywords)
+            made = gymnasium.make(self.env_id, max_episode_steps=self.horizon, **keywords)
         except Exception as error:  # a user's environment may raise anything
             raise MamlError(
-                f"{self.env_id} cannot be made with {keywords} and render_mode={render_mode!r} ({error}); to be drawn, "
-                "its constructor takes render_mode, and metadata['render_modes'] has rgb_array"
+                f"{self.env_id} cannot be made with {keywords} ({error}); to be drawn, its constructor has to take "
+                "render_mode, and metadata['render_modes'] to have rgb_array"
             ) from error
         return with_vectors(made)

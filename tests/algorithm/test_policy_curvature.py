@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,8 +51,12 @@ class ChoosingSides(PointNavigation):
         return Choices()
 
 
-def policy(activation: str, in_shape: tuple[int, ...], out_dim: int) -> GaussianPolicy:
+def policy(activation: str, in_shape: Sequence[int], out_dim: int) -> GaussianPolicy:
     return GaussianPolicy(in_shape, out_dim, hidden_sizes=[5, 4], activation=activation)  # type: ignore[arg-type]
+
+
+def choice_policy(activation: str, in_shape: Sequence[int], out_dim: int) -> MLP:
+    return MLP(in_shape, out_dim, [5, 4], activation, weight_std=None)  # type: ignore[arg-type]
 
 
 def made(kind: str, activation: str, num_steps: int) -> Case:
@@ -63,9 +70,7 @@ def made(kind: str, activation: str, num_steps: int) -> Case:
         inner = SGD(0.1, num_steps, order=2, adapt=["context"])
     parts = Parts(
         domain,
-        lambda *shapes: (
-            MLP(*shapes, [5, 4], activation, weight_std=None) if is_discrete else policy(activation, *shapes)  # type: ignore[arg-type]
-        ),
+        partial(choice_policy if is_discrete else policy, activation),
         inner,
         TRPO(),
         Stream(3),

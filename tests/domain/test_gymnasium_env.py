@@ -28,7 +28,7 @@ from tests import algorithms
 from tests.runs import ROOT, TinyRuns, assert_same_run, before_iteration, checkpoint_tensors
 
 
-class Line(gymnasium.Env[dict[str, Any], int]):
+class Line(gymnasium.Env[Any, Any]):
     """A place on a line; the actions go left, stay or go right, and the reward is for a goal that is not seen."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
@@ -71,7 +71,7 @@ class Line(gymnasium.Env[dict[str, Any], int]):
         return {"place": self.place, "picture": np.full((2, 2), self.place / 4, np.float32)}
 
 
-gymnasium.register("tests/Line-v0", Line)
+gymnasium.register("tests/Line-v0", f"{__name__}:Line")
 CHOOSING = (
     "domain=gymnasium_env",
     "domain.num_shots=2",
@@ -322,14 +322,14 @@ class NoPictures(Line):
         super().__init__(goal)
 
 
-gymnasium.register("tests/NoPictures-v0", NoPictures)
+gymnasium.register("tests/NoPictures-v0", f"{__name__}:NoPictures")
 
 
 @pytest.mark.filterwarnings("ignore:.*render_mode.*")
 def test_environment_without_pictures_is_named_when_it_should_be_drawn() -> None:
     domain = GymnasiumEnv(env_id="tests/NoPictures-v0", goals={"goal": {"values": [1, 2]}})
     domain.make_single(torch.tensor([1.0])).close()
-    with pytest.raises(MamlError, match=r"NoPictures-v0 cannot be made with {'goal': 1} and render_mode='rgb_array'"):
+    with pytest.raises(MamlError, match=r"NoPictures-v0 cannot be made with {'goal': 1, 'render_mode': 'rgb_array'}"):
         domain.make_single(torch.tensor([1.0]), "rgb_array")
 
 

@@ -173,7 +173,7 @@ def test_missing_package_of_a_picture_is_named() -> None:
         def render(self) -> None:
             raise gymnasium.error.DependencyNotInstalled("pygame is not installed, run `pip install pygame`")
 
-    with pytest.raises(MamlError, match="cannot be drawn: pygame is not installed, run `pip install pygame`$"):
+    with pytest.raises(MamlError, match=r"cannot be drawn: pygame is not installed, run `pip install pygame`$"):
         SCRIPT["first_picture"](Broken())
 
 
