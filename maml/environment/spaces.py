@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import gymnasium
 import numpy as np
@@ -13,7 +13,7 @@ from maml.environment.distribution import Categorical, Distribution, Gaussian
 from maml.errors import MamlError
 
 
-def distribution_of(space: gymnasium.Space) -> Distribution:
+def distribution_of(space: gymnasium.Space | None) -> Distribution:
     """Returns the distribution of actions in a space.
 
     Raises:
@@ -22,7 +22,7 @@ def distribution_of(space: gymnasium.Space) -> Distribution:
     if isinstance(space, Discrete):
         return Categorical(int(space.n))
     if is_vector(space) and np.issubdtype(space.dtype, np.floating):
-        return Gaussian(space.shape[0])  # type: ignore[index]
+        return Gaussian(space.shape[0])
     if isinstance(space, MultiDiscrete | MultiBinary):
         count = int(np.prod(space.nvec)) if isinstance(space, MultiDiscrete) else 2 ** int(np.prod(space.shape))
         remedy = f"number the {count} combinations, as Discrete({count}), and take them apart with np.unravel_index"
@@ -56,20 +56,20 @@ def with_vectors(environment: gymnasium.Env) -> gymnasium.Env:
         environment = TransformAction(
             environment, lambda action: np.clip(action, space.low, space.high).astype(space.dtype), None
         )
-    observed = environment.observation_space
+    observed = getattr(environment, "observation_space", None)
     if is_vector(observed):
         return environment
-    if not observed.is_np_flattenable:
+    if not (isinstance(observed, gymnasium.Space) and observed.is_np_flattenable):
         raise MamlError(
-            f"the observation space {observed}, whose length changes, but policies here take a vector; give it a fixed "
-            "length, as a Box, and pad what is shorter"
+            f"the observation space {observed}, which Gymnasium cannot flatten to a vector of fixed length, but "
+            "policies here take one; make it a Box, and pad what is shorter"
         )
     if isinstance(observed, Box) and observed.dtype == np.uint8:
-        pixels = Box(0.0, 1.0, observed.shape, np.float32)
-        environment = TransformObservation(environment, lambda seen: np.divide(seen, 255, dtype=np.float32), pixels)
+        largest, unit = float(observed.high.max()), Box(0.0, 1.0, observed.shape, np.float32)
+        environment = TransformObservation(environment, lambda seen: np.divide(seen, largest, dtype=np.float32), unit)
     return FlattenObservation(environment)
 
 
-def is_vector(space: gymnasium.Space) -> bool:
+def is_vector(space: gymnasium.Space | None) -> TypeGuard[Box]:
     """Returns whether a space holds vectors of numbers, which are used as they are."""
     return isinstance(space, Box) and len(space.shape) == 1

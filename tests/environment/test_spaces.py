@@ -67,6 +67,12 @@ def test_pixels_become_numbers_from_0_to_1() -> None:
     assert (seen.dtype, seen.shape) == (np.float32, (36,))
 
 
+def test_pictures_of_two_colours_stay_0_and_1() -> None:
+    environment = Echo(Box(0, 1, (4, 3), np.uint8), Discrete(2))
+    seen, _ = with_vectors(environment).reset(seed=0)
+    np.testing.assert_array_equal(seen, environment.seen.flatten())
+
+
 @pytest.mark.parametrize("start", [0, -3, 5])
 def test_choices_are_counted_from_zero(start: int) -> None:
     space = Discrete(4, start=start)
@@ -107,7 +113,9 @@ def test_actions_without_a_distribution_are_refused_with_the_remedy(space: Space
 
 
 def test_observations_of_changing_length_are_refused_with_the_remedy() -> None:
-    with pytest.raises(MamlError, match=r"^the observation space Sequence.* give it a fixed length, as a Box"):
+    with pytest.raises(
+        MamlError, match=r"^the observation space Sequence.* of fixed length, .* make it a Box, and pad"
+    ):
         with_vectors(Echo(gymnasium.spaces.Sequence(Discrete(2)), Discrete(2)))
 
 

@@ -157,6 +157,7 @@ def counter_with_spaces(**spaces: gymnasium.Space | None) -> Any:
         (counter_with_spaces(action_space=MultiDiscrete([2, 3])), ["limit"], [1.0], "the 6 combinations, as Discrete"),
         (counter_with_spaces(action_space=Box(0, 3, (2,), np.int64)), ["limit"], [1.0], "int64.*floating dtype"),
         (counter_with_spaces(action_space=Box(-1, 1, (2, 2))), ["limit"], [1.0], "Box of one axis"),
+        (counter_with_spaces(observation_space=None), ["limit"], [1.0], "has the observation space None, which"),
         (counter_with_spaces(action_space=None), ["limit"], [1.0], "has the action space None, but policies here"),
         (
             counter_with_spaces(observation_space=Words(Box(0, 1))),
