@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
+from maml.config.identity import digest
 from maml.data.cache import ImageSet
 from maml.data.files import first_ten
 from maml.domain.base import Metrics, Role, SupervisedDomain
@@ -76,6 +77,8 @@ class FewShotClassification(SupervisedDomain):
         assert images.shape[2:] == self.in_shape, f"{type(self).__name__}.in_shape is not that of its images"
         self.splits = dict(splits)
         self.class_names, self.counts = data.classes, data.counts
+        chosen = {split: classes.tolist() for split, classes in self.splits.items()}
+        self.data_digest = digest({"images": data.digest, "splits": chosen}) if data.digest else None
         self.num_images = max(data.counts or [images.shape[1]])
         self.smallest = dict.fromkeys(self.splits, self.num_images)
         if data.counts is not None:
