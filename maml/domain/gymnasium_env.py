@@ -33,28 +33,28 @@ def _checked(goals: Mapping[str, Choice]) -> dict[str, Any]:
 
 
 def _checked_choice(name: str, choice: Choice) -> Any:
-    kind, numbers = next(iter(choice.items()), ("", [])) if isinstance(choice, Mapping) else ("range", choice)
+    kind, given = next(iter(choice.items()), ("", [])) if isinstance(choice, Mapping) else ("range", choice)
     if kind not in ("range", "integers", "values") or (isinstance(choice, Mapping) and len(choice) != 1):
         raise ValueError(f"{name} has to be {_FORMS}")
     if kind == "values":
-        if not numbers:
+        if not given:
             raise ValueError(f"the list of values of {name} is empty; name one at least")
-        return {kind: list(numbers)}
+        return {kind: list(given)}
     wanted = int if kind == "integers" else (int, float)
-    if len(numbers) != 2 or not all(isinstance(end, wanted) and not isinstance(end, bool) for end in numbers):
+    if len(given) != 2 or not all(isinstance(end, wanted) and not isinstance(end, bool) for end in given):
         ends = "two integers, {integers: [low, high]}" if kind == "integers" else f"two numbers, or else {_FORMS}"
         raise ValueError(f"{name} has to be {ends}")
-    low, high = (float(end) for end in numbers)
+    low, high = (float(end) for end in given)
     if not low < high:
         raise ValueError(
-            f"a range goes from its lower to its upper end, but of {name} {numbers[0]} is not below {numbers[1]}; swap "
+            f"a range goes from its lower to its upper end, but of {name} {given[0]} is not below {given[1]}; swap "
             "them, or give one value as {values: [a]}"
         )
     if kind == "range":
         return low, high
     if max(abs(low), abs(high)) > _LARGEST_INTEGER:
         raise ValueError(f"integers of {name} may go from {-_LARGEST_INTEGER:,} to {_LARGEST_INTEGER:,}")
-    return {kind: list(numbers)}
+    return {kind: list(given)}
 
 
 class _Range:
@@ -67,9 +67,9 @@ class _Range:
         """Maps numbers uniform on [0, 1) to numbers of goals; both have the same shape."""
         return unit * (self.high - self.low).to(unit.device) + self.low.to(unit.device)
 
-    def ends(self) -> list[float]:
-        """Returns numbers of goals that are tried before a run."""
-        return [self.low.item(), self.high.item()]
+    def tried(self) -> list[float]:
+        """Returns numbers of goals that are tried before a run; the upper end is never drawn."""
+        return [self.low.item()]
 
     def value(self, number: float) -> Value:
         """Returns what the constructor gets for a number of a goal."""
@@ -89,7 +89,7 @@ class _Listed:
         count = len(self.values)
         return self.numbers.to(unit.device)[(unit * count).long().clamp(max=count - 1)]
 
-    def ends(self) -> list[float]:
+    def tried(self) -> list[float]:
         """Returns numbers of goals that are tried before a run."""
         return self.numbers.tolist()
 
@@ -104,6 +104,9 @@ class _Integers(_Range):
     def draw(self, unit: Tensor) -> Tensor:
         low, high = self.low.to(unit.device), self.high.to(unit.device)
         return (low + (unit * (high - low + 1)).floor()).minimum(high)
+
+    def tried(self) -> list[float]:
+        return [self.low.item(), self.high.item()]
 
     def value(self, number: float) -> Value:
         return round(number)
@@ -136,10 +139,10 @@ class GymnasiumEnv(Reinforcement):
     def make_environments(self) -> Environments:
         try:
             self.choices = {name: _made(choice) for name, choice in _checked(self.goals).items()}
-            ends = [choice.ends() for choice in self.choices.values()]
-            first = [numbers[0] for numbers in ends]
+            tried = [choice.tried() for choice in self.choices.values()]
+            first = [numbers[0] for numbers in tried]
             made = VectorizedEnvironments(self.env_id, list(self.goals), first, self.horizon, self.keywords)
-            for column, numbers in enumerate(ends):  # each keyword may change the spaces, or be refused
+            for column, numbers in enumerate(tried):  # each keyword may change the spaces, or be refused
                 for number in numbers[1:]:
                     made.check([*first[:column], number, *first[column + 1 :]])
             return made

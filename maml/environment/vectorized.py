@@ -7,8 +7,7 @@ import re
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,9 +132,11 @@ class VectorizedEnvironments(Environments):
         self._times = [0] * len(goals)
         for index, seed in enumerate(stream.integers((), 2**31).tolist()):
             goal, environment = self._under_way[index]
-            with self._naming(index):
+            try:
                 observation, _ = environment.reset(seed=seed)
                 self._check_shape(observation)
+            except Exception as error:  # a user's environment may raise anything
+                raise self._named(index, error) from error
             if not np.isfinite(observation).all():
                 raise MamlError(f"{self._name} begins at {observation} for {self._keywords(goal)}; mend its reset")
             observations.append(observation)
@@ -145,10 +146,12 @@ class VectorizedEnvironments(Environments):
         taken = []
         for index, action in zip(living.tolist(), actions.cpu().numpy(), strict=True):
             self._times[index] += 1
-            with self._naming(index):
+            try:
                 observation, reward, terminated, truncated, _ = self._under_way[index][1].step(action)
                 self._check_shape(observation)
                 taken.append((observation, float(reward), bool(terminated) or bool(truncated)))
+            except Exception as error:  # a user's environment may raise anything
+                raise self._named(index, error) from error
         seen, received, over = zip(*taken, strict=True)
         observations = torch.as_tensor(np.stack(seen), dtype=torch.get_default_dtype(), device=actions.device)
         rewards = torch.tensor(received, device=actions.device)
@@ -198,18 +201,14 @@ class VectorizedEnvironments(Environments):
         except MamlError as error:
             raise MamlError(f"{self._name} has {error}") from error
 
-    @contextmanager
-    def _naming(self, index: int) -> Iterator[None]:
-        """Names an environment, its task and the step in what its code raises."""
-        try:
-            yield
-        except Exception as error:  # a user's environment may raise anything
-            goal, time = self._under_way[index][0], self._times[index]
-            where = f"step {time} of an episode" if time else "reset"
-            raise MamlError(
-                f"{self._name} with {self._keywords(goal)} fails in {where}: {type(error).__name__}: "
-                f"{_one_line(error)} ({_place(error)}). Mend the environment, or leave out such tasks"
-            ) from error
+    def _named(self, index: int, error: Exception) -> MamlError:
+        """Returns an error that names the environment, its task and the step in which its code has failed."""
+        goal, time = self._under_way[index][0], self._times[index]
+        where = f"step {time} of an episode" if time else "reset"
+        return MamlError(
+            f"{self._name} with {self._keywords(goal)} fails in {where}: {type(error).__name__}: {_one_line(error)} "
+            f"({_place(error)}). Mend the environment, or leave out such tasks"
+        )
 
     def _check_interface(self, environment: gymnasium.Env, goal: Goal) -> None:
         """Resets and steps an environment under Gymnasium's checker, first without and then with its wrappers."""

@@ -42,6 +42,7 @@ class Line(gymnasium.Env[Any, Any]):
         render_mode: str | None = None,
     ) -> None:
         assert (type(goal), type(noise), reward in ("distance", "arrival"), type(crashes)) == (int, float, True, bool)
+        assert noise < 1
         self.observation_space = Dict(place=Discrete(5), picture=Box(0, 1, (2, 2)))
         self.action_space = Discrete(3, start=-1)
         self.goal, self.noise, self.reward, self.crashes, self.render_mode = goal, noise, reward, crashes, render_mode
@@ -174,6 +175,13 @@ class _AnyEnvironments:
 
     def check(self, goal: list[float]) -> None:
         pass
+
+
+def test_upper_end_of_a_range_is_not_tried_because_it_is_never_drawn() -> None:
+    domain = line(noise=[0.0, 1.0])
+    assert domain.keywords([0.25]) == {"noise": 0.25}
+    with pytest.raises(MamlError, match=r"cannot be made with {'noise': 1.0}"):
+        line(noise=[1.0, 2.0])
 
 
 def test_first_goals_do_not_depend_on_how_many_are_drawn() -> None:
