@@ -83,6 +83,9 @@ CHOOSING = (
     "evaluation=average_return",
     "evaluation.num_shots=[2]",
     "num_iterations=2",
+    "meta_batch_size=2",
+    "evaluation.num_tasks=2",
+    "evaluation.num_steps=1",
     "checkpoint_every=1",
 )
 LINE = (*CHOOSING, "domain.env_id=tests/Line-v0")
@@ -252,7 +255,7 @@ def test_discrete_environment_trains_resumes_exactly_and_is_loaded(
     ["algorithm=oracle", "algorithm=pretrain", "algorithm=random_init", "algorithm=context_vector", "algorithm=fomaml"],
 )
 def test_every_algorithm_of_policies_takes_discrete_actions(algorithm: str, tiny: TinyRuns) -> None:
-    folder = tiny.run(*ON_LINE, algorithm, "num_iterations=1", "meta_batch_size=2", "evaluation.num_tasks=2")
+    folder = tiny.run(*ON_LINE, algorithm, "num_iterations=1")
     width = {"algorithm=oracle": 12, "algorithm=context_vector": None}.get(algorithm, 9)
     shape = checkpoint_tensors(folder)["theta.linear1.weight"].shape
     assert width is None or shape[1] == width, "the oracle is told three numbers"
@@ -271,7 +274,7 @@ def test_policy_learns_where_the_reward_is() -> None:
 
 
 def test_failing_step_ends_the_run_with_one_clear_error(tiny: TinyRuns) -> None:
-    goals = "domain.goals={crashes: {values: [false, true]}}"
+    goals = "domain.goals={crashes: {values: [true]}}"
     message = r"tests/Line-v0 with {'crashes': True} fails in step 3 of an episode: RuntimeError: the motor is hot \("
     with pytest.raises(MamlError, match=message) as caught:
         tiny.run(*LINE, goals)
