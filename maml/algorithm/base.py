@@ -57,6 +57,8 @@ class Algorithm(ABC):
         learns_from_rollouts: whether it can learn from data that depends on theta, as rollouts do.
         sums_over_tasks: whether the meta-update follows from a sum over the tasks of a meta-batch. Only then processes
             can share the tasks.
+        fixes_ways: whether each class of a training task has its own output, so that tasks of meta-test cannot have
+            more classes. Algorithms that compare images with the support images have no such limit.
         updates_seeds_together: whether `meta_updates` is defined. Only then, or if ``sums_over_tasks``, several seeds
             can be trained as one computation.
 
@@ -71,6 +73,7 @@ class Algorithm(ABC):
     trained_as: str | None = None
     learns_from_rollouts = False
     sums_over_tasks = True
+    fixes_ways = True
     updates_seeds_together = False
 
     def __init__(self, parts: Parts) -> None:
@@ -88,6 +91,11 @@ class Algorithm(ABC):
             )
         self.model = parts.make_model(self.domain.in_shape, self.domain.out_dim)
         self.domain.check_model(self.model)
+        if self.inner.second_order_from and not (self.differentiates_adaptation and self.inner.num_steps):
+            raise MamlError(
+                f"inner.second_order_from={self.inner.second_order_from} changes how the meta-gradient goes through "
+                f"inner steps, but that of {type(self).__name__} goes through none; set it to null"
+            )
         if self.differentiates_adaptation and self.inner.order == 2:
             self.model.check_second_derivative()
         self.set_initial(self.model.init(self.stream))
