@@ -22,7 +22,8 @@ EXPERIMENT = "sinusoid_10shot"
         (["inner=null"], "inner=null: no such file in conf/inner/; allowed: adam, "),
         (
             ["model=mpl"],
-            "model=mpl: no such file in conf/model/: did you mean mlp? allowed: categorical_policy, conv4, gaussian_poli",
+            "model=mpl: no such file in conf/model/: did you mean mlp? "
+            "allowed: categorical_policy, conv4, gaussian_policy, ",
         ),
         (["+debug=smok"], "+debug=smok: no such file in conf/debug/: did you mean smoke?"),
         (
