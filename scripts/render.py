@@ -32,6 +32,7 @@ from maml.config.hints import explain_override_error
 from maml.config.paths import CONF
 from maml.config.schema import Settings, build
 from maml.domain.reinforcement import Reinforcement
+from maml.environment.distribution import Distribution
 from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
@@ -182,19 +183,25 @@ def play(
         if step in steps:
             environment = domain.make_single(goal, render_mode="rgb_array")
             oracle_goal = goal if domain.oracle else goal[:0]
-            frames = run_episode(environment, algorithm.model, params, oracle_goal, domain.horizon)
-            episodes.append(Episode(step, frames, _steps_per_frame(environment) / environment.metadata["render_fps"]))
+            frames = run_episode(environment, domain.distribution, algorithm.model, params, oracle_goal, domain.horizon)
+            episodes.append(Episode(step, frames, _steps_per_frame(environment) / _fps(environment)))
             environment.close()
     return goal, episodes
 
 
 def run_episode(
-    environment: gymnasium.Env, model: Model, params: Params, oracle_goal: Tensor, horizon: int
+    environment: gymnasium.Env,
+    distribution: Distribution,
+    model: Model,
+    params: Params,
+    oracle_goal: Tensor,
+    horizon: int,
 ) -> list[Frame]:
     """Runs one episode and takes pictures at its start, at its end and at regular intervals.
 
     Args:
         environment: an environment that renders pictures.
+        distribution: the distribution of its actions.
         model: the policy network.
         params: parameters of one task, name -> ``(1, ...)``.
         oracle_goal: the goal that an oracle policy sees after each observation, ``(G,)``; ``(0,)`` for other policies.
@@ -205,11 +212,9 @@ def run_episode(
     """
     observation, _ = environment.reset(seed=0)
     frames, total, every = [Frame(first_picture(environment), 0, 0.0)], 0.0, _steps_per_frame(environment)
-    (num_actions,) = environment.action_space.shape or ()
-    for time, noise in enumerate(Stream(0).child("render").normal((horizon, num_actions)), start=1):
-        policy_input = torch.cat([torch.as_tensor(observation, dtype=torch.float32), oracle_goal])
-        mean, log_std = model(params, policy_input.view(1, 1, -1)).flatten().chunk(2)
-        action = mean + log_std.exp() * noise
+    for time, noise in enumerate(distribution.noise(Stream(0).child("render"), horizon), start=1):
+        policy_input = torch.cat([torch.as_tensor(observation, dtype=oracle_goal.dtype), oracle_goal])
+        action = distribution.sample(model(params, policy_input.view(1, 1, -1)).flatten(), noise)
         observation, reward, terminated, truncated, _ = environment.step(action.numpy())
         total += float(reward)
         over = terminated or truncated
@@ -224,10 +229,12 @@ def first_picture(environment: gymnasium.Env) -> Image.Image:
     """Takes the first picture, which starts OpenGL if the environment needs it.
 
     Raises:
-        MamlError: if OpenGL cannot start.
+        MamlError: if OpenGL cannot start, or a package is missing.
     """
     try:
         return _picture(environment)
+    except gymnasium.error.DependencyNotInstalled as error:  # it says which package is missing
+        raise MamlError(f"{type(environment.unwrapped).__name__} cannot be drawn: {error}") from error
     except Exception as error:  # each OpenGL backend raises other exceptions
         raise MamlError(
             f"{type(environment.unwrapped).__name__} cannot be drawn, because OpenGL does not start with "
@@ -243,7 +250,12 @@ def _picture(environment: gymnasium.Env) -> Image.Image:
 
 def _steps_per_frame(environment: gymnasium.Env) -> int:
     """Returns the number of environment steps between two pictures."""
-    return ceil(environment.metadata["render_fps"] / _MAX_FPS)
+    return ceil(_fps(environment) / _MAX_FPS)
+
+
+def _fps(environment: gymnasium.Env) -> int:
+    """Returns the number of steps per second; an environment need not say it."""
+    return environment.metadata.get("render_fps", _MAX_FPS)
 
 
 def caption(episode: Episode) -> str:

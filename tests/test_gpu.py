@@ -14,6 +14,7 @@ from maml.algorithm.maml import MAML
 from maml.domain.base import Role
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid
+from maml.environment.distribution import Categorical
 from maml.errors import Interrupted
 from maml.hardware.base import Execution
 from maml.inner.sgd import SGD
@@ -145,3 +146,11 @@ def test_memory_that_does_not_suffice_halves_the_chunk(tiny_images: TinyRuns) ->
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert checkpoint.load(folder / "checkpoint.pt")["execution"]["task_chunk"] < 64
+
+
+def test_choices_of_a_policy_are_the_same_on_both_devices() -> None:
+    outputs, distribution = Stream(0).normal((1000, 5)), Categorical(5)
+    noise = distribution.noise(Stream(1), 1000)
+    choices = distribution.sample(outputs, noise)
+    assert torch.equal(distribution.sample(outputs.cuda(), noise.cuda()).cpu(), choices)
+    assert len(choices.unique()) == 5

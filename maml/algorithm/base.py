@@ -90,6 +90,7 @@ class Algorithm(ABC):
                 "policy; choose outer=adam, or an RL domain"
             )
         self.model = parts.make_model(self.domain.in_shape, self.domain.out_dim)
+        self.domain.check_model(self.model)
         if self.inner.second_order_from and not (self.differentiates_adaptation and self.inner.num_steps):
             raise MamlError(
                 f"inner.second_order_from={self.inner.second_order_from} changes how the meta-gradient goes through "

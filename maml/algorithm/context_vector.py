@@ -44,6 +44,7 @@ class _ModelWithContext(Model):
     ) -> None:
         *space, channels = in_shape
         self.model = make_model((*space, channels + num_channels), out_dim)
+        self.distribution = self.model.distribution
         self.shape = (*space, num_channels)
         self.init_context = init
 

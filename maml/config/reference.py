@@ -259,6 +259,9 @@ def _without_metadata(annotation: Any) -> Any:
 
 def _member_in_words(annotation: Any, plural: bool) -> str:
     annotation = _without_metadata(annotation)
+    if len(members := _union(annotation)) > 1:
+        *first, last = (_member_in_words(member, plural) for member in members)
+        return f"{', '.join(first)} or {last}"
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in _PLAIN:
         return _PLAIN[annotation][plural]
@@ -272,7 +275,9 @@ def _member_in_words(annotation: Any, plural: bool) -> str:
         return f"list{'s' * plural} of {_member_in_words(arguments[0], plural=True)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         key, value = arguments
-        return f"mapping of {_member_in_words(key, plural=True)} to {_member_in_words(value, plural=True)}"
+        return (
+            f"mapping{'s' * plural} of {_member_in_words(key, plural=True)} to {_member_in_words(value, plural=True)}"
+        )
     if origin is not None and isinstance(origin, type) and issubclass(origin, Callable):  # type: ignore[arg-type]
         return "class (_target_) and its arguments"
     if isinstance(annotation, type):

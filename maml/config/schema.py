@@ -311,7 +311,8 @@ def _reason(detail: Mapping[str, Any], annotation: Any) -> str:
         names = " or ".join(f"{cls.__module__}.{cls.__qualname__}" for cls, _ in _accepted(annotation))
         return f"input should be a part, a mapping with a _target_ that is {names} or inherits from it"
     message = detail["msg"].removeprefix("Value error, ").replace("a valid array", "a list, such as [a, b]")
-    message = message.replace("a valid dictionary", "a mapping, such as {a: 1}")
+    for words in ("a valid dictionary", "a valid mapping", "an object"):
+        message = message.replace(words, "a mapping, such as {a: 1}")
     return message[:1].lower() + message[1:]
 
 

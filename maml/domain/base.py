@@ -117,6 +117,13 @@ class Domain(ABC, Generic[Data]):
             MamlError: if not.
         """
 
+    def check_model(self, model: Model) -> None:
+        """Checks that the losses can take the model's outputs.
+
+        Raises:
+            MamlError: if not.
+        """
+
     def to(self, device: torch.device) -> None:
         """Moves the domain's tensors to the device."""
 

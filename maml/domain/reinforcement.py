@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 
 from maml.domain.base import Domain, Metrics, Role
-from maml.environment.advantages import advantages
+from maml.environment.advantages import advantages, num_features
 from maml.environment.base import Environments, TellGoal
 from maml.environment.rollouts import Episodes, collect_episodes, collect_single_episodes
-from maml.errors import MamlError
+from maml.errors import MamlError, TooLarge
 from maml.hardware import distributed
+from maml.hardware.memory import check_memory
 from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.model.linearized import Linearized
@@ -34,7 +34,7 @@ class Rollouts(NamedTuple):
     Attributes:
         observations: the observation before each action, ``(T, N, O)``.
         actions: actions as drawn, ``(T, N, A)``.
-        outputs: outputs of the policy that drew the actions: A means, then A log standard deviations, ``(T, N, 2A)``.
+        outputs: outputs of the policy that drew the actions, ``(T, N, D)``; see `Distribution`.
         advantages: standardised advantages of the actions, ``(T, N)``.
         weights: weight of each timestep, ``(T, N)``; 0 for padding. It is 1 / number of timesteps of the task, so that
             a weighted sum is the mean over the task. With ``goal_per="episode"`` it is T / number of timesteps of all
@@ -61,7 +61,7 @@ class Reinforcement(Domain[Rollouts]):
     A subclass is a dataclass too, ``@dataclass(kw_only=True, eq=False)``. Its fields are options in addition to the
     options below.
 
-    For each observation, the model returns the means of A actions and then their log standard deviations.
+    For each observation, the model returns the outputs that the environments' `Distribution` of actions takes.
 
     Args:
         num_shots: K, number of rollouts per task and gradient step. Episodes are collected until there are K * horizon
@@ -102,7 +102,9 @@ class Reinforcement(Domain[Rollouts]):
         environments = self.make_environments()
         self.environments = TellGoal(environments) if self.oracle else environments
         self.in_shape = (self.environments.observation_dim,)
-        self.out_dim = 2 * self.environments.action_dim
+        self.distribution = self.environments.distribution
+        self._check_baseline(self.environments.observation_dim)
+        self.out_dim = self.distribution.num_outputs
 
     @property
     def workload(self) -> Workload:
@@ -113,13 +115,44 @@ class Reinforcement(Domain[Rollouts]):
 
     def least_elements(self, num_shots: int, num_query: int) -> int:
         """Rollouts hold an observation, an action and its distribution for each timestep."""
-        return num_shots * self.horizon * (self.in_shape[0] + self.out_dim + self.out_dim // 2)
+        return num_shots * self.horizon * (self.in_shape[0] + self.out_dim + self.distribution.action_dim)
 
     def check_adaptation(self, algorithm: str) -> None:
         if self.goal_per == "episode":
             raise MamlError(
                 f"{algorithm} adapts to a task's goal, but domain.goal_per=episode draws a new goal for every episode; "
                 "set domain.goal_per=task, or choose algorithm=pretrain or oracle"
+            )
+
+    def _check_baseline(self, observation_dim: int) -> None:
+        """Refuses observations that are too long for the linear baseline, a matrix over its inputs."""
+        try:
+            check_memory(
+                8 * num_features(observation_dim) ** 2, f"the baseline of {observation_dim:,} observed numbers"
+            )
+        except TooLarge as error:
+            raise TooLarge(
+                f"{error}; make the observations of {type(self).__name__} shorter, pictures for example with "
+                "gymnasium.wrappers.ResizeObservation and GrayscaleObservation"
+            ) from error
+
+    def check_model(self, model: Model) -> None:
+        """Checks that the outputs are those of the actions' distribution, and depend on one observation only."""
+        wanted = self.distribution
+        if model.distribution not in (None, type(wanted)):
+            raise MamlError(
+                f"the actions of {type(self).__name__} are {wanted.actions}, so a model has to give {wanted.outputs}, "
+                f"but {type(model).__name__} gives {model.distribution.outputs}; choose {wanted.model}"
+            )
+        params = expand(model.init(Stream(0)), 1)
+        with torch.no_grad():
+            observations = Stream(1).normal((1, 3, *self.in_shape))
+            together, alone = model(params, observations), model(params, observations[:, :1])
+        if (together[:, :1] - alone).abs().max() > 1e-3 * together.abs().max():
+            raise MamlError(
+                f"what {type(model).__name__} gives for an observation depends on the others beside it, as with batch "
+                "normalisation, so an action has no probability of its own; choose a model without it "
+                "(model.normalization=none)"
             )
 
     @abstractmethod
@@ -249,7 +282,7 @@ class Reinforcement(Domain[Rollouts]):
 
     def inner_loss(self, model: Model, params: Params, data: Rollouts) -> Tensor:
         """-mean over timesteps of log pi(a|o) * A (eq. 4, with the advantage in place of the reward)."""
-        return _reinforce(model(params, data.observations), data)
+        return self._reinforce(model(params, data.observations), data)
 
     def outer_loss(self, model: Model, params: Params, data: Rollouts) -> tuple[Tensor, Metrics]:
         """-mean(ratio * A), with the ratio to the policy that collected the rollouts; ``kl`` is the divergence from it.
@@ -258,9 +291,10 @@ class Reinforcement(Domain[Rollouts]):
         each task, then over tasks. The two differ if episodes end early, by a few percent of timesteps.
         """
         outputs = model(params, data.observations)
+        log_prob = self.distribution.log_prob
         ratio = (log_prob(outputs, data.actions) - log_prob(data.outputs, data.actions)).exp()
         loss = -(data.weights * ratio * data.advantages).sum(1)
-        return loss, {"kl": (data.weights * kl_divergence(data.outputs, outputs)).sum(1)}
+        return loss, {"kl": (data.weights * self.distribution.kl(data.outputs, outputs)).sum(1)}
 
     def measure(self, model: Model, params: Params, support: Rollouts, query: Rollouts, step: int) -> Metrics:
         """The mean undiscounted return."""
@@ -268,12 +302,12 @@ class Reinforcement(Domain[Rollouts]):
 
     def inner_hessian(self, model: Model, params: Params, data: Rollouts) -> MatrixVectorProduct:
         """Returns the Hessian of `inner_loss` at the parameters, per task."""
-        linearized, delta, output_hessian = _linearized_reinforce(model, params, data)
+        linearized, delta, output_hessian = self._linearized_reinforce(model, params, data)
         return linearized.hessian(delta, output_hessian)
 
     def inner_derivatives(self, model: Model, params: Params, data: Rollouts) -> tuple[Params, MatrixVectorProduct]:
         """Returns the gradient and the Hessian of `inner_loss` at the parameters, per task."""
-        linearized, delta, output_hessian = _linearized_reinforce(model, params, data)
+        linearized, delta, output_hessian = self._linearized_reinforce(model, params, data)
         return linearized.vjp(delta), linearized.hessian(delta, output_hessian)
 
     def kl_gradient(self, model: Model, params: Params, data: Rollouts) -> Params:
@@ -281,49 +315,30 @@ class Reinforcement(Domain[Rollouts]):
         linearized = model.linearize(params, data.observations)
         outputs = linearized.outputs.detach().requires_grad_()
         with torch.enable_grad():
-            kl = (data.weights * kl_divergence(data.outputs, outputs)).sum()
+            kl = (data.weights * self.distribution.kl(data.outputs, outputs)).sum()
             (delta,) = torch.autograd.grad(kl, outputs)
         return linearized.vjp(delta)
 
     def fisher(self, model: Model, params: Params, data: Rollouts) -> MatrixVectorProduct:
         """Returns the Hessian of the mean KL divergence from the policy of ``params``, at ``params``, per task."""
         linearized = model.linearize(params, data.observations)
-        log_std = linearized.outputs.detach().chunk(2, dim=-1)[1]
-        # A Gaussian's Fisher information: 1 / variance for the mean, 2 for the log standard deviation.
-        metric = data.weights.unsqueeze(-1) * torch.cat([(-2 * log_std).exp(), torch.full_like(log_std, 2.0)], dim=-1)
-        return lambda vector: linearized.vjp(metric * linearized.jvp(vector))
+        product = self.distribution.fisher(linearized.outputs.detach(), data.weights)
+        return lambda vector: linearized.vjp(product(linearized.jvp(vector)))
 
+    def _reinforce(self, outputs: Tensor, data: Rollouts) -> Tensor:
+        return -(data.weights * self.distribution.log_prob(outputs, data.actions) * data.advantages).sum(1)
 
-def log_prob(outputs: Tensor, actions: Tensor) -> Tensor:
-    """Returns log pi(a|o) of each action: ``(..., 2A)``, ``(..., A)`` -> ``(...)``."""
-    mean, log_std = outputs.chunk(2, dim=-1)
-    standard = (actions - mean) * (-log_std).exp()
-    return -(0.5 * standard.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+    def _linearized_reinforce(
+        self, model: Model, params: Params, data: Rollouts
+    ) -> tuple[Linearized, Tensor, Callable[[Tensor], Tensor]]:
+        """Returns the model's derivatives, and the inner loss's gradient and Hessian with respect to the outputs."""
+        linearized = model.linearize(params, data.observations)
+        outputs = linearized.outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self._reinforce(outputs, data).sum()
+            (delta,) = torch.autograd.grad(loss, outputs, create_graph=True)
 
+        def output_hessian(change: Tensor) -> Tensor:
+            return torch.autograd.grad(delta, outputs, change, retain_graph=True)[0]
 
-def kl_divergence(old: Tensor, new: Tensor) -> Tensor:
-    """Returns KL(old || new) of the Gaussians of two outputs: ``(..., 2A)`` -> ``(...)``."""
-    old_mean, old_log_std = old.chunk(2, dim=-1)
-    mean, log_std = new.chunk(2, dim=-1)
-    spread = (2 * old_log_std).exp() + (old_mean - mean).square()
-    return (log_std - old_log_std + 0.5 * spread * (-2 * log_std).exp() - 0.5).sum(-1)
-
-
-def _reinforce(outputs: Tensor, data: Rollouts) -> Tensor:
-    return -(data.weights * log_prob(outputs, data.actions) * data.advantages).sum(1)
-
-
-def _linearized_reinforce(
-    model: Model, params: Params, data: Rollouts
-) -> tuple[Linearized, Tensor, Callable[[Tensor], Tensor]]:
-    """Returns the model's derivatives, the inner loss's gradient with respect to the outputs, and its Hessian there."""
-    linearized = model.linearize(params, data.observations)
-    outputs = linearized.outputs.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = _reinforce(outputs, data).sum()
-        (delta,) = torch.autograd.grad(loss, outputs, create_graph=True)
-
-    def output_hessian(change: Tensor) -> Tensor:
-        return torch.autograd.grad(delta, outputs, change, retain_graph=True)[0]
-
-    return linearized, delta.detach(), output_hessian
+        return linearized, delta.detach(), output_hessian

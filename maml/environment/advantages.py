@@ -50,6 +50,11 @@ def features(observations: Tensor, times: Tensor) -> Tensor:
     return torch.cat([clipped, clipped.square(), time, time**2, time**3, torch.ones_like(time)], dim=-1)
 
 
+def num_features(observation_dim: int) -> int:
+    """Returns the number of the baseline's inputs for observations of a length."""
+    return 2 * observation_dim + 4
+
+
 def fit_baseline(gram: Tensor, moments: Tensor) -> Tensor:
     """Returns the coefficients of a least-squares fit, with the smallest ridge that gives finite coefficients.
 

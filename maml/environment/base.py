@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maml.environment.distribution import Distribution, Gaussian
 from maml.seeding import Stream
 
 
@@ -15,8 +16,8 @@ class Transition(NamedTuple):
     """The result of one step of L environments.
 
     Attributes:
-        observations: observations after the step, ``(L, O)``, float32.
-        rewards: rewards of the step, ``(L,)``, float32.
+        observations: observations after the step, ``(L, O)``, of torch's default type.
+        rewards: rewards of the step, ``(L,)``, of torch's default type.
         terminated: whether the environment ended the episode, ``(L,)``. The horizon does not count: the caller ends
             episodes there.
         unstable: whether the simulation became unstable, which ends the episode too, ``(L,)``.
@@ -44,6 +45,11 @@ class Environments(ABC):
     action_dim: int
     goal_dim: int
 
+    @property
+    def distribution(self) -> Distribution:
+        """The distribution of the policy's actions; real numbers, unless a subclass says otherwise."""
+        return Gaussian(self.action_dim)
+
     @abstractmethod
     def reset(self, goals: Tensor, stream: Stream) -> Tensor:
         """Starts M episodes; earlier episodes are dropped.
@@ -53,7 +59,7 @@ class Environments(ABC):
             stream: one stream for each environment: its key is ``(M,)``.
 
         Returns:
-            The first observations, ``(M, O)``, float32.
+            The first observations, ``(M, O)``, of torch's default type.
         """
 
     @abstractmethod
@@ -61,7 +67,7 @@ class Environments(ABC):
         """Steps some of the environments; the others do not change.
 
         Args:
-            actions: the policy's finite actions, ``(L, A)``; this method clips them to the allowed range.
+            actions: the policy's finite actions, ``(L, A)``; this method clips real numbers to the allowed range.
             living: numbers of the environments to step, ``(L,)``, int64, ascending.
         """
 
@@ -77,6 +83,10 @@ class TellGoal(Environments):
         self.environments = environments
         self.observation_dim = environments.observation_dim + environments.goal_dim
         self.action_dim, self.goal_dim = environments.action_dim, environments.goal_dim
+
+    @property
+    def distribution(self) -> Distribution:
+        return self.environments.distribution
 
     def reset(self, goals: Tensor, stream: Stream) -> Tensor:
         self.goals = goals

@@ -77,4 +77,4 @@ class MujocoEnvironments(Environments):
 
 
 def _tensor(numbers: NDArray[np.float64], like: Tensor) -> Tensor:
-    return torch.from_numpy(numbers.astype(np.float32)).to(like.device)
+    return torch.from_numpy(numbers).to(like.device, torch.get_default_dtype())

@@ -14,7 +14,7 @@ from maml.hardware import distributed
 from maml.seeding import Stream
 
 Policy = Callable[[Tensor], Tensor]
-"""Maps observations, ``(T, W, O)``, to the means of A actions and their log standard deviations, ``(T, W, 2A)``."""
+"""Maps observations, ``(T, W, O)``, to the outputs that the environments' `Distribution` takes, ``(T, W, D)``."""
 
 DrawEpisodes = Callable[[int, int], tuple[Tensor, Stream]]
 """Maps two episode numbers to the goals, ``(M, G)``, and the streams of the episodes from the first to the second.
@@ -29,7 +29,7 @@ class Episodes(NamedTuple):
     Attributes:
         observations: the observation before each action, ``(T, N, O)``.
         actions: actions as drawn, before clipping, ``(T, N, A)``.
-        outputs: outputs of the policy that drew the actions, ``(T, N, 2A)``.
+        outputs: outputs of the policy that drew the actions, ``(T, N, D)``.
         returns_to_go: discounted sum of this reward and all later rewards of the episode, ``(T, N)``.
         times: number of steps since the episode began, ``(T, N)``, int64.
         lengths: number of timesteps of all episodes together, ``(T,)``, int64.
@@ -130,11 +130,11 @@ def collect_single_episodes(
 
 def _no_episodes(environments: Environments, goals: Tensor, capacity: int) -> Episodes:
     """Returns space for ``capacity`` timesteps of each task, without episodes."""
-    count, dim, size, device = len(goals), environments.observation_dim, environments.action_dim, goals.device
+    count, dim, device, distribution = len(goals), environments.observation_dim, goals.device, environments.distribution
     return Episodes(
         observations=torch.zeros(count, capacity, dim, device=device),
-        actions=torch.zeros(count, capacity, size, device=device),
-        outputs=torch.zeros(count, capacity, 2 * size, device=device),
+        actions=torch.zeros(count, capacity, distribution.action_dim, device=device),
+        outputs=torch.zeros(count, capacity, distribution.num_outputs, device=device),
         returns_to_go=torch.zeros(count, capacity, device=device),
         times=torch.zeros(count, capacity, dtype=torch.int64, device=device),
         lengths=torch.zeros(count, dtype=torch.int64, device=device),
@@ -162,17 +162,17 @@ def _collect_wave(
     filled: Episodes,
 ) -> None:
     """Collects ``needed`` more episodes of each task, ``(T,)``, at most ``width``, and adds them to ``filled``."""
-    device = goals.device
+    device, distribution = goals.device, environments.distribution
     slots = torch.arange(width, device=device)
     task, slot = (slots < needed.unsqueeze(1)).nonzero(as_tuple=True)  # M entries, sorted by task
     count = len(task)
     episode = filled.num_episodes[task] + slot
     own = Stream(stream.key[task]).child(episode)
-    noise = own.child("actions").normal((horizon, environments.action_dim))
+    noise = distribution.noise(own.child("actions"), horizon)
 
     observations = torch.zeros(count, horizon, environments.observation_dim, device=device)
-    actions = torch.zeros_like(noise)
-    outputs = torch.zeros(count, horizon, 2 * environments.action_dim, device=device)
+    actions = torch.zeros(count, horizon, distribution.action_dim, device=device)
+    outputs = torch.zeros(count, horizon, distribution.num_outputs, device=device)
     rewards = torch.zeros(count, horizon, device=device)
     lengths = torch.full((count,), horizon, device=device)
     unstable = torch.zeros(count, dtype=torch.bool, device=device)
@@ -184,8 +184,7 @@ def _collect_wave(
     for time in range(horizon):
         seen.view(-1, seen.shape[-1])[places[living]] = current
         output = policy(seen).flatten(0, 1)[places[living]]
-        mean, log_std = output.chunk(2, dim=-1)
-        action = torch.addcmul(mean, log_std.exp(), noise[living, time])
+        action = distribution.sample(output, noise[living, time])
         if not bool(action.isfinite().all()):
             raise Diverged(
                 f"the policy's action is not finite in {int((~action.isfinite()).any(-1).sum())} of {len(living)} "

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import logging
 import re
+import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import flatten
 from gymnasium.wrappers import PassiveEnvChecker
 from torch import Tensor
 
 from maml.environment.base import Environments, Transition
+from maml.environment.distribution import Distribution
+from maml.environment.spaces import distribution_of, is_vector, with_vectors
 from maml.errors import MamlError
 from maml.seeding import Stream
 
 _log = logging.getLogger(__name__)
 
 Goal = tuple[float, ...]
+Converted = TypeVar("Converted")
 
 
 class VectorizedEnvironments(Environments):
-    """Environments whose tasks differ in numbers that their constructor takes.
+    """Environments whose tasks differ in keywords that their constructor takes.
 
-    An environment must draw all randomness from its own generator (``self.np_random``, seeded by ``reset``). A
-    truncation by the environment ends an episode as a termination does. An observation or reward that is not finite
-    also ends it, and is replaced by zeros.
+    Observations and actions of an environment are used as vectors (`maml.environment.spaces`). An environment must draw
+    all randomness from its own generator (``self.np_random``, seeded by ``reset``). A truncation by the environment
+    ends an episode as a termination does. An observation or reward that is not finite also ends it, and is replaced by
+    zeros.
 
     Args:
         environment: an id for ``gymnasium.make`` (``"package:id"`` first imports the package that registers it), or a
@@ -40,10 +46,11 @@ class VectorizedEnvironments(Environments):
         example_goal: any task's goal; an environment with it is built, checked and kept.
         horizon: number of steps after which the caller ends an episode. It replaces the limit with which an id is
             registered, so that longer episodes are not cut off; None keeps that limit.
+        keywords: maps a goal to the keywords; None passes its numbers by name.
 
     Raises:
-        MamlError: if the environment does not take these keywords; if its actions are not a vector of real numbers, or
-            its observations are not a vector; if its `reset` or `step` breaks Gymnasium's interface, or gives other
+        MamlError: if the environment does not take these keywords; if its actions have no distribution, or its
+            observations cannot be flattened; if its `reset` or `step` breaks Gymnasium's interface, or gives other
             results for the same seed.
     """
 
@@ -53,6 +60,7 @@ class VectorizedEnvironments(Environments):
         goal_names: Sequence[str],
         example_goal: Sequence[float],
         horizon: int | None = None,
+        keywords: Callable[[Sequence[float]], dict[str, Any]] | None = None,
     ) -> None:
         self._name = environment if isinstance(environment, str) else getattr(environment, "__name__", environment)
         self._make: Callable[..., gymnasium.Env] = (
@@ -66,19 +74,47 @@ class VectorizedEnvironments(Environments):
             raise MamlError(
                 f"example_goal={list(example_goal)} does not fit goal_names={list(goal_names)}; give a number for each"
             )
-        self._goal_names = list(goal_names)
+        self._keywords = keywords or (lambda goal: dict(zip(goal_names, goal, strict=True)))
         goal = tuple(float(number) for number in example_goal)
         example = self._build(goal)
-        self._check(example, goal)
-        self._under_way = [(goal, example)]
-        self.observation_dim = example.observation_space.shape[0]  # type: ignore[index]
-        self.action_dim = example.action_space.shape[0]  # type: ignore[index]
+        self._example = goal
+        self._complaints: set[str] = set()
+        self._distribution = self._fitting(distribution_of, getattr(example, "action_space", None))
+        viewed = self._fitting(with_vectors, example)
+        self._check_interface(example, goal)
+        self._under_way = [(goal, viewed)]
+        self._times = [0]
+        self.observation_dim = _length(viewed.observation_space)
+        self.action_dim = self._distribution.action_dim
         self.goal_dim = len(goal_names)
+        if not is_vector(example.observation_space):
+            _log.warning(
+                "%s: its observations, a %s, are flattened to vectors of %d numbers",
+                self._name,
+                type(example.observation_space).__name__,
+                self.observation_dim,
+            )
         _log.warning(
             "%s is stepped one by one in Python, which is right but slow; a subclass of "
             "maml.environment.base.Environments can step them all at once",
             self._name,
         )
+
+    @property
+    def distribution(self) -> Distribution:
+        return self._distribution
+
+    def check(self, goal: Sequence[float]) -> None:
+        """Checks another task as the constructor checks the example: its keywords, its spaces and its interface.
+
+        Raises:
+            MamlError: if it breaks the interface, or its observations or actions have not the example's length.
+        """
+        numbers = tuple(float(number) for number in goal)
+        environment = self._build(numbers)
+        self._viewed(environment, numbers)
+        self._check_interface(environment, numbers)
+        environment.close()
 
     def reset(self, goals: Tensor, stream: Stream) -> Tensor:
         # Building an environment may cost more than an episode, so environments with the same goal are used again.
@@ -87,14 +123,20 @@ class VectorizedEnvironments(Environments):
             spare[goal].append(environment)
         self._under_way = []
         for goal in map(tuple, goals.tolist()):
-            self._under_way.append((goal, spare[goal].pop() if spare[goal] else self._build(goal)))
+            self._under_way.append((goal, spare[goal].pop() if spare[goal] else self._viewed(self._build(goal), goal)))
         for environments in spare.values():
             for environment in environments:
                 environment.close()
 
         observations = []
-        for (goal, environment), seed in zip(self._under_way, stream.integers((), 2**31).tolist(), strict=True):
-            observation, _ = environment.reset(seed=seed)
+        self._times = [0] * len(goals)
+        for index, seed in enumerate(stream.integers((), 2**31).tolist()):
+            goal, environment = self._under_way[index]
+            try:
+                observation, _ = environment.reset(seed=seed)
+                self._check_shape(observation)
+            except Exception as error:  # a user's environment may raise anything
+                raise self._named(index, error) from error
             if not np.isfinite(observation).all():
                 raise MamlError(f"{self._name} begins at {observation} for {self._keywords(goal)}; mend its reset")
             observations.append(observation)
@@ -103,18 +145,21 @@ class VectorizedEnvironments(Environments):
     def step(self, actions: Tensor, living: Tensor) -> Transition:
         taken = []
         for index, action in zip(living.tolist(), actions.cpu().numpy(), strict=True):
-            environment = self._under_way[index][1]
-            space: Any = environment.action_space
-            taken.append(environment.step(np.clip(action, space.low, space.high).astype(space.dtype)))
-        seen, received, terminated, truncated, _ = zip(*taken, strict=True)
+            self._times[index] += 1
+            try:
+                observation, reward, terminated, truncated, _ = self._under_way[index][1].step(action)
+                self._check_shape(observation)
+                taken.append((observation, float(reward), bool(terminated) or bool(truncated)))
+            except Exception as error:  # a user's environment may raise anything
+                raise self._named(index, error) from error
+        seen, received, over = zip(*taken, strict=True)
         observations = torch.as_tensor(np.stack(seen), dtype=torch.get_default_dtype(), device=actions.device)
-        rewards = torch.tensor([float(reward) for reward in received], device=actions.device)
-        over = torch.tensor(np.logical_or(terminated, truncated), device=actions.device)
+        rewards = torch.tensor(received, device=actions.device)
         stable = observations.isfinite().all(-1) & rewards.isfinite()
         return Transition(
             observations=observations.where(stable.unsqueeze(-1), 0.0),
             rewards=rewards.where(stable, 0.0),
-            terminated=over,
+            terminated=torch.tensor(over, device=actions.device),
             unstable=~stable,
         )
 
@@ -122,25 +167,50 @@ class VectorizedEnvironments(Environments):
         keywords = self._keywords(goal)
         try:
             environment = self._make(**keywords)
-        except (ImportError, TypeError, ValueError, gymnasium.error.Error) as error:
+        except Exception as error:  # a user's environment may raise anything
             raise MamlError(
-                f"{self._name} cannot be made with {keywords} ({error}); give the environment's id, and as goal_names "
-                "keywords that its constructor takes"
+                f"{self._name} cannot be made with {keywords} ({_one_line(error)}); give the environment's id, and as "
+                "goal_names keywords that its constructor takes"
             ) from error
-        action_space, observation_space = environment.action_space, environment.observation_space
-        if not (_is_vector(action_space) and np.issubdtype(action_space.dtype, np.floating)):
-            raise MamlError(
-                f"{self._name} has the action space {action_space}, but the policies here give a vector of real "
-                "numbers; it needs a Box of one axis and a floating dtype"
-            )
-        if not _is_vector(observation_space):
-            raise MamlError(
-                f"{self._name} has the observation space {observation_space}, but the policies here take a vector; it "
-                "needs a Box of one axis, which gymnasium.wrappers.FlattenObservation makes of most spaces"
-            )
         return environment
 
-    def _check(self, environment: gymnasium.Env, goal: Goal) -> None:
+    def _viewed(self, environment: gymnasium.Env, goal: Goal) -> gymnasium.Env:
+        """Returns an environment with vectors, which have to be as long as the example's."""
+        distribution = self._fitting(distribution_of, getattr(environment, "action_space", None))
+        viewed = self._fitting(with_vectors, environment)
+        ours = _length(viewed.observation_space), distribution.num_outputs
+        wanted = self.observation_dim, self._distribution.num_outputs
+        if ours != wanted or type(distribution) is not type(self._distribution):
+            raise MamlError(
+                f"{self._name} with {self._keywords(goal)} has observations of length {ours[0]} and actions "
+                f"{environment.action_space}, but with {self._keywords(self._example)} other ones, of length "
+                f"{wanted[0]}; one policy acts in all tasks, so leave out the values that change the spaces"
+            )
+        return viewed
+
+    def _check_shape(self, observation: Any) -> None:
+        if np.shape(observation) != (self.observation_dim,):
+            raise ValueError(
+                f"the observation has shape {np.shape(observation)}, its space says {(self.observation_dim,)}"
+            )
+
+    def _fitting(self, convert: Callable[[Any], Converted], value: Any) -> Converted:
+        """Converts a space, or an environment's spaces, and names the environment in an error."""
+        try:
+            return convert(value)
+        except MamlError as error:
+            raise MamlError(f"{self._name} has {error}") from error
+
+    def _named(self, index: int, error: Exception) -> MamlError:
+        """Returns an error that names the environment, its task and the step in which its code has failed."""
+        goal, time = self._under_way[index][0], self._times[index]
+        where = f"step {time} of an episode" if time else "reset"
+        return MamlError(
+            f"{self._name} with {self._keywords(goal)} fails in {where}: {type(error).__name__}: {_one_line(error)} "
+            f"({_place(error)}). Mend the environment, or leave out such tasks"
+        )
+
+    def _check_interface(self, environment: gymnasium.Env, goal: Goal) -> None:
         """Resets and steps an environment under Gymnasium's checker, first without and then with its wrappers."""
         where = f"{self._name} with {self._keywords(goal)}"
         with warnings.catch_warnings(record=True) as complaints:
@@ -154,24 +224,28 @@ class VectorizedEnvironments(Environments):
                     "older API needs reset(seed, options) -> (observation, info) and a step that returns 5 values"
                 ) from error
         for text in dict.fromkeys(_one_line(complaint.message) for complaint in complaints):
-            _log.warning("%s: Gymnasium's checker says: %s", self._name, text)
+            if text not in self._complaints:
+                _log.warning("%s: Gymnasium's checker says: %s", self._name, text)
+            self._complaints.add(text)
         if not all(np.array_equal(one, other, equal_nan=True) for one, other in zip(first, again, strict=True)):
             raise MamlError(
                 f"{where} gives other observations or rewards when it is reset with the same seed, so no run could be "
                 "repeated. Draw all random numbers from self.np_random, and call super().reset(seed=seed) in reset"
             )
 
-    def _keywords(self, goal: Goal) -> dict[str, float]:
-        return dict(zip(self._goal_names, goal, strict=True))
-
 
 def _first_step(environment: gymnasium.Env) -> tuple[Any, Any, Any]:
     """Returns the first observation of an episode, and the observation and reward after one step."""
     checked = PassiveEnvChecker(environment)
-    start = np.array(checked.reset(seed=0)[0])
+    space = environment.observation_space
+    start = np.array(flatten(space, checked.reset(seed=0)[0]))
     environment.action_space.seed(0)
     observation, reward, *_ = checked.step(environment.action_space.sample())
-    return start, np.array(observation), np.array(reward)
+    return start, np.array(flatten(space, observation)), np.array(reward)
+
+
+def _length(space: gymnasium.Space) -> int:
+    return space.shape[0]  # type: ignore[index]
 
 
 def _one_line(message: object) -> str:
@@ -180,5 +254,7 @@ def _one_line(message: object) -> str:
     return " ".join(plain.split()).removeprefix("WARN: ").rstrip(".")
 
 
-def _is_vector(space: gymnasium.Space) -> bool:
-    return isinstance(space, Box) and len(space.shape) == 1
+def _place(error: BaseException) -> str:
+    """Returns the file and the line that raised an error."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}, line {last.lineno}"

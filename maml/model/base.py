@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from maml.environment.distribution import Distribution
 from maml.model.linearized import Linearized, LinearizedByAutograd
 from maml.seeding import Stream
 from maml.types import Params
@@ -18,7 +19,12 @@ class Model(ABC):
     The first arguments of a subclass's constructor are ``in_shape``, the shape of one input, and ``out_dim``, the
     number of outputs; the domain supplies both. The last layer's parameters are called ``head.weight`` and
     ``head.bias``.
+
+    Class attributes:
+        distribution: the distribution of actions whose outputs the model gives, if it acts as a policy; None fits any.
     """
+
+    distribution: type[Distribution] | None = None
 
     @abstractmethod
     def init(self, stream: Stream) -> Params:

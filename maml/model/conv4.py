@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from maml.environment.distribution import Categorical
 from maml.errors import MamlError
 from maml.hardware.kernels import kernels_apply
 from maml.model.base import Model, glorot_uniform, zeros
@@ -43,6 +44,8 @@ class Conv4(Model):
     Raises:
         MamlError: if the images are too small for four halvings.
     """
+
+    distribution = Categorical
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from maml.environment.distribution import Gaussian
 from maml.errors import MamlError
 from maml.model.base import Model, zeros
 from maml.model.functional import Activation
@@ -32,13 +33,16 @@ class GaussianPolicy(Model):
         MamlError: if ``out_dim`` is odd.
     """
 
+    distribution = Gaussian
+
     def __init__(
         self, in_shape: Sequence[int], out_dim: int, hidden_sizes: list[Count], activation: Activation = "relu"
     ) -> None:
         if out_dim % 2:
             raise MamlError(
                 f"model=gaussian_policy outputs a mean and a standard deviation per action, so it cannot have the "
-                f"{out_dim} outputs of this domain; choose a domain of reinforcement learning, or another model"
+                f"{out_dim} outputs of this domain; choose a domain of reinforcement learning whose actions are real "
+                "numbers, or another model (for discrete actions model=categorical_policy)"
             )
         self.num_actions = out_dim // 2
         self.means = MLP(in_shape, self.num_actions, hidden_sizes, activation, weight_std=None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from maml.environment.distribution import Categorical
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.model.functional import linear, matmul
 from maml.seeding import Stream
@@ -23,6 +24,8 @@ class LSTM(Model):
         out_dim: number of outputs.
         hidden_size: number of units of the hidden state.
     """
+
+    distribution = Categorical
 
     def __init__(self, in_shape: Sequence[int], out_dim: int, hidden_size: Count = 40) -> None:
         self.num_features = num_elements(in_shape[1:])

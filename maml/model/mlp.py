@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from maml.environment.distribution import Categorical
 from maml.hardware.kernels import kernels_apply
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.model.functional import ACTIVATIONS, Activation, batch_norm, linear
@@ -28,6 +29,8 @@ class MLP(Model):
         weight_std: standard deviation of the normal initial weights, truncated at two standard deviations; None is
             Glorot uniform.
     """
+
+    distribution = Categorical
 
     def __init__(
         self,

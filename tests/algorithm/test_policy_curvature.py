@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +14,10 @@ from maml.algorithm.context_vector import ContextVector
 from maml.algorithm.maml import MAML
 from maml.algorithm.pretrain import Pretrain
 from maml.domain.point_navigation import PointNavigation
-from maml.domain.reinforcement import log_prob
+from maml.domain.reinforcement import Reinforcement
+from maml.environment.base import Environments, Transition
+from maml.environment.distribution import Categorical, Distribution
+from maml.environment.point import PointEnvironments
 from maml.inner.learned_sgd import LearnedSGD
 from maml.inner.sgd import SGD
 from maml.model.gaussian_policy import GaussianPolicy
@@ -24,13 +30,39 @@ from tests import algorithms
 Case = tuple[Algorithm, Tasks]
 
 
-def policy(activation: str, in_shape: tuple[int, ...], out_dim: int) -> GaussianPolicy:
+class Choices(PointEnvironments):
+    """A point that moves to one of three sides."""
+
+    action_dim = 1
+    _MOVES = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.8]])
+
+    @property
+    def distribution(self) -> Distribution:
+        return Categorical(3)
+
+    def step(self, actions: Tensor, living: Tensor) -> Transition:
+        return super().step(self._MOVES[actions[:, 0].long()], living)
+
+
+class ChoosingSides(PointNavigation):
+    """Point navigation with discrete actions."""
+
+    def make_environments(self) -> Environments:
+        return Choices()
+
+
+def policy(activation: str, in_shape: Sequence[int], out_dim: int) -> GaussianPolicy:
     return GaussianPolicy(in_shape, out_dim, hidden_sizes=[5, 4], activation=activation)  # type: ignore[arg-type]
+
+
+def choice_policy(activation: str, in_shape: Sequence[int], out_dim: int) -> MLP:
+    return MLP(in_shape, out_dim, [5, 4], activation, weight_std=None)  # type: ignore[arg-type]
 
 
 def made(kind: str, activation: str, num_steps: int) -> Case:
     """An algorithm in float64, with a meta-batch of rollouts of its policies."""
-    domain = PointNavigation(num_shots=2, horizon=12)
+    is_discrete = kind == "categorical"
+    domain = (ChoosingSides if is_discrete else PointNavigation)(num_shots=2, horizon=12)
     inner = (LearnedSGD if kind == "learned_sgd" else SGD)(
         0.1, num_steps, order=1 if kind == "fomaml" else 2, adapt=["*"]
     )
@@ -38,7 +70,7 @@ def made(kind: str, activation: str, num_steps: int) -> Case:
         inner = SGD(0.1, num_steps, order=2, adapt=["context"])
     parts = Parts(
         domain,
-        lambda *shapes: policy(activation, *shapes),
+        partial(choice_policy if is_discrete else policy, activation),
         inner,
         TRPO(),
         Stream(3),
@@ -78,7 +110,7 @@ def mean_kl(algorithm: Algorithm, tasks: Tasks, vector: Tensor) -> Tensor:
         return algorithm.task_losses(expand(like(vector, algorithm.theta), 3), tasks)[1]["kl"].mean()
 
 
-KINDS = ["maml", "fomaml", "pretrain", "context_vector", "learned_sgd"]
+KINDS = ["maml", "categorical", "fomaml", "pretrain", "context_vector", "learned_sgd"]
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
@@ -95,6 +127,31 @@ def test_curvature_is_the_hessian_of_the_divergence(kind: str, activation: str, 
         ours = flat(product(like(vector, algorithm.theta)))
         assert (ours - expected).abs().max() < 1e-6 * expected.abs().max()
     assert expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["maml", "categorical"])
+def test_inner_derivatives_are_autograds(kind: str) -> None:
+    algorithm, tasks = made(kind, "tanh", 1)
+    domain, model, theta = algorithm.domain, algorithm.model, flat(algorithm.theta)
+    assert isinstance(domain, Reinforcement)
+    rollouts = domain.data(tasks, "support", 0)
+
+    def loss(vector: Tensor) -> Tensor:
+        return domain.inner_loss(model, expand(like(vector, algorithm.theta), 3), rollouts)[1]
+
+    with torch.enable_grad():
+        gradient = torch.autograd.functional.jacobian(loss, theta)
+        hessian = torch.autograd.functional.hessian(loss, theta)
+    direction = torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours, product = domain.inner_derivatives(model, expand(algorithm.theta, 3), rollouts)
+    curved = product(expand(like(direction, algorithm.theta), 3))
+    again = domain.inner_hessian(model, expand(algorithm.theta, 3), rollouts)(
+        expand(like(direction, algorithm.theta), 3)
+    )
+    for found, expected in ((ours, gradient), (curved, hessian @ direction), (again, hessian @ direction)):
+        one = flat({name: found[name][1] for name in algorithm.theta})
+        torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-11)
+        assert expected.abs().max() > 1e-3
 
 
 def test_curvature_does_not_depend_on_the_chunks() -> None:
@@ -148,13 +205,6 @@ def test_inner_step_is_the_papers() -> None:
     *_, adapted = algorithm.inner_steps(expand(algorithm.theta, 3), tasks, 1, None, create_graph=False)
     for (name, value), gradient in zip(theta.items(), gradients, strict=True):
         assert torch.allclose(adapted[name][task], value + 0.1 * gradient, rtol=1e-6, atol=1e-9)
-
-
-def test_log_prob_is_of_the_unclipped_action() -> None:
-    outputs = torch.tensor([[0.5, -0.5, 0.1, -0.2]])
-    actions = torch.tensor([[3.0, -4.0]])
-    expected = torch.distributions.Normal(outputs[:, :2], outputs[:, 2:].exp()).log_prob(actions).sum(-1)
-    assert torch.allclose(log_prob(outputs, actions), expected)
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])

@@ -20,7 +20,11 @@ EXPERIMENT = "sinusoid_10shot"
         (["inner.step_sise=0.1"], "inner.step_sise is not a key: did you mean inner.step_size? allowed: step_size, "),
         (["num_iteration=5"], "num_iteration is not a key: did you mean num_iterations?"),
         (["inner=null"], "inner=null: no such file in conf/inner/; allowed: adam, "),
-        (["model=mpl"], "model=mpl: no such file in conf/model/: did you mean mlp? allowed: conv4, gaussian_policy, "),
+        (
+            ["model=mpl"],
+            "model=mpl: no such file in conf/model/: did you mean mlp? "
+            "allowed: categorical_policy, conv4, gaussian_policy, ",
+        ),
         (["+debug=smok"], "+debug=smok: no such file in conf/debug/: did you mean smoke?"),
         (
             ["+experiment=sinusoid_multitask"],

@@ -80,6 +80,11 @@ def test_option_says_what_it_sets_elsewhere() -> None:
         (Annotated[list[Count], MinLen(1)] | None, "list of integers or null", ["at least 1 entry", ">= 1"]),
         (tuple[Decay, Decay], "two numbers", [">= 0 and < 1", ">= 0 and < 1"]),
         (dict[str, Interval], "mapping of texts to two numbers", ["the first below the second"]),
+        (
+            dict[str, list[int] | dict[str, bool | str]],
+            "mapping of texts to lists of integers or mappings of texts to booleans or texts",
+            [],
+        ),
         (PositiveFloat | dict[int, PositiveFloat], "number or mapping of integers to numbers", ["> 0", "> 0"]),
         (Annotated[int, Ge(2)], "integer", [">= 2"]),
         (Literal[1, 2], "1 or 2", []),

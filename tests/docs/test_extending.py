@@ -17,6 +17,7 @@ RUNS = {
     "algorithm": "prototypical",
     "module": "SmallNet",
     "environment": "Pendulum",
+    "discrete": "Corridor",
 }
 
 

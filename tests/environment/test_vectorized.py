@@ -9,11 +9,14 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from gymnasium.spaces import Sequence as Words
 from torch import Tensor
 
+from maml.environment.distribution import Categorical
 from maml.environment.vectorized import VectorizedEnvironments
 from maml.errors import MamlError
+from maml.hardware.precision import use_precision
 from maml.seeding import Stream
 
 GRAVITIES = torch.tensor([[9.5], [1.25], [9.5], [4.0]])
@@ -135,7 +138,7 @@ def test_slowness_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "Pendulum-v1" in message and "slow" in message
 
 
-def counter_with_spaces(**spaces: gymnasium.Space) -> Any:
+def counter_with_spaces(**spaces: gymnasium.Space | None) -> Any:
     def build(limit: float) -> Counter:
         environment = Counter(limit)
         vars(environment).update(spaces)
@@ -151,11 +154,17 @@ def counter_with_spaces(**spaces: gymnasium.Space) -> Any:
         ("Pendulums-v1", ["g"], [9.5], "cannot be made .*Did you mean"),
         (Counter, ["limits"], [9.5], "Counter cannot be made .*unexpected keyword argument 'limits'"),
         ("Pendulum-v1", ["g"], [9.5, 1.0], "give a number for each"),
-        (counter_with_spaces(action_space=Discrete(2)), ["limit"], [1.0], r"action space Discrete\(2\)"),
+        (counter_with_spaces(action_space=MultiDiscrete([2, 3])), ["limit"], [1.0], "the 6 combinations, as Discrete"),
         (counter_with_spaces(action_space=Box(0, 3, (2,), np.int64)), ["limit"], [1.0], "int64.*floating dtype"),
         (counter_with_spaces(action_space=Box(-1, 1, (2, 2))), ["limit"], [1.0], "Box of one axis"),
-        (counter_with_spaces(observation_space=Dict(x=Box(0, 1))), ["limit"], [1.0], "observation space Dict.*Flatten"),
-        (counter_with_spaces(observation_space=Box(0, 1, (8, 8))), ["limit"], [1.0], "observation space Box.*Flatten"),
+        (counter_with_spaces(observation_space=None), ["limit"], [1.0], "has the observation space None, which"),
+        (counter_with_spaces(action_space=None), ["limit"], [1.0], "has the action space None, but policies here"),
+        (
+            counter_with_spaces(observation_space=Words(Box(0, 1))),
+            ["limit"],
+            [1.0],
+            "observation space Seq.* fixed length",
+        ),
     ],
 )
 def test_unsuitable_environment_is_refused(
@@ -223,3 +232,107 @@ def test_horizon_replaces_the_limit_of_an_id() -> None:
     environments.reset(torch.tensor([[9.5]]), streams(1))
     ended = [bool(environments.step(torch.zeros(1, 1), torch.arange(1)).terminated) for _ in range(3)]
     assert ended == [False, False, True]
+
+
+class Chain(gymnasium.Env):
+    """Places from 0 to ``length`` - 1; the three actions go left, stay and go right. It fails at a place."""
+
+    def __init__(self, length: int = 5, fails_at: int = -1, fails_in: str = "step") -> None:
+        assert isinstance(length, int), "an integer"
+        self.observation_space, self.action_space = Discrete(length), Discrete(3, start=-1)
+        self.length, self.fails_at, self.fails_in = length, fails_at, fails_in
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict]:
+        super().reset(seed=seed)
+        if self.fails_in == "reset":
+            raise RuntimeError("the simulator\nhas crashed")
+        self.place = 0
+        return self.place, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict]:
+        assert self.action_space.contains(action)
+        self.place = int(np.clip(self.place + action, 0, self.length - 1))
+        if self.place == self.fails_at:
+            raise RuntimeError("the simulator\nhas crashed")
+        return self.place, float(self.place), False, False, {}
+
+
+def test_discrete_actions_and_observations_are_numbers_and_one_hot() -> None:
+    environments = VectorizedEnvironments(Chain, [], [])
+    distribution = environments.distribution
+    assert isinstance(distribution, Categorical) and distribution.num_outputs == 3
+    assert (environments.observation_dim, environments.action_dim) == (5, 1)
+    first = environments.reset(torch.zeros(2, 0), streams(2))
+    assert first.dtype == torch.float32 and first.tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]] * 2
+    transition = environments.step(torch.tensor([[2.0], [0.0]]), torch.arange(2))
+    assert transition.observations.argmax(1).tolist() == transition.rewards.tolist() == [1, 0]
+
+
+def test_flattened_observations_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        VectorizedEnvironments(Chain, [], [])
+    assert "Chain: its observations, a Discrete, are flattened to vectors of 5 numbers" in caplog.messages
+
+
+def crashing(goal: float) -> Chain:
+    """An environment whose task decides where it fails; -2 is in reset."""
+    return Chain(fails_at=round(goal), fails_in="reset" if goal == -2 else "step")
+
+
+def test_failing_step_is_named_with_its_task() -> None:
+    environments = VectorizedEnvironments(crashing, ["goal"], [-1.0])
+    environments.reset(torch.tensor([[-1.0], [2.0]]), streams(2))
+    right = torch.full((2, 1), 2.0)
+    environments.step(right, torch.arange(2))
+    message = (
+        r"^crashing with {'goal': 2.0} fails in step 2 of an episode: RuntimeError: the simulator has crashed "
+        r"\(test_vectorized\.py, line \d+\)"
+    )
+    with pytest.raises(MamlError, match=message):
+        environments.step(right, torch.arange(2))
+
+
+def test_failing_reset_is_named_with_its_task() -> None:
+    environments = VectorizedEnvironments(crashing, ["goal"], [-1.0])
+    with pytest.raises(MamlError, match=r"^crashing with {'goal': -2.0} fails in reset: RuntimeError: the simulator"):
+        environments.reset(torch.tensor([[-1.0], [-2.0]]), streams(2))
+
+
+def test_failing_constructor_is_named_with_its_task() -> None:
+    def make(limit: float) -> Chain:
+        raise KeyError("no such map")
+
+    with pytest.raises(MamlError, match=r"^make cannot be made with {'limit': 1.0} \('no such map'\)"):
+        VectorizedEnvironments(make, ["limit"], [1.0])
+
+
+def test_tasks_whose_spaces_differ_are_refused() -> None:
+    environments = VectorizedEnvironments(Chain, ["length"], [5.0], keywords=lambda goal: {"length": round(goal[0])})
+    environments.check([5.0])
+    message = r"Chain with {'length': 7} has observations of length 7 .*but with {'length': 5} other ones, of length 5"
+    with pytest.raises(MamlError, match=message):
+        environments.check([7.0])
+    with pytest.raises(MamlError, match=message):
+        environments.reset(torch.tensor([[5.0], [7.0]]), streams(2))
+
+
+def test_observation_of_another_shape_than_its_space_is_named() -> None:
+    class Grows(Counter):
+        def step(self, action: np.ndarray) -> Any:
+            observation, *rest = super().step(action)
+            return np.append(observation, 0.0) if self.sum[0] > 2 else observation, *rest
+
+    environments = VectorizedEnvironments(Grows, ["limit"], [9.0])
+    environments.reset(torch.tensor([[9.0]]), streams(1))
+    with pytest.raises(MamlError, match=r"Grows .* in step 3 .* shape \(3,\), its space says \(2,\)"):
+        for _ in range(3):
+            environments.step(torch.ones(1, 1), torch.arange(1))
+
+
+def test_observations_and_rewards_have_the_default_type() -> None:
+    with use_precision("float64"):
+        environments = VectorizedEnvironments("Pendulum-v1", ["g"], [9.5])
+        first = environments.reset(torch.tensor([[9.5]]), streams(1))
+        transition = environments.step(torch.ones(1, 1), torch.arange(1))
+    assert first.dtype == transition.observations.dtype == transition.rewards.dtype == torch.float64
+    assert transition.rewards.float().double() != transition.rewards, "not rounded to float32 on the way"

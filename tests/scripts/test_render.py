@@ -6,6 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -124,7 +125,8 @@ def test_episode_is_the_batchs_where_start_and_noise_are_the_same(monkeypatch: p
         noise = Stream(tasks["keys"]).child("step").child(1).child(0).child("actions").normal((12, 2))[0]
         monkeypatch.setattr(Stream, "normal", lambda self, shape: noise)
         environment = algorithm.domain.make_single(tasks["goals"][0], "rgb_array")
-        frames = SCRIPT["run_episode"](environment, algorithm.model, params, torch.zeros(0), 12)
+        distribution = algorithm.domain.distribution
+        frames = SCRIPT["run_episode"](environment, distribution, algorithm.model, params, torch.zeros(0), 12)
     assert frames[-1].time == 12
     assert frames[-1].total_reward == pytest.approx(tasks["step_1.returns"].item(), rel=1e-5)
 
@@ -162,6 +164,24 @@ def test_opengl_that_does_not_start_names_variable_and_packages(monkeypatch: pyt
     monkeypatch.setenv("MUJOCO_GL", "egl")
     with pytest.raises(MamlError, match=r"MUJOCO_GL=egl .*eglQueryString.* libegl1 .* libosmesa6"):
         SCRIPT["first_picture"](Broken())
+
+
+def test_missing_package_of_a_picture_is_named() -> None:
+    class Broken:
+        unwrapped = None
+
+        def render(self) -> None:
+            raise gymnasium.error.DependencyNotInstalled("pygame is not installed, run `pip install pygame`")
+
+    with pytest.raises(MamlError, match=r"cannot be drawn: pygame is not installed, run `pip install pygame`$"):
+        SCRIPT["first_picture"](Broken())
+
+
+def test_environment_that_says_no_speed_has_a_picture_for_each_step() -> None:
+    class Silent:
+        metadata: dict[str, int] = {}
+
+    assert SCRIPT["_steps_per_frame"](Silent()) == 1
 
 
 def test_what_cannot_be_shown_is_said(tmp_path: Path) -> None:
