@@ -371,7 +371,6 @@ class Evaluation:
 
         After each step of a chunk, it calls ``show`` with the share that is done.
         """
-        domain, model = algorithm.domain, algorithm.model
         device = next(iter(algorithm.theta.values())).device
         theta = self.choose_theta(algorithm)
         parts: dict[str, list[Tensor]] = {}
@@ -381,9 +380,7 @@ class Evaluation:
             start_params = algorithm.params_per_task(num_tasks(tasks), theta)
             adaptation = algorithm.adapt(start_params, tasks, self.num_steps, step_sizes)
             for step, adapted in enumerate(adaptation):
-                support = domain.data(tasks, "support", step)
-                query = domain.data(tasks, "query", step)
-                for name, value in domain.measure(model, adapted, support, query, step).items():
+                for name, value in algorithm.measure(adapted, tasks, step).items():
                     steps.setdefault(name, []).append(value)
                 num_done = start + num_tasks(tasks) * (step + 1) / (self.num_steps + 1)
                 show(num_done / num_tasks(bank))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from maml.algorithm.base import Parts
 from maml.algorithm.classifier import Classifier
 from maml.model.base import Model
-from maml.model.conv4 import Conv4
+from maml.model.functional import cosine_similarity
 from maml.seeding import Stream
-from maml.types import Params, Tasks
+from maml.types import Params, Tasks, without_copies
 
 
 class NearestNeighbor(Classifier):
@@ -30,7 +29,8 @@ class NearestNeighbor(Classifier):
     ) -> Iterator[Params]:
         """Yields the parameters with the features of the support images added; gradient steps change nothing."""
         support = self.domain.data(tasks, "support")
-        params = params | {"support.features": self.classifier.features(params, support.x)}
+        features = self.classifier.features(without_copies(params), support.x)
+        params = params | {"support.features": features}
         for _ in range(num_steps + 1):
             yield params
 
@@ -38,14 +38,13 @@ class NearestNeighbor(Classifier):
 class _CosineSimilarity(Model):
     """Scores a class by the cosine similarity of its most similar support image."""
 
-    def __init__(self, network: Conv4, num_ways: int) -> None:
+    def __init__(self, network: Model, num_ways: int) -> None:
         self.network, self.num_ways = network, num_ways
 
     def init(self, stream: Stream) -> Params:
         return self.network.init(stream)
 
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
-        features = F.normalize(self.network.features(params, x), dim=-1)
-        support = F.normalize(params["support.features"], dim=-1)
-        similarity = features @ support.transpose(1, 2)  # (T, Q, K * N): K blocks of N classes
+        features = self.network.features(without_copies(params), x)
+        similarity = cosine_similarity(features, params["support.features"])  # (T, Q, K * N): K blocks of N classes
         return similarity.unflatten(-1, (-1, self.num_ways)).amax(-2)

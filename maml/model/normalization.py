@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from maml.hardware.kernels import call, compiled
-from maml.model.functional import BATCH_NORM_EPS
+from maml.model.functional import BATCH_NORM_EPS, for_tasks
 
 Windows = Literal["none", "max", "max_keep_odd"]
 """The windows of which the largest value is kept: none; 2x2 pixels; these, and those of an odd last row and column."""
@@ -37,15 +37,16 @@ def norm_relu(z: Tensor, shift: Tensor, scale: Tensor | None = None, windows: Wi
 
     Args:
         z: ``(T, S, ..., C)``; with windows ``(T, S, H, W, C)``.
-        shift: ``(T, C)``.
-        scale: ``(T, C)``; None does not scale.
+        shift: ``(T, C)``, or ``(G, C)`` if tasks share it.
+        scale: as the shift; None does not scale.
         windows: how to pool.
 
     Returns:
         ``(T, S, ..., C)``, with windows about half as high and wide.
     """
     pixels = z.flatten(1, -2)[:, None, None] if windows == "none" else z
-    scale = torch.ones_like(shift) if scale is None else scale
+    shift = for_tasks(shift, len(z))
+    scale = torch.ones_like(shift) if scale is None else for_tasks(scale, len(z))
     # Here, and not in the functions below: what a function saves has to be an input, or its derivative is lost.
     y = _NormReLU.apply(pixels.contiguous(), shift.contiguous(), scale.contiguous(), windows)
     return y.view_as(z) if windows == "none" else y
