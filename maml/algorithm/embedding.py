@@ -21,7 +21,7 @@ SUPPORT = "support.features"
 """The name under which adapted parameters hold the embeddings of the support images, ``(T, K, N, D)``."""
 
 Scores = Callable[[Params, Tensor, Tensor], Tensor]
-"""Scores of the classes, ``(T, Q, N)``, from parameters, support ``(T, K, N, D)`` and query ``(T, Q, D)`` embeddings."""
+"""Computes scores of the classes, ``(T, Q, N)``, as `Embedding.scores` does."""
 
 
 class Embedding(Algorithm):
