@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,13 +40,21 @@ from tests.runs import ROOT, TinyRuns, assert_same_run
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+def _smoke(name: str) -> Any:
+    """The same with more shots, or another goal of the ant, takes seconds and shows little more."""
+    is_slow = name.startswith(("mini_imagenet_5way_5shot", "cifar_fs_5way_5shot", "ant_velocity"))
+    return pytest.param(name, marks=pytest.mark.slow if is_slow else ())
+
+
+@pytest.mark.parametrize("name", [_smoke(name) for name in EXPERIMENTS])
 def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -> None:
     places = [f"runs_dir={tmp_path}", f"cache_dir={cache_dir}", "hardware=cpu", "hardware.num_threads=1"]
     # Rollouts are what an RL experiment's time goes into.
     few = ["domain.num_shots=2", "evaluation.num_shots=[2]"] if name.startswith(("point", "cheetah", "ant")) else []
     if "multitask" in name:  # Regressors that have to be good take thousands of steps.
         few = ["algorithm.max_error=100", "algorithm.num_steps=200"]
+    if name.endswith("reptile"):  # It takes 50 steps in meta-test.
+        few = ["evaluation.num_steps=5"]
     config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
     if "num_filters" in config.model:  # An image experiment spends its time in convolutions.
         config = replace(config, model={**config.model, "num_filters": 4})

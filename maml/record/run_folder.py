@@ -33,13 +33,14 @@ from maml.config.source import changed_code, code_hashes
 from maml.errors import MamlError
 from maml.hardware import distributed
 from maml.record import checkpoint, lock
+from maml.record.classes import TABLES
 
 LOG = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "gymnasium", "mujoco")
 # The files of a run folder, and of a folder of another evaluation in it.
 _RUN_FILES = ("run.json", "metrics.jsonl", "lock", "checkpoint.pt", "checkpoint.new.pt", "checkpoint.previous.pt")
-_EVALUATION_FILES = ("config.yaml", "report.json", "tasks.csv", "report.png")
+_EVALUATION_FILES = ("config.yaml", "report.json", "tasks.csv", "report.png", *TABLES)
 # The entries that are read, and their types.
 _RECORD: dict[str, Any] = {
     "run_id": str,
@@ -75,16 +76,18 @@ class RunFolder:
     Args:
         settings: the run's settings.
         experiment: name of the experiment.
+        data_digest: a hash of the run's data set, which its record keeps; None if it has none.
 
     Attributes:
         run_id: hash of the training settings.
         path: the run's folder.
         checkpoint_path: the newest checkpoint.
+        tables: the csv files that the evaluation writes.
         is_trained: whether only the evaluation, or its end, was left to do when the folder was opened.
     """
 
-    def __init__(self, settings: Settings, experiment: str) -> None:
-        self.settings, self.experiment = settings, experiment
+    def __init__(self, settings: Settings, experiment: str, data_digest: str | None = None) -> None:
+        self.settings, self.experiment, self.data_digest = settings, experiment, data_digest
         self.training_config = training_config(settings)
         self.run_id = digest(self.training_config)
         self.path = self._find(settings.run_dir, Path(settings.runs_dir))
@@ -94,7 +97,13 @@ class RunFolder:
         self._record: dict[str, Any] = {}
         self._report_folder = self.path
         self._ended: float | None = None
+        self.tables = ("tasks.csv", *(TABLES if settings.evaluation.get("per_class") else ()))
         self.is_trained = False
+
+    @property
+    def _key(self) -> str:
+        """The key that says where the folder is."""
+        return "run_dir" if self.settings.run_dir else "runs_dir"
 
     def _find(self, run_dir: str | None, runs_dir: Path) -> Path:
         """Returns ``run_dir`` if it is set, or the folder of an equal run of any experiment, or a new folder."""
@@ -121,7 +130,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MamlError(
-                f"the run folder {self.path} cannot be created ({error.strerror}); change runs_dir"
+                f"the run folder {self.path} cannot be created ({error.strerror}); change {self._key}"
             ) from error
         self._lock = self._acquire()
         try:
@@ -151,7 +160,7 @@ class RunFolder:
         found = self._find_report()
         if found is not None:
             self._report_folder = found[1]
-        is_evaluated = found is not None and (found[1] / "tasks.csv").exists()
+        is_evaluated = found is not None and not self._missing_tables(found[1])
         self.is_trained = bool(earlier) and (
             is_evaluated or (bool(saved) and iteration >= self.settings.num_iterations)
         )
@@ -182,6 +191,8 @@ class RunFolder:
         }
         if code := code_hashes(self.settings):
             segment["code"] = code
+        if self.data_digest:
+            segment["data"] = self.data_digest
         self._record |= {
             "algorithm": algorithm,
             "command": command,
@@ -216,13 +227,16 @@ class RunFolder:
                     f"{folder} has a report, but {self.path} has neither run.json nor a checkpoint; restore one of "
                     "them, or delete the folder to train again"
                 )
-            if not (folder / "tasks.csv").exists():
+            if missing := self._missing_tables(folder):
                 raise MamlError(
-                    f"{folder / 'tasks.csv'} is missing, and {self.path} has no checkpoint to evaluate again; restore "
+                    f"{folder / missing[0]} is missing, and {self.path} has no checkpoint to evaluate again; restore "
                     "one of them, or delete the folder to train again"
                 )
             return saved, record, None
         return saved, record, self._check_metrics(saved["iteration"] if saved else 0, record, warn)
+
+    def _missing_tables(self, folder: Path) -> list[str]:
+        return [name for name in self.tables if not (folder / name).exists()]
 
     def missing(self) -> set[str]:
         """Returns what is left to do until the run is finished with these evaluation settings.
@@ -240,32 +254,32 @@ class RunFolder:
             return {"report.json"}
         _, folder = found
         # Another evaluation's config.yaml is written last.
-        files = {"tasks.csv", "report.png"} | ({"config.yaml"} if folder != self.path else set())
+        files = {*self.tables, "report.png"} | ({"config.yaml"} if folder != self.path else set())
         missing = {name for name in files if not (folder / name).exists()}
         return missing | ({"status"} if record is None or record["status"] != "finished" else set())
 
-    def check_code(self, checkpoint_file: Path | None = None) -> None:
-        """Checks that the code of the user's own classes is that with which the run was trained. Writes nothing.
+    def check_sources(self, checkpoint_file: Path | None = None) -> None:
+        """Checks that data and the code of the user's own classes are those of the training. Writes nothing.
 
-        Runs that were recorded without hashes of their code pass.
+        Runs that were recorded without hashes of them pass.
 
         Args:
             checkpoint_file: a checkpoint that is evaluated instead of the run's own; its folder has the record.
 
         Raises:
-            MamlError: if the code has changed and ``changed_code`` is ``refuse``; with ``accept`` this is a warning.
+            MamlError: if one has changed and ``changed_sources`` is ``refuse``; with ``accept`` this is a warning.
         """
         folder = self.path if checkpoint_file is None else checkpoint_file.parent
-        names = ", ".join(code_changed_since(folder, self.settings))
-        if not names:
+        changes = " and ".join(changed_since(folder, self.settings, self.data_digest))
+        if not changes:
             return
-        if self.settings.changed_code == "accept":
-            LOG.warning("the code of %s has changed since %s was trained; changed_code=accept uses it", names, folder)
+        if self.settings.changed_sources == "accept":
+            LOG.warning("%s since %s was trained; changed_sources=accept uses it", changes, folder)
             return
         raise MamlError(
-            f"the code of {names} has changed since {folder} was trained, so its numbers belong to the old code. To "
-            "train anew, give another run_dir= or delete the folder; to go on, undo the change, or set "
-            "changed_code=accept if it does not change what is computed"
+            f"{changes} since {folder} was trained, so its numbers belong to what was there before. To train anew, "
+            "give another run_dir= or delete the folder; to go on, undo the change, or set changed_sources=accept if "
+            "it does not change what is computed"
         )
 
     def check_free(self) -> None:
@@ -282,7 +296,7 @@ class RunFolder:
             acquired = lock.acquire(self.path / "lock", timeout=0.2)
         except OSError as error:
             raise MamlError(
-                f"the run folder {self.path} cannot be written ({error.strerror}); change runs_dir"
+                f"the run folder {self.path} cannot be written ({error.strerror}); change {self._key}"
             ) from error
         if acquired is None:
             raise self._held()
@@ -376,7 +390,13 @@ class RunFolder:
                 self._lock.release()
                 self._lock = None
 
-    def save_report(self, report: Mapping[str, Any], tasks: list[dict[str, Any]], parent: Path | None = None) -> Path:
+    def save_report(
+        self,
+        report: Mapping[str, Any],
+        tasks: list[dict[str, Any]],
+        parent: Path | None = None,
+        more: Mapping[str, list[dict[str, Any]]] | None = None,
+    ) -> Path:
         """Writes ``report.json`` and ``tasks.csv`` and returns their folder.
 
         The first evaluation of the fully trained run is written to the run's folder. Every other one gets its own
@@ -387,6 +407,7 @@ class RunFolder:
             report: the report of an evaluation.
             tasks: its rows of ``tasks.csv``, one per task and curve.
             parent: folder of ``evaluations/``, for an evaluation of a checkpoint file; None is the run's folder.
+            more: rows of other csv files, by name.
         """
         settings = {"iteration": report["iteration"], **report["evaluation"]}
         first = None if parent is not None else _read_report(self.path / "report.json")
@@ -405,11 +426,8 @@ class RunFolder:
             checkpoint.remove_leftovers(folder)
             self._write_config(folder)
         self._report_folder = folder
-        table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(tasks[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(tasks)
-        checkpoint.write_atomically(folder / "tasks.csv", lambda file: file.write(table.getvalue().encode()))
+        for name, rows in {**(more or {}), "tasks.csv": tasks}.items():
+            _write_table(folder / name, rows)
         checkpoint.write_atomically(
             folder / "report.json", lambda file: file.write((json.dumps(report, indent=2) + "\n").encode())
         )
@@ -512,21 +530,36 @@ class NonWritingRunFolder(RunFolder):
     def close(self, status: str) -> None: ...
 
 
-def code_changed_since(folder: Path, settings: Settings) -> list[str]:
-    """Returns the user's classes whose code has changed since a run was trained.
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    checkpoint.write_atomically(path, lambda file: file.write(table.getvalue().encode()))
+
+
+def changed_since(folder: Path, settings: Settings, data_digest: str | None = None) -> list[str]:
+    """Says in words what has changed since a run was trained: the code of the user's classes, or the data set.
 
     Args:
-        folder: the run's folder; without a record of its code by this version of Python, nothing has changed.
+        folder: the run's folder; without a record of its code by this version of Python, no code has changed.
         settings: the run's settings.
+        data_digest: a hash of the data set; None does not compare it.
 
     Raises:
         MamlError: if ``run.json`` is damaged.
     """
     earlier: dict[str, str] = {}
+    earlier_data = data_digest
     for segment in (read_json(folder / "run.json") or {}).get("segments", ()):
+        earlier_data = segment.get("data", earlier_data)
         if _minor(segment.get("versions", {}).get("python", "")) == _minor(platform.python_version()):
             earlier |= segment.get("code", {})
-    return changed_code(earlier, code_hashes(settings)) if earlier else []
+    names = changed_code(earlier, code_hashes(settings)) if earlier else []
+    changes = [f"the code of {', '.join(names)} has changed"] if names else []
+    if data_digest and earlier_data != data_digest:
+        changes.append(f"the data of {settings.domain['_target_']} have changed")
+    return changes
 
 
 def _minor(version: str) -> list[str]:
