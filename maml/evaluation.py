@@ -371,7 +371,7 @@ class Evaluation:
 
         After each step of a chunk, it calls ``show`` with the share that is done.
         """
-        device = next(iter(algorithm.theta.values())).device
+        device = algorithm.stream.device
         theta = self.choose_theta(algorithm)
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, num_tasks(bank), chunk):
