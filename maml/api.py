@@ -274,8 +274,9 @@ class Network:
         Args:
             x: S inputs, ``(S, *in_shape)``. Images with one channel may be ``(S, H, W)``. Pixels are floats in 0 to 1,
                 or the integers of the data set (Omniglot: paper 0, ink 1; photos: 0 to 255).
-            y: in classification, one label per input, of any hashable type: N classes with K examples each, in any
-                order; the classes of a table are those of its training. In regression, the targets, ``(S, D)``.
+            y: in classification, one label per input, of any hashable type: 2 to N classes with K examples each, in
+                any order. N is that of training; algorithms that compare images, such as `NearestNeighbor`, take more.
+                The classes of a table are those of its training. In regression, the targets, ``(S, D)``.
             num_steps: number of gradient steps; None is that of meta-test.
 
         Returns:
@@ -293,9 +294,10 @@ class Network:
             )
         inputs, classes = self.prepare(x), None
         if isinstance(domain, FewShotClassification):
-            classes, targets, order = _in_blocks(y, len(inputs), domain.num_ways)
+            most = domain.out_dim if self.algorithm.fixes_ways else None
+            classes, targets, order = _in_blocks(y, len(inputs), most)
             targets = targets.to(self.device)
-            inputs, num_shots = inputs[order], len(inputs) // domain.num_ways
+            inputs, num_shots = inputs[order], len(inputs) // len(classes)
         elif isinstance(domain, Table) and domain.classes is not None:
             classes, num_shots = [*domain.classes], len(inputs)
             targets = _class_numbers(y, num_shots, classes).to(self.device)
@@ -379,17 +381,22 @@ def _floats(values: Tensor, name: str, device: torch.device) -> Tensor:
     return floats
 
 
-def _in_blocks(labels: Any, count: int, num_ways: int) -> tuple[list[Hashable], Tensor, Tensor]:
+def _in_blocks(labels: Any, count: int, most: int | None) -> tuple[list[Hashable], Tensor, Tensor]:
     """Sorts examples into K blocks with one example of each of N classes, as in a drawn task.
 
     Examples that are sorted already keep their order.
+
+    Args:
+        labels: one label per example.
+        count: number of examples.
+        most: the largest N; None is any.
 
     Returns:
         The classes, in the order of their first example; the class number of each sorted example, ``(S,)``; and the
         positions of the sorted examples, ``(S,)``.
 
     Raises:
-        MamlError: if there are not N classes with K examples each.
+        MamlError: if there are not K examples of each class, only one class, or too many.
     """
     labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
     if len(labels) != count:
@@ -397,8 +404,11 @@ def _in_blocks(labels: Any, count: int, num_ways: int) -> tuple[list[Hashable], 
     examples: dict[Hashable, list[int]] = {}
     for position, label in enumerate(labels):
         examples.setdefault(label, []).append(position)
-    if len(examples) != num_ways:
-        raise MamlError(f"this network tells {num_ways} classes apart, the labels have {len(examples)}")
+    num_ways = len(examples)
+    if most is not None and num_ways > most:
+        raise MamlError(f"this network tells {most} classes apart, the labels have {num_ways}")
+    if num_ways < 2:
+        raise MamlError(f"there is nothing to tell apart: the labels have {num_ways} class; give two or more")
     if len({len(positions) for positions in examples.values()}) > 1:
         counts = ", ".join(f"{len(positions)} of {label!r}" for label, positions in examples.items())
         raise MamlError(f"every class needs the same number of examples, but there are {counts}")
@@ -459,13 +469,16 @@ class Predictor:
 
     @torch.no_grad()
     def outputs(self, x: Inputs, transductive: bool = False) -> Tensor:
-        """Returns the outputs of the adapted network, ``(Q, out_dim)``.
+        """Returns the outputs of the adapted network, ``(Q, N)`` for N classes; in regression, ``(Q, D)``.
 
         In regression they are always transductive, as in meta-test.
         """
         inputs = self.network.prepare(x)
-        if transductive or self.classes is None:
+        if self.classes is None:
             return self.network.model(self.params, inputs.unsqueeze(0))[0]
+        ways = len(self.classes)  # of a task with fewer classes than in training, only these outputs have a meaning
+        if transductive:
+            return self.network.model(self.params, inputs.unsqueeze(0))[0, :, :ways]
         both = torch.cat([self.support, inputs]).unsqueeze(0)
         count = len(self.support)
-        return self.network.model(self.params, both, num_reference=count)[0, count:]
+        return self.network.model(self.params, both, num_reference=count)[0, count:, :ways]

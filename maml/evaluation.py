@@ -164,6 +164,9 @@ class Evaluation:
             authors, in domains where that is possible. Validation tasks are always drawn from ``bank_seed``.
         theta: which theta to evaluate: the ``last`` one or, in domains whose training keeps it, the ``best`` by its
             training returns.
+        num_ways: N of the tasks, in domains whose tasks draw their own classes; None is the domain's, as in training.
+            With a smaller N, tasks have the labels 0 to N - 1 of the network. A larger one needs an algorithm that
+            does not fix it.
     """
 
     def __init__(
@@ -178,6 +181,7 @@ class Evaluation:
         bank_seed: Seed = 0,
         theta: Literal["last", "best"] = "last",
         bank: Literal["seeded", "authors"] = "seeded",
+        num_ways: Annotated[int, Ge(2)] | None = None,
     ) -> None:
         if isinstance(step_size, list) and len(step_size) != num_steps:
             raise MamlError(
@@ -199,7 +203,7 @@ class Evaluation:
                 "for others; set evaluation.bank=seeded, or bank_seed=0"
             )
         self.num_tasks, self.num_steps = num_tasks, num_steps
-        self.num_shots, self.num_query = num_shots, num_query
+        self.num_ways, self.num_shots, self.num_query = num_ways, num_shots, num_query
         self.step_size, self.search = step_size, search
         self.split, self.bank_seed, self.theta = split, bank_seed, theta
         self.uses_authors_bank = bank == "authors"
@@ -232,9 +236,11 @@ class Evaluation:
             split: which tasks; None is the evaluation's own split.
 
         Raises:
-            MamlError: if the domain has too little data, or if the authors' bank is asked for and the domain cannot
-                rebuild it.
+            MamlError: if the domain has too little data, if the authors' bank is asked for and the domain cannot
+                rebuild it, or if ``num_ways`` is set and its tasks do not draw classes.
         """
+        if self.num_ways is not None:
+            domain = domain.with_ways(self.num_ways)
         count, split, num_query = num_tasks or self.num_tasks, split or self.split, self.num_query or num_shots
         if self.uses_authors_bank and split == "test":
             if num_query != num_shots:
@@ -242,17 +248,27 @@ class Evaluation:
             return domain.authors_test_tasks(count, num_shots)
         return domain.sample_tasks(count, Stream(self.bank_seed).child("bank"), split, num_shots, num_query)
 
-    def check(self, domain: Domain[Any], keeps_best: bool = False) -> None:
+    def check(self, domain: Domain[Any], keeps_best: bool = False, fixes_ways: bool = True) -> None:
         """Checks, before any training, that the evaluation is possible on a domain.
 
         Args:
             domain: the domain.
             keeps_best: whether training keeps the theta that is best on validation tasks.
+            fixes_ways: whether the network has one output for each class of a training task.
 
         Raises:
             MamlError: if the domain has too little data at some K or lacks the authors' bank, if some K has no step
-                size, or if the best theta is evaluated and training does not keep it.
+                size, if tasks have more classes than the network has outputs, or if the best theta is evaluated and
+                training does not keep it.
         """
+        if self.num_ways is not None:
+            domain.with_ways(self.num_ways)  # refuses domains whose tasks do not draw classes
+            if fixes_ways and self.num_ways > domain.out_dim:
+                raise MamlError(
+                    f"evaluation.num_ways={self.num_ways}, but the network has an output for each of the "
+                    f"{domain.out_dim} classes of a training task; lower it, or choose an algorithm that compares "
+                    "images (algorithm=nearest_neighbor)"
+                )
         if self.theta == "best" and not (domain.selected_by or keeps_best):
             raise MamlError(
                 f"evaluation.theta=best, but training on {type(domain).__name__} keeps the last theta only; choose "
@@ -263,6 +279,8 @@ class Evaluation:
             try:
                 # One task shows whether there is enough data. The authors' bank also has a limited number of tasks.
                 self.bank(domain, num_shots, num_tasks=None if self.uses_authors_bank else 1)
+                if self.search:
+                    self.bank(domain, num_shots, num_tasks=1, split="val")
             except MamlError as error:
                 raise MamlError(
                     f"evaluation at K={num_shots}, num_query={self.num_query or num_shots}: {error}"

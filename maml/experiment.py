@@ -159,7 +159,7 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
         seed_settings = settings.for_seed(seed)
         algorithm = first if seed == settings.seed else build_algorithm(seed_settings, hardware, domain)
         learner = Learner(seed_settings, experiment, algorithm)
-        evaluation.check(domain, keeps_best=settings.validate_every is not None)
+        evaluation.check(domain, settings.validate_every is not None, algorithm.fixes_ways)
         checkpoint_file = Path(settings.checkpoint) if settings.checkpoint else None
         distributed.on_rank_zero(partial(learner.folder.check_code, checkpoint_file))
         if settings.mode == "eval":
@@ -396,9 +396,10 @@ def print_report(report: Mapping[str, Any], algorithm: str, judgements: Sequence
     done, planned = report["iteration"], report["num_iterations"]
     budget = "" if done == planned else f"  (reduced budget: {done} of {planned} iterations)"
     print(f"{report['experiment']} {report['run_id']}, {algorithm}, seed {report['seed']}{budget}")
-    rows = []
+    rows, ways = [], report["evaluation"].get("evaluation.num_ways")
+    shots = f"{ways} ways, K" if ways else "K"
     for curve in report["curves"]:
-        title = f"  {curve['metric']}, K={curve['num_shots']}, {curve['steps'][0]['num_tasks']} tasks"
+        title = f"  {curve['metric']}, {shots}={curve['num_shots']}, {curve['steps'][0]['num_tasks']} tasks"
         judged = [each for each in judgements if (each.metric, each.num_shots) == (curve["metric"], curve["num_shots"])]
         rows.append((title, "paper", "verdict") if judged else (title, "", ""))
         for step in curve["steps"]:

@@ -217,7 +217,8 @@ def tolerance(reading: Reading, reevaluation: Reevaluation) -> float:
     domain, evaluation = reevaluation.algorithm.domain, reevaluation.evaluation
     if isinstance(domain, FewShotClassification):
         num_query = evaluation.num_query or reevaluation.curve.num_shots
-        return 1 / (min(600, evaluation.num_tasks) * domain.num_ways * num_query) + _ROUNDING
+        num_ways = evaluation.num_ways or domain.num_ways
+        return 1 / (min(600, evaluation.num_tasks) * num_ways * num_query) + _ROUNDING
     if domain.on_policy:
         return reading.ci95 or 0.0
     return _RELATIVE * abs(reading.mean or 0.0)

@@ -242,6 +242,32 @@ def test_own_images_in_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @may_be_unfinished
+def test_fewer_classes_than_in_training_are_those_of_meta_test_with_fewer_ways(tiny_images: TinyRuns) -> None:
+    network = maml.load(OMNIGLOT)
+    config = compose_experiment(OMNIGLOT, ("evaluation.num_ways=3",))
+    config = replace(config, domain={**config.domain, "cache_dir": str(tiny_images.cache_dir)})
+    _, found = by_the_framework(network, config, task=4, num_shots=1)
+    predictor = network.adapt(found["support"].x[0], list("abc"))
+    assert same(predictor.params, found["params"])
+    query, truth = found["query"].x[0], ["abc"[number] for number in found["query"].y[0]]
+    for transductive, metric in [(True, "accuracy_transductive"), (False, "accuracy_inductive")]:
+        labels = predictor(query, transductive)
+        assert np.mean([a == b for a, b in zip(labels, truth, strict=True)]) == pytest.approx(found["measured"][metric])
+        assert predictor.probabilities(query, transductive).shape == (3, 3)
+    with pytest.raises(MamlError, match="nothing to tell apart: the labels have 1 class"):
+        network.adapt(found["support"].x[0], list("aaa"))
+
+
+@may_be_unfinished
+def test_network_that_compares_images_takes_more_classes_than_in_training(tiny_images: TinyRuns) -> None:
+    folder = tiny_images.run("algorithm=nearest_neighbor", "num_iterations=1", "meta_batch_size=10")
+    network = maml.load(folder)
+    images = torch.rand(16, 28, 28, 1, generator=torch.Generator().manual_seed(0))
+    labels = [*range(8)] * 2
+    assert network.adapt(images, labels)(images) == labels, "every image is most similar to itself"
+
+
+@may_be_unfinished
 def test_wrong_data_is_refused_with_what_to_give() -> None:
     network = maml.load(OMNIGLOT)
     images = np.zeros((5, 28, 28), np.uint8)

@@ -195,6 +195,44 @@ def test_bank_of_images_is_frozen(tiny_images: TinyRuns) -> None:
     assert bank_hash(Evaluation(num_tasks=600, num_steps=0).bank(domain, 1)) == "a45e59428ad2566f"
 
 
+def test_bank_of_other_ways_is_that_of_a_domain_with_these_ways(tiny_images: TinyRuns) -> None:
+    few, many = (build(tiny_images.config(f"domain.num_ways={ways}").domain) for ways in (5, 20))
+    plain, fewer = (Evaluation(num_tasks=6, num_steps=0, num_ways=ways) for ways in (None, 5))
+    assert bank_hash(plain.bank(few, 1)) == bank_hash(fewer.bank(many, 1)) == bank_hash(fewer.bank(few, 1))
+    assert fewer.bank(many, 1, 2, split="val")["classes"].shape == (2, 5)
+
+
+def test_ways_that_do_not_fit_are_refused(tiny_images: TinyRuns) -> None:
+    domain = build(tiny_images.config().domain)
+    more = Evaluation(num_tasks=6, num_steps=0, num_ways=6)
+    with pytest.raises(MamlError, match=r"evaluation\.num_ways=6, but the network has an output for each of the 5 cl"):
+        more.check(domain)
+    more.check(domain, fixes_ways=False)
+    with pytest.raises(MamlError, match="num_ways=500, but the test split has 423 classes"):
+        Evaluation(num_tasks=6, num_steps=0, num_ways=500).check(domain, fixes_ways=False)
+    with pytest.raises(MamlError, match="num_ways=101, but the val split has 100 classes"):
+        Evaluation(num_tasks=6, num_steps=0, num_ways=101, search=StepSizeSearch([0.1], num_tasks=2)).check(
+            domain, fixes_ways=False
+        )
+    with pytest.raises(MamlError, match=r"evaluation\.num_ways=6 is for tasks that draw their own classes"):
+        more.check(Sinusoid())
+
+
+def test_finished_run_is_tested_with_other_ways(tiny_images: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_images.run("num_iterations=1")
+    bank = Evaluation(num_tasks=5, num_steps=2, num_ways=3).bank(build(tiny_images.config().domain), 1)
+    capsys.readouterr()
+    tiny_images.run("num_iterations=1", "mode=eval", "evaluation.num_ways=3")
+    assert "accuracy_transductive, 3 ways, K=1, 5 tasks" in capsys.readouterr().out
+    (again,) = folder.glob("evaluations/*/report.json")
+    report, first = read_json(again), read_json(folder / "report.json")
+    assert report is not None and first is not None
+    assert report["banks"] == {"1": bank_hash(bank)} != first["banks"]
+    assert report["evaluation"] == first["evaluation"] | {"evaluation.num_ways": 3}
+    tiny_images.run("algorithm=nearest_neighbor", "num_iterations=1", "meta_batch_size=10", "evaluation.num_ways=30")
+    assert "accuracy_inductive, 30 ways, K=1, 5 tasks" in capsys.readouterr().out
+
+
 def test_diverged_adaptation_is_reported_as_such(tiny: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny.run("num_iterations=1", "evaluation.step_size=1e30", "evaluation.num_steps=4")
     assert ": diverged" in capsys.readouterr().out

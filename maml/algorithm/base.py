@@ -60,6 +60,8 @@ class Algorithm(ABC):
             tasks as one batch. Losses and metrics still have the task axis.
         sums_over_tasks: whether the meta-update follows from a sum over the tasks of a meta-batch. Only then processes
             can share the tasks.
+        fixes_ways: whether each class of a training task has its own output, so that tasks of meta-test cannot have
+            more classes. Algorithms that compare images with the support images have no such limit.
         updates_seeds_together: whether `meta_updates` is defined. Only then, or if ``sums_over_tasks``, several seeds
             can be trained as one computation.
 
@@ -75,6 +77,7 @@ class Algorithm(ABC):
     learns_from_rollouts = False
     shares_weights = False
     sums_over_tasks = True
+    fixes_ways = True
     updates_seeds_together = False
 
     def __init__(self, parts: Parts) -> None:

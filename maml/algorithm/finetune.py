@@ -8,20 +8,28 @@ from torch import Tensor
 
 from maml.algorithm.base import Parts
 from maml.algorithm.classifier import Classifier, mean_cross_entropy, new_statistics
+from maml.domain.classification import ways_of
 from maml.types import Params, Tasks, expand, num_tasks
 
 
 class FineTune(Classifier):
     """Replaces the last layer, fine-tunes in training mode, and predicts with the running statistics.
 
-    The new last layer is drawn once and is the same for all tasks. ``inner.adapt`` says which layers are fine-tuned;
-    in the experiments all are.
+    The new last layer has as many outputs as a task has classes. It is the same for all tasks. ``inner.adapt`` says
+    which layers are fine-tuned; in the experiments all are.
     """
+
+    fixes_ways = False
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        head = self.model.init(self.stream.child("new head"))
-        self.head = {name: value for name, value in head.items() if name.startswith("head.")}
+        self._make_model = parts.make_model
+        self.head = self._new_head(self.images.num_ways)
+
+    def _new_head(self, num_ways: int) -> Params:
+        model = self._make_model(self.images.in_shape, num_ways)
+        params = model.init(self.stream.child("new head"))
+        return {name: value for name, value in params.items() if name.startswith("head.")}
 
     def adapt(
         self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
@@ -34,6 +42,8 @@ class FineTune(Classifier):
             statistics.update(new_statistics(statistics, seen))
             return mean_cross_entropy(outputs, support.y)
 
-        start = self.theta_of(params) | expand(self.head, num_tasks(tasks))
+        ways = ways_of(support)
+        head = self.head if ways == self.images.num_ways else self._new_head(ways)
+        start = self.theta_of(params) | expand(head, num_tasks(tasks))
         for adapted, _ in self.inner.adapt(loss, start, num_steps, create_graph=False, step_sizes=step_sizes):
             yield adapted | statistics

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from maml.algorithm.base import Parts
 from maml.algorithm.classifier import Classifier
-from maml.model.base import Model
+from maml.algorithm.embedding import SUPPORT, Comparison, in_blocks
 from maml.model.functional import cosine_similarity
-from maml.seeding import Stream
 from maml.types import Params, Tasks, without_copies
 
 
@@ -20,9 +19,11 @@ class NearestNeighbor(Classifier):
     The features are those of the pretrained classifier.
     """
 
+    fixes_ways = False
+
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.model = _CosineSimilarity(self.classifier, self.images.num_ways)
+        self.model = Comparison(self.classifier, _best_cosine)
 
     def adapt(
         self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
@@ -30,21 +31,12 @@ class NearestNeighbor(Classifier):
         """Yields the parameters with the features of the support images added; gradient steps change nothing."""
         support = self.domain.data(tasks, "support")
         features = self.classifier.features(without_copies(params), support.x)
-        params = params | {"support.features": features}
+        params = params | {SUPPORT: in_blocks(features, support)}
         for _ in range(num_steps + 1):
             yield params
 
 
-class _CosineSimilarity(Model):
-    """Scores a class by the cosine similarity of its most similar support image."""
-
-    def __init__(self, network: Model, num_ways: int) -> None:
-        self.network, self.num_ways = network, num_ways
-
-    def init(self, stream: Stream) -> Params:
-        return self.network.init(stream)
-
-    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
-        features = self.network.features(without_copies(params), x)
-        similarity = cosine_similarity(features, params["support.features"])  # (T, Q, K * N): K blocks of N classes
-        return similarity.unflatten(-1, (-1, self.num_ways)).amax(-2)
+def _best_cosine(params: Params, support: Tensor, query: Tensor) -> Tensor:
+    """Scores a class by the cosine similarity of its most similar support image (`Embedding.scores`)."""
+    similarity = cosine_similarity(query, support.flatten(1, 2))
+    return similarity.unflatten(2, support.shape[1:3]).amax(2)

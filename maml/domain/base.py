@@ -101,6 +101,23 @@ class Domain(ABC, Generic[Data]):
     def to(self, device: torch.device) -> None:
         """Moves the domain's tensors to the device."""
 
+    def with_ways(self, num_ways: int) -> Self:
+        """Returns this domain with another number of classes in a task, on the same data; ``out_dim`` stays.
+
+        Meta-test uses it, so that its tasks can have other ways than those of training. A domain whose tasks draw their
+        own classes overrides it.
+
+        Args:
+            num_ways: N.
+
+        Raises:
+            MamlError: if the tasks of this domain do not draw classes.
+        """
+        raise MamlError(
+            f"evaluation.num_ways={num_ways} is for tasks that draw their own classes, and those of "
+            f"{type(self).__name__} do not; set evaluation.num_ways=null"
+        )
+
     def sample_tasks(
         self,
         num_tasks: int,

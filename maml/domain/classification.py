@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,14 +46,16 @@ class FewShotClassification(SupervisedDomain):
             is class c turned by k quarter turns to the left.
 
     Args:
-        num_ways: N, number of classes in a task; with one class, every answer would be right.
+        num_ways: N, number of classes in a task, and of outputs of the network; with one class, every answer would be
+            right. Meta-test can have another number (``evaluation.num_ways``).
         num_shots: K, number of support images per class.
         num_query: number of query images per class in training; None is K.
         data_dir: folder of the original files.
         cache_dir: folder in which the tensor built from these files is cached.
 
     Raises:
-        MamlError: if files are missing or damaged, a class has too few images, or a split has too few classes.
+        MamlError: if files are missing or damaged, a class has too few images, or the training split has too few
+            classes.
     """
 
     in_shape: tuple[int, int, int]
@@ -95,11 +98,7 @@ class FewShotClassification(SupervisedDomain):
         height, width, _ = self.in_shape
         pixels = torch.arange(height * width).reshape(height, width)
         self.turned = torch.stack([pixels.rot90(k).flatten() for k in range(4)])
-        smallest = min(len(classes) for classes in self.splits.values())
-        if num_ways > smallest:
-            raise MamlError(
-                f"domain.num_ways={num_ways}, but the smallest split has {smallest} classes; lower num_ways"
-            )
+        self._check_ways("train")
         self._check_images("train", *_images_asked_for(num_shots, num_query or num_shots))
 
     @abstractmethod
@@ -143,6 +142,19 @@ class FewShotClassification(SupervisedDomain):
         """Whether there is a split of classes for validation."""
         return "val" in self.splits
 
+    def with_ways(self, num_ways: int) -> Self:
+        other = copy.copy(self)
+        other.num_ways = num_ways
+        return other
+
+    def _check_ways(self, split: Split) -> None:
+        count = len(self._classes(split))
+        if self.num_ways > count:
+            raise MamlError(
+                f"num_ways={self.num_ways}, but the {split} split has {count} classes; lower domain.num_ways, or for "
+                "meta-test alone evaluation.num_ways"
+            )
+
     def _check_images(self, split: Split, needed: int, asked: str, remedy: str = "lower either") -> None:
         if needed <= self.smallest[split]:
             return
@@ -181,8 +193,9 @@ class FewShotClassification(SupervisedDomain):
         Departure: the authors list 200,000 tasks once and cycle through them; here every task is new.
 
         Raises:
-            MamlError: if a class has too few images.
+            MamlError: if a class has too few images, or the split too few classes.
         """
+        self._check_ways(split)
         members = self._classes(split).to(stream.device)
         self._check_images(split, *_images_asked_for(num_shots, num_query))
         classes = members[stream.child("classes").choice((num_tasks,), len(members), self.num_ways)]
@@ -262,19 +275,27 @@ class FewShotClassification(SupervisedDomain):
         Transductive, as in the paper: query images are normalised with the statistics of the whole query batch.
         Inductive: they are normalised with the statistics of the support images only, so that a prediction depends on
         no other query image.
+
+        A prediction is one of the task's classes: outputs beyond the task's ways are left out.
         """
+        ways = ways_of(support)
         both = torch.cat([support.x, query.x], dim=1)
         num_support = support.x.shape[1]
         inductive = model(params, both, num_reference=num_support)[:, num_support:]
         return {
-            "accuracy_transductive": accuracy(model(params, query.x), query.y),
-            "accuracy_inductive": accuracy(inductive, query.y),
+            "accuracy_transductive": accuracy(model(params, query.x)[..., :ways], query.y),
+            "accuracy_inductive": accuracy(inductive[..., :ways], query.y),
         }
 
 
 def _images_asked_for(num_shots: int, num_query: int) -> tuple[int, str]:
     needed = num_shots + num_query
     return needed, f"num_shots={num_shots} plus num_query={num_query} is {needed}"
+
+
+def ways_of(support: Examples) -> int:
+    """Returns N of tasks from their support data, which has K examples of each class."""
+    return support.y.shape[1] // support.num_shots
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:

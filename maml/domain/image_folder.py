@@ -39,8 +39,8 @@ class ImageFolder(FewShotClassification):
         rotate: whether every class of a task is turned by its own multiple of 90 degrees; images have to be square.
 
     Raises:
-        MamlError: if the folder is not laid out like this, a picture cannot be read, a class has too few pictures, or a
-            split has too few classes.
+        MamlError: if the folder is not laid out like this, a picture cannot be read, a class has too few pictures, or
+            the training split has too few classes.
     """
 
     def __init__(

@@ -116,10 +116,14 @@ class Conv4(Model):
         for i in range(1, _NUM_MODULES + 1):
             stride = 2 if self.pooling == "stride" else 1
             x = conv3x3(x, params[f"conv{i}.weight"], stride)
-            is_plain = num_reference is None and seen is None and f"norm{i}.mean" not in params
+            is_plain = num_reference is None and f"norm{i}.mean" not in params
             if self._windows and is_plain and kernels_apply(x):
                 # The bias cancels, because the batch's mean is subtracted.
-                x = norm_relu(x, params[f"norm{i}.shift"], params.get(f"norm{i}.scale"), self._windows)
+                moments: list[Tensor] | None = None if seen is None else []
+                y = norm_relu(x, params[f"norm{i}.shift"], params.get(f"norm{i}.scale"), self._windows, moments)
+                if seen is not None and moments:
+                    add_seen(seen, f"norm{i}", moments[0] + params[f"conv{i}.bias"], moments[1], x)
+                x = y
                 continue
             # The bias is subtracted from the mean instead of added to every pixel; with the batch's mean it cancels.
             shape = (x.shape[0], 1, 1, 1, -1)

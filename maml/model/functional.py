@@ -126,8 +126,8 @@ def add_seen(seen: Params, layer: str, mean: Tensor, variance: Tensor, x: Tensor
     Args:
         seen: the statistics of the layers so far, by name; changed in place.
         layer: the layer's name.
-        mean: ``(T, 1, ..., C)``.
-        variance: the biased variance, ``(T, 1, ..., C)``.
+        mean: ``(T, 1, ..., C)`` or ``(T, C)``.
+        variance: the biased variance, as the mean.
         x: the layer's inputs, ``(T, S, ..., C)``.
     """
     count = x[0, ..., 0].numel()

@@ -30,7 +30,13 @@ Windows = Literal["none", "max", "max_keep_odd"]
 _WINDOWS: list[Windows] = ["none", "max", "max_keep_odd"]
 
 
-def norm_relu(z: Tensor, shift: Tensor, scale: Tensor | None = None, windows: Windows = "none") -> Tensor:
+def norm_relu(
+    z: Tensor,
+    shift: Tensor,
+    scale: Tensor | None = None,
+    windows: Windows = "none",
+    moments: list[Tensor] | None = None,
+) -> Tensor:
     """Normalises each feature of each task over all its rows, scales and shifts it, applies ReLU, and pools.
 
     Derivatives of any order are exact.
@@ -40,6 +46,7 @@ def norm_relu(z: Tensor, shift: Tensor, scale: Tensor | None = None, windows: Wi
         shift: ``(T, C)``, or ``(G, C)`` if tasks share it.
         scale: as the shift; None does not scale.
         windows: how to pool.
+        moments: a list to which the mean and the biased variance of z are added, both ``(T, C)``, without a gradient.
 
     Returns:
         ``(T, S, ..., C)``, with windows about half as high and wide.
@@ -48,22 +55,27 @@ def norm_relu(z: Tensor, shift: Tensor, scale: Tensor | None = None, windows: Wi
     shift = for_tasks(shift, len(z))
     scale = torch.ones_like(shift) if scale is None else for_tasks(scale, len(z))
     # Here, and not in the functions below: what a function saves has to be an input, or its derivative is lost.
-    y = _NormReLU.apply(pixels.contiguous(), shift.contiguous(), scale.contiguous(), windows)
+    y = _NormReLU.apply(pixels.contiguous(), shift.contiguous(), scale.contiguous(), windows, moments)
     return y.view_as(z) if windows == "none" else y
 
 
 class _NormReLU(Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, shift: Tensor, scale: Tensor, windows: Windows) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, shift: Tensor, scale: Tensor, windows: Windows, moments: list[Tensor] | None
+    ) -> Tensor:
         kernel = _value_on_cpu if z.device.type == "cpu" else compiled(value)
         y, mean, factor = kernel(z, shift, scale, windows)
         ctx.save_for_backward(z, shift, scale, mean, factor)
         ctx.windows = windows
+        if moments is not None:
+            variance = (factor.square().reciprocal() - BATCH_NORM_EPS).clamp(min=0)
+            moments += [mean.flatten(1).clone(), variance.flatten(1)]
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_NormReLUGradient.apply(grad.contiguous(), *ctx.saved_tensors, ctx.windows), None
+        return *_NormReLUGradient.apply(grad.contiguous(), *ctx.saved_tensors, ctx.windows), None, None
 
 
 class _NormReLUGradient(Function):

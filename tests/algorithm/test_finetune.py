@@ -50,6 +50,15 @@ def test_adaptation_equals_the_plain_loop(num_shots: int, tiny_images: TinyRuns)
     assert all(torch.equal(now[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("num_ways", [2, 8])
+def test_new_head_has_the_ways_of_the_task(num_ways: int, tiny_images: TinyRuns) -> None:
+    algorithm = make(FineTune, tiny_images)
+    tasks = algorithm.images.with_ways(num_ways).sample_tasks(2, Stream(7), "test", 1)
+    query = algorithm.images.data(tasks, "query")
+    for params in algorithm.adapt(algorithm.params_per_task(2), tasks, 1, [0.1]):
+        assert algorithm.model(params, query.x).shape == (2, num_ways, num_ways)
+
+
 def test_new_head_is_one_draw_for_all(tiny_images: TinyRuns) -> None:
     first, again = (make(FineTune, tiny_images).head for _ in range(2))
     assert first["head.weight"].shape == (5, 4)

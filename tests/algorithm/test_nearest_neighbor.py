@@ -22,11 +22,11 @@ def pretrained(tiny_images: TinyRuns) -> NearestNeighbor:
     return algorithm
 
 
-@pytest.mark.parametrize("num_shots", [1, 5])
-def test_label_is_that_of_the_most_similar_support_image(num_shots: int, tiny_images: TinyRuns) -> None:
+@pytest.mark.parametrize(("num_shots", "num_ways"), [(1, 5), (5, 5), (2, 3), (1, 9)])
+def test_label_is_that_of_the_most_similar_support_image(num_shots: int, num_ways: int, tiny_images: TinyRuns) -> None:
     algorithm = pretrained(tiny_images)
     domain, model = algorithm.images, algorithm.model
-    tasks = domain.sample_tasks(4, Stream(7), "test", num_shots, num_query=3)
+    tasks = domain.with_ways(num_ways).sample_tasks(4, Stream(7), "test", num_shots, num_query=3)
     support, query = (domain.data(tasks, role) for role in ("support", "query"))
     features = library_network(algorithm.theta | algorithm.buffers).eval()
     features.head = nn.Identity()

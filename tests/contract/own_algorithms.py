@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +56,10 @@ class Prototypical(Algorithm):
         num_features: length of an embedding.
     """
 
+    fixes_ways = False
+
     def __init__(self, parts: Parts, num_features: Count = 8) -> None:
         super().__init__(parts)
-        domain: Any = parts.domain
-        self.num_ways = domain.num_ways
         self.embed = parts.make_model(parts.domain.in_shape, num_features)
         self.model = _NearestMean(self.embed)
         self.set_initial(self.model.init(parts.stream))
@@ -76,8 +75,9 @@ class Prototypical(Algorithm):
             yield self._with_means(params, tasks)
 
     def _with_means(self, params: Params, tasks: Tasks) -> Params:
-        features = self.embed(params, self.domain.data(tasks, "support").x)
-        return params | {"means": features.unflatten(1, (-1, self.num_ways)).mean(1)}
+        support = self.domain.data(tasks, "support")
+        features = self.embed(params, support.x)
+        return params | {"means": features.unflatten(1, (support.num_shots, -1)).mean(1)}
 
 
 class _NearestMean(Model):

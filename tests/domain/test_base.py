@@ -10,6 +10,7 @@ import torch
 from maml.config.compose import compose_experiment
 from maml.config.schema import build, build_without_data
 from maml.domain.sinusoid import Sinusoid
+from maml.errors import MamlError
 from maml.seeding import Stream
 from maml.types import Split, Tasks
 from tests.runs import ROOT
@@ -50,6 +51,13 @@ def test_domain_that_reads_nothing_is_the_same_without_data(experiment: str) -> 
     bare.check_available()
     first, second = (each.sample_tasks(2, Stream(0)) for each in (bare, domain))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_ways_are_refused_where_tasks_draw_no_classes() -> None:
+    with pytest.raises(
+        MamlError, match=r"evaluation\.num_ways=3 is for tasks that draw their own .* those of Recorded"
+    ):
+        Recorded(num_shots=7).with_ways(3)
 
 
 def test_core_does_not_ask_which_domain_it_has() -> None:

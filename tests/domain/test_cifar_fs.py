@@ -70,6 +70,10 @@ def test_query_photos_are_num_query_in_training_and_k_in_test(
     assert tasks["query_images"].shape[-1] == expected
 
 
-def test_more_classes_than_the_smallest_split_is_refused(make: Callable[..., CifarFS]) -> None:
-    with pytest.raises(MamlError, match="smallest split has 16"):
-        make(num_ways=17)
+def test_more_classes_than_a_split_has_is_refused(make: Callable[..., CifarFS]) -> None:
+    domain = make(num_ways=17)
+    assert domain.sample_tasks(1, Stream(0))["classes"].shape == (1, 17)
+    with pytest.raises(MamlError, match="the val split has 16 classes"):
+        domain.sample_tasks(1, Stream(0), "val")
+    with pytest.raises(MamlError, match="the train split has 64 classes"):
+        make(num_ways=65)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maml.data.cache import ImageSet
 from maml.domain.base import Role
-from maml.domain.classification import FewShotClassification, Splits
+from maml.domain.classification import FewShotClassification, Splits, ways_of
 from maml.errors import MamlError
 from maml.model.base import Model
 from maml.seeding import Stream
@@ -200,6 +200,32 @@ def test_accuracies_differ_in_which_images_give_the_statistics() -> None:
     assert measured["accuracy_transductive"].tolist() == [0.75], "above the query images' mean of 4 are 5 and 7"
 
 
+@pytest.mark.parametrize("num_ways", [2, 3])
+def test_tasks_of_other_ways_are_those_of_a_domain_with_these_ways(num_ways: int) -> None:
+    domain = marked_domain(num_ways=3, rotate=True)
+    other, expected = domain.with_ways(num_ways), marked_domain(num_ways=num_ways, rotate=True)
+    assert (domain.num_ways, other.num_ways, other.out_dim) == (3, num_ways, 3), "the network's outputs stay"
+    tasks, same = (each.sample_tasks(4, Stream(2), "test", 1, 3) for each in (other, expected))
+    assert all(torch.equal(tasks[name], value) for name, value in same.items())
+    support = domain.data(tasks, "support")  # the data of tasks follows the tasks, not the domain
+    assert support.y.tolist() == [[*range(num_ways)]] * 4
+    assert ways_of(support) == num_ways
+
+
+def test_prediction_is_a_class_of_the_task() -> None:
+    class Third(Centred):
+        """Has a third output, which is the largest."""
+
+        def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+            outputs = super().__call__(params, x, num_reference)
+            return torch.cat([outputs, outputs.amax(-1, keepdim=True) + 1], dim=-1)
+
+    x, y = torch.tensor([0.0, 4.0]).reshape(1, -1, 1, 1, 1), torch.tensor([[0, 1]])
+    data = Examples(x, y, num_shots=1)
+    measured = marked_domain(num_ways=3).measure(Third(), {}, data, data, step=0)
+    assert {name: value.tolist() for name, value in measured.items()} == {name: [1.0] for name in measured}
+
+
 def test_images_of_ordinary_classification_are_of_all_classes_and_none_twice() -> None:
     domain = marked_domain(rotate=True)
     tasks = domain.sample_images(20, Stream(0), "train", num_per_class=4)
@@ -216,8 +242,10 @@ def test_images_of_ordinary_classification_are_of_all_classes_and_none_twice() -
 
 
 def test_more_than_there_is_is_refused() -> None:
-    with pytest.raises(MamlError, match=r"domain\.num_ways=4, but the smallest split has 3 classes"):
-        marked_domain(num_ways=4)
+    with pytest.raises(MamlError, match=r"num_ways=4, but the val split has 3 classes; lower domain\.num_ways"):
+        marked_domain(num_ways=4).sample_tasks(1, Stream(0), "val")
+    with pytest.raises(MamlError, match=r"num_ways=99, but the train split has \d+ classes; lower domain\.num_ways"):
+        marked_domain(num_ways=99)
     with pytest.raises(MamlError, match="num_shots=4 plus num_query=4 is 8, but there are 7 images of each class"):
         marked_domain(num_shots=4)
     with pytest.raises(MamlError, match="num_shots=2 plus num_query=6 is 8, but there are 7 images of each class"):

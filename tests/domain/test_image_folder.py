@@ -148,8 +148,10 @@ def test_too_few_pictures_or_classes_are_named(root: Path) -> None:
         MamlError, match=r"num_shots=1 plus num_query=3 is 4, but test/g has 2 images, test/i has 3 imag"
     ):
         domain.sample_tasks(1, Stream(0), "test")
-    with pytest.raises(MamlError, match=r"domain\.num_ways=3, but the smallest split has 2 classes"):
-        domain_of(root, num_ways=3)
+    with pytest.raises(MamlError, match=r"num_ways=3, but the val split has 2 classes; lower domain\.num_ways"):
+        domain_of(root, num_ways=3).sample_tasks(1, Stream(0), "val")
+    with pytest.raises(MamlError, match=r"num_ways=9, but the train split has \d classes; lower domain\.num_ways"):
+        domain_of(root, num_ways=9)
     with pytest.raises(MamlError, match=r"domain\.image_size=\[4,6\] is not square"):
         domain_of(root, rotate=True, image_size=(4, 6))
     assert domain_of(root, image_size=(4, 6)).in_shape == (4, 6, 3)

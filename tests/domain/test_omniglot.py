@@ -124,8 +124,10 @@ def test_inductive_accuracy_depends_on_no_other_query_image(make: Callable[..., 
 def test_more_images_than_there_are_drawings_is_refused(make: Callable[..., Omniglot]) -> None:
     with pytest.raises(MamlError, match="num_shots=15 plus num_query=15 is 30, but there are 20"):
         make(num_shots=15)
-    with pytest.raises(MamlError, match="smallest split has 100"):
-        make(num_ways=101)
+    with pytest.raises(MamlError, match="num_ways=101, but the val split has 100"):
+        make(num_ways=101).sample_tasks(1, Stream(0), "val")
+    with pytest.raises(MamlError, match="num_ways=1101, but the train split has 1100"):
+        make(num_ways=1101)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from maml.config.compose import compose
 from maml.experiment import Judgement
 from maml.paper import verdicts
 from maml.paper.verdicts import cell_verdicts
+from maml.record.index import Source
 from tests.paper.fake_runs import make_run
 
 CELL = "table2_multitask/MAML/K5_gradsteps_1"
@@ -45,6 +46,13 @@ def test_judgement_names_the_step_and_the_published_number_in_our_unit(tmp_path:
 @pytest.mark.parametrize("change", ["inner.step_size=0.02", "evaluation.num_steps=11"])
 def test_run_of_other_settings_is_of_no_cell(change: str, tmp_path: Path) -> None:
     assert judged(tmp_path, change) == {}
+
+
+@pytest.mark.parametrize(("change", "expected"), [((), True), (("evaluation.num_ways=3",), False)])
+def test_run_tested_at_other_ways_is_of_no_cell(change: tuple[str, ...], expected: bool) -> None:
+    settings, _ = compose(["+experiment=omniglot_5way_1shot", *change])
+    source = Source("omniglot_5way_1shot", "accuracy_transductive", 1)
+    assert verdicts._has_settings_of(settings, source) is expected
 
 
 def test_without_a_list_of_cells_there_is_nothing_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
