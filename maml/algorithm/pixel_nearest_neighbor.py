@@ -65,6 +65,12 @@ class PixelNearestNeighbor(Algorithm):
         for _ in range(num_steps + 1):
             yield adapted
 
+    def keep_best_of_validation(self) -> None:
+        raise MamlError(
+            "algorithm=pixel_nearest_neighbor learns nothing, so no theta is the best on validation tasks; set "
+            "validate_every=null"
+        )
+
     def meta_update(self, objective: Objective, tasks: Tasks) -> dict[str, Tensor]:
         """Changes nothing."""
         return objective.evaluate(self.theta)

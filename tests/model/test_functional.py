@@ -209,6 +209,7 @@ def test_normalisation_equals_the_formula_to_second_derivatives() -> None:
         return (x - mean) / torch.sqrt(variance + 1e-3) + shift
 
     values = random(3, 2, 3, 2, 4, seed=1), random(3, 4, seed=2)
+
     def batch_norm(x: Tensor, shift: Tensor) -> Tensor:
         return functional.normalize(x, *functional.batch_statistics(x), shift)
 
