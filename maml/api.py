@@ -37,7 +37,7 @@ from maml.hardware.base import Hardware
 from maml.model.base import Model
 from maml.record import checkpoint
 from maml.record.exported import State, compose_entry, read_index, restore, unpack
-from maml.record.run_folder import code_changed_since, read_checkpoint, read_config, read_json
+from maml.record.run_folder import changed_since, read_checkpoint, read_config, read_json
 from maml.types import Examples, Params, Tasks
 
 Inputs = ArrayLike | Tensor
@@ -139,10 +139,9 @@ def _load_run(path: Path, allow: Sequence[str], hardware: Hardware) -> Network:
             f"{folder} is no run folder: it lacks checkpoint.pt or config.yaml; give runs/<experiment>/<run id>"
         )
     settings = check(read_config(folder / "config.yaml"), allow)
-    if changed := code_changed_since(folder, settings):
+    if changed := changed_since(folder, settings):
         warnings.warn(
-            f"the code of {', '.join(changed)} has changed since {folder} was trained; its parameters belong to the "
-            "old code",
+            f"{' and '.join(changed)} since {folder} was trained; its parameters belong to the old code",
             stacklevel=4,
         )
     saved = read_checkpoint(file)

@@ -161,7 +161,7 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
         learner = Learner(seed_settings, experiment, algorithm)
         evaluation.check(domain, settings.validate_every is not None, algorithm.fixes_ways)
         checkpoint_file = Path(settings.checkpoint) if settings.checkpoint else None
-        distributed.on_rank_zero(partial(learner.folder.check_code, checkpoint_file))
+        distributed.on_rank_zero(partial(learner.folder.check_sources, checkpoint_file))
         if settings.mode == "eval":
             headlines.append(_evaluate_saved(learner, hardware, evaluation, judge))
         elif (missing := distributed.on_rank_zero(learner.folder.missing)) & {"report.json", "tasks.csv"}:
@@ -268,7 +268,7 @@ def _extend(learner: Learner) -> None:
     """Goes on from a finished run with fewer iterations, and says so."""
     if shorter := extend_finished_run(learner.folder):
         announce(f"goes on from {shorter}, which has the same settings but for num_iterations")
-        learner.folder.check_code()  # warns if changed code is accepted
+        learner.folder.check_sources()  # warns if changes are accepted
 
 
 def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Judge | None) -> float | None:

@@ -114,7 +114,11 @@ def check_name(name: str, index: Index) -> None:
         )
     printed = {f"{cell.table}/{cell.row}/{cell.column}": cell for table in load_tables(RESULTS) for cell in table.cells}
     if name in printed:
-        why = "is quoted by the paper from other authors" if printed[name].quoted else "has no experiment yet"
+        why = (
+            "is quoted by the paper from other authors, and has no experiment"
+            if printed[name].quoted
+            else "has no experiment yet"
+        )
         raise MamlError(f"{name} {why}, so there is no number of ours to verify")
     known = list(dict.fromkeys([*sources, *printed]))
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -63,8 +63,8 @@ class Settings:
         precision: floating-point precision of training and evaluation; it is part of the run's id.
         mode: ``train`` trains (or resumes) and then evaluates; ``eval`` evaluates the newest checkpoint.
         checkpoint: with ``mode=eval``, the checkpoint file to evaluate; null is the run folder's newest checkpoint.
-        changed_code: what happens if the code of a class outside this project has changed since the run was trained:
-            ``refuse`` stops before anything is written; ``accept`` uses the run as it is.
+        changed_sources: what happens if the data set, or the code of a class outside this project, has changed since
+            the run was trained: ``refuse`` stops before anything is written; ``accept`` uses the run as it is.
         run_dir: folder of this run; null is ``runs_dir/<experiment>/<run id>``.
         runs_dir: folder in which run folders are made.
         data_dir: folder of the data sets.
@@ -90,7 +90,7 @@ class Settings:
     precision: Precision = "float32"
     mode: Literal["train", "eval"] = "train"
     checkpoint: FilePath | None = None
-    changed_code: Literal["refuse", "accept"] = "refuse"
+    changed_sources: Literal["refuse", "accept"] = "refuse"
     run_dir: FilePath | None = None
     runs_dir: FilePath
     data_dir: FilePath

@@ -39,6 +39,7 @@ class Domain(ABC, Generic[Data]):
         num_shots: K, support examples (per class, in classification; rollouts, in reinforcement learning).
         num_query: query examples (per class) in training; None is as many as support examples.
         workload: how tasks load a machine.
+        data_digest: a hash of the data set and its splits, which a run records; None if no data set was read.
     """
 
     in_shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class Domain(ABC, Generic[Data]):
     larger_is_better: bool
     on_policy = False
     selected_by: str | None = None
+    data_digest: str | None = None
 
     @classmethod
     def without_data(cls, **options: Any) -> Self:

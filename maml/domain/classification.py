@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
+from maml.config.identity import digest
 from maml.data.cache import ImageSet
 from maml.data.files import first_ten
 from maml.domain.base import Metrics, Role, SupervisedDomain
@@ -85,6 +86,8 @@ class FewShotClassification(SupervisedDomain):
         self.num_upright = images.shape[0] if data.counts is None else len(data.counts)
         if self.has_turned_classes:
             self.class_names = [f"{name}/rot{90 * turns:03d}" for turns in range(4) for name in data.classes]
+        chosen = {split: classes.tolist() for split, classes in self.splits.items()}
+        self.data_digest = digest({"images": data.digest, "splits": chosen}) if data.digest else None
         self.num_images = max(data.counts or [images.shape[1]])
         self.smallest = dict.fromkeys(self.splits, self.num_images)
         if data.counts is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from annotated_types import MinLen
 from torch import Tensor
 
+from maml.config.identity import digest
 from maml.data.files import first_ten
 from maml.data.splits import SPLITS, share_out
 from maml.domain.base import Metrics, Role, SupervisedDomain
@@ -126,6 +128,9 @@ class Table(SupervisedDomain):
         if absent := {"train", "test"} - {*self.splits}:
             raise MamlError(f"{self.path}: domain.split={split} leaves no tasks for {' and '.join(sorted(absent))}")
         self.smallest = {one: int(self.sizes[members].min()) for one, members in self.splits.items()}
+        content = hashlib.sha256(self.inputs.numpy().tobytes() + self.targets.numpy().tobytes()).hexdigest()
+        members = {one: members.tolist() for one, members in self.splits.items()}
+        self.data_digest = digest({"content": content, "counts": self.counts, "splits": members})
 
     def _numbers(self, table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
         numbers = [pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64) for name in columns]

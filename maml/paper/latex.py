@@ -57,7 +57,7 @@ def table_latex(table: Table, comparisons: Sequence[Comparison]) -> str:
             marked = [rf"\textbf{{{text}}}" if strong else text for text, strong in zip(printed, is_bold, strict=True)]
             name = escape(row.name) + (f" {escape(SYMBOLS['quoted'])}" if row.quoted else "")
             body.append(_line(rf"\textbf{{{name}}}" if row.row in layout.own else name, marked))
-            if not row.quoted:
+            if row.is_ours:
                 ours = [_number(our_value(item)) + _mark(item, footnotes) if item else "" for item in row.items]
                 body.append(_line(r"\quad ours", ours))
             if row.has_runs:

@@ -263,6 +263,8 @@ class _Page:
     def _cell_panel(self, table: Table, item: Comparison, name: str) -> Markup:
         cell = item.cell
         facts = {"paper": printed_value(cell) or "not published", "ours": "—", "verdict": chip(item.status)}
+        if cell.quoted:
+            facts["from"] = "other authors, whom the paper quotes"
         if item.ours:
             facts["ours"] = reading_text(*item.ours, item.decimals)
         if item.runs_text:

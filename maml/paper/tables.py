@@ -78,7 +78,7 @@ class Comparison:
     @property
     def status(self) -> str:
         """One of `STATUSES`."""
-        if self.cell.quoted:
+        if self.cell.quoted and self.cell.source is None:
             return "quoted"
         if self.ours is None:
             return self.evidence.state
@@ -138,8 +138,13 @@ class Row:
 
     @property
     def quoted(self) -> bool:
-        """Whether the paper quotes the row from other authors; such a row has no numbers of ours."""
+        """Whether the paper quotes the row from other authors."""
         return any(item.cell.quoted for item in self.items if item)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether numbers of ours belong below the row: we have an experiment for it, or ought to have one."""
+        return not self.quoted or any(item.cell.source for item in self.items if item)
 
     @property
     def has_runs(self) -> bool:
@@ -313,7 +318,7 @@ def _layout_markdown(table: Table, comparisons: Sequence[Comparison]) -> list[st
         lines.append(
             [name, *(f"**{text}**" if strong else text for text, strong in zip(printed, is_bold, strict=True))]
         )
-        if not row.quoted:
+        if row.is_ours:
             lines.append(["ours", *(our_value(item) if item else "" for item in row.items)])
         if row.has_runs:
             lines.append(["runs", *(item.runs_text if item else "" for item in row.items)])

@@ -13,7 +13,7 @@ STATUS_MEANINGS = {
     "worse": ("▼", "neither value lies in the other's interval, and the paper's is better"),
     "measured": ("•", "finished, but there is no published number to compare with"),
     "reduced budget": ("◐", "training is not complete, so this number is not a reproduction"),
-    "quoted": ("†", "the paper quotes this row from other authors; we did not run it"),
+    "quoted": ("†", "the paper quotes this number from other authors, and we have no experiment for it"),
     "running": ("…", "training is running"),
     "not run": ("○", "nothing was evaluated yet; the cell shows the command"),
     "finished": ("•", "trained to the end and evaluated"),

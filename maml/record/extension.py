@@ -13,7 +13,7 @@ from typing import Any
 from maml.errors import MamlError
 from maml.record import checkpoint
 from maml.record.index import SUPERSEDED
-from maml.record.run_folder import RunFolder, code_changed_since, read_checkpoint, read_json, read_metrics
+from maml.record.run_folder import RunFolder, changed_since, read_checkpoint, read_json, read_metrics
 
 _STAGING = ".extending"  # in the folder of all runs, one level deeper than run folders
 
@@ -76,8 +76,8 @@ def _finished_part(
         return None
     if {**training, "num_iterations": wanted} != ours:
         return None
-    if folder.settings.changed_code == "refuse" and code_changed_since(other, folder.settings):
-        return None  # its numbers belong to the old code of a user's class
+    if folder.settings.changed_sources == "refuse" and changed_since(other, folder.settings, folder.data_digest):
+        return None  # its numbers belong to the old code or data
     every = ours.get("validate_every")
     if every and done % every:  # its last iteration was validated in addition
         return None

@@ -75,6 +75,7 @@ class RunFolder:
     Args:
         settings: the run's settings.
         experiment: name of the experiment.
+        data_digest: a hash of the run's data set, which its record keeps; None if it has none.
 
     Attributes:
         run_id: hash of the training settings.
@@ -83,8 +84,8 @@ class RunFolder:
         is_trained: whether only the evaluation, or its end, was left to do when the folder was opened.
     """
 
-    def __init__(self, settings: Settings, experiment: str) -> None:
-        self.settings, self.experiment = settings, experiment
+    def __init__(self, settings: Settings, experiment: str, data_digest: str | None = None) -> None:
+        self.settings, self.experiment, self.data_digest = settings, experiment, data_digest
         self.training_config = training_config(settings)
         self.run_id = digest(self.training_config)
         self.path = self._find(settings.run_dir, Path(settings.runs_dir))
@@ -95,6 +96,11 @@ class RunFolder:
         self._report_folder = self.path
         self._ended: float | None = None
         self.is_trained = False
+
+    @property
+    def _key(self) -> str:
+        """The key that says where the folder is."""
+        return "run_dir" if self.settings.run_dir else "runs_dir"
 
     def _find(self, run_dir: str | None, runs_dir: Path) -> Path:
         """Returns ``run_dir`` if it is set, or the folder of an equal run of any experiment, or a new folder."""
@@ -121,7 +127,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MamlError(
-                f"the run folder {self.path} cannot be created ({error.strerror}); change runs_dir"
+                f"the run folder {self.path} cannot be created ({error.strerror}); change {self._key}"
             ) from error
         self._lock = self._acquire()
         try:
@@ -182,6 +188,8 @@ class RunFolder:
         }
         if code := code_hashes(self.settings):
             segment["code"] = code
+        if self.data_digest:
+            segment["data"] = self.data_digest
         self._record |= {
             "algorithm": algorithm,
             "command": command,
@@ -244,28 +252,28 @@ class RunFolder:
         missing = {name for name in files if not (folder / name).exists()}
         return missing | ({"status"} if record is None or record["status"] != "finished" else set())
 
-    def check_code(self, checkpoint_file: Path | None = None) -> None:
-        """Checks that the code of the user's own classes is that with which the run was trained. Writes nothing.
+    def check_sources(self, checkpoint_file: Path | None = None) -> None:
+        """Checks that data and the code of the user's own classes are those of the training. Writes nothing.
 
-        Runs that were recorded without hashes of their code pass.
+        Runs that were recorded without hashes of them pass.
 
         Args:
             checkpoint_file: a checkpoint that is evaluated instead of the run's own; its folder has the record.
 
         Raises:
-            MamlError: if the code has changed and ``changed_code`` is ``refuse``; with ``accept`` this is a warning.
+            MamlError: if one has changed and ``changed_sources`` is ``refuse``; with ``accept`` this is a warning.
         """
         folder = self.path if checkpoint_file is None else checkpoint_file.parent
-        names = ", ".join(code_changed_since(folder, self.settings))
-        if not names:
+        changes = " and ".join(changed_since(folder, self.settings, self.data_digest))
+        if not changes:
             return
-        if self.settings.changed_code == "accept":
-            LOG.warning("the code of %s has changed since %s was trained; changed_code=accept uses it", names, folder)
+        if self.settings.changed_sources == "accept":
+            LOG.warning("%s since %s was trained; changed_sources=accept uses it", changes, folder)
             return
         raise MamlError(
-            f"the code of {names} has changed since {folder} was trained, so its numbers belong to the old code. To "
-            "train anew, give another run_dir= or delete the folder; to go on, undo the change, or set "
-            "changed_code=accept if it does not change what is computed"
+            f"{changes} since {folder} was trained, so its numbers belong to what was there before. To train anew, "
+            "give another run_dir= or delete the folder; to go on, undo the change, or set changed_sources=accept if "
+            "it does not change what is computed"
         )
 
     def check_free(self) -> None:
@@ -282,7 +290,7 @@ class RunFolder:
             acquired = lock.acquire(self.path / "lock", timeout=0.2)
         except OSError as error:
             raise MamlError(
-                f"the run folder {self.path} cannot be written ({error.strerror}); change runs_dir"
+                f"the run folder {self.path} cannot be written ({error.strerror}); change {self._key}"
             ) from error
         if acquired is None:
             raise self._held()
@@ -512,21 +520,28 @@ class NonWritingRunFolder(RunFolder):
     def close(self, status: str) -> None: ...
 
 
-def code_changed_since(folder: Path, settings: Settings) -> list[str]:
-    """Returns the user's classes whose code has changed since a run was trained.
+def changed_since(folder: Path, settings: Settings, data_digest: str | None = None) -> list[str]:
+    """Says in words what has changed since a run was trained: the code of the user's classes, or the data set.
 
     Args:
-        folder: the run's folder; without a record of its code by this version of Python, nothing has changed.
+        folder: the run's folder; without a record of its code by this version of Python, no code has changed.
         settings: the run's settings.
+        data_digest: a hash of the data set; None does not compare it.
 
     Raises:
         MamlError: if ``run.json`` is damaged.
     """
     earlier: dict[str, str] = {}
+    earlier_data = data_digest
     for segment in (read_json(folder / "run.json") or {}).get("segments", ()):
+        earlier_data = segment.get("data", earlier_data)
         if _minor(segment.get("versions", {}).get("python", "")) == _minor(platform.python_version()):
             earlier |= segment.get("code", {})
-    return changed_code(earlier, code_hashes(settings)) if earlier else []
+    names = changed_code(earlier, code_hashes(settings)) if earlier else []
+    changes = [f"the code of {', '.join(names)} has changed"] if names else []
+    if data_digest and earlier_data != data_digest:
+        changes.append(f"the data of {settings.domain['_target_']} have changed")
+    return changes
 
 
 def _minor(version: str) -> list[str]:

@@ -37,7 +37,8 @@ class Learner:
     def __init__(self, settings: Settings, experiment: str, algorithm: Algorithm) -> None:
         self.settings, self.algorithm = settings, algorithm
         on_rank_zero = distributed.rank() == 0
-        self.folder = RunFolder(settings, experiment) if on_rank_zero else NonWritingRunFolder(settings, experiment)
+        folder = RunFolder if on_rank_zero else NonWritingRunFolder
+        self.folder = folder(settings, experiment, algorithm.domain.data_digest)
         self.logger: Logger = build(settings.logger) if on_rank_zero else Logger()
         self.stream = Stream(settings.seed, algorithm.stream.device)
         self.start = 0

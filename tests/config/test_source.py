@@ -18,7 +18,7 @@ from maml.config.schema import Settings
 from maml.config.source import changed_code, code_hashes
 from maml.errors import MamlError
 from maml.experiment import run_experiment
-from maml.record.run_folder import RunFolder, code_changed_since, read_json
+from maml.record.run_folder import RunFolder, changed_since, read_json
 from tests.config.test_schema import changed
 from tests.runs import TinyRuns, file_contents
 
@@ -96,9 +96,9 @@ def test_record_of_another_python_is_not_compared(own_net: tuple[Settings, Edit]
     path = run_folder_of(settings)
     record = path.read_text()
     edit("own_net", "nn.Linear(4, 1)", "nn.Linear(4, 1, bias=True)")
-    assert code_changed_since(path.parent, settings) == ["own_net.Net"]
+    assert changed_since(path.parent, settings) == ["the code of own_net.Net has changed"]
     path.write_text(record.replace(f'"python": "{platform.python_version()}"', '"python": "3.99.1"'))
-    assert code_changed_since(path.parent, settings) == []
+    assert changed_since(path.parent, settings) == []
 
 
 def run_folder_of(settings: Settings) -> Path:
@@ -156,13 +156,13 @@ def test_changed_code_is_refused_before_a_run_goes_on_or_is_evaluated(
         Settings(**evaluated),
         Settings(**evaluated | {"checkpoint": str(folder / "checkpoint.pt")}),
     ):
-        with pytest.raises(MamlError, match=r"the code of own_net\.Net has changed since .*changed_code=accept"):
+        with pytest.raises(MamlError, match=r"the code of own_net\.Net has changed since .*changed_sources=accept"):
             run_experiment(config, "custom")
     assert file_contents(tiny.runs_dir) == before
     with pytest.warns(UserWarning, match=r"the code of own_net\.Net has changed"):
         maml.load(folder, allow=["own_net"])
-    run_experiment(Settings(**evaluated | {"changed_code": "accept"}), "custom")
-    assert "changed_code=accept uses it" in caplog.text
+    run_experiment(Settings(**evaluated | {"changed_sources": "accept"}), "custom")
+    assert "changed_sources=accept uses it" in caplog.text
 
     edit("own_layers", "nn.Tanh", "nn.ReLU")
     run_experiment(settings, "custom")

@@ -193,6 +193,16 @@ class FewOmniglot(Omniglot):
         return data, {split: torch.tensor([*numbers]) for split, numbers in CHARACTERS.items()}
 
 
+def test_digest_tells_pictures_and_splits_apart(tmp_path: Path) -> None:
+    make(tmp_path, {"own": dict.fromkeys("abcdefgh", 4)})
+    digests = [
+        domain_of(tmp_path, split=split).data_digest for split in ([0.5, 0, 0.5], [0.5, 0, 0.5], [0.75, 0, 0.25])
+    ]
+    assert digests[0] == digests[1] != digests[2]
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "own" / "a" / "0.png")
+    assert domain_of(tmp_path, split=[0.5, 0, 0.5]).data_digest not in digests
+
+
 @pytest.fixture(scope="module")
 def omniglot_folders(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     """A data_dir with a few characters of Omniglot, each in a folder, as the zips hold them."""

@@ -18,7 +18,7 @@ from maml.errors import MamlError, Unavailable
 from maml.model.base import Model
 from maml.seeding import Stream
 from maml.types import Examples, Params, Split, take
-from tests.runs import TinyRuns
+from tests.runs import TinyRuns, file_contents
 
 ROWS = {"a": 4, "b": 9, "c": 5, "d": 4, "e": 6, "f": 7}  # rows of each task
 PARTS: dict[str, Split] = {"a": "train", "b": "train", "c": "train", "d": "val", "e": "test", "f": "test"}
@@ -276,3 +276,34 @@ def test_network_of_classes_gives_them_back(tiny: TinyRuns, tmp_path: Path) -> N
         network.adapt([[0.0]], ["uneven"])
     with pytest.raises(MamlError, match="there are 2 inputs, but 1 labels"):
         network.adapt([[0.0], [1.0]], ["odd"])
+
+
+def test_changed_table_is_refused_before_a_run_goes_on_or_is_evaluated(
+    tiny: TinyRuns, data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = TinyRuns(tiny.runs_dir, tiny.cache_dir)
+    given = ("domain.task=task", "domain.inputs=[x]", "domain.targets=[y]", "domain.split=part", "domain.num_shots=2")
+    small = (
+        "evaluation=regression_curve",
+        "evaluation.num_shots=[2]",
+        "evaluation.num_steps=1",
+        "evaluation.num_tasks=5",
+        "num_iterations=2",
+        "hardware=cpu",
+    )
+    overrides = ["domain=table", f"data_dir={data_dir}", "domain.file=own.csv", *given, *small]
+    folder = runs.run(*overrides)
+    before = file_contents(tiny.runs_dir)
+    table = frame()
+    table.assign(odd=7).to_csv(data_dir / "own.csv", index=False)
+    runs.run(*overrides)  # a column that the run does not use
+    assert file_contents(tiny.runs_dir) == before
+    moved = table["part"].mask(table["task"] == "e", "val")
+    for changes in ({"y": table["y"] + 1}, {"part": moved}):
+        table.assign(**changes).to_csv(data_dir / "own.csv", index=False)
+        for mode in ("train", "eval"):
+            with pytest.raises(MamlError, match=r"the data of .*Table have changed since .*changed_sources=accept"):
+                runs.run(*overrides, f"mode={mode}")
+    assert file_contents(tiny.runs_dir) == before
+    runs.run(*overrides, "mode=eval", "changed_sources=accept", "evaluation.bank_seed=1")
+    assert f"have changed since {folder} was trained; changed_sources=accept uses it" in caplog.text

@@ -117,14 +117,16 @@ def test_without_runs_each_table_has_the_papers_rows_numbers_and_bold(table: Tab
     rows, bold = numbers(text), bold_cells(table)
     cells = {(cell.row, cell.column): cell for cell in table.cells}
     for row, name in (item for group in table.layout.groups for item in group.items()):
-        printed, *ours = rows[: 1 if any(cell.quoted for cell in table.cells if cell.row == row) else 2]
+        own = [cell for cell in table.cells if cell.row == row]
+        quoted = any(cell.quoted for cell in own)
+        printed, *ours = rows[: 1 if quoted and not any(cell.source for cell in own) else 2]
         rows = rows[1 + len(ours) :]
         expected = []
         for column in table.layout.columns:
             cell = cells.get((row, column))
             ci = f" ± {cell.ci}" if cell and cell.ci and cell.ci_is_printed else ""
             expected.append("*" * ((row, column) in bold) + (f"{cell.value}{ci}" if cell and cell.value else "--"))
-        title = name.replace("θ", r"$\theta$") + ("" if ours else r" $\dagger$")
+        title = name.replace("θ", r"$\theta$") + (r" $\dagger$" if quoted else "")
         assert printed == ["*" * (row in table.layout.own) + title, *expected]
         if ours:
             assert ours[0][0] == r"\quad ours"

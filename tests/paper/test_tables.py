@@ -28,7 +28,7 @@ from maml.paper.tables import (
     table_rows,
     verdict,
 )
-from maml.record.index import find_runs
+from maml.record.index import Source, find_runs
 from tests.paper.fake_runs import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +70,8 @@ def test_verdict_follows_from_either_interval_and_the_direction(
     assert verdict(*ours, *published, larger_is_better) == expected
 
 
-def compared(root: Path, ci: str = "", quoted: bool = False) -> Comparison:
-    cell = Cell("table2_multitask", "MAML", "K5_gradsteps_1", "0.67", ci, quoted, SINUSOID, 1)
+def compared(root: Path, ci: str = "", quoted: bool = False, source: Source | None = SINUSOID) -> Comparison:
+    cell = Cell("table2_multitask", "MAML", "K5_gradsteps_1", "0.67", ci, quoted, source, 1)
     return Comparison(cell, find_evidence(SINUSOID, find_runs(root)[0]))
 
 
@@ -107,7 +107,7 @@ def test_unfinished_run_with_the_papers_very_number_is_reduced_budget(tmp_path: 
 
 def test_status_without_a_number(tmp_path: Path) -> None:
     assert compared(tmp_path).status == "not run"
-    assert compared(tmp_path, quoted=True).status == "quoted"
+    assert compared(tmp_path, quoted=True, source=None).status == "quoted"
     make_run(tmp_path, evaluated=False, done=500, status="interrupted")
     assert "| 500 of 70,000 iterations | not run |" in rendered(compared(tmp_path))
 
@@ -170,10 +170,16 @@ def test_a_run_that_diverged_is_worse_and_shows_among_the_runs(tmp_path: Path) -
     assert "| 1 of 2 diverged; seeds 0, 1 |" in rendered(compared(tmp_path))
 
 
+def test_quoted_number_with_an_experiment_is_judged_as_any_other(tmp_path: Path) -> None:
+    assert compared(tmp_path, quoted=True).status == "not run"
+    make_run(tmp_path, mean=0.67)
+    assert compared(tmp_path, quoted=True).status == "reproduced"
+
+
 def test_summary_counts_every_cell_once(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.67)
     make_run(tmp_path / "later", mean=0.67, done=1000, status="interrupted")
-    comparisons = [compared(tmp_path), compared(tmp_path / "later"), compared(tmp_path, quoted=True)]
+    comparisons = [compared(tmp_path), compared(tmp_path / "later"), compared(tmp_path, quoted=True, source=None)]
     assert summary(comparisons) == ("1 of 3 cells reproduced, 0 better, 0 worse, 1 reduced budget, 1 quoted, 0 not run")
 
 
@@ -188,7 +194,7 @@ def test_fresh_clone_renders_all_cells_as_not_run_or_quoted() -> None:
     for table in tables:
         lines = table_markdown(table, comparisons[table.name]).splitlines()
         for cell in table.cells:
-            status = "quoted" if cell.quoted else "not run"
+            status = "quoted" if cell.quoted and not cell.source else "not run"
             (line,) = (line for line in lines if line.startswith(f"| {cell.row} | {cell.column} | {cell.value}"))
             assert f"|  | {status} |" in line
             command = f"`{cell.source.command([])}`" if cell.source else "" if cell.quoted else "no experiment yet"
