@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
+from annotated_types import Len
 from torch import Tensor
 
 from maml.errors import MamlError
@@ -52,7 +53,7 @@ class ResNet12(Model):
         self,
         in_shape: Sequence[int],
         out_dim: int,
-        widths: tuple[Count, Count, Count, Count] = (64, 160, 320, 640),
+        widths: Annotated[tuple[Count, ...], Len(_NUM_BLOCKS, _NUM_BLOCKS)] = (64, 160, 320, 640),
         head: Literal["mean", "flatten"] = "mean",
     ) -> None:
         if len(in_shape) != 3:
@@ -81,8 +82,8 @@ class ResNet12(Model):
                 params[f"{layer}.norm.scale"] = zeros(stream, filters) + 1
                 params[f"{layer}.norm.shift"] = zeros(stream, filters)
             channels = filters
-        sizes_of_head = (self.out_dim, self.num_features)
-        params["head.weight"] = glorot_uniform(stream.child("head"), sizes_of_head, self.num_features, self.out_dim)
+        head = (self.out_dim, self.num_features)
+        params["head.weight"] = glorot_uniform(stream.child("head"), head, self.num_features, self.out_dim)
         params["head.bias"] = zeros(stream, self.out_dim)
         return params
 
