@@ -16,6 +16,7 @@ from maml.algorithm.finetune import FineTune
 from maml.algorithm.maml import MAML
 from maml.algorithm.multitask_average import MultitaskAverage
 from maml.algorithm.nearest_neighbor import NearestNeighbor
+from maml.algorithm.pixel_nearest_neighbor import PixelNearestNeighbor
 from maml.algorithm.pretrain import Pretrain
 from maml.algorithm.random_init import RandomInit
 from maml.algorithm.reptile import Reptile
@@ -152,6 +153,26 @@ def test_classification_is_the_papers(
     assert evaluation.step_sizes(shots) is None, "alpha"
 
 
+def test_maml_on_the_vinyals_split_differs_in_the_tasks_alone(cache_dir: Path) -> None:
+    for name in ("5way_1shot", "5way_5shot", "20way_1shot", "20way_5shot"):
+        here, there = (
+            training_config(compose([f"+experiment=omniglot_{name}{end}", f"cache_dir={cache_dir}"])[0])
+            for end in ("_vinyals", "")
+        )
+        assert here == there | {"domain.split": "vinyals", "domain.rotations": "classes"}
+
+
+@pytest.mark.parametrize(("ways", "shots"), [(5, 1), (5, 5), (20, 1), (20, 5)])
+def test_pixels_are_compared_on_the_tasks_of_maml_on_the_vinyals_split(ways: int, shots: int, cache_dir: Path) -> None:
+    name = f"omniglot_{ways}way_{shots}shot"
+    config, algorithm, evaluation = built(f"{name}_pixels", cache_dir)
+    maml, *_, theirs = built(f"{name}_vinyals", cache_dir)
+    assert isinstance(algorithm, PixelNearestNeighbor)
+    assert (config.num_iterations, evaluation.num_steps, config.domain) == (0, 0, maml.domain)
+    (one, other) = (each.bank(algorithm.domain, shots, num_tasks=3) for each in (evaluation, theirs))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
 def test_mini_imagenet_network_has_the_released_checkpoints_tensors(cache_dir: Path) -> None:
     _, algorithm, _ = built("mini_imagenet_5way_1shot", cache_dir)
     assert {name: tuple(value.shape) for name, value in algorithm.theta.items()} == {
@@ -196,7 +217,8 @@ def test_baselines_on_images_are_ravis_and_share_one_training(domain: str, cache
     assert len(ids) == 1
 
 
-# Ways, shots (None: as in meta-test) and query images in training; tasks; iterations (docs/protocol.md#embedding-training).
+# Ways, shots (None: as in meta-test) and query images in training; tasks; iterations
+# (docs/protocol.md#embedding-training).
 # On Omniglot, matching networks train as prototypical ones.
 EMBEDDING = {
     "omniglot_5way_1shot_prototypical": (60, None, 5, 1000, 20_000),

@@ -177,6 +177,21 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     return y.reshape(*axes, *y.shape[2:])
 
 
+def conv1x1(x: Tensor, weight: Tensor) -> Tensor:
+    """Applies each task's own 1x1 kernels to its images; there is no bias.
+
+    Args:
+        x: ``(T, S, H, W, C)``.
+        weight: ``(T, O, C, 1, 1)``.
+
+    Returns:
+        ``(T, S, H, W, O)``.
+    """
+    joined = _as_shared(x, weight.shape[0])
+    y = matmul(joined.flatten(1, 3), weight.flatten(2).transpose(1, 2))
+    return y.reshape(*x.shape[:4], -1)
+
+
 # A convolution, its data gradient and its weight gradient are bilinear, and the derivative of each consists of the
 # other two. PyTorch's own double backward is slower. Windows are gathered again instead of being kept, because they are
 # nine times as large as the images.
