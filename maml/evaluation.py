@@ -409,8 +409,7 @@ class Evaluation:
             Each metric for every task and step, ``(T, num_steps + 1)``, float64; and the parts of the `Predictions`
             after the last step, none without ``per_class``.
         """
-        domain, model = algorithm.domain, algorithm.model
-        device = next(iter(algorithm.theta.values())).device
+        device = algorithm.stream.device
         theta = self.choose_theta(algorithm)
         parts: dict[str, list[Tensor]] = {}
         predicted: list[Predictions] = []
@@ -420,14 +419,12 @@ class Evaluation:
             start_params = algorithm.params_per_task(num_tasks(tasks), theta)
             adaptation = algorithm.adapt(start_params, tasks, self.num_steps, step_sizes)
             for step, adapted in enumerate(adaptation):
-                support = domain.data(tasks, "support", step)
-                query = domain.data(tasks, "query", step)
-                for name, value in domain.measure(model, adapted, support, query, step).items():
+                for name, value in algorithm.measure(adapted, tasks, step).items():
                     steps.setdefault(name, []).append(value)
                 num_done = start + num_tasks(tasks) * (step + 1) / (self.num_steps + 1)
                 show(num_done / num_tasks(bank))
             if self.per_class:
-                predicted.append(domain.predict_classes(model, adapted, tasks))
+                predicted.append(algorithm.domain.predict_classes(algorithm.model, adapted, tasks))
             for name, values in steps.items():
                 parts.setdefault(name, []).append(torch.stack(values, dim=1).double())
         measured = {name: torch.cat(values).cpu() for name, values in parts.items()}

@@ -111,6 +111,11 @@ def expand(params: Params, count: int) -> Params:
     return {name: value.expand(count, *value.shape) for name, value in params.items()}
 
 
+def without_copies(params: Params) -> Params:
+    """Returns the parameters of which `expand` has made copies with a leading axis of one again; others as they are."""
+    return {name: value[:1] if value.stride(0) == 0 else value for name, value in params.items()}
+
+
 def num_elements(sizes: Sequence[int]) -> int:
     """Returns the number of elements of a tensor of this shape."""
     return math.prod(sizes)

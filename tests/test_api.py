@@ -137,7 +137,7 @@ def test_step_sizes_are_those_of_meta_test_and_of_the_nearest_k(experiment: str)
         assert network._step_sizes(given, 12) == (sizes and [*sizes, sizes[-1], sizes[-1]])
 
 
-@pytest.mark.parametrize("name", ["omniglot", "mini_imagenet", "cifar_fs"])
+@pytest.mark.parametrize("name", ["omniglot", "mini_imagenet", "cifar_fs", "fc100"])
 def test_domain_without_its_images_is_like_the_one_with_them(name: str, tiny_images: TinyRuns) -> None:
     config = tiny_images.config(f"domain={name}").domain
     bare: Any = build_without_data(config)

@@ -11,10 +11,12 @@ import torch
 
 from maml.algorithm.base import Algorithm
 from maml.algorithm.context_vector import ContextVector
+from maml.algorithm.embedding import Embedding
 from maml.algorithm.finetune import FineTune
 from maml.algorithm.maml import MAML
 from maml.algorithm.multitask_average import MultitaskAverage
 from maml.algorithm.nearest_neighbor import NearestNeighbor
+from maml.algorithm.pixel_nearest_neighbor import PixelNearestNeighbor
 from maml.algorithm.pretrain import Pretrain
 from maml.algorithm.random_init import RandomInit
 from maml.algorithm.reptile import Reptile
@@ -42,6 +44,12 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 def _smoke(name: str) -> Any:
     """The same with more shots, or another goal of the ant, takes seconds and shows little more."""
     is_slow = name.startswith(("mini_imagenet_5way_5shot", "cifar_fs_5way_5shot", "ant_velocity"))
+    if name.endswith(("_prototypical", "_matching", "_siamese")):  # other shots, ways or photos
+        is_slow = name not in (
+            "omniglot_5way_1shot_siamese",
+            "omniglot_20way_5shot_prototypical",
+            "cifar_fs_5way_1shot_matching",
+        )
     return pytest.param(name, marks=pytest.mark.slow if is_slow else ())
 
 
@@ -54,6 +62,8 @@ def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -
         few = ["algorithm.max_error=100", "algorithm.num_steps=200"]
     if name.endswith("reptile"):  # It takes 50 steps in meta-test.
         few = ["evaluation.num_steps=5"]
+    if name.endswith(("_prototypical", "_matching", "_siamese")):
+        few = ["domain.num_ways=6"]
     config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
     if "num_filters" in config.model:  # An image experiment spends its time in convolutions.
         config = replace(config, model={**config.model, "num_filters": 4})
@@ -151,6 +161,26 @@ def test_classification_is_the_papers(
     assert evaluation.step_sizes(shots) is None, "alpha"
 
 
+def test_maml_on_the_vinyals_split_differs_in_the_tasks_alone(cache_dir: Path) -> None:
+    for name in ("5way_1shot", "5way_5shot", "20way_1shot", "20way_5shot"):
+        here, there = (
+            training_config(compose([f"+experiment=omniglot_{name}{end}", f"cache_dir={cache_dir}"])[0])
+            for end in ("_vinyals", "")
+        )
+        assert here == there | {"domain.split": "vinyals", "domain.rotations": "classes"}
+
+
+@pytest.mark.parametrize(("ways", "shots"), [(5, 1), (5, 5), (20, 1), (20, 5)])
+def test_pixels_are_compared_on_the_tasks_of_maml_on_the_vinyals_split(ways: int, shots: int, cache_dir: Path) -> None:
+    name = f"omniglot_{ways}way_{shots}shot"
+    config, algorithm, evaluation = built(f"{name}_pixels", cache_dir)
+    maml, *_, theirs = built(f"{name}_vinyals", cache_dir)
+    assert isinstance(algorithm, PixelNearestNeighbor)
+    assert (config.num_iterations, evaluation.num_steps, config.domain) == (0, 0, maml.domain)
+    (one, other) = (each.bank(algorithm.domain, shots, num_tasks=3) for each in (evaluation, theirs))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
 def test_mini_imagenet_network_has_the_released_checkpoints_tensors(cache_dir: Path) -> None:
     _, algorithm, _ = built("mini_imagenet_5way_1shot", cache_dir)
     assert {name: tuple(value.shape) for name, value in algorithm.theta.items()} == {
@@ -193,6 +223,93 @@ def test_baselines_on_images_are_ravis_and_share_one_training(domain: str, cache
         assert (evaluation.num_steps, evaluation.num_query, evaluation.num_shots or [1]) == (0, 15, [shots])
         assert evaluation.search is None
     assert len(ids) == 1
+
+
+# Ways, shots (None: as in meta-test) and query images in training; tasks; iterations
+# (docs/protocol.md#embedding-training).
+# On Omniglot, matching networks train as prototypical ones.
+EMBEDDING = {
+    "omniglot_5way_1shot_prototypical": (60, None, 5, 1000, 20_000),
+    "omniglot_5way_5shot_prototypical": (60, None, 5, 1000, 20_000),
+    "omniglot_20way_1shot_prototypical": (60, None, 5, 1000, 20_000),
+    "omniglot_20way_5shot_prototypical": (60, None, 5, 1000, 20_000),
+    "omniglot_5way_1shot_siamese": (64, 1, 1, 1000, 20_000),
+    "omniglot_5way_5shot_siamese": (64, 1, 1, 1000, 20_000),
+    "omniglot_20way_1shot_siamese": (64, 1, 1, 1000, 20_000),
+    "omniglot_20way_5shot_siamese": (64, 1, 1, 1000, 20_000),
+    "cifar_fs_5way_1shot_prototypical": (30, None, 15, 600, 20_000),
+    "cifar_fs_5way_5shot_prototypical": (20, None, 15, 600, 20_000),
+    "cifar_fs_5way_1shot_matching": (5, 5, 15, 600, 75_000),
+    "cifar_fs_5way_5shot_matching": (5, 5, 15, 600, 75_000),
+}
+EMBEDDING |= {name.replace("prototypical", "matching"): row for name, row in EMBEDDING.items() if "omniglot" in name}
+EMBEDDING |= {f"mini_imagenet_5way_{shots}shot_matching": (5, 5, 15, 600, 75_000) for shots in (1, 5)}
+
+
+@pytest.mark.parametrize("name", EMBEDDING)
+def test_embedding_methods_are_those_of_the_protocol(name: str) -> None:
+    config, _ = compose([f"+experiment={name}"])
+    *_, way, shot, method = name.split("_")
+    ways, shots = int(way.removesuffix("way")), int(shot.removesuffix("shot"))
+    train_ways, train_shots, num_query, num_tasks, num_iterations = EMBEDDING[name]
+    domain, evaluation, outer = config.domain, config.evaluation, config.outer
+    assert config.algorithm["_target_"].split(".")[-2:] == [method, method.capitalize()]
+    assert (domain["num_ways"], domain["num_shots"], domain["num_query"]) == (
+        train_ways,
+        train_shots or shots,
+        num_query,
+    )
+    assert (evaluation["num_ways"] or domain["num_ways"]) == ways
+    assert (evaluation["num_shots"] or [domain["num_shots"]]) == [shots]
+    assert (evaluation["num_query"], evaluation["num_tasks"]) == (15, num_tasks)
+    assert (evaluation["num_steps"], evaluation["search"] is not None) == (
+        (5, True) if method == "siamese" else (0, False)
+    )
+    assert (config.meta_batch_size, config.num_iterations, config.inner["num_steps"]) == (1, num_iterations, 0)
+    follows_ravi = method == "matching" and not name.startswith("omniglot")
+    assert outer["step_size"] == (1e-4 if follows_ravi else 1e-3)
+    assert (outer["schedule"] or {}).get("every") == (None if follows_ravi else 2000)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters", "num_classes"),
+    [
+        ("omniglot_5way_1shot_prototypical", 111_936, {"train": 4800, "test": 1692}),
+        ("omniglot_20way_5shot_siamese", 112_001, {"train": 4112, "val": 688, "test": 1692}),
+    ],
+)
+def test_embedding_methods_have_the_network_and_classes_of_the_protocol(
+    name: str, num_parameters: int, num_classes: dict[str, int], cache_dir: Path
+) -> None:
+    _, algorithm, evaluation = built(name, cache_dir)
+    assert isinstance(algorithm, Embedding) and isinstance(algorithm.domain, FewShotClassification)
+    assert size(algorithm) == num_parameters
+    assert {split: len(classes) for split, classes in algorithm.domain.splits.items()} == num_classes
+    ways, shots = (5, 1) if "5way" in name else (20, 5)
+    assert evaluation.bank(algorithm.domain, shots, num_tasks=2)["support_images"].shape == (2, ways, shots)
+
+
+def test_embedding_experiments_with_equal_training_share_it() -> None:
+    """Ways of meta-test are no part of training, and some train with the same shots for all tests."""
+    trainings: dict[str, set[str]] = {}
+    for name in EMBEDDING:
+        config, _ = compose([f"+experiment={name}"])
+        trainings.setdefault(digest(training_config(config)), set()).add(name)
+    patterns = {
+        "omniglot_*_1shot_prototypical": 2,
+        "omniglot_*_5shot_prototypical": 2,
+        "omniglot_*_1shot_matching": 2,
+        "omniglot_*_5shot_matching": 2,
+        "omniglot_*_siamese": 4,
+        "cifar_fs_*_1shot_prototypical": 1,
+        "cifar_fs_*_5shot_prototypical": 1,
+        "cifar_fs_*_matching": 2,
+        "mini_imagenet_*_matching": 2,
+    }
+    for pattern, count in patterns.items():
+        alike = {name for name in EMBEDDING if Path(name).match(pattern)}
+        assert len(alike) == count and alike in trainings.values(), pattern
+    assert len(trainings) == len(patterns)
 
 
 # Inner batch and steps, step size, iterations, inner batch in meta-test (docs/protocol.md#reptile).

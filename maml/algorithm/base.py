@@ -46,8 +46,8 @@ class Algorithm(ABC):
     """Learns theta. Most subclasses only define the loss of each task, `task_losses`.
 
     An algorithm computes on T tasks at once. Its parameters always have a leading task axis, ``(T, ...)``: one copy
-    for each task. An algorithm does not know which tasks are computed together, how many seeds and processes there
-    are, or whether the computation is compiled; `maml.training.meta_gradient` decides that.
+    for each task, unless it ``shares_weights``. An algorithm does not know which tasks are computed together, how many
+    seeds and processes there are, or whether the computation is compiled; `maml.training.meta_gradient` decides that.
 
     Class attributes:
         differentiates_adaptation: whether the meta-gradient is taken through adaptation. Only then ``inner.order``
@@ -55,6 +55,9 @@ class Algorithm(ABC):
         trained_as: the address of the class whose training runs this class shares, because the two differ in meta-test
             only; None if it has runs of its own.
         learns_from_rollouts: whether it can learn from data that depends on theta, as rollouts do.
+        shares_weights: whether `task_losses` gets one copy of the parameters for all tasks, because nothing adapts in
+            training. Their leading axis is then 1, or the number of seeds, and a layer computes the examples of all
+            tasks as one batch. Losses and metrics still have the task axis.
         sums_over_tasks: whether the meta-update follows from a sum over the tasks of a meta-batch. Only then processes
             can share the tasks.
         fixes_ways: whether each class of a training task has its own output, so that tasks of meta-test cannot have
@@ -72,6 +75,7 @@ class Algorithm(ABC):
     differentiates_adaptation = False
     trained_as: str | None = None
     learns_from_rollouts = False
+    shares_weights = False
     sums_over_tasks = True
     fixes_ways = True
     updates_seeds_together = False
@@ -282,6 +286,17 @@ class Algorithm(ABC):
             theta: parameters without a task axis; None uses the algorithm's own theta.
         """
         return expand((self.theta if theta is None else theta) | self.buffers, num_tasks)
+
+    def measure(self, params: Params, tasks: Tasks, step: int) -> Metrics:
+        """Returns the evaluation metrics per task, ``(T,)``; those of the domain, unless a subclass has more.
+
+        Args:
+            params: what `adapt` has yielded after ``step`` gradient steps.
+            tasks: T tasks with their data.
+            step: number of gradient steps.
+        """
+        support, query = (self.domain.data(tasks, role, step) for role in ("support", "query"))
+        return self.domain.measure(self.model, params, support, query, step)
 
     def theta_of(self, params: Params) -> Params:
         """Returns the entries of ``params`` that belong to theta, without the buffers."""

@@ -13,7 +13,7 @@ from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics
 from maml.domain.classification import FewShotClassification
 from maml.errors import MamlError
-from maml.model.conv4 import Conv4
+from maml.model.functional import for_tasks
 from maml.seeding import Stream
 from maml.types import Params, Tasks
 
@@ -31,7 +31,7 @@ class Classifier(Algorithm):
         parts: the domain, model, optimizers and stream.
 
     Raises:
-        MamlError: if the domain is not an image set, or the model is not `Conv4`.
+        MamlError: if the domain is not an image set, or the model has no features.
     """
 
     trained_as = "maml.algorithm.classifier.Classifier"
@@ -43,17 +43,10 @@ class Classifier(Algorithm):
         if not isinstance(domain, FewShotClassification):
             raise MamlError("this baseline classifies images: choose domain=mini_imagenet, cifar_fs or omniglot")
         self.images = domain
-        model = parts.make_model(domain.in_shape, len(domain.splits["train"]))
-        if not isinstance(model, Conv4):
-            raise MamlError("this baseline needs the features of a network with running statistics: choose model=conv4")
-        self.classifier = model
-        theta = model.init(self.stream)
-        statistics = {}
-        for name, value in theta.items():
-            if name.endswith(".shift"):
-                statistics[name.replace(".shift", ".mean")] = torch.zeros_like(value)
-                statistics[name.replace(".shift", ".variance")] = torch.ones_like(value)
-        self.set_initial(theta, statistics)
+        self.classifier = parts.make_model(domain.in_shape, len(domain.splits["train"]))
+        self.classifier.check_features()
+        theta = self.classifier.init(self.stream)
+        self.set_initial(theta, self.classifier.running_statistics(theta))
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
         """Draws a batch of ``count`` images of the training classes."""
@@ -68,7 +61,9 @@ class Classifier(Algorithm):
     def _forward_in_training_mode(self, theta: Params, x: Tensor) -> tuple[Tensor, Params]:
         """Normalises with the batch's own statistics; returns the outputs and these statistics, for each layer."""
         seen: Params = {}
-        features = self.classifier.features(theta, x, seen=seen)
+        # All images are the reference, as without the argument. With it, normalisation leaves out the kernels, whose
+        # rounding would change the bits of seeded runs.
+        features = self.classifier.features(theta, x, num_reference=x.shape[1], seen=seen)
         return self.classifier.outputs(theta, features), seen
 
     @abstractmethod
@@ -84,7 +79,7 @@ def new_statistics(params: Params, seen: Params) -> Params:
         params: holds the running statistics so far, by name.
         seen: the batch's statistics, under the same names.
     """
-    return {name: torch.lerp(params[name].expand_as(value), value, _MOMENTUM) for name, value in seen.items()}
+    return {name: torch.lerp(for_tasks(params[name], len(value)), value, _MOMENTUM) for name, value in seen.items()}
 
 
 def mean_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from maml.algorithm.base import Parts
 from maml.algorithm.classifier import Classifier
-from maml.model.base import Model
-from maml.model.conv4 import Conv4
-from maml.seeding import Stream
-from maml.types import Params, Tasks
+from maml.algorithm.embedding import SUPPORT, Comparison, in_blocks
+from maml.model.functional import cosine_similarity
+from maml.types import Params, Tasks, without_copies
 
 
 class NearestNeighbor(Classifier):
@@ -25,33 +23,20 @@ class NearestNeighbor(Classifier):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.model = _CosineSimilarity(self.classifier)
+        self.model = Comparison(self.classifier, _best_cosine)
 
     def adapt(
         self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
         """Yields the parameters with the features of the support images added; gradient steps change nothing."""
         support = self.domain.data(tasks, "support")
-        features = self.classifier.features(params, support.x)
-        params = params | {"support.features": features.unflatten(1, (support.num_shots, -1))}
+        features = self.classifier.features(without_copies(params), support.x)
+        params = params | {SUPPORT: in_blocks(features, support)}
         for _ in range(num_steps + 1):
             yield params
 
 
-class _CosineSimilarity(Model):
-    """Scores a class by the cosine similarity of its most similar support image.
-
-    The parameter ``support.features``, ``(T, K, N, D)``, holds the features of the support images.
-    """
-
-    def __init__(self, network: Conv4) -> None:
-        self.network = network
-
-    def init(self, stream: Stream) -> Params:
-        return self.network.init(stream)
-
-    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
-        features = F.normalize(self.network.features(params, x), dim=-1)
-        support = F.normalize(params["support.features"], dim=-1)
-        similarity = features @ support.flatten(1, 2).transpose(1, 2)  # (T, Q, K * N)
-        return similarity.unflatten(-1, support.shape[1:3]).amax(-2)
+def _best_cosine(params: Params, support: Tensor, query: Tensor) -> Tensor:
+    """Scores a class by the cosine similarity of its most similar support image (`Embedding.scores`)."""
+    similarity = cosine_similarity(query, support.flatten(1, 2))
+    return similarity.unflatten(2, support.shape[1:3]).amax(2)

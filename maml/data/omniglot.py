@@ -3,7 +3,7 @@
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +18,7 @@ from maml.data.files import File, first_ten, list_files, reader
 from maml.data.pictures import opaque, warn_of_blank
 from maml.errors import MamlError, Unavailable
 from maml.status import about, announce
+from maml.types import Split
 
 NUM_DRAWINGS = 20
 IMAGE_SIZE = 28
@@ -80,6 +81,9 @@ ALPHABETS = {
     },
 }
 
+_NUM_TRAINVAL = 1200  # characters that are not in the test of Vinyals et al. (2016)
+_VAL_ALPHABETS = {"Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)"}
+
 _CACHE_NAME = "omniglot_28x28_nearest"
 _SOURCE_SIZE = (105, 105)
 _SECONDS_TO_READ = 10
@@ -116,6 +120,24 @@ def load_omniglot(data_dir: Path, cache_dir: Path, download: bool = True) -> Ima
         found = _find(data_dir)
     files = {name: file for source in found.values() for name, file in _list_drawings(source)}
     return cached_from_files(cache_dir, _CACHE_NAME, files, lambda: _read(found, _group(files, data_dir)))
+
+
+def vinyals_split(classes: Sequence[str]) -> dict[Split, Tensor]:
+    """Returns the split that the field calls Vinyals': 1028, 172 and 423 characters (docs/protocol.md#omniglot-splits).
+
+    Args:
+        classes: the sorted names of all characters, as `load_omniglot` returns them.
+
+    Returns:
+        The indices of each split's characters, in the order of their folders.
+    """
+    background = ALPHABETS["images_background"]
+    alphabets = [name.partition("/")[0] for name in classes]
+    in_folder_order = sorted(range(len(classes)), key=lambda i: alphabets[i] not in background)
+    trainval, test = in_folder_order[:_NUM_TRAINVAL], in_folder_order[_NUM_TRAINVAL:]
+    train = [i for i in trainval if alphabets[i] not in _VAL_ALPHABETS]
+    val = [i for i in trainval if alphabets[i] in _VAL_ALPHABETS]
+    return {"train": torch.tensor(train), "val": torch.tensor(val), "test": torch.tensor(test)}
 
 
 def _find(data_dir: Path) -> dict[str, Path]:

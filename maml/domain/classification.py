@@ -43,6 +43,8 @@ class FewShotClassification(SupervisedDomain):
         scale: pixels are divided by this number.
         num_train_classes: number of classes in the training split.
         rotate: whether every class of a task is turned by its own multiple of 90 degrees.
+        has_turned_classes: whether splits may hold turned classes. If the images are of C classes, class ``c + k * C``
+            is class c turned by k quarter turns to the left.
 
     Args:
         num_ways: N, number of classes in a task, and of outputs of the network; with one class, every answer would be
@@ -61,6 +63,7 @@ class FewShotClassification(SupervisedDomain):
     scale: float
     num_train_classes: int
     rotate = False
+    has_turned_classes = False
     headline = "accuracy_transductive"
     larger_is_better = True
 
@@ -81,6 +84,9 @@ class FewShotClassification(SupervisedDomain):
         self.splits = dict(splits)
         self.class_names = data.classes or [str(number) for number in range(len(images))]
         self.counts = data.counts
+        self.num_upright = images.shape[0] if data.counts is None else len(data.counts)
+        if self.has_turned_classes:
+            self.class_names = [f"{name}/rot{90 * turns:03d}" for turns in range(4) for name in self.class_names]
         chosen = {split: classes.tolist() for split, classes in self.splits.items()}
         self.data_digest = digest({"images": data.digest, "splits": chosen}) if data.digest else None
         self.num_images = max(data.counts or [images.shape[1]])
@@ -88,7 +94,9 @@ class FewShotClassification(SupervisedDomain):
         if data.counts is not None:
             self.class_counts = torch.tensor(data.counts)
             self.class_starts = self.class_counts.cumsum(0) - self.class_counts
-            self.smallest = {split: int(self.class_counts[chosen].min()) for split, chosen in self.splits.items()}
+            self.smallest = {
+                split: int(self.class_counts[self._upright(chosen)].min()) for split, chosen in self.splits.items()
+            }
         # Pixels flat, so that an image and its rotation are one gather.
         self.images = images.flatten(2, 3)
         height, width, _ = self.in_shape
@@ -156,7 +164,7 @@ class FewShotClassification(SupervisedDomain):
             return
         if self.counts is None:
             raise MamlError(f"{asked}, but there are {self.num_images} images of each class; {remedy}")
-        counts = {self.class_names[i]: self.counts[i] for i in self.splits[split].tolist()}
+        counts = {self.class_names[i]: self.counts[i % self.num_upright] for i in self.splits[split].tolist()}
         few = first_ten([f"{name} has {count} images" for name, count in counts.items() if count < needed])
         raise MamlError(f"{asked}, but {few}; {remedy}, add images, or take the class away")
 
@@ -164,6 +172,10 @@ class FewShotClassification(SupervisedDomain):
         if split not in self.splits:
             raise MamlError(f"this data set has no {split} classes, only {' and '.join(self.splits)}")
         return self.splits[split]
+
+    def _upright(self, classes: Tensor) -> Tensor:
+        """Returns the classes of which these are turned copies, or which they are."""
+        return classes % self.num_upright if self.has_turned_classes else classes
 
     def to(self, device: torch.device) -> None:
         self.images = self.images.to(device)
@@ -176,7 +188,8 @@ class FewShotClassification(SupervisedDomain):
         """Draws distinct images of each class, as numbers within the class, ``(*classes.shape, count)``."""
         if self.counts is None:
             return stream.choice(classes.shape, self.num_images, count)
-        return choice_of_each(stream, self.class_counts.to(stream.device)[classes], self.num_images, count)
+        sizes = self.class_counts.to(stream.device)[self._upright(classes)]
+        return choice_of_each(stream, sizes, self.num_images, count)
 
     def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
         """Draws classes, rotations and images. Within a task, classes and images are drawn without replacement.
@@ -240,12 +253,13 @@ class FewShotClassification(SupervisedDomain):
     def data(self, tasks: Tasks, role: Role, step: int = 0) -> Examples:
         """Returns K blocks of N images, ``(T, K * N, H, W, C)``, with labels ``0 .. N-1`` in each block."""
         chosen = tasks[f"{role}_images"].transpose(1, 2)  # (T, K, N)
-        classes = tasks["classes"].unsqueeze(1)
+        classes = self._upright(tasks["classes"]).unsqueeze(1)
         if self.counts is not None:
             chosen = chosen + self.class_starts[classes]
             classes = torch.zeros_like(classes)
-        if self.rotate:
-            pixels = self.turned[tasks["rotations"]].unsqueeze(1)  # (T, 1, N, H * W)
+        if self.rotate or self.has_turned_classes:
+            turns = tasks["rotations"] if self.rotate else tasks["classes"] // self.num_upright
+            pixels = self.turned[turns].unsqueeze(1)  # (T, 1, N, H * W)
             x = self.images[classes.unsqueeze(-1), chosen.unsqueeze(-1), pixels]
         else:
             x = self.images[classes, chosen]

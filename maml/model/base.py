@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maml.environment.distribution import Distribution
+from maml.errors import MamlError
 from maml.model.linearized import Linearized, LinearizedByAutograd
 from maml.seeding import Stream
 from maml.types import Params
@@ -20,11 +21,18 @@ class Model(ABC):
     number of outputs; the domain supplies both. The last layer's parameters are called ``head.weight`` and
     ``head.bias``.
 
+    Tasks may share weights: the leading axis of a parameter then has G entries, a divisor of T, and each entry belongs
+    to T / G consecutive tasks (`maml.model.functional`).
+
     Class attributes:
         distribution: the distribution of actions whose outputs the model gives, if it acts as a policy; None fits any.
+
+    Attributes:
+        num_features: D, the number of inputs of the last layer, which are called features; 0 if the model has none.
     """
 
     distribution: type[Distribution] | None = None
+    num_features: int = 0
 
     @abstractmethod
     def init(self, stream: Stream) -> Params:
@@ -42,6 +50,54 @@ class Model(ABC):
         Returns:
             ``(T, S, out_dim)``.
         """
+
+    def features(
+        self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
+    ) -> Tensor:
+        """Computes the inputs of the last layer, ``(T, S, num_features)``. They do not need the last layer's weights.
+
+        Args:
+            params: name -> ``(T, ...)``. If they hold running statistics, under the names of `running_statistics`,
+                these are used for normalisation instead of the batch's statistics.
+            x: ``(T, S, *in_shape)``.
+            num_reference: number of leading examples of each task that give the batch's statistics; None is all.
+            seen: a dict to which the mean and unbiased variance of each layer's batch are added, ``(T, ...)``, by the
+                names of `running_statistics`.
+        """
+        raise NotImplementedError
+
+    def outputs(self, params: Params, features: Tensor) -> Tensor:
+        """Computes the last layer from its inputs, ``(T, S, num_features)`` -> ``(T, S, out_dim)``."""
+        raise NotImplementedError
+
+    def running_statistics(self, params: Params) -> Params:
+        """Returns running statistics of normalisation before the first batch: mean 0 and variance 1.
+
+        Args:
+            params: initial parameters, without a task axis. A layer with a ``shift`` normalises.
+
+        Returns:
+            ``norm1.mean`` and ``norm1.variance``, and so on; empty if the model only normalises with its batch.
+        """
+        statistics = {}
+        for name, value in params.items():
+            if name.endswith(".shift"):
+                layer = name.removesuffix(".shift")
+                statistics[f"{layer}.mean"] = torch.zeros_like(value)
+                statistics[f"{layer}.variance"] = torch.ones_like(value)
+        return statistics
+
+    def check_features(self) -> None:
+        """Checks, before a run, that the model has features.
+
+        Raises:
+            MamlError: if not.
+        """
+        if not self.num_features:
+            raise MamlError(
+                f"{type(self).__name__} has no features, which this algorithm compares or classifies: choose "
+                "model=conv4; a module has features if its last layer is called head"
+            )
 
     def renamed(self, name: str) -> str:
         """Returns the present name of a parameter that files of earlier versions call ``name``.

@@ -12,7 +12,17 @@ from maml.environment.distribution import Categorical
 from maml.errors import MamlError
 from maml.hardware.kernels import kernels_apply
 from maml.model.base import Model, glorot_uniform, zeros
-from maml.model.functional import ACTIVATIONS, Activation, batch_statistics, conv3x3, linear, max_pool, normalize
+from maml.model.functional import (
+    ACTIVATIONS,
+    Activation,
+    add_seen,
+    conv3x3,
+    for_tasks,
+    linear,
+    max_pool,
+    normalize,
+    running_or_batch_statistics,
+)
 from maml.model.normalization import Windows, norm_relu
 from maml.seeding import Stream
 from maml.types import Count, Params, PositiveFloat
@@ -101,41 +111,32 @@ class Conv4(Model):
         return self.outputs(params, self.features(params, x, num_reference))
 
     def outputs(self, params: Params, features: Tensor) -> Tensor:
-        """Computes the last layer from its inputs."""
         return linear(features, params["head.weight"], params["head.bias"])
 
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
     ) -> Tensor:
-        """Computes the inputs of the last layer, ``(T, S, num_features)``.
-
-        Args:
-            params: name -> ``(T, ...)``. If they hold running statistics (``norm1.mean`` and ``norm1.variance``,
-                ``(T, C)``, and so on), these are used for normalisation instead of the batch's statistics.
-            x: ``(T, S, H, W, C)``.
-            num_reference: number of leading examples of each task that give the batch's statistics; None is all.
-            seen: a dict to which the mean and unbiased variance of each layer's batch are added, by the names above.
-        """
         for i in range(1, _NUM_MODULES + 1):
             stride = 2 if self.pooling == "stride" else 1
             x = conv3x3(x, params[f"conv{i}.weight"], stride)
-            is_plain = num_reference is None and seen is None and f"norm{i}.mean" not in params
+            is_plain = num_reference is None and f"norm{i}.mean" not in params
             if self._windows and is_plain and kernels_apply(x):
                 # The bias cancels, because the batch's mean is subtracted.
-                x = norm_relu(x, params[f"norm{i}.shift"], params.get(f"norm{i}.scale"), self._windows)
+                moments: list[Tensor] | None = None if seen is None else []
+                y = norm_relu(x, params[f"norm{i}.shift"], params.get(f"norm{i}.scale"), self._windows, moments)
+                if seen is not None and moments:
+                    bias = for_tasks(params[f"conv{i}.bias"], len(x))
+                    add_seen(seen, f"norm{i}", moments[0] + bias, moments[1], x)
+                x = y
                 continue
             # The bias is subtracted from the mean instead of added to every pixel; with the batch's mean it cancels.
             shape = (x.shape[0], 1, 1, 1, -1)
-            bias = params[f"conv{i}.bias"].reshape(shape)
-            if f"norm{i}.mean" in params:
-                mean, variance = (params[f"norm{i}.{name}"].reshape(shape) for name in ("mean", "variance"))
-            else:
-                mean, variance = batch_statistics(x, num_reference)
+            bias = for_tasks(params[f"conv{i}.bias"], len(x)).reshape(shape)
+            mean, variance = running_or_batch_statistics(params, f"norm{i}", x, num_reference)
+            if f"norm{i}.mean" not in params:
                 mean = mean + bias
             if seen is not None:
-                count = x[0, ..., 0].numel()
-                seen[f"norm{i}.mean"] = mean.flatten(1).detach()
-                seen[f"norm{i}.variance"] = variance.flatten(1).detach() * (count / max(1, count - 1))
+                add_seen(seen, f"norm{i}", mean, variance, x)
             scale = params.get(f"norm{i}.scale")
             # Without a scale (which may be negative), normalisation and activation are monotone, so pooling first is
             # equivalent, and a quarter of the values is normalised.

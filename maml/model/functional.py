@@ -1,5 +1,8 @@
 """Layers whose weights have a leading task axis, so that the whole meta-batch is one computation.
 
+The leading axis of the weights may also have fewer entries than there are tasks, G, a divisor of T: then each entry is
+shared by T / G consecutive tasks, whose examples are one batch. No weight is copied for a task.
+
 Images are channels-last, ``(T, S, H, W, C)``. All functions have exact derivatives of any order: the inner loop
 differentiates once, and the meta-gradient differentiates the result again.
 """
@@ -16,6 +19,7 @@ from torch.autograd import Function
 
 from maml.hardware.kernels import call, kernels_apply
 from maml.hardware.precision import round_factors
+from maml.types import Params
 
 BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
 
@@ -28,9 +32,24 @@ ACTIVATIONS = {"relu": torch.relu, "softplus": F.softplus, "tanh": torch.tanh}
 Activation = Literal["relu", "softplus", "tanh"]
 
 
+def for_tasks(value: Tensor, num_tasks: int) -> Tensor:
+    """Returns the entry of each task of values that tasks share: ``(G, ...)`` -> ``(T, ...)``."""
+    groups = value.shape[0]
+    if groups == num_tasks:
+        return value
+    return value.unsqueeze(1).expand(groups, num_tasks // groups, *value.shape[1:]).flatten(0, 1)
+
+
+def _as_shared(x: Tensor, groups: int) -> Tensor:
+    """Joins the examples of tasks that share weights: ``(T, S, ...)`` -> ``(G, T / G * S, ...)``."""
+    return x if x.shape[0] == groups else x.reshape(groups, -1, *x.shape[2:])
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Applies one linear layer per task: ``(T, S, D)``, ``(T, O, D)``, ``(T, O)`` -> ``(T, S, O)``."""
-    return matmul(x, weight.transpose(1, 2)) + bias.unsqueeze(1)
+    joined = _as_shared(x, weight.shape[0])
+    y = matmul(joined, weight.transpose(1, 2)) + bias.unsqueeze(1)
+    return y.reshape(*x.shape[:2], y.shape[-1])
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
@@ -79,13 +98,57 @@ def normalize(x: Tensor, mean: Tensor, variance: Tensor, shift: Tensor, scale: T
     """
     factor = torch.rsqrt(variance + BATCH_NORM_EPS)
     if scale is not None:
-        factor = factor * scale.reshape(mean.shape)
-    return torch.addcmul(shift.reshape(mean.shape) - mean * factor, x, factor)
+        factor = factor * for_tasks(scale, len(mean)).reshape(mean.shape)
+    return torch.addcmul(for_tasks(shift, len(mean)).reshape(mean.shape) - mean * factor, x, factor)
 
 
-def batch_norm(x: Tensor, shift: Tensor, num_reference: int | None = None) -> Tensor:
-    """Normalises ``(T, S, ..., C)`` with the statistics of the batch, or of its ``num_reference`` leading examples."""
-    return normalize(x, *batch_statistics(x, num_reference), shift)
+def running_or_batch_statistics(
+    params: Params, layer: str, x: Tensor, num_reference: int | None
+) -> tuple[Tensor, Tensor]:
+    """Returns a layer's running mean and variance, ``(T, 1, ..., C)``; those of the batch if there are none.
+
+    Args:
+        params: may hold ``{layer}.mean`` and ``{layer}.variance``.
+        layer: the layer's name.
+        x: the layer's inputs, ``(T, S, ..., C)``.
+        num_reference: number of leading examples that the batch's statistics are of; None is all.
+    """
+    if f"{layer}.mean" not in params:
+        return batch_statistics(x, num_reference)
+    shape = (len(x), *[1] * (x.dim() - 2), x.shape[-1])
+    mean, variance = (for_tasks(params[f"{layer}.{name}"], len(x)) for name in ("mean", "variance"))
+    return mean.reshape(shape), variance.reshape(shape)
+
+
+def add_seen(seen: Params, layer: str, mean: Tensor, variance: Tensor, x: Tensor) -> None:
+    """Adds a batch's mean and unbiased variance, ``(T, C)``, to the statistics that were seen.
+
+    Args:
+        seen: the statistics of the layers so far, by name; changed in place.
+        layer: the layer's name.
+        mean: ``(T, 1, ..., C)`` or ``(T, C)``.
+        variance: the biased variance, as the mean.
+        x: the layer's inputs, ``(T, S, ..., C)``.
+    """
+    count = x[0, ..., 0].numel()
+    seen[f"{layer}.mean"] = mean.flatten(1).detach()
+    seen[f"{layer}.variance"] = variance.flatten(1).detach() * (count / max(1, count - 1))
+
+
+def cosine_similarity(x: Tensor, y: Tensor) -> Tensor:
+    """Returns the cosine of the angle between vectors of each task: ``(T, Q, D)``, ``(T, M, D)`` -> ``(T, Q, M)``."""
+    return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).transpose(1, 2)
+
+
+def minus_squared_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Returns minus the squared Euclidean distance: ``(T, Q, D)``, ``(T, M, D)`` -> ``(T, Q, M)``."""
+    # A product of matrices instead of the differences, which would be D times as many numbers.
+    products = torch.baddbmm(y.square().sum(-1).unsqueeze(1), x, y.transpose(1, 2), beta=-1, alpha=2)
+    return products - x.square().sum(-1, keepdim=True)
+
+
+SIMILARITIES = {"cosine": cosine_similarity, "euclidean": minus_squared_distance}
+Similarity = Literal["cosine", "euclidean"]
 
 
 def max_pool(x: Tensor, keep_odd: bool = False) -> Tensor:
@@ -108,8 +171,25 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     Returns:
         ``(T, S, ceil(H / stride), ceil(W / stride), O)``.
     """
-    dtype, (x, weight) = x.dtype, round_factors(x, weight)
-    return _Conv.apply(x, weight, stride).to(dtype)
+    dtype, axes = x.dtype, x.shape[:2]
+    x, weight = round_factors(_as_shared(x, weight.shape[0]), weight)
+    y = _Conv.apply(x, weight, stride).to(dtype)
+    return y.reshape(*axes, *y.shape[2:])
+
+
+def conv1x1(x: Tensor, weight: Tensor) -> Tensor:
+    """Applies each task's own 1x1 kernels to its images; there is no bias.
+
+    Args:
+        x: ``(T, S, H, W, C)``.
+        weight: ``(T, O, C, 1, 1)``.
+
+    Returns:
+        ``(T, S, H, W, O)``.
+    """
+    joined = _as_shared(x, weight.shape[0])
+    y = matmul(joined.flatten(1, 3), weight.flatten(2).transpose(1, 2))
+    return y.reshape(*x.shape[:4], -1)
 
 
 # A convolution, its data gradient and its weight gradient are bilinear, and the derivative of each consists of the

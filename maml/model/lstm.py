@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maml.environment.distribution import Categorical
 from maml.model.base import Model, glorot_uniform, zeros
-from maml.model.functional import linear, matmul
+from maml.model.functional import for_tasks, linear, matmul
 from maml.seeding import Stream
 from maml.types import Count, Params, num_elements
 
@@ -28,19 +28,20 @@ class LSTM(Model):
     distribution = Categorical
 
     def __init__(self, in_shape: Sequence[int], out_dim: int, hidden_size: Count = 40) -> None:
-        self.num_features = num_elements(in_shape[1:])
+        self.element_size = num_elements(in_shape[1:])
         self.out_dim, self.hidden_size = out_dim, hidden_size
+        self.num_features = hidden_size
 
     def init(self, stream: Stream) -> Params:
         """Draws Glorot-uniform weights. Biases are 0, but 1 for forget gates, so that cells keep their state at first.
 
         Rows of the weights are input, forget, candidate and output gates, in PyTorch's order.
         """
-        size, fan_in = self.hidden_size, self.num_features + self.hidden_size  # a gate sees input and hidden state
+        size, fan_in = self.hidden_size, self.element_size + self.hidden_size  # a gate sees input and hidden state
         bias = zeros(stream, 4 * size)
         bias[size : 2 * size] = 1
         return {
-            "input.weight": glorot_uniform(stream.child("input"), (4 * size, self.num_features), fan_in, size),
+            "input.weight": glorot_uniform(stream.child("input"), (4 * size, self.element_size), fan_in, size),
             "hidden.weight": glorot_uniform(stream.child("hidden"), (4 * size, size), fan_in, size),
             "gates.bias": bias,
             "head.weight": glorot_uniform(stream.child("head"), (self.out_dim, size), size, self.out_dim),
@@ -48,13 +49,32 @@ class LSTM(Model):
         }
 
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+        return self.outputs(params, self.features(params, x))
+
+    def outputs(self, params: Params, features: Tensor) -> Tensor:
+        return linear(features, params["head.weight"], params["head.bias"])
+
+    def features(
+        self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
+    ) -> Tensor:
+        """Computes the last hidden state, ``(T, S, hidden_size)``; nothing is normalised."""
         tasks, examples, length = x.shape[:3]
         # The inputs' contribution to the gates, for all elements at once: (T, S, L, 4 * hidden_size).
         inputs = linear(x.reshape(tasks, examples * length, -1), params["input.weight"], params["gates.bias"])
-        recurrent = params["hidden.weight"].transpose(1, 2)
+        recurrent = for_tasks(params["hidden.weight"], tasks).transpose(1, 2)
         hidden = cell = x.new_zeros(tasks, examples, self.hidden_size)
         for gates in inputs.unflatten(1, (examples, length)).unbind(2):
-            admit, keep, candidate, emit = (gates + matmul(hidden, recurrent)).chunk(4, dim=2)
-            cell = torch.sigmoid(keep) * cell + torch.sigmoid(admit) * torch.tanh(candidate)
-            hidden = torch.sigmoid(emit) * torch.tanh(cell)
-        return linear(hidden, params["head.weight"], params["head.bias"])
+            hidden, cell = lstm_cell(gates + matmul(hidden, recurrent), cell)
+        return hidden
+
+
+def lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the next hidden state and cell state, both ``(..., hidden_size)``.
+
+    Args:
+        gates: values of the gates before their activation, ``(..., 4 * hidden_size)``.
+        cell: the cell state.
+    """
+    admit, keep, candidate, emit = gates.chunk(4, dim=-1)
+    cell = torch.sigmoid(keep) * cell + torch.sigmoid(admit) * torch.tanh(candidate)
+    return torch.sigmoid(emit) * torch.tanh(cell), cell

@@ -10,7 +10,14 @@ from torch import Tensor
 from maml.environment.distribution import Categorical
 from maml.hardware.kernels import kernels_apply
 from maml.model.base import Model, glorot_uniform, zeros
-from maml.model.functional import ACTIVATIONS, Activation, batch_norm, linear
+from maml.model.functional import (
+    ACTIVATIONS,
+    Activation,
+    add_seen,
+    linear,
+    normalize,
+    running_or_batch_statistics,
+)
 from maml.model.linearized import Linearized, LinearizedMLP
 from maml.model.normalization import norm_relu
 from maml.seeding import Stream
@@ -42,6 +49,7 @@ class MLP(Model):
         weight_std: PositiveFloat | None = 0.01,
     ) -> None:
         self.sizes = [num_elements(in_shape), *hidden_sizes, out_dim]
+        self.num_features = self.sizes[-2]
         self.layers = [f"linear{i}" for i in range(1, len(self.sizes) - 1)] + ["head"]
         self.activation = activation
         self.normalization = normalization
@@ -66,17 +74,27 @@ class MLP(Model):
         return params
 
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+        return self.outputs(params, self.features(params, x, num_reference))
+
+    def outputs(self, params: Params, features: Tensor) -> Tensor:
+        return linear(features, params["head.weight"], params["head.bias"])
+
+    def features(
+        self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
+    ) -> Tensor:
         x = x.flatten(2)
-        for i, layer in enumerate(self.layers, start=1):
+        for i, layer in enumerate(self.layers[:-1], start=1):
             x = linear(x, params[f"{layer}.weight"], params[f"{layer}.bias"])
-            if layer != "head":
-                is_batch = self.normalization == "batch"
-                if is_batch and self.activation == "relu" and num_reference is None and kernels_apply(x):
+            if self.normalization == "batch":
+                is_plain = num_reference is None and seen is None and f"norm{i}.mean" not in params
+                if is_plain and self.activation == "relu" and kernels_apply(x):
                     x = norm_relu(x, params[f"norm{i}.shift"])
                     continue
-                if is_batch:
-                    x = batch_norm(x, params[f"norm{i}.shift"], num_reference)
-                x = ACTIVATIONS[self.activation](x)
+                mean, variance = running_or_batch_statistics(params, f"norm{i}", x, num_reference)
+                if seen is not None:
+                    add_seen(seen, f"norm{i}", mean, variance, x)
+                x = normalize(x, mean, variance, params[f"norm{i}.shift"])
+            x = ACTIVATIONS[self.activation](x)
         return x
 
     def renamed(self, name: str) -> str:

@@ -22,6 +22,7 @@ from maml.errors import MamlError
 from maml.hardware.precision import autocast
 from maml.model import trial
 from maml.model.base import Model
+from maml.model.functional import for_tasks
 from maml.seeding import Stream
 from maml.status import announce
 from maml.types import Params
@@ -79,6 +80,7 @@ class ModuleModel(Model):
         self.vectorize = False
         with trial.seeded(0):
             self._check(twin, out_dim)
+            self.num_features = self._count_features()
             self.vectorize = vectorize and self._can_be_vectorized()
 
     def _make(self, seed: int) -> nn.Module:
@@ -187,25 +189,65 @@ class ModuleModel(Model):
         return x.movedim(-1, -3) if self.is_image else x
 
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+        return self._for_each_task(self._run, params, x, num_reference)
+
+    def features(
+        self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
+    ) -> Tensor:
+        """Computes the inputs of the layer called ``head``, ``(T, S, num_features)``.
+
+        Its weights may be left out. There are no running statistics, and none are seen.
+        """
+        return self._for_each_task(self._run_to_head, params, x, num_reference)
+
+    def outputs(self, params: Params, features: Tensor) -> Tensor:
+        head, count = self.net.get_submodule("head").to(features.device), len(features)
+        own = {
+            place.removeprefix("head."): params[name]
+            for name in self._trained
+            for place in self._places[name]
+            if place.startswith("head.")
+        }
+        with autocast(features.device):
+            tasks = [functional_call(head, _of_task(own, i, count), (features[i],)) for i in range(count)]
+        return torch.stack(tasks).to(features.dtype)
+
+    def running_statistics(self, params: Params) -> Params:
+        return {}
+
+    def _count_features(self) -> int:
+        """Returns the number of inputs of the layer called ``head``; 0 if there is none that is called once."""
+        if not isinstance(getattr(self.net, "head", None), nn.Module):
+            return 0
+        with torch.no_grad():
+            try:
+                return self.features({}, self._example).shape[-1]
+            except _NoFeatures:
+                return 0
+
+    def _for_each_task(
+        self, run: Callable[[Params, Tensor, Params], Tensor], params: Params, x: Tensor, num_reference: int | None
+    ) -> Tensor:
+        """Applies a function of one task's parameters, inputs and buffers to all tasks."""
         for layer in self.net.modules():
             if isinstance(layer, _BatchStatistics):
                 layer.num_reference = num_reference
         self.net.to(x.device)
         inputs, count = self._inputs(x), x.shape[0]
-        params = {name: params[name] for name in self._trained}  # without the inner optimizer's own
+        params = {name: params[name] for name in self._trained if name in params}  # no inner optimizer's own
         # Each task has its own copies, so that no task changes what another one reads.
         buffers = {
             name: value.to(x.device).expand(count, *value.shape).clone()
             for name, value in self._changed_buffers.items()
         }
         if self.vectorize:
-            return vmap(self._run)(params, inputs, buffers)
+            if count > 1 and all(value.shape[0] == 1 for value in params.values()):
+                # Weights that all tasks share stay without a task axis: a layer then sees one large batch.
+                shared = {name: value[0] for name, value in params.items()}
+                return vmap(run, in_dims=(None, 0, 0))(shared, inputs, buffers)
+            return vmap(run)({name: for_tasks(value, count) for name, value in params.items()}, inputs, buffers)
         tasks = [
-            self._run(
-                {name: value[i] for name, value in params.items()},
-                inputs[i],
-                {name: value[i] for name, value in buffers.items()},
-            )
+            run(_of_task(params, i, count), inputs[i], {name: value[i] for name, value in buffers.items()})
             for i in range(count)
         ]
         return torch.stack(tasks)
@@ -214,6 +256,19 @@ class ModuleModel(Model):
         """Computes one task."""
         return self._outputs(self.net, params | buffers, x).to(x.dtype)
 
+    def _run_to_head(self, params: Params, x: Tensor, buffers: Params) -> Tensor:
+        """Computes the features of one task, ``(S, num_features)``."""
+        inputs: list[Tensor] = []
+        head = self.net.get_submodule("head")
+        hook = head.register_forward_pre_hook(lambda layer, given: inputs.append(given[0]))
+        try:
+            self._outputs(self.net, params | buffers, x)
+        finally:
+            hook.remove()
+        if len(inputs) != 1:
+            raise _NoFeatures
+        return inputs[0].flatten(1).to(x.dtype)
+
     def _outputs(self, net: nn.Module, tensors: Params, x: Tensor) -> Any:
         # Tied tensors and layers that are registered twice: torch's own tie_weights=True replaces some places twice,
         # and then restores what it has put there itself.
@@ -221,6 +276,15 @@ class ModuleModel(Model):
         # Other kernels for attention, and cuDNN's recurrent layers, have no second derivative.
         with autocast(x.device), sdpa_kernel(SDPBackend.MATH), _cudnn(not self._is_recurrent):
             return functional_call(net, tensors, (x,), tie_weights=False)
+
+
+def _of_task(params: Params, task: int, count: int) -> Params:
+    """Returns the parameters of one of ``count`` tasks, which may share them with others."""
+    return {name: value[task * len(value) // count] for name, value in params.items()}
+
+
+class _NoFeatures(Exception):
+    """The layer called head is called several times, or never."""
 
 
 def _left_open(make: Callable[..., nn.Module], sizes: dict[str, Any]) -> dict[str, Any]:

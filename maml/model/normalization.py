@@ -23,46 +23,59 @@ from torch import Tensor
 from torch.autograd import Function
 
 from maml.hardware.kernels import call, compiled
-from maml.model.functional import BATCH_NORM_EPS
+from maml.model.functional import BATCH_NORM_EPS, for_tasks
 
 Windows = Literal["none", "max", "max_keep_odd"]
 """The windows of which the largest value is kept: none; 2x2 pixels; these, and those of an odd last row and column."""
 _WINDOWS: list[Windows] = ["none", "max", "max_keep_odd"]
 
 
-def norm_relu(z: Tensor, shift: Tensor, scale: Tensor | None = None, windows: Windows = "none") -> Tensor:
+def norm_relu(
+    z: Tensor,
+    shift: Tensor,
+    scale: Tensor | None = None,
+    windows: Windows = "none",
+    moments: list[Tensor] | None = None,
+) -> Tensor:
     """Normalises each feature of each task over all its rows, scales and shifts it, applies ReLU, and pools.
 
     Derivatives of any order are exact.
 
     Args:
         z: ``(T, S, ..., C)``; with windows ``(T, S, H, W, C)``.
-        shift: ``(T, C)``.
-        scale: ``(T, C)``; None does not scale.
+        shift: ``(T, C)``, or ``(G, C)`` if tasks share it.
+        scale: as the shift; None does not scale.
         windows: how to pool.
+        moments: a list to which the mean and the biased variance of z are added, both ``(T, C)``, without a gradient.
 
     Returns:
         ``(T, S, ..., C)``, with windows about half as high and wide.
     """
     pixels = z.flatten(1, -2)[:, None, None] if windows == "none" else z
-    scale = torch.ones_like(shift) if scale is None else scale
+    shift = for_tasks(shift, len(z))
+    scale = torch.ones_like(shift) if scale is None else for_tasks(scale, len(z))
     # Here, and not in the functions below: what a function saves has to be an input, or its derivative is lost.
-    y = _NormReLU.apply(pixels.contiguous(), shift.contiguous(), scale.contiguous(), windows)
+    y = _NormReLU.apply(pixels.contiguous(), shift.contiguous(), scale.contiguous(), windows, moments)
     return y.view_as(z) if windows == "none" else y
 
 
 class _NormReLU(Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, shift: Tensor, scale: Tensor, windows: Windows) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, shift: Tensor, scale: Tensor, windows: Windows, moments: list[Tensor] | None
+    ) -> Tensor:
         kernel = _value_on_cpu if z.device.type == "cpu" else compiled(value)
         y, mean, factor = kernel(z, shift, scale, windows)
         ctx.save_for_backward(z, shift, scale, mean, factor)
         ctx.windows = windows
+        if moments is not None:
+            variance = (factor.square().reciprocal() - BATCH_NORM_EPS).clamp(min=0)
+            moments += [mean.flatten(1).clone(), variance.flatten(1)]
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_NormReLUGradient.apply(grad.contiguous(), *ctx.saved_tensors, ctx.windows), None
+        return *_NormReLUGradient.apply(grad.contiguous(), *ctx.saved_tensors, ctx.windows), None, None
 
 
 class _NormReLUGradient(Function):

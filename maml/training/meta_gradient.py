@@ -197,7 +197,12 @@ class MetaGradient:
         return product
 
     def per_task(self, params: Params, count: int) -> Params:
-        """Returns one copy of the parameters for each of ``count`` tasks; with a seed axis, that of the task's seed."""
+        """Returns one copy of the parameters for each of ``count`` tasks; with a seed axis, that of the task's seed.
+
+        If tasks share their weights, there is one copy for all of them, or for those of a seed.
+        """
+        if self.algorithm.shares_weights:
+            return expand(params, 1) if self.num_seeds is None else params
         if self.num_seeds is None:
             return expand(params, count)
         per_seed = count // self.num_seeds

@@ -30,8 +30,7 @@ def validation_score(algorithm: Algorithm, count: int, task_chunk: int | None) -
         for start in range(0, count, chunk):
             tasks = take(bank, start, start + chunk)
             *_, adapted = algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, num_steps)
-            support, query = domain.data(tasks, "support"), domain.data(tasks, "query")
-            values.append(domain.measure(algorithm.model, adapted, support, query, num_steps)[domain.headline])
+            values.append(algorithm.measure(adapted, tasks, num_steps)[domain.headline])
         return torch.cat(values).sum().item()
 
     summed, _ = halve_chunk_on_oom(total, task_chunk or count)

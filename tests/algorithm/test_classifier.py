@@ -101,9 +101,10 @@ def test_running_statistics_follow_the_librarys(tiny_images: TinyRuns) -> None:
 
 
 def test_parts_that_do_not_fit_are_refused(tiny: TinyRuns, tiny_images: TinyRuns) -> None:
+    policy = ("domain=omniglot", "domain.num_ways=6", "model=gaussian_policy")  # a model without features
     for config, reason in (
         (tiny.config("algorithm=finetune"), "classifies images: choose domain="),
-        (tiny_images.on_domain("sinusoid").config("algorithm=finetune", "domain=omniglot"), "choose model=conv4"),
+        (tiny_images.on_domain("sinusoid").config("algorithm=finetune", *policy), "choose model=conv4"),
     ):
         with pytest.raises(MamlError, match=reason):
             build_algorithm(config, build(config.hardware))

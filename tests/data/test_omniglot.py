@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from maml.data import omniglot
 from maml.data.cache import ImageSet
-from maml.data.omniglot import ALPHABETS, load_omniglot
+from maml.data.omniglot import ALPHABETS, load_omniglot, vinyals_split
 from maml.errors import MamlError
 
 HALVES = ("images_background", "images_evaluation")
@@ -107,6 +108,47 @@ def test_classes_are_the_folders_of_both_halves_sorted(real_set: ImageSet, zippe
         with ZipFile(zipped / "omniglot" / f"{half}.zip") as archive:
             folders |= {"/".join(name.split("/")[1:3]) for name in archive.namelist()}
     assert real_set.classes == sorted(folders)
+
+
+def test_vinyals_split_is_the_first_1200_folders_and_the_last_423(real_set: ImageSet, zipped: Path) -> None:
+    folders = []
+    for half in HALVES:
+        with ZipFile(zipped / "omniglot" / f"{half}.zip") as archive:
+            folders += sorted({"/".join(name.split("/")[1:3]) for name in archive.namelist()})
+    names = {
+        split: [real_set.classes[i] for i in chosen.tolist()]
+        for split, chosen in vinyals_split(real_set.classes).items()
+    }
+    assert names["test"] == folders[1200:]
+    assert sorted(names["train"] + names["val"]) == sorted(folders[:1200])
+
+
+def test_vinyals_split_has_the_published_characters_of_each_alphabet(real_set: ImageSet) -> None:
+    counts = {
+        split: Counter(real_set.classes[i].split("/")[0] for i in chosen.tolist())
+        for split, chosen in vinyals_split(real_set.classes).items()
+    }
+    whole = ALPHABETS["images_background"] | ALPHABETS["images_evaluation"]
+    validation = {"Armenian": 41, "Bengali": 46, "Early_Aramaic": 22, "Hebrew": 22, "Mkhedruli_(Georgian)": 41}
+    test = {
+        "Gurmukhi": 4,
+        "Kannada": 41,
+        "Keble": 26,
+        "Malayalam": 47,
+        "Manipuri": 40,
+        "Mongolian": 30,
+        "Old_Church_Slavonic_(Cyrillic)": 45,
+        "Oriya": 46,
+        "Sylheti": 28,
+        "Syriac_(Serto)": 23,
+        "Tengwar": 25,
+        "Tibetan": 42,
+        "ULOG": 26,
+    }
+    assert (counts["val"], counts["test"]) == (validation, test)
+    assert counts["train"] + counts["val"] + counts["test"] == Counter(whole)
+    assert counts["train"]["Gurmukhi"] == 41
+    assert (sum(counts["train"].values()), sum(validation.values()), sum(test.values())) == (1028, 172, 423)
 
 
 def test_pixels_are_the_ones_of_the_authors_code(real_set: ImageSet, zipped: Path) -> None:

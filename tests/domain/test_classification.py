@@ -100,6 +100,29 @@ def test_a_class_is_turned_as_a_whole_by_its_own_quarter_turns() -> None:
                 assert torch.equal(x[task, i], plain[task, i].rot90(turns, (0, 1)))
 
 
+def test_turned_classes_of_unequal_size_have_the_images_of_their_class() -> None:
+    counts = [4, 6, 5]
+    images = torch.zeros(1, sum(counts), SIZE, SIZE, dtype=torch.uint8)
+    images[0, :, 0, 0] = torch.repeat_interleave(torch.arange(3), torch.tensor(counts)) + 1
+    images[0, :, 0, 1] = torch.cat([torch.arange(count) for count in counts])
+
+    def load(self: FewShotClassification, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
+        return ImageSet(images, ["a", "b", "c"], "", counts), {"train": torch.arange(12)}
+
+    facts = {"in_shape": (SIZE, SIZE, 1), "scale": 1.0, "num_train_classes": 12, "has_turned_classes": True}
+    kind: type[FewShotClassification] = type("Turned", (FewShotClassification,), facts | {"load": load})
+    domain = kind(5, 2, data_dir="", cache_dir="")
+    tasks = domain.sample_tasks(50, Stream(0))
+    assert set(tasks["classes"].flatten().tolist()) == set(range(12))
+    x = domain.data(tasks, "query").x
+    for task in range(50):
+        for way, cls in enumerate(tasks["classes"][task].tolist()):
+            upright, number = x[task, way, :, :, 0].rot90(-(cls // 3)), tasks["query_images"][task, way, 0]
+            assert upright.tolist()[0][:2] == [cls % 3 + 1, number]
+    with pytest.raises(MamlError, match="a/rot000 has 4 images, a/rot090 has 4 images"):
+        domain.sample_tasks(1, Stream(0), num_shots=3, num_query=2)
+
+
 def test_the_other_draws_of_a_task_do_not_depend_on_whether_it_is_turned() -> None:
     plain, turned = (marked_domain(rotate=rotate).sample_tasks(4, Stream(3)) for rotate in (False, True))
     assert all(torch.equal(value, turned[name]) for name, value in plain.items())

@@ -128,3 +128,75 @@ def test_more_images_than_there_are_drawings_is_refused(make: Callable[..., Omni
         make(num_ways=101).sample_tasks(1, Stream(0), "val")
     with pytest.raises(MamlError, match="num_ways=1101, but the train split has 1100"):
         make(num_ways=1101)
+
+
+@pytest.mark.parametrize(
+    ("split", "rotations", "expected"),
+    [
+        ("vinyals", "task", {"train": 1028, "val": 172, "test": 423}),
+        ("vinyals", "none", {"train": 1028, "val": 172, "test": 423}),
+        ("vinyals", "classes", {"train": 4112, "val": 688, "test": 1692}),
+        ("vinyals_trainval", "classes", {"train": 4800, "test": 1692}),
+        ("vinyals", "train_classes", {"train": 4112, "val": 172, "test": 423}),
+        ("shuffled", "classes", {"train": 4400, "val": 400, "test": 1692}),
+    ],
+)
+def test_split_and_rotations_give_the_number_of_classes(
+    make: Callable[..., Omniglot], split: str, rotations: str, expected: dict[str, int]
+) -> None:
+    domain = make(split=split, rotations=rotations)
+    assert {name: len(classes) for name, classes in domain.splits.items()} == expected
+    assert domain.num_train_classes == expected["train"]
+    assert domain.has_validation == ("val" in expected)
+    everything = torch.cat(list(domain.splits.values()))
+    assert len(everything.unique()) == len(everything)
+    assert ("rotations" in domain.sample_tasks(1, Stream(0))) == (rotations == "task")
+    bare = Omniglot.without_data(num_ways=5, num_shots=1, data_dir="", cache_dir="", split=split, rotations=rotations)
+    assert len(bare.splits["train"]) == expected["train"]
+
+
+@pytest.mark.parametrize("rotations", ["classes", "train_classes"])
+def test_turned_copies_of_a_character_are_classes_of_its_split(make: Callable[..., Omniglot], rotations: str) -> None:
+    upright, turned = (make(split="vinyals", rotations=each).splits for each in ("none", rotations))
+    for name, classes in turned.items():
+        copies = 4 if name == "train" or rotations == "classes" else 1
+        assert sorted(classes.tolist()) == sorted(
+            cls + 1623 * turns for cls in upright[name].tolist() for turns in range(copies)
+        )
+
+
+def test_images_of_a_turned_class_are_its_drawings_turned(make: Callable[..., Omniglot]) -> None:
+    domain = make(num_shots=3, split="vinyals", rotations="classes")
+    tasks = domain.sample_tasks(6, Stream(0), "test")
+    assert set((tasks["classes"] // 1623).flatten().tolist()) == {0, 1, 2, 3}
+    for role in ("support", "query"):
+        data = domain.data(tasks, role)
+        for task in range(6):
+            for i, label in enumerate(data.y[task].tolist()):
+                cls, drawing = int(tasks["classes"][task, label]), tasks[f"{role}_images"][task, label, i // 5]
+                image = domain.images[cls % 1623, drawing].reshape(28, 28).float()
+                assert torch.equal(data.x[task, i, :, :, 0], image.rot90(cls // 1623))
+
+
+def test_drawings_of_turned_classes_are_stored_once_and_named_with_their_rotation(
+    make: Callable[..., Omniglot],
+) -> None:
+    plain, turned = make(), make(rotations="classes")
+    assert turned.images.shape == plain.images.shape
+    names = [turned.class_names[cls] for cls in (0, 1623, 3 * 1623)]
+    assert names == [f"{plain.class_names[0]}/rot{angle}" for angle in ("000", "090", "270")]
+
+
+def test_ordinary_classification_has_the_turned_classes_of_training(make: Callable[..., Omniglot]) -> None:
+    domain = make(split="vinyals", rotations="train_classes")
+    tasks = domain.sample_images(500, Stream(0), "train", num_per_class=5)
+    assert torch.equal(domain.splits["train"][tasks["labels"]], tasks["classes"])
+    assert tasks["labels"].max() > 4000
+    assert domain.data(tasks, "support").x.shape == (1, 500, 28, 28, 1)
+
+
+def test_split_and_rotations_of_the_paper_are_the_defaults(make: Callable[..., Omniglot]) -> None:
+    default, named = make(), make(split="shuffled", rotations="task")
+    tasks, same = (domain.sample_tasks(3, Stream(0)) for domain in (default, named))
+    assert all(torch.equal(value, same[name]) for name, value in tasks.items())
+    assert tasks["classes"].sum().item() == 12_666

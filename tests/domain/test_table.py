@@ -120,13 +120,13 @@ class Fixed(Model):
     """Gives the same outputs for every input."""
 
     def __init__(self, *outputs: float) -> None:
-        self.outputs = torch.tensor(outputs)
+        self.values = torch.tensor(outputs)
 
     def init(self, stream: Stream) -> Params:
         return {}
 
     def __call__(self, params: Params, x: torch.Tensor, num_reference: int | None = None) -> torch.Tensor:
-        return self.outputs.expand(*x.shape[:2], -1)
+        return self.values.expand(*x.shape[:2], -1)
 
 
 @pytest.mark.parametrize(("column", "classes"), [("odd", [0, 1]), ("odd", ["0", "1"]), ("word", ["even", "odd"])])

@@ -1,0 +1,141 @@
+"""Methods that compare embeddings of query and support images (docs/protocol.md#embedding-methods)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from maml.algorithm.base import Algorithm, Parts
+from maml.algorithm.classifier import mean_cross_entropy, new_statistics
+from maml.domain.base import Metrics
+from maml.domain.classification import FewShotClassification, accuracy
+from maml.errors import MamlError
+from maml.model.base import Model
+from maml.seeding import Stream
+from maml.types import Examples, Params, Tasks, without_copies
+
+SUPPORT = "support.features"
+"""The name under which adapted parameters hold the embeddings of the support images, ``(T, K, N, D)``."""
+
+Scores = Callable[[Params, Tensor, Tensor], Tensor]
+"""Computes scores of the classes, ``(T, Q, N)``, as `Embedding.scores` does."""
+
+
+class Embedding(Algorithm):
+    """Learns an embedding in which images of a class are alike. A subclass says how embeddings are compared.
+
+    An embedding is the features of the model, the inputs of its last layer, which is left out. Training normalises the
+    support and query images of an episode as one batch; meta-test uses the running statistics of these batches. A model
+    without running statistics normalises with its batch, as in MAML.
+
+    No gradient steps are needed in a task. If meta-test takes some, the embedding is fine-tuned on the support images,
+    which are classified by comparing them with themselves.
+
+    Args:
+        parts: the domain, model, optimizers and stream.
+
+    Raises:
+        MamlError: if the domain has no classes with support images, or the model has no features.
+    """
+
+    shares_weights = True
+    fixes_ways = False
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        if not isinstance(parts.domain, FewShotClassification):
+            raise MamlError(
+                f"{type(self).__name__} compares images with those of other classes: choose domain=omniglot, cifar_fs, "
+                "mini_imagenet or image_folder"
+            )
+        self.network = self.model
+        self.network.check_features()
+        body = {name: value for name, value in self.theta.items() if not name.startswith("head.")}
+        statistics = self.network.running_statistics(body)
+        self.set_initial(body | self.init_comparison(self.stream.child("comparison")), statistics)
+        self.model = Comparison(self.network, self.scores)
+
+    def init_comparison(self, stream: Stream) -> Params:
+        """Draws the parameters of the comparison, without a task axis; none, unless a subclass has some."""
+        return {}
+
+    @abstractmethod
+    def scores(self, params: Params, support: Tensor, query: Tensor) -> Tensor:
+        """Scores the classes. A softmax of the scores gives the classes' probabilities.
+
+        Args:
+            params: theta and the buffers, name -> ``(T, ...)``, or one copy that tasks share.
+            support: embeddings, ``(T, K, N, D)``.
+            query: embeddings, ``(T, Q, D)``.
+
+        Returns:
+            ``(T, Q, N)``.
+        """
+
+    def loss(self, params: Params, support: Tensor, query: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
+        """Returns the mean of -log p(label) over the query images of each task, ``(T,)``, and further metrics.
+
+        Args:
+            params: as in `scores`.
+            support: as in `scores`.
+            query: as in `scores`.
+            labels: class numbers of the query images, ``(T, Q)``.
+        """
+        scores = self.scores(params, support, query)
+        return mean_cross_entropy(scores, labels), {"accuracy": accuracy(scores, labels)}
+
+    def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
+        """The loss of the query images; the metrics hold the new running statistics."""
+        support, query = self.domain.data(tasks, "support"), self.domain.data(tasks, "query")
+        seen: Params = {}
+        both = self.network.features(self.theta_of(params), torch.cat([support.x, query.x], dim=1), seen=seen)
+        embedded, asked = both.split([support.x.shape[1], query.x.shape[1]], dim=1)
+        losses, metrics = self.loss(params, in_blocks(embedded, support), asked, query.y)
+        return losses, metrics | new_statistics(params, seen)
+
+    def adapt(
+        self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
+    ) -> Iterator[Params]:
+        """Yields the parameters with the embeddings of the support images added."""
+        support = self.domain.data(tasks, "support")
+        statistics = {name: params[name] for name in self.buffers}
+
+        def loss(theta: Params, step: int) -> Tensor:
+            features = self.network.features(theta | statistics, support.x)
+            return self.loss(theta, in_blocks(features, support), features, support.y)[0]
+
+        for theta, _ in self.inner.adapt(loss, self.theta_of(params), num_steps, False, step_sizes):
+            adapted = theta | statistics
+            features = self.network.features(without_copies(adapted), support.x)
+            yield adapted | {SUPPORT: in_blocks(features, support)}
+
+
+class Comparison(Model):
+    """Embeds query images, and scores the classes by comparing them with the support images.
+
+    Args:
+        network: the model whose features are the embeddings.
+        scores: compares embeddings.
+    """
+
+    def __init__(self, network: Model, scores: Scores) -> None:
+        self.network, self._scores = network, scores
+
+    def init(self, stream: Stream) -> Params:
+        return self.network.init(stream)
+
+    def renamed(self, name: str) -> str:
+        return self.network.renamed(name)
+
+    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
+        """Returns the scores, ``(T, Q, N)``, for parameters that `Embedding.adapt` has yielded."""
+        params = without_copies(params)
+        return self._scores(params, params[SUPPORT], self.network.features(params, x, num_reference))
+
+
+def in_blocks(features: Tensor, support: Examples) -> Tensor:
+    """Splits the embeddings of K blocks of N support images: ``(T, K * N, D)`` -> ``(T, K, N, D)``."""
+    return features.unflatten(1, (support.num_shots, -1))
