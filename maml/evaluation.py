@@ -14,7 +14,7 @@ from annotated_types import Ge, MinLen
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
-from maml.domain.base import Domain
+from maml.domain.base import Domain, Predictions
 from maml.errors import Diverged, MamlError
 from maml.hardware import distributed
 from maml.hardware.memory import halve_chunk_on_oom
@@ -45,11 +45,14 @@ class Curve:
         num_shots: K.
         metric: the metric's name.
         values: the metric for each step and task, ``(num_steps + 1, tasks)``, float64.
+        predictions: what the query examples were taken for after the last step; only with ``per_class``, and for the
+            headline metric.
     """
 
     num_shots: int
     metric: str
     values: Tensor
+    predictions: Predictions | None = None
 
     def summary(self) -> dict[str, Any]:
         """Returns the mean and the 95 % interval over tasks for each step, as a report holds them.
@@ -167,6 +170,8 @@ class Evaluation:
         num_ways: N of the tasks, in domains whose tasks draw their own classes; None is the domain's, as in training.
             With a smaller N, tasks have the labels 0 to N - 1 of the network. A larger one needs an algorithm that
             does not fix it.
+        per_class: whether to count which class of the data set was taken for which, in ``classes.csv`` and
+            ``confusion.csv``.
     """
 
     def __init__(
@@ -182,6 +187,7 @@ class Evaluation:
         theta: Literal["last", "best"] = "last",
         bank: Literal["seeded", "authors"] = "seeded",
         num_ways: Annotated[int, Ge(2)] | None = None,
+        per_class: bool = False,
     ) -> None:
         if isinstance(step_size, list) and len(step_size) != num_steps:
             raise MamlError(
@@ -206,6 +212,7 @@ class Evaluation:
         self.num_ways, self.num_shots, self.num_query = num_ways, num_shots, num_query
         self.step_size, self.search = step_size, search
         self.split, self.bank_seed, self.theta = split, bank_seed, theta
+        self.per_class = per_class
         self.uses_authors_bank = bank == "authors"
 
     def step_sizes(self, num_shots: int) -> list[float] | None:
@@ -257,9 +264,9 @@ class Evaluation:
             fixes_ways: whether the network has one output for each class of a training task.
 
         Raises:
-            MamlError: if the domain has too little data at some K or lacks the authors' bank, if some K has no step
-                size, if tasks have more classes than the network has outputs, or if the best theta is evaluated and
-                training does not keep it.
+            MamlError: if the domain has too little data at some K, or lacks the authors' bank or classes, if some K has
+                no step size, if tasks have more classes than the network has outputs, or if the best theta is evaluated
+                and training does not keep it.
         """
         if self.num_ways is not None:
             domain.with_ways(self.num_ways)  # refuses domains whose tasks do not draw classes
@@ -273,6 +280,11 @@ class Evaluation:
             raise MamlError(
                 f"evaluation.theta=best, but training on {type(domain).__name__} keeps the last theta only; choose "
                 "last, or set validate_every to keep the theta that is best on validation tasks"
+            )
+        if self.per_class and not domain.class_names:
+            raise MamlError(
+                f"evaluation.per_class=true counts the classes of a data set, but {type(domain).__name__} has none; "
+                "set evaluation.per_class=false"
             )
         for num_shots in self.num_shots or [domain.num_shots]:
             self.step_sizes(num_shots)
@@ -355,7 +367,7 @@ class Evaluation:
             Diverged: if adaptation diverged and the domain cannot measure such parameters.
         """
         is_shared = num_tasks(bank) >= distributed.world_size()
-        diverged, parts = None, dict[str, Tensor]()
+        diverged, parts, predicted = None, dict[str, Tensor](), list[Tensor]()
         own_tasks = distributed.shard(bank) if is_shared else bank
         whole_bank = algorithm.domain.workload.whole_bank
         first_chunk = num_tasks(own_tasks) if whole_bank else task_chunk or _DEFAULT_CHUNK
@@ -366,7 +378,7 @@ class Evaluation:
                 progress.reach(done_before + done * num_tasks(bank))
 
         try:
-            parts, _ = halve_chunk_on_oom(
+            (parts, predicted), _ = halve_chunk_on_oom(
                 lambda chunk: self._measure(algorithm, own_tasks, step_sizes, chunk, show), first_chunk
             )
         except Diverged as error:
@@ -375,7 +387,13 @@ class Evaluation:
         if distributed.all_reduce_max(diverged is not None):
             raise diverged or Diverged("adaptation diverged in another process of this run")
         values = {name: distributed.all_gather(part) if is_shared else part for name, part in parts.items()}
-        return [Curve(num_shots, name, value.T.contiguous()) for name, value in values.items()]
+        predictions = None
+        if predicted:
+            predictions = Predictions(*(distributed.all_gather(part) if is_shared else part for part in predicted))
+        return [
+            Curve(num_shots, name, value.T.contiguous(), predictions if name == algorithm.domain.headline else None)
+            for name, value in values.items()
+        ]
 
     def _measure(
         self,
@@ -384,14 +402,17 @@ class Evaluation:
         step_sizes: list[float] | None,
         chunk: int,
         show: Callable[[float], None],
-    ) -> dict[str, Tensor]:
-        """Returns each metric for every task and step, ``(T, num_steps + 1)``, float64, adapting in chunks of tasks.
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Adapts in chunks of tasks, and measures. After each step, it calls ``show`` with the share that is done.
 
-        After each step of a chunk, it calls ``show`` with the share that is done.
+        Returns:
+            Each metric for every task and step, ``(T, num_steps + 1)``, float64; and the parts of the `Predictions`
+            after the last step, none without ``per_class``.
         """
         device = algorithm.stream.device
         theta = self.choose_theta(algorithm)
         parts: dict[str, list[Tensor]] = {}
+        predicted: list[Predictions] = []
         for start in range(0, num_tasks(bank), chunk):
             tasks = {name: value.to(device) for name, value in take(bank, start, start + chunk).items()}
             steps: dict[str, list[Tensor]] = {}
@@ -402,9 +423,12 @@ class Evaluation:
                     steps.setdefault(name, []).append(value)
                 num_done = start + num_tasks(tasks) * (step + 1) / (self.num_steps + 1)
                 show(num_done / num_tasks(bank))
+            if self.per_class:
+                predicted.append(algorithm.domain.predict_classes(algorithm.model, adapted, tasks))
             for name, values in steps.items():
                 parts.setdefault(name, []).append(torch.stack(values, dim=1).double())
-        return {name: torch.cat(values).cpu() for name, values in parts.items()}
+        measured = {name: torch.cat(values).cpu() for name, values in parts.items()}
+        return measured, [torch.cat(group).cpu() for group in zip(*predicted, strict=True)]
 
 
 def bank_hash(tasks: Tasks) -> str:

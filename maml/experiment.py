@@ -25,6 +25,7 @@ from maml.hardware.memory import check_memory
 from maml.hardware.precision import check_precision, use_precision
 from maml.logger.base import Logger
 from maml.model.base import Model
+from maml.record.classes import TABLES, confusion
 from maml.record.extension import extend_finished_run
 from maml.record.plot import plot_report
 from maml.record.run_folder import read_metrics
@@ -164,7 +165,7 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
         distributed.on_rank_zero(partial(learner.folder.check_sources, checkpoint_file))
         if settings.mode == "eval":
             headlines.append(_evaluate_saved(learner, hardware, evaluation, judge))
-        elif (missing := distributed.on_rank_zero(learner.folder.missing)) & {"report.json", "tasks.csv"}:
+        elif (missing := distributed.on_rank_zero(learner.folder.missing)) & {"report.json", *learner.folder.tables}:
             learners.append(learner)
         else:
             headlines.append(_complete(learner, hardware, missing, judge))
@@ -239,7 +240,9 @@ def _train(
                 learner.restore(saved)
         if not any(checkpoints):
             algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
-            iterate = Iteration(algorithms, streams, settings.meta_batch_size, execution)
+            # What is measured has the order of the last iterations, which takes more time and memory.
+            last = max(settings.num_iterations, algorithms[0].inner.second_order_from or 1)
+            iterate = Iteration(algorithms, streams, settings.meta_batch_size, execution, last)
             execution = distributed.on_rank_zero(
                 lambda: tune_execution(iterate, execution, hardware, learners[0].settings)
             )
@@ -371,10 +374,17 @@ def _evaluate(
     }
     if distributed.rank():
         return report, folder.path
-    written_to = folder.save_report(report, per_task_rows(curves), report_dir)
+    counted = [
+        confusion(curve.num_shots, curve.predictions, domain.class_names) for curve in curves if curve.predictions
+    ]
+    rows = [row for each in counted for row in each.class_rows()], [row for each in counted for row in each.pair_rows()]
+    more = dict(zip(TABLES, rows, strict=True)) if counted else None
+    written_to = folder.save_report(report, per_task_rows(curves), report_dir, more)
     plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
     judgements = judge(folder.experiment, settings, report) if judge else {}
     print_report(report, learner.algorithm.name, list(judgements.values()))
+    for each in counted:
+        print(f"  classes, {each.summary()}")
     print(f"written to {written_to}")
     return report | {"cells": {cell: judged.text for cell, judged in judgements.items()}}, plot
 
@@ -396,7 +406,7 @@ def print_report(report: Mapping[str, Any], algorithm: str, judgements: Sequence
     done, planned = report["iteration"], report["num_iterations"]
     budget = "" if done == planned else f"  (reduced budget: {done} of {planned} iterations)"
     print(f"{report['experiment']} {report['run_id']}, {algorithm}, seed {report['seed']}{budget}")
-    rows, ways = [], report["evaluation"].get("evaluation.num_ways")
+    rows, ways = [], report.get("evaluation", {}).get("evaluation.num_ways")
     shots = f"{ways} ways, K" if ways else "K"
     for curve in report["curves"]:
         title = f"  {curve['metric']}, {shots}={curve['num_shots']}, {curve['steps'][0]['num_tasks']} tasks"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from maml.algorithm.base import Algorithm
 from maml.algorithm.context_vector import ContextVector
+from maml.algorithm.embedding import Embedding
 from maml.algorithm.finetune import FineTune
 from maml.algorithm.maml import MAML
 from maml.algorithm.multitask_average import MultitaskAverage
@@ -39,13 +41,21 @@ from tests.runs import ROOT, TinyRuns, assert_same_run
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+def _smoke(name: str) -> Any:
+    """The same with more shots, or another goal of the ant, takes seconds and shows little more."""
+    is_slow = name.startswith(("mini_imagenet_5way_5shot", "cifar_fs_5way_5shot", "ant_velocity"))
+    return pytest.param(name, marks=pytest.mark.slow if is_slow else ())
+
+
+@pytest.mark.parametrize("name", [_smoke(name) for name in EXPERIMENTS])
 def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -> None:
     places = [f"runs_dir={tmp_path}", f"cache_dir={cache_dir}", "hardware=cpu", "hardware.num_threads=1"]
     # Rollouts are what an RL experiment's time goes into.
     few = ["domain.num_shots=2", "evaluation.num_shots=[2]"] if name.startswith(("point", "cheetah", "ant")) else []
     if "multitask" in name:  # Regressors that have to be good take thousands of steps.
         few = ["algorithm.max_error=100", "algorithm.num_steps=200"]
+    if name.endswith("reptile"):  # It takes 50 steps in meta-test.
+        few = ["evaluation.num_steps=5"]
     config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
     if "num_filters" in config.model:  # An image experiment spends its time in convolutions.
         config = replace(config, model={**config.model, "num_filters": 4})
@@ -205,6 +215,93 @@ def test_baselines_on_images_are_ravis_and_share_one_training(domain: str, cache
         assert (evaluation.num_steps, evaluation.num_query, evaluation.num_shots or [1]) == (0, 15, [shots])
         assert evaluation.search is None
     assert len(ids) == 1
+
+
+# Ways, shots (None: as in meta-test) and query images in training; tasks; iterations
+# (docs/protocol.md#embedding-training).
+# On Omniglot, matching networks train as prototypical ones.
+EMBEDDING = {
+    "omniglot_5way_1shot_prototypical": (60, None, 5, 1000, 20_000),
+    "omniglot_5way_5shot_prototypical": (60, None, 5, 1000, 20_000),
+    "omniglot_20way_1shot_prototypical": (60, None, 5, 1000, 20_000),
+    "omniglot_20way_5shot_prototypical": (60, None, 5, 1000, 20_000),
+    "omniglot_5way_1shot_siamese": (64, 1, 1, 1000, 20_000),
+    "omniglot_5way_5shot_siamese": (64, 1, 1, 1000, 20_000),
+    "omniglot_20way_1shot_siamese": (64, 1, 1, 1000, 20_000),
+    "omniglot_20way_5shot_siamese": (64, 1, 1, 1000, 20_000),
+    "cifar_fs_5way_1shot_prototypical": (30, None, 15, 600, 20_000),
+    "cifar_fs_5way_5shot_prototypical": (20, None, 15, 600, 20_000),
+    "cifar_fs_5way_1shot_matching": (5, 5, 15, 600, 75_000),
+    "cifar_fs_5way_5shot_matching": (5, 5, 15, 600, 75_000),
+}
+EMBEDDING |= {name.replace("prototypical", "matching"): row for name, row in EMBEDDING.items() if "omniglot" in name}
+EMBEDDING |= {f"mini_imagenet_5way_{shots}shot_matching": (5, 5, 15, 600, 75_000) for shots in (1, 5)}
+
+
+@pytest.mark.parametrize("name", EMBEDDING)
+def test_embedding_methods_are_those_of_the_protocol(name: str) -> None:
+    config, _ = compose([f"+experiment={name}"])
+    *_, way, shot, method = name.split("_")
+    ways, shots = int(way.removesuffix("way")), int(shot.removesuffix("shot"))
+    train_ways, train_shots, num_query, num_tasks, num_iterations = EMBEDDING[name]
+    domain, evaluation, outer = config.domain, config.evaluation, config.outer
+    assert config.algorithm["_target_"].split(".")[-2:] == [method, method.capitalize()]
+    assert (domain["num_ways"], domain["num_shots"], domain["num_query"]) == (
+        train_ways,
+        train_shots or shots,
+        num_query,
+    )
+    assert (evaluation["num_ways"] or domain["num_ways"]) == ways
+    assert (evaluation["num_shots"] or [domain["num_shots"]]) == [shots]
+    assert (evaluation["num_query"], evaluation["num_tasks"]) == (15, num_tasks)
+    assert (evaluation["num_steps"], evaluation["search"] is not None) == (
+        (5, True) if method == "siamese" else (0, False)
+    )
+    assert (config.meta_batch_size, config.num_iterations, config.inner["num_steps"]) == (1, num_iterations, 0)
+    follows_ravi = method == "matching" and not name.startswith("omniglot")
+    assert outer["step_size"] == (1e-4 if follows_ravi else 1e-3)
+    assert (outer["schedule"] or {}).get("every") == (None if follows_ravi else 2000)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters", "num_classes"),
+    [
+        ("omniglot_5way_1shot_prototypical", 111_936, {"train": 4800, "test": 1692}),
+        ("omniglot_20way_5shot_siamese", 112_001, {"train": 4112, "val": 688, "test": 1692}),
+    ],
+)
+def test_embedding_methods_have_the_network_and_classes_of_the_protocol(
+    name: str, num_parameters: int, num_classes: dict[str, int], cache_dir: Path
+) -> None:
+    _, algorithm, evaluation = built(name, cache_dir)
+    assert isinstance(algorithm, Embedding) and isinstance(algorithm.domain, FewShotClassification)
+    assert size(algorithm) == num_parameters
+    assert {split: len(classes) for split, classes in algorithm.domain.splits.items()} == num_classes
+    ways, shots = (5, 1) if "5way" in name else (20, 5)
+    assert evaluation.bank(algorithm.domain, shots, num_tasks=2)["support_images"].shape == (2, ways, shots)
+
+
+def test_embedding_experiments_with_equal_training_share_it() -> None:
+    """Ways of meta-test are no part of training, and some train with the same shots for all tests."""
+    trainings: dict[str, set[str]] = {}
+    for name in EMBEDDING:
+        config, _ = compose([f"+experiment={name}"])
+        trainings.setdefault(digest(training_config(config)), set()).add(name)
+    patterns = {
+        "omniglot_*_1shot_prototypical": 2,
+        "omniglot_*_5shot_prototypical": 2,
+        "omniglot_*_1shot_matching": 2,
+        "omniglot_*_5shot_matching": 2,
+        "omniglot_*_siamese": 4,
+        "cifar_fs_*_1shot_prototypical": 1,
+        "cifar_fs_*_5shot_prototypical": 1,
+        "cifar_fs_*_matching": 2,
+        "mini_imagenet_*_matching": 2,
+    }
+    for pattern, count in patterns.items():
+        alike = {name for name in EMBEDDING if Path(name).match(pattern)}
+        assert len(alike) == count and alike in trainings.values(), pattern
+    assert len(trainings) == len(patterns)
 
 
 # Inner batch and steps, step size, iterations, inner batch in meta-test (docs/protocol.md#reptile).

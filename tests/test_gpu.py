@@ -114,8 +114,11 @@ def test_captured_iterations_follow_the_plain_ones(images: bool, num_seeds: int)
     assert captured.replay is not None, "it was given up"
 
 
-def test_run_on_a_gpu_is_captured_and_resumes(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = ("hardware=gpu", "hardware.deterministic=true", "hardware.num_threads=auto")
+@pytest.mark.parametrize("order", [(), ("inner.second_order_from=20",)])
+def test_run_on_a_gpu_is_captured_and_resumes(
+    order: tuple[str, ...], tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*order, "hardware=gpu", "hardware.deterministic=true", "hardware.num_threads=auto")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         before_iteration(patch, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         tiny.run(*settings)

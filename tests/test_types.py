@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from maml.types import Interval, expand, num_elements, num_tasks, take
+from maml.types import Interval, expand, num_elements, num_tasks, take, without_copies
 
 TASKS = {"x": torch.arange(12).reshape(4, 3), "amplitude": torch.arange(4)}
 
@@ -39,3 +39,12 @@ def test_interval_goes_upwards(interval: list[float], reason: str) -> None:
     assert TypeAdapter(Interval).validate_python([1, 2.5]) == (1.0, 2.5)
     with pytest.raises(ValidationError, match=reason):
         TypeAdapter(Interval).validate_python(interval)
+
+
+def test_copies_that_expand_made_are_one_again() -> None:
+    theta = {"w": torch.ones(2, 3), "scalar": torch.ones(())}
+    own = torch.zeros(4, 2)
+    found = without_copies(expand(theta, 4) | {"own": own})
+    assert {name: value.shape[0] for name, value in found.items()} == {"w": 1, "scalar": 1, "own": 4}
+    assert found["own"] is own and torch.equal(found["w"][0], theta["w"])
+    assert without_copies(expand(theta, 1))["w"].shape == (1, 2, 3)

@@ -94,6 +94,11 @@ class Algorithm(ABC):
                 "policy; choose outer=adam, or an RL domain"
             )
         self.model = parts.make_model(self.domain.in_shape, self.domain.out_dim)
+        if self.inner.second_order_from and not (self.differentiates_adaptation and self.inner.num_steps):
+            raise MamlError(
+                f"inner.second_order_from={self.inner.second_order_from} changes how the meta-gradient goes through "
+                f"inner steps, but that of {type(self).__name__} goes through none; set it to null"
+            )
         if self.differentiates_adaptation and self.inner.order == 2:
             self.model.check_second_derivative()
         self.set_initial(self.model.init(self.stream))

@@ -1,4 +1,4 @@
-"""Methods that compare the embedding of a query image with those of the support images (docs/protocol.md#embeddings)."""
+"""Methods that compare embeddings of query and support images (docs/protocol.md#embedding-methods)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUPPORT = "support.features"
 """The name under which adapted parameters hold the embeddings of the support images, ``(T, K, N, D)``."""
 
 Scores = Callable[[Params, Tensor, Tensor], Tensor]
-"""Scores of the classes, ``(T, Q, N)``, from parameters, support ``(T, K, N, D)`` and query embeddings ``(T, Q, D)``."""
+"""Computes scores of the classes, ``(T, Q, N)``, as `Embedding.scores` does."""
 
 
 class Embedding(Algorithm):

@@ -42,7 +42,7 @@ class MAML(Algorithm):
 
         Departure: eq. (1) sums over tasks; the authors' code averages, so beta does not depend on the meta-batch size.
         """
-        *_, adapted = self.inner_steps(params, tasks, self.num_steps, None, create_graph=self.inner.order == 2)
+        *_, adapted = self.inner_steps(params, tasks, self.num_steps, None, create_graph=self.inner.present_order == 2)
         return self.domain.outer_loss(self.model, adapted, self.domain.data(tasks, self.role, self.num_steps))
 
     def curvature(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
@@ -54,7 +54,7 @@ class MAML(Algorithm):
             for adapted in self.inner_steps(params, tasks, self.num_steps, None, create_graph=False)
         ]
         fisher = domain.fisher(model, path[-1], domain.data(tasks, self.role, self.num_steps))
-        second_order = path[:-1] if self.inner.order == 2 else []
+        second_order = path[:-1] if self.inner.present_order == 2 else []
         hessians = [
             domain.inner_hessian(model, before, domain.data(tasks, "support", step))
             for step, before in enumerate(second_order)
@@ -95,7 +95,7 @@ class MAML(Algorithm):
             hessians.append(hessian)
         fixed = {name: torch.zeros_like(v[name]) for name in v if name not in names}
         v = self.domain.kl_gradient(self.model, v, data)
-        for hessian in reversed(hessians) if self.inner.order == 2 else []:
+        for hessian in reversed(hessians) if self.inner.present_order == 2 else []:
             curved = hessian(v | fixed)
             v = {name: value - alpha * curved[name] for name, value in v.items()}
         return v

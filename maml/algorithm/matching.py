@@ -84,7 +84,7 @@ class Matching(Embedding):
         return for_tasks(params[_TEMPERATURE], num_tasks).exp().unsqueeze(2)
 
     def _attend(self, params: Params, support: Tensor, query: Tensor) -> Tensor:
-        """Returns f(x, S) (appendix A.2 of the paper): what the attention LSTM makes of query embeddings, ``(T, Q, D)``.
+        """Returns f(x, S), what the attention LSTM makes of query embeddings, ``(T, Q, D)`` (the paper's appendix A.2).
 
         Args:
             params: the weights of the LSTM.

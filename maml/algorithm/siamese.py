@@ -1,4 +1,4 @@
-"""Siamese networks (Koch et al. 2015) as Vinyals et al. (2016) ran them: a learnt similarity, and nearest neighbours."""
+"""Siamese networks (Koch et al. 2015): a learnt similarity of two images, and nearest neighbours by it."""
 
 from __future__ import annotations
 

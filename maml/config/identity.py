@@ -37,6 +37,7 @@ def training_config(settings: Settings) -> dict[str, Any]:
 def evaluation_config(settings: Settings) -> dict[str, Any]:
     """Returns the settings on which an evaluation of trained parameters depends, in the form of `training_config`."""
     flat = _differences_from_defaults("evaluation", settings.evaluation)
+    flat.pop("evaluation.per_class", None)  # adds files, and changes no number
     return flat | ({"algorithm._target_": stable_name(settings.algorithm["_target_"])} if _trained_as(settings) else {})
 
 

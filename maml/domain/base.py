@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Generic, Literal, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,20 @@ Metrics = dict[str, Tensor]
 """Per-task numbers by name, each ``(T,)``."""
 
 Data = TypeVar("Data")
+
+
+class Predictions(NamedTuple):
+    """The predicted classes of T tasks, as numbers of the data set's classes.
+
+    Attributes:
+        classes: the class of each query example, ``(T, Q)``.
+        taken_for: the predicted class, ``(T, Q)``.
+        choices: the classes that can be predicted in the task, ``(T, N)``.
+    """
+
+    classes: Tensor
+    taken_for: Tensor
+    choices: Tensor
 
 
 class Domain(ABC, Generic[Data]):
@@ -39,6 +54,7 @@ class Domain(ABC, Generic[Data]):
         num_shots: K, support examples (per class, in classification; rollouts, in reinforcement learning).
         num_query: query examples (per class) in training; None is as many as support examples.
         workload: how tasks load a machine.
+        class_names: names of the data set's classes; empty if `predict_classes` is not defined.
         data_digest: a hash of the data set and its splits, which a run records; None if no data set was read.
     """
 
@@ -46,6 +62,7 @@ class Domain(ABC, Generic[Data]):
     out_dim: int
     num_shots: int
     num_query: int | None = None
+    class_names: Sequence[str] = ()
     headline: str
     larger_is_better: bool
     on_policy = False
@@ -216,6 +233,10 @@ class Domain(ABC, Generic[Data]):
     @abstractmethod
     def measure(self, model: Model, params: Params, support: Data, query: Data, step: int) -> Metrics:
         """Returns the evaluation metrics per task after ``step`` gradient steps."""
+
+    def predict_classes(self, model: Model, params: Params, tasks: Tasks) -> Predictions:
+        """Returns the predictions that the headline metric counts; only in domains that have ``class_names``."""
+        raise NotImplementedError
 
 
 class SupervisedDomain(Domain[Examples]):

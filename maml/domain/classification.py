@@ -16,7 +16,7 @@ from torch import Tensor
 from maml.config.identity import digest
 from maml.data.cache import ImageSet
 from maml.data.files import first_ten
-from maml.domain.base import Metrics, Role, SupervisedDomain
+from maml.domain.base import Metrics, Predictions, Role, SupervisedDomain
 from maml.domain.draw import choice_of_each
 from maml.errors import MamlError
 from maml.hardware.workload import Workload
@@ -82,10 +82,11 @@ class FewShotClassification(SupervisedDomain):
         images = data.images if data.images.dim() == 5 else data.images.unsqueeze(-1)
         assert images.shape[2:] == self.in_shape, f"{type(self).__name__}.in_shape is not that of its images"
         self.splits = dict(splits)
-        self.class_names, self.counts = data.classes, data.counts
+        self.class_names = data.classes or [str(number) for number in range(len(images))]
+        self.counts = data.counts
         self.num_upright = images.shape[0] if data.counts is None else len(data.counts)
         if self.has_turned_classes:
-            self.class_names = [f"{name}/rot{90 * turns:03d}" for turns in range(4) for name in data.classes]
+            self.class_names = [f"{name}/rot{90 * turns:03d}" for turns in range(4) for name in self.class_names]
         chosen = {split: classes.tolist() for split, classes in self.splits.items()}
         self.data_digest = digest({"images": data.digest, "splits": chosen}) if data.digest else None
         self.num_images = max(data.counts or [images.shape[1]])
@@ -289,6 +290,11 @@ class FewShotClassification(SupervisedDomain):
             "accuracy_transductive": accuracy(model(params, query.x)[..., :ways], query.y),
             "accuracy_inductive": accuracy(inductive[..., :ways], query.y),
         }
+
+    def predict_classes(self, model: Model, params: Params, tasks: Tasks) -> Predictions:
+        query, choices = self.data(tasks, "query"), tasks["classes"]
+        best = model(params, query.x)[..., : choices.shape[1]].argmax(-1)
+        return Predictions(choices.gather(1, query.y), choices.gather(1, best), choices)
 
 
 def _images_asked_for(num_shots: int, num_query: int) -> tuple[int, str]:

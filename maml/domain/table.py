@@ -17,7 +17,7 @@ from torch import Tensor
 from maml.config.identity import digest
 from maml.data.files import first_ten
 from maml.data.splits import SPLITS, share_out
-from maml.domain.base import Metrics, Role, SupervisedDomain
+from maml.domain.base import Metrics, Predictions, Role, SupervisedDomain
 from maml.domain.classification import accuracy
 from maml.domain.draw import choice_of_each
 from maml.errors import MamlError, Unavailable
@@ -79,6 +79,7 @@ class Table(SupervisedDomain):
             )
         self.in_shape = (len(inputs),)
         self.classes = None if classes is None else list(classes)
+        self.class_names = [str(value) for value in classes or []]
         self.out_dim = len(targets) if classes is None else len(classes)
         self.headline, self.larger_is_better = ("mse", False) if classes is None else ("accuracy", True)
         self.num_shots, self.num_query = num_shots, num_query
@@ -226,6 +227,12 @@ class Table(SupervisedDomain):
         if self.classes is None:
             return {"mse": self.loss(outputs, query)[0]}
         return {"accuracy": accuracy(outputs, query.y)}
+
+    def predict_classes(self, model: Model, params: Params, tasks: Tasks) -> Predictions:
+        query = self.data(tasks, "query")
+        choices = torch.arange(self.out_dim, device=query.y.device).expand(len(query.y), -1)
+        classes = query.y.reshape(len(query.y), -1)
+        return Predictions(classes, model(params, query.x).argmax(-1), choices)
 
 
 def _load(path: Path) -> pd.DataFrame:

@@ -36,15 +36,45 @@ class Inner(ABC):
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants (FOMAML).
         adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
             opens with ``!`` excludes names again.
+        second_order_from: the first iteration of second order; those before it are of first order. None: all have
+            ``order``.
+
+    Attributes:
+        present_order: the order of the present iterations, which `begin` sets.
+
+    Raises:
+        MamlError: if ``second_order_from`` is set and ``order`` is 1.
     """
 
     is_plain_sgd = False
 
-    def __init__(self, step_size: float, num_steps: int, order: Literal[1, 2], adapt: list[str]) -> None:
+    def __init__(
+        self,
+        step_size: float,
+        num_steps: int,
+        order: Literal[1, 2],
+        adapt: list[str],
+        second_order_from: int | None = None,
+    ) -> None:
+        if second_order_from is not None and order == 1:
+            raise MamlError(
+                f"inner.second_order_from={second_order_from} needs a second order, but inner.order=1 has none; set "
+                "inner.order=2, or second_order_from=null"
+            )
         self.step_size = step_size
         self.num_steps = num_steps
         self.order = order
         self.patterns = adapt
+        self.second_order_from = second_order_from
+        self.begin(1)
+
+    def order_at(self, iteration: int) -> int:
+        """Returns the order of the meta-gradient of an iteration, counted from 1."""
+        return 1 if self.second_order_from is not None and iteration < self.second_order_from else self.order
+
+    def begin(self, iteration: int) -> None:
+        """Sets the order for the iterations from this one on, up to the next one with another order."""
+        self.present_order = self.order_at(iteration)
 
     def init_learned(self, params: Params) -> Params:
         """Returns the optimizer's own meta-learnt parameters, such as step sizes. They become part of theta.

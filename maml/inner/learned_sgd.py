@@ -22,6 +22,8 @@ class LearnedSGD(Inner):
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants.
         adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
             opens with ``!`` excludes names again.
+        second_order_from: the first iteration of second order; those before it are of first order, which is cheaper
+            (derivative-order annealing, Antoniou et al. 2019). None: all have ``order``.
     """
 
     def __init__(
@@ -30,8 +32,9 @@ class LearnedSGD(Inner):
         num_steps: Annotated[int, Ge(1)],
         order: Literal[1, 2],
         adapt: list[str],
+        second_order_from: Annotated[int, Ge(2)] | None = None,
     ) -> None:
-        super().__init__(step_size, num_steps, order, adapt)
+        super().__init__(step_size, num_steps, order, adapt, second_order_from)
 
     def init_learned(self, params: Params) -> Params:
         return {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from maml.inner.base import Inner
 from maml.types import NonNegativeInt, Params, PositiveFloat
@@ -17,14 +19,21 @@ class SGD(Inner):
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants (FOMAML).
         adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
             opens with ``!`` excludes names again.
+        second_order_from: the first iteration of second order; those before it are of first order, which is cheaper
+            (derivative-order annealing, Antoniou et al. 2019). None: all have ``order``.
     """
 
     is_plain_sgd = True
 
     def __init__(
-        self, step_size: PositiveFloat, num_steps: NonNegativeInt, order: Literal[1, 2], adapt: list[str]
+        self,
+        step_size: PositiveFloat,
+        num_steps: NonNegativeInt,
+        order: Literal[1, 2],
+        adapt: list[str],
+        second_order_from: Annotated[int, Ge(2)] | None = None,
     ) -> None:
-        super().__init__(step_size, num_steps, order, adapt)
+        super().__init__(step_size, num_steps, order, adapt, second_order_from)
 
     def update(
         self, params: Params, gradients: Params, state: Params, step: int, step_size: float | None

@@ -122,7 +122,8 @@ class Conv4(Model):
                 moments: list[Tensor] | None = None if seen is None else []
                 y = norm_relu(x, params[f"norm{i}.shift"], params.get(f"norm{i}.scale"), self._windows, moments)
                 if seen is not None and moments:
-                    add_seen(seen, f"norm{i}", moments[0] + params[f"conv{i}.bias"], moments[1], x)
+                    bias = for_tasks(params[f"conv{i}.bias"], len(x))
+                    add_seen(seen, f"norm{i}", moments[0] + bias, moments[1], x)
                 x = y
                 continue
             # The bias is subtracted from the mean instead of added to every pixel; with the batch's mean it cancels.

@@ -33,13 +33,14 @@ from maml.config.source import changed_code, code_hashes
 from maml.errors import MamlError
 from maml.hardware import distributed
 from maml.record import checkpoint, lock
+from maml.record.classes import TABLES
 
 LOG = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "gymnasium", "mujoco")
 # The files of a run folder, and of a folder of another evaluation in it.
 _RUN_FILES = ("run.json", "metrics.jsonl", "lock", "checkpoint.pt", "checkpoint.new.pt", "checkpoint.previous.pt")
-_EVALUATION_FILES = ("config.yaml", "report.json", "tasks.csv", "report.png")
+_EVALUATION_FILES = ("config.yaml", "report.json", "tasks.csv", "report.png", *TABLES)
 # The entries that are read, and their types.
 _RECORD: dict[str, Any] = {
     "run_id": str,
@@ -81,6 +82,7 @@ class RunFolder:
         run_id: hash of the training settings.
         path: the run's folder.
         checkpoint_path: the newest checkpoint.
+        tables: the csv files that the evaluation writes.
         is_trained: whether only the evaluation, or its end, was left to do when the folder was opened.
     """
 
@@ -95,6 +97,7 @@ class RunFolder:
         self._record: dict[str, Any] = {}
         self._report_folder = self.path
         self._ended: float | None = None
+        self.tables = ("tasks.csv", *(TABLES if settings.evaluation.get("per_class") else ()))
         self.is_trained = False
 
     @property
@@ -157,7 +160,7 @@ class RunFolder:
         found = self._find_report()
         if found is not None:
             self._report_folder = found[1]
-        is_evaluated = found is not None and (found[1] / "tasks.csv").exists()
+        is_evaluated = found is not None and not self._missing_tables(found[1])
         self.is_trained = bool(earlier) and (
             is_evaluated or (bool(saved) and iteration >= self.settings.num_iterations)
         )
@@ -224,13 +227,16 @@ class RunFolder:
                     f"{folder} has a report, but {self.path} has neither run.json nor a checkpoint; restore one of "
                     "them, or delete the folder to train again"
                 )
-            if not (folder / "tasks.csv").exists():
+            if missing := self._missing_tables(folder):
                 raise MamlError(
-                    f"{folder / 'tasks.csv'} is missing, and {self.path} has no checkpoint to evaluate again; restore "
+                    f"{folder / missing[0]} is missing, and {self.path} has no checkpoint to evaluate again; restore "
                     "one of them, or delete the folder to train again"
                 )
             return saved, record, None
         return saved, record, self._check_metrics(saved["iteration"] if saved else 0, record, warn)
+
+    def _missing_tables(self, folder: Path) -> list[str]:
+        return [name for name in self.tables if not (folder / name).exists()]
 
     def missing(self) -> set[str]:
         """Returns what is left to do until the run is finished with these evaluation settings.
@@ -248,7 +254,7 @@ class RunFolder:
             return {"report.json"}
         _, folder = found
         # Another evaluation's config.yaml is written last.
-        files = {"tasks.csv", "report.png"} | ({"config.yaml"} if folder != self.path else set())
+        files = {*self.tables, "report.png"} | ({"config.yaml"} if folder != self.path else set())
         missing = {name for name in files if not (folder / name).exists()}
         return missing | ({"status"} if record is None or record["status"] != "finished" else set())
 
@@ -384,7 +390,13 @@ class RunFolder:
                 self._lock.release()
                 self._lock = None
 
-    def save_report(self, report: Mapping[str, Any], tasks: list[dict[str, Any]], parent: Path | None = None) -> Path:
+    def save_report(
+        self,
+        report: Mapping[str, Any],
+        tasks: list[dict[str, Any]],
+        parent: Path | None = None,
+        more: Mapping[str, list[dict[str, Any]]] | None = None,
+    ) -> Path:
         """Writes ``report.json`` and ``tasks.csv`` and returns their folder.
 
         The first evaluation of the fully trained run is written to the run's folder. Every other one gets its own
@@ -395,6 +407,7 @@ class RunFolder:
             report: the report of an evaluation.
             tasks: its rows of ``tasks.csv``, one per task and curve.
             parent: folder of ``evaluations/``, for an evaluation of a checkpoint file; None is the run's folder.
+            more: rows of other csv files, by name.
         """
         settings = {"iteration": report["iteration"], **report["evaluation"]}
         first = None if parent is not None else _read_report(self.path / "report.json")
@@ -413,11 +426,8 @@ class RunFolder:
             checkpoint.remove_leftovers(folder)
             self._write_config(folder)
         self._report_folder = folder
-        table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(tasks[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(tasks)
-        checkpoint.write_atomically(folder / "tasks.csv", lambda file: file.write(table.getvalue().encode()))
+        for name, rows in {**(more or {}), "tasks.csv": tasks}.items():
+            _write_table(folder / name, rows)
         checkpoint.write_atomically(
             folder / "report.json", lambda file: file.write((json.dumps(report, indent=2) + "\n").encode())
         )
@@ -518,6 +528,14 @@ class NonWritingRunFolder(RunFolder):
     def save_checkpoint(self, iteration: int, state: Mapping[str, Any], execution: Mapping[str, Any]) -> None: ...
 
     def close(self, status: str) -> None: ...
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    checkpoint.write_atomically(path, lambda file: file.write(table.getvalue().encode()))
 
 
 def changed_since(folder: Path, settings: Settings, data_digest: str | None = None) -> list[str]:

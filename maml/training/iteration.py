@@ -29,16 +29,25 @@ class Iteration:
         streams: one random stream for each seed.
         meta_batch_size: B, tasks per seed.
         execution: chunk size, compilation and CUDA graph.
+        first: number of the first iteration. All that follow have its order (`Inner.order_at`), because a compiled
+            program or a CUDA graph keeps the order that it was made with.
 
     Attributes:
         meta_gradient: computes the meta-gradient of all seeds.
     """
 
     def __init__(
-        self, algorithms: Sequence[Algorithm], streams: Sequence[Stream], meta_batch_size: int, execution: Execution
+        self,
+        algorithms: Sequence[Algorithm],
+        streams: Sequence[Stream],
+        meta_batch_size: int,
+        execution: Execution,
+        first: int = 1,
     ) -> None:
         self.algorithms, self.meta_batch_size = list(algorithms), meta_batch_size
         self.streams = [stream.child("train") for stream in streams]
+        for algorithm in algorithms:
+            algorithm.inner.begin(first)
         num_seeds = len(algorithms) if len(algorithms) > 1 else None
         self.meta_gradient = MetaGradient(algorithms[0], execution, num_seeds)
 
@@ -56,6 +65,8 @@ class Iteration:
         Returns:
             The mean metrics of each seed, 0-dim tensors.
         """
+        inner = self.algorithms[0].inner
+        assert isinstance(number, Tensor) or inner.order_at(number) == inner.present_order
         tasks = self.sample_tasks(number)
         if len(self.algorithms) == 1:
             return [meta_update(self.algorithms[0], self.meta_gradient, tasks)]

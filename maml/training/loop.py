@@ -41,7 +41,8 @@ def train(
 ) -> Execution:
     """Meta-trains to ``num_iterations``. The tasks of iteration t depend on the seed and t only.
 
-    Several seeds are trained at once. Seeds that are behind train alone until they have caught up.
+    Several seeds are trained at once. Seeds that are behind train alone until they have caught up. Where the order of
+    the meta-gradient changes, everything that was compiled or captured is made again.
 
     Args:
         learners: one learner for each seed.
@@ -61,6 +62,9 @@ def train(
         Interrupted: on SIGTERM or SIGINT, after a checkpoint.
     """
     starts = sorted({learner.start for learner in learners} | {num_iterations})
+    switch = (learners[0].algorithm.inner.second_order_from or 1) - 1
+    if starts[0] < switch < num_iterations:
+        starts = sorted({*starts, switch})
     if num_iterations == 0:  # the loop below does not run, so the initial theta is saved here
         for learner in learners:
             if checkpoint.newest(learner.folder.checkpoint_path) is None:
@@ -71,7 +75,7 @@ def train(
         for start, end in pairwise(starts):
             active = [learner for learner in learners if learner.start <= start]
             algorithms, streams = [each.algorithm for each in active], [each.stream for each in active]
-            iteration = Iteration(algorithms, streams, meta_batch_size, execution)
+            iteration = Iteration(algorithms, streams, meta_batch_size, execution, start + 1)
             iterate = with_cuda_graph(iteration)
             pending, diagnostics = PendingMetrics(active), Diagnostics(active, iteration, start)
             for number in range(start + 1, end + 1):

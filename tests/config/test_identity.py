@@ -98,6 +98,7 @@ RELATED = (
     "inner.step_size=0.5",
     "inner.num_steps=3",
     "inner.order=1",
+    "inner.second_order_from=9",
     "inner.adapt=[*.weight]",
     "outer.step_size=0.5",
     "outer.clip=1",

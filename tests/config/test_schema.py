@@ -87,6 +87,7 @@ def refusal(config: Config | Settings) -> str:
         ("seed", 2**64, "seed=18446744073709551616: an integer is below 2^63"),
         ("evaluation.bank_seed", 2**63, "evaluation.bank_seed=9223372036854775808: an integer is below 2^63"),
         ("seeds", True, "seeds=True: input should be a valid integer"),
+        ("inner.second_order_from", 1, "inner.second_order_from=1: input should be greater than or equal to 2"),
         ("inner.order", True, "inner.order=True: input should be a number, not true or false"),
         ("model.hidden_sizes", [2**63], "model.hidden_sizes=[9223372036854775808]: an integer is below 2^63"),
         ("run_dir", "", "run_dir='': a path cannot be empty; the current folder is '.'"),

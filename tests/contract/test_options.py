@@ -117,6 +117,27 @@ def test_model_draws_parameters_from_the_stream_alone(option: str, cache_dir: Pa
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+@for_every_option_of("model")
+def test_outputs_follow_from_features_and_tasks_can_share_weights(option: str, cache_dir: Path, conf: Path) -> None:
+    config = compose_option(conf, "model", option, f"cache_dir={cache_dir}")
+    model, in_shape = build_for_images_or_vectors(config.model)
+    if not model.num_features:
+        with pytest.raises(MamlError, match="has no features"):
+            model.check_features()
+        return
+    theta, x = model.init(Stream(1)), Stream(3).uniform((4, 3, *in_shape))
+    copies = {name: value.expand(4, *value.shape).clone() for name, value in theta.items()}
+    body = {name: value for name, value in copies.items() if not name.startswith("head.")}
+    features, outputs = model.features(body, x), model(copies, x)
+    assert features.shape == (4, 3, model.num_features)
+    torch.testing.assert_close(model.outputs(copies, features), outputs)
+    other = {name: value + 0.1 for name, value in theta.items()}
+    for groups in ([theta], [theta, other]):  # one entry for all tasks, and one for each half of them
+        shared = {name: torch.stack([each[name] for each in groups]) for name in theta}
+        spread = {name: value.repeat_interleave(4 // len(groups), 0) for name, value in shared.items()}
+        torch.testing.assert_close(model(shared, x), model(spread, x))
+
+
 @for_every_option_of("algorithm")
 def test_algorithm_learns_from_a_batch_and_adapts(option: str, cache_dir: Path, conf: Path) -> None:
     config = compose_option(conf, "algorithm", option, f"cache_dir={cache_dir}", "hardware=cpu")

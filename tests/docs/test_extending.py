@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "extending.md"
 RUNS = {
     "domain": "step_function",
     "setting": "head.*",
-    "algorithm": "prototypical",
+    "algorithm": "nearest_mean",
     "module": "SmallNet",
     "environment": "Pendulum",
 }

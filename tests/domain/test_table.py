@@ -120,13 +120,13 @@ class Fixed(Model):
     """Gives the same outputs for every input."""
 
     def __init__(self, *outputs: float) -> None:
-        self.outputs = torch.tensor(outputs)
+        self.values = torch.tensor(outputs)
 
     def init(self, stream: Stream) -> Params:
         return {}
 
     def __call__(self, params: Params, x: torch.Tensor, num_reference: int | None = None) -> torch.Tensor:
-        return self.outputs.expand(*x.shape[:2], -1)
+        return self.values.expand(*x.shape[:2], -1)
 
 
 @pytest.mark.parametrize(("column", "classes"), [("odd", [0, 1]), ("odd", ["0", "1"]), ("word", ["even", "odd"])])
@@ -276,6 +276,25 @@ def test_network_of_classes_gives_them_back(tiny: TinyRuns, tmp_path: Path) -> N
         network.adapt([[0.0]], ["uneven"])
     with pytest.raises(MamlError, match="there are 2 inputs, but 1 labels"):
         network.adapt([[0.0], [1.0]], ["odd"])
+
+
+def test_predicted_classes_are_those_that_the_accuracy_counts(data_dir: Path) -> None:
+    class Line(Model):
+        def init(self, stream: Stream) -> Params:
+            return {}
+
+        def __call__(self, params: Params, x: torch.Tensor, num_reference: int | None = None) -> torch.Tensor:
+            return torch.stack([2 - x[..., 0], x[..., 0] - 1], dim=-1)
+
+    domain = table_of(data_dir, targets=["odd"], classes=[0, 1])
+    assert domain.class_names == ["0", "1"] and table_of(data_dir).class_names == []
+    tasks = domain.sample_tasks(3, Stream(0), "test")
+    predicted = domain.predict_classes(Line(), {}, tasks)
+    support, query = (domain.data(tasks, role) for role in ("support", "query"))
+    measured = domain.measure(Line(), {}, support, query, 0)["accuracy"]
+    assert torch.equal((predicted.classes == predicted.taken_for).double().mean(1), measured.double())
+    assert torch.equal(predicted.classes.flatten(), query.y.flatten())
+    assert predicted.choices.tolist() == [[0, 1]] * 3
 
 
 def test_changed_table_is_refused_before_a_run_goes_on_or_is_evaluated(

@@ -10,6 +10,7 @@ from maml.errors import MamlError
 from maml.inner.base import Inner
 from maml.inner.sgd import SGD
 from maml.types import Params
+from tests.runs import TinyRuns
 
 NAMES = ["conv1.weight", "conv1.bias", "norm1.shift", "head.weight"]
 
@@ -80,3 +81,29 @@ def test_step_sizes_asked_for_reach_each_step() -> None:
     start = {"x": torch.tensor([[10.0]]), "y": torch.zeros(1, 1)}
     steps = inner.adapt(slope, start, 2, create_graph=False, step_sizes=[1.0, 0.25])
     assert [params["x"].item() for params, _ in steps] == [10.0, 9.0, 8.0]
+
+
+def test_order_changes_at_its_iteration() -> None:
+    inner = SGD(step_size=0.1, num_steps=1, order=2, adapt=["*"], second_order_from=4)
+    assert [inner.order_at(number) for number in range(1, 7)] == [1, 1, 1, 2, 2, 2]
+    assert inner.present_order == 1
+    inner.begin(4)
+    assert inner.present_order == 2
+    with pytest.raises(MamlError, match=r"inner\.second_order_from=4 needs a second order, .* set inner\.order=2"):
+        SGD(step_size=0.1, num_steps=1, order=1, adapt=["*"], second_order_from=4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (("+experiment=sinusoid_reptile", "inner=sgd", "inner.order=2"), "Reptile"),
+        (("algorithm=pretrain",), "Pretrain"),
+        (("inner.num_steps=0",), "MAML"),
+    ],
+)
+def test_switch_of_the_order_is_refused_where_there_is_no_order(
+    overrides: tuple[str, ...], name: str, tiny: TinyRuns
+) -> None:
+    with pytest.raises(MamlError, match=rf"inner\.second_order_from=4 changes .* that of {name} goes through none"):
+        tiny.run(*overrides, "inner.second_order_from=4")
+    assert not tiny.runs_dir.exists()

@@ -64,13 +64,19 @@ main()
 """
 FAST = [
     ("exit", "none", 0),
-    ("exit", "error", 1),
-    ("_log", "none", 0),
     ("_log", "SIGTERM", 143),
     ("_log", "SIGINT", 130),
     ("start", "none", 0),
 ]
-SLOW = [("_finish", "none", 0), ("_log", "error", 1), ("_log", "sweep", 0), ("exit", "sweep", 0), ("start", "sweep", 0)]
+SLOW = [
+    ("exit", "error", 1),
+    ("_log", "none", 0),
+    ("_finish", "none", 0),
+    ("_log", "error", 1),
+    ("_log", "sweep", 0),
+    ("exit", "sweep", 0),
+    ("start", "sweep", 0),
+]
 
 
 def start(folder: Path, moment: str, event: str) -> subprocess.Popen[str]:

@@ -471,3 +471,47 @@ def test_function_of_a_file_from_somebody_else_has_to_say_that_it_returns_a_netw
     assert "its annotation has to say that it returns torch.nn.modules.module.Module" in problem
     (problem,) = _check_part("model", function_part("annotated_net"), Model, allow=[])
     assert "needs the module tests.model.test_module" in problem
+
+
+class Headed(nn.Module):
+    """Calls its head once, or as often as it is told to."""
+
+    def __init__(self, out_dim: int, num_calls: int = 1) -> None:
+        super().__init__()
+        self.body, self.norm, self.num_calls = nn.Linear(6, 5), nn.BatchNorm1d(5), num_calls
+        self.head = nn.Linear(5, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.body(x)).relu()
+        return sum((self.head(x) for _ in range(self.num_calls)), self.head.bias * 0)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_features_are_the_inputs_of_the_head(vectorize: bool) -> None:
+    model = ModuleModel((6,), 3, partial(Headed), vectorize=vectorize)
+    params, x = stacked(model, 2), Stream(1).normal((2, 4, 6))
+    body = {name: value for name, value in params.items() if not name.startswith("head.")}
+    features = model.features(body, x)
+    assert model.num_features == 5 and features.shape == (2, 4, 5)
+    torch.testing.assert_close(model.outputs(params, features), model(params, x))
+    for task in range(2):
+        net = Headed(3)
+        net.load_state_dict({name: value[task] for name, value in params.items()}, strict=False)
+        expected = net.norm(net.body(x[task])).relu()
+        torch.testing.assert_close(features[task], expected, rtol=1e-4, atol=1e-5)
+    assert model.running_statistics({"norm.shift": torch.zeros(5)}) == {}
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_tasks_share_weights_in_one_batch_per_task(vectorize: bool) -> None:
+    model = ModuleModel((6,), 3, partial(Headed), vectorize=vectorize)
+    params, x = stacked(model, 2), Stream(1).normal((4, 4, 6))
+    for shared in (params, {name: value[:1] for name, value in params.items()}):
+        copies = {name: value.repeat_interleave(4 // len(value), 0) for name, value in shared.items()}
+        torch.testing.assert_close(model(shared, x), model(copies, x))
+        torch.testing.assert_close(model.features(shared, x), model.features(copies, x))
+
+
+def test_module_without_a_head_that_is_called_once_has_no_features() -> None:
+    assert ModuleModel((6,), 3, partial(Headed, num_calls=2)).num_features == 0
+    assert ModuleModel((6,), 3, partial(nn.Linear, 6, 3)).num_features == 0

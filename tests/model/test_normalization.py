@@ -159,3 +159,16 @@ def test_fully_connected_network_is_the_same_with_and_without_kernels() -> None:
     found = model(params, x)
     use_kernels(False)
     torch.testing.assert_close(found, model(params, x))
+
+
+@pytest.mark.parametrize("windows", ["none", "max"])
+def test_moments_are_the_mean_and_the_variance_of_each_task(windows: Windows) -> None:
+    z = Stream(0).uniform((2, 3, 4, 4, 5), -1.0, 3.0, dtype=torch.float64)
+    shift, moments = torch.zeros(1, 5, dtype=torch.float64), list[Tensor]()
+    plain = norm_relu(z, shift, None, windows)
+    assert torch.equal(norm_relu(z, shift, None, windows, moments), plain)
+    for task in range(2):
+        for feature in range(5):
+            values = z[task, ..., feature]
+            torch.testing.assert_close(moments[0][task, feature], values.mean(), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(moments[1][task, feature], values.var(correction=0), rtol=1e-9, atol=1e-12)

@@ -31,6 +31,14 @@ def painted() -> None:
     """Asks for pictures. A test that does not has none: to paint seven of them takes nearly all of its time."""
 
 
+@pytest.fixture(scope="module")
+def unrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with all pictures as they are without runs."""
+    folder = tmp_path_factory.mktemp("unrun")
+    render(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _painted_on_demand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "painted" not in request.fixturenames:
@@ -61,9 +69,8 @@ def evidence(root: Path, source: Source = SINUSOID) -> Evidence:
     return find_evidence(source, find_runs(root)[0])
 
 
-@pytest.mark.usefixtures("painted")
 def test_without_runs_figure_3_shows_the_papers_levels_and_says_not_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unrun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [row for row in render(tmp_path) if row["curve"] == "MAML"]
     assert "Figure 3: sinusoid, MAML, K=10: not run" in capsys.readouterr().out
@@ -72,13 +79,12 @@ def test_without_runs_figure_3_shows_the_papers_levels_and_says_not_run(
     assert {(row["ours"], row["status"]) for row in rows} == {("", "not run")}
     assert (rows[1]["paper_low"], rows[1]["paper_high"], rows[2]["paper_low"]) == ("0.3", "0.5", "")
     assert rendered(tmp_path, "figure2") == []
-    pictures(tmp_path)
+    pictures(unrun)
 
 
 @pytest.mark.usefixtures("painted")
-def test_a_finished_run_is_drawn_and_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    render(tmp_path)
-    without = pictures(tmp_path)
+def test_a_finished_run_is_drawn_and_the_same_run_gives_the_same_bytes(unrun: Path, tmp_path: Path) -> None:
+    without = pictures(unrun)
     make_run_with_checkpoint(tmp_path / "runs", mean=0.5, ci95=0.1)
     rows = [row for row in render(tmp_path) if row["curve"] == "MAML"]
     assert {(row["ours"], row["ours_ci95"]) for row in rows} == {("0.5", "0.1")}
@@ -387,10 +393,8 @@ def test_ranges_that_cannot_be_read_are_neither_drawn_nor_judged(
     assert "not credible" in figure.note
 
 
-@pytest.mark.usefixtures("painted")
-def test_the_svg_has_the_colour_of_the_page_and_keeps_its_text(tmp_path: Path) -> None:
-    render(tmp_path)
-    svg = (tmp_path / "figure5" / "figure5.svg").read_text()
+def test_the_svg_has_the_colour_of_the_page_and_keeps_its_text(unrun: Path) -> None:
+    svg = (unrun / "figure5" / "figure5.svg").read_text()
     assert "currentColor" in svg
     assert "gradient steps</text>" in svg and "goal velocity, K=20</text>" in svg
     assert "<g id=" not in svg

@@ -227,7 +227,8 @@ def test_archive_that_is_none_or_would_write_elsewhere_is_refused(tmp_path: Path
     assert not list(into.glob("*/*")), "nothing was taken"
 
 
-def test_kill_at_any_point_loses_nothing(stages: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_kill_at_any_point_loses_nothing(stages: dict[str, Path], tmp_path: Path, stride: int) -> None:
     into = tmp_path / "here"
 
     def kill(at: int) -> int | None:
@@ -243,4 +244,4 @@ def test_kill_at_any_point_loses_nothing(stages: dict[str, Path], tmp_path: Path
         assert len(list(into.glob("*/*/run.json"))) == 1
         assert not (into / ".importing").exists()
 
-    assert every_point(kill, check) > 5
+    assert every_point(kill, check, stride) > 5

@@ -110,7 +110,11 @@ def test_stopped_jobs_save_and_go_on(results: Results, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("now", "said"), [(85.0, "stopped by SIGTERM after iteration "), (101.0, "killed sinusoid_10shot")]
+    ("now", "said"),
+    [
+        (85.0, "stopped by SIGTERM after iteration "),
+        pytest.param(101.0, "killed sinusoid_10shot", marks=pytest.mark.slow),
+    ],
 )
 def test_budget_ends_in_time_and_nothing_is_rendered(
     now: float,

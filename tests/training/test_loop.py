@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +15,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from maml.config.schema import Settings
 from maml.errors import Interrupted, MamlError
-from maml.hardware.base import Execution
+from maml.experiment import build_algorithm
+from maml.hardware.base import Execution, Hardware
+from maml.inner.sgd import SGD
 from maml.logger.base import Logger
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder
 from maml.seeding import Stream
+from maml.training.iteration import Iteration
 from maml.training.learner import Learner
 from maml.training.loop import train
-from tests.runs import TinyRuns
+from maml.types import Params
+from tests.runs import TinyRuns, checkpoint_tensors
 
 STREAM = Stream(5)
+RL = (
+    "evaluation.step_size=0.1",
+    "domain.horizon=8",
+    "domain.num_shots=3",
+    "evaluation.num_shots=[2]",
+    "model.hidden_sizes=[8]",
+)
 
 
 class Counting:
@@ -34,6 +47,7 @@ class Counting:
         self.name = "Counting"
         self.domain = SimpleNamespace(on_policy=False, selected_by=None, rollout_metrics=lambda tasks: ({}, {}))
         self.stream, self.buffers, self.best = Stream(0), dict[str, Tensor](), dict[str, Tensor]()
+        self.inner = SGD(step_size=0.1, num_steps=1, order=2, adapt=["*"])
         self.theta = {"sum": torch.zeros(())}
         self.outer_state = {"step": torch.zeros((), dtype=torch.float64)}
         self.drawn: list[tuple[int, int]] = []
@@ -154,6 +168,93 @@ def test_resumed_loop_goes_on_behind_the_checkpoint(tiny: TinyRuns) -> None:
     assert second.algorithm.drawn == whole.algorithm.drawn[8:]
     assert second.lines == whole.lines
     assert torch.equal(second.algorithm.theta["sum"], whole.algorithm.theta["sum"])
+
+
+def iterated(settings: Settings, order: int, numbers: range, state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Makes the iterations with one order of the meta-gradient, from a state on; returns the new state."""
+    inner = {key: value for key, value in settings.inner.items() if key != "second_order_from"} | {"order": order}
+    algorithm = build_algorithm(replace(settings, inner=inner), Hardware("cpu"))
+    if state:
+        algorithm.load_state_dict(state)
+    iterate = Iteration([algorithm], [Stream(settings.seed)], settings.meta_batch_size, Execution(1, None, False))
+    for number in numbers:
+        iterate(number)
+    return algorithm.state_dict()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param((), id="sgd"),
+        pytest.param(("inner=learned_sgd", "inner.num_steps=2"), id="learned_sgd"),
+        pytest.param(("+experiment=point_navigation_maml", "+debug=smoke", *RL), id="trpo"),
+        pytest.param(("+experiment=point_navigation_maml", "+debug=smoke", *RL, "outer=adam"), id="policy_gradient"),
+    ],
+)
+def test_meta_gradient_is_of_first_order_up_to_the_switch_and_of_second_from_there(
+    parts: tuple[str, ...], tiny: TinyRuns
+) -> None:
+    own = (*parts, "num_iterations=5", "meta_batch_size=4", "inner.second_order_from=4", "hardware.task_chunk=all")
+    found, settings = checkpoint_tensors(tiny.run(*own)), tiny.config(*own)
+    before = {group: clone(values) for group, values in iterated(settings, 1, range(1, 4)).items()}
+    for order in (1, 2):
+        after = iterated(settings, order, range(4, 6), {group: clone(values) for group, values in before.items()})
+        expected = {f"{group}.{name}": value for group, values in after.items() for name, value in values.items()}
+        equal = {name for name, value in expected.items() if torch.equal(found[name], value)}
+        assert (equal == expected.keys()) is (order == 2), order
+
+
+def clone(values: Params) -> Params:
+    return {name: value.clone() for name, value in values.items()}
+
+
+def test_graph_is_captured_again_where_the_order_changes(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny.config("inner.second_order_from=8", "meta_batch_size=4")
+    captured = []
+
+    def train_once(folder: str, cuda_graph: bool) -> Params:
+        algorithm = build_algorithm(settings, Hardware("cpu"))
+        learner = Learner(tiny.in_folder(folder).config("inner.second_order_from=8"), "custom", algorithm)
+
+        def capture(compute: Any) -> Any:
+            order, state = algorithm.inner.present_order, {k: clone(v) for k, v in algorithm.state_dict().items()}
+            outputs = compute()
+            algorithm.load_state_dict(state)
+            captured.append(order)
+
+            def replay() -> None:
+                algorithm.inner.present_order = order  # a graph keeps what it was captured with
+                for kept, new in zip(outputs, compute(), strict=True):
+                    for name, value in new.items():
+                        kept[name].copy_(value)
+
+            return outputs, replay
+
+        monkeypatch.setattr("maml.training.cuda_graph.capture", capture)
+        learner.folder.open({}, "", "MAML")
+        try:
+            execution = train([learner], Execution(1, None, False, cuda_graph=cuda_graph), 14, 4, 100, 100)
+        finally:
+            learner.folder.close("finished")
+        assert execution.cuda_graph is cuda_graph, "it was given up"
+        return clone(algorithm.theta)
+
+    plain, replayed = train_once("plain", False), train_once("graph", True)
+    assert captured == [1, 2]
+    assert all(torch.equal(plain[name], value) for name, value in replayed.items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
+def test_program_is_compiled_again_where_the_order_changes(tiny: TinyRuns) -> None:
+    own = ("num_iterations=10", "inner.second_order_from=6", "inner.step_size=0.1", "precision=float64")
+    eager = checkpoint_tensors(tiny.in_folder("eager").run(*own))
+    folder = tiny.run(*own, "hardware.compile=true")
+    assert checkpoint.load(folder / "checkpoint.pt")["execution"]["compile"] is True, "compiling has failed"
+    compiled = checkpoint_tensors(folder)
+    only_first = checkpoint_tensors(tiny.run("num_iterations=10", "inner.order=1", *own[2:]))
+    assert all(torch.allclose(compiled[name], value, rtol=1e-6, atol=1e-9) for name, value in eager.items())
+    assert not torch.allclose(compiled["theta.head.weight"], only_first["theta.head.weight"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("period", ["log_every", "checkpoint_every"])

@@ -44,6 +44,7 @@ IMAGES = (
     [
         pytest.param((), id="sinusoid"),
         pytest.param(("inner=learned_sgd", "algorithm=fomaml"), id="learned_step_sizes"),
+        pytest.param(("inner.second_order_from=20",), id="order_switches"),
         pytest.param(("+experiment=sinusoid_reptile", "meta_batch_size=4"), id="reptile"),
         pytest.param((*IMAGES, "meta_batch_size=3"), id="images"),
         pytest.param((*CHAIN, "algorithm.pull=mean", "algorithm.weight=0.1"), id="chain"),

@@ -130,6 +130,17 @@ def test_signal_between_two_checkpoints_saves_the_iteration_at_hand(
     assert_same_run(each_domain.folder(), uninterrupted(each_domain))
 
 
+@pytest.mark.parametrize("last", [5, 11, 12])
+def test_run_whose_order_switches_resumes_bit_exactly(
+    last: int, tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ("num_iterations=20", "inner.second_order_from=12")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"after iteration {last} of 20"):
+        before_iteration(patch, last, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.run(*own)
+    assert_same_run(tiny.run(*own), tiny.in_folder("whole").run(*own))
+
+
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
 def test_compiled_run_resumes_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full runs on vectors are compiled, and the checkpoint says so."""
