@@ -211,7 +211,7 @@ class Network:
     @property
     def theta(self) -> Params:
         """The meta-learnt parameters that meta-test evaluates, without a task axis."""
-        return self.evaluation.choose_theta(self.algorithm)
+        return self.algorithm.theta_of(self.evaluation.choose_theta(self.algorithm))
 
     @property
     def device(self) -> torch.device:
@@ -309,8 +309,10 @@ class Network:
         examples = Examples(inputs.unsqueeze(0), targets.unsqueeze(0), num_shots)
         algorithm: Any = copy.copy(self.algorithm)
         algorithm.domain = _GivenExamples(domain, examples)
-        start, sizes = algorithm.params_per_task(1, self.theta), self._step_sizes(num_shots, num_steps)
-        *_, params = algorithm.adapt(start, {"x": examples.x, "y": examples.y}, num_steps, sizes)
+        theta, sizes = self.evaluation.choose_theta(self.algorithm), self._step_sizes(num_shots, num_steps)
+        *_, params = algorithm.adapt(
+            algorithm.params_per_task(1, theta), {"x": examples.x, "y": examples.y}, num_steps, sizes
+        )
         params = {name: value.detach() for name, value in params.items()}
         if not all(value.isfinite().all() for value in params.values()):
             raise Diverged(f"{num_steps} gradient steps on these examples diverge; take fewer")

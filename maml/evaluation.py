@@ -274,7 +274,7 @@ class Evaluation:
                 raise MamlError(
                     f"evaluation.num_ways={self.num_ways}, but the network has an output for each of the "
                     f"{domain.out_dim} classes of a training task; lower it, or choose an algorithm that compares "
-                    "images (algorithm=nearest_neighbor)"
+                    "images (algorithm=prototypical)"
                 )
         if self.theta == "best" and not (domain.selected_by or keeps_best):
             raise MamlError(
@@ -327,7 +327,7 @@ class Evaluation:
         return curves, hashes, sizes
 
     def choose_theta(self, algorithm: Algorithm) -> Params:
-        """Returns the theta to evaluate, without a task axis.
+        """Returns the theta to evaluate, and its buffers if training has kept them with it, without a task axis.
 
         Raises:
             MamlError: if it is the best one, and none has been measured yet.
@@ -339,7 +339,7 @@ class Evaluation:
                 "evaluation.theta=best, but theta has not been measured on validation tasks yet, or never with a "
                 "number; train for validate_every iterations, or choose evaluation.theta=last"
             )
-        return {name: algorithm.best[name] for name in algorithm.theta}
+        return {name: algorithm.best[name] for name in algorithm.theta | algorithm.buffers if name in algorithm.best}
 
     @torch.no_grad()
     def curves(

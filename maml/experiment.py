@@ -15,7 +15,7 @@ import torch
 
 from maml.algorithm.base import Algorithm, Parts
 from maml.config.identity import evaluation_config
-from maml.config.schema import TRAINING_PARTS, Settings, build
+from maml.config.schema import TRAINING_PARTS, Part, Settings, build
 from maml.domain.base import Domain
 from maml.errors import MamlError, TooLarge
 from maml.evaluation import Evaluation, per_task_rows
@@ -64,16 +64,16 @@ def build_algorithm(settings: Settings, hardware: Hardware, domain: Domain[Any] 
         MamlError: if data is missing or the parts do not fit each other.
     """
     domain = domain or build_domain(settings, hardware)
-
-    def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
-        return build(settings.model, in_shape=in_shape, out_dim=out_dim)
-
     stream = Stream(settings.seed, hardware.device).child("init")
-    parts = Parts(domain, make_model, build(settings.inner), build(settings.outer), stream)
+    parts = Parts(domain, partial(_make_model, settings.model), build(settings.inner), build(settings.outer), stream)
     algorithm: Algorithm = build(settings.algorithm, parts=parts)
     if settings.validate_every:
         algorithm.keep_best_of_validation()
     return algorithm
+
+
+def _make_model(model: Part, in_shape: Sequence[int], out_dim: int) -> Model:
+    return build(model, in_shape=in_shape, out_dim=out_dim)
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
     _check_memory(settings, domain, evaluation)
     with _naming_the_largest_setting(settings, *TRAINING_PARTS):
         first = build_algorithm(settings.for_seed(settings.seed), hardware, domain)
+        if settings.validate_every:
+            first.check_validation()
         size = sum(value.numel() for value in first.theta.values()) * _BYTES
         check_memory(size * settings.seeds, f"theta of seeds={settings.seeds}")
         if first.differentiates_adaptation and not hardware.recompute:

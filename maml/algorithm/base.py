@@ -69,7 +69,8 @@ class Algorithm(ABC):
         theta: the meta-learnt parameters, those of the model and of the inner optimizer, without a task axis.
         buffers: other tensors that training changes (running statistics, an optimizer's state), by name.
         outer_state: the state of the outer optimizer.
-        best: the best theta so far and its score (`maml.algorithm.best`); empty if only the last theta is kept.
+        best: the best theta so far, its buffers and its score (`maml.algorithm.best`); empty if only the last theta is
+            kept.
     """
 
     differentiates_adaptation = False
@@ -136,15 +137,28 @@ class Algorithm(ABC):
         """Makes training keep the theta that is best on validation tasks; call it before training.
 
         Raises:
-            MamlError: if the domain chooses its best theta in another way, or has no validation tasks.
+            MamlError: if the domain chooses its best theta in another way.
         """
         if self.domain.selected_by:
             raise MamlError(
                 f"validate_every is for supervised domains: {type(self.domain).__name__} keeps the theta with the best "
                 "average training return by itself; set validate_every=null"
             )
-        self.domain.sample_tasks(1, self.stream.child("validation"), "val")  # refuses if there are none
-        self.best = init_best(self.theta, num_recent=1)
+        self.best = init_best(self.theta | self.buffers, num_recent=1)
+
+    def check_validation(self) -> None:
+        """Checks that there are validation tasks; a domain that was built without its data has none.
+
+        Raises:
+            MamlError: if not.
+        """
+        try:
+            self.domain.sample_tasks(1, self.stream.child("validation"), "val")
+        except MamlError as error:
+            raise MamlError(
+                f"validate_every measures tasks of validation with the ways and shots of training: {error}; or set "
+                "validate_every=null"
+            ) from error
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
         """Draws a meta-batch of ``count`` tasks, a pure function of the stream."""
@@ -283,9 +297,10 @@ class Algorithm(ABC):
 
         Args:
             num_tasks: T.
-            theta: parameters without a task axis; None uses the algorithm's own theta.
+            theta: parameters without a task axis, and buffers if they belong to them; what it lacks is the algorithm's
+                own.
         """
-        return expand((self.theta if theta is None else theta) | self.buffers, num_tasks)
+        return expand(self.theta | self.buffers | (theta or {}), num_tasks)
 
     def measure(self, params: Params, tasks: Tasks, step: int) -> Metrics:
         """Returns the evaluation metrics per task, ``(T,)``; those of the domain, unless a subclass has more.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from maml.types import Params
 
-# The record holds the best theta's parameters and, under these names, its score and the values of recent iterations.
+# The record holds the best theta's parameters and buffers and, under these names, its score and recent values.
 _SCORE, _RECENT = "score", "recent"
 # The return of a single iteration is too noisy: it depends more on the few goals that were drawn than on theta.
 NUM_RECENT_RETURNS = 10
@@ -17,7 +17,7 @@ def init_best(theta: Params, num_recent: int) -> Params:
     """Returns the record before training: a copy of theta, a score of -inf, and no values yet.
 
     Args:
-        theta: the initial parameters.
+        theta: the initial parameters, and the buffers if training has some.
         num_recent: number of recent values whose mean is the score.
     """
     lowest = next(iter(theta.values())).new_full((num_recent,), -torch.inf)
@@ -30,7 +30,7 @@ def update_best(best: Params, theta: Params, value: Tensor) -> None:
 
     Args:
         best: the record, as `init_best` returns it; changed in place.
-        theta: the parameters that the value belongs to.
+        theta: the parameters and buffers that the value belongs to.
         value: the value, 0-dim, such as the mean return of the rollouts that theta has collected; larger is better.
     """
     recent = best[_RECENT]

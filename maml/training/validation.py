@@ -47,5 +47,5 @@ def keep_best_of_validation(algorithm: Algorithm, task_chunk: int | None) -> flo
     score = validation_score(algorithm, NUM_TASKS, task_chunk)
     sign = 1.0 if algorithm.domain.larger_is_better else -1.0
     recorded = next(iter(algorithm.best.values()))
-    update_best(algorithm.best, algorithm.theta, recorded.new_tensor(sign * score))
+    update_best(algorithm.best, algorithm.theta | algorithm.buffers, recorded.new_tensor(sign * score))
     return score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,7 @@ def compare_with_predictor(folder: Path) -> None:
     expected = algorithm.model(predictor.params, asked.unsqueeze(0))[0]
     torch.testing.assert_close(predictor.outputs(asked), expected, rtol=1e-9, atol=1e-10)
     assert predictor(asked) == [labels[best] for best in expected.argmax(-1).tolist()]
+    assert torch.equal(pickle.loads(pickle.dumps(predictor)).outputs(asked), predictor.outputs(asked))
     shuffled: Tasks = {"order": torch.tensor([5, 0, 3, 6, 1, 2, 7, 4])}
     again = network.adapt(images[shuffled["order"]], [labels[i] for i in shuffled["order"].tolist()])
     if algorithm.name != "Matching":  # with context, the order of the support images matters

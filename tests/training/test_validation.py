@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import maml
 from maml.algorithm.base import Algorithm
 from maml.errors import Interrupted, MamlError
 from maml.experiment import build_algorithm
@@ -126,6 +127,12 @@ def test_best_theta_before_the_first_validation_is_not_evaluated(
         tiny.run("validate_every=5", "evaluation.theta=best", "num_iterations=7", "mode=eval")
 
 
+def test_data_without_validation_tasks_are_refused_before_anything_is_written(tiny_images: TinyRuns) -> None:
+    with pytest.raises(MamlError, match="ways and shots of training: .* 100 classes; .* or set validate_every=null"):
+        tiny_images.run(*EVERY, "domain.num_ways=101", "algorithm=prototypical", "evaluation.num_ways=5")
+    assert not tiny_images.runs_dir.exists()
+
+
 def test_policies_keep_their_best_theta_in_their_own_way(tiny: TinyRuns) -> None:
     with pytest.raises(MamlError, match="PointNavigation keeps the theta with the best average training return"):
         tiny.run("+experiment=point_navigation_maml", "evaluation.num_steps=4", "validate_every=2")
@@ -138,3 +145,17 @@ def test_record_is_changed_only_by_a_better_score(tiny: TinyRuns, monkeypatch: p
     assert keep_best_of_validation(algorithm, None) == 2.0
     assert keep_best_of_validation(algorithm, None) == 3.0
     assert algorithm.best["score"].item() == -2.0
+
+
+def test_best_theta_is_evaluated_with_its_own_running_statistics(
+    tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores(monkeypatch, [0.9, 0.1, 0.1, 0.1])  # the first is the best
+    folder = tiny_images.run("algorithm=prototypical", *EVERY)
+    first = tiny_images.in_folder("first").run("algorithm=prototypical", "num_iterations=2")
+    curves = [(each / "tasks.csv").read_text() for each in (folder, first)]
+    assert curves[0] == curves[1]
+    images, labels = Stream(1).uniform((5, 28, 28, 1)), list("abcde")
+    adapted = [maml.load(each).adapt(images, labels).params for each in (folder, first)]
+    assert adapted[0].keys() == adapted[1].keys() > {"norm1.mean"}
+    assert all(torch.equal(adapted[0][name], value) for name, value in adapted[1].items())
