@@ -209,21 +209,24 @@ class ModuleModel(Model):
             if place.startswith("head.")
         }
         with autocast(features.device):
-            tasks = [functional_call(head, _of_task(own, i, count), (features[i],)) for i in range(count)]
+            given = features.unflatten(2, self._head_in_shape)
+            tasks = [functional_call(head, _of_task(own, i, count), (given[i],)) for i in range(count)]
         return torch.stack(tasks).to(features.dtype)
 
     def running_statistics(self, params: Params) -> Params:
         return {}
 
     def _count_features(self) -> int:
-        """Returns the number of inputs of the layer called ``head``; 0 if there is none that is called once."""
+        """Returns the number of inputs of the layer called ``head``; 0 if there is none, as `_NoFeatures` says."""
         if not isinstance(getattr(self.net, "head", None), nn.Module):
             return 0
         with torch.no_grad():
             try:
-                return self.features({}, self._example).shape[-1]
+                given = self._for_each_task(self._head_input, {}, self._example, None)
             except _NoFeatures:
                 return 0
+        self._head_in_shape = given.shape[2:]
+        return self._head_in_shape.numel()
 
     def _for_each_task(
         self, run: Callable[[Params, Tensor, Params], Tensor], params: Params, x: Tensor, num_reference: int | None
@@ -258,16 +261,23 @@ class ModuleModel(Model):
 
     def _run_to_head(self, params: Params, x: Tensor, buffers: Params) -> Tensor:
         """Computes the features of one task, ``(S, num_features)``."""
-        inputs: list[Tensor] = []
+        return self._head_input(params, x, buffers).flatten(1)
+
+    def _head_input(self, params: Params, x: Tensor, buffers: Params) -> Tensor:
+        """Computes what the layer called ``head`` gets in one task, ``(S, ...)``."""
+        calls: list[list[Any]] = []
         head = self.net.get_submodule("head")
-        hook = head.register_forward_pre_hook(lambda layer, given: inputs.append(given[0]))
+        hook = head.register_forward_pre_hook(
+            lambda layer, given, named: calls.append([*given, *named.values()]), with_kwargs=True
+        )
         try:
             self._outputs(self.net, params | buffers, x)
         finally:
             hook.remove()
-        if len(inputs) != 1:
+        given = calls[0] if len(calls) == 1 else []
+        if len(given) != 1 or not isinstance(given[0], Tensor) or given[0].dim() < 2 or len(given[0]) != len(x):
             raise _NoFeatures
-        return inputs[0].flatten(1).to(x.dtype)
+        return given[0].to(x.dtype)
 
     def _outputs(self, net: nn.Module, tensors: Params, x: Tensor) -> Any:
         # Tied tensors and layers that are registered twice: torch's own tie_weights=True replaces some places twice,
@@ -284,7 +294,7 @@ def _of_task(params: Params, task: int, count: int) -> Params:
 
 
 class _NoFeatures(Exception):
-    """The layer called head is called several times, or never."""
+    """The layer called head is called several times or never, or with other arguments than one tensor ``(S, ...)``."""
 
 
 def _left_open(make: Callable[..., nn.Module], sizes: dict[str, Any]) -> dict[str, Any]:

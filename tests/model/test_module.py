@@ -512,6 +512,33 @@ def test_tasks_share_weights_in_one_batch_per_task(vectorize: bool) -> None:
         torch.testing.assert_close(model.features(shared, x), model.features(copies, x))
 
 
+class HeadedByLayers(nn.Module):
+    """Has a head of several layers, which gets feature maps; by name, and with further arguments if it is told to."""
+
+    def __init__(self, out_dim: int, more: bool = False) -> None:
+        super().__init__()
+        self.body, self.more = nn.Conv2d(1, 2, 3), more
+        self.head = _Head(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x), 1) if self.more else self.head(input=self.body(x))
+
+
+class _Head(nn.Sequential):
+    def forward(self, input: Tensor, factor: int = 1) -> Tensor:
+        return super().forward(input) * factor
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_head_may_get_feature_maps(vectorize: bool) -> None:
+    model = ModuleModel((5, 6, 1), 3, partial(HeadedByLayers), vectorize=vectorize)
+    params, x = stacked(model, 2), Stream(1).normal((2, 4, 5, 6, 1))
+    features = model.features(params, x)
+    assert features.shape == (2, 4, model.num_features) == (2, 4, 2 * 3 * 4)
+    torch.testing.assert_close(model.outputs(params, features), model(params, x))
+    assert ModuleModel((5, 6, 1), 3, partial(HeadedByLayers, more=True)).num_features == 0
+
+
 def test_module_without_a_head_that_is_called_once_has_no_features() -> None:
     assert ModuleModel((6,), 3, partial(Headed, num_calls=2)).num_features == 0
     assert ModuleModel((6,), 3, partial(nn.Linear, 6, 3)).num_features == 0
