@@ -261,7 +261,8 @@ class RunFolder:
     def check_sources(self, checkpoint_file: Path | None = None) -> None:
         """Checks that data and the code of the user's own classes are those of the training. Writes nothing.
 
-        Runs that were recorded without hashes of them pass.
+        Runs that were recorded without hashes of them pass, and those of other settings, which are refused where their
+        checkpoint is read.
 
         Args:
             checkpoint_file: a checkpoint that is evaluated instead of the run's own; its folder has the record.
@@ -270,6 +271,9 @@ class RunFolder:
             MamlError: if one has changed and ``changed_sources`` is ``refuse``; with ``accept`` this is a warning.
         """
         folder = self.path if checkpoint_file is None else checkpoint_file.parent
+        record = read_json(folder / "run.json")
+        if record is not None and record.get("training") != self.training_config:
+            return
         changes = " and ".join(changed_since(folder, self.settings, self.data_digest))
         if not changes:
             return
