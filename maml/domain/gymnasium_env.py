@@ -77,12 +77,17 @@ class _Range:
 
 
 class _Listed:
-    """Values that are equally likely. A goal holds the value; or its position, if not all values are numbers."""
+    """Values that are equally likely.
+
+    A goal holds the value; or its position, if not all values are numbers that differ as a goal holds them.
+    """
 
     def __init__(self, values: Sequence[Value]) -> None:
         self.values = list(values)
         numeric = all(isinstance(value, int | float) for value in values)
-        self.numbers = torch.tensor([float(value) for value in (values if numeric else range(len(values)))])
+        numbers = torch.tensor([float(value) if numeric else 0.0 for value in values])
+        is_told_apart = len(numbers.unique()) == len(values)  # 2**24 and 2**24 + 1 are one number in float32
+        self.numbers = numbers if is_told_apart else torch.arange(len(values), dtype=numbers.dtype)
 
     def draw(self, unit: Tensor) -> Tensor:
         """Maps numbers uniform on [0, 1) to numbers of goals; both have the same shape."""
@@ -126,7 +131,8 @@ class GymnasiumEnv(Reinforcement):
         env_id: id for ``gymnasium.make``; ``module:id`` first imports the module that registers it.
         goals: the keywords in which tasks differ. ``[low, high]`` draws real numbers, ``{integers: [low, high]}`` draws
             integers from low to high, ``{values: [a, b]}`` draws one of a list of numbers, texts or booleans.
-            ``oracle`` tells these numbers to the policy, and of texts the position in the list.
+            ``oracle`` tells these numbers to the policy; of texts, and of numbers that are equal in the precision of
+            the run, the position in the list.
 
     Raises:
         MamlError: if the environment does not take these keywords; if it has no distribution of actions, or its

@@ -155,6 +155,8 @@ def test_integers_are_uniform_with_both_ends_and_arrive_as_integers() -> None:
         ([False, True], [0.0, 1.0]),
         (["distance", "arrival"], [0.0, 1.0]),
         ([3, "three"], [0.0, 1.0]),
+        ([2**24, 2**24 + 1], [0.0, 1.0]),
+        ([1, True], [0.0, 1.0]),
         ([5], [5.0]),
     ],
 )
