@@ -34,7 +34,8 @@ class Diagnostics:
 
     def __init__(self, learners: Sequence[Learner], iterate: Iteration, start: int) -> None:
         self.learners, self.iterate = learners, iterate
-        self.wanted = any(learner.logger.wants_diagnostics for learner in learners)
+        learns = bool(learners[0].algorithm.theta)  # nearest neighbours of pixels have nothing to measure
+        self.wanted = learns and any(learner.logger.wants_diagnostics for learner in learners)
         self._last = monotonic(), start
         self._before: list[Params] = []
 
