@@ -329,7 +329,7 @@ def test_rendering_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.*") if p.is_file()} for n in ("one", "two"))
     assert one == two
     assert {Path(name).suffix for name in one} == {".md", ".csv", ".tex"}
-    assert len(one) == 3 * 9 + 3
+    assert len(one) == 3 * 9 + 4
     assert set(SYMBOLS) == {"reproduced", "better", "worse", "reduced budget", "quoted"}
 
 
