@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,11 @@ from maml.algorithm.base import Algorithm, Parts
 from maml.config.identity import evaluation_config
 from maml.config.schema import TRAINING_PARTS, Part, Settings, build
 from maml.domain.base import Domain
-from maml.errors import MamlError, TooLarge
+from maml.errors import MamlError
 from maml.evaluation import Evaluation, per_task_rows
+from maml.feasibility import check_tasks_fit, check_training_fits, naming_the_largest_setting
 from maml.hardware import distributed
 from maml.hardware.base import Hardware
-from maml.hardware.memory import check_memory
 from maml.hardware.precision import check_precision, use_precision
 from maml.logger.base import Logger
 from maml.model.base import Model
@@ -35,10 +35,6 @@ from maml.training.autotune import tune_execution
 from maml.training.iteration import Iteration, check_parallelism
 from maml.training.learner import Learner
 from maml.training.loop import stop_at_once, train
-
-_BYTES = 4  # least size of a number
-# What torch says if an allocation is refused, or a size overflows.
-_MEMORY_WORDS = ("allocate", "Storage size", "multiplication overflow", "out of memory")
 
 
 def build_domain(settings: Settings, hardware: Hardware) -> Domain[Any]:
@@ -146,17 +142,12 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
     evaluation: Evaluation = build(settings.evaluation)
     domain = build_domain(settings, hardware)
     hardware.check(domain.workload)
-    _check_memory(settings, domain, evaluation)
-    with _naming_the_largest_setting(settings, *TRAINING_PARTS):
+    check_tasks_fit(settings, domain, evaluation)
+    with naming_the_largest_setting(settings, *TRAINING_PARTS):
         first = build_algorithm(settings.for_seed(settings.seed), hardware, domain)
         if settings.validate_every:
             first.check_validation()
-        size = sum(value.numel() for value in first.theta.values()) * _BYTES
-        check_memory(size * settings.seeds, f"theta of seeds={settings.seeds}")
-        if first.differentiates_adaptation and not hardware.recompute:
-            check_memory(size * first.inner.num_steps, f"a graph of inner.num_steps={first.inner.num_steps}")
-        if settings.mode == "train" and settings.num_iterations:
-            first.sample_tasks(settings.meta_batch_size, Stream(settings.seed, hardware.device).child(1))
+        check_training_fits(settings, first, hardware)
     learners, headlines = [], []
     for seed in range(settings.seed, settings.seed + settings.seeds):
         seed_settings = settings.for_seed(seed)
@@ -179,49 +170,6 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
         headlines += [learner.report["headline"] for learner in learners if learner.report]
     # The headline is None if adaptation diverged; a sweep needs a number.
     return sum(math.nan if headline is None else headline for headline in headlines) / len(headlines)
-
-
-def _check_memory(settings: Settings, domain: Domain[Any], evaluation: Evaluation) -> None:
-    """Refuses a run whose tasks cannot fit into memory, before they are drawn.
-
-    Raises:
-        TooLarge: if they cannot.
-    """
-    if settings.mode == "train" and settings.num_iterations:
-        with _naming_the_largest_setting(settings, "domain"):
-            elements = domain.least_elements(domain.num_shots, domain.num_query or domain.num_shots)
-            check_memory(elements * settings.meta_batch_size * settings.seeds * _BYTES, "a meta-batch")
-            check_memory(domain.num_shots * math.prod(domain.in_shape) * _BYTES, "the support data of one task")
-    with _naming_the_largest_setting(settings, "domain", "evaluation"):
-        for num_shots in evaluation.num_shots or [domain.num_shots]:
-            elements = domain.least_elements(num_shots, evaluation.num_query or num_shots) + evaluation.num_steps
-            count = max(evaluation.num_tasks, evaluation.search.num_tasks if evaluation.search else 0)
-            check_memory(elements * count * _BYTES, "the frozen bank of test tasks")
-
-
-@contextmanager
-def _naming_the_largest_setting(settings: Settings, *parts: str) -> Iterator[None]:
-    """Names the largest number of some parts, or of the root, in an error about too little memory."""
-    try:
-        yield
-    except (MemoryError, OverflowError, RuntimeError, TooLarge) as error:
-        is_about_memory = not isinstance(error, RuntimeError) or any(word in str(error) for word in _MEMORY_WORDS)
-        if not is_about_memory:
-            raise
-        found = {key: getattr(settings, key) for key in ("meta_batch_size", "seeds")}
-        for part in parts:
-            found |= _numbers(part, getattr(settings, part))
-        key = max(found, key=found.__getitem__)
-        reason = str(error).splitlines()[0] if str(error) else "memory does not suffice"
-        raise TooLarge(f"{key}={found[key]} is too large: {reason}; lower it") from error
-
-
-def _numbers(path: str, value: Any) -> dict[str, int]:
-    """Returns the integers in a part's settings by dotted key; of those in a list, the largest."""
-    if isinstance(value, Mapping):
-        return {key: number for name, item in value.items() for key, number in _numbers(f"{path}.{name}", item).items()}
-    numbers = [item for item in (value if isinstance(value, list) else [value]) if type(item) is int]
-    return {path: max(numbers)} if numbers and not path.endswith("seed") else {}
 
 
 def _train(

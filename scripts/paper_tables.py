@@ -1,4 +1,4 @@
-"""Renders the paper's tables from all finished runs: results/tables.md, readings.md, tables.tex, and a folder for each.
+"""Renders the tables from all finished runs: tables.md, readings.md, methods.md, tables.tex, a folder for each table.
 
     python scripts/paper_tables.py
 
@@ -19,6 +19,7 @@ import pandas as pd
 from maml.paper.cells import Table, load_tables
 from maml.paper.evidence import find_evidence
 from maml.paper.latex import document, table_latex
+from maml.paper.methods import methods_markdown
 from maml.paper.readings import readings_markdown
 from maml.paper.tables import (
     CONFLICT,
@@ -31,6 +32,7 @@ from maml.paper.tables import (
     table_rows,
 )
 from maml.record.checkpoint import write_text_atomically
+from maml.record.comparison import groups_on_the_same_tasks
 from maml.record.index import conflicts_among, find_runs
 from maml.record.statistics import MIN_RUNS
 
@@ -86,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = " | ".join(str(counts[status] or "") for status in STATUSES)
         overview.append(f"| [{table.title}]({table.name}/{table.name}.md) | {numbers} |")
     overview += ["", "[Where the paper's number lies among our runs, and other readings of the paper](readings.md)"]
+    overview += ["", "[Methods that were tested on the same tasks, compared task by task](methods.md)"]
     write_text_atomically(options.out / "readings.md", readings_markdown(tables, find))
+    write_text_atomically(options.out / "methods.md", methods_markdown(groups_on_the_same_tasks(runs)))
     write_text_atomically(options.out / "tables.tex", document(f"{counted}.", latex))
     write_text_atomically(options.out / "tables.md", "\n".join([*overview, "", "Made by `make paper-tables`.", ""]))
     incomplete = [c.evidence.missing_values(c.cell.source, c.cell.step) for c in cells if c.cell.source]

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
-from functools import cache
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from maml.logger.mirror import mirror
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.paper.evidence import Evidence, find_evidence, samples
 from maml.record import checkpoint
+from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval
 from maml.record.frame import UNKNOWN, run_frame, setting
 from maml.record.index import SUPERSEDED, CurveRecord, Run, conflicts_among, read_run, read_runs, supersede
 from maml.record.lock import acquire
@@ -48,7 +48,6 @@ from maml.record.transfer import import_runs
 from maml.sweep.state import SWEEP, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows
 
 RESULTS = CONF.parent / "results"
-RESAMPLES = 10_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     compare_parser = command("compare", compare_runs, "the differences of two runs: settings, and numbers task by task")
     compare_parser.add_argument("a", help="a run's folder, or the beginning of its id")
     compare_parser.add_argument("b", help="another run's folder, or the beginning of its id")
+
+    methods_parser = command(
+        "methods", show_methods, "methods that were tested on the same tasks, compared task by task"
+    )
+    methods_parser.add_argument("experiment", nargs="?", default="*", help="only these experiments, as in 'omniglot_*'")
 
     sweep_parser = command("sweep", show_sweep, "the state of a sweep's jobs: running, looks dead, failed, ETA")
     sweep_parser.add_argument("sweep", nargs="?", help="the beginning of its id; without it, all sweeps are listed")
@@ -465,21 +469,19 @@ def _difference_rows(a: Run, b: Run, a_curve: CurveRecord, b_curve: CurveRecord)
     return rows
 
 
-def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Returns the 95 % percentile bootstrap interval of the mean of b - a over tasks.
-
-    Args:
-        a: one value per task, ``(tasks,)``.
-        b: another value per task, ``(tasks,)``, for the same tasks.
-    """
-    low, high = np.percentile(_resample_weights(len(a)) @ (b - a), (2.5, 97.5))
-    return float(low), float(high)
-
-
-@cache
-def _resample_weights(count: int) -> np.ndarray:
-    """Returns the weight of each task in each resample, ``(RESAMPLES, count)``."""
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+def show_methods(options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Prints the methods that were tested on the same tasks, each with its difference from the best."""
+    chosen = [run for run in runs if fnmatch(run.experiment, options.experiment) and not run.superseded]
+    groups = groups_on_the_same_tasks(chosen)
+    if not groups:
+        raise MamlError(
+            f"no two methods of {options.experiment!r} were tested on the same tasks. mode=eval with equal evaluation "
+            "settings (num_tasks, num_query, split) tests finished runs of one domain on the same ones"
+        )
+    for group in groups:
+        best = group[0]
+        print(f"\nK={best.num_shots}, {len(best.values)} tasks; - best: paired over tasks, 95 % bootstrap")
+        print_table(method_rows(group))
 
 
 # Import.

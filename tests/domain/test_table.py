@@ -326,5 +326,5 @@ def test_changed_table_is_refused_before_a_run_goes_on_or_is_evaluated(
     assert file_contents(tiny.runs_dir) == before
     runs.run(*overrides, "mode=eval", "changed_sources=accept", "evaluation.bank_seed=1")
     assert f"have changed since {folder} was trained; changed_sources=accept uses it" in caplog.text
-    with pytest.raises(MamlError, match=r"belongs to another run .*\n  domain\.num_query: 3 here, its default there"):
-        runs.run(*overrides, "mode=eval", f"checkpoint={folder / 'checkpoint.pt'}", "domain.num_query=3")
+    with pytest.raises(MamlError, match=r"belongs to another run .*:\n  domain\.num_query: 1 here, its default there"):
+        runs.run(*overrides, "mode=eval", f"checkpoint={folder / 'checkpoint.pt'}", "domain.num_query=1")

@@ -253,16 +253,15 @@ def test_compare_says_why_it_cannot_pair(tmp_path: Path, run: Lines) -> None:
     assert f"{unevaluated} has no evaluation" in run("compare", str(a), str(unevaluated), status=1)[-1]
 
 
-def test_paired_interval_is_that_of_a_plain_bootstrap_and_far_narrower_than_an_unpaired_one() -> None:
-    rng = np.random.default_rng(1)
-    a = rng.normal(size=600)
-    b = a + 0.1 + 0.05 * rng.normal(size=600)
-    low, high = SCRIPT["paired_interval"](a, b)
-    means = [float(np.mean([(b - a)[task] for task in rng.integers(600, size=600)])) for _ in range(2000)]
-    assert (low, high) == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=5e-4)
-    half = 1.96 * (b - a).std() / np.sqrt(600)
-    assert (high - low) / 2 == pytest.approx(half, rel=0.05)
-    assert half < 0.1 * 1.96 * np.sqrt(a.var() + b.var()) / np.sqrt(600)
+def test_methods_shows_those_on_the_same_tasks(tmp_path: Path, run: Lines) -> None:
+    make_run(tmp_path, mean=0.5)
+    assert "no two methods of 'sinusoid_*' were tested on the same tasks" in run("methods", "sinusoid_*", status=1)[-1]
+    make_run(tmp_path, mean=0.75, **OTHER)
+    lines = run("methods")
+    assert [line for line in lines if line.startswith("K=")] == [
+        f"K={k}, 600 tasks; - best: paired over tasks, 95 % bootstrap" for k in (5, 10, 20)
+    ]
+    assert sum("+0.25" in line for line in lines) == 3
 
 
 def test_sweep_shows_each_job_and_without_an_id_all_sweeps(tmp_path: Path, run: Lines) -> None:

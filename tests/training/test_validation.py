@@ -128,7 +128,7 @@ def test_best_theta_before_the_first_validation_is_not_evaluated(
 
 
 def test_data_without_validation_tasks_are_refused_before_anything_is_written(tiny_images: TinyRuns) -> None:
-    with pytest.raises(MamlError, match="ways and shots of training: .* 100 classes; .* or set validate_every=null"):
+    with pytest.raises(MamlError, match=r"ways and shots of training: .* 100 classes; .* or set validate_every=null"):
         tiny_images.run(*EVERY, "domain.num_ways=101", "algorithm=prototypical", "evaluation.num_ways=5")
     assert not tiny_images.runs_dir.exists()
 

@@ -1,0 +1,155 @@
+"""Methods that were tested on the same tasks, compared task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from maml.config.identity import digest
+from maml.errors import MamlError
+from maml.record.index import Report, Run, Source
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Tested:
+    """One method on one frozen bank of tasks: equal runs that differ in the seed only.
+
+    Attributes:
+        runs: the runs, each with its report on this bank.
+        metric: the headline metric.
+        num_shots: K.
+        step: the last gradient step.
+        values: the value of each task, mean over runs, ``(tasks,)``.
+    """
+
+    runs: Sequence[tuple[Run, Report]]
+    metric: str
+    num_shots: int
+    step: int
+    values: np.ndarray
+
+    @property
+    def experiment(self) -> str:
+        """The experiment in whose folder the runs are."""
+        return self.runs[0][0].experiment
+
+    @property
+    def domain(self) -> str:
+        """The name of the domain's class."""
+        return str(self.runs[0][0].record.training["domain._target_"]).rpartition(".")[2]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all runs were trained to the end."""
+        return all(report.complete for _, report in self.runs)
+
+    @property
+    def larger_is_better(self) -> bool:
+        """Whether a larger value is better."""
+        return self.runs[0][1].larger_is_better
+
+    @property
+    def mean(self) -> float:
+        """The mean over tasks."""
+        return float(self.values.mean())
+
+    @property
+    def ci95(self) -> float:
+        """The half-width of the 95 % interval over tasks, as in a report."""
+        return float(1.96 * self.values.std() / np.sqrt(len(self.values)))
+
+    def difference(self, other: Tested) -> tuple[float, float, float]:
+        """Returns the mean of this method minus another, paired over tasks, and the ends of its 95 % interval."""
+        low, high = paired_interval(other.values, self.values)
+        return self.mean - other.mean, low, high
+
+
+def groups_on_the_same_tasks(runs: Iterable[Run]) -> list[list[Tested]]:
+    """Returns the groups of two or more methods that were tested on the same tasks, each with the best method first.
+
+    The tasks are the same if the domain, K and the hash of the bank are. A method is compared by the headline metric
+    after the last step of a run's newest evaluation on them; that in the run's own folder goes before others. What has
+    no values per task, or diverged, is left out.
+
+    Args:
+        runs: the runs.
+    """
+    banks: dict[tuple[str, int, str], dict[str, list[tuple[Run, Report]]]] = {}
+    for run in runs:
+        newest: dict[tuple[str, int, str], Report] = {}
+        for report in sorted(run.reports, key=lambda each: -each.iteration):
+            for k, bank in report.banks.items():
+                newest.setdefault((run.record.training["domain._target_"], int(k), bank), report)
+        for place, report in newest.items():
+            banks.setdefault(place, {}).setdefault(_settings_but_seed(run, report), []).append((run, report))
+    groups = []
+    for (_, num_shots, _), methods in banks.items():
+        found = [tested for pairs in methods.values() if (tested := _tested(pairs, num_shots))]
+        if len(found) > 1:
+            sign = -1 if found[0].larger_is_better else 1
+            groups.append(sorted(found, key=lambda each: sign * each.mean))
+    return groups
+
+
+def method_rows(group: Sequence[Tested]) -> list[dict[str, str]]:
+    """Returns a line for each method of a group, with its difference from the first one.
+
+    Args:
+        group: methods that were tested on the same tasks.
+    """
+    rows = []
+    for each in group:
+        difference, low, high = each.difference(group[0])
+        (run, report), *_ = each.runs
+        budget = "" if each.is_complete else f", {report.iteration:,} of {report.num_iterations:,} iterations"
+        rows.append(
+            {
+                "method": f"{each.experiment} ({run.record.run_id[:6]}{budget})",
+                "runs": str(len(each.runs)),
+                "metric": f"{each.metric}, step {each.step}",
+                "mean ± 95 %": f"{each.mean:.4g} ± {each.ci95:.2g}",
+                "- best": "" if each is group[0] else f"{difference:+.4g}",
+                "95 % interval": "" if each is group[0] else f"{low:+.4g} to {high:+.4g}",
+            }
+        )
+    return rows
+
+
+def _settings_but_seed(run: Run, report: Report) -> str:
+    training = {key: value for key, value in run.record.training.items() if key != "seed"}
+    return digest({"training": training, "evaluation": report.evaluation, "iteration": report.iteration})
+
+
+def _tested(pairs: Sequence[tuple[Run, Report]], num_shots: int) -> Tested | None:
+    metric = pairs[0][1].headline_metric
+    curve = next((each for each in pairs[0][1].curves if (each.metric, each.num_shots) == (metric, num_shots)), None)
+    if curve is None:
+        return None
+    step, source = curve.steps[-1].step, Source(pairs[0][0].experiment, metric, num_shots)
+    try:
+        values = np.mean([report.per_task(source, step) for _, report in pairs], axis=0)
+    except MamlError:
+        return None
+    return Tested(pairs, metric, num_shots, step, values) if np.isfinite(values).all() else None
+
+
+def paired_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Returns the 95 % percentile bootstrap interval of the mean of b - a over tasks.
+
+    Args:
+        a: one value per task, ``(tasks,)``.
+        b: another value per task, ``(tasks,)``, for the same tasks.
+    """
+    low, high = np.percentile(_resample_weights(len(a)) @ (b - a), (2.5, 97.5))
+    return float(low), float(high)
+
+
+@cache
+def _resample_weights(count: int) -> np.ndarray:
+    """Returns the weight of each task in each resample, ``(RESAMPLES, count)``."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count

@@ -1,0 +1,62 @@
+"""Methods on the same tasks: which are, and the paired differences between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maml.record.comparison import groups_on_the_same_tasks, method_rows, paired_interval
+from maml.record.index import Source, find_runs
+from tests.paper.fake_runs import edit, make_run
+
+PRETRAIN = Source("sinusoid_pretrain", "mse", 5)
+
+
+def groups(root: Path) -> Any:
+    return groups_on_the_same_tasks(find_runs(root)[0])
+
+
+def test_methods_on_equal_banks_are_a_group_with_the_best_first(tmp_path: Path) -> None:
+    make_run(tmp_path, mean=0.5, seed=0)
+    make_run(tmp_path, mean=0.7, seed=1)
+    assert groups(tmp_path) == [], "two seeds are one method"
+    make_run(tmp_path, mean=0.25, source=PRETRAIN, done=7)
+    found = groups(tmp_path)
+    assert [(each[0].num_shots, [tested.experiment for tested in each]) for each in found] == [
+        (k, ["sinusoid_pretrain", "sinusoid_10shot"]) for k in (5, 10, 20)
+    ]
+    best, other = found[0]
+    assert (best.mean, other.mean, len(other.runs)) == (pytest.approx(0.25), pytest.approx(0.6), 2)
+    assert (best.is_complete, other.is_complete) == (False, True)
+    values = np.linspace(-1, 1, 600) + 0.6
+    assert other.ci95 == pytest.approx(1.96 * values.std() / 600**0.5, rel=1e-6)
+    assert other.difference(best) == pytest.approx((0.35, 0.35, 0.35), rel=1e-5), "all tasks differ by the same"
+    first, second = method_rows(found[0])
+    assert "7 of 70,000 iterations" in first["method"] and first["- best"] == ""
+    assert second["- best"] == "+0.35" and second["95 % interval"] == "+0.35 to +0.35"
+
+
+def test_other_tasks_and_what_has_no_values_are_left_out(tmp_path: Path) -> None:
+    make_run(tmp_path, mean=0.5)
+    other = make_run(tmp_path, mean=0.6, source=PRETRAIN)
+    edit(other / "report.json", banks={"5": "another", "10": "10a", "20": "another"})
+    assert [each[0].num_shots for each in groups(tmp_path)] == [10]
+    (other / "tasks.csv").unlink()
+    assert groups(tmp_path) == []
+    make_run(tmp_path, mean=None, source=PRETRAIN, seed=3)
+    assert groups(tmp_path) == [], "it diverged"
+
+
+def test_paired_interval_is_that_of_a_plain_bootstrap_and_far_narrower_than_an_unpaired_one() -> None:
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=600)
+    b = a + 0.1 + 0.05 * rng.normal(size=600)
+    low, high = paired_interval(a, b)
+    means = [float(np.mean([(b - a)[task] for task in rng.integers(600, size=600)])) for _ in range(2000)]
+    assert (low, high) == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=5e-4)
+    half = 1.96 * (b - a).std() / np.sqrt(600)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.05)
+    assert half < 0.1 * 1.96 * np.sqrt(a.var() + b.var()) / np.sqrt(600)
