@@ -147,6 +147,15 @@ def test_record_is_changed_only_by_a_better_score(tiny: TinyRuns, monkeypatch: p
     assert algorithm.best["score"].item() == -2.0
 
 
+def test_score_of_an_algorithm_that_does_not_adapt_in_training_is_that_of_theta(tiny_images: TinyRuns) -> None:
+    own = ("algorithm=prototypical", "inner.step_size=10", "validate_every=2")
+    without, with_steps = (
+        validation_score(build_algorithm(tiny_images.config(*own, steps), Hardware("cpu")), 6, task_chunk=None)
+        for steps in ("inner.num_steps=0", "inner.num_steps=3")
+    )
+    assert without == with_steps
+
+
 def test_best_theta_is_evaluated_with_its_own_running_statistics(
     tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
