@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from gymnasium.wrappers import FlattenObservation, TransformAction, TransformObservation
 
 from maml.environment.distribution import Categorical, Distribution, Gaussian
@@ -40,7 +41,8 @@ def with_vectors(environment: gymnasium.Env) -> gymnasium.Env:
     """Returns the environment with observations ``(O,)`` and actions ``(A,)`` of numbers.
 
     Gymnasium flattens observations of other shapes: the entries of a Dict or a Tuple follow each other, and a number of
-    a Discrete is one-hot. Pixels, 8-bit numbers with more than one axis, become numbers from 0 to 1 before that.
+    a Discrete is one-hot. Pixels, 8-bit numbers with more than one axis, become numbers from 0 to 1 before that, also
+    within a Dict or a Tuple.
     Actions are those of `distribution_of`: real numbers are clipped to the action space, choices are counted from 0.
 
     Args:
@@ -64,10 +66,25 @@ def with_vectors(environment: gymnasium.Env) -> gymnasium.Env:
             f"the observation space {observed}, which Gymnasium cannot flatten to a vector of fixed length, but "
             "policies here take one; make it a Box, and pad what is shorter"
         )
-    if isinstance(observed, Box) and observed.dtype == np.uint8:
-        largest, unit = float(observed.high.max()), Box(0.0, 1.0, observed.shape, np.float32)
-        environment = TransformObservation(environment, lambda seen: np.divide(seen, largest, dtype=np.float32), unit)
-    return FlattenObservation(environment)
+    converted, convert = _with_unit_pixels(observed)
+    return FlattenObservation(TransformObservation(environment, convert, converted))
+
+
+def _with_unit_pixels(space: gymnasium.Space) -> tuple[gymnasium.Space, Callable[[Any], Any]]:
+    """Returns a space whose pixels go from 0 to 1, and the conversion of an observation to it."""
+    if isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) != 1:
+        largest = float(space.high.max())
+        return Box(0.0, 1.0, space.shape, np.float32), lambda seen: np.divide(seen, largest, dtype=np.float32)
+    if isinstance(space, Dict):
+        named = {name: _with_unit_pixels(part) for name, part in space.spaces.items()}
+        parts = [(name, part) for name, (part, _) in named.items()]  # a list, whose order Gymnasium keeps
+        return Dict(parts), lambda seen: {name: convert(seen[name]) for name, (_, convert) in named.items()}
+    if isinstance(space, Tuple):
+        listed = [_with_unit_pixels(part) for part in space.spaces]
+        return Tuple([part for part, _ in listed]), lambda seen: tuple(
+            convert(part) for part, (_, convert) in zip(seen, listed, strict=True)
+        )
+    return space, lambda seen: seen
 
 
 def is_vector(space: gymnasium.Space | None) -> TypeGuard[Box]:

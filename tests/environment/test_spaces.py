@@ -67,6 +67,15 @@ def test_pixels_become_numbers_from_0_to_1() -> None:
     assert (seen.dtype, seen.shape) == (np.float32, (36,))
 
 
+def test_pixels_within_other_spaces_become_numbers_from_0_to_1() -> None:
+    space = Dict(view=PIXELS, both=Tuple([Discrete(2), PIXELS]), memory=Box(0, 255, (2,), np.uint8))
+    environment = Echo(space, Discrete(2))
+    seen, _ = with_vectors(environment).reset(seed=0)
+    number, picture = environment.seen["both"]
+    parts = (environment.seen["view"] / 255, number == np.arange(2), picture / 255, environment.seen["memory"])
+    np.testing.assert_allclose(seen, np.concatenate([np.ravel(part) for part in parts]), rtol=1e-6)
+
+
 def test_pictures_of_two_colours_stay_0_and_1() -> None:
     environment = Echo(Box(0, 1, (4, 3), np.uint8), Discrete(2))
     seen, _ = with_vectors(environment).reset(seed=0)
