@@ -65,14 +65,14 @@ class Confusion:
     def summary(self) -> str:
         """Returns one line: the class with the lowest accuracy, and the two classes that were confused most often."""
         worst = min(self.class_rows(), key=lambda row: row["accuracy"])
-        text = f"K={self.num_shots}: lowest accuracy {worst['class']}, {worst['accuracy']:.4g} of {worst['examples']}"
+        lowest = f"{worst['accuracy']:.4g}, {worst['class']} ({worst['examples']} examples)"
+        text = f"K={self.num_shots}: lowest accuracy {lowest}"
         confused = [row for row in self.pair_rows() if row["class"] != row["taken_for"]]
         if not confused:
             return f"{text}; no class was taken for another"
         most = max(confused, key=lambda row: (row["examples"], row["examples"] / row["of"]))
-        return (
-            f"{text}; most confused {most['class']}, taken for {most['taken_for']} {most['examples']} of {most['of']}"
-        )
+        times = f"{most['examples']} of {most['of']} times"
+        return f"{text}; most confused {most['class']}, taken for {most['taken_for']} {times}"
 
     def _rows(self) -> list[dict[str, int]]:
         columns = {name: getattr(self, name).tolist() for name in ("true", "taken_for", "count", "chances")}

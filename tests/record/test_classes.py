@@ -62,7 +62,7 @@ def test_summary_names_the_worst_class_and_the_most_confused_pair() -> None:
         torch.tensor([[0, 1], [1, 2]]),
     )
     text = confusion(1, predictions, ["oak", "elm", "ash"]).summary()
-    assert text == "K=1: lowest accuracy elm, 0.25 of 4; most confused elm, taken for oak 2 of 2"
+    assert text == "K=1: lowest accuracy 0.25, elm (4 examples); most confused elm, taken for oak 2 of 2 times"
     right = predictions._replace(taken_for=predictions.classes)
     assert confusion(1, right, ["oak", "elm", "ash"]).summary().endswith("no class was taken for another")
 
