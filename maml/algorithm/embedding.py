@@ -130,6 +130,9 @@ class Comparison(Model):
     def renamed(self, name: str) -> str:
         return self.network.renamed(name)
 
+    def uses_running_statistics(self, params: Params) -> bool:
+        return self.network.uses_running_statistics(params)
+
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
         """Returns the scores, ``(T, Q, N)``, for parameters that `Embedding.adapt` has yielded."""
         params = without_copies(params)

@@ -278,16 +278,17 @@ class FewShotClassification(SupervisedDomain):
 
         Transductive, as in the paper: query images are normalised with the statistics of the whole query batch.
         Inductive: they are normalised with the statistics of the support images only, so that a prediction depends on
-        no other query image.
+        no other query image. With running statistics, the two are one.
 
         A prediction is one of the task's classes: outputs beyond the task's ways are left out.
         """
         ways = ways_of(support)
-        both = torch.cat([support.x, query.x], dim=1)
-        num_support = support.x.shape[1]
-        inductive = model(params, both, num_reference=num_support)[:, num_support:]
+        outputs = inductive = model(params, query.x)
+        if not model.uses_running_statistics(params):
+            both, num_support = torch.cat([support.x, query.x], dim=1), support.x.shape[1]
+            inductive = model(params, both, num_reference=num_support)[:, num_support:]
         return {
-            "accuracy_transductive": accuracy(model(params, query.x)[..., :ways], query.y),
+            "accuracy_transductive": accuracy(outputs[..., :ways], query.y),
             "accuracy_inductive": accuracy(inductive[..., :ways], query.y),
         }
 

@@ -87,6 +87,11 @@ class Model(ABC):
                 statistics[f"{layer}.variance"] = torch.ones_like(value)
         return statistics
 
+    def uses_running_statistics(self, params: Params) -> bool:
+        """Returns whether parameters hold running statistics, so that an output depends on no other example."""
+        statistics = self.running_statistics(params)
+        return bool(statistics) and statistics.keys() <= params.keys()
+
     def check_features(self) -> None:
         """Checks, before a run, that the model has features.
 

@@ -320,3 +320,22 @@ def compare_with_predictor(folder: Path) -> None:
     again = network.adapt(images[shuffled["order"]], [labels[i] for i in shuffled["order"].tolist()])
     if algorithm.name != "Matching":  # with context, the order of the support images matters
         assert again(asked) == predictor(asked)
+
+
+def test_meta_test_embeds_once_where_both_accuracies_are_one(
+    tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = make(tiny_images, "prototypical")
+    tasks = algorithm.domain.sample_tasks(2, Stream(0), "test")
+    *_, adapted = algorithm.adapt(algorithm.params_per_task(2), tasks, 0)
+    calls = []
+    features = algorithm.network.features
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(given)
+        return features(*given)
+
+    monkeypatch.setattr(algorithm.network, "features", counted)
+    metrics = algorithm.measure(adapted, tasks, 0)
+    assert len(calls) == 1
+    assert torch.equal(metrics["accuracy_transductive"], metrics["accuracy_inductive"])
