@@ -159,7 +159,9 @@ def test_baselines_adapt_without_the_images_they_were_trained_on(baseline: str, 
     algorithm = build_algorithm(config, Hardware("cpu"), build_without_data(config.domain))
     network = api.Network("it", 0, 0, algorithm, build(config.evaluation), {})
     images = torch.rand(5, 84, 84, 3, generator=torch.Generator().manual_seed(0))
-    labels = network.adapt(images, list("abcde"), num_steps=2)(images)
+    predictor = network.adapt(images, list("abcde"), num_steps=2)
+    labels = predictor(images)
+    assert pickle.loads(pickle.dumps(predictor))(images) == labels
     assert set(labels) <= set("abcde") if baseline == "finetune" else labels == list("abcde")
 
 
