@@ -34,6 +34,8 @@ ADDED = {
     # The other way round.
     ("cheetah_direction_maml", "bcf6212fd215"): ("outer.curvature=finite_difference",),
     ("cheetah_direction_maml", "c45bcfe057a6"): ("outer.backtrack=0.95", "outer.num_tries=60"),
+    ("omniglot_5way_1shot_pixels", "d03577b35a91"): ("domain.split=shuffled", "domain.rotations=task"),
+    ("omniglot_5way_5shot_pixels", "4c3c7b2e3fa1"): ("domain.split=shuffled", "domain.rotations=task"),
 }
 
 every_committed_run = pytest.mark.parametrize("folder", RUNS, ids=lambda path: f"{path.parent.name}/{path.name}")
