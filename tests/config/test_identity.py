@@ -32,6 +32,7 @@ ADDED = {
     },
     ("point_navigation_context_vector", "ad36db25ce3c"): ("outer=trpo",),
     # The other way round.
+    ("cheetah_direction_maml", "79206e56372d"): ("outer.curvature=finite_difference",),
     ("cheetah_direction_maml", "bcf6212fd215"): ("outer.curvature=finite_difference",),
     ("cheetah_direction_maml", "c45bcfe057a6"): ("outer.backtrack=0.95", "outer.num_tries=60"),
     ("omniglot_5way_1shot_pixels", "d03577b35a91"): ("domain.split=shuffled", "domain.rotations=task"),
