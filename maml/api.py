@@ -477,7 +477,8 @@ class Predictor:
         inputs = self.network.prepare(x)
         if self.classes is None:
             return self.network.model(self.params, inputs.unsqueeze(0))[0]
-        ways = len(self.classes)  # of a task with fewer classes than in training, only these outputs have a meaning
+        # The network has an output for each class of a training task; a task with fewer classes uses the first ones.
+        ways = len(self.classes)
         if transductive:
             return self.network.model(self.params, inputs.unsqueeze(0))[0, :, :ways]
         both = torch.cat([self.support, inputs]).unsqueeze(0)

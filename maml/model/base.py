@@ -9,6 +9,7 @@ from torch import Tensor
 
 from maml.environment.distribution import Distribution
 from maml.errors import MamlError
+from maml.model.functional import linear
 from maml.model.linearized import Linearized, LinearizedByAutograd
 from maml.seeding import Stream
 from maml.types import Params
@@ -68,7 +69,7 @@ class Model(ABC):
 
     def outputs(self, params: Params, features: Tensor) -> Tensor:
         """Computes the last layer from its inputs, ``(T, S, num_features)`` -> ``(T, S, out_dim)``."""
-        raise NotImplementedError
+        return linear(features, params["head.weight"], params["head.bias"])
 
     def running_statistics(self, params: Params) -> Params:
         """Returns running statistics of normalisation before the first batch: mean 0 and variance 1.

@@ -18,7 +18,6 @@ from maml.model.functional import (
     add_seen,
     conv3x3,
     for_tasks,
-    linear,
     max_pool,
     normalize,
     running_or_batch_statistics,
@@ -109,9 +108,6 @@ class Conv4(Model):
 
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
         return self.outputs(params, self.features(params, x, num_reference))
-
-    def outputs(self, params: Params, features: Tensor) -> Tensor:
-        return linear(features, params["head.weight"], params["head.bias"])
 
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None

@@ -76,9 +76,6 @@ class MLP(Model):
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
         return self.outputs(params, self.features(params, x, num_reference))
 
-    def outputs(self, params: Params, features: Tensor) -> Tensor:
-        return linear(features, params["head.weight"], params["head.bias"])
-
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
     ) -> Tensor:

@@ -15,7 +15,6 @@ from maml.model.functional import (
     add_seen,
     conv1x1,
     conv3x3,
-    linear,
     max_pool,
     normalize,
     running_or_batch_statistics,
@@ -89,9 +88,6 @@ class ResNet12(Model):
 
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
         return self.outputs(params, self.features(params, x, num_reference))
-
-    def outputs(self, params: Params, features: Tensor) -> Tensor:
-        return linear(features, params["head.weight"], params["head.bias"])
 
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
