@@ -480,9 +480,11 @@ def per_task_rows(curves: list[Curve]) -> list[dict[str, Any]]:
     """
     rows = []
     for curve in curves:
+        is_by_showing = curve.measured_by == "showing"
         for task, values in enumerate(curve.values.T.tolist()):
-            columns = {f"step_{step}": float(f"{value:.7g}") for step, value in enumerate(values)}
-            if curve.measured_by == "showing":
-                columns = {name: None if math.isnan(value) else value for name, value in columns.items()}
+            columns = {
+                f"step_{step}": None if is_by_showing and math.isnan(value) else float(f"{value:.7g}")
+                for step, value in enumerate(values)
+            }
             rows.append({"num_shots": curve.num_shots, "metric": curve.metric, "task": task} | columns)
     return rows

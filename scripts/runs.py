@@ -361,10 +361,11 @@ def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
                 "curve": f"{curve.metric}, K={curve.num_shots}",
                 "n": str(curve.steps[0].num_tasks),
                 step_label(0, report.measured_by): reading_text(curve.steps[0].mean, curve.steps[0].ci95),
-                "last step": f"{_number(curve.steps[-1].step, report)}: {reading_text(curve.steps[-1].mean, curve.steps[-1].ci95)}",
+                "last step": f"{_number(last.step, report)}: {reading_text(last.mean, last.ci95)}",
             }
             for report in run.reports
             for curve in report.curves
+            for last in curve.steps[-1:]
         ]
     )
     for report in run.reports:
