@@ -57,6 +57,7 @@ _OF_EMBEDDINGS = (
     "cifar_fs_5way_1shot_matching",
     "omniglot_20way_5shot_prototypical",
     "omniglot_5way_1shot_siamese",
+    "omniglot_alphabets_siamese",
 )
 
 
@@ -78,6 +79,9 @@ def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -
         few = ["evaluation.num_steps=5"]
     if name.endswith(("_prototypical", "_matching", "_siamese")):
         few = ["domain.num_ways=6"]
+    if name == "omniglot_alphabets_siamese":  # a smaller network, on drawings that are read already
+        small = ["domain.image_size=28", "model.module.kernels=[3,3,1,1]", "model.module.widths=[2,2,2,2]"]
+        few = ["domain.num_ways=6", "model.module.num_features=8", *small]
     config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
     if "num_filters" in config.model:  # An image experiment spends its time in convolutions.
         config = replace(config, model={**config.model, "num_filters": 4})
