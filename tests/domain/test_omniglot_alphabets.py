@@ -68,7 +68,7 @@ def test_only_training_drawings_are_distorted(domain: OmniglotAlphabets, cache_d
         return torch.cat([of.data(tasks, role).x for role in ("support", "query")])
 
     for split in ("train", "test"):
-        tasks, undistorted = (each.sample_tasks(3, Stream(1), split) for each in (domain, plain))  # type: ignore[arg-type]
+        tasks, undistorted = (each.sample_tasks(3, Stream(1), split) for each in (domain, plain))
         assert torch.equal(tasks["support_images"], undistorted["support_images"])
         share = (images(domain, tasks) != images(plain, undistorted)).flatten(2).any(2).float().mean()
         assert share > 0.9 if split == "train" else share == 0
