@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from maml.data.cache import ImageSet
@@ -83,7 +83,7 @@ class OmniglotAlphabets(Omniglot):
         data_dir: FilePath,
         cache_dir: FilePath,
         num_query: Count | None = None,
-        image_size: Count = 105,
+        image_size: Annotated[int, Ge(1), Le(105)] = 105,
         distort: bool = True,
     ) -> None:
         self.in_shape, self.distort = (image_size, image_size, 1), distort

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Len
 from torch import Tensor, nn
 
 from maml.errors import MamlError
+from maml.types import Count
+
+_OfEach = Annotated[tuple[Count, ...], Len(4, 4)]
 
 
 class Koch(nn.Module):
@@ -30,9 +35,9 @@ class Koch(nn.Module):
         self,
         in_shape: Sequence[int],
         out_dim: int,
-        widths: Sequence[int] = (64, 128, 128, 256),
-        kernels: Sequence[int] = (10, 7, 4, 4),
-        num_features: int = 4096,
+        widths: _OfEach = (64, 128, 128, 256),
+        kernels: _OfEach = (10, 7, 4, 4),
+        num_features: Count = 4096,
     ) -> None:
         super().__init__()
         height, width, channels = in_shape

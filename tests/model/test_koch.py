@@ -20,7 +20,7 @@ def test_sizes_are_those_of_the_source() -> None:
 
 def test_features_follow_the_formula() -> None:
     torch.manual_seed(0)
-    net = Koch((65, 65, 1), 2, widths=[2, 3, 3, 4], num_features=5).double()
+    net = Koch((65, 65, 1), 2, widths=(2, 3, 3, 4), num_features=5).double()
     x = torch.rand(3, 1, 65, 65, dtype=torch.float64)
     y, convolutions = x, [layer for layer in net.convolutions if isinstance(layer, torch.nn.Conv2d)]
     for i, layer in enumerate(convolutions):
