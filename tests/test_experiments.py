@@ -44,10 +44,11 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 def _smoke(name: str) -> Any:
     """The same with more shots, or another goal of the ant, takes seconds and shows little more."""
     is_slow = name.startswith(("mini_imagenet_5way_5shot", "cifar_fs_5way_5shot", "ant_velocity"))
-    if name.endswith(("_prototypical", "_matching", "_siamese")):  # other shots, ways or photos
+    if name.endswith(("_prototypical", "_matching", "_siamese", "_statistician")):  # other shots, ways or photos
         is_slow = name not in (
             "omniglot_5way_1shot_siamese",
             "omniglot_20way_5shot_prototypical",
+            "omniglot_5way_5shot_statistician",
             "cifar_fs_5way_1shot_matching",
         )
     return pytest.param(name, marks=pytest.mark.slow if is_slow else ())
@@ -62,7 +63,7 @@ def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -
         few = ["algorithm.max_error=100", "algorithm.num_steps=200"]
     if name.endswith("reptile"):  # It takes 50 steps in meta-test.
         few = ["evaluation.num_steps=5"]
-    if name.endswith(("_prototypical", "_matching", "_siamese")):
+    if name.endswith(("_prototypical", "_matching", "_siamese", "_statistician")):
         few = ["domain.num_ways=6"]
     config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
     if "num_filters" in config.model:  # An image experiment spends its time in convolutions.

@@ -1,4 +1,4 @@
-"""The neural statistician (Edwards and Storkey 2017): sets of images have a context, and alike contexts are one class."""
+"""The neural statistician (Edwards and Storkey 2017): sets have a context, and alike contexts are one class."""
 
 from __future__ import annotations
 
@@ -155,7 +155,6 @@ class NeuralStatistician(Embedding):
 def dilate(x: Tensor) -> Tensor:
     """Returns the largest value of each pixel and its four neighbours, of images ``(..., H, W, 1)``."""
     planes = x.flatten(0, -4).squeeze(-1)
-    wide, high = (
-        F.max_pool2d(planes, size, stride=1, padding=pad) for size, pad in (((1, 3), (0, 1)), ((3, 1), (1, 0)))
-    )
-    return torch.maximum(wide, high).view_as(x)
+    along_rows = F.max_pool2d(planes, (1, 3), stride=1, padding=(0, 1))
+    along_columns = F.max_pool2d(planes, (3, 1), stride=1, padding=(1, 0))
+    return torch.maximum(along_rows, along_columns).view_as(x)

@@ -272,7 +272,8 @@ def _norm_elu(params: Params, layer: str, x: Tensor, num_reference: int | None, 
     moments: list[Tensor] = []
     y = norm_elu(x, params[f"{layer}.norm.shift"], params[f"{layer}.norm.scale"], moments)
     if seen is not None:
-        add_seen(seen, f"{layer}.norm", *moments, x)
+        mean, variance = moments
+        add_seen(seen, f"{layer}.norm", mean, variance, x)
     return y
 
 

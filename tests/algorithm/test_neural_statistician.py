@@ -82,11 +82,6 @@ def make(
     return algorithm
 
 
-def plain(params: Params) -> PlainStatistician:
-    """Returns PyTorch's networks of one task, which count pooled images of float64."""
-    return PlainStatistician(params)
-
-
 def loop_loss(net: PlainStatistician, sizes: list[tuple[int, int]], tasks: Tasks, task: int) -> dict[str, Tensor]:
     """Returns the terms of one task, from a loop over its sets and images."""
     x, pooled = tasks["sets"][task], tasks["is_pooled"][task]
@@ -124,7 +119,7 @@ def test_loss_gradient_and_statistics_equal_the_loop_over_sets_and_images() -> N
     theta = {name: value.clone().requires_grad_() for name, value in algorithm.theta.items()}
     expected: dict[str, list[Tensor]] = {}
     for task in range(2):
-        net = plain(theta)
+        net = PlainStatistician(theta)
         terms = loop_loss(net, algorithm.statistician.sizes, tasks, task)
         statistics = {}
         for layer, batch in net.batches.items():
@@ -163,7 +158,7 @@ def test_terms_of_the_bound_are_the_integrals_in_one_dimension() -> None:
     ours = {name: (value.view(101, 101) * weights[:, None] * weights).sum() for name, value in terms.items()}
 
     # Densities on a grid of c and z, for each set and each image.
-    net, points = plain(params), torch.linspace(-12, 12, 241)
+    net, points = PlainStatistician(params), torch.linspace(-12, 12, 241)
     step, pairs = points[1] - points[0], torch.cartesian_prod(points, points)
     images = one["sets"][0].permute(0, 3, 1, 2)
     expected = dict.fromkeys(ours, 0.0)
@@ -197,7 +192,7 @@ def test_bound_is_below_the_likelihood_of_the_sets() -> None:
     algorithm = make(stamps(num_ways=2, num_shots=2), sizes, num_updates=3)
     params = algorithm.theta | algorithm.buffers
     tasks = algorithm.sample_tasks(1, Stream(3))
-    net, points = plain(params), torch.linspace(-10, 10, 161)
+    net, points = PlainStatistician(params), torch.linspace(-10, 10, 161)
     log_step, images = math.log(points[1] - points[0]), tasks["sets"][0].permute(0, 3, 1, 2)
     pairs = torch.cartesian_prod(points, points)
     samples = {name: value.expand(400, *value.shape[1:]) for name, value in tasks.items()}
@@ -221,7 +216,7 @@ def test_bound_is_below_the_likelihood_of_the_sets() -> None:
 @pytest.mark.parametrize("kl", ["query_to_class", "class_to_query"])
 def test_prediction_is_the_class_of_least_divergence_in_a_double_loop(kl: str) -> None:
     algorithm = make(num_updates=2, kl=kl)
-    net = plain(algorithm.theta | algorithm.buffers)
+    net = PlainStatistician(algorithm.theta | algorithm.buffers)
     for num_shots in (1, 3):
         tasks = algorithm.domain.sample_tasks(2, Stream(7), "test", num_shots, 2)
         (params,) = algorithm.adapt(algorithm.params_per_task(2), tasks, 0)
@@ -274,9 +269,9 @@ def test_sets_are_the_support_images_mirrored_widened_and_black_or_white() -> No
     domain = stamps(num_ways=6)
     count = 200
     seen = {
-        name: make(domain, **({"dilation": 0.0, "reflections": False} | options)).sample_tasks(count, Stream(1))
+        name: make(domain, **{"dilation": 0.0, "reflections": False, **options}).sample_tasks(count, Stream(1))
         for name, options in {
-            "none": {},
+            "none": dict[str, Any](),
             "mirrored": {"reflections": True},
             "wide": {"dilation": 0.5},
             "all_wide": {"dilation": 1.0},

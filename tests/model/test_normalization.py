@@ -189,8 +189,8 @@ def test_norm_elu_equals_the_plain_operations_to_second_derivatives(shape: tuple
 
     for function, order in ((fused, 2), (norm_elu_first, 1)):
         found = derivatives(function, draw(shape), "none", order)
-        for value, expected in zip(found, derivatives(plain_elu, draw(shape), "none", order), strict=False):
-            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
+        for one, expected in zip(found, derivatives(plain_elu, draw(shape), "none", order), strict=True):
+            torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-11)
 
 
 def norm_elu_first(z: Tensor, shift: Tensor, scale: Tensor, _: Windows) -> Tensor:
