@@ -15,8 +15,11 @@ from maml.algorithm.embedding import Embedding
 from maml.domain.base import Metrics
 from maml.errors import MamlError
 from maml.model.statistician import DiagonalNormal, Statistician, per_image
+from maml.pictures import Images, Picture
 from maml.seeding import Stream
 from maml.types import Params, Tasks
+
+_NUM_PICTURED, _NUM_SAMPLES = 4, 8  # sets in a picture, and images that are drawn for each
 
 
 class NeuralStatistician(Embedding):
@@ -150,6 +153,28 @@ class NeuralStatistician(Embedding):
             one = DiagonalNormal(*(value[:, way : way + 1] for value in classes))
             divergences.append(asked.kl(one) if self.kl == "query_to_class" else one.kl(asked))
         return -torch.stack(divergences, 2)
+
+    def pictures(self, params: Params, tasks: Tasks, num_steps: int) -> dict[str, Picture]:
+        """Returns images that are drawn from the model, given the support images of some classes of the first task.
+
+        An image shows the probabilities of its pixels, for the mean of q(c | D) and a sample of z.
+        """
+        support = self.domain.data(tasks, "support")
+        shots = support.num_shots
+        images = support.x[:1].unflatten(1, (shots, -1))[:, :, :_NUM_PICTURED]  # (1, K, N, H, W, 1)
+        sets, own = images.shape[2], {name: value[:1] for name, value in params.items()}
+        embedded = self.statistician.features(own, images.flatten(1, 2)).unflatten(1, (shots, sets))
+        c = self.statistician.context(own, embedded.mean(1), embedded.new_full((1, sets), shots)).mean
+        # The noise is the same in every picture, so that pictures of two runs can be compared.
+        noise = Stream(0, c.device).child("pictures").normal((1, _NUM_SAMPLES * sets, self.statistician.latent_size))
+        prior = DiagonalNormal(*(per_image(value, _NUM_SAMPLES * sets) for value in self.statistician.prior(own, c)))
+        drawn = self.statistician.decode(own, prior.sample(noise), c).sigmoid().unflatten(1, (_NUM_SAMPLES, sets))
+        rows = {}
+        for number in range(sets):
+            rows[f"given {number + 1}"] = images[0, :, number, :, :, 0].cpu()
+            rows[f"drawn {number + 1}"] = drawn[0, :, number, :, :, 0].cpu()
+        plural = "s" * (shots > 1)
+        return {"samples": Images(f"Samples, given {shots} image{plural} of a class", rows)}
 
 
 def dilate(x: Tensor) -> Tensor:

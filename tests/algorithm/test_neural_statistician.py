@@ -24,9 +24,10 @@ from maml.hardware.base import Execution
 from maml.inner.sgd import SGD
 from maml.model.conv4 import Conv4
 from maml.model.statistician import Statistician
+from maml.pictures import Images
 from maml.seeding import Stream
 from maml.training.meta_gradient import MetaGradient
-from maml.types import Params, Tasks
+from maml.types import Tasks
 from tests import algorithms
 from tests.algorithm.test_embedding import compare_with_predictor
 from tests.hardware.test_distributed import Processes, assert_alike
@@ -337,6 +338,23 @@ def test_shared_weights_have_the_gradient_of_a_copy_for_each_task(monkeypatch: p
             torch.testing.assert_close(gradient[name], value, rtol=1e-8, atol=1e-11, msg=name)
         for name, value in expected_metrics.items():
             torch.testing.assert_close(metrics[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_picture_shows_samples_of_the_prior_given_the_support_images() -> None:
+    algorithm = make(stamps(num_ways=6), num_updates=2)
+    tasks = algorithm.domain.sample_tasks(3, Stream(7), "test", 2, 1)
+    (picture,) = algorithm.pictures(algorithm.params_per_task(3), tasks, 0).values()
+    assert isinstance(picture, Images) and len(picture.rows) == 8
+    support, net = algorithm.domain.data(tasks, "support").x[0], PlainStatistician(algorithm.theta | algorithm.buffers)
+    embedded = net.embed(net.encode(support.permute(0, 3, 1, 2)))
+    noise = Stream(0).child("pictures").normal((8, 4, 2))
+    for number in range(4):
+        assert torch.equal(picture.rows[f"given {number + 1}"], support[number::6, :, :, 0])
+        c = net.context([embedded[number::6]])[0].mean.unsqueeze(0)
+        prior = net.prior(c)[0]
+        z = prior.mean + prior.stddev * noise[:, number]
+        expected = net.decode(z, c.expand(8, -1), algorithm.statistician.sizes)[:, 0].sigmoid()
+        torch.testing.assert_close(picture.rows[f"drawn {number + 1}"], expected)
 
 
 def test_parts_that_do_not_fit_are_refused(tiny: TinyRuns) -> None:

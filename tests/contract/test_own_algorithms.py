@@ -78,7 +78,9 @@ def test_two_processes_give_the_numbers_of_one(own_algorithm: tuple[str, TinyRun
 
 # Compiling a convolutional network takes minutes.
 @pytest.mark.parametrize(
-    "own_algorithm", ["ANIL", "InputNoise", pytest.param("Prototypical", marks=pytest.mark.slow)], indirect=True
+    "own_algorithm",
+    ["ANIL", *(pytest.param(name, marks=pytest.mark.slow) for name in ("InputNoise", "Prototypical"))],
+    indirect=True,
 )
 # The compiler causes this warning, and here warnings are errors.
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
