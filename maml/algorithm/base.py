@@ -122,7 +122,7 @@ class Algorithm(ABC):
                 no gradient for them.
         """
         self.inner.adapted_names(list(params))  # fails here, before training, if ``inner.adapt`` matches nothing
-        learnt = self.inner.init_learned(params)
+        learnt = self.inner.init_learned(params, self.stream.child("inner"))
         if learnt and not self.differentiates_adaptation:
             raise MamlError(
                 f"{type(self).__name__} does not differentiate through adaptation, so it cannot learn step sizes such "

@@ -46,7 +46,7 @@ class Counting(Inner):
         return {f"{name}.count": torch.zeros_like(value) for name, value in params.items()}
 
     def update(
-        self, params: Params, gradients: Params, state: Params, step: int, step_size: float | None
+        self, params: Params, losses: Tensor, gradients: Params, state: Params, step: int, step_size: float | None
     ) -> tuple[Params, Params]:
         size = self.step_size if step_size is None else step_size
         counted = {f"{name}.count": state[f"{name}.count"] + 1 for name in gradients}
