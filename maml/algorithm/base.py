@@ -51,7 +51,7 @@ class Algorithm(ABC):
 
     Class attributes:
         differentiates_adaptation: whether the meta-gradient is taken through adaptation. Only then ``inner.order``
-            matters and step sizes can be learnt.
+            matters, and what an inner optimizer has of its own (step sizes, an LSTM) can be learnt.
         trained_as: the address of the class whose training runs this class shares, because the two differ in meta-test
             only; None if it has runs of its own.
         learns_from_rollouts: whether it can learn from data that depends on theta, as rollouts do.
@@ -118,15 +118,15 @@ class Algorithm(ABC):
             buffers: other tensors that training changes; None is none.
 
         Raises:
-            MamlError: if no parameter adapts, or the inner optimizer wants to learn step sizes and this algorithm has
-                no gradient for them.
+            MamlError: if no parameter adapts, or the inner optimizer has parameters of its own to learn and this
+                algorithm has no gradient for them.
         """
         self.inner.adapted_names(list(params))  # fails here, before training, if ``inner.adapt`` matches nothing
         learnt = self.inner.init_learned(params, self.stream.child("inner"))
         if learnt and not self.differentiates_adaptation:
             raise MamlError(
-                f"{type(self).__name__} does not differentiate through adaptation, so it cannot learn step sizes such "
-                f"as {next(iter(learnt))}; choose inner=sgd, or algorithm=maml"
+                f"{type(self).__name__} does not differentiate through adaptation, so it cannot learn "
+                f"{next(iter(learnt))}, as {type(self.inner).__name__} does; choose inner=sgd, or algorithm=maml"
             )
         self.theta: Params = params | learnt
         self.buffers: Params = buffers or {}

@@ -26,7 +26,9 @@ class MAML(Algorithm):
 
     @property
     def name(self) -> str:
-        return "FOMAML" if type(self) is MAML and self.inner.order == 1 else super().name
+        if type(self) is not MAML:
+            return super().name
+        return self.inner.method or ("FOMAML" if self.inner.order == 1 else "MAML")
 
     @property
     def num_steps(self) -> int:

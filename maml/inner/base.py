@@ -30,9 +30,11 @@ class Inner(ABC):
 
     Class attributes:
         is_plain_sgd: whether a step is exactly theta - step_size * gradient.
+        has_step_size: whether a step has a size, so that the evaluation can ask for another one.
+        method: what MAML with this inner optimizer is called; None is MAML or, in first order, FOMAML.
 
     Args:
-        step_size: step size of every step; the initial one, if step sizes are learnt.
+        step_size: step size of every step; the initial one, if step sizes are learnt. NaN if steps have none.
         num_steps: number of gradient steps in training (evaluation has its own number).
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants (FOMAML).
         adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
@@ -48,6 +50,8 @@ class Inner(ABC):
     """
 
     is_plain_sgd = False
+    has_step_size = True
+    method: str | None = None
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class MetaLSTM(Inner):
     """
 
     has_step_size = False
+    method = "meta-learner LSTM"
 
     def __init__(
         self,
