@@ -41,15 +41,29 @@ from tests.runs import ROOT, TinyRuns, assert_same_run
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
+# Smoke tests of these differ from another one in shots, ways, photos or goals only. They show little more.
+_REPEATS = (
+    "ant_velocity",
+    "cheetah_velocity",
+    "cifar_fs_5way_5shot",
+    "cifar_fs_5way_reptile",
+    "mini_imagenet_5way_1shot_",
+    "mini_imagenet_5way_5shot",
+    "mini_imagenet_5way_reptile",
+    "omniglot_20way_5shot",
+    "omniglot_20way_reptile",
+)
+_OF_EMBEDDINGS = (
+    "cifar_fs_5way_1shot_matching",
+    "omniglot_20way_5shot_prototypical",
+    "omniglot_5way_1shot_siamese",
+)
+
+
 def _smoke(name: str) -> Any:
-    """The same with more shots, or another goal of the ant, takes seconds and shows little more."""
-    is_slow = name.startswith(("mini_imagenet_5way_5shot", "cifar_fs_5way_5shot", "ant_velocity"))
-    if name.endswith(("_prototypical", "_matching", "_siamese")):  # other shots, ways or photos
-        is_slow = name not in (
-            "omniglot_5way_1shot_siamese",
-            "omniglot_20way_5shot_prototypical",
-            "cifar_fs_5way_1shot_matching",
-        )
+    is_slow = name.startswith(_REPEATS)
+    if name.endswith(("_prototypical", "_matching", "_siamese")):
+        is_slow = name not in _OF_EMBEDDINGS
     return pytest.param(name, marks=pytest.mark.slow if is_slow else ())
 
 
