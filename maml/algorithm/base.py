@@ -12,7 +12,7 @@ from torch import Tensor
 from maml.algorithm.best import NUM_RECENT_RETURNS, init_best
 from maml.domain.base import Domain, Metrics
 from maml.errors import MamlError
-from maml.inner.base import Inner
+from maml.inner.base import Inner, Loss
 from maml.model.base import Model
 from maml.outer.base import Objective, Outer, OuterState
 from maml.pictures import Picture
@@ -283,15 +283,24 @@ class Algorithm(ABC):
             step_sizes: one step size per step; None uses the inner optimizer's own.
             create_graph: whether second derivatives with respect to ``params`` are needed.
         """
+        loss = self.support_loss(tasks)
+        for adapted, _ in self.inner.adapt(loss, self.theta_of(params), num_steps, create_graph, step_sizes):
+            yield adapted
+
+    def support_loss(self, tasks: Tasks) -> Loss:
+        """Returns the loss that inner steps lower: that of each task's support data at the step.
+
+        Args:
+            tasks: T tasks; in an on-policy domain, they need the data of a step when it is taken.
+        """
         # Examples are the same at every step, and gathered once; each step has rollouts of its own.
         examples = None if self.domain.on_policy else self.domain.data(tasks, "support")
 
-        def support_loss(params: Params, step: int) -> Tensor:
+        def loss(params: Params, step: int) -> Tensor:
             data = self.domain.data(tasks, "support", step) if examples is None else examples
             return self.domain.inner_loss(self.model, params, data)
 
-        for adapted, _ in self.inner.adapt(support_loss, self.theta_of(params), num_steps, create_graph, step_sizes):
-            yield adapted
+        return loss
 
     def params_per_task(self, num_tasks: int, theta: Params | None = None) -> Params:
         """Returns theta and the buffers, one copy for each task: name -> ``(T, ...)``.

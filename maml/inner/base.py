@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from maml.errors import MamlError
 from maml.hardware.memory import recompute_enabled
+from maml.pictures import Picture
 from maml.seeding import Stream
 from maml.types import Params
 
@@ -117,6 +118,14 @@ class Inner(ABC):
             step: number of the step, from 0.
             step_size: step size that the evaluation asks for; None uses the optimizer's own.
         """
+
+    def pictures(self, steps: Iterator[tuple[Params, Params]]) -> dict[str, Picture]:
+        """Returns pictures of the optimizer's steps in meta-test, by name; none, unless a subclass has some.
+
+        Args:
+            steps: what `adapt` yields on a few tasks. Nothing is computed if it is not read.
+        """
+        return {}
 
     def adapted_names(self, names: Sequence[str]) -> list[str]:
         """Returns those of ``names`` that adapt, in the same order.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from maml.inner.base import Inner
+from maml.pictures import Lines, Picture
 from maml.seeding import Stream
 from maml.types import Count, NonNegativeInt, Params, PositiveFloat
 
 _P = 10  # the scale of `preprocess`
+_GATES = ("forget", "input")
 
 
 class MetaLSTM(Inner):
@@ -74,7 +77,7 @@ class MetaLSTM(Inner):
         first = next(iter(params.values()))
         count, size = len(first), sum(value[0].numel() for value in params.values())
         state = {name: first.new_zeros(count, self.hidden_size, size) for name in ("hidden", "cell")}
-        return state | {name: first.new_zeros(count, size) for name in ("forget", "input")}
+        return state | {name: first.new_zeros(count, size) for name in _GATES}
 
     def update(
         self, params: Params, losses: Tensor, gradients: Params, state: Params, step: int, step_size: float | None
@@ -84,13 +87,31 @@ class MetaLSTM(Inner):
         hidden, cell = self._read(params, losses * self.loss_scale, gradient, state)
         new, gates = {"hidden": hidden, "cell": cell}, {}
         # The share of the hidden state in both gates, (T, 2, P).
-        weights = torch.stack([params[f"inner.{gate}.weight"] for gate in ("forget", "input")], 1)
+        weights = torch.stack([params[f"inner.{gate}.weight"] for gate in _GATES], 1)
         shares = weights[:, :, : self.hidden_size] @ hidden
-        for gate, share, weight in zip(("forget", "input"), shares.unbind(1), weights.unbind(1), strict=True):
+        for gate, share, weight in zip(_GATES, shares.unbind(1), weights.unbind(1), strict=True):
             of_theta, of_last = weight[:, -2:].split(1, dim=1)
             new[gate] = share + params[f"inner.{gate}.bias"] + of_theta * theta + of_last * state[gate]
             gates[gate] = new[gate].sigmoid()
         return _split(gates["forget"] * theta - gates["input"] * gradient, gradients), new
+
+    def pictures(self, steps: Iterator[tuple[Params, Params]]) -> dict[str, Picture]:
+        """Returns the mean of each gate over the numbers of a layer and over the tasks, step by step."""
+        next(steps, None)  # theta, for which there are no gates
+        lines: dict[str, dict[str, list[float]]] = {gate: {} for gate in _GATES}
+        num_steps = 0
+        for num_steps, (params, state) in enumerate(steps, start=1):  # noqa: B007, the last number is used
+            adapted = {name: params[name] for name in self.adapted_names(list(params))}
+            for gate in _GATES:
+                for layer, mean in _layer_means(_split(state[gate].sigmoid(), adapted)).items():
+                    lines[gate].setdefault(layer, []).append(mean)
+        return {
+            f"{gate}_gate": Lines(
+                f"{gate} gate, mean of each layer", "step", gate, lines[gate], range(1, 1 + num_steps)
+            )
+            for gate in _GATES
+            if num_steps
+        }
 
     def _read(self, params: Params, losses: Tensor, gradient: Tensor, state: Params) -> tuple[Tensor, Tensor]:
         """Returns the next hidden state and cell state of the first layer, ``(T, hidden_size, P)``."""
@@ -122,3 +143,11 @@ def _split(joined: Tensor, like: Params) -> Params:
     """Splits what `_join` has joined, with the names and shapes of ``like``."""
     parts = joined.split([value[0].numel() for value in like.values()], dim=1)
     return {name: part.view_as(value) for (name, value), part in zip(like.items(), parts, strict=True)}
+
+
+def _layer_means(params: Params) -> dict[str, float]:
+    """Returns the mean of all numbers of each layer. A layer's parameters have its name before the last dot."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, value in params.items():
+        layers.setdefault(name.rpartition(".")[0] or name, []).append(value.flatten())
+    return {layer: torch.cat(values).mean().item() for layer, values in layers.items()}
