@@ -63,6 +63,7 @@ class Algorithm(ABC):
             can share the tasks.
         fixes_ways: whether each class of a training task has its own output, so that tasks of meta-test cannot have
             more classes. Algorithms that compare images with the support images have no such limit.
+        draws_dropout: whether `sample_tasks` draws what the model drops. Only then the model can have dropout.
         updates_seeds_together: whether `meta_updates` is defined. Only then, or if ``sums_over_tasks``, several seeds
             can be trained as one computation.
 
@@ -80,6 +81,7 @@ class Algorithm(ABC):
     shares_weights = False
     sums_over_tasks = True
     fixes_ways = True
+    draws_dropout = False
     updates_seeds_together = False
 
     def __init__(self, parts: Parts) -> None:
@@ -97,6 +99,11 @@ class Algorithm(ABC):
             )
         self.model = parts.make_model(self.domain.in_shape, self.domain.out_dim)
         self.domain.check_model(self.model)
+        if self.model.dropout and not self.draws_dropout:
+            raise MamlError(
+                f"model.dropout={self.model.dropout}, but {type(self).__name__} drops no values in training; set it to "
+                "0, or choose algorithm=matching, prototypical or siamese"
+            )
         if self.inner.second_order_from and not (self.differentiates_adaptation and self.inner.num_steps):
             raise MamlError(
                 f"inner.second_order_from={self.inner.second_order_from} changes how the meta-gradient goes through "

@@ -207,7 +207,7 @@ def test_script_renders_runs_and_names_a_corrupt_one(tmp_path: Path, capsys: pyt
     assert main(["--runs-dir", str(runs), "--out", str(out)]) == 0
     overview = (out / "tables.md").read_text()
     counted, beside, _ = capsys.readouterr().out.splitlines()
-    assert counted == "1 of 71 cells reproduced, 0 better, 2 worse, 0 reduced budget, 12 quoted, 56 not run"
+    assert counted == "1 of 71 cells reproduced, 0 better, 2 worse, 0 reduced budget, 10 quoted, 58 not run"
     assert beside == (
         "Not in the paper, counted separately: "
         "0 of 50 cells reproduced, 0 better, 0 worse, 0 reduced budget, 50 not run"
