@@ -210,7 +210,7 @@ def test_script_renders_runs_and_names_a_corrupt_one(tmp_path: Path, capsys: pyt
     assert counted == "1 of 71 cells reproduced, 0 better, 2 worse, 0 reduced budget, 10 quoted, 58 not run"
     assert beside == (
         "Not in the paper, counted separately: "
-        "0 of 50 cells reproduced, 0 better, 0 worse, 0 reduced budget, 50 not run"
+        "0 of 52 cells reproduced, 0 better, 0 worse, 0 reduced budget, 52 not run"
     )
     assert f"{counted}.\n\n{beside}." in overview
     with open(out / "table2_multitask" / "table2_multitask.csv", newline="") as file:
