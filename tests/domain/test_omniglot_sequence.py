@@ -149,7 +149,7 @@ def test_labels_are_drawn_anew_in_every_sequence(make: Make) -> None:
 def test_test_characters_are_new_and_turned_ones_are_classes(make: Make, cache_dir: Path) -> None:
     domain = make(split="vinyals_trainval")
     characters = vinyals_split(load_omniglot(Path(DATA), cache_dir, size=20, is_grey=True).classes)["test"]
-    drawn = {split: domain.sample_tasks(60, Stream(0), split)["classes"] for split in ("train", "test")}  # type: ignore[arg-type]
+    drawn = {split: domain.sample_tasks(60, Stream(0), split)["classes"] for split in ("train", "test")}
     assert torch.isin(drawn["test"] % 1623, characters).all()
     assert not torch.isin(drawn["train"] % 1623, characters).any()
     assert all(set((classes // 1623).flatten().tolist()) == {0, 1, 2, 3} for classes in drawn.values())
@@ -160,7 +160,7 @@ def test_test_characters_are_new_and_turned_ones_are_classes(make: Make, cache_d
 def test_switch_says_which_drawings_are_augmented(make: Make, augment: str, splits: list[str]) -> None:
     domain = make(augment=augment)
     for split in ("train", "val", "test"):
-        tasks = domain.sample_tasks(40, Stream(0), split)  # type: ignore[arg-type]
+        tasks = domain.sample_tasks(40, Stream(0), split)
         plain = {name: value for name, value in tasks.items() if name not in ("angles", "shifts")}
         assert torch.equal(domain.images(tasks), domain.images(plain)) == (split not in splits)
         if split in splits:

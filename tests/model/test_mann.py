@@ -107,7 +107,7 @@ def plain_mann(tensors: Params, sequence: Tensor, writes: str, reads: str) -> tu
 
 
 @pytest.mark.parametrize("options", READINGS, ids=lambda options: "-".join(options.values()))
-def test_each_sequence_is_a_plain_loop_over_its_elements(options: dict[str, str]) -> None:
+def test_each_sequence_is_a_plain_loop_over_its_elements(options: dict[str, Any]) -> None:
     model = small(**options)
     tasks = [random_params(model, seed) for seed in range(2)]
     x = Stream(5).uniform((2, 3, 6, 2, 3), -2.0, 2.0, dtype=torch.float64)
@@ -186,7 +186,7 @@ def test_of_equally_used_slots_the_first_are_least_used() -> None:
 
 
 @pytest.mark.parametrize("options", READINGS, ids=lambda options: "-".join(options.values()))
-def test_gradient_is_that_of_finite_differences(options: dict[str, str]) -> None:
+def test_gradient_is_that_of_finite_differences(options: dict[str, Any]) -> None:
     model = small(4, **options)
     params = {name: value.unsqueeze(0).requires_grad_() for name, value in random_params(model, 3).items()}
     x = Stream(4).uniform((1, 2, 4, 2, 3), -1.0, 1.0, dtype=torch.float64)
