@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -14,17 +17,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maml.config.schema import build_without_data
+from maml import api
+from maml.config.compose import compose
+from maml.config.schema import build, build_without_data
 from maml.data.omniglot import load_omniglot, vinyals_split
 from maml.domain.omniglot_sequence import OmniglotSequence, by_showing, moved, num_earlier
-from maml.errors import MamlError
+from maml.errors import Interrupted, MamlError
+from maml.experiment import build_algorithm
+from maml.hardware.base import Hardware
 from maml.model.lstm import LSTM
 from maml.model.mann import MANN
 from maml.model.mlp import MLP
 from maml.model.recurrent import Recurrent
+from maml.record.index import Report, Source
+from maml.record.run_folder import read_json
 from maml.seeding import Stream
 from maml.types import Params, Tasks
-from tests.runs import TinyRuns
+from tests.hardware.test_distributed import assert_alike
+from tests.runs import TinyRuns, assert_same_run, before_iteration
 
 DATA = os.environ["MAML_DATA"]
 Make = Callable[..., OmniglotSequence]
@@ -249,3 +259,99 @@ def test_domain_without_data_has_the_shapes(tiny: TinyRuns) -> None:
     assert (domain.in_shape, domain.out_dim, domain.num_shots) == ((12, 404), 4, 3)
     assert domain.data_digest is None
     domain.check_model(MANN(domain.in_shape, 4))
+
+
+RUN = (
+    "domain=omniglot_sequence",
+    "domain.num_ways=2",
+    "domain.sequence_length=8",
+    "model=mann",
+    "model.hidden_size=6",
+    "model.num_slots=5",
+    "model.slot_size=3",
+    "model.num_heads=2",
+    "algorithm=pretrain",
+    "inner.num_steps=0",
+    "evaluation=accuracy_by_showing",
+    "evaluation.num_steps=0",
+    "evaluation.num_shots=null",
+    "num_iterations=9",
+    "meta_batch_size=3",
+    "hardware.task_chunk=2",
+)
+
+
+@pytest.mark.usefixtures("tiny_images")
+def test_stopped_run_resumes_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny.in_folder("whole").run(*RUN)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        before_iteration(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.run(*RUN)
+    assert_same_run(tiny.run(*RUN), whole)
+
+
+@pytest.mark.usefixtures("tiny_images")
+def test_seeds_side_by_side_equal_separate_runs(tiny: TinyRuns) -> None:
+    together, exact = tiny.in_folder("together"), (*RUN, "precision=float64")
+    together.run(*exact, "seeds=2")
+    for seed in (0, 1):
+        own = (*exact, f"seed={seed}")
+        assert_alike(tiny.run(*own), together.folder(*own))
+
+
+@pytest.mark.usefixtures("tiny_images")
+def test_report_console_and_later_evaluations_name_showings(tiny: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.run(*RUN)
+    report, lines = read_json(folder / "report.json"), capsys.readouterr().out.splitlines()
+    assert report is not None
+    assert report["measured_by"] == "showing"
+    assert [line.split(":")[0].strip() for line in lines[2:6]] == [f"showing  {number}" for number in range(1, 5)]
+    read = Report.model_validate(report | {"folder": folder})
+    source = Source("custom", "accuracy", 4)
+    for step in range(4):
+        assert math.isclose(read.per_task(source, step).mean(), read.reading(source, step)[0], rel_tol=1e-5)
+    tiny.run(*RUN, "mode=eval", "domain.augment=train", "evaluation.num_tasks=3")
+    assert "showing  4" in capsys.readouterr().out
+    with pytest.raises(MamlError, match=r"evaluation\.num_steps=1, but OmniglotSequence measures by showing"):
+        tiny.run(*RUN, "evaluation.num_steps=1")
+
+
+def test_loaded_network_reads_labelled_drawings_and_answers_from_the_state_after_them(make: Make) -> None:
+    domain = make(num_ways=3, sequence_length=9, augment="none")
+    config, _ = compose([*RUN, "domain.num_ways=3", "domain.sequence_length=9"])
+    algorithm = build_algorithm(config, Hardware("cpu"), domain)
+    network = api.Network("it", 0, 0, algorithm, build(config.evaluation), {})
+    tasks = domain.sample_tasks(1, Stream(2), "test")
+    images, labels = domain.images(tasks)[0], ["abc"[label] for label in tasks["labels"][0].tolist()]
+    assert network.in_shape == (20, 20, 1)
+    predictor = network.adapt(images[:7], labels[:7])
+    assert predictor.classes is not None
+    found = predictor.probabilities(images[7:])
+    order = [predictor.classes.index(label) for label in labels]
+    for query in (7, 8):
+        shown = torch.cat([images[:7], images[query : query + 1]]).unsqueeze(0)
+        x = domain.inputs(shown, torch.tensor([order[:7]])).unsqueeze(0)
+        params = {name: value.unsqueeze(0) for name, value in algorithm.theta.items()}
+        expected = algorithm.model(params, x)[0, 0, : len(predictor.classes)].softmax(-1)
+        torch.testing.assert_close(found[query - 7], expected)
+    assert set(predictor(images[7:])) <= set("abc")
+    for problem, y, steps in (
+        ("takes no gradient steps", labels[:7], 2),
+        ("nothing to tell apart", ["a"] * 7, None),
+        ("there are 7 inputs, but 6 labels", labels[:6], None),
+        ("tells 3 classes apart, the labels have 4", [*"abcdabc"], None),
+    ):
+        with pytest.raises(MamlError, match=problem):
+            network.adapt(images[:7], y, num_steps=steps)
+
+
+def test_pictures_become_the_drawings_of_the_training(make: Make, cache_dir: Path) -> None:
+    config, _ = compose(RUN)
+    algorithm = build_algorithm(config, Hardware("cpu"), make(num_ways=2, sequence_length=8))
+    network = api.Network("it", 0, 0, algorithm, build(config.evaluation), {})
+    with ZipFile(Path(DATA) / "omniglot" / "images_background.zip") as archive:
+        name = sorted(name for name in archive.namelist() if "/Greek/character02/" in name and name.endswith(".png"))[2]
+        picture = Image.open(BytesIO(archive.read(name)))
+        known = load_omniglot(Path(DATA), cache_dir, size=20, is_grey=True)
+        own = known.images[known.classes.index("Greek/character02"), 2]
+        torch.testing.assert_close(network.read([picture])[0, ..., 0], own / 255)
