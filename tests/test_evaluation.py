@@ -154,7 +154,7 @@ class ByShowing(Sinusoid):
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_curve_by_showing_comes_from_one_pass_and_leaves_out_tasks_without_it(chunk: int | None) -> None:
     domain = ByShowing()
-    algorithm = build_from(MAML, domain, MLP((1,), 1, [4]), SGD(step_size=0.1, num_steps=1, order=1))
+    algorithm = build_from(MAML, domain, MLP((1,), 1, [4]), SGD(step_size=0.1, num_steps=1, order=1, adapt=["*"]))
     evaluation = Evaluation(num_tasks=8, num_steps=0)
     evaluation.check(domain)
     (curve,), _, _ = evaluation(algorithm, chunk)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from maml.config.compose import compose_experiment
-from maml.config.schema import build
+from maml.config.schema import build, build_without_data
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Cell, Curve, Source, load_figures, load_levels, load_pictures, load_tables
+from maml.paper.evidence import measured_by
 
 RESULTS = Path(__file__).parents[2] / "results"
 TABLES = load_tables(RESULTS)
@@ -86,6 +87,11 @@ def test_every_curve_and_panel_composes_and_evaluates_what_it_draws() -> None:
 
 def assert_evaluates(source: Source, step: int) -> None:
     config = compose_experiment(source.experiment, source.overrides)
+    if measured_by(source) == "showing":
+        num_shots = build_without_data(config.domain).num_shots
+        assert (config.evaluation["num_steps"], source.num_shots) == (0, num_shots)
+        assert step < num_shots, "step 0 is the first showing"
+        return
     assert step <= config.evaluation["num_steps"]
     assert source.num_shots in (config.evaluation["num_shots"] or [config.domain["num_shots"]])
 
@@ -263,3 +269,16 @@ def test_notes_stand_where_numbers_were_missed_and_do_not_change_the_source() ->
     assert cell.note == "multitask-averaging"
     assert cell.source == Source("sinusoid_multitask_average_l2", "mse", 5)
     assert {curve.note for curve in load_figures(RESULTS)[0].curves} == {"", "pretrained-curves"}
+
+
+def test_manns_cells_are_showings_2_and_5_and_its_figure_has_these_two_points() -> None:
+    for column, step in (("5way_1shot", 1), ("5way_5shot", 4)):
+        cell = CELLS["table1_omniglot", "MANN_noconv", column]
+        assert (cell.source, cell.step) == (Source("omniglot_sequence_mann", "accuracy", 10, scale=100), step)
+    (figure,) = (figure for figure in load_figures(RESULTS) if figure.measured_by == "showing")
+    mann, lstm = figure.curves
+    assert (figure.in_paper, mann.points, lstm.points) == (False, {1: "82.8", 4: "94.9"}, {})
+    assert mann.levels == {
+        1: (pytest.approx(82.75), pytest.approx(82.85)),
+        4: (pytest.approx(94.85), pytest.approx(94.95)),
+    }
