@@ -18,6 +18,7 @@ from maml.domain.base import Domain, Predictions
 from maml.errors import Diverged, MamlError
 from maml.hardware import distributed
 from maml.hardware.memory import halve_chunk_on_oom
+from maml.pictures import Picture
 from maml.seeding import Stream
 from maml.training.progress import EvaluationProgress
 from maml.types import (
@@ -36,6 +37,9 @@ from maml.types import (
 
 # Number of tasks that are adapted at once if the execution sets no chunk.
 _DEFAULT_CHUNK = 100
+
+# Number of tasks of which an algorithm can make pictures.
+_NUM_PICTURED = 4
 
 
 @dataclass(frozen=True)
@@ -350,6 +354,20 @@ class Evaluation:
                 curves += self.curves(algorithm, num_shots, bank, chosen, task_chunk, progress)
                 hashes[str(num_shots)], sizes[str(num_shots)] = bank_hash(bank), chosen
         return curves, hashes, sizes
+
+    @torch.no_grad()
+    def pictures(self, algorithm: Algorithm) -> dict[str, Picture]:
+        """Returns the algorithm's pictures on the first tasks of the bank, by name.
+
+        Args:
+            algorithm: the algorithm with the state to evaluate.
+        """
+        domain, num_tasks = algorithm.domain, min(_NUM_PICTURED, self.num_tasks)
+        num_shots = domain.num_shots if self.num_shots is None else max(self.num_shots)
+        bank = self.bank(domain, num_shots, num_tasks)
+        tasks = {name: value.to(algorithm.stream.device) for name, value in bank.items()}
+        params = algorithm.params_per_task(num_tasks, self.choose_theta(algorithm))
+        return algorithm.pictures(params, tasks, self.num_steps)
 
     def choose_theta(self, algorithm: Algorithm) -> Params:
         """Returns the theta to evaluate, and its buffers if training has kept them with it, without a task axis.

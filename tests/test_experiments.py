@@ -41,15 +41,31 @@ from tests.runs import ROOT, TinyRuns, assert_same_run
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
+# Smoke tests of these differ from another one in shots, ways, photos or goals only. They show little more.
+_REPEATS = (
+    "ant_velocity",
+    "cheetah_velocity",
+    "cifar_fs_5way_5shot",
+    "cifar_fs_5way_reptile",
+    "mini_imagenet_5way_1shot_",
+    "mini_imagenet_5way_5shot",
+    "mini_imagenet_5way_reptile",
+    "omniglot_20way_5shot",
+    "omniglot_20way_reptile",
+)
+_OF_EMBEDDINGS = (
+    "cifar_fs_5way_1shot_matching",
+    "omniglot_20way_5shot_prototypical",
+    "omniglot_5way_1shot_siamese",
+    "omniglot_alphabets_siamese",
+    "omniglot_5way_5shot_statistician",
+)
+
+
 def _smoke(name: str) -> Any:
-    """The same with more shots, or another goal of the ant, takes seconds and shows little more."""
-    is_slow = name.startswith(("mini_imagenet_5way_5shot", "cifar_fs_5way_5shot", "ant_velocity"))
-    if name.endswith(("_prototypical", "_matching", "_siamese")):  # other shots, ways or photos
-        is_slow = name not in (
-            "omniglot_5way_1shot_siamese",
-            "omniglot_20way_5shot_prototypical",
-            "cifar_fs_5way_1shot_matching",
-        )
+    is_slow = name.startswith(_REPEATS)
+    if name.endswith(("_prototypical", "_matching", "_siamese", "_statistician")):
+        is_slow = name not in _OF_EMBEDDINGS
     return pytest.param(name, marks=pytest.mark.slow if is_slow else ())
 
 
@@ -62,8 +78,11 @@ def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -
         few = ["algorithm.max_error=100", "algorithm.num_steps=200"]
     if name.endswith("reptile"):  # It takes 50 steps in meta-test.
         few = ["evaluation.num_steps=5"]
-    if name.endswith(("_prototypical", "_matching", "_siamese")):
+    if name.endswith(("_prototypical", "_matching", "_siamese", "_statistician")):
         few = ["domain.num_ways=6"]
+    if name == "omniglot_alphabets_siamese":  # a smaller network, on drawings that are read already
+        small = ["domain.image_size=28", "model.module.kernels=[3,3,1,1]", "model.module.widths=[2,2,2,2]"]
+        few = ["domain.num_ways=6", "model.module.num_features=8", *small]
     config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
     if "num_filters" in config.model:  # An image experiment spends its time in convolutions.
         config = replace(config, model={**config.model, "num_filters": 4})

@@ -10,6 +10,7 @@ from tests.runs import ROOT
 # Modules without tests of their own, and why.
 NOT_TESTED_ALONE = {
     "outer/base.py": "an interface; what holds for its subclasses is in contract/test_options.py",
+    "pictures.py": "data alone; drawn in record/test_gallery.py",
 }
 # Folders of tests that are about something else than the package.
 OTHER_FOLDERS = ("docs/", "scripts/")

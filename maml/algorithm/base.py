@@ -15,6 +15,7 @@ from maml.errors import MamlError
 from maml.inner.base import Inner
 from maml.model.base import Model
 from maml.outer.base import Objective, Outer, OuterState
+from maml.pictures import Picture
 from maml.seeding import Stream
 from maml.types import MatrixVectorProduct, Params, Tasks, expand
 
@@ -312,6 +313,16 @@ class Algorithm(ABC):
         """
         support, query = (self.domain.data(tasks, role, step) for role in ("support", "query"))
         return self.domain.measure(self.model, params, support, query, step)
+
+    def pictures(self, params: Params, tasks: Tasks, num_steps: int) -> dict[str, Picture]:
+        """Returns pictures of what was learnt, by name, drawn after meta-test; none, unless a subclass has some.
+
+        Args:
+            params: theta and the buffers, name -> ``(T, ...)``.
+            tasks: the first T tasks of the bank.
+            num_steps: number of gradient steps of meta-test.
+        """
+        return {}
 
     def theta_of(self, params: Params) -> Params:
         """Returns the entries of ``params`` that belong to theta, without the buffers."""

@@ -9,6 +9,7 @@ from typing import Any
 from maml.config.identity import digest
 from maml.errors import MamlError
 from maml.logger.base import Logger
+from maml.record.gallery import report_pictures
 from maml.record.lock import is_held
 from maml.record.run_folder import read_config, read_json, read_metrics
 
@@ -117,6 +118,6 @@ def replay(
 def _pictures(folder: Path, report: Mapping[str, Any]) -> dict[str, Path]:
     """Returns the picture of a report, and the animations of the run's policy, by name."""
     reports = (folder / "report.json", *sorted(folder.glob("evaluations/*/report.json")))
-    beside = next((path.with_name("report.png") for path in reports if read_json(path) == report), None)
-    pictures = {"adaptation": beside} if beside is not None and beside.exists() else {}
+    beside = next((path.parent for path in reports if read_json(path) == report), None)
+    pictures = report_pictures(beside) if beside is not None else {}
     return pictures | {path.stem: path for path in sorted(folder.glob("policy_goal_*.gif"))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Iterable
 
 import numpy as np
@@ -17,6 +18,7 @@ from maml.paper.evidence import Evidence, measured_by, provenance
 from maml.paper.markup import Content, Markup, element
 from maml.paper.tables import CONFLICT, reading_text
 from maml.paper.widgets import command, fact_list, scroll_box
+from maml.record.gallery import drawn_pictures
 from maml.record.index import Run
 from maml.record.plot import training_curve
 from maml.record.run_folder import read_metrics
@@ -70,6 +72,7 @@ class EvidenceView:
         charts = [_adaptation(source, evidence), self._training(source, evidence)]
         if evidence.evaluated and step is not None:
             charts.append(self._tasks(source, evidence, step, published))
+        charts += _pictures(evidence)
         content += [fact_list(facts), element("div", charts, class_="charts")]
         return element("div", content, _settings(source, evidence))
 
@@ -133,6 +136,18 @@ def _adaptation(source: Source, evidence: Evidence) -> Content:
         return ""
     chart = line_chart(curves, AXIS[measured_by(source)], metric_label(source.metric), log=False)
     return element("figure", chart, element("figcaption", "Adaptation at meta-test. ", _keys(curves)))
+
+
+def _pictures(evidence: Evidence) -> list[Markup]:
+    """Returns the pictures that the algorithms of all runs have made."""
+    figures = []
+    for run, report in evidence.evaluated:
+        for name, path in drawn_pictures(report.folder).items():
+            title = f"{metric_label(name)}, {_run_name(run, ())}"
+            content = b64encode(path.read_bytes()).decode()
+            image = element("img", src=f"data:image/png;base64,{content}", alt=title)
+            figures.append(element("figure", image, element("figcaption", title)))
+    return figures
 
 
 def _runs(source: Source, evidence: Evidence, step: int | None, decimals: int) -> Markup:

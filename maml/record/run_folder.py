@@ -32,8 +32,10 @@ from maml.config.schema import Settings
 from maml.config.source import changed_code, code_hashes
 from maml.errors import MamlError
 from maml.hardware import distributed
+from maml.pictures import Picture
 from maml.record import checkpoint, lock
 from maml.record.classes import TABLES
+from maml.record.gallery import draw
 
 LOG = logging.getLogger(__name__)
 
@@ -400,8 +402,9 @@ class RunFolder:
         tasks: list[dict[str, Any]],
         parent: Path | None = None,
         more: Mapping[str, list[dict[str, Any]]] | None = None,
+        pictures: Mapping[str, Picture] | None = None,
     ) -> Path:
-        """Writes ``report.json`` and ``tasks.csv`` and returns their folder.
+        """Writes ``report.json``, ``tasks.csv`` and the algorithm's pictures, and returns their folder.
 
         The first evaluation of the fully trained run is written to the run's folder. Every other one gets its own
         folder ``evaluations/<hash of its settings>``, so that no evaluation overwrites another; its ``config.yaml``
@@ -412,6 +415,7 @@ class RunFolder:
             tasks: its rows of ``tasks.csv``, one per task and curve.
             parent: folder of ``evaluations/``, for an evaluation of a checkpoint file; None is the run's folder.
             more: rows of other csv files, by name.
+            pictures: the algorithm's pictures, by name.
         """
         settings = {"iteration": report["iteration"], **report["evaluation"]}
         first = None if parent is not None else _read_report(self.path / "report.json")
@@ -432,6 +436,8 @@ class RunFolder:
         self._report_folder = folder
         for name, rows in {**(more or {}), "tasks.csv": tasks}.items():
             _write_table(folder / name, rows)
+        for name, picture in (pictures or {}).items():
+            draw(name, picture, folder)
         checkpoint.write_atomically(
             folder / "report.json", lambda file: file.write((json.dumps(report, indent=2) + "\n").encode())
         )

@@ -14,6 +14,7 @@ from maml.config.identity import digest
 from maml.errors import MamlError
 from maml.record import checkpoint
 from maml.record.classes import TABLES
+from maml.record.gallery import report_pictures
 from maml.record.index import SUPERSEDED, Run, read_run
 from maml.record.lock import acquire, advice, holder
 from maml.record.run_folder import read_checkpoint, read_metrics
@@ -213,7 +214,8 @@ def _keep_files(here: Run, run: Run) -> None:
         if report.folder == here.path and not (run.path / "report.json").exists():
             target = run.path
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("config.yaml", *TABLES, "tasks.csv", "report.png", "report.json"):
+        pictures = (path.name for path in report_pictures(report.folder).values())
+        for name in ("config.yaml", *TABLES, "tasks.csv", *pictures, "report.json"):
             if (report.folder / name).exists():
                 shutil.copy2(report.folder / name, target)
     for name in (SUPERSEDED, *(["checkpoint.pt"] if _iteration(run) == _iteration(here) else [])):

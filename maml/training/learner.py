@@ -14,6 +14,7 @@ from maml.hardware import distributed
 from maml.hardware.base import Hardware
 from maml.logger.base import Logger
 from maml.logger.mirror import described, replay
+from maml.record.gallery import report_pictures
 from maml.record.run_folder import NonWritingRunFolder, RunFolder, command_line
 from maml.seeding import Stream
 
@@ -57,7 +58,7 @@ class Learner:
     def finish(self, report: dict[str, Any], plot: Path) -> None:
         """Takes the report of the run's own evaluation, and sends it to the logger with its plot."""
         self.folder.stop_clock()
-        self.logger.report(report, {"adaptation": plot})
+        self.logger.report(report, report_pictures(plot.parent))
         self.report = report
 
     def _start_logger(self, run_dir: Path, resumed: bool) -> None:
@@ -68,7 +69,7 @@ class Learner:
     def send_evaluation(self, report: dict[str, Any], plot: Path) -> None:
         """Sends an evaluation of a saved state to the logger, as a run of its own with its files beside the plot."""
         self._start_logger(plot.parent, resumed=False)
-        self.logger.report(report, {"adaptation": plot})
+        self.logger.report(report, report_pictures(plot.parent))
         self.logger.finish("finished")
 
     def send_finished(self, report: dict[str, Any], cells: Callable[[], Mapping[str, str]]) -> None:

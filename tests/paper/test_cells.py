@@ -61,6 +61,7 @@ def test_rows_of_others_are_quoted_and_baselines_that_we_shall_run_are_not() -> 
     assert run_here == {
         ("table1_omniglot", "Siamese"), ("table1_omniglot", "MatchingNets"), ("table1_miniimagenet", "MatchingNets"),
         ("table1_omniglot", "MANN_noconv"),
+        ("table1_omniglot", "NeuralStatistician"),
     }  # fmt: skip
 
 

@@ -1,10 +1,14 @@
 """The evidence behind one number: what is shown with runs, without them, and with damaged files."""
 
 import json
+import re
+from base64 import b64decode
 from pathlib import Path
 
 from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.evidence_view import EvidenceView
+from maml.pictures import Lines
+from maml.record.gallery import draw
 from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, make_run
 
@@ -35,6 +39,14 @@ def test_curves_of_adaptation_and_training_have_a_line_for_each_run(tmp_path: Pa
     assert "mean over 3 of 3 runs" in tasks
     assert "make verify CELL=a/b/c" in shown
     assert view.problems == []
+
+
+def test_pictures_of_the_algorithm_are_part_of_the_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, seed=3)
+    draw("gates", Lines("gates", "step", "mean", {"forget": [1.0, 0.5]}), folder)
+    shown = EvidenceView(set()).show("a/b/c", SINUSOID, evidence(tmp_path), 1, "0.67")
+    (content,) = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="gates, seed 3">', shown)
+    assert b64decode(content) == (folder / "picture_gates.png").read_bytes()
 
 
 def test_damaged_files_are_problems_and_the_rest_is_shown(tmp_path: Path) -> None:
