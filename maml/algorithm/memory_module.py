@@ -197,15 +197,14 @@ class MemoryModule(Embedding):
             drawn = self.domain.with_ways(ways).sample_tasks(count, stream, "test", _NUM_SHOWINGS - 1, 1)
         except MamlError:  # a class has fewer images than showings
             return {}
-        params = without_copies(params)
-        right = []
-        for start in range(count):
+        params, queries = without_copies(params), []
+        for start in range(count):  # the feature maps of all images at once would take too much memory
             task = take(drawn, start, start + 1)
             x = torch.cat([self.domain.data(task, "support").x, self.domain.data(task, "query").x], dim=1)
-            memory = self._empty(1, x.shape[1])
-            queries = self.queries(params, self.network.features(params, x))
-            right.append(self._show(memory, queries, ways))
-        by_showing = torch.cat(right).unflatten(1, (_NUM_SHOWINGS, ways)).to(queries.dtype).mean((0, 2))
+            queries.append(self.queries(params, self.network.features(params, x)))
+        memory = self._empty(count, _NUM_SHOWINGS * ways)
+        right = self._show(memory, torch.cat(queries), ways)
+        by_showing = right.unflatten(1, (_NUM_SHOWINGS, ways)).to(memory.keys.dtype).mean((0, 2))
         lines = Lines(
             title=f"Accuracy over a stream of {ways} new classes",
             x_label="images of the class before",

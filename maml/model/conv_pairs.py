@@ -25,7 +25,7 @@ class ConvPairs(Model):
     Args:
         in_shape: shape of one image: height, width, channels.
         out_dim: number of classes.
-        num_filters: number of filters of both convolutions of each module.
+        num_filters: number of filters of the first two convolutions; the other two have twice as many.
         rep_dim: number of features, D.
 
     Raises:
@@ -38,7 +38,7 @@ class ConvPairs(Model):
         self,
         in_shape: Sequence[int],
         out_dim: int,
-        num_filters: tuple[Count, Count] = (64, 128),
+        num_filters: Count = 64,
         rep_dim: Count = 256,
     ) -> None:
         if len(in_shape) != 3:
@@ -46,7 +46,7 @@ class ConvPairs(Model):
                 f"model=conv_pairs takes images (height, width, channels), but the domain's inputs are {in_shape}"
             )
         height, width, channels = in_shape
-        first, second = num_filters
+        first, second = num_filters, 2 * num_filters
         self._channels = [(channels, first), (first, first), (first, second), (second, second)]
         for _ in range(2):
             height, width = (height + 1) // 2, (width + 1) // 2
