@@ -126,11 +126,12 @@ class MemoryModule(Embedding):
         Returns:
             The mean loss of all steps, and the mean accuracy of the query images.
         """
+        first_label = torch.zeros((), dtype=torch.int64, device=self.stream.device)
         if self.clear:
-            memory, first_label = self._empty(1, self.num_slots), 0
+            memory = self._empty(1, self.num_slots)
         else:
             memory = Memory(*(self.buffers[f"{_MEMORY}{name}"].unsqueeze(0) for name in Memory._fields))
-            first_label = self.buffers[_NUM_LABELS].clone()
+            first_label += self.buffers[_NUM_LABELS]
         held = {f"{_MEMORY}{name}": value for name, value in memory._asdict().items()}
         losses, accuracies = [], []
         for step in range(num_tasks(tasks)):
