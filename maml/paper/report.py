@@ -17,6 +17,7 @@ from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.evidence_view import EvidenceView
 from maml.paper.figures import CurveComparison
 from maml.paper.markup import Content, Markup, element
+from maml.paper.methods import methods_section
 from maml.paper.plan import WATERMARK
 from maml.paper.tables import (
     NO_REASON,
@@ -38,6 +39,7 @@ from maml.paper.widgets import (
     slug,
     sort_button,
 )
+from maml.record.comparison import groups_on_the_same_tasks
 from maml.record.exported import read_index
 from maml.record.index import Run
 from maml.record.statistics import MIN_RUNS
@@ -67,6 +69,7 @@ def render(results: Path, runs: Sequence[Run], problems: Sequence[str]) -> tuple
     sections = {
         "Tables": [page.table(table, compared[table.name]) for table in tables if table.in_paper],
         "Figures": [figures[name] for name in sorted(figures)],
+        "Same tasks": methods_section(groups_on_the_same_tasks(runs)),
         "Not in the paper": [page.table(table, compared[table.name]) for table in tables if not table.in_paper],
         "Paper and code": [departures_table(results, page.find)],
         "Notes": [page.notes_section()],

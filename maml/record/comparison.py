@@ -44,6 +44,11 @@ class Tested:
         return str(self.runs[0][0].record.training["domain._target_"]).rpartition(".")[2]
 
     @property
+    def bank(self) -> str:
+        """The hash of the bank."""
+        return self.runs[0][1].banks[str(self.num_shots)]
+
+    @property
     def is_complete(self) -> bool:
         """Whether all runs were trained to the end."""
         return all(report.complete for _, report in self.runs)
