@@ -50,7 +50,9 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
+def _float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Computes in float64, and draws a small picture after each run."""
+    monkeypatch.setattr("maml.algorithm.memory_module._NUM_IMAGES", 10 * WAYS)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -258,11 +260,13 @@ def test_kept_memory_gives_every_class_a_label_of_its_own(tiny_images: TinyRuns)
 def test_interrupted_run_resumes_with_the_same_bits(
     clear: str, tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It was stopped in the fourth iteration, after a checkpoint of the second."""
     runs, parts = (tiny_images.in_folder(name) for name in ("whole", "parts"))
-    configs = [config_of(each, f"algorithm.clear={clear}") for each in (runs, parts)]
+    few = ("num_iterations=4", "checkpoint_every=2", f"algorithm.clear={clear}")
+    configs = [config_of(each, *few) for each in (runs, parts)]
     run_experiment(configs[0], "custom")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        before_iteration(patch, 9, lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        before_iteration(patch, 4, lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         run_experiment(configs[1], "custom")
     run_experiment(configs[1], "custom")
     whole, resumed = (next((each.runs_dir / "custom").iterdir()) for each in (runs, parts))
@@ -284,11 +288,8 @@ def test_loaded_network_and_picture_of_a_run(tiny_images: TinyRuns) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(predictor)).outputs(asked), predictor.outputs(asked))
 
 
-def test_stream_of_classes_is_answered_before_it_is_written(
-    tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stream_of_classes_is_answered_before_it_is_written(tiny_images: TinyRuns) -> None:
     algorithm = make(tiny_images)
-    monkeypatch.setattr("maml.algorithm.memory_module._NUM_IMAGES", 10 * WAYS)
     tasks = algorithm.domain.sample_tasks(2, Stream(0), "test")
     picture = algorithm.pictures(algorithm.params_per_task(2), tasks, 0)["accuracy_by_showing"]
     assert isinstance(picture, Lines)
