@@ -339,7 +339,12 @@ def test_memory_module_is_that_of_the_protocol(cache_dir: Path) -> None:
         config, algorithm, evaluation = built(name, cache_dir)
         trainings.add(digest(training_config(config)))
         assert isinstance(algorithm, MemoryModule) and size(algorithm) == 1_930_432
-        assert (algorithm.num_slots, algorithm.num_neighbors, algorithm.margin, algorithm.keep) == (8192, 256, 0.1, 0.3)
+        assert (algorithm.num_slots, algorithm.num_neighbors, algorithm.margin, algorithm.dropout) == (
+            8192,
+            256,
+            0.1,
+            0.7,
+        )
         assert algorithm.clear and algorithm.age_noise == 8
         outer = algorithm.outer
         assert isinstance(outer, Adam) and (outer.step_size, outer.eps, outer.clip_norm) == (1e-4, 1e-4, 5)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Gt, Le
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 from maml.algorithm.base import Parts
@@ -49,7 +49,7 @@ class MemoryModule(Embedding):
         num_slots: number of slots of the memory in training. In meta-test, there is one for each support image.
         num_neighbors: k, number of nearest slots that the keys of the loss are chosen from.
         margin: alpha, by how much the best key of the right label has to be better than the best of a wrong one.
-        keep: share of an embedding's entries that dropout keeps in training. What is left is not scaled up, because
+        dropout: share of an embedding's entries that are set to 0 in training. What is left is not scaled up, because
             queries are normalised.
         age_noise: bound of the uniform noise that is added to ages before the oldest slot is chosen.
         clear: whether the memory is emptied at the start of every meta-batch. If it is kept, it is part of the
@@ -68,7 +68,7 @@ class MemoryModule(Embedding):
         num_slots: Count = 8192,
         num_neighbors: Count = 256,
         margin: PositiveFloat = 0.1,
-        keep: Annotated[float, Gt(0), Le(1)] = 0.3,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.7,
         age_noise: NonNegativeFloat = 8.0,
         clear: bool = True,
     ) -> None:
@@ -78,7 +78,7 @@ class MemoryModule(Embedding):
                 "lower num_neighbors, or raise num_slots"
             )
         self.num_slots, self.num_neighbors, self.margin = num_slots, num_neighbors, margin
-        self.keep, self.age_noise, self.clear = keep, age_noise, clear
+        self.dropout, self.age_noise, self.clear = dropout, age_noise, clear
         super().__init__(parts)
         self._statistics = list(self.buffers)
         check_memory(num_slots * self.network.num_features * 4, f"a memory of algorithm.num_slots={num_slots}")
@@ -115,7 +115,7 @@ class MemoryModule(Embedding):
         by_episode = {
             "support_images": images.gather(2, order).flatten(1).unsqueeze(2),
             "labels": classes + ways * torch.arange(count, device=classes.device).unsqueeze(1),
-            "kept": stream.child("dropout").uniform((count, length, self.network.num_features)) < self.keep,
+            "kept": stream.child("dropout").uniform((count, length, self.network.num_features)) >= self.dropout,
         } | {name: drawn[name].gather(1, classes) for name in ("classes", "rotations") if name in drawn}
         noise = stream.child("ages").uniform((length, self.num_slots), -self.age_noise, self.age_noise)
         return {name: value.transpose(0, 1) for name, value in by_episode.items()} | {"age_noise": noise}
