@@ -95,9 +95,13 @@ class _NormELU(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, shift, scale, mean, factor, y = ctx.saved_tensors
         if torch.is_grad_enabled():  # PyTorch's second derivatives are not exact here, so autograd has to see all
+            # Views, because z may itself depend on the shift and scale, where a layer is used twice.
+            z, shift, scale = inputs = [value.view_as(value) for value in (z, shift, scale)]
             mean, variance = batch_statistics(z)
             again = F.elu(normalize(z, mean, variance, shift, scale))
-            return *torch.autograd.grad(again, (z, shift, scale), grad, create_graph=True), None
+            needed = [value for value in inputs if value.requires_grad]
+            found = iter(torch.autograd.grad(again, needed, grad, create_graph=True))
+            return *(next(found) if value.requires_grad else None for value in inputs), None
         slope = torch.ops.aten.elu_backward(_planes(grad), 1, 1, 1, True, y)
         for_z, for_scale, for_shift = torch.ops.aten.native_batch_norm_backward(
             slope, _planes(z), scale[0], None, None, mean, factor, True, BATCH_NORM_EPS, [True, True, True]

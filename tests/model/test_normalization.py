@@ -195,3 +195,18 @@ def test_norm_elu_equals_the_plain_operations_to_second_derivatives(shape: tuple
 
 def norm_elu_first(z: Tensor, shift: Tensor, scale: Tensor, _: Windows) -> Tensor:
     return norm_elu(z, shift, scale)
+
+
+def test_norm_elu_that_is_used_twice_or_on_constants_has_exact_gradients() -> None:
+    z, shift, scale = draw((1, 6, 3))
+
+    def gradients(function: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, create_graph: bool) -> list[Tensor]:
+        y = function(function(z, shift, scale).square(), shift, scale)
+        return list(torch.autograd.grad(y.square().sum(), (shift, scale), create_graph=create_graph))
+
+    for create_graph in (False, True):
+        for start in (z, z.detach()):
+            expected = gradients(
+                lambda z, shift, scale: F.elu(normalize(z, *batch_statistics(z), shift, scale)), start, create_graph
+            )
+            torch.testing.assert_close(gradients(norm_elu, start, create_graph), expected, rtol=1e-11, atol=1e-11)
