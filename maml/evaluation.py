@@ -375,12 +375,15 @@ class Evaluation:
         Args:
             algorithm: the algorithm with the state to evaluate.
         """
-        domain, num_tasks = algorithm.domain, min(_NUM_PICTURED, self.num_tasks)
-        num_shots = domain.num_shots if self.num_shots is None else max(self.num_shots)
-        bank = self.bank(domain, num_shots, num_tasks)
-        tasks = {name: value.to(algorithm.stream.device) for name, value in bank.items()}
-        params = algorithm.params_per_task(num_tasks, self.choose_theta(algorithm))
-        return algorithm.pictures(params, tasks, self.num_steps)
+        num_shots = algorithm.domain.num_shots if self.num_shots is None else max(self.num_shots)
+        theta, device = self.choose_theta(algorithm), algorithm.stream.device
+
+        def compute(count: int) -> dict[str, Picture]:
+            tasks = {name: value.to(device) for name, value in self.bank(algorithm.domain, num_shots, count).items()}
+            return algorithm.pictures(algorithm.params_per_task(count, theta), tasks, self.num_steps)
+
+        # Meta-test is over, but not written yet. Where memory is short, fewer tasks are pictured.
+        return halve_chunk_on_oom(compute, min(_NUM_PICTURED, self.num_tasks))[0]
 
     def choose_theta(self, algorithm: Algorithm) -> Params:
         """Returns the theta to evaluate, and its buffers if training has kept them with it, without a task axis.

@@ -98,6 +98,7 @@ class NeuralStatistician(Embedding):
         if self.dilation:
             is_wide = stream.child("dilation").uniform((count, shots, sets, 1, 1, 1)) < self.dilation
             x = torch.where(is_wide, dilate(x), x)
+        # Departure: the paper draws black and white from grey drawings. Omniglot has no grey here, and stays as it is.
         x = x > stream.child("binarization").uniform(x.shape)
         # Departure: the paper does not say how many images are left out. This is the rule of a public reimplementation.
         is_pooled = stream.child("sample_dropout").uniform((count, shots, sets)) >= self.sample_dropout

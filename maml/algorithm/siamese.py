@@ -23,6 +23,8 @@ class Siamese(Embedding):
     In training, a query image makes two pairs: with a support image of its class, and with one of the next class. The
     label is that of the support image that is most similar. `measure` also reports the accuracy with the mean over the
     support images of a class instead of the largest, and with the cosine instead of the learnt similarity.
+
+    Departure: the similarity of Koch et al. has no b. Without it, equal images would have the probability 1/2.
     """
 
     def init_comparison(self, stream: Stream) -> Params:

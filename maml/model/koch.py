@@ -28,7 +28,7 @@ class Koch(nn.Module):
         num_features: number of units of the linear layer.
 
     Raises:
-        MamlError: if the images are too small.
+        MamlError: if the inputs are no images, or these are too small.
     """
 
     def __init__(
@@ -40,6 +40,11 @@ class Koch(nn.Module):
         num_features: Count = 4096,
     ) -> None:
         super().__init__()
+        if len(in_shape) != 3:
+            raise MamlError(
+                f"model=koch takes images (height, width, channels), but the domain's inputs are {tuple(in_shape)}; "
+                "choose domain=omniglot_alphabets"
+            )
         height, width, channels = in_shape
         layers: list[nn.Module] = []
         for i, (kernel, filters) in enumerate(zip(kernels, widths, strict=True)):
@@ -51,7 +56,7 @@ class Koch(nn.Module):
         if min(height, width) < 1:
             raise MamlError(
                 f"images of {in_shape[0]}x{in_shape[1]} are too small for model.module.kernels={list(kernels)}; lower "
-                "them, or choose domain=omniglot_alphabets, with images of 105x105"
+                "them, or choose images of 105x105, as domain=omniglot_alphabets has by default"
             )
         self.convolutions = nn.Sequential(*layers, nn.Flatten())
         self.linear = nn.Linear(channels * height * width, num_features)

@@ -1,4 +1,4 @@
-"""The network of Koch et al.: its sizes, its formula, and images that are too small for it."""
+"""The network of Koch et al.: its sizes, its formula, and inputs that do not fit it."""
 
 from __future__ import annotations
 
@@ -32,5 +32,10 @@ def test_features_follow_the_formula() -> None:
 
 
 def test_images_that_are_too_small_are_refused_with_the_remedy() -> None:
-    with pytest.raises(MamlError, match=r"28x28 are too small .* choose domain=omniglot_alphabets"):
+    with pytest.raises(MamlError, match=r"28x28 are too small .* as domain=omniglot_alphabets"):
         Koch((28, 28, 1), 5)
+
+
+def test_inputs_that_are_no_images_are_refused_with_the_remedy() -> None:
+    with pytest.raises(MamlError, match=r"inputs are \(7,\); choose domain=omniglot_alphabets"):
+        Koch((7,), 5)

@@ -58,6 +58,15 @@ class Picturing(MAML):
         return {"steps": Lines("steps", "x", "y", {"numbers": list(range(num_steps))})}
 
 
+class LargePictures(MAML):
+    """An algorithm whose pictures need the memory of two tasks at most."""
+
+    def pictures(self, params: Params, tasks: Tasks, num_steps: int) -> dict[str, Picture]:
+        if (count := num_tasks(tasks)) > 2:
+            raise torch.OutOfMemoryError("no memory is left")
+        return {"count": Lines("count", "x", "y", {"tasks": [count]})}
+
+
 class Keeping(Logger):
     """A logger that keeps the pictures of each report."""
 
@@ -80,3 +89,9 @@ def test_algorithms_pictures_are_beside_the_report_and_reach_the_logger(tiny: Ti
     expected = {"adaptation": folder / "report.png", "steps": folder / "picture_steps.png"}
     assert report_pictures(folder) == expected
     assert Keeping.pictures == [expected]
+
+
+def test_pictures_that_need_too_much_memory_have_fewer_tasks_and_the_report_is_written(tiny: TinyRuns) -> None:
+    folder = tiny.run(f"algorithm._target_={__name__}.LargePictures", "num_iterations=3")
+    assert (folder / "report.json").exists()
+    assert list(drawn_pictures(folder)) == ["count"]
