@@ -352,9 +352,9 @@ def test_a_method_has_one_colour_and_one_name_in_all_figures(monkeypatch: pytest
         assert not any("_" in name for name in legend(canvas))
         for line in (line for axes in canvas.axes for line in axes.get_lines()):
             colours.setdefault(str(line.get_label()).partition(",")[0], set()).add(str(line.get_color()))
-    assert list(colours) == ["MAML", "pretrained", "oracle", "random initialization"]
-    assert [len(each) for each in colours.values()] == [1] * 4
-    assert len(set.union(*colours.values())) == 4
+    assert list(colours) == ["MAML", "pretrained", "oracle", "random initialization", "MANN", "LSTM"]
+    assert [len(each) for each in colours.values()] == [1] * 6
+    assert len(set.union(*colours.values())) == 6
 
 
 def test_a_reduced_budget_is_dashed_and_a_curve_without_runs_has_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
