@@ -272,18 +272,26 @@ class Evaluation:
             return domain.authors_test_tasks(count, num_shots)
         return domain.sample_tasks(count, Stream(self.bank_seed).child("bank"), split, num_shots, num_query)
 
-    def check(self, domain: Domain[Any], keeps_best: bool = False, fixes_ways: bool = True) -> None:
+    def check(
+        self,
+        domain: Domain[Any],
+        keeps_best: bool = False,
+        fixes_ways: bool = True,
+        has_step_size: bool = True,
+    ) -> None:
         """Checks, before any training, that the evaluation is possible on a domain.
 
         Args:
             domain: the domain.
             keeps_best: whether training keeps the theta that is best on validation tasks.
             fixes_ways: whether the network has one output for each class of a training task.
+            has_step_size: whether the steps of the inner optimizer have a size.
 
         Raises:
             MamlError: if the domain has too little data at some K, or lacks the authors' bank or classes, if some K has
-                no step size, if tasks have more classes than the network has outputs, if there are gradient steps in a
-                domain that measures by showing, or if the best theta is evaluated and training does not keep it.
+                no step size or steps have none, if tasks have more classes than the network has outputs, if there are
+                gradient steps in a domain that measures by showing, or if the best theta is evaluated and training does
+                not keep it.
         """
         if domain.measured_by == "showing":
             reason = f"{type(domain).__name__} measures by showing, after 0, 1, 2, ... labelled examples of a class"
@@ -297,6 +305,11 @@ class Evaluation:
                     f"evaluation.search chooses step sizes, but {reason}, and takes no steps; set "
                     "evaluation.search=null"
                 )
+        if not has_step_size and (self.step_size is not None or self.search is not None):
+            key = "evaluation.search" if self.step_size is None else "evaluation.step_size"
+            raise MamlError(
+                f"{key} sets the size of steps, but this inner optimizer computes its steps without one; set {key}=null"
+            )
         if self.num_ways is not None:
             domain.with_ways(self.num_ways)  # refuses domains whose tasks do not draw classes
             if fixes_ways and self.num_ways > domain.out_dim:

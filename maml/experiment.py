@@ -154,7 +154,8 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
         seed_settings = settings.for_seed(seed)
         algorithm = first if seed == settings.seed else build_algorithm(seed_settings, hardware, domain)
         learner = Learner(seed_settings, experiment, algorithm)
-        evaluation.check(domain, settings.validate_every is not None, algorithm.fixes_ways)
+        keeps_best, has_step_size = settings.validate_every is not None, algorithm.inner.has_step_size
+        evaluation.check(domain, keeps_best, algorithm.fixes_ways, has_step_size)
         checkpoint_file = Path(settings.checkpoint) if settings.checkpoint else None
         distributed.on_rank_zero(partial(learner.folder.check_sources, checkpoint_file))
         if settings.mode == "eval":
