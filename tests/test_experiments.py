@@ -58,12 +58,14 @@ _OF_EMBEDDINGS = (
     "cifar_fs_5way_1shot_matching",
     "omniglot_20way_5shot_prototypical",
     "omniglot_5way_1shot_siamese",
+    "omniglot_alphabets_siamese",
+    "omniglot_5way_5shot_statistician",
 )
 
 
 def _smoke(name: str) -> Any:
     is_slow = name.startswith(_REPEATS)
-    if name.endswith(("_prototypical", "_matching", "_siamese")):
+    if name.endswith(("_prototypical", "_matching", "_siamese", "_statistician")):
         is_slow = name not in _OF_EMBEDDINGS
     return pytest.param(name, marks=pytest.mark.slow if is_slow else ())
 
@@ -77,8 +79,11 @@ def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -
         few = ["algorithm.max_error=100", "algorithm.num_steps=200"]
     if name.endswith("reptile"):  # It takes 50 steps in meta-test.
         few = ["evaluation.num_steps=5"]
-    if name.endswith(("_prototypical", "_matching", "_siamese")):
+    if name.endswith(("_prototypical", "_matching", "_siamese", "_statistician")):
         few = ["domain.num_ways=6"]
+    if name == "omniglot_alphabets_siamese":  # a smaller network, on drawings that are read already
+        small = ["domain.image_size=28", "model.module.kernels=[3,3,1,1]", "model.module.widths=[2,2,2,2]"]
+        few = ["domain.num_ways=6", "model.module.num_features=8", *small]
     config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
     if "num_filters" in config.model:  # An image experiment spends its time in convolutions.
         config = replace(config, model={**config.model, "num_filters": 4})

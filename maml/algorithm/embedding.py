@@ -116,7 +116,7 @@ class Embedding(Algorithm):
 
         def loss(theta: Params, step: int) -> Tensor:
             features = self.network.features(theta | statistics, support.x)
-            return self.loss(theta, in_blocks(features, support), features, support.y)[0]
+            return self.loss(theta | statistics, in_blocks(features, support), features, support.y)[0]
 
         for theta, _ in self.inner.adapt(loss, self.theta_of(params), num_steps, False, step_sizes):
             adapted = theta | statistics

@@ -192,6 +192,22 @@ def conv1x1(x: Tensor, weight: Tensor) -> Tensor:
     return y.reshape(*x.shape[:4], -1)
 
 
+def conv_transpose2x2(x: Tensor, weight: Tensor) -> Tensor:
+    """Doubles each task's images with its own 2x2 kernels: a transposed convolution with stride 2; there is no bias.
+
+    Args:
+        x: ``(T, S, H, W, C)``.
+        weight: ``(T, O, C, 2, 2)``.
+
+    Returns:
+        ``(T, S, 2 * H, 2 * W, O)``.
+    """
+    # Output pixels do not overlap, so each corner of the kernel is a 1x1 convolution.
+    corners = weight.permute(0, 3, 4, 1, 2).flatten(1, 3)[..., None, None]
+    y = conv1x1(x, corners).unflatten(4, (2, 2, -1))  # (T, S, H, W, 2, 2, O)
+    return y.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)
+
+
 # A convolution, its data gradient and its weight gradient are bilinear, and the derivative of each consists of the
 # other two. PyTorch's own double backward is slower. Windows are gathered again instead of being kept, because they are
 # nine times as large as the images.

@@ -15,7 +15,7 @@ from maml.paper.evidence import Evidence, provenance
 from maml.paper.plan import WATERMARK
 from maml.paper.tables import Comparison, reason_for, status_markdown, verdict
 from maml.record.statistics import Statistics
-from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_gradient_steps, save, style
+from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_steps, save, style
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -203,7 +203,7 @@ def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Pat
         for item in items:
             _plot_curve(axes, item, num_steps, colours[item.curve.name])
         _set_axes(axes, figure.axes)
-        count_gradient_steps(axes)
+        count_steps(axes)
         if len(panels) > 3:  # narrow panels
             axes.set_title(title.replace(", ", ",\n", 1), fontsize=7)
         else:

@@ -1,4 +1,4 @@
-"""Two algorithms as a user might write them, using only the documented interface."""
+"""Algorithms as a user might write them, using only the documented interface."""
 
 from __future__ import annotations
 
@@ -78,6 +78,19 @@ class Prototypical(Algorithm):
         support = self.domain.data(tasks, "support")
         features = self.embed(params, support.x)
         return params | {"means": features.unflatten(1, (support.num_shots, -1)).mean(1)}
+
+
+class InputNoise(Algorithm):
+    """Learns from inputs with noise: a loss with random draws, as in docs/extending.md."""
+
+    def sample_tasks(self, count: int, stream: Stream) -> Tasks:
+        tasks = super().sample_tasks(count, stream)
+        shape = self.domain.data(tasks, "support").x.shape
+        return tasks | {"noise": stream.child("noise").normal(shape, std=0.1)}
+
+    def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
+        support = self.domain.data(tasks, "support")
+        return self.domain.outer_loss(self.model, params, support._replace(x=support.x + tasks["noise"]))
 
 
 class _NearestMean(Model):

@@ -11,7 +11,7 @@ from maml.experiment import run_experiment
 from maml.record import checkpoint
 from maml.record.run_folder import RunFolder
 from tests.hardware.test_distributed import Processes, assert_alike
-from tests.runs import TinyRuns
+from tests.runs import TinyRuns, assert_same_run, before_iteration
 
 SMALL = ("num_iterations=12", "log_every=4", "checkpoint_every=8", "evaluation.num_shots=null", "precision=float64")
 IMAGES = (
@@ -22,7 +22,7 @@ IMAGES = (
     "evaluation.num_tasks=4",
     "evaluation.num_steps=2",
 )
-OWN = {"ANIL": (), "Prototypical": IMAGES}
+OWN = {"ANIL": (), "InputNoise": (), "Prototypical": IMAGES}
 
 
 def settings(tiny: TinyRuns, name: str, *overrides: str) -> Settings:
@@ -45,6 +45,19 @@ def test_chunks_of_one_task_give_the_same_numbers(own_algorithm: tuple[str, Tiny
     assert_alike(*(RunFolder(config, "custom").path for config in (whole, cut)))
 
 
+def test_interrupted_run_resumes_with_the_same_bits(
+    own_algorithm: tuple[str, TinyRuns], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, tiny = own_algorithm
+    whole, parts = settings(tiny, name), settings(tiny.in_folder("parts"), name)
+    run_experiment(whole, "custom")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        before_iteration(patch, 11, lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_experiment(parts, "custom")
+    run_experiment(parts, "custom")
+    assert_same_run(*(RunFolder(config, "custom").path for config in (whole, parts)))
+
+
 def test_two_seeds_at_once_give_the_numbers_of_each(own_algorithm: tuple[str, TinyRuns]) -> None:
     name, tiny = own_algorithm
     together = settings(tiny.in_folder("together"), name, "seeds=2")
@@ -64,7 +77,11 @@ def test_two_processes_give_the_numbers_of_one(own_algorithm: tuple[str, TinyRun
 
 
 # Compiling a convolutional network takes minutes.
-@pytest.mark.parametrize("own_algorithm", ["ANIL", pytest.param("Prototypical", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize(
+    "own_algorithm",
+    ["ANIL", *(pytest.param(name, marks=pytest.mark.slow) for name in ("InputNoise", "Prototypical"))],
+    indirect=True,
+)
 # The compiler causes this warning, and here warnings are errors.
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_compiled_gradient_gives_the_same_numbers(own_algorithm: tuple[str, TinyRuns]) -> None:

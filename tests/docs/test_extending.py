@@ -15,6 +15,7 @@ RUNS = {
     "domain": "step_function",
     "setting": "head.*",
     "algorithm": "nearest_mean",
+    "draws": "input_noise",
     "module": "SmallNet",
     "environment": "Pendulum",
     "discrete": "Corridor",

@@ -65,10 +65,10 @@ main()
 FAST = [
     ("exit", "none", 0),
     ("_log", "SIGTERM", 143),
-    ("_log", "SIGINT", 130),
     ("start", "none", 0),
 ]
 SLOW = [
+    ("_log", "SIGINT", 130),
     ("exit", "error", 1),
     ("_log", "none", 0),
     ("_finish", "none", 0),

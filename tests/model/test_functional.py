@@ -171,6 +171,15 @@ def test_gathering_and_adding_back_are_each_others_transpose() -> None:
         assert (windows * y).sum().item() == pytest.approx((x * folded).sum().item(), rel=1e-12)
 
 
+def test_transposed_convolution_equals_the_librarys_for_each_task_to_second_derivatives() -> None:
+    def library(x: Tensor, weight: Tensor) -> Tensor:
+        planes = F.conv_transpose2d(x.permute(0, 3, 1, 2), weight.transpose(0, 1), stride=2)
+        return planes.permute(0, 2, 3, 1)
+
+    values = random(3, 4, 2, 3, 2, seed=1), random(3, 5, 2, 2, 2, seed=2)
+    assert_same_derivatives(functional.conv_transpose2x2, lambda *tasks: for_each_task(library, *tasks), *values)
+
+
 def test_linear_equals_the_librarys_for_each_task_to_second_derivatives() -> None:
     values = random(3, 4, 2, seed=1), random(3, 5, 2, seed=2), random(3, 5, seed=3)
     assert_same_derivatives(functional.linear, lambda *all_tasks: for_each_task(F.linear, *all_tasks), *values)

@@ -1,4 +1,4 @@
-"""Normalisation, ReLU and pooling as one operation: its derivatives against autograd's and finite differences."""
+"""Normalisation and activation as one operation: its derivatives against autograd's and finite differences."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from maml.hardware.kernels import library, use_kernels
 from maml.model.conv4 import Conv4
 from maml.model.functional import batch_statistics, max_pool, normalize
 from maml.model.mlp import MLP
-from maml.model.normalization import Windows, gradient, norm_relu, second, value
+from maml.model.normalization import Windows, gradient, norm_elu, norm_relu, second, value
 from maml.seeding import Stream
 from maml.types import expand
 
@@ -172,3 +173,25 @@ def test_moments_are_the_mean_and_the_variance_of_each_task(windows: Windows) ->
             values = z[task, ..., feature]
             torch.testing.assert_close(moments[0][task, feature], values.mean(), rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(moments[1][task, feature], values.var(correction=0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3, 4, 6), (1, 7, 6), (3, 5, 4, 4, 2)])
+def test_norm_elu_equals_the_plain_operations_to_second_derivatives(shape: tuple[int, ...]) -> None:
+    def plain_elu(z: Tensor, shift: Tensor, scale: Tensor, _: Windows) -> Tensor:
+        return F.elu(normalize(z, *batch_statistics(z), shift, scale))
+
+    def fused(z: Tensor, shift: Tensor, scale: Tensor, _: Windows) -> Tensor:
+        moments: list[Tensor] = []
+        y = norm_elu(z, shift, scale, moments)
+        for found, expected in zip(moments, batch_statistics(z), strict=True):
+            torch.testing.assert_close(found, expected.flatten(1))
+        return y
+
+    for function, order in ((fused, 2), (norm_elu_first, 1)):
+        found = derivatives(function, draw(shape), "none", order)
+        for one, expected in zip(found, derivatives(plain_elu, draw(shape), "none", order), strict=True):
+            torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-11)
+
+
+def norm_elu_first(z: Tensor, shift: Tensor, scale: Tensor, _: Windows) -> Tensor:
+    return norm_elu(z, shift, scale)

@@ -59,6 +59,7 @@ def test_rows_of_others_are_quoted_and_baselines_that_we_shall_run_are_not() -> 
     run_here = {(cell.table, cell.row) for cell in CELLS.values() if cell.quoted and cell.source}
     assert run_here == {
         ("table1_omniglot", "Siamese"), ("table1_omniglot", "MatchingNets"), ("table1_miniimagenet", "MatchingNets"),
+        ("table1_omniglot", "NeuralStatistician"),
         ("table1_miniimagenet", "MetaLearnerLSTM"),
     }  # fmt: skip
 

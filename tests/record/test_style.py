@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from maml.record.style import count_gradient_steps, log_ticks, metric_label, save, style, themed
+from maml.record.style import count_steps, log_ticks, metric_label, save, style, themed
 
 
 @style()
@@ -52,7 +52,7 @@ def test_gradient_steps_have_whole_ticks() -> None:
     for last in (1, 3, 10):
         axes = Figure().subplots()
         axes.plot(range(last + 1))
-        count_gradient_steps(axes)
+        count_steps(axes)
         assert all(float(tick).is_integer() for tick in axes.get_xticks())
         assert axes.get_xlabel() == "gradient steps"
 
