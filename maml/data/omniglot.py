@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_from_files, load_cache
 from maml.data.files import File, first_ten, list_files, reader
-from maml.data.pictures import opaque, warn_of_blank
+from maml.data.pictures import grey_ink, opaque, warn_of_blank
 from maml.errors import MamlError, Unavailable
 from maml.status import about, announce
 from maml.types import Split
@@ -220,8 +220,7 @@ def _ink(png: bytes, size: int) -> np.ndarray:
 
 
 def _grey_ink(png: bytes, size: int) -> np.ndarray:
-    ink = 255.0 - np.asarray(_drawing(png).convert("L").resize((size, size), Image.Resampling.BILINEAR))
-    return (255 * ink / max(ink.max(), 1.0)).round().astype(np.uint8)
+    return grey_ink(_drawing(png), size, size)
 
 
 def _drawing(png: bytes) -> Image.Image:

@@ -361,7 +361,9 @@ def _steps(item: CurveComparison) -> Markup:
     curve, kind, rows = item.curve, measured_by(item.curve.source), []
     for step, status in enumerate(item.steps):
         paper = printed_value(curve.cells[step]) if curve.cells else ""
-        if not curve.cells and step in curve.levels:
+        if step in curve.points:
+            paper = curve.points[step]
+        elif not curve.cells and step in curve.levels:
             paper = "{:g} to {:g}, read off".format(*curve.levels[step])
         found = item.evidence.statistics(curve.source, step)
         ours = reading_text(found.mean, found.ci95, 3) if found else ""
