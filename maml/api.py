@@ -27,8 +27,10 @@ from maml.config.identity import digest, training_config
 from maml.config.paths import CHECKPOINTS, CONF, TRAIN
 from maml.config.schema import Settings, build, build_without_data, check
 from maml.data.pictures import to_pixels, warn_of_blank
-from maml.domain.base import Role, SupervisedDomain
+from maml.domain.base import Domain, Role, SupervisedDomain
 from maml.domain.classification import FewShotClassification
+from maml.domain.omniglot import Omniglot
+from maml.domain.omniglot_sequence import OmniglotSequence
 from maml.domain.table import Table
 from maml.errors import Diverged, MamlError
 from maml.evaluation import Evaluation
@@ -221,7 +223,13 @@ class Network:
     @property
     def in_shape(self) -> tuple[int, ...]:
         """The shape of one input; for images, ``(H, W, C)``."""
-        return self.algorithm.domain.in_shape
+        return self._inputs.in_shape
+
+    @property
+    def _inputs(self) -> Domain[Any]:
+        """The domain whose inputs a user gives: for sequences of drawings, that of the drawings."""
+        domain = self.algorithm.domain
+        return domain.characters if isinstance(domain, OmniglotSequence) else domain
 
     def read(self, pictures: Iterable[str | Path | Image.Image]) -> Tensor:
         """Converts pictures to inputs like the training images.
@@ -249,20 +257,21 @@ class Network:
         return torch.stack(read)
 
     def _read(self, picture: str | Path | Image.Image, number: int) -> Tensor:
-        is_drawing = self.in_shape[-1] == 1 and getattr(self.algorithm.domain, "scale", 1.0) == 1
+        has_levels = getattr(self._inputs, "scale", 1.0) != 1
+        is_drawing = self.in_shape[-1] == 1 and (not has_levels or isinstance(self._inputs, Omniglot))
         name: Any = picture
         try:
             if isinstance(picture, Image.Image):
                 name = getattr(picture, "filename", "") or f"picture {number}"
-                pixels = to_pixels(picture, self.in_shape, is_drawing)
+                pixels = to_pixels(picture, self.in_shape, is_drawing, has_levels)
             else:
                 with Image.open(picture) as image:
-                    pixels = to_pixels(image, self.in_shape, is_drawing)
+                    pixels = to_pixels(image, self.in_shape, is_drawing, has_levels)
         except Exception as error:  # broken files raise a dozen types in Pillow
             raise MamlError(f"{name} cannot be read as a picture ({error})") from error
         if is_drawing:
             warn_of_blank([(name, pixels)])
-        return torch.from_numpy(pixels / (1 if is_drawing else 255)).to(torch.get_default_dtype())
+        return torch.from_numpy(pixels / (255 if has_levels or not is_drawing else 1)).to(torch.get_default_dtype())
 
     @torch.no_grad()
     def adapt(self, x: Inputs, y: Sequence[Hashable] | Inputs, num_steps: int | None = None) -> Predictor:
@@ -275,8 +284,10 @@ class Network:
                 or the integers of the data set (Omniglot: paper 0, ink 1; photos: 0 to 255).
             y: in classification, one label per input, of any hashable type: 2 to N classes with K examples each, in
                 any order. N is that of training; algorithms that compare images, such as `NearestNeighbor`, take more.
-                The classes of a table are those of its training. In regression, the targets, ``(S, D)``.
-            num_steps: number of gradient steps; None is that of meta-test.
+                The classes of a table are those of its training. In regression, the targets, ``(S, D)``. A network
+                that reads sequences of drawings (`OmniglotSequence`) reads inputs and labels in the given order; its
+                classes may differ in the number of examples. It then answers each query from the state after them.
+            num_steps: number of gradient steps; None is that of meta-test. A network that reads sequences takes none.
 
         Returns:
             The adapted network.
@@ -292,6 +303,8 @@ class Network:
                 f"python scripts/render.py +experiment={self.experiment}"
             )
         inputs, classes = self.prepare(x), None
+        if isinstance(domain, OmniglotSequence):
+            return self._read_sequence(inputs, y, num_steps)
         if isinstance(domain, FewShotClassification):
             most = domain.out_dim if self.algorithm.fixes_ways else None
             classes, targets, order = _in_blocks(y, len(inputs), most)
@@ -318,6 +331,20 @@ class Network:
             raise Diverged(f"{num_steps} gradient steps on these examples diverge; take fewer")
         return Predictor(self, params, inputs, classes)
 
+    def _read_sequence(self, inputs: Tensor, y: Any, num_steps: int | None) -> Predictor:
+        """Returns the predictor of a network that reads labelled drawings and adapts by its state."""
+        if num_steps:
+            raise MamlError(
+                f"{self.experiment} adapts by its state, to the labels that it reads, and takes no gradient steps; "
+                f"leave out num_steps={num_steps}"
+            )
+        labels = y.tolist() if isinstance(y, Tensor | np.ndarray) else list(y)
+        classes = list(dict.fromkeys(labels))
+        _check_classes(len(inputs), labels, len(classes), self.algorithm.domain.out_dim)
+        params = self.algorithm.params_per_task(1, self.evaluation.choose_theta(self.algorithm))
+        numbers = torch.tensor([classes.index(label) for label in labels], device=self.device)
+        return Predictor(self, params, inputs, classes, numbers)
+
     def _step_sizes(self, num_shots: int, num_steps: int) -> list[float] | None:
         """Returns one step size per step. Steps beyond those of meta-test use its last step size."""
         if self.step_sizes:
@@ -335,7 +362,7 @@ class Network:
         Raises:
             MamlError: if the shape or the values are not those of the network's inputs.
         """
-        domain = self.algorithm.domain
+        domain = self._inputs
         original = _tensor(x)
         inputs = _floats(original, "x", self.device)
         if self.in_shape[-1] == 1 and inputs.shape[1:] == self.in_shape[:-1]:
@@ -400,21 +427,26 @@ def _in_blocks(labels: Any, count: int, most: int | None) -> tuple[list[Hashable
         MamlError: if there are not K examples of each class, only one class, or too many.
     """
     labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
-    if len(labels) != count:
-        raise MamlError(f"there are {count} inputs, but {len(labels)} labels")
     examples: dict[Hashable, list[int]] = {}
     for position, label in enumerate(labels):
         examples.setdefault(label, []).append(position)
     num_ways = len(examples)
-    if most is not None and num_ways > most:
-        raise MamlError(f"this network tells {most} classes apart, the labels have {num_ways}")
-    if num_ways < 2:
-        raise MamlError(f"there is nothing to tell apart: the labels have {num_ways} class; give two or more")
+    _check_classes(count, labels, num_ways, most)
     if len({len(positions) for positions in examples.values()}) > 1:
         counts = ", ".join(f"{len(positions)} of {label!r}" for label, positions in examples.items())
         raise MamlError(f"every class needs the same number of examples, but there are {counts}")
     order = torch.tensor(list(examples.values())).T.flatten()
     return list(examples), torch.arange(num_ways).repeat(count // num_ways), order
+
+
+def _check_classes(count: int, labels: Sequence[Hashable], num_ways: int, most: int | None) -> None:
+    """Refuses labels that are not as many as the inputs, and classes that are too many or one."""
+    if len(labels) != count:
+        raise MamlError(f"there are {count} inputs, but {len(labels)} labels")
+    if most is not None and num_ways > most:
+        raise MamlError(f"this network tells {most} classes apart, the labels have {num_ways}")
+    if num_ways < 2:
+        raise MamlError(f"there is nothing to tell apart: the labels have {num_ways} class; give two or more")
 
 
 def _class_numbers(labels: Any, count: int, classes: list[Hashable]) -> Tensor:
@@ -436,12 +468,14 @@ class Predictor:
         params: the adapted parameters, name -> ``(1, ...)``.
         support: the support inputs, ``(S, *in_shape)``.
         classes: the labels of the classes, in the order of `probabilities`; None in regression.
+        labels: the class numbers of the support inputs, ``(S,)``, if the network reads them as a sequence; else None.
     """
 
     network: Network
     params: Params
     support: Tensor
     classes: list[Hashable] | None
+    labels: Tensor | None = None
 
     def __call__(self, x: Inputs, transductive: bool = False) -> Any:
         """Returns the label of each input, as a list; in regression, the values, a tensor ``(Q, D)``.
@@ -479,8 +513,20 @@ class Predictor:
             return self.network.model(self.params, inputs.unsqueeze(0))[0]
         # The network has an output for each class of a training task; a task with fewer classes uses the first ones.
         ways = len(self.classes)
+        if self.labels is not None:
+            return self._outputs_after_support(inputs, self.labels)[:, :ways]
         if transductive:
             return self.network.model(self.params, inputs.unsqueeze(0))[0, :, :ways]
         both = torch.cat([self.support, inputs]).unsqueeze(0)
         count = len(self.support)
         return self.network.model(self.params, both, num_reference=count)[0, count:, :ways]
+
+    def _outputs_after_support(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Returns the outputs for each input as the last element of a sequence, ``(Q, out_dim)``."""
+        domain = self.network.algorithm.domain
+        assert isinstance(domain, OmniglotSequence)
+        count = len(inputs)
+        support = self.support.expand(count, *self.support.shape)
+        images = torch.cat([support, inputs.unsqueeze(1)], dim=1).squeeze(-1)  # (Q, S + 1, H, W)
+        sequences = domain.inputs(images, labels.expand(count, -1))
+        return self.network.model(self.params, sequences.unsqueeze(0))[0]

@@ -23,6 +23,7 @@ from maml.seeding import Stream
 from maml.training.progress import EvaluationProgress
 from maml.types import (
     Count,
+    MeasuredBy,
     NonNegativeFloat,
     NonNegativeInt,
     Params,
@@ -43,37 +44,49 @@ _NUM_PICTURED = 4
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over gradient steps at one K.
+    """One metric over gradient steps, or over showings, at one K.
 
     Attributes:
         num_shots: K.
         metric: the metric's name.
-        values: the metric for each step and task, ``(num_steps + 1, tasks)``, float64.
+        values: the metric for each step and task, ``(num_steps + 1, tasks)``, float64. By showing, step s is showing
+            s + 1, and the value is NaN in a task that has no such showing.
         predictions: what the query examples were taken for after the last step; only with ``per_class``, and for the
             headline metric.
+        measured_by: what the curve is over.
     """
 
     num_shots: int
     metric: str
     values: Tensor
     predictions: Predictions | None = None
+    measured_by: MeasuredBy = "gradient step"
 
     def summary(self) -> dict[str, Any]:
         """Returns the mean and the 95 % interval over tasks for each step, as a report holds them.
 
         The interval is mean +- 1.96 population std / sqrt(tasks), as in the authors' code. A mean or interval is None
-        if it is not finite, because adaptation diverged on some task.
+        if it is not finite, because adaptation diverged on some task. By showing, the tasks that have no such showing
+        are left out, and the mean is None if no task has it.
         """
-        count = self.values.shape[1]
-        half_width = 1.96 * self.values.std(1, correction=0) / math.sqrt(count)
         return {
             "num_shots": self.num_shots,
             "metric": self.metric,
             "steps": [
                 {"step": step, "mean": _none_unless_finite(mean), "ci95": _none_unless_finite(ci95), "num_tasks": count}
-                for step, (mean, ci95) in enumerate(zip(self.values.mean(1).tolist(), half_width.tolist(), strict=True))
+                for step, (mean, ci95, count) in enumerate(zip(*self._statistics(), strict=True))
             ],
         }
+
+    def _statistics(self) -> tuple[list[float], list[float], list[int]]:
+        """Returns the mean, the half-width of its interval and the number of tasks for each step."""
+        num_steps, count = self.values.shape
+        if self.measured_by == "gradient step":
+            half_width = 1.96 * self.values.std(1, correction=0) / math.sqrt(count)
+            return self.values.mean(1).tolist(), half_width.tolist(), [count] * num_steps
+        counts, means = (~self.values.isnan()).sum(1), self.values.nanmean(1)
+        std = (self.values - means.unsqueeze(1)).square().nanmean(1).sqrt()
+        return means.tolist(), (1.96 * std / counts.sqrt()).tolist(), counts.tolist()
 
 
 def _none_unless_finite(value: float) -> float | None:
@@ -259,19 +272,44 @@ class Evaluation:
             return domain.authors_test_tasks(count, num_shots)
         return domain.sample_tasks(count, Stream(self.bank_seed).child("bank"), split, num_shots, num_query)
 
-    def check(self, domain: Domain[Any], keeps_best: bool = False, fixes_ways: bool = True) -> None:
+    def check(
+        self,
+        domain: Domain[Any],
+        keeps_best: bool = False,
+        fixes_ways: bool = True,
+        has_step_size: bool = True,
+    ) -> None:
         """Checks, before any training, that the evaluation is possible on a domain.
 
         Args:
             domain: the domain.
             keeps_best: whether training keeps the theta that is best on validation tasks.
             fixes_ways: whether the network has one output for each class of a training task.
+            has_step_size: whether the steps of the inner optimizer have a size.
 
         Raises:
             MamlError: if the domain has too little data at some K, or lacks the authors' bank or classes, if some K has
-                no step size, if tasks have more classes than the network has outputs, or if the best theta is evaluated
-                and training does not keep it.
+                no step size or steps have none, if tasks have more classes than the network has outputs, if there are
+                gradient steps in a domain that measures by showing, or if the best theta is evaluated and training does
+                not keep it.
         """
+        if domain.measured_by == "showing":
+            reason = f"{type(domain).__name__} measures by showing, after 0, 1, 2, ... labelled examples of a class"
+            if self.num_steps:
+                raise MamlError(
+                    f"evaluation.num_steps={self.num_steps}, but {reason}, and nothing adapts by gradient steps; set "
+                    "evaluation.num_steps=0 (evaluation=accuracy_by_showing)"
+                )
+            if self.search:
+                raise MamlError(
+                    f"evaluation.search chooses step sizes, but {reason}, and takes no steps; set "
+                    "evaluation.search=null"
+                )
+        if not has_step_size and (self.step_size is not None or self.search is not None):
+            key = "evaluation.search" if self.step_size is None else "evaluation.step_size"
+            raise MamlError(
+                f"{key} sets the size of steps, but this inner optimizer computes its steps without one; set {key}=null"
+            )
         if self.num_ways is not None:
             domain.with_ways(self.num_ways)  # refuses domains whose tasks do not draw classes
             if fixes_ways and self.num_ways > domain.out_dim:
@@ -408,8 +446,15 @@ class Evaluation:
         predictions = None
         if predicted:
             predictions = Predictions(*(distributed.all_gather(part) if is_shared else part for part in predicted))
+        domain = algorithm.domain
         return [
-            Curve(num_shots, name, value.T.contiguous(), predictions if name == algorithm.domain.headline else None)
+            Curve(
+                num_shots,
+                name,
+                value.T.contiguous(),
+                predictions if name == domain.headline else None,
+                domain.measured_by,
+            )
             for name, value in values.items()
         ]
 
@@ -424,8 +469,8 @@ class Evaluation:
         """Adapts in chunks of tasks, and measures. After each step, it calls ``show`` with the share that is done.
 
         Returns:
-            Each metric for every task and step, ``(T, num_steps + 1)``, float64; and the parts of the `Predictions`
-            after the last step, none without ``per_class``.
+            Each metric for every task and step, ``(T, num_steps + 1)``, or every showing, ``(T, M)``, float64; and the
+            parts of the `Predictions` after the last step, none without ``per_class``.
         """
         device = algorithm.stream.device
         theta = self.choose_theta(algorithm)
@@ -444,7 +489,8 @@ class Evaluation:
             if self.per_class:
                 predicted.append(algorithm.domain.predict_classes(algorithm.model, adapted, tasks))
             for name, values in steps.items():
-                parts.setdefault(name, []).append(torch.stack(values, dim=1).double())
+                by_showing = algorithm.domain.measured_by == "showing"
+                parts.setdefault(name, []).append((values[0] if by_showing else torch.stack(values, dim=1)).double())
         measured = {name: torch.cat(values).cpu() for name, values in parts.items()}
         return measured, [torch.cat(group).cpu() for group in zip(*predicted, strict=True)]
 
@@ -459,10 +505,17 @@ def bank_hash(tasks: Tasks) -> str:
 
 
 def per_task_rows(curves: list[Curve]) -> list[dict[str, Any]]:
-    """Returns the rows of ``tasks.csv``: one per K, metric and task, with one column per gradient step, to 7 digits."""
+    """Returns the rows of ``tasks.csv``: one per K, metric and task, with one column per gradient step, to 7 digits.
+
+    By showing, the column ``step_1`` holds the 2nd showing; a task that has no such showing has no value there.
+    """
     rows = []
     for curve in curves:
+        is_by_showing = curve.measured_by == "showing"
         for task, values in enumerate(curve.values.T.tolist()):
-            columns = {f"step_{step}": float(f"{value:.7g}") for step, value in enumerate(values)}
+            columns = {
+                f"step_{step}": None if is_by_showing and math.isnan(value) else float(f"{value:.7g}")
+                for step, value in enumerate(values)
+            }
             rows.append({"num_shots": curve.num_shots, "metric": curve.metric, "task": task} | columns)
     return rows

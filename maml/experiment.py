@@ -29,6 +29,7 @@ from maml.record.classes import TABLES, confusion
 from maml.record.extension import extend_finished_run
 from maml.record.plot import plot_report
 from maml.record.run_folder import read_metrics
+from maml.record.style import step_label
 from maml.seeding import Stream
 from maml.status import announce
 from maml.training.autotune import tune_execution
@@ -153,7 +154,8 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> floa
         seed_settings = settings.for_seed(seed)
         algorithm = first if seed == settings.seed else build_algorithm(seed_settings, hardware, domain)
         learner = Learner(seed_settings, experiment, algorithm)
-        evaluation.check(domain, settings.validate_every is not None, algorithm.fixes_ways)
+        keeps_best, has_step_size = settings.validate_every is not None, algorithm.inner.has_step_size
+        evaluation.check(domain, keeps_best, algorithm.fixes_ways, has_step_size)
         checkpoint_file = Path(settings.checkpoint) if settings.checkpoint else None
         distributed.on_rank_zero(partial(learner.folder.check_sources, checkpoint_file))
         if settings.mode == "eval":
@@ -319,6 +321,7 @@ def _evaluate(
         "step_sizes": step_sizes,
         "headline_metric": domain.headline,
         "larger_is_better": domain.larger_is_better,
+        **({} if domain.measured_by == "gradient step" else {"measured_by": domain.measured_by}),
         "headline": headline_curve["steps"][-1]["mean"],
         "curves": summaries,
     }
@@ -347,7 +350,7 @@ def _cell_texts(judge: Judge | None, experiment: str, settings: Settings, report
 
 
 def print_report(report: Mapping[str, Any], algorithm: str, judgements: Sequence[Judgement] = ()) -> None:
-    """Prints each curve of a report as a table: the mean and the 95 % interval after every gradient step.
+    """Prints each curve of a report as a table: the mean and the 95 % interval after every gradient step or showing.
 
     Args:
         report: the content of ``report.json``.
@@ -364,7 +367,10 @@ def print_report(report: Mapping[str, Any], algorithm: str, judgements: Sequence
         judged = [each for each in judgements if (each.metric, each.num_shots) == (curve["metric"], curve["num_shots"])]
         rows.append((title, "paper", "verdict") if judged else (title, "", ""))
         for step in curve["steps"]:
-            ours = f"    step {step['step']:2d}: {_value_text(step['mean'], step['ci95'])}"
+            place = step_label(step["step"], report.get("measured_by", "gradient step"), width=2)
+            ours = f"    {place}: {_value_text(step['mean'], step['ci95'])}"
+            if not step["num_tasks"]:
+                ours = f"    {place}: in no task"
             here = [(each.published or "-", each.verdict) for each in judged if each.step == step["step"]]
             here = list(dict.fromkeys(here)) or [("", "")]  # two tables can print the same number
             rows += [(ours if index == 0 else "", *numbers) for index, numbers in enumerate(here)]

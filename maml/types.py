@@ -82,6 +82,13 @@ Split = Literal["train", "val", "test"]
 """Which classes or goals tasks are drawn from."""
 
 
+MeasuredBy = Literal["gradient step", "showing"]
+"""What a curve of meta-test is over: gradient steps from 0, or showings of a class from the 1st."""
+
+FIRST_STEP: dict[MeasuredBy, int] = {"gradient step": 0, "showing": 1}
+"""The number that the first value of a curve, step 0 of a report, has for the reader."""
+
+
 class Examples(NamedTuple):
     """Labelled examples of T tasks.
 

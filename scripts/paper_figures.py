@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plot_figure(figure, [item for _, _, item in curves], path.with_suffix(".png"))
         _write_csv(path, [row for curve, evidence, _ in curves for row in figure_rows(curve, evidence)])
         compared = [CurveComparison(curve, evidence) for curve, evidence, _ in curves]
-        judged += [item for item in compared if item.curve.is_plotted]
+        judged += [item for item in compared if item.curve.is_plotted and figure.in_paper]
         texts = {item.curve.label: (item.status, item.text, item.curve.source, item.evidence) for item in compared}
         sections[figure.name] = _section(figure, path, texts)
     for picture in load_pictures(options.results):

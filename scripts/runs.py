@@ -41,9 +41,10 @@ from maml.paper.evidence import Evidence, find_evidence, samples
 from maml.record import checkpoint
 from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval
 from maml.record.frame import UNKNOWN, run_frame, setting
-from maml.record.index import SUPERSEDED, CurveRecord, Run, conflicts_among, read_run, read_runs, supersede
+from maml.record.index import SUPERSEDED, CurveRecord, Report, Run, conflicts_among, read_run, read_runs, supersede
 from maml.record.lock import acquire
 from maml.record.run_folder import read_json
+from maml.record.style import step_label
 from maml.record.transfer import import_runs
 from maml.sweep.state import SWEEP, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows
 
@@ -245,7 +246,12 @@ def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _where(row: Mapping[str, Any]) -> str:
-    return f"K={row['num_shots']}, step {row['step']}"
+    return f"K={row['num_shots']}, {step_label(row['step'], row['measured_by'])}"
+
+
+def _number(step: int, report: Report) -> str:
+    """Returns the number of a step; by showing, its name, because showings count from 1."""
+    return step_label(step, report.measured_by) if report.measured_by == "showing" else str(step)
 
 
 def reading_text(mean: float | None, ci95: float | None) -> str:
@@ -277,7 +283,7 @@ def _group_row(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "experiment": run.experiment,
         "first_run": report.run_id,
-        **row[["metric", "num_shots", "step", "num_tasks"]],
+        **row[["metric", "num_shots", "step", "measured_by", "num_tasks"]],
         "mean": found.mean,
         "ci95": found.ci95,
         "tasks_ci95": found.tasks_ci95,
@@ -354,11 +360,12 @@ def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
                 "iteration": f"{report.iteration:,}",
                 "curve": f"{curve.metric}, K={curve.num_shots}",
                 "n": str(curve.steps[0].num_tasks),
-                "step 0": reading_text(curve.steps[0].mean, curve.steps[0].ci95),
-                "last step": f"{curve.steps[-1].step}: {reading_text(curve.steps[-1].mean, curve.steps[-1].ci95)}",
+                step_label(0, report.measured_by): reading_text(curve.steps[0].mean, curve.steps[0].ci95),
+                "last step": f"{_number(last.step, report)}: {reading_text(last.mean, last.ci95)}",
             }
             for report in run.reports
             for curve in report.curves
+            for last in curve.steps[-1:]
         ]
     )
     for report in run.reports:
@@ -449,7 +456,7 @@ def _difference_rows(a: Run, b: Run, a_curve: CurveRecord, b_curve: CurveRecord)
     for first, second in zip(a_curve.steps, b_curve.steps, strict=False):
         row = {
             "curve": f"{a_curve.metric}, K={a_curve.num_shots}",
-            "step": str(first.step),
+            "step": _number(first.step, a.report),
             "A": reading_text(first.mean, first.ci95),
             "B": reading_text(second.mean, second.ci95),
             "B - A": "",

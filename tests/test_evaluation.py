@@ -12,7 +12,7 @@ import torch
 from maml.algorithm.maml import MAML
 from maml.config.identity import digest, evaluation_config
 from maml.config.schema import build
-from maml.domain.base import Domain
+from maml.domain.base import Domain, Metrics
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid
 from maml.domain.sinusoid_sequence import SinusoidSequence
@@ -20,12 +20,13 @@ from maml.errors import MamlError
 from maml.evaluation import Curve, Evaluation, StepSizeSearch, bank_hash, per_task_rows
 from maml.experiment import build_algorithm
 from maml.inner.sgd import SGD
+from maml.model.base import Model
 from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
 from maml.record.run_folder import read_json
 from maml.seeding import Stream
 from maml.training.progress import EvaluationProgress
-from maml.types import Split, Tasks, num_tasks
+from maml.types import Examples, Params, Split, Tasks, num_tasks
 from tests.algorithms import build_from
 from tests.runs import TinyRuns
 
@@ -135,6 +136,48 @@ def test_per_task_rows_hold_every_value() -> None:
         {"num_shots": 5, "metric": "mse", "task": 0, "step_0": 1.0, "step_1": 3.0},
         {"num_shots": 5, "metric": "mse", "task": 1, "step_0": 2.0, "step_1": 4.0},
     ]
+
+
+class ByShowing(Sinusoid):
+    """Measures three showings: the task's amplitude, its phase in every other task, and its phase in none."""
+
+    headline = "seen"
+    measured_by = "showing"
+
+    def measure(self, model: Model, params: Params, support: Examples, query: Examples, step: int) -> Metrics:
+        self.num_calls = getattr(self, "num_calls", 0) + 1
+        value = support.y[:, 0, 0]
+        missing = torch.full_like(value, math.nan)
+        return {"seen": torch.stack([value, value.where(value > 0, missing), missing], 1)}
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_curve_by_showing_comes_from_one_pass_and_leaves_out_tasks_without_it(chunk: int | None) -> None:
+    domain = ByShowing()
+    algorithm = build_from(MAML, domain, MLP((1,), 1, [4]), SGD(step_size=0.1, num_steps=1, order=1, adapt=["*"]))
+    evaluation = Evaluation(num_tasks=8, num_steps=0)
+    evaluation.check(domain)
+    (curve,), _, _ = evaluation(algorithm, chunk)
+    assert domain.num_calls == (1 if chunk is None else 3)
+    assert (curve.measured_by, curve.values.shape) == ("showing", (3, 8))
+    everything = domain.data(evaluation.bank(domain, 10), "support").y[:, 0, 0].double()
+    some = everything[everything > 0]
+    assert 1 < len(some) < 8
+    for step, values in zip(curve.summary()["steps"], (everything, some), strict=False):
+        assert step["mean"] == pytest.approx(values.mean().item())
+        assert step["ci95"] == pytest.approx(1.96 * values.std(correction=0).item() / math.sqrt(len(values)))
+        assert step["num_tasks"] == len(values)
+    assert curve.summary()["steps"][2] == {"step": 2, "mean": None, "ci95": None, "num_tasks": 0}
+    rows = per_task_rows([curve])
+    assert [row["step_1"] is None for row in rows] == (everything <= 0).tolist()
+    assert all(row["step_2"] is None for row in rows)
+
+
+def test_gradient_steps_are_refused_by_showing() -> None:
+    with pytest.raises(MamlError, match=r"evaluation\.num_steps=2, but ByShowing measures by showing.*num_steps=0"):
+        Evaluation(num_tasks=2, num_steps=2).check(ByShowing())
+    with pytest.raises(MamlError, match=r"evaluation\.search chooses step sizes, but ByShowing measures by showing"):
+        Evaluation(num_tasks=2, num_steps=0, search=StepSizeSearch([0.1], 2)).check(ByShowing())
 
 
 def test_evaluation_leaves_theta_as_it_was() -> None:

@@ -31,6 +31,7 @@ from maml.environment.point import PointEnvironments
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm, run_experiment
 from maml.hardware.base import Hardware
+from maml.inner.meta_lstm import MetaLSTM
 from maml.outer.adam import Adam
 from maml.outer.sgd import SGD
 from maml.outer.trpo import TRPO
@@ -57,6 +58,7 @@ _OF_EMBEDDINGS = (
     "cifar_fs_5way_1shot_matching",
     "omniglot_20way_5shot_prototypical",
     "omniglot_5way_1shot_siamese",
+    "omniglot_alphabets_siamese",
     "omniglot_5way_5shot_statistician",
 )
 
@@ -79,6 +81,9 @@ def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -
         few = ["evaluation.num_steps=5"]
     if name.endswith(("_prototypical", "_matching", "_siamese", "_statistician")):
         few = ["domain.num_ways=6"]
+    if name == "omniglot_alphabets_siamese":  # a smaller network, on drawings that are read already
+        small = ["domain.image_size=28", "model.module.kernels=[3,3,1,1]", "model.module.widths=[2,2,2,2]"]
+        few = ["domain.num_ways=6", "model.module.num_features=8", *small]
     config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
     if name.endswith("_statistician"):
         config = replace(config, model={**config.model, "hidden_size": 16, "context_size": 8})
@@ -286,6 +291,7 @@ def test_embedding_methods_are_those_of_the_protocol(name: str) -> None:
     follows_ravi = method == "matching" and not name.startswith("omniglot")
     assert outer["step_size"] == (1e-4 if follows_ravi else 1e-3)
     assert (outer["schedule"] or {}).get("every") == (None if follows_ravi else 2000)
+    assert config.model["dropout"] == (0.1 if follows_ravi else 0)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +310,26 @@ def test_embedding_methods_have_the_network_and_classes_of_the_protocol(
     assert {split: len(classes) for split, classes in algorithm.domain.splits.items()} == num_classes
     ways, shots = (5, 1) if "5way" in name else (20, 5)
     assert evaluation.bank(algorithm.domain, shots, num_tasks=2)["support_images"].shape == (2, ways, shots)
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize(("domain", "num_parameters"), [("cifar_fs", 29_541), ("mini_imagenet", 32_901)])
+def test_meta_lstm_is_ravis(domain: str, num_parameters: int, shots: int, cache_dir: Path) -> None:
+    """Steps, numbers and scales of docs/protocol.md#meta-learner-lstm."""
+    config, algorithm, evaluation = built(f"{domain}_5way_{shots}shot_meta_lstm", cache_dir)
+    inner, num_steps = algorithm.inner, 12 if shots == 1 else 5
+    assert isinstance(inner, MetaLSTM)
+    assert (inner.num_steps, evaluation.num_steps, inner.order, inner.hidden_size) == (num_steps, num_steps, 1, 20)
+    assert (config.meta_batch_size, config.num_iterations) == (1, 75_000 if shots == 1 else 50_000)
+    own = [name for name in algorithm.theta if name.startswith("inner.")]
+    assert sum(algorithm.theta[name].numel() for name in own) == 2046
+    assert size(algorithm) - 2046 == num_parameters
+    assert len(inner.adapted_names(list(algorithm.theta))) == len(algorithm.theta) - len(own), "all adapt"
+    assert (evaluation.num_tasks, evaluation.num_query, algorithm.domain.num_query) == (600, 15, 15)
+    # Our losses are sums over N K or N Q images, divided by K; the source has means, and one division more.
+    assert inner.loss_scale == pytest.approx(1 / 5)
+    assert inner.gradient_scale == pytest.approx(1 / 5 / (5 * shots))
+    assert config.outer["clip_norm"] == pytest.approx(0.25 * 75 / shots)
 
 
 def test_embedding_experiments_with_equal_training_share_it() -> None:

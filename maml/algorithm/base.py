@@ -12,7 +12,7 @@ from torch import Tensor
 from maml.algorithm.best import NUM_RECENT_RETURNS, init_best
 from maml.domain.base import Domain, Metrics
 from maml.errors import MamlError
-from maml.inner.base import Inner
+from maml.inner.base import Inner, Loss
 from maml.model.base import Model
 from maml.outer.base import Objective, Outer, OuterState
 from maml.pictures import Picture
@@ -52,7 +52,7 @@ class Algorithm(ABC):
 
     Class attributes:
         differentiates_adaptation: whether the meta-gradient is taken through adaptation. Only then ``inner.order``
-            matters and step sizes can be learnt.
+            matters, and what an inner optimizer has of its own (step sizes, an LSTM) can be learnt.
         trained_as: the address of the class whose training runs this class shares, because the two differ in meta-test
             only; None if it has runs of its own.
         learns_from_rollouts: whether it can learn from data that depends on theta, as rollouts do.
@@ -63,6 +63,7 @@ class Algorithm(ABC):
             can share the tasks.
         fixes_ways: whether each class of a training task has its own output, so that tasks of meta-test cannot have
             more classes. Algorithms that compare images with the support images have no such limit.
+        draws_dropout: whether `sample_tasks` draws what the model drops. Only then the model can have dropout.
         updates_seeds_together: whether `meta_updates` is defined. Only then, or if ``sums_over_tasks``, several seeds
             can be trained as one computation.
 
@@ -80,6 +81,7 @@ class Algorithm(ABC):
     shares_weights = False
     sums_over_tasks = True
     fixes_ways = True
+    draws_dropout = False
     updates_seeds_together = False
 
     def __init__(self, parts: Parts) -> None:
@@ -97,6 +99,11 @@ class Algorithm(ABC):
             )
         self.model = parts.make_model(self.domain.in_shape, self.domain.out_dim)
         self.domain.check_model(self.model)
+        if self.model.dropout and not self.draws_dropout:
+            raise MamlError(
+                f"model.dropout={self.model.dropout}, but {type(self).__name__} drops no values in training; set it to "
+                "0, or choose algorithm=matching, prototypical or siamese"
+            )
         if self.inner.second_order_from and not (self.differentiates_adaptation and self.inner.num_steps):
             raise MamlError(
                 f"inner.second_order_from={self.inner.second_order_from} changes how the meta-gradient goes through "
@@ -119,15 +126,15 @@ class Algorithm(ABC):
             buffers: other tensors that training changes; None is none.
 
         Raises:
-            MamlError: if no parameter adapts, or the inner optimizer wants to learn step sizes and this algorithm has
-                no gradient for them.
+            MamlError: if no parameter adapts, or the inner optimizer has parameters of its own to learn and this
+                algorithm has no gradient for them.
         """
         self.inner.adapted_names(list(params))  # fails here, before training, if ``inner.adapt`` matches nothing
-        learnt = self.inner.init_learned(params)
+        learnt = self.inner.init_learned(params, self.stream.child("inner"))
         if learnt and not self.differentiates_adaptation:
             raise MamlError(
-                f"{type(self).__name__} does not differentiate through adaptation, so it cannot learn step sizes such "
-                f"as {next(iter(learnt))}; choose inner=sgd, or algorithm=maml"
+                f"{type(self).__name__} does not differentiate through adaptation, so it cannot learn "
+                f"{next(iter(learnt))}, as {type(self.inner).__name__} does; choose inner=sgd, or algorithm=maml"
             )
         self.theta: Params = params | learnt
         self.buffers: Params = buffers or {}
@@ -283,15 +290,24 @@ class Algorithm(ABC):
             step_sizes: one step size per step; None uses the inner optimizer's own.
             create_graph: whether second derivatives with respect to ``params`` are needed.
         """
+        loss = self.support_loss(tasks)
+        for adapted, _ in self.inner.adapt(loss, self.theta_of(params), num_steps, create_graph, step_sizes):
+            yield adapted
+
+    def support_loss(self, tasks: Tasks) -> Loss:
+        """Returns the loss that inner steps lower: that of each task's support data at the step.
+
+        Args:
+            tasks: T tasks; in an on-policy domain, they need the data of a step when it is taken.
+        """
         # Examples are the same at every step, and gathered once; each step has rollouts of its own.
         examples = None if self.domain.on_policy else self.domain.data(tasks, "support")
 
-        def support_loss(params: Params, step: int) -> Tensor:
+        def loss(params: Params, step: int) -> Tensor:
             data = self.domain.data(tasks, "support", step) if examples is None else examples
             return self.domain.inner_loss(self.model, params, data)
 
-        for adapted, _ in self.inner.adapt(support_loss, self.theta_of(params), num_steps, create_graph, step_sizes):
-            yield adapted
+        return loss
 
     def params_per_task(self, num_tasks: int, theta: Params | None = None) -> Params:
         """Returns theta and the buffers, one copy for each task: name -> ``(T, ...)``.

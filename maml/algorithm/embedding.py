@@ -10,15 +10,18 @@ from torch import Tensor
 
 from maml.algorithm.base import Algorithm, Parts
 from maml.algorithm.classifier import mean_cross_entropy, new_statistics
-from maml.domain.base import Metrics
+from maml.domain.base import Metrics, Role
 from maml.domain.classification import FewShotClassification, accuracy
 from maml.errors import MamlError
-from maml.model.base import Model
+from maml.model.base import DROPOUT, Model
 from maml.seeding import Stream
 from maml.types import Examples, Params, Tasks, without_copies
 
 SUPPORT = "support.features"
 """The name under which adapted parameters hold the embeddings of the support images, ``(T, K, N, D)``."""
+
+_ROLES: tuple[Role, ...] = ("support", "query")
+"""The images of an episode, in the order in which they make one batch."""
 
 Scores = Callable[[Params, Tensor, Tensor], Tensor]
 """Computes scores of the classes, ``(T, Q, N)``, as `Embedding.scores` does."""
@@ -43,6 +46,7 @@ class Embedding(Algorithm):
 
     shares_weights = True
     fixes_ways = False
+    draws_dropout = True
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
@@ -87,11 +91,18 @@ class Embedding(Algorithm):
         scores = self.scores(params, support, query)
         return mean_cross_entropy(scores, labels), {"accuracy": accuracy(scores, labels)}
 
+    def sample_tasks(self, count: int, stream: Stream) -> Tasks:
+        """Draws a meta-batch, and which values dropout keeps in its support and query images."""
+        tasks = self.domain.sample_tasks(count, stream)
+        size = sum(self.domain.data(tasks, role).x.shape[1] for role in _ROLES) if self.network.dropout else 0
+        return tasks | self.network.draw_dropout(size, Stream(stream.child("dropout").bits((count,))))
+
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """The loss of the query images; the metrics hold the new running statistics."""
         support, query = self.domain.data(tasks, "support"), self.domain.data(tasks, "query")
         seen: Params = {}
-        both = self.network.features(self.theta_of(params), torch.cat([support.x, query.x], dim=1), seen=seen)
+        kept = {name: value for name, value in tasks.items() if name.startswith(DROPOUT)}
+        both = self.network.features(self.theta_of(params) | kept, torch.cat([support.x, query.x], dim=1), seen=seen)
         embedded, asked = both.split([support.x.shape[1], query.x.shape[1]], dim=1)
         losses, metrics = self.loss(params, in_blocks(embedded, support), asked, query.y)
         return losses, metrics | new_statistics(params, seen)

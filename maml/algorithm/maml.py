@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics, Role
 from maml.domain.reinforcement import Reinforcement
+from maml.pictures import Picture
 from maml.types import MatrixVectorProduct, Params, Tasks
 
 
@@ -26,7 +29,9 @@ class MAML(Algorithm):
 
     @property
     def name(self) -> str:
-        return "FOMAML" if type(self) is MAML and self.inner.order == 1 else super().name
+        if type(self) is not MAML:
+            return super().name
+        return self.inner.method or ("FOMAML" if self.inner.order == 1 else "MAML")
 
     @property
     def num_steps(self) -> int:
@@ -44,6 +49,17 @@ class MAML(Algorithm):
         """
         *_, adapted = self.inner_steps(params, tasks, self.num_steps, None, create_graph=self.inner.present_order == 2)
         return self.domain.outer_loss(self.model, adapted, self.domain.data(tasks, self.role, self.num_steps))
+
+    def pictures(self, params: Params, tasks: Tasks, num_steps: int) -> dict[str, Picture]:
+        """Returns the pictures of the inner optimizer, which may show the course of its state."""
+
+        def steps() -> Iterator[tuple[Params, Params]]:
+            taken = self.inner.adapt(self.support_loss(tasks), self.theta_of(params), num_steps, create_graph=False)
+            for step, (adapted, state) in enumerate(taken):
+                self.domain.collect(tasks, self.model, adapted, step)
+                yield adapted, state
+
+        return self.inner.pictures(steps())
 
     def curvature(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
         if not (self.inner.is_plain_sgd and isinstance(self.domain, Reinforcement)):

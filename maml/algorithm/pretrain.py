@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from maml.algorithm.base import Parts
 from maml.algorithm.maml import MAML
 from maml.domain.base import Role
 
@@ -15,6 +16,11 @@ class Pretrain(MAML):
 
     differentiates_adaptation = False
     role: Role = "support"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        # Where nothing adapts in meta-test either, as with recurrent networks, tasks need no copies of the weights.
+        self.shares_weights = parts.domain.measured_by == "showing"
 
     @property
     def num_steps(self) -> int:

@@ -3,8 +3,9 @@
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_from_files, load_cache
 from maml.data.files import File, first_ten, list_files, reader
-from maml.data.pictures import opaque, warn_of_blank
+from maml.data.pictures import grey_ink, opaque, warn_of_blank
 from maml.errors import MamlError, Unavailable
 from maml.status import about, announce
 from maml.types import Split
@@ -84,14 +85,15 @@ ALPHABETS = {
 _NUM_TRAINVAL = 1200  # characters that are not in the test of Vinyals et al. (2016)
 _VAL_ALPHABETS = {"Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)"}
 
-_CACHE_NAME = "omniglot_28x28_nearest"
 _SOURCE_SIZE = (105, 105)
 _SECONDS_TO_READ = 10
 _HOMEPAGE = "https://github.com/brendenlake/omniglot/tree/master/python"
 _DRAWING = re.compile(r"images_\w+/[^/]+/[^/]+/[^/.][^/]*\.png")  # not the hidden files that some systems add
 
 
-def load_omniglot(data_dir: Path, cache_dir: Path, download: bool = True) -> ImageSet:
+def load_omniglot(
+    data_dir: Path, cache_dir: Path, download: bool = True, size: int = IMAGE_SIZE, is_grey: bool = False
+) -> ImageSet:
     """Loads both halves of Omniglot, merged as in section 5.2 of the paper and its code.
 
     The halves are ``images_background`` and ``images_evaluation``. Each half is searched in ``omniglot/``,
@@ -102,24 +104,28 @@ def load_omniglot(data_dir: Path, cache_dir: Path, download: bool = True) -> Ima
         data_dir: folder of the data sets; only a download writes to it.
         cache_dir: folder in which the tensor built from the original files is cached.
         download: whether a missing half is downloaded by torchvision to ``data_dir/omniglot/``.
+        size: height and width of the images.
+        is_grey: whether drawings are made smaller with a smooth filter (bilinear), so that pixels are levels of grey.
+            The darkest pixel of a drawing is 255. Otherwise the nearest pixel is taken, which is ink or paper.
 
     Returns:
-        ``images`` uint8 ``(1623, 20, 28, 28)``, ink = 1 and paper = 0, the drawings of a character in the order of
-        their file names; ``classes`` as ``alphabet/characterNN``, sorted.
+        ``images`` uint8 ``(1623, 20, size, size)``, paper = 0 and ink = 1, or 255 if ``is_grey``, the drawings of a
+        character in the order of their file names; ``classes`` as ``alphabet/characterNN``, sorted.
 
     Raises:
         MamlError: if files are missing or damaged, the download fails, or the cache cannot be written.
     """
-    found = _find(data_dir)
+    found, cache_name = _find(data_dir), f"omniglot_{size}x{size}_{'bilinear' if is_grey else 'nearest'}"
     if missing := [half for half in ALPHABETS if half not in found]:
-        if (cached := load_cache(cache_dir, _CACHE_NAME)) is not None:
+        if (cached := load_cache(cache_dir, cache_name)) is not None:
             return cached
         if not download:
             raise Unavailable(_how_to_provide(data_dir, missing))
         _download(data_dir, missing)
         found = _find(data_dir)
     files = {name: file for source in found.values() for name, file in _list_drawings(source)}
-    return cached_from_files(cache_dir, _CACHE_NAME, files, lambda: _read(found, _group(files, data_dir)))
+    ink = partial(_grey_ink if is_grey else _ink, size=size)
+    return cached_from_files(cache_dir, cache_name, files, lambda: _read(found, _group(files, data_dir), size, ink))
 
 
 def vinyals_split(classes: Sequence[str]) -> dict[Split, Tensor]:
@@ -184,11 +190,13 @@ def _group(names: Iterable[str], data_dir: Path) -> dict[str, list[str]]:
     return drawings
 
 
-def _read(sources: dict[str, Path], drawings: dict[str, list[str]]) -> tuple[Tensor, list[str]]:
+def _read(
+    sources: dict[str, Path], drawings: dict[str, list[str]], size: int, read_ink: Callable[[bytes], np.ndarray]
+) -> tuple[Tensor, list[str]]:
     announce(f"reading Omniglot, once: {about(_SECONDS_TO_READ)}")
     halves = {label: half for half, _, label in (folder.partition("/") for folder in drawings)}
     classes = sorted(halves)
-    images = np.empty((len(classes), NUM_DRAWINGS, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    images = np.empty((len(classes), NUM_DRAWINGS, size, size), np.uint8)
     with ExitStack() as stack:
         roots = {half: source if source.suffix == ".zip" else source.parent for half, source in sources.items()}
         readers = {half: stack.enter_context(reader(root)) for half, root in roots.items()}
@@ -196,7 +204,7 @@ def _read(sources: dict[str, Path], drawings: dict[str, list[str]]) -> tuple[Ten
             half = halves[label]
             for drawing, name in enumerate(drawings[f"{half}/{label}"]):
                 try:
-                    images[index, drawing] = ink = _ink(readers[half](name))
+                    images[index, drawing] = ink = read_ink(readers[half](name))
                 except Exception as error:  # broken bytes raise a dozen types in Pillow, zipfile and zlib
                     raise MamlError(
                         f"{name} in {sources[half]} cannot be decoded ({error}); "
@@ -206,13 +214,20 @@ def _read(sources: dict[str, Path], drawings: dict[str, list[str]]) -> tuple[Ten
     return torch.from_numpy(images), classes
 
 
-def _ink(png: bytes) -> np.ndarray:
+def _ink(png: bytes, size: int) -> np.ndarray:
+    # The authors' code asks for Lanczos, but Pillow resizes 1-bit images by the nearest pixel: ink stays 0 or 1.
+    return ~np.asarray(_drawing(png).resize((size, size), Image.Resampling.NEAREST))
+
+
+def _grey_ink(png: bytes, size: int) -> np.ndarray:
+    return grey_ink(_drawing(png), size, size)
+
+
+def _drawing(png: bytes) -> Image.Image:
     with Image.open(BytesIO(png)) as drawing:
         if drawing.size != _SOURCE_SIZE:
             raise ValueError(f"its size is {drawing.size}, not {_SOURCE_SIZE}")
-        # The authors' code asks for Lanczos, but Pillow resizes 1-bit images by the nearest pixel: ink stays 0 or 1.
-        paper = opaque(drawing).convert("1").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST)
-    return ~np.asarray(paper)
+        return opaque(drawing).convert("1")
 
 
 def _download(data_dir: Path, halves: list[str]) -> None:

@@ -13,7 +13,9 @@ from maml.data.files import first_ten
 _DIRECT = {"1", "L", "P", "RGB"}
 
 
-def to_pixels(picture: Image.Image, in_shape: tuple[int, ...], is_drawing: bool) -> np.ndarray:
+def to_pixels(
+    picture: Image.Image, in_shape: tuple[int, ...], is_drawing: bool, has_levels: bool = False
+) -> np.ndarray:
     """Turns a picture into pixels as a network was trained on them.
 
     Args:
@@ -21,6 +23,7 @@ def to_pixels(picture: Image.Image, in_shape: tuple[int, ...], is_drawing: bool)
         in_shape: height, width and channels; three channels are RGB.
         is_drawing: whether it is drawn dark on light, so that one channel holds ink (1) and paper (0). Otherwise one
             channel holds levels of grey, from 0 to 255.
+        has_levels: whether a drawing has levels of ink, from 0 to 255, as `grey_ink` makes them.
 
     Returns:
         Pixels, uint8 ``in_shape``.
@@ -34,10 +37,23 @@ def to_pixels(picture: Image.Image, in_shape: tuple[int, ...], is_drawing: bool)
     if is_drawing:
         # The same steps as for the drawings of Omniglot: a smooth resize would change what is ink.
         picture = picture if picture.mode in _DIRECT else picture.convert("RGB")
-        black = picture.convert("1", dither=Image.Dither.NONE).resize((width, height), Image.Resampling.NEAREST)
+        black = picture.convert("1", dither=Image.Dither.NONE)
+        if has_levels:
+            return grey_ink(black, height, width).reshape(in_shape)
+        black = black.resize((width, height), Image.Resampling.NEAREST)
         return (~np.asarray(black)).astype(np.uint8).reshape(in_shape)
     mode = "L" if channels == 1 else "RGB"
     return np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.LANCZOS)).reshape(in_shape)
+
+
+def grey_ink(black: Image.Image, height: int, width: int) -> np.ndarray:
+    """Makes a black and white drawing smaller with a smooth filter.
+
+    Returns:
+        Levels of ink, uint8 ``(height, width)``: paper is 0, and the darkest pixel 255.
+    """
+    ink = 255.0 - np.asarray(black.convert("L").resize((width, height), Image.Resampling.BILINEAR))
+    return (255 * ink / max(ink.max(), 1.0)).round().astype(np.uint8)
 
 
 def opaque(picture: Image.Image) -> Image.Image:

@@ -13,11 +13,11 @@ from maml.errors import MamlError
 from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Examples, Params, Split, Tasks
+from maml.types import Examples, MeasuredBy, Params, Split, Tasks
 
 Role = Literal["support", "query"]
 Metrics = dict[str, Tensor]
-"""Per-task numbers by name, each ``(T,)``."""
+"""Per-task numbers by name, each ``(T,)``; with `Domain.measured_by` showing, those of meta-test are ``(T, M)``."""
 
 Data = TypeVar("Data")
 
@@ -44,6 +44,9 @@ class Domain(ABC, Generic[Data]):
     Class attributes:
         headline: the metric of a report's headline number.
         larger_is_better: whether a larger headline is better.
+        measured_by: what a curve of meta-test is over. By ``gradient step``, `measure` is called after each step. By
+            ``showing``, nothing adapts by gradient steps, and `measure` is called once: it returns the metrics at the
+            1st, 2nd, ... showing of a class, after none, one, ... labelled examples of it.
         on_policy: whether data depends on the parameters that collect it. Only then `collect` adds data.
         selected_by: the entry of `rollout_metrics` by which training keeps its best theta; larger is better. None
             keeps the last theta only.
@@ -65,6 +68,7 @@ class Domain(ABC, Generic[Data]):
     class_names: Sequence[str] = ()
     headline: str
     larger_is_better: bool
+    measured_by: MeasuredBy = "gradient step"
     on_policy = False
     selected_by: str | None = None
     data_digest: str | None = None
@@ -239,7 +243,10 @@ class Domain(ABC, Generic[Data]):
 
     @abstractmethod
     def measure(self, model: Model, params: Params, support: Data, query: Data, step: int) -> Metrics:
-        """Returns the evaluation metrics per task after ``step`` gradient steps."""
+        """Returns the evaluation metrics per task after ``step`` gradient steps, ``(T,)``.
+
+        In a domain that measures by showing, they are ``(T, M)`` for M showings; NaN where a task has no such showing.
+        """
 
     def predict_classes(self, model: Model, params: Params, tasks: Tasks) -> Predictions:
         """Returns the predictions that the headline metric counts; only in domains that have ``class_names``."""

@@ -103,7 +103,7 @@ class FewShotClassification(SupervisedDomain):
         pixels = torch.arange(height * width).reshape(height, width)
         self.turned = torch.stack([pixels.rot90(k).flatten() for k in range(4)])
         self._check_ways("train")
-        self._check_images("train", *_images_asked_for(num_shots, num_query or num_shots))
+        self._check_images("train", *images_asked_for(num_shots, num_query or num_shots))
 
     @abstractmethod
     def load(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
@@ -163,7 +163,7 @@ class FewShotClassification(SupervisedDomain):
         if needed <= self.smallest[split]:
             return
         if self.counts is None:
-            raise MamlError(f"{asked}, but there are {self.num_images} images of each class; {remedy}")
+            raise MamlError(f"{asked}, but there are {self.smallest[split]} images of each class; {remedy}")
         counts = {self.class_names[i]: self.counts[i % self.num_upright] for i in self.splits[split].tolist()}
         few = first_ten([f"{name} has {count} images" for name, count in counts.items() if count < needed])
         raise MamlError(f"{asked}, but {few}; {remedy}, add images, or take the class away")
@@ -201,7 +201,7 @@ class FewShotClassification(SupervisedDomain):
         """
         self._check_ways(split)
         members = self._classes(split).to(stream.device)
-        self._check_images(split, *_images_asked_for(num_shots, num_query))
+        self._check_images(split, *images_asked_for(num_shots, num_query))
         classes = members[stream.child("classes").choice((num_tasks,), len(members), self.num_ways)]
         images = self._draw_images(classes, num_shots + num_query, stream.child("images"))
         support, query = images.split([num_shots, num_query], dim=-1)
@@ -298,7 +298,8 @@ class FewShotClassification(SupervisedDomain):
         return Predictions(choices.gather(1, query.y), choices.gather(1, best), choices)
 
 
-def _images_asked_for(num_shots: int, num_query: int) -> tuple[int, str]:
+def images_asked_for(num_shots: int, num_query: int) -> tuple[int, str]:
+    """Returns how many images of a class a task needs, and how it asks for them, in words."""
     needed = num_shots + num_query
     return needed, f"num_shots={num_shots} plus num_query={num_query} is {needed}"
 

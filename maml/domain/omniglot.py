@@ -20,7 +20,7 @@ _NUM_VAL = 100
 
 
 class Omniglot(FewShotClassification):
-    """N characters with K drawings each; ink is 1.
+    """N characters with K drawings each; ink is 1. A subclass may have another ``in_shape``, and levels of grey.
 
     Departure: the paper trains on 1200 characters; its code holds 100 of them out, as here.
 
@@ -64,7 +64,7 @@ class Omniglot(FewShotClassification):
         super().__init__(num_ways, num_shots, data_dir, cache_dir, num_query)
 
     def load(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
-        data = load_omniglot(data_dir, cache_dir)
+        data = load_omniglot(data_dir, cache_dir, size=self.in_shape[0], is_grey=self.scale != 1)
         splits = _shuffled_split(len(data.classes)) if self.split == "shuffled" else vinyals_split(data.classes)
         if self.split == "vinyals_trainval":
             splits["train"] = torch.cat([splits["train"], splits.pop("val")])

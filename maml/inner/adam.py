@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from maml.inner.base import Inner
 from maml.types import Decay, NonNegativeInt, Params, PositiveFloat
@@ -45,7 +46,7 @@ class Adam(Inner):
         return means | {"step": first.new_zeros(first.shape[:1], dtype=torch.float64)}
 
     def update(
-        self, params: Params, gradients: Params, state: Params, step: int, step_size: float | None
+        self, params: Params, losses: Tensor, gradients: Params, state: Params, step: int, step_size: float | None
     ) -> tuple[Params, Params]:
         beta1, beta2 = self.betas
         count = state["step"] + 1

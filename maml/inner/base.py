@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from maml.errors import MamlError
 from maml.hardware.memory import recompute_enabled
+from maml.pictures import Picture
+from maml.seeding import Stream
 from maml.types import Params
 
 Loss = Callable[[Params, int], Tensor]
@@ -29,9 +31,11 @@ class Inner(ABC):
 
     Class attributes:
         is_plain_sgd: whether a step is exactly theta - step_size * gradient.
+        has_step_size: whether a step has a size, so that the evaluation can ask for another one.
+        method: what MAML with this inner optimizer is called; None is MAML or, in first order, FOMAML.
 
     Args:
-        step_size: step size of every step; the initial one, if step sizes are learnt.
+        step_size: step size of every step; the initial one, if step sizes are learnt. NaN if steps have none.
         num_steps: number of gradient steps in training (evaluation has its own number).
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants (FOMAML).
         adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
@@ -47,6 +51,8 @@ class Inner(ABC):
     """
 
     is_plain_sgd = False
+    has_step_size = True
+    method: str | None = None
 
     def __init__(
         self,
@@ -76,11 +82,12 @@ class Inner(ABC):
         """Sets the order for the iterations from this one on, up to the next one with another order."""
         self.present_order = self.order_at(iteration)
 
-    def init_learned(self, params: Params) -> Params:
+    def init_learned(self, params: Params, stream: Stream) -> Params:
         """Returns the optimizer's own meta-learnt parameters, such as step sizes. They become part of theta.
 
         Args:
             params: the model's initial parameters, without a task axis.
+            stream: draws initial values, if they are random.
 
         Returns:
             Parameters without a task axis; every name starts with ``inner.``.
@@ -97,17 +104,28 @@ class Inner(ABC):
 
     @abstractmethod
     def update(
-        self, params: Params, gradients: Params, state: Params, step: int, step_size: float | None
+        self, params: Params, losses: Tensor, gradients: Params, state: Params, step: int, step_size: float | None
     ) -> tuple[Params, Params]:
         """Takes one step; returns the new values of the parameters that adapt, and the new state.
 
+        In second order, the losses and gradients are functions of ``params``; in first order, they are constants.
+
         Args:
             params: all parameters, those of `init_learned` included, name -> ``(T, ...)``.
+            losses: the loss of each task at ``params``, ``(T,)``.
             gradients: the gradients of the parameters that adapt, name -> ``(T, ...)``.
             state: the state after the last step, or that of `init_state`.
             step: number of the step, from 0.
             step_size: step size that the evaluation asks for; None uses the optimizer's own.
         """
+
+    def pictures(self, steps: Iterator[tuple[Params, Params]]) -> dict[str, Picture]:
+        """Returns pictures of the optimizer's steps in meta-test, by name; none, unless a subclass has some.
+
+        Args:
+            steps: what `adapt` yields on a few tasks. Nothing is computed if it is not read.
+        """
+        return {}
 
     def adapted_names(self, names: Sequence[str]) -> list[str]:
         """Returns those of ``names`` that adapt, in the same order.
@@ -158,26 +176,30 @@ class Inner(ABC):
         yield params, state
 
         def take_step(params: Params, state: Params, step: int, create_graph: bool) -> tuple[Params, Params]:
-            total = loss(params, step).sum()
-            if not total.requires_grad:  # evaluation, and the network uses none of the parameters that adapt
-                total = total + 0 * params[names[0]].sum()
-            gradients = torch.autograd.grad(
-                total,
-                [params[name] for name in names],
-                create_graph=create_graph,
-                materialize_grads=True,  # a bias that normalisation cancels is no part of the graph
-            )
+            with torch.enable_grad():
+                losses = loss(params, step)
+                total = losses.sum()
+                if not total.requires_grad:  # evaluation, and the network uses none of the parameters that adapt
+                    total = total + 0 * params[names[0]].sum()
+                gradients = torch.autograd.grad(
+                    total,
+                    [params[name] for name in names],
+                    create_graph=create_graph,
+                    materialize_grads=True,  # a bias that normalisation cancels is no part of the graph
+                )
+            if not create_graph:  # the graph of the losses is gone
+                losses = losses.detach()
             size = None if step_sizes is None else step_sizes[step]
-            return self.update(params, dict(zip(names, gradients, strict=True)), state, step, size)
+            # In evaluation, which has no meta-gradient, this makes no graph.
+            return self.update(params, losses, dict(zip(names, gradients, strict=True)), state, step, size)
 
         for step in range(num_steps):
-            with torch.enable_grad():
-                if not params[names[0]].requires_grad:  # evaluation: there is no meta-gradient
-                    params = params | {name: params[name].detach().requires_grad_() for name in names}
-                if create_graph and recompute_enabled():
-                    adapted, state = _recompute_in_backward(partial(take_step, step=step), params, state)
-                else:
-                    adapted, state = take_step(params, state, step, create_graph)
+            if not params[names[0]].requires_grad:  # evaluation: there is no meta-gradient
+                params = params | {name: params[name].detach().requires_grad_() for name in names}
+            if create_graph and recompute_enabled():
+                adapted, state = _recompute_in_backward(partial(take_step, step=step), params, state)
+            else:
+                adapted, state = take_step(params, state, step, create_graph)
             params = params | adapted
             yield params, state
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge
+from torch import Tensor
 
 from maml.inner.base import Inner
+from maml.seeding import Stream
 from maml.types import Params, PositiveFloat
 
 
@@ -36,14 +38,14 @@ class LearnedSGD(Inner):
     ) -> None:
         super().__init__(step_size, num_steps, order, adapt, second_order_from)
 
-    def init_learned(self, params: Params) -> Params:
+    def init_learned(self, params: Params, stream: Stream) -> Params:
         return {
             f"inner.step_size.{name}": params[name].new_full((self.num_steps,), self.step_size)
             for name in self.adapted_names(list(params))
         }
 
     def update(
-        self, params: Params, gradients: Params, state: Params, step: int, step_size: float | None
+        self, params: Params, losses: Tensor, gradients: Params, state: Params, step: int, step_size: float | None
     ) -> tuple[Params, Params]:
         adapted = {}
         for name, gradient in gradients.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge
+from torch import Tensor
 
 from maml.inner.base import Inner
 from maml.types import NonNegativeInt, Params, PositiveFloat
@@ -36,7 +37,7 @@ class SGD(Inner):
         super().__init__(step_size, num_steps, order, adapt, second_order_from)
 
     def update(
-        self, params: Params, gradients: Params, state: Params, step: int, step_size: float | None
+        self, params: Params, losses: Tensor, gradients: Params, state: Params, step: int, step_size: float | None
     ) -> tuple[Params, Params]:
         size = self.step_size if step_size is None else step_size
         return {name: params[name] - size * gradient for name, gradient in gradients.items()}, state

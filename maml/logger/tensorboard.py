@@ -7,6 +7,7 @@ from textwrap import indent
 from typing import Any
 
 from maml.logger.base import Mirror
+from maml.types import FIRST_STEP
 
 
 class TensorBoard(Mirror):
@@ -32,9 +33,10 @@ class TensorBoard(Mirror):
         self._writer.add_scalar("headline", report["headline"], report["iteration"])
         for curve in report["curves"]:
             tag = f"evaluation/{curve['metric']}_{curve['num_shots']}shot"
-            for step in curve["steps"]:  # gradient steps on the horizontal axis
+            first = FIRST_STEP[report.get("measured_by", "gradient step")]
+            for step in curve["steps"]:  # gradient steps or showings on the horizontal axis
                 if step["mean"] is not None:  # None: adaptation diverged
-                    self._writer.add_scalar(tag, step["mean"], step["step"])
+                    self._writer.add_scalar(tag, step["mean"], first + step["step"])
         for name, path in pictures.items():
             image = np.asarray(Image.open(path).convert("RGB"))
             self._writer.add_image(f"pictures/{name}", image, report["iteration"], dataformats="HWC")

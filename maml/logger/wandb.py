@@ -11,7 +11,7 @@ from typing import Any, Literal
 from maml.config.paths import IN_CLONE, ROOT
 from maml.logger.base import Mirror, cause
 from maml.logger.wandb_service import SERVICE
-from maml.types import Text
+from maml.types import FIRST_STEP, MeasuredBy, Text
 
 # One start at a time: the first run that finds the server unreachable switches the whole process to offline.
 _STARTING = Lock()
@@ -145,7 +145,8 @@ class WandB(Mirror):
         ]
         table = wandb.Table(columns=["metric", "num_shots", *columns], data=rows)
         images = {f"pictures/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
-        lines = {f"adaptation/{_key(curve)}": _line(wandb, curve) for curve in report["curves"]}
+        measured_by = report.get("measured_by", "gradient step")
+        lines = {f"adaptation/{_key(curve)}": _line(wandb, curve, measured_by) for curve in report["curves"]}
         self._run.log({"evaluation": table, **lines, **images, "iteration": report["iteration"]})
         if report["headline"] is None:
             self._alert("Adaptation diverged", f"{self._run.name}: the headline metric of meta-test is not finite.")
@@ -195,9 +196,10 @@ def _key(curve: Mapping[str, Any]) -> str:
     return f"{curve['metric']}_{curve['num_shots']}shot"
 
 
-def _line(wandb: Any, curve: Mapping[str, Any]) -> Any:
-    """Draws a curve of a report as a line over gradient steps. Steps at which adaptation diverged are left out."""
-    rows = [[step["step"], step["mean"]] for step in curve["steps"] if step["mean"] is not None]
-    table = wandb.Table(columns=["gradient step", curve["metric"]], data=rows)
+def _line(wandb: Any, curve: Mapping[str, Any], measured_by: MeasuredBy) -> Any:
+    """Draws a curve of a report over gradient steps or showings. Steps at which adaptation diverged are left out."""
+    first = FIRST_STEP[measured_by]
+    rows = [[first + step["step"], step["mean"]] for step in curve["steps"] if step["mean"] is not None]
+    table = wandb.Table(columns=[measured_by, curve["metric"]], data=rows)
     title = f"{curve['metric'].replace('_', ' ')}, K={curve['num_shots']}"
-    return wandb.plot.line(table, x="gradient step", y=curve["metric"], title=title)
+    return wandb.plot.line(table, x=measured_by, y=curve["metric"], title=title)

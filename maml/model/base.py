@@ -14,6 +14,9 @@ from maml.model.linearized import Linearized, LinearizedByAutograd
 from maml.seeding import Stream
 from maml.types import Params
 
+DROPOUT = "dropout."
+"""Names of tensors that say which values are kept start with this."""
+
 
 class Model(ABC):
     """The network f_theta; its parameters are arguments, with a leading task axis.
@@ -26,12 +29,14 @@ class Model(ABC):
     to T / G consecutive tasks (`maml.model.functional`).
 
     Class attributes:
+        dropout: the share of values that training drops, by masks of `draw_dropout`; 0 drops none.
         distribution: the distribution of actions whose outputs the model gives, if it acts as a policy; None fits any.
 
     Attributes:
         num_features: D, the number of inputs of the last layer, which are called features; 0 if the model has none.
     """
 
+    dropout: float = 0.0
     distribution: type[Distribution] | None = None
     num_features: int = 0
 
@@ -59,7 +64,8 @@ class Model(ABC):
 
         Args:
             params: name -> ``(T, ...)``. If they hold running statistics, under the names of `running_statistics`,
-                these are used for normalisation instead of the batch's statistics.
+                these are used for normalisation instead of the batch's statistics. If they hold what `draw_dropout`
+                has drawn for x, other values are dropped, and those that are kept are scaled by 1 / (1 - dropout).
             x: ``(T, S, *in_shape)``.
             num_reference: number of leading examples of each task that give the batch's statistics; None is all.
             seen: a dict to which the mean and unbiased variance of each layer's batch are added, ``(T, ...)``, by the
@@ -70,6 +76,18 @@ class Model(ABC):
     def outputs(self, params: Params, features: Tensor) -> Tensor:
         """Computes the last layer from its inputs, ``(T, S, num_features)`` -> ``(T, S, out_dim)``."""
         return linear(features, params["head.weight"], params["head.bias"])
+
+    def draw_dropout(self, num_examples: int, stream: Stream) -> Params:
+        """Draws which values training keeps, for `features`; nothing without dropout.
+
+        Args:
+            num_examples: S, number of examples of a task.
+            stream: T streams, one for each task.
+
+        Returns:
+            Bool tensors ``(T, S, ...)``; every name starts with `DROPOUT`.
+        """
+        return {}
 
     def running_statistics(self, params: Params) -> Params:
         """Returns running statistics of normalisation before the first batch: mean 0 and variance 1.

@@ -11,7 +11,7 @@ from torch import Tensor
 from maml.environment.distribution import Categorical
 from maml.errors import MamlError
 from maml.hardware.kernels import kernels_apply
-from maml.model.base import Model, glorot_uniform, zeros
+from maml.model.base import DROPOUT, Model, glorot_uniform, zeros
 from maml.model.functional import (
     ACTIVATIONS,
     Activation,
@@ -24,7 +24,7 @@ from maml.model.functional import (
 )
 from maml.model.normalization import Windows, norm_relu
 from maml.seeding import Stream
-from maml.types import Count, Params, PositiveFloat
+from maml.types import Count, Decay, Params, PositiveFloat
 
 _NUM_MODULES = 4
 # The kinds of pooling that a kernel can do together with normalisation.
@@ -49,6 +49,7 @@ class Conv4(Model):
         head_std: standard deviation of the last layer's normal initial weights; None is Glorot uniform.
         activation: activation function of every module; the paper's is ``relu``.
         norm_scale: whether normalisation learns a scale in addition to its shift; the authors' does not.
+        dropout: share of the values after each module that training drops; only for algorithms that compare embeddings.
 
     Raises:
         MamlError: if the images are too small for four halvings.
@@ -66,22 +67,26 @@ class Conv4(Model):
         head_std: PositiveFloat | None = None,
         activation: Activation = "relu",
         norm_scale: bool = False,
+        dropout: Decay = 0.0,
     ) -> None:
         if len(in_shape) != 3:
             raise MamlError(
                 f"model=conv4 takes images (height, width, channels), but the domain's inputs are {in_shape}"
             )
         height, width, self.num_channels = in_shape
+        sizes = []
         for _ in range(_NUM_MODULES):
             up = pooling in ("stride", "max_keep_odd")
             height, width = (height + up) // 2, (width + up) // 2
+            sizes.append((height, width, num_filters))
         if height * width == 0:
             raise MamlError(f"images of {in_shape[0]}x{in_shape[1]} are too small to be halved {_NUM_MODULES} times")
         self.num_features = num_filters * (height * width if head == "flatten" else 1)
         self.out_dim, self.num_filters = out_dim, num_filters
         self.pooling, self.head, self.head_std = pooling, head, head_std
         self.activation = ACTIVATIONS[activation]
-        self.norm_scale = norm_scale
+        self.norm_scale, self.dropout = norm_scale, dropout
+        self._shapes = {f"{DROPOUT}conv{i}": size for i, size in enumerate(sizes, start=1)}
         self._windows = _WINDOWS.get(pooling) if activation == "relu" else None
 
     def init(self, stream: Stream) -> Params:
@@ -106,6 +111,19 @@ class Conv4(Model):
         params["head.bias"] = zeros(stream, self.out_dim)
         return params
 
+    def draw_dropout(self, num_examples: int, stream: Stream) -> Params:
+        if not self.dropout:
+            return {}
+        return {
+            name: stream.child(name).uniform((num_examples, *shape)) >= self.dropout
+            for name, shape in self._shapes.items()
+        }
+
+    def _drop(self, x: Tensor, params: Params, module: int) -> Tensor:
+        """Drops values of a module's output, if the parameters say which."""
+        kept = params.get(f"{DROPOUT}conv{module}")
+        return x if kept is None else x * (kept.to(x.dtype) / (1 - self.dropout))
+
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
         return self.outputs(params, self.features(params, x, num_reference))
 
@@ -123,7 +141,7 @@ class Conv4(Model):
                 if seen is not None and moments:
                     bias = for_tasks(params[f"conv{i}.bias"], len(x))
                     add_seen(seen, f"norm{i}", moments[0] + bias, moments[1], x)
-                x = y
+                x = self._drop(y, params, i)
                 continue
             # The bias is subtracted from the mean instead of added to every pixel; with the batch's mean it cancels.
             shape = (x.shape[0], 1, 1, 1, -1)
@@ -146,4 +164,5 @@ class Conv4(Model):
             elif self.pooling == "mean":
                 height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
                 x = x[:, :, :height, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
+            x = self._drop(x, params, i)
         return x.mean((2, 3)) if self.head == "mean" else x.flatten(2)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from maml.environment.distribution import Categorical
-from maml.model.base import Model, glorot_uniform, zeros
-from maml.model.functional import for_tasks, linear, matmul
+from maml.model.base import glorot_uniform, zeros
+from maml.model.functional import linear, matmul
+from maml.model.recurrent import Recurrent
 from maml.seeding import Stream
 from maml.types import Count, Params, num_elements
 
 
-class LSTM(Model):
-    """One LSTM layer, then one linear layer on the last hidden state.
+class LSTM(Recurrent):
+    """One LSTM layer, then one linear layer on the hidden state.
 
     PyTorch's own layer is not used, because it has no task axis and, on a GPU, no second derivatives.
 
@@ -48,21 +49,28 @@ class LSTM(Model):
             "head.bias": zeros(stream, self.out_dim),
         }
 
-    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
-        return self.outputs(params, self.features(params, x))
+    def states(self, params: Params, x: Tensor) -> Tensor:
+        return torch.stack(list(self._hidden_states(params, x)), 2)
 
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
     ) -> Tensor:
         """Computes the last hidden state, ``(T, S, hidden_size)``; nothing is normalised."""
+        *_, last = self._hidden_states(params, x)
+        return last
+
+    def _hidden_states(self, params: Params, x: Tensor) -> Iterator[Tensor]:
+        """Yields the hidden state after each element, ``(T, S, hidden_size)``."""
         tasks, examples, length = x.shape[:3]
+        weight = params["hidden.weight"].transpose(1, 2)
         # The inputs' contribution to the gates, for all elements at once: (T, S, L, 4 * hidden_size).
         inputs = linear(x.reshape(tasks, examples * length, -1), params["input.weight"], params["gates.bias"])
-        recurrent = for_tasks(params["hidden.weight"], tasks).transpose(1, 2)
-        hidden = cell = x.new_zeros(tasks, examples, self.hidden_size)
-        for gates in inputs.unflatten(1, (examples, length)).unbind(2):
-            hidden, cell = lstm_cell(gates + matmul(hidden, recurrent), cell)
-        return hidden
+        # The sequences of tasks that share weights are one batch.
+        joined = inputs.reshape(len(weight), -1, length, 4 * self.hidden_size)
+        hidden = cell = x.new_zeros(*joined.shape[:2], self.hidden_size)
+        for gates in joined.unbind(2):
+            hidden, cell = lstm_cell(gates + matmul(hidden, weight), cell)
+            yield hidden.reshape(tasks, examples, self.hidden_size)
 
 
 def lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,22 @@ from omegaconf import OmegaConf
 
 from maml.errors import MamlError
 from maml.record.index import Source
+from maml.types import MeasuredBy
 
 # Keys of a line in cells.yaml that are not fields of its `Source`.
-_NON_SOURCE_KEYS = {"row", "column", "step", "num_steps", "one_half", "panel", "title", "goal", "note", "name"}
+_NON_SOURCE_KEYS = {
+    "row",
+    "column",
+    "step",
+    "num_steps",
+    "one_half",
+    "panel",
+    "title",
+    "goal",
+    "note",
+    "name",
+    "points",
+}
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,7 @@ class Curve:
         cells: the printed mean at every gradient step; empty if only the image is published.
         is_plotted: whether the paper plots it.
         note: the same as in `Cell`.
+        points: printed values by step, if only some steps of the curve were printed; `levels` are then their rounding.
     """
 
     row: str
@@ -133,6 +147,7 @@ class Curve:
     cells: tuple[Cell, ...] = ()
     is_plotted: bool = True
     note: str = ""
+    points: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -156,6 +171,7 @@ class Figure:
         curves: the curves, panel by panel.
         axes: arguments of Matplotlib's ``Axes.set`` for each panel.
         note: a remark for the reader; empty if there is none.
+        measured_by: what its curves are over.
     """
 
     name: str
@@ -164,6 +180,12 @@ class Figure:
     curves: tuple[Curve, ...]
     axes: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    measured_by: MeasuredBy = "gradient step"
+
+    @property
+    def in_paper(self) -> bool:
+        """Whether the figure is in the paper."""
+        return self.name.startswith("figure")
 
 
 @dataclass(frozen=True)
@@ -317,13 +339,18 @@ def _refuse_unknown(
 
 def _figure(results: Path, name: str, entry: Mapping[str, Any]) -> Figure:
     curves = [_curve(results, entry, line) for line in entry["curves"]]
-    return Figure(name, entry["title"], entry["ylabel"], tuple(curves), entry.get("axes", {}), entry.get("note", ""))
+    axes, note, measured_by = entry.get("axes", {}), entry.get("note", ""), entry.get("measured_by", "gradient step")
+    return Figure(name, entry["title"], entry["ylabel"], tuple(curves), axes, note, measured_by)
 
 
 def _curve(results: Path, entry: Mapping[str, Any], line: Mapping[str, Any]) -> Curve:
     file = line.get("panel")
     fields = entry["defaults"] | (entry["panels"][file] if file else {}) | line
     row, num_steps, source = fields["row"], fields["num_steps"], _source(fields)
+    if "points_of" in entry:
+        points = _points(results, entry["points_of"], line.get("points", {}))
+        levels = {step: _rounding(value) for step, value in points.items()}
+        return Curve(row, fields["title"], source, num_steps, levels, note=fields.get("note", ""), points=points)
     if file is None:
         levels = load_levels(results, entry["levels"], row, source.num_shots, num_steps)
         if source.num_shots in entry.get("unreadable", ()):
@@ -349,6 +376,20 @@ def _curve(results: Path, entry: Mapping[str, Any], line: Mapping[str, Any]) -> 
         printed[0]["plotted_in_paper"] == "yes",
         fields.get("note", ""),
     )
+
+
+def _points(results: Path, file: str, cells: Mapping[int, str]) -> dict[int, str]:
+    """Returns printed values by step, given the cell of each step as ``method/setting`` of a file in ``paper/``."""
+    printed = {f"{line['method']}/{line['setting']}": line["value"] for line in _read(results, file)}
+    if unknown := set(cells.values()) - printed.keys():
+        raise MamlError(f"results/paper/{file}.csv has no {', '.join(sorted(unknown))}; correct results/cells.yaml")
+    return {int(step): printed[cell] for step, cell in cells.items()}
+
+
+def _rounding(printed: str) -> tuple[float, float]:
+    """Returns the range of values that are printed so."""
+    half = 0.5 * 10.0 ** -len(printed.partition(".")[2])
+    return float(printed) - half, float(printed) + half
 
 
 def _picture(results: Path, name: str, entry: Mapping[str, Any]) -> Picture:

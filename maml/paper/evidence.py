@@ -16,6 +16,7 @@ from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.record.index import Report, Run, Source, conflicts_among
 from maml.record.statistics import Statistics, combine
+from maml.types import MeasuredBy
 
 PROVENANCE = (
     "seeds",
@@ -152,6 +153,13 @@ def _inner_order(settings: Settings) -> int | str:
     """Returns the order of the meta-gradient, 1 or 2; empty for an algorithm without a meta-gradient."""
     algorithm: Any = locate(settings.algorithm["_target_"])
     return settings.inner["order"] if algorithm.differentiates_adaptation else ""
+
+
+def measured_by(source: Source) -> MeasuredBy:
+    """Returns what the curves of a source are over, whether it was run or not."""
+    domain: Any = locate(compose_experiment(source.experiment, source.overrides).domain["_target_"])
+    kind: MeasuredBy = domain.measured_by
+    return kind
 
 
 def provenance(source: Source | None, evidence: Evidence) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from maml.config.identity import evaluation_config, training_config
 from maml.errors import MamlError
 from maml.paper.cells import Source
 from maml.paper.charts import histogram, line_chart
-from maml.paper.evidence import Evidence, provenance
+from maml.paper.evidence import Evidence, measured_by, provenance
 from maml.paper.markup import Content, Markup, element
 from maml.paper.tables import CONFLICT, reading_text
 from maml.paper.widgets import command, fact_list, scroll_box
@@ -22,7 +22,8 @@ from maml.record.gallery import drawn_pictures
 from maml.record.index import Run
 from maml.record.plot import training_curve
 from maml.record.run_folder import read_metrics
-from maml.record.style import metric_label
+from maml.record.style import AXIS, metric_label, step_label
+from maml.types import FIRST_STEP
 
 
 class EvidenceView:
@@ -61,7 +62,9 @@ class EvidenceView:
         if evidence.evaluated:
             content.append(_runs(source, evidence, step, len(published.partition(".")[2]) + 1 if published else 3))
         metric = f"{metric_label(source.metric)} at K={source.num_shots}"
-        facts: dict[str, Content] = {"reading": metric if step is None else f"{metric}, step {step}"}
+        facts: dict[str, Content] = {
+            "reading": metric if step is None else f"{metric}, {step_label(step, measured_by(source))}"
+        }
         if origin["inner_order"]:
             facts["gradient order"] = str(origin["inner_order"])
         if origin["task_bank"]:
@@ -125,12 +128,13 @@ def _adaptation(source: Source, evidence: Evidence) -> Content:
         (steps,) = (
             each.steps for each in report.curves if (each.metric, each.num_shots) == (source.metric, source.num_shots)
         )
-        points = [(float(each.step), each.mean * source.scale) for each in steps if each.mean is not None]
+        first = FIRST_STEP[report.measured_by]
+        points = [(float(first + each.step), each.mean * source.scale) for each in steps if each.mean is not None]
         if len(points) > 1:
             curves[_run_name(run, curves)] = points
     if not curves:
         return ""
-    chart = line_chart(curves, "gradient steps", metric_label(source.metric), log=False)
+    chart = line_chart(curves, AXIS[measured_by(source)], metric_label(source.metric), log=False)
     return element("figure", chart, element("figcaption", "Adaptation at meta-test. ", _keys(curves)))
 
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maml.paper.cells import METHODS, Curve, Figure, Source
-from maml.paper.evidence import Evidence, provenance
+from maml.paper.evidence import Evidence, measured_by, provenance
 from maml.paper.plan import WATERMARK
 from maml.paper.tables import Comparison, reason_for, status_markdown, verdict
 from maml.record.statistics import Statistics
-from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_gradient_steps, save, style
+from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_steps, save, style
+from maml.types import FIRST_STEP
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -26,6 +27,7 @@ _SUFFIXES = (".png", ".pdf", ".svg")  # each picture is written as each of these
 _RESAMPLES = 5000  # the number in the authors' plots
 _LINEAR_WITHIN = 2  # a symlog axis is linear between minus this and this
 _PAPER: dict[str, Any] = {"ls": (0, (1, 1.2))}  # colours stand for methods, line styles for whose curve it is
+_POINTS: dict[str, Any] = {"ls": "", "marker": "D", "markerfacecolor": "none", "markersize": 6, "zorder": 3}
 
 
 @dataclass(frozen=True)
@@ -151,13 +153,14 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
-    """Returns one row per gradient step, for the CSV."""
+    """Returns one row per gradient step or showing, for the CSV."""
     item, nothing = prepare_curve(curve, evidence), [(None, None)] * (curve.num_steps + 1)
     origin, found = provenance(curve.source, evidence), curve_statistics(curve, evidence)
-    rows, statuses = [], CurveComparison(curve, evidence).steps
+    rows, statuses, kind = [], CurveComparison(curve, evidence).steps, measured_by(curve.source)
+    place = "showing" if kind == "showing" else "grad_step"
     for step, (ours, ci) in enumerate(item.readings or nothing):
         low, high = curve.levels.get(step, (None, None))
-        row: dict[str, Any] = {"curve": curve.row, "num_shots": curve.source.num_shots, "grad_step": step}
+        row: dict[str, Any] = {"curve": curve.row, "num_shots": curve.source.num_shots, place: FIRST_STEP[kind] + step}
         if curve.cells:
             cell, (our_low, our_high) = curve.cells[step], (item.intervals or nothing)[step]
             row = {"panel": curve.panel} | row
@@ -201,9 +204,9 @@ def plot_figure(figure: Figure, curves: Sequence[DrawnCurve], path: Path) -> Pat
         axes.use_sticky_edges = False  # otherwise the axis would end at the bottom of the lowest bar
         num_steps = max(item.curve.num_steps for item in items)
         for item in items:
-            _plot_curve(axes, item, num_steps, colours[item.curve.name])
+            _plot_curve(axes, item, num_steps, colours[item.curve.name], FIRST_STEP[figure.measured_by])
         _set_axes(axes, figure.axes)
-        count_gradient_steps(axes)
+        count_steps(axes, figure.measured_by)
         if len(panels) > 3:  # narrow panels
             axes.set_title(title.replace(", ", ",\n", 1), fontsize=7)
         else:
@@ -248,6 +251,8 @@ def legend_handles(curves: Iterable[DrawnCurve], colours: Mapping[str, str]) -> 
             handles.append(Line2D([], [], color=colour, lw=3, solid_capstyle="butt", label=f"{name}{runs}"))
     if any(item.curve.cells for item in curves):
         handles.append(Line2D([], [], color=GRAY, label="paper", **_PAPER))
+    elif any(item.curve.points for item in curves):
+        handles.append(Line2D([], [], color=GRAY, label="published", **_POINTS))
     elif any(item.curve.levels for item in curves):
         handles.append(Patch(facecolor=GRAY, alpha=0.5, label="paper, read off its image"))
     for label, reduced, line in (("ours", False, COMPLETE), ("ours, reduced budget", True, REDUCED)):
@@ -270,24 +275,30 @@ def _explain_missing(axes: Axes, items: Sequence[DrawnCurve]) -> None:
     axes.annotate("\n".join(lines), (0.5, 0), (0, -25), fontsize=6, color=GRAY, **place)
 
 
-def _plot_curve(axes: Axes, item: DrawnCurve, num_steps: int, colour: str) -> None:
+def _plot_curve(axes: Axes, item: DrawnCurve, num_steps: int, colour: str, first: int) -> None:
     # A method that does not adapt has one value, which is repeated to give a flat line.
     curve, times = item.curve, 1 if item.curve.num_steps else num_steps + 1
     if curve.cells:
         published = [float(cell.value) for cell in curve.cells]
         bands = [*curve.levels.values()]
-        _plot_line(axes, published * times, bands * times, color=colour, label=f"{curve.name}, paper", **_PAPER)
+        _plot_line(axes, first, published * times, bands * times, color=colour, label=f"{curve.name}, paper", **_PAPER)
+    elif curve.points:
+        places, values = [first + step for step in curve.points], [float(value) for value in curve.points.values()]
+        axes.plot(places, values, color=colour, label=f"{curve.name}, paper", **_POINTS)
     elif curve.levels:
         low, high = zip(*curve.levels.values(), strict=True)
         heights = [top - bottom for bottom, top in zip(low, high, strict=True)]
         axes.bar(list(curve.levels), heights, 0.3, low, color=colour, edgecolor=colour, alpha=0.5)
     if item.readings:
         line = REDUCED if item.missing else COMPLETE
-        _plot_line(axes, item.means * times, item.bands * times, color=colour, label=f"{curve.name}, ours", **line)
+        label = f"{curve.name}, ours"
+        _plot_line(axes, first, item.means * times, item.bands * times, color=colour, label=label, **line)
 
 
-def _plot_line(axes: Axes, means: Sequence[float], bands: Sequence[tuple[float, float]], **line: Any) -> None:
-    steps = range(len(means))
+def _plot_line(
+    axes: Axes, first: int, means: Sequence[float], bands: Sequence[tuple[float, float]], **line: Any
+) -> None:
+    steps = range(first, first + len(means))
     axes.plot(steps, means, **line)
     bottom, top = ([band[side] for band in bands] for side in (0, 1))
     axes.fill_between(steps, bottom, top, color=line["color"], alpha=0.18, lw=0)

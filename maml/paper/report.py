@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from maml.errors import MamlError
 from maml.paper.cells import Figure, Panel, Picture, Source, Table, load_figures, load_pictures, load_tables
 from maml.paper.departures import departures_table
-from maml.paper.evidence import Evidence, find_evidence
+from maml.paper.evidence import Evidence, find_evidence, measured_by
 from maml.paper.evidence_view import EvidenceView
 from maml.paper.figures import CurveComparison
 from maml.paper.markup import Content, Markup, element
@@ -43,10 +43,11 @@ from maml.record.comparison import groups_on_the_same_tasks
 from maml.record.exported import read_index
 from maml.record.index import Run
 from maml.record.statistics import MIN_RUNS
+from maml.types import FIRST_STEP
 
 _SCALE = 1.75  # pixels per point of a figure: text of 7.5 points is then a little smaller than the page's
 _WIDE = 700  # pixels; a wider figure scrolls on a phone, because its text would be too small
-_STEP_HEADS = ("step", "paper", "ours", "verdict")
+_HEADS = ("paper", "ours", "verdict")
 
 
 def render(results: Path, runs: Sequence[Run], problems: Sequence[str]) -> tuple[str, list[str]]:
@@ -356,17 +357,20 @@ def _cell_id(item: Comparison) -> str:
 
 
 def _steps(item: CurveComparison) -> Markup:
-    """Returns a curve as a table with one row per gradient step."""
-    curve, rows = item.curve, []
+    """Returns a curve as a table with one row per gradient step or showing."""
+    curve, kind, rows = item.curve, measured_by(item.curve.source), []
     for step, status in enumerate(item.steps):
         paper = printed_value(curve.cells[step]) if curve.cells else ""
-        if not curve.cells and step in curve.levels:
+        if step in curve.points:
+            paper = curve.points[step]
+        elif not curve.cells and step in curve.levels:
             paper = "{:g} to {:g}, read off".format(*curve.levels[step])
         found = item.evidence.statistics(curve.source, step)
         ours = reading_text(found.mean, found.ci95, 3) if found else ""
         cells = [element("td", text) for text in (paper, ours, chip(status))]
-        rows.append(element("tr", element("th", str(step), scope="row"), cells))
-    head = element("thead", element("tr", [element("th", name, scope="col") for name in _STEP_HEADS]))
+        rows.append(element("tr", element("th", str(FIRST_STEP[kind] + step), scope="row"), cells))
+    heads = (kind.split()[-1], *_HEADS)
+    head = element("thead", element("tr", [element("th", name, scope="col") for name in heads]))
     return scroll_box(element("table", head, element("tbody", rows)), "Steps")
 
 

@@ -25,7 +25,8 @@ def results(
     """Returns the numbers of all runs as a tidy DataFrame: one row per run, metric, K and gradient step.
 
     The columns are ``experiment``, ``run`` (its id), ``seed``, ``status``, one for each of ``settings``, ``iteration``
-    (at which it was evaluated) and ``num_iterations``, ``metric``, ``num_shots`` (K), ``step``, ``mean`` (over test
+    (at which it was evaluated) and ``num_iterations``, ``metric``, ``num_shots`` (K), ``step``,
+    ``measured_by`` (``gradient step``; by ``showing``, step s is showing s + 1 of a class), ``mean`` (over test
     tasks; missing if adaptation diverged), ``ci95`` (half-width of its 95 % interval over tasks), ``num_tasks``,
     ``seconds`` (of training), ``commit``, ``hardware``, ``evaluation`` (equal for equal evaluation settings) and
     ``folder`` (of the report). Superseded runs are left out, and damaged folders with a warning.

@@ -11,6 +11,7 @@ import numpy as np
 from maml.config.identity import digest
 from maml.errors import MamlError
 from maml.record.index import Report, Run, Source
+from maml.record.style import step_label
 
 RESAMPLES = 10_000
 
@@ -116,7 +117,7 @@ def method_rows(group: Sequence[Tested]) -> list[dict[str, str]]:
             {
                 "method": f"{each.experiment} ({run.record.run_id[:6]}{budget})",
                 "runs": str(len(each.runs)),
-                "metric": f"{each.metric}, step {each.step}",
+                "metric": f"{each.metric}, {step_label(each.step, report.measured_by)}",
                 "mean ± 95 %": f"{each.mean:.4g} ± {each.ci95:.2g}",
                 "- best": "" if each is group[0] else f"{difference:+.4g}",
                 "95 % interval": "" if each is group[0] else f"{low:+.4g} to {high:+.4g}",

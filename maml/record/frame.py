@@ -20,6 +20,7 @@ NUMBER = ["folder", "metric", "num_shots", "step"]
 """The columns that identify a number."""
 _NUMBER_COLUMNS = (
     *("experiment", "run", "seed", "status", "iteration", "num_iterations", "metric", "num_shots", "step"),
+    "measured_by",
     *("mean", "ci95", "num_tasks", "seconds", "commit", "hardware", "evaluation", "folder"),
 )
 
@@ -31,6 +32,8 @@ def run_frame(runs: Sequence[Run]) -> pd.DataFrame:
 
 def number_frame(runs: Sequence[Run], settings: Sequence[str] = ()) -> pd.DataFrame:
     """Returns one row per number: the mean over test tasks of a metric at one K after one gradient step.
+
+    Where ``measured_by`` is ``showing``, the number of step s is that of showing s + 1.
 
     Args:
         runs: the runs.
@@ -48,6 +51,7 @@ def number_frame(runs: Sequence[Run], settings: Sequence[str] = ()) -> pd.DataFr
             rows += [
                 about
                 | {"metric": curve.metric, "num_shots": curve.num_shots, "step": step.step}
+                | {"measured_by": report.measured_by}
                 | {"mean": step.mean, "ci95": step.ci95, "num_tasks": step.num_tasks}
                 | origin
                 for curve in report.curves
@@ -78,11 +82,13 @@ def _tasks(report: Report) -> pd.DataFrame:
 
 
 def _run_row(run: Run) -> dict[str, Any]:
-    numbers = dict.fromkeys(("evaluated_at", "metric", "num_shots", "step", "mean", "ci95", "num_tasks"))
+    columns = ("evaluated_at", "metric", "num_shots", "step", "measured_by", "mean", "ci95", "num_tasks")
+    numbers = dict.fromkeys(columns)
     if run.report and run.headline:
         curve, last = run.headline
         numbers |= {"evaluated_at": run.report.iteration, "metric": curve.metric, "num_shots": curve.num_shots}
-        numbers |= {"step": last.step, "mean": last.mean, "ci95": last.ci95, "num_tasks": last.num_tasks}
+        numbers |= {"step": last.step, "measured_by": run.report.measured_by}
+        numbers |= {"mean": last.mean, "ci95": last.ci95, "num_tasks": last.num_tasks}
     return {
         "run": run.record.run_id,
         "experiment": run.experiment,

@@ -20,6 +20,8 @@ from maml.errors import MamlError
 from maml.record.checkpoint import write_atomically
 from maml.record.lock import is_held
 from maml.record.run_folder import read_json
+from maml.record.style import step_label
+from maml.types import MeasuredBy
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +66,10 @@ class Source:
 
 
 class StepRecord(BaseModel):
-    """One gradient step of a curve in ``report.json``; the mean and interval are None if adaptation diverged."""
+    """One gradient step of a curve in ``report.json``; the mean and interval are None if adaptation diverged.
+
+    By showing, it is showing ``step + 1``, of the tasks that have it.
+    """
 
     step: int
     mean: FiniteFloat | None
@@ -100,6 +105,7 @@ class Report(BaseModel):
     headline_metric: str
     headline: FiniteFloat | None
     larger_is_better: bool
+    measured_by: MeasuredBy = "gradient step"  # only reports by showing say it
     curves: Annotated[list[CurveRecord], MinLen(1)]
 
     @property
@@ -130,6 +136,8 @@ class Report(BaseModel):
     def per_task(self, source: Source, step: int) -> np.ndarray:
         """Returns the value of each task, ``(tasks,)``, in the paper's unit; `reading` returns their mean.
 
+        By showing, tasks that have no such showing are left out: they are the same ones for every run on a bank.
+
         Raises:
             MamlError: if ``tasks.csv`` is missing, damaged, or belongs to another report.
         """
@@ -139,9 +147,13 @@ class Report(BaseModel):
             if curve is None:
                 raise ValueError(f"it has no lines for {source.metric} at K={source.num_shots}")
             values = source.scale * curve[:, step]
+            if self.measured_by == "showing":
+                values = values[~np.isnan(values)]
             mean, _ = self.reading(source, step)
             with np.errstate(over="ignore", invalid="ignore"):
-                if math.isnan(mean):
+                if not len(values):
+                    matches = math.isnan(mean)
+                elif math.isnan(mean):
                     matches = not math.isfinite(values.std())
                 else:
                     matches = math.isclose(values.mean(), mean, rel_tol=0, abs_tol=1e-5 * np.abs(values).max())
@@ -181,7 +193,8 @@ class Report(BaseModel):
                 expected = expected_steps.get((curve.metric, curve.num_shots, step.step), step)
                 if not step.equals(expected):
                     values = ["diverged" if mean is None else f"{mean:.5g}" for mean in (step.mean, expected.mean)]
-                    return f"{curve.metric} at K={curve.num_shots}, step {step.step}, is {', not '.join(values)}"
+                    place = step_label(step.step, self.measured_by)
+                    return f"{curve.metric} at K={curve.num_shots}, {place}, is {', not '.join(values)}"
         return ""
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maml.record.style import COMPLETE, REDUCED, count_gradient_steps, log_ticks, metric_label, save, style
+from maml.record.style import COMPLETE, REDUCED, count_steps, log_ticks, metric_label, save, style
+from maml.types import FIRST_STEP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,7 @@ _NUM_POINTS = 200  # most points of a training curve
 
 @style()
 def plot_report(report: Mapping[str, Any], path: Path, metrics: Sequence[Mapping[str, Any]] = ()) -> Path:
-    """Plots the headline metric against gradient steps, one line per K with its 95 % interval.
+    """Plots the headline metric against gradient steps or showings, one line per K with its 95 % interval.
 
     Args:
         report: the content of ``report.json``.
@@ -36,16 +37,18 @@ def plot_report(report: Mapping[str, Any], path: Path, metrics: Sequence[Mapping
     figure = Figure(figsize=(6 if is_trained else 3.25, 2.6), layout="constrained")
     adaptation, *training = figure.subplots(1, 2 if is_trained else 1, squeeze=False)[0]
     is_complete = report["iteration"] == report["num_iterations"]
+    measured_by = report.get("measured_by", "gradient step")
     line, suffix = (COMPLETE, "") if is_complete else (REDUCED, ", reduced budget")
     for curve in report["curves"]:
         if curve["metric"] != report["headline_metric"]:
             continue
         finite = [step for step in curve["steps"] if step["ci95"] is not None]  # None: adaptation diverged
         steps, means, bands = ([step[key] for step in finite] for key in ("step", "mean", "ci95"))
+        steps = [FIRST_STEP[measured_by] + step for step in steps]
         adaptation.plot(steps, means, label=f"K={curve['num_shots']}{suffix}", **line)
         low, high = ([mean + sign * band for mean, band in zip(means, bands, strict=True)] for sign in (-1, 1))
         adaptation.fill_between(steps, low, high, alpha=0.2, lw=0)
-    count_gradient_steps(adaptation)
+    count_steps(adaptation, measured_by)
     adaptation.set_ylabel(metric_label(report["headline_metric"]))
     adaptation.set_title("meta-test, with 95 % intervals")
     adaptation.legend()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from maml.record.checkpoint import write_atomically
+from maml.types import FIRST_STEP, MeasuredBy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ GRAY = "#808080"  # readable on white and on black
 # Line styles of a complete training and of one with a reduced budget.
 COMPLETE: dict[str, Any] = {"ls": "-", "marker": "o"}
 REDUCED: dict[str, Any] = {"ls": (0, (4, 2)), "marker": "o", "markerfacecolor": "none"}
+AXIS: dict[MeasuredBy, str] = {"gradient step": "gradient steps", "showing": "showing of a class"}
 _METRICS = {"mse": "mean squared error", "return": "average return"}
 _NO_DATE = {  # without a date, so that equal numbers give equal bytes
     "png": {"Software": None},
@@ -77,11 +79,22 @@ def metric_label(metric: str) -> str:
     return _METRICS.get(metric, metric.replace("_", " "))
 
 
-def count_gradient_steps(axes: Axes) -> None:
-    """Labels the horizontal axis as gradient steps, with ticks at whole numbers only."""
+def step_label(step: int, measured_by: MeasuredBy, width: int = 1) -> str:
+    """Returns the name of a step of a curve for the reader: ``step 1``; by showing, ``showing 2``.
+
+    Args:
+        step: its number in a report, from 0.
+        measured_by: what the curve is over.
+        width: least number of characters of the number.
+    """
+    return f"{measured_by.split()[-1]} {FIRST_STEP[measured_by] + step:{width}d}"
+
+
+def count_steps(axes: Axes, measured_by: MeasuredBy = "gradient step") -> None:
+    """Labels the horizontal axis as gradient steps or showings, with ticks at whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel("gradient steps")
+    axes.set_xlabel(AXIS[measured_by])
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 

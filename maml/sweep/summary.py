@@ -79,7 +79,10 @@ def _values(jobs: Sequence[Job]) -> np.ndarray | None:
         path = job.folder / "tasks.csv"
         try:
             tasks = pd.read_csv(path, usecols=["num_shots", "metric", step])
-            values.append(tasks[step][(tasks.num_shots == curve["num_shots"]) & (tasks.metric == curve["metric"])])
+            found = tasks[step][(tasks.num_shots == curve["num_shots"]) & (tasks.metric == curve["metric"])]
+            # By showing, a task may lack the last one: the same tasks in all jobs.
+            is_by_showing = job.report is not None and job.report.get("measured_by") == "showing"
+            values.append(found.dropna() if is_by_showing else found)
         except (OSError, ValueError) as error:  # the interval is then made from those of the reports
             LOG.warning("%s is missing or damaged (%s); ci95 is too wide until it is restored", path, error)
             return None

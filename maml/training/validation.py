@@ -17,6 +17,8 @@ NUM_TASKS = 100  # on which the best theta is chosen
 def validation_score(algorithm: Algorithm, count: int, task_chunk: int | None) -> float:
     """Returns the mean headline metric after adaptation to validation tasks, with as many steps as in training.
 
+    By showing, it is the mean over showings.
+
     Args:
         algorithm: the algorithm; its state is not changed.
         count: number of tasks.
@@ -30,7 +32,8 @@ def validation_score(algorithm: Algorithm, count: int, task_chunk: int | None) -
         for start in range(0, count, chunk):
             tasks = take(bank, start, start + chunk)
             *_, adapted = algorithm.adapt(algorithm.params_per_task(num_tasks(tasks)), tasks, num_steps)
-            values.append(algorithm.measure(adapted, tasks, num_steps)[domain.headline])
+            measured = algorithm.measure(adapted, tasks, num_steps)[domain.headline]
+            values.append(measured.nanmean(1) if domain.measured_by == "showing" else measured)
         return torch.cat(values).sum().item()
 
     summed, _ = halve_chunk_on_oom(total, task_chunk or count)

@@ -25,6 +25,7 @@ from tests.runs import TinyRuns, assert_same_run
 CASES = [(option, *try_with("algorithm", option)) for option in options("algorithm")]
 CASES += [
     ("maml", "inner=learned_sgd"),
+    ("maml", "inner=meta_lstm", "inner.num_steps=2", "inner.hidden_size=2", "model.hidden_sizes=[8]"),
     ("maml", "outer=sgd"),
     ("multitask_average", *try_with("algorithm", "multitask_average"), "algorithm.pull=mean", "algorithm.weight=0.1"),
 ]

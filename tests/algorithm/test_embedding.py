@@ -32,7 +32,12 @@ needs_compiler = pytest.mark.skipif(library() is None, reason="needs a C++ compi
 
 METHODS = {
     "prototypical": ("algorithm=prototypical",),
-    "matching": ("algorithm=matching", "algorithm.learn_temperature=true", "algorithm.context=state"),
+    "matching": (
+        "algorithm=matching",
+        "algorithm.learn_temperature=true",
+        "algorithm.context=state",
+        "model.dropout=0.2",
+    ),
     "siamese": ("algorithm=siamese",),
 }
 SMALL = (
@@ -145,6 +150,26 @@ def test_training_normalises_an_episode_as_one_batch_and_averages_its_statistics
             torch.testing.assert_close(algorithm.buffers[name], value, rtol=1e-8, atol=1e-12)
 
 
+def test_dropout_is_drawn_for_each_image_of_a_task_and_training_alone_drops(tiny_images: TinyRuns) -> None:
+    algorithm = make(tiny_images, "matching")
+    drawn, more, other = (algorithm.sample_tasks(count, Stream(seed)) for count, seed in ((2, 0), (3, 0), (2, 1)))
+    kept = [name for name in drawn if name.startswith("dropout.")]
+    assert [tuple(drawn[name].shape) for name in kept] == [
+        (2, 6 * 1 + 6 * 2, size, size, 4) for size in (14, 7, 3, 1)
+    ], "6 ways, 1 shot and 2 query images"
+    assert drawn[kept[0]].double().mean() == pytest.approx(0.8, abs=0.01)
+    for name in kept:
+        assert torch.equal(drawn[name], more[name][:2])
+        assert not torch.equal(drawn[name], other[name])
+    assert not torch.equal(drawn[kept[0]][0], drawn[kept[0]][1])
+    params = algorithm.params_per_task(2)
+    losses = [
+        algorithm.task_losses(params, tasks)[0] for tasks in (drawn, drawn | {name: other[name] for name in kept})
+    ]
+    assert not torch.allclose(*losses)
+    assert not any(name.startswith("dropout.") for name in next(iter(algorithm.adapt(params, drawn, 0))))
+
+
 @pytest.mark.parametrize("method", ["prototypical", "siamese"])
 def test_prediction_of_an_image_depends_on_no_other(method: str, tiny_images: TinyRuns) -> None:
     algorithm = make(tiny_images, method, num_updates=2)
@@ -254,6 +279,7 @@ def test_parts_that_do_not_fit_are_refused(tiny: TinyRuns, tiny_images: TinyRuns
             tiny_images.config("algorithm=siamese", "inner=learned_sgd", "inner.num_steps=1"),
             "does not differentiate through adaptation",
         ),
+        (tiny_images.config("model.dropout=0.1"), r"model\.dropout=0\.1, but MAML drops no values .* set it to 0, or"),
     ):
         with pytest.raises(MamlError, match=reason):
             build_algorithm(config, build(config.hardware))

@@ -164,7 +164,8 @@ def test_inner_optimizer_adapts_in_any_number_of_steps(option: str, conf: Path) 
     config = compose_option(conf, "inner", option)
     inner: Inner = build(config.inner)
     theta = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[0.5]])}
-    params = {name: value.expand(3, *value.shape) for name, value in (theta | inner.init_learned(theta)).items()}
+    learnt = inner.init_learned(theta, Stream(0))
+    params = {name: value.expand(3, *value.shape) for name, value in (theta | learnt).items()}
 
     def loss(params: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         return params["a"].square().sum(1) + params["b"].square().sum((1, 2))

@@ -56,6 +56,7 @@ KINDS = {
         "domain.horizon=30",
         "domain.goal_range=[-0.05,0.05]",
     ),
+    "meta_lstm": ("inner=meta_lstm", "inner.num_steps=2", "inner.hidden_size=2", "model.hidden_sizes=[8]"),
 }
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
 
+from maml.algorithm.maml import MAML
+from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
+from maml.hardware.memory import recompute_inner_steps
 from maml.inner.base import Inner
 from maml.inner.sgd import SGD
+from maml.model.mlp import MLP
+from maml.seeding import Stream
 from maml.types import Params
+from tests.algorithms import build_from
 from tests.runs import TinyRuns
 
 NAMES = ["conv1.weight", "conv1.bias", "norm1.shift", "head.weight"]
@@ -46,7 +54,7 @@ class Counting(Inner):
         return {f"{name}.count": torch.zeros_like(value) for name, value in params.items()}
 
     def update(
-        self, params: Params, gradients: Params, state: Params, step: int, step_size: float | None
+        self, params: Params, losses: Tensor, gradients: Params, state: Params, step: int, step_size: float | None
     ) -> tuple[Params, Params]:
         size = self.step_size if step_size is None else step_size
         counted = {f"{name}.count": state[f"{name}.count"] + 1 for name in gradients}
@@ -74,6 +82,44 @@ def test_state_and_step_are_handed_from_step_to_step_and_can_be_handed_over() ->
     *_, (later, state) = inner.adapt(slope, start, 1, create_graph=False, state=steps[2][1])
     assert later["x"].flatten().tolist() == [8.5, 18.5], "0.5 * 3 * 1"
     assert state["x.count"].flatten().tolist() == [3, 3]
+
+
+class FollowingTheLoss(Inner):
+    """Moves against the gradient by the loss, with a random factor that is a part of theta."""
+
+    def init_learned(self, params: Params, stream: Stream) -> Params:
+        return {"inner.factor": stream.uniform((1,), 1.0, 2.0)}
+
+    def update(
+        self, params: Params, losses: Tensor, gradients: Params, state: Params, step: int, step_size: float | None
+    ) -> tuple[Params, Params]:
+        size = (losses.unsqueeze(1) * params["inner.factor"]).reshape(-1, 1)
+        return {name: params[name] - size * gradient for name, gradient in gradients.items()}, state
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("order", [1, 2])
+def test_step_sees_the_loss_which_is_a_constant_in_first_order(order: Literal[1, 2], recompute: bool) -> None:
+    inner = FollowingTheLoss(step_size=0.1, num_steps=2, order=order, adapt=["x"])
+    x, factor = torch.tensor([[0.5], [-0.3]], requires_grad=True), torch.tensor([[1.5], [1.2]], requires_grad=True)
+
+    def loss(params: Params, step: int) -> Tensor:
+        return (params["x"] ** 2).sum(1)
+
+    with recompute_inner_steps(recompute):
+        *_, (adapted, _) = inner.adapt(loss, {"x": x, "inner.factor": factor}, 1, create_graph=order == 2)
+    # theta' = x - c x^2 * 2x
+    torch.testing.assert_close(adapted["x"], x - 2 * factor * x**3)
+    slopes = torch.autograd.grad(adapted["x"].sum(), [x, factor])
+    torch.testing.assert_close(slopes[0], 1 - 6 * factor * x**2 if order == 2 else torch.ones_like(x))
+    torch.testing.assert_close(slopes[1], -2 * x**3)
+
+
+def test_initial_values_of_what_is_learnt_are_drawn_from_the_runs_seed() -> None:
+    domain, model = Sinusoid(), MLP((1,), 1, [4])
+    inner = FollowingTheLoss(step_size=0.1, num_steps=1, order=1, adapt=["*"])
+    drawn = [build_from(MAML, domain, model, inner, seed=seed).theta["inner.factor"].item() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_step_sizes_asked_for_reach_each_step() -> None:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from maml.errors import MamlError
+from maml.hardware.kernels import library, use_kernels
 from maml.model.conv4 import Conv4
 from maml.seeding import Stream
 from maml.types import Params
 from tests import plain_maml
+
+needs_compiler = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
 
 def omniglot() -> Conv4:
@@ -54,6 +57,31 @@ def library_values(net: nn.Sequential, names: list[str]) -> Params:
     own = dict(net.named_parameters()) | dict(net.named_buffers())
     layers = {name: name.rpartition(".") for name in names}
     return {name: own[f"{layer}.{_LIBRARY_NAMES.get(kind, kind)}"] for name, (layer, _, kind) in layers.items()}
+
+
+@pytest.mark.parametrize("norm_scale", [False, True])
+@pytest.mark.parametrize("with_kernels", [False, pytest.param(True, marks=needs_compiler)])
+def test_dropout_keeps_what_was_drawn_and_scales_it(norm_scale: bool, with_kernels: bool) -> None:
+    model = Conv4((17, 16, 1), 3, num_filters=4, pooling="max", head="flatten", norm_scale=norm_scale, dropout=0.25)
+    theta = {name: value.double() for name, value in model.init(Stream(0)).items()}
+    x = Stream(1).uniform((2, 5, 17, 16, 1), dtype=torch.float64)
+    kept = model.draw_dropout(5, Stream(torch.tensor([3, 4])))
+    params = {name: value.expand(2, *value.shape) for name, value in theta.items()}
+    use_kernels(with_kernels)
+    try:
+        found = model(params | kept, x)
+    finally:
+        use_kernels(False)
+    for task in range(2):
+        net = library_network(theta)
+
+        def drop(layer: int, y: Tensor, task: int = task) -> Tensor:
+            return y * kept[f"dropout.conv{layer}"][task].permute(0, 3, 1, 2) / 0.75
+
+        for i in range(1, 5):
+            getattr(net, f"pool{i}").register_forward_hook(lambda _, __, y, i=i: drop(i, y))
+        torch.testing.assert_close(found[task], net(x[task].permute(0, 3, 1, 2)), rtol=1e-9, atol=1e-9)
+    assert Conv4((17, 16, 1), 3).draw_dropout(5, Stream(torch.tensor([3]))) == {}
 
 
 def test_parameter_counts_are_the_papers() -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from maml.config.compose import compose_experiment
-from maml.config.schema import build
+from maml.config.schema import build, build_without_data
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Cell, Curve, Source, load_figures, load_levels, load_pictures, load_tables
+from maml.paper.evidence import measured_by
 
 RESULTS = Path(__file__).parents[2] / "results"
 TABLES = load_tables(RESULTS)
@@ -59,7 +60,9 @@ def test_rows_of_others_are_quoted_and_baselines_that_we_shall_run_are_not() -> 
     run_here = {(cell.table, cell.row) for cell in CELLS.values() if cell.quoted and cell.source}
     assert run_here == {
         ("table1_omniglot", "Siamese"), ("table1_omniglot", "MatchingNets"), ("table1_miniimagenet", "MatchingNets"),
+        ("table1_omniglot", "MANN_noconv"),
         ("table1_omniglot", "NeuralStatistician"),
+        ("table1_miniimagenet", "MetaLearnerLSTM"),
     }  # fmt: skip
 
 
@@ -86,6 +89,11 @@ def test_every_curve_and_panel_composes_and_evaluates_what_it_draws() -> None:
 
 def assert_evaluates(source: Source, step: int) -> None:
     config = compose_experiment(source.experiment, source.overrides)
+    if measured_by(source) == "showing":
+        num_shots = build_without_data(config.domain).num_shots
+        assert (config.evaluation["num_steps"], source.num_shots) == (0, num_shots)
+        assert step < num_shots, "step 0 is the first showing"
+        return
     assert step <= config.evaluation["num_steps"]
     assert source.num_shots in (config.evaluation["num_shots"] or [config.domain["num_shots"]])
 
@@ -231,14 +239,15 @@ def test_a_curve_that_the_paper_does_not_have_is_named(tmp_path: Path) -> None:
 
 
 def test_figures_have_30_drawn_curves() -> None:
-    drawn = {figure.name: sum(curve.is_plotted for curve in figure.curves) for figure in load_figures(RESULTS)}
+    figures = [figure for figure in load_figures(RESULTS) if figure.in_paper]
+    drawn = {figure.name: sum(curve.is_plotted for curve in figure.curves) for figure in figures}
     assert drawn == {"figure3": 3, "figure6": 9, "figure4": 4, "figure5": 14}
 
 
 def test_every_experiment_belongs_to_a_cell_curve_or_picture_of_the_paper_or_says_that_it_does_not() -> None:
     sources = [cell.source for table in TABLES if table.in_paper for cell in table.cells if cell.source]
     sources += [reading.source for table in TABLES for cell in table.cells for reading in cell.readings]
-    sources += [curve.source for figure in load_figures(RESULTS) for curve in figure.curves]
+    sources += [curve.source for figure in load_figures(RESULTS) if figure.in_paper for curve in figure.curves]
     sources += [panel.source for picture in load_pictures(RESULTS) for panel in picture.panels]
     in_paper = {source.experiment for source in sources}
     for path in sorted((RESULTS.parent / "conf" / "experiment").glob("*.yaml")):
@@ -262,3 +271,16 @@ def test_notes_stand_where_numbers_were_missed_and_do_not_change_the_source() ->
     assert cell.note == "multitask-averaging"
     assert cell.source == Source("sinusoid_multitask_average_l2", "mse", 5)
     assert {curve.note for curve in load_figures(RESULTS)[0].curves} == {"", "pretrained-curves"}
+
+
+def test_manns_cells_are_showings_2_and_5_and_its_figure_has_these_two_points() -> None:
+    for column, step in (("5way_1shot", 1), ("5way_5shot", 4)):
+        cell = CELLS["table1_omniglot", "MANN_noconv", column]
+        assert (cell.source, cell.step) == (Source("omniglot_sequence_mann", "accuracy", 10, scale=100), step)
+    (figure,) = (figure for figure in load_figures(RESULTS) if figure.measured_by == "showing")
+    mann, lstm = figure.curves
+    assert (figure.in_paper, mann.points, lstm.points) == (False, {1: "82.8", 4: "94.9"}, {})
+    assert mann.levels == {
+        1: (pytest.approx(82.75), pytest.approx(82.85)),
+        4: (pytest.approx(94.85), pytest.approx(94.95)),
+    }

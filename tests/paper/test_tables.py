@@ -188,7 +188,7 @@ def test_fresh_clone_renders_all_cells_as_not_run_or_quoted() -> None:
     comparisons = compare(tables, lambda source: Evidence())
     everything = [comparison for group in comparisons.values() for comparison in group]
     assert summary(everything) == (
-        "0 of 121 cells reproduced, 0 better, 0 worse, 0 reduced budget, 8 quoted, 113 not run"
+        "0 of 123 cells reproduced, 0 better, 0 worse, 0 reduced budget, 6 quoted, 117 not run"
     )
     assert {comparison.status for comparison in everything} == {"not run", "quoted"}
     for table in tables:
@@ -207,10 +207,10 @@ def test_script_renders_runs_and_names_a_corrupt_one(tmp_path: Path, capsys: pyt
     assert main(["--runs-dir", str(runs), "--out", str(out)]) == 0
     overview = (out / "tables.md").read_text()
     counted, beside, _ = capsys.readouterr().out.splitlines()
-    assert counted == "1 of 71 cells reproduced, 0 better, 2 worse, 0 reduced budget, 8 quoted, 60 not run"
+    assert counted == "1 of 71 cells reproduced, 0 better, 2 worse, 0 reduced budget, 6 quoted, 62 not run"
     assert beside == (
         "Not in the paper, counted separately: "
-        "0 of 50 cells reproduced, 0 better, 0 worse, 0 reduced budget, 50 not run"
+        "0 of 52 cells reproduced, 0 better, 0 worse, 0 reduced budget, 52 not run"
     )
     assert f"{counted}.\n\n{beside}." in overview
     with open(out / "table2_multitask" / "table2_multitask.csv", newline="") as file:

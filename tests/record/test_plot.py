@@ -118,3 +118,12 @@ def test_loss_below_zero_has_no_logarithmic_axis(tmp_path: Path, figures: list[m
         axes = figures[-1].axes[1]
         assert axes.get_yscale() == scale
         assert ("log axis" in axes.get_ylabel()) == (scale == "log")
+
+
+def test_showings_are_drawn_from_the_first_on(tmp_path: Path, figures: list[matplotlib.figure.Figure]) -> None:
+    report = REPORT | {"measured_by": "showing", "curves": [curve(10, "accuracy_transductive", [0.25, None, 0.75])]}
+    plot_report(report, tmp_path / "report.png")
+    ((axes,),) = (figure.axes for figure in figures)
+    (line,) = axes.get_lines()
+    assert line.get_xydata().tolist() == [[1, 0.25], [3, 0.75]], "no task has the second"  # type: ignore[union-attr]
+    assert axes.get_xlabel() == "showing of a class"

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from maml.record.style import count_gradient_steps, log_ticks, metric_label, save, style, themed
+from maml.record.style import count_steps, log_ticks, metric_label, save, step_label, style, themed
 
 
 @style()
@@ -52,7 +52,7 @@ def test_gradient_steps_have_whole_ticks() -> None:
     for last in (1, 3, 10):
         axes = Figure().subplots()
         axes.plot(range(last + 1))
-        count_gradient_steps(axes)
+        count_steps(axes)
         assert all(float(tick).is_integer() for tick in axes.get_xticks())
         assert axes.get_xlabel() == "gradient steps"
 
@@ -74,3 +74,13 @@ def test_logarithmic_axis_has_numbers_between_powers_of_ten() -> None:
 def test_metrics_have_names_for_readers() -> None:
     assert metric_label("mse") == "mean squared error"
     assert metric_label("accuracy_transductive") == "accuracy transductive"
+
+
+def test_showings_count_from_one_and_gradient_steps_from_zero() -> None:
+    assert [step_label(step, "showing") for step in (0, 4)] == ["showing 1", "showing 5"]
+    assert [step_label(step, "gradient step") for step in (0, 4)] == ["step 0", "step 4"]
+    assert step_label(8, "showing", width=2) == "showing  9"
+    with style():
+        axes = Figure().subplots()
+        count_steps(axes, "showing")
+        assert axes.get_xlabel() == "showing of a class"

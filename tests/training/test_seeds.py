@@ -44,6 +44,11 @@ IMAGES = (
     [
         pytest.param((), id="sinusoid"),
         pytest.param(("inner=learned_sgd", "algorithm=fomaml"), id="learned_step_sizes"),
+        pytest.param(
+            ("inner=meta_lstm", "inner.num_steps=2", "inner.hidden_size=2", "model.hidden_sizes=[8]"),
+            id="meta_lstm",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("inner.second_order_from=20",), id="order_switches"),
         pytest.param(("+experiment=sinusoid_reptile", "meta_batch_size=4"), id="reptile"),
         pytest.param((*IMAGES, "meta_batch_size=3"), id="images"),
