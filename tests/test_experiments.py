@@ -14,6 +14,7 @@ from maml.algorithm.context_vector import ContextVector
 from maml.algorithm.embedding import Embedding
 from maml.algorithm.finetune import FineTune
 from maml.algorithm.maml import MAML
+from maml.algorithm.memory_module import MemoryModule
 from maml.algorithm.multitask_average import MultitaskAverage
 from maml.algorithm.nearest_neighbor import NearestNeighbor
 from maml.algorithm.pixel_nearest_neighbor import PixelNearestNeighbor
@@ -67,6 +68,8 @@ def _smoke(name: str) -> Any:
     is_slow = name.startswith(_REPEATS)
     if name.endswith(("_prototypical", "_matching", "_siamese", "_statistician")):
         is_slow = name not in _OF_EMBEDDINGS
+    if name.endswith("_memory_module"):
+        is_slow = name != "omniglot_5way_1shot_memory_module"
     return pytest.param(name, marks=pytest.mark.slow if is_slow else ())
 
 
@@ -84,6 +87,8 @@ def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -
     if name == "omniglot_alphabets_siamese":  # a smaller network, on drawings that are read already
         small = ["domain.image_size=28", "model.module.kernels=[3,3,1,1]", "model.module.widths=[2,2,2,2]"]
         few = ["domain.num_ways=6", "model.module.num_features=8", *small]
+    if name.endswith("_memory_module"):
+        few = ["model.rep_dim=16"]
     config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
     if name.endswith("_statistician"):
         config = replace(config, model={**config.model, "hidden_size": 16, "context_size": 8})
@@ -353,6 +358,32 @@ def test_embedding_experiments_with_equal_training_share_it() -> None:
         alike = {name for name in EMBEDDING if Path(name).match(pattern)}
         assert len(alike) == count and alike in trainings.values(), pattern
     assert len(trainings) == len(patterns)
+
+
+def test_memory_module_is_that_of_the_protocol(cache_dir: Path) -> None:
+    """One training for each number of ways; meta-test has the tasks of matching networks."""
+    trainings = set()
+    for ways, shots in ((5, 1), (5, 5), (20, 1), (20, 5)):
+        name = f"omniglot_{ways}way_{shots}shot_memory_module"
+        config, algorithm, evaluation = built(name, cache_dir)
+        trainings.add(digest(training_config(config)))
+        assert isinstance(algorithm, MemoryModule) and size(algorithm) == 1_930_432
+        assert (algorithm.num_slots, algorithm.num_neighbors, algorithm.margin, algorithm.dropout) == (
+            8192,
+            256,
+            0.1,
+            0.7,
+        )
+        assert algorithm.clear and algorithm.age_noise == 8
+        outer = algorithm.outer
+        assert isinstance(outer, Adam) and (outer.step_size, outer.eps, outer.clip_norm) == (1e-4, 1e-4, 5)
+        assert (config.meta_batch_size, config.num_iterations) == (16, 100_000)
+        assert len(algorithm.sample_tasks(2, Stream(0))["labels"]) == 6 * ways
+        assert (evaluation.num_tasks, evaluation.num_steps, evaluation.num_shots) == (1000, 0, [shots])
+        theirs = build(compose([f"+experiment=omniglot_{ways}way_{shots}shot_matching"])[0].evaluation)
+        banks = [each.bank(algorithm.domain.with_ways(ways), shots, num_tasks=2) for each in (evaluation, theirs)]
+        assert all(torch.equal(value, banks[1][key]) for key, value in banks[0].items())
+    assert len(trainings) == 2
 
 
 # Inner batch and steps, step size, iterations, inner batch in meta-test (docs/protocol.md#reptile).

@@ -26,6 +26,17 @@ class Objective(ABC):
     def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
         """Returns the gradient at ``theta``, by name, and the mean metrics of the meta-batch, 0-dim tensors."""
 
+    def on(self, tasks: Tasks) -> Objective:
+        """Returns the same meta-objective on other tasks, for a meta-update that makes several steps.
+
+        An algorithm draws in `Algorithm.sample_tasks` what all of its steps need, cuts the tasks of one step from it,
+        and may add to them what the steps before have left.
+
+        Args:
+            tasks: T tasks.
+        """
+        raise _missing("computation on other tasks")
+
     def kl_gradient(self, theta: Params, every: int = 1) -> Params:
         """Returns the gradient at ``theta`` of the mean KL divergence from the policies that collected the rollouts.
 

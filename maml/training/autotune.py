@@ -57,6 +57,8 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
     if hardware.task_chunk != "auto" or not is_worth_it:
         return execution
     tasks = iterate.sample_tasks(1)
+    if num_tasks(tasks) > 1 and not iterate.algorithms[0].sums_over_tasks:
+        return execution  # tasks that are computed one after the other have no chunks
     measured_for = {
         key: value for key, value in training_config(settings).items() if not key.startswith(_UNRELATED_KEYS)
     }

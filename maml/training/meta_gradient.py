@@ -321,6 +321,9 @@ class BatchObjective(Objective):
     def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
         return self.meta_gradient.gradient(self._params(theta), self.tasks)
 
+    def on(self, tasks: Tasks) -> BatchObjective:
+        return BatchObjective(self.meta_gradient, tasks)
+
     def evaluate(self, theta: Params) -> dict[str, Tensor]:
         return self.meta_gradient.evaluate(self._params(theta), self.tasks)
 

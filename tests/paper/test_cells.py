@@ -63,6 +63,7 @@ def test_rows_of_others_are_quoted_and_baselines_that_we_shall_run_are_not() -> 
         ("table1_omniglot", "MANN_noconv"),
         ("table1_omniglot", "NeuralStatistician"),
         ("table1_miniimagenet", "MetaLearnerLSTM"),
+        ("table1_omniglot", "MemoryModule"),
     }  # fmt: skip
 
 

@@ -183,22 +183,19 @@ def test_summary_counts_every_cell_once(tmp_path: Path) -> None:
     assert summary(comparisons) == ("1 of 3 cells reproduced, 0 better, 0 worse, 1 reduced budget, 1 quoted, 0 not run")
 
 
-def test_fresh_clone_renders_all_cells_as_not_run_or_quoted() -> None:
+def test_every_cell_has_an_experiment_and_a_fresh_clone_has_run_none() -> None:
     tables = load_tables(RESULTS)
     comparisons = compare(tables, lambda source: Evidence())
     everything = [comparison for group in comparisons.values() for comparison in group]
-    assert summary(everything) == (
-        "0 of 123 cells reproduced, 0 better, 0 worse, 0 reduced budget, 6 quoted, 117 not run"
-    )
-    assert {comparison.status for comparison in everything} == {"not run", "quoted"}
+    assert summary(everything) == ("0 of 123 cells reproduced, 0 better, 0 worse, 0 reduced budget, 123 not run")
+    assert {comparison.status for comparison in everything} == {"not run"}
     for table in tables:
         lines = table_markdown(table, comparisons[table.name]).splitlines()
         for cell in table.cells:
-            status = "quoted" if cell.quoted and not cell.source else "not run"
+            assert cell.source
             (line,) = (line for line in lines if line.startswith(f"| {cell.row} | {cell.column} | {cell.value}"))
-            assert f"|  | {status} |" in line
-            command = f"`{cell.source.command([])}`" if cell.source else "" if cell.quoted else "no experiment yet"
-            assert line.endswith(f" {command} |")
+            assert "|  | not run |" in line
+            assert line.endswith(f" `{cell.source.command([])}` |")
 
 
 def test_script_renders_runs_and_names_a_corrupt_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +204,7 @@ def test_script_renders_runs_and_names_a_corrupt_one(tmp_path: Path, capsys: pyt
     assert main(["--runs-dir", str(runs), "--out", str(out)]) == 0
     overview = (out / "tables.md").read_text()
     counted, beside, _ = capsys.readouterr().out.splitlines()
-    assert counted == "1 of 71 cells reproduced, 0 better, 2 worse, 0 reduced budget, 6 quoted, 62 not run"
+    assert counted == "1 of 71 cells reproduced, 0 better, 2 worse, 0 reduced budget, 68 not run"
     assert beside == (
         "Not in the paper, counted separately: "
         "0 of 52 cells reproduced, 0 better, 0 worse, 0 reduced budget, 52 not run"
@@ -268,11 +265,12 @@ def test_layout_has_every_row_and_column_of_the_printed_table() -> None:
 def test_markdown_has_the_papers_layout_with_ours_and_the_verdict_below_each_row() -> None:
     (table,) = (table for table in load_tables(RESULTS) if table.name == "table1_omniglot")
     lines = table_markdown(table, compare([table], lambda source: Evidence())[table.name]).splitlines()
-    assert lines[4:9] == [
+    assert lines[4:10] == [
         "| Omniglot (Lake et al., 2011) | 5-way Accuracy 1-shot | 5-way Accuracy 5-shot | 20-way Accuracy 1-shot "
         "| 20-way Accuracy 5-shot |",
         "| --- | --- | --- | --- | --- |",
         "| MANN, no conv (Santoro et al., 2016) † | 82.8 | 94.9 | – | – |",  # noqa: RUF001 - the paper's dash
+        "| ours | not run | not run |  |  |",
         "| **MAML, no conv** | **89.7 ± 1.1** | **97.5 ± 0.6** | – | – |",  # noqa: RUF001
         "| ours | not run | not run |  |  |",
     ]
