@@ -24,7 +24,7 @@ EXPERIMENT = "sinusoid_10shot"
         (
             ["model=mpl"],
             "model=mpl: no such file in conf/model/: did you mean mlp? "
-            "allowed: categorical_policy, conv4, gaussian_policy, ",
+            "allowed: categorical_policy, conv4, conv_pairs, ",
         ),
         (["+debug=smok"], "+debug=smok: no such file in conf/debug/: did you mean smoke?"),
         (
