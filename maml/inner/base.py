@@ -193,11 +193,13 @@ class Inner(ABC):
             # In evaluation, which has no meta-gradient, this makes no graph.
             return self.update(params, losses, dict(zip(names, gradients, strict=True)), state, step, size)
 
+        # In first order, only an optimizer with parameters of its own makes a graph that takes memory.
+        has_graph = create_graph or any(name.startswith(_LEARNED_PREFIX) for name in params)
         for step in range(num_steps):
             if not params[names[0]].requires_grad:  # evaluation: there is no meta-gradient
                 params = params | {name: params[name].detach().requires_grad_() for name in names}
-            if create_graph and recompute_enabled():
-                adapted, state = _recompute_in_backward(partial(take_step, step=step), params, state)
+            if has_graph and recompute_enabled():
+                adapted, state = _recompute_in_backward(partial(take_step, step=step), params, state, create_graph)
             else:
                 adapted, state = take_step(params, state, step, create_graph)
             params = params | adapted
@@ -208,8 +210,8 @@ class _Step(Protocol):
     def __call__(self, params: Params, state: Params, *, create_graph: bool) -> tuple[Params, Params]: ...
 
 
-def _recompute_in_backward(step: _Step, params: Params, state: Params) -> tuple[Params, Params]:
-    """Takes a step and keeps only its inputs in memory; the backward pass takes the step once more."""
+def _recompute_in_backward(step: _Step, params: Params, state: Params, create_graph: bool) -> tuple[Params, Params]:
+    """Takes a step and keeps only its inputs in memory; the backward pass takes it once more, with ``create_graph``."""
     output_names: list[list[str]] = []
 
     def flat_step(values: Sequence[Tensor], create_graph: bool) -> tuple[Tensor, ...]:
@@ -219,7 +221,7 @@ def _recompute_in_backward(step: _Step, params: Params, state: Params) -> tuple[
         output_names[:] = [list(group) for group in outputs]
         return tuple(value for group in outputs for value in group.values())
 
-    values = _RecomputeInBackward.apply(flat_step, *params.values(), *state.values())
+    values = _RecomputeInBackward.apply(flat_step, create_graph, *params.values(), *state.values())
     param_names, state_names = output_names
     new_state = values[len(param_names) :]
     return dict(zip(param_names, values, strict=False)), dict(zip(state_names, new_state, strict=True))
@@ -229,8 +231,10 @@ class _RecomputeInBackward(Function):
     """Computes a function of tensors without a graph, and again with one in the backward pass. Once differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *values: Tensor) -> tuple[Tensor, ...]:
-        ctx.function = function
+    def forward(
+        ctx: Any, function: Callable[..., tuple[Tensor, ...]], create_graph: bool, *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.function, ctx.create_graph = function, create_graph
         ctx.save_for_backward(*values)
         with torch.enable_grad():
             inputs = [_as_leaf(value) for value in values]
@@ -241,7 +245,7 @@ class _RecomputeInBackward(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             inputs = [_as_leaf(value) for value in ctx.saved_tensors]
-            outputs = ctx.function(inputs, create_graph=True)
+            outputs = ctx.function(inputs, create_graph=ctx.create_graph)
             pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
             differentiable_inputs = [value for value in inputs if value.requires_grad]
             differentiable_outputs, output_gradients = zip(*pairs, strict=True)
@@ -250,7 +254,7 @@ class _RecomputeInBackward(Function):
                     differentiable_outputs, differentiable_inputs, output_gradients, materialize_grads=True
                 )
             )
-        return None, *(next(input_gradients) if value.requires_grad else None for value in inputs)
+        return None, None, *(next(input_gradients) if value.requires_grad else None for value in inputs)
 
 
 def _as_leaf(value: Tensor) -> Tensor:

@@ -115,6 +115,23 @@ def test_step_sees_the_loss_which_is_a_constant_in_first_order(order: Literal[1,
     torch.testing.assert_close(slopes[1], -2 * x**3)
 
 
+@pytest.mark.parametrize(("inner", "calls"), [(FollowingTheLoss, 4), (SGD, 2)])
+def test_first_order_steps_are_recomputed_where_they_have_parameters_to_learn(inner: type[Inner], calls: int) -> None:
+    steps: list[int] = []
+
+    def loss(params: Params, step: int) -> Tensor:
+        steps.append(step)
+        return (params["x"] ** 2).sum(1)
+
+    x, factor = (torch.ones(2, 1, requires_grad=True) for _ in range(2))
+    optimizer = inner(step_size=0.1, num_steps=2, order=1, adapt=["x"])
+    params = {"x": x, "inner.factor": factor} if inner is FollowingTheLoss else {"x": x}
+    with recompute_inner_steps(True):
+        *_, (adapted, _) = optimizer.adapt(loss, params, 2, create_graph=False)
+    torch.autograd.grad(adapted["x"].sum(), list(params.values()))
+    assert len(steps) == calls
+
+
 def test_initial_values_of_what_is_learnt_are_drawn_from_the_runs_seed() -> None:
     domain, model = Sinusoid(), MLP((1,), 1, [4])
     inner = FollowingTheLoss(step_size=0.1, num_steps=1, order=1, adapt=["*"])
