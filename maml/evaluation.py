@@ -507,8 +507,8 @@ def bank_hash(tasks: Tasks) -> str:
 def per_task_rows(curves: list[Curve]) -> list[dict[str, Any]]:
     """Returns the rows of ``tasks.csv``: one per K, metric and task, with one column per gradient step, to 7 digits.
 
-    By showing, the column ``step_1`` holds the 2nd showing. A task has no value at a showing that it lacks, or that only a
-    larger K has.
+    By showing, the column ``step_1`` holds the 2nd showing. A task has no value at a showing that it lacks, or that
+    only a larger K has.
     """
     rows, num_columns = [], max(len(curve.values) for curve in curves)
     for curve in curves:
