@@ -112,14 +112,9 @@ def check_name(name: str, index: Index) -> None:
             f"{name} has no committed checkpoint. Run it with {sources[name][0].command([])}, then "
             "python scripts/export_checkpoints.py --runs-dir runs results/runs"
         )
-    printed = {f"{cell.table}/{cell.row}/{cell.column}": cell for table in load_tables(RESULTS) for cell in table.cells}
+    printed = [f"{cell.table}/{cell.row}/{cell.column}" for table in load_tables(RESULTS) for cell in table.cells]
     if name in printed:
-        why = (
-            "is quoted by the paper from other authors, and has no experiment"
-            if printed[name].quoted
-            else "has no experiment yet"
-        )
-        raise MamlError(f"{name} {why}, so there is no number of ours to verify")
+        raise MamlError(f"{name} has no experiment yet, so there is no number of ours to verify")
     known = list(dict.fromkeys([*sources, *printed]))
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"Did you mean {', '.join(close)}?" if close else f"Cells with a checkpoint: {', '.join(index.cells)}"

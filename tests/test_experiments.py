@@ -90,6 +90,8 @@ def test_experiment_survives_smoke(name: str, tmp_path: Path, cache_dir: Path) -
     if name.endswith("_memory_module"):
         few = ["model.rep_dim=16"]
     config, experiment = compose([f"+experiment={name}", "+debug=smoke", *few, *places])
+    if name.endswith("_statistician"):
+        config = replace(config, model={**config.model, "hidden_size": 16, "context_size": 8})
     if "num_filters" in config.model:  # An image experiment spends its time in convolutions.
         config = replace(config, model={**config.model, "num_filters": 4})
     headline = run_experiment(config, experiment)

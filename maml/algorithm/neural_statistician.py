@@ -19,7 +19,7 @@ from maml.pictures import Images, Picture
 from maml.seeding import Stream
 from maml.types import Params, Tasks
 
-_NUM_PICTURED, _NUM_SAMPLES = 4, 8  # sets in a picture, and images that are drawn for each
+_NUM_PICTURED, _NUM_SAMPLES = 4, 5  # sets in a picture, and images that are drawn for each
 
 
 class NeuralStatistician(Embedding):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PREFIX = "picture_"
+_LINE_STYLES = ("-", "--", ":")
 
 
 def report_pictures(folder: Path) -> dict[str, Path]:
@@ -44,11 +45,15 @@ def draw(name: str, picture: Picture, folder: Path) -> Path:
 
 
 def _draw_lines(figure: Figure, picture: Lines) -> None:
-    axes = figure.subplots()
-    for name, values in picture.lines.items():
-        axes.plot(range(len(values)) if picture.x is None else picture.x, values, marker="o", label=name)
+    import matplotlib
+
+    axes, num_colors = figure.subplots(), len(matplotlib.rcParams["axes.prop_cycle"])
+    for number, (name, values) in enumerate(picture.lines.items()):
+        x = range(len(values)) if picture.x is None else picture.x
+        dashes = _LINE_STYLES[number // num_colors % len(_LINE_STYLES)]  # another one when the colours begin again
+        axes.plot(x, values, dashes, marker="o", label=name)
     axes.set(xlabel=picture.x_label, ylabel=picture.y_label)
-    axes.locator_params(axis="x", integer=picture.x is None)
+    axes.locator_params(axis="x", integer=all(float(each).is_integer() for each in picture.x or ()))
     if len(picture.lines) > 1:
         axes.legend()
 

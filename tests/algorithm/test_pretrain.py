@@ -9,8 +9,10 @@ from maml.algorithm.pretrain import Pretrain
 from maml.config.compose import compose
 from maml.config.schema import build
 from maml.domain.sinusoid import Sinusoid
+from maml.domain.sinusoid_sequence import SinusoidSequence
 from maml.experiment import build_algorithm
 from maml.inner.sgd import SGD
+from maml.model.lstm import LSTM
 from maml.model.mlp import MLP
 from maml.seeding import Stream
 from maml.types import Params, Tasks
@@ -76,3 +78,23 @@ def test_oracle_is_measured_on_the_usual_bank_before_any_step() -> None:
         banks.append(hashes)
     assert algorithm.theta["linear1.weight"].shape == (40, 3)
     assert banks[0] == banks[1]
+
+
+class ByShowing(SinusoidSequence):
+    """Sequences that nothing adapts to, so that tasks can share weights."""
+
+    measured_by = "showing"
+
+
+def test_where_nothing_adapts_tasks_share_weights_and_have_the_same_gradient() -> None:
+    inner = SGD(step_size=0.1, num_steps=0, order=1, adapt=["*"])
+    shared, copied = (
+        build_from(Pretrain, domain, LSTM(domain.in_shape, 1, 4), inner)
+        for domain in (ByShowing(num_shots=3), SinusoidSequence(num_shots=3))
+    )
+    assert (shared.shares_weights, copied.shares_weights, Pretrain.shares_weights) == (True, False, False)
+    theta = {name: value.double() for name, value in shared.theta.items()}
+    tasks = {name: value.double() for name, value in shared.sample_tasks(5, Stream(1)).items()}
+    one, other = (algorithms.gradient(algorithm, theta, tasks)[0] for algorithm in (shared, copied))
+    for name in theta:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-12, atol=1e-14)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ EXPERIMENT = "sinusoid_10shot"
         (
             ["model=mpl"],
             "model=mpl: no such file in conf/model/: did you mean mlp? "
-            "allowed: categorical_policy, conv4, gaussian_policy, ",
+            "allowed: categorical_policy, conv4, conv_pairs, ",
         ),
         (["+debug=smok"], "+debug=smok: no such file in conf/debug/: did you mean smoke?"),
         (
@@ -73,18 +74,25 @@ def test_options_of_the_users_own_folder_are_known(
     assert "did you mean mine?" in capsys.readouterr().err
 
 
+def _slow(*arguments: list[str]) -> Any:
+    """Each of these is a process of its own."""
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
         (["inner.step_sise=0.1"], ["inner.step_sise is not a key: did you mean inner.step_size?"]),
-        (["+experiment=sinusoid_10shto"], ["+experiment=sinusoid_10shto: no such file in conf/experiment/: did you "]),
-        (["-m", "inner.step_sise=0.1,0.2"], ["inner.step_sise is not a key: did you mean inner.step_size?"]),
+        _slow(
+            ["+experiment=sinusoid_10shto"], ["+experiment=sinusoid_10shto: no such file in conf/experiment/: did you "]
+        ),
+        _slow(["-m", "inner.step_sise=0.1,0.2"], ["inner.step_sise is not a key: did you mean inner.step_size?"]),
         (["hydra/launcher=foo"], ["In 'hydra/config': Could not find 'hydra/launcher/foo'; allowed: basic, "]),
-        (
+        _slow(
             ["experiment=sinusoid_10shot"],
             ["Could not override 'experiment'. No match", "To append to your default list use +expe"],
         ),
-        (["inner=null"], ["inner=null: no such file in conf/inner/; allowed: adam, "]),
+        _slow(["inner=null"], ["inner=null: no such file in conf/inner/; allowed: adam, "]),
         (["+inner.sise=1"], ["Error executing job", "the config is not valid:", "  inner.sise is not a key"]),
     ],
 )

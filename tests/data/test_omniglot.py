@@ -355,7 +355,7 @@ def test_download_fetches_the_missing_half_only(tmp_path: Path, zipped: Path, mo
             os.mkdir(self.root)
             shutil.copyfile(zipped / "omniglot" / "images_evaluation.zip", f"{self.root}/images_evaluation.zip")
 
-    def read(sources: dict[str, Path], drawings: dict[str, list[str]]) -> tuple[Tensor, list[str]]:
+    def read(sources: dict[str, Path], drawings: dict[str, list[str]], *_: object) -> tuple[Tensor, list[str]]:
         assert sources["images_evaluation"] == data_dir / "omniglot" / "images_evaluation.zip"
         assert sum(map(len, drawings.values())) == 1623 * 20
         return torch.zeros(1, 1, 2, 2, dtype=torch.uint8), ["x"]

@@ -38,7 +38,8 @@ def test_every_command_of_the_page_is_tried() -> None:
     assert len(trainings(PAGE)) == len(RUNS)
 
 
-@pytest.mark.parametrize("kind", list(RUNS))
+# tests/contract/test_own_algorithms.py runs the algorithm with random draws, too.
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "draws")) for kind in RUNS])
 def test_example_runs_as_printed(kind: str, extended: Path) -> None:
     (words,) = [run for run in trainings(PAGE) if RUNS[kind] in " ".join(run)]
     run_in_order(extended, [words])

@@ -16,7 +16,7 @@ from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.figures import CurveComparison, DrawnCurve, bootstrap_interval, plot_figure, prepare_curve
 from maml.paper.plan import WATERMARK
 from maml.record.index import find_runs
-from maml.record.style import style
+from maml.record.style import AXIS, style
 from tests.paper.fake_runs import POINT, SINUSOID, make_run, make_run_with_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -338,7 +338,7 @@ def test_every_axis_of_every_figure_has_a_label_and_whole_gradient_steps(
             canvas.draw_without_rendering()
         first = canvas.axes[0]
         for axes in canvas.axes:
-            assert axes.get_xlabel() == "gradient steps"
+            assert axes.get_xlabel() == AXIS[figure.measured_by]
             assert axes.get_ylabel() or axes in first.get_shared_y_axes().get_siblings(first)
             assert all(float(tick).is_integer() for tick in axes.get_xticks())
         assert first.get_ylabel().startswith(figure.ylabel)
@@ -352,9 +352,9 @@ def test_a_method_has_one_colour_and_one_name_in_all_figures(monkeypatch: pytest
         assert not any("_" in name for name in legend(canvas))
         for line in (line for axes in canvas.axes for line in axes.get_lines()):
             colours.setdefault(str(line.get_label()).partition(",")[0], set()).add(str(line.get_color()))
-    assert list(colours) == ["MAML", "pretrained", "oracle", "random initialization"]
-    assert [len(each) for each in colours.values()] == [1] * 4
-    assert len(set.union(*colours.values())) == 4
+    assert list(colours) == ["MAML", "pretrained", "oracle", "random initialization", "MANN", "LSTM"]
+    assert [len(each) for each in colours.values()] == [1] * 6
+    assert len(set.union(*colours.values())) == 6
 
 
 def test_a_reduced_budget_is_dashed_and_a_curve_without_runs_has_no_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,12 +70,17 @@ def test_name_stands_for_what_begins_with_it(name: str, artifacts: set[str], row
         ("figure9", "has no figure9; did you mean figure"),
         ("table2/MAMI", "has no table2/MAMI; did you mean table2_multitask/MAML"),
         ("x", "has no x; allowed: table1_omniglot, "),
-        ("table1/MANN", "no experiment for table1/MANN"),
     ],
 )
 def test_unknown_name_is_refused_with_what_was_probably_meant(name: str, message: str) -> None:
     with pytest.raises(MamlError, match=message):
         select(NEEDS, ["table2", name])
+
+
+def test_row_without_an_experiment_is_refused() -> None:
+    needs = [replace(need, source=None) if need.path[1] == "MANN_noconv" else need for need in NEEDS]
+    with pytest.raises(MamlError, match="no experiment for table1/MANN"):
+        select(needs, ["table2", "table1/MANN"])
 
 
 def test_source_of_several_artifacts_is_one_job(tmp_path: Path) -> None:

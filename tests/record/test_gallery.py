@@ -31,6 +31,13 @@ def test_lines_are_drawn_with_their_names_and_positions(
     assert (path.name, axes.get_xlabel(), axes.get_ylabel()) == ("picture_gates.png", "step", "mean")
 
 
+def test_no_two_lines_look_alike_and_steps_are_whole(tmp_path: Path, figures: list[matplotlib.figure.Figure]) -> None:
+    draw("many", Lines("many", "step", "mean", {f"line{i}": [0.1 * i, 0.2] for i in range(12)}, x=[1, 5]), tmp_path)
+    ((axes,),) = (figure.axes for figure in figures)
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == 12
+    assert all(tick.is_integer() for tick in axes.get_xticks())
+
+
 def test_images_are_drawn_in_rows_of_any_length_with_ink_black(
     tmp_path: Path, figures: list[matplotlib.figure.Figure]
 ) -> None:

@@ -227,7 +227,7 @@ def test_archive_that_is_none_or_would_write_elsewhere_is_refused(tmp_path: Path
     assert not list(into.glob("*/*")), "nothing was taken"
 
 
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_at_any_point_loses_nothing(stages: dict[str, Path], tmp_path: Path, stride: int) -> None:
     into = tmp_path / "here"
 
