@@ -510,13 +510,15 @@ def bank_hash(tasks: Tasks) -> str:
 def per_task_rows(curves: list[Curve]) -> list[dict[str, Any]]:
     """Returns the rows of ``tasks.csv``: one per K, metric and task, with one column per gradient step, to 7 digits.
 
-    By showing, the column ``step_1`` holds the 2nd showing; a task that has no such showing has no value there.
+    By showing, the column ``step_1`` holds the 2nd showing. A task has no value at a showing that it lacks, or that
+    only a larger K has.
     """
-    rows = []
+    rows, num_columns = [], max(len(curve.values) for curve in curves)
     for curve in curves:
         is_by_showing = curve.measured_by == "showing"
         for task, values in enumerate(curve.values.T.tolist()):
-            columns = {
+            columns: dict[str, float | None] = {f"step_{step}": None for step in range(num_columns)}
+            columns |= {
                 f"step_{step}": None if is_by_showing and math.isnan(value) else float(f"{value:.7g}")
                 for step, value in enumerate(values)
             }

@@ -41,7 +41,17 @@ from maml.paper.evidence import Evidence, find_evidence, samples
 from maml.record import checkpoint
 from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval
 from maml.record.frame import UNKNOWN, run_frame, setting
-from maml.record.index import SUPERSEDED, CurveRecord, Report, Run, conflicts_among, read_run, read_runs, supersede
+from maml.record.index import (
+    SUPERSEDED,
+    CurveRecord,
+    Report,
+    Run,
+    StepRecord,
+    conflicts_among,
+    read_run,
+    read_runs,
+    supersede,
+)
 from maml.record.lock import acquire
 from maml.record.run_folder import read_json
 from maml.record.style import step_label
@@ -229,7 +239,7 @@ def _run_row(run: Run) -> dict[str, Any]:
 def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
     headline = ""
     if row["metric"]:
-        headline = f"{row['metric']} {reading_text(row['mean'], row['ci95'])} ({_where(row)}, n={row['num_tasks']})"
+        headline = f"{row['metric']} {_row_reading(row)} ({_where(row)}, n={row['num_tasks']})"
         if row["evaluated_at"] != row["iteration"]:
             headline += f" at {row['evaluated_at']:,}"
     return {
@@ -254,8 +264,18 @@ def _number(step: int, report: Report) -> str:
     return step_label(step, report.measured_by) if report.measured_by == "showing" else str(step)
 
 
-def reading_text(mean: float | None, ci95: float | None) -> str:
-    """Formats a mean and the half-width of its 95 % interval over tasks."""
+def _row_reading(row: Mapping[str, Any]) -> str:
+    return reading_text(row["mean"], row["ci95"], row["num_tasks"])
+
+
+def _step_reading(step: StepRecord) -> str:
+    return reading_text(step.mean, step.ci95, step.num_tasks)
+
+
+def reading_text(mean: float | None, ci95: float | None, num_tasks: int | None = None) -> str:
+    """Formats a mean and the half-width of its 95 % interval over tasks; by showing, no task may have the showing."""
+    if num_tasks == 0:
+        return "in no task"
     return "diverged" if mean is None or ci95 is None else f"{mean:.4g} ± {ci95:.2g}"
 
 
@@ -360,8 +380,8 @@ def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
                 "iteration": f"{report.iteration:,}",
                 "curve": f"{curve.metric}, K={curve.num_shots}",
                 "n": str(curve.steps[0].num_tasks),
-                step_label(0, report.measured_by): reading_text(curve.steps[0].mean, curve.steps[0].ci95),
-                "last step": f"{_number(last.step, report)}: {reading_text(last.mean, last.ci95)}",
+                step_label(0, report.measured_by): _step_reading(curve.steps[0]),
+                "last step": f"{_number(last.step, report)}: {_step_reading(last)}",
             }
             for report in run.reports
             for curve in report.curves
@@ -457,10 +477,10 @@ def _difference_rows(a: Run, b: Run, a_curve: CurveRecord, b_curve: CurveRecord)
         row = {
             "curve": f"{a_curve.metric}, K={a_curve.num_shots}",
             "step": _number(first.step, a.report),
-            "A": reading_text(first.mean, first.ci95),
-            "B": reading_text(second.mean, second.ci95),
+            "A": _step_reading(first),
+            "B": _step_reading(second),
             "B - A": "",
-            "95 % interval": "diverged",
+            "95 % interval": "diverged" if first.num_tasks else "",
             "n": str(first.num_tasks),
         }
         if first.mean is not None and second.mean is not None:

@@ -173,6 +173,13 @@ def test_curve_by_showing_comes_from_one_pass_and_leaves_out_tasks_without_it(ch
     assert all(row["step_2"] is None for row in rows)
 
 
+def test_per_task_rows_of_several_shots_by_showing_have_the_same_columns() -> None:
+    curves = [Curve(shots, "accuracy", torch.full((shots, 2), 0.5), measured_by="showing") for shots in (1, 3)]
+    first, _, last, _ = per_task_rows(curves)
+    assert list(first) == list(last) == ["num_shots", "metric", "task", "step_0", "step_1", "step_2"]
+    assert (first["step_0"], first["step_1"], last["step_2"]) == (0.5, None, 0.5)
+
+
 def test_gradient_steps_are_refused_by_showing() -> None:
     with pytest.raises(MamlError, match=r"evaluation\.num_steps=2, but ByShowing measures by showing.*num_steps=0"):
         Evaluation(num_tasks=2, num_steps=2).check(ByShowing())

@@ -101,8 +101,8 @@ class Algorithm(ABC):
         self.domain.check_model(self.model)
         if self.model.dropout and not self.draws_dropout:
             raise MamlError(
-                f"model.dropout={self.model.dropout}, but {type(self).__name__} drops no values in training; set it to "
-                "0, or choose algorithm=matching, prototypical or siamese"
+                f"model.dropout={self.model.dropout}, but {type(self).__name__} drops no values of the network in "
+                "training; set it to 0, or choose algorithm=matching, prototypical or siamese"
             )
         if self.inner.second_order_from and not (self.differentiates_adaptation and self.inner.num_steps):
             raise MamlError(

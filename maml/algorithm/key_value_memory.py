@@ -57,6 +57,9 @@ class Memory(NamedTuple):
         nearest neighbours. The slot with the query's label that was written to last is a neighbour, too. A product is 0
         if there is no such key. The answer is the value of the nearest key.
 
+        Departure: the authors' code counts a negative product as 0, so that a query is not drawn to a key of its label
+        that points away from it. The formula does not.
+
         Args:
             queries: unit vectors, ``(T, B, D)``.
             labels: their labels, ``(T, B)``.
@@ -89,6 +92,8 @@ class Memory(NamedTuple):
         Nearest keys are those before this step. A slot whose key moves is not overwritten in the same step, and each
         image that needs a slot takes the oldest one that is left, in the order of the images. So no two images write to
         the same slot, unless they have the same label, which is not allowed.
+
+        Departure: in the authors' code, a slot whose key moves can be overwritten in the same step.
 
         Args:
             queries: unit vectors, ``(T, B, D)``.

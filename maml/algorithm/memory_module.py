@@ -61,6 +61,7 @@ class MemoryModule(Embedding):
     """
 
     sums_over_tasks = False  # the updates follow each other
+    draws_dropout = False  # of the network's layers: only embeddings are dropped
 
     def __init__(
         self,

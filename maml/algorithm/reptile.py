@@ -26,10 +26,14 @@ class Reptile(Algorithm):
         parts: the domain, model, optimizers and stream.
         num_examples: number of support examples per mini-batch in training.
         num_test_examples: number of support examples per mini-batch in meta-test; a smaller support set is used whole.
+
+    Raises:
+        MamlError: if nothing in the domain adapts by gradient steps.
     """
 
     def __init__(self, parts: Parts, num_examples: Count, num_test_examples: Count) -> None:
         super().__init__(parts)
+        self.domain.check_adaptation(self.name)
         self.num_examples, self.num_test_examples = num_examples, num_test_examples
         adapted = {name: self.theta[name] for name in self.inner.adapted_names(list(self.theta))}
         state = self.inner.init_state(expand(adapted, 1))

@@ -309,6 +309,10 @@ def test_stream_of_classes_is_answered_before_it_is_written(tiny_images: TinyRun
 def test_settings_that_do_not_fit_are_refused(tiny_images: TinyRuns) -> None:
     with pytest.raises(MamlError, match=r"algorithm\.num_neighbors=10 slots .* algorithm\.num_slots=9; lower"):
         make(tiny_images, "algorithm.num_slots=9")
+    conv4 = [override for override in SMALL if not override.startswith("model")]
+    dropping = tiny_images.config(*conv4, "model.dropout=0.2")
+    with pytest.raises(MamlError, match=r"model\.dropout=0\.2, but MemoryModule drops no values of the network"):
+        build_algorithm(dropping, build(dropping.hardware))
     algorithm = make(tiny_images)
     reason = r"algorithm\.num_slots=40 is less than the 45 images of a meta-batch, meta_batch_size=5 episodes of 9"
     with pytest.raises(MamlError, match=reason):

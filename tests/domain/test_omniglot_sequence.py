@@ -300,6 +300,17 @@ def test_seeds_side_by_side_equal_separate_runs(tiny: TinyRuns) -> None:
 
 
 @pytest.mark.usefixtures("tiny_images")
+@pytest.mark.parametrize("algorithm", ["maml", "reptile"])
+def test_algorithms_that_adapt_by_gradient_steps_are_refused(algorithm: str, tiny: TinyRuns) -> None:
+    overrides = [override for override in RUN if not override.startswith(("algorithm", "inner"))]
+    with pytest.raises(
+        MamlError, match=r"adapts by gradient steps, but in OmniglotSequence .* choose algorithm=pretrain"
+    ):
+        tiny.run(*overrides, f"algorithm={algorithm}")
+    assert not tiny.runs_dir.exists()
+
+
+@pytest.mark.usefixtures("tiny_images")
 def test_report_console_and_later_evaluations_name_showings(tiny: TinyRuns, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny.run(*RUN)
     report, lines = read_json(folder / "report.json"), capsys.readouterr().out.splitlines()

@@ -225,6 +225,11 @@ def compared(lines: list[str]) -> list[list[str]]:
     return [line.split("  ") for line in lines[start + 2 :]]
 
 
+def test_showing_that_no_task_has_did_not_diverge() -> None:
+    assert [SCRIPT["reading_text"](None, None, count) for count in (0, 5, None)] == ["in no task", *2 * ["diverged"]]
+    assert SCRIPT["reading_text"](0.5, 0.25, 2) == "0.5 ± 0.25"
+
+
 def test_compare_pairs_runs_task_by_task(tmp_path: Path, run: Lines) -> None:
     a, b = make_run(tmp_path, mean=0.5), make_run(tmp_path, mean=0.25, seed=1, **OTHER)
     lines = run("compare", a.name, str(b))
