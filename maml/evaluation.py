@@ -370,11 +370,13 @@ class Evaluation:
 
     @torch.no_grad()
     def pictures(self, algorithm: Algorithm) -> dict[str, Picture]:
-        """Returns the algorithm's pictures on the first tasks of the bank, by name.
+        """Returns the algorithm's pictures on the first tasks of the bank, by name; none on validation tasks.
 
         Args:
             algorithm: the algorithm with the state to evaluate.
         """
+        if self.split != "test":
+            return {}
         num_shots = algorithm.domain.num_shots if self.num_shots is None else max(self.num_shots)
         theta, device = self.choose_theta(algorithm), algorithm.stream.device
 

@@ -332,7 +332,7 @@ def _evaluate(
     ]
     rows = [row for each in counted for row in each.class_rows()], [row for each in counted for row in each.pair_rows()]
     more = dict(zip(TABLES, rows, strict=True)) if counted else None
-    pictures = evaluation.pictures(learner.algorithm)
+    pictures = partial(evaluation.pictures, learner.algorithm)
     written_to = folder.save_report(report, per_task_rows(curves), report_dir, more, pictures)
     plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
     judgements = judge(folder.experiment, settings, report) if judge else {}

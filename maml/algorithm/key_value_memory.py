@@ -36,12 +36,6 @@ class Memory(NamedTuple):
         values = torch.full((num_memories, num_slots), EMPTY, device=device)
         return cls(keys, values, torch.zeros(num_memories, num_slots, device=device))
 
-    def clear(self) -> None:
-        """Empties the memories in place."""
-        self.keys.zero_()
-        self.values.fill_(EMPTY)
-        self.ages.zero_()
-
     def similarities(self, queries: Tensor) -> Tensor:
         """Returns the inner products of queries, ``(T, B, D)``, with all keys, ``(T, B, M)``; keys are constants."""
         return matmul(queries, self.keys.transpose(1, 2))

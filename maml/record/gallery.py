@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,8 @@ from maml.record.style import save, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LOG = logging.getLogger(__name__)
 
 _PREFIX = "picture_"
 _LINE_STYLES = ("-", "--", ":")
@@ -24,6 +28,15 @@ def report_pictures(folder: Path) -> dict[str, Path]:
 def drawn_pictures(folder: Path) -> dict[str, Path]:
     """Returns the pictures that the algorithm made for the report in a folder, by name."""
     return {path.stem.removeprefix(_PREFIX): path for path in sorted(folder.glob(f"{_PREFIX}*.png"))}
+
+
+def draw_pictures(make: Callable[[], Mapping[str, Picture]], folder: Path) -> None:
+    """Draws what a function returns. If that fails, a warning says so: no picture is worth a finished meta-test."""
+    try:
+        for name, picture in make().items():
+            draw(name, picture, folder)
+    except Exception as error:
+        LOG.warning("the report has no pictures of the algorithm, because making them failed", exc_info=error)
 
 
 @style()

@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +35,7 @@ from maml.hardware import distributed
 from maml.pictures import Picture
 from maml.record import checkpoint, lock
 from maml.record.classes import TABLES
-from maml.record.gallery import draw
+from maml.record.gallery import draw_pictures
 
 LOG = logging.getLogger(__name__)
 
@@ -402,7 +402,7 @@ class RunFolder:
         tasks: list[dict[str, Any]],
         parent: Path | None = None,
         more: Mapping[str, list[dict[str, Any]]] | None = None,
-        pictures: Mapping[str, Picture] | None = None,
+        pictures: Callable[[], Mapping[str, Picture]] = dict,
     ) -> Path:
         """Writes ``report.json``, ``tasks.csv`` and the algorithm's pictures, and returns their folder.
 
@@ -415,7 +415,7 @@ class RunFolder:
             tasks: its rows of ``tasks.csv``, one per task and curve.
             parent: folder of ``evaluations/``, for an evaluation of a checkpoint file; None is the run's folder.
             more: rows of other csv files, by name.
-            pictures: the algorithm's pictures, by name.
+            pictures: returns the algorithm's pictures, by name.
         """
         settings = {"iteration": report["iteration"], **report["evaluation"]}
         first = None if parent is not None else _read_report(self.path / "report.json")
@@ -436,8 +436,7 @@ class RunFolder:
         self._report_folder = folder
         for name, rows in {**(more or {}), "tasks.csv": tasks}.items():
             _write_table(folder / name, rows)
-        for name, picture in (pictures or {}).items():
-            draw(name, picture, folder)
+        draw_pictures(pictures, folder)
         checkpoint.write_atomically(
             folder / "report.json", lambda file: file.write((json.dumps(report, indent=2) + "\n").encode())
         )

@@ -158,10 +158,3 @@ def test_memories_of_several_tasks_do_not_touch_each_other() -> None:
             memory.write(queries[i : i + 1], labels[i : i + 1], noise[i : i + 1])
     for name, value in both._asdict().items():
         torch.testing.assert_close(value, torch.cat([getattr(memory, name) for memory in alone]))
-
-
-def test_cleared_memory_is_empty() -> None:
-    memory = Memory.empty(1, 5, SIZE, CPU)
-    memory.write(torch.eye(SIZE)[None], torch.arange(SIZE)[None], torch.zeros(1, 5))
-    memory.clear()
-    assert all(torch.equal(*both) for both in zip(memory, Memory.empty(1, 5, SIZE, CPU), strict=True))

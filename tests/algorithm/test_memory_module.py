@@ -114,7 +114,7 @@ def test_iterations_are_one_update_for_each_time_step(clear: bool, tiny_images: 
     for iteration in range(2):
         tasks = algorithm.sample_tasks(3, Stream(iteration))
         if clear:
-            memory.clear()
+            memory = Memory.empty(1, 40, 12, torch.device("cpu"))
         losses, accuracies = [], []
         for step in range(LENGTH):
             now = {name: value[step : step + 1] for name, value in tasks.items()}

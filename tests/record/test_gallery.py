@@ -74,6 +74,27 @@ class LargePictures(MAML):
         return {"count": Lines("count", "x", "y", {"tasks": [count]})}
 
 
+class FailingPictures(MAML):
+    """An algorithm whose pictures have a mistake."""
+
+    def pictures(self, params: Params, tasks: Tasks, num_steps: int) -> dict[str, Picture]:
+        raise ZeroDivisionError("a mistake")
+
+
+def test_pictures_that_fail_are_a_warning_and_the_report_is_written(
+    tiny: TinyRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = ("num_iterations=3", "evaluation.num_tasks=3")
+    folder = tiny.run(f"algorithm._target_={__name__}.FailingPictures", *given)
+    assert (folder / "report.json").exists() and not drawn_pictures(folder)
+    assert "no pictures of the algorithm" in caplog.text
+
+
+def test_validation_tasks_have_no_pictures(tiny: TinyRuns) -> None:
+    given = ("num_iterations=3", "evaluation.num_tasks=3", "evaluation.split=val")
+    assert not drawn_pictures(tiny.run(f"algorithm._target_={__name__}.Picturing", *given))
+
+
 class Keeping(Logger):
     """A logger that keeps the pictures of each report."""
 
