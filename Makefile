@@ -54,7 +54,7 @@ demo: setup  ## meta-train the sinusoid experiment with the full budget and comp
 
 # In two processes, each with whole files of tests; pytest without -n runs them in one.
 test: setup  ## run the tests
-	$(RUN) -m pytest -q -p xdist -n 2 --dist loadfile
+	$(RUN) -m pytest -q -p xdist -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  ## run all tests, with the slow ones
 	$(RUN) -m pytest -q -m 'slow or not slow'

@@ -507,7 +507,7 @@ def show_methods(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         )
     for group in groups:
         best = group[0]
-        print(f"\nK={best.num_shots}, {len(best.values)} tasks; - best: paired over tasks, 95 % bootstrap")
+        print(f"\n{best.tasks}; - best: paired over tasks, 95 % bootstrap")
         print_table(method_rows(group))
 
 

@@ -56,6 +56,4 @@ def _in_order(groups: Sequence[Sequence[Tested]]) -> list[Sequence[Tested]]:
 def _title(group: Sequence[Tested]) -> str:
     best = group[0]
     direction = "larger" if best.larger_is_better else "smaller"
-    return (
-        f"{best.domain}, K={best.num_shots}, {len(best.values)} tasks of bank {best.bank[:6]} ({direction} is better)"
-    )
+    return f"{best.domain}, {best.tasks} of bank {best.bank[:6]} ({direction} is better)"

@@ -45,6 +45,14 @@ class Tested:
         return str(self.runs[0][0].record.training["domain._target_"]).rpartition(".")[2]
 
     @property
+    def tasks(self) -> str:
+        """What the tasks are, in words."""
+        run, report = self.runs[0]
+        num_ways = report.evaluation.get("evaluation.num_ways") or run.record.training.get("domain.num_ways")
+        ways = f"{num_ways}-way, " if num_ways else ""
+        return f"{ways}K={self.num_shots}, {len(self.values)} tasks"
+
+    @property
     def bank(self) -> str:
         """The hash of the bank."""
         return self.runs[0][1].banks[str(self.num_shots)]

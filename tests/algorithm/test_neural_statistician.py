@@ -404,6 +404,7 @@ def test_interrupted_run_resumes_with_the_same_bits(tiny_stamps: TinyRuns, monke
     assert_same_run(whole, parts.run())
 
 
+@pytest.mark.slow
 def test_seeds_together_give_the_numbers_of_one_run(tiny_stamps: TinyRuns) -> None:
     together = tiny_stamps.in_folder("together")
     run_experiment(together.config("seeds=2"), "custom")
@@ -417,5 +418,6 @@ def test_processes_give_the_numbers_of_one_run(tiny_stamps: TinyRuns) -> None:
     assert_alike(alone, shared.folder())
 
 
+@pytest.mark.slow
 def test_trained_network_predicts_for_own_images_what_meta_test_measures(tiny: TinyRuns, tiny_images: TinyRuns) -> None:
     compare_with_predictor(tiny.run(*RUN, "meta_batch_size=1", "num_iterations=2"))

@@ -290,6 +290,7 @@ def test_stopped_run_resumes_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.Mon
     assert_same_run(tiny.run(*RUN), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_images")
 def test_seeds_side_by_side_equal_separate_runs(tiny: TinyRuns) -> None:
     together, exact = tiny.in_folder("together"), (*RUN, "precision=float64")

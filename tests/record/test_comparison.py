@@ -39,6 +39,16 @@ def test_methods_on_equal_banks_are_a_group_with_the_best_first(tmp_path: Path) 
     assert second["- best"] == "+0.35" and second["95 % interval"] == "+0.35 to +0.35"
 
 
+def test_ways_are_those_of_meta_test(tmp_path: Path) -> None:
+    sixty_ways: dict[str, Any] = {"domain.num_ways": 60}
+    make_run(tmp_path, mean=0.5, **sixty_ways)
+    make_run(tmp_path, mean=0.6, source=PRETRAIN, **sixty_ways)
+    assert groups(tmp_path)[0][0].tasks == "60-way, K=5, 600 tasks"
+    for report in tmp_path.glob("*/*/report.json"):
+        edit(report, evaluation={"evaluation.num_ways": 5})
+    assert groups(tmp_path)[0][0].tasks == "5-way, K=5, 600 tasks"
+
+
 def test_other_tasks_and_what_has_no_values_are_left_out(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.5)
     other = make_run(tmp_path, mean=0.6, source=PRETRAIN)
