@@ -23,7 +23,7 @@ from maml.seeding import Stream
 from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, num_tasks, take, without_copies
 
 _PROJECTION = "comparison.projection"
-_PROJECTION_STD = 0.01  # of a normal distribution that is cut off at two standard deviations (authors' code)
+_PROJECTION_STD = 0.01  # the normal distribution is cut off at two standard deviations (authors' code)
 _MEMORY = "memory."  # the entries of tasks and buffers that hold the memory
 _NUM_LABELS = "memory.num_labels"
 _QUERIES = "queries"  # the metric that holds the queries of a step
@@ -61,7 +61,7 @@ class MemoryModule(Embedding):
     """
 
     sums_over_tasks = False  # the updates follow each other
-    draws_dropout = False  # of the network's layers: only embeddings are dropped
+    draws_dropout = False  # the layers drop nothing, only embeddings do
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 from maml.data.omniglot import NUM_DRAWINGS
 from maml.domain.base import Metrics, Role, SupervisedDomain
 from maml.domain.omniglot import Omniglot
+from maml.domain.omniglot_alphabets import warp
 from maml.errors import MamlError
 from maml.hardware.workload import Workload
 from maml.model.base import Model
@@ -251,13 +252,11 @@ def moved(images: Tensor, angles: Tensor, shifts: Tensor) -> Tensor:
         angles: to the left, in radians, ``(T, L)``.
         shifts: to the right and down, as a share of the width, ``(T, L, 2)``.
     """
-    flat = images.flatten(0, 1).unsqueeze(1)
-    cos, sin = angles.flatten().cos(), angles.flatten().sin()
-    right, down = (2 * shifts.flatten(0, 1)).unbind(1)  # coordinates go from -1 to 1
+    cos, sin = angles.cos(), angles.sin()
+    right, down = (2 * shifts).unbind(-1)  # coordinates go from -1 to 1
     # Where each pixel comes from: it is moved back, then turned back.
     rows = [
-        torch.stack([cos, -sin, sin * down - cos * right], 1),
-        torch.stack([sin, cos, -sin * right - cos * down], 1),
+        torch.stack([cos, -sin, sin * down - cos * right], -1),
+        torch.stack([sin, cos, -sin * right - cos * down], -1),
     ]
-    grid = F.affine_grid(torch.stack(rows, 1), list(flat.shape), align_corners=False)
-    return F.grid_sample(flat, grid, align_corners=False).reshape(images.shape)
+    return warp(images, torch.stack(rows, -2))

@@ -14,7 +14,7 @@ from maml.model.functional import conv3x3, for_tasks, linear, max_pool
 from maml.seeding import Stream
 from maml.types import Count, Params
 
-_STD = 0.1  # of all initial weights, whose normal distribution is cut off at two standard deviations (authors' code)
+_STD = 0.1  # all initial weights are normal, cut off at two standard deviations (authors' code)
 
 
 class ConvPairs(Model):

@@ -92,7 +92,7 @@ class MANN(Recurrent):
         Departure: how Santoro et al. drew the initial weights is not published.
         """
         size, read_size = self.hidden_size, self.num_heads * self.slot_size
-        fan_in = self.element_size + size + read_size  # of a gate
+        fan_in = self.element_size + size + read_size  # a gate sees all of these
         bias = zeros(stream, 4 * size)
         bias[size : 2 * size] = 1
         shapes = {

@@ -42,7 +42,7 @@ def test_initial_weights_are_cut_off_at_two_standard_deviations() -> None:
     weights = theta["representation.weight"]
     assert weights.shape == (256, 49 * 128)
     assert 0.19 < weights.abs().max() <= 0.2
-    assert weights.std() == pytest.approx(0.1 * 0.8796, rel=0.01)  # of a normal variable within two deviations
+    assert weights.std() == pytest.approx(0.1 * 0.8796, rel=0.01)  # a normal variable within two deviations
     assert not any(value.any() for name, value in theta.items() if name.endswith("bias"))
     with pytest.raises(MamlError, match="model=conv_pairs takes images"):
         ConvPairs((6,), 5)
