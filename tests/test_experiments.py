@@ -43,10 +43,17 @@ from tests.runs import ROOT, TinyRuns, assert_same_run
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
-# Smoke tests of these differ from another one in shots, ways, photos or goals only. They show little more.
+# Smoke tests of these differ from another one in shots, ways, photos, robot or goals only. They show little more.
 _REPEATS = (
+    "ant_direction_oracle",
+    "ant_direction_pretrain",
+    "ant_direction_random_init",
     "ant_velocity",
+    "cheetah_direction_oracle",
+    "cheetah_direction_random_init",
     "cheetah_velocity",
+    "omniglot_20way_1shot_fomaml",
+    "omniglot_5way_1shot_vinyals",
     "cifar_fs_5way_5shot",
     "cifar_fs_5way_reptile",
     "mini_imagenet_5way_1shot_",

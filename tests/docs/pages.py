@@ -34,11 +34,11 @@ def trainings(page: Path) -> list[list[str]]:
 
 
 def run_in_order(clone: Path, runs: Sequence[Sequence[str]]) -> None:
-    """Runs the commands in order, each shrunk to seconds; fails at the first command that fails."""
-    lines = []
+    """Runs the commands in order, each shrunk to seconds, equal ones once; fails at the first command that fails."""
+    lines: dict[str, None] = {}
     for words in runs:
         shrunk = SHRINK if "+debug=smoke" not in words else SHRINK[1:]
-        lines.append(shlex.join([sys.executable, "train.py", *words, *shrunk]))
+        lines[shlex.join([sys.executable, "train.py", *words, *shrunk])] = None
     # FILE means any checkpoint; the oldest one comes from the first command.
     script = "\n".join(lines).replace("checkpoint=FILE", "checkpoint=$(ls -tr runs/*/*/checkpoint.pt | head -n 1)")
     environment = os.environ | {"PYTHONPATH": str(clone), "PYTHONWARNINGS": "error"}

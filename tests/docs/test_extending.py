@@ -42,7 +42,8 @@ def test_every_command_of_the_page_is_tried() -> None:
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "draws")) for kind in RUNS])
 def test_example_runs_as_printed(kind: str, extended: Path) -> None:
     (words,) = [run for run in trainings(PAGE) if RUNS[kind] in " ".join(run)]
-    run_in_order(extended, [words])
+    few_rollouts = ["domain.num_shots=2", "evaluation.num_shots=[2]"] if kind in ("environment", "discrete") else []
+    run_in_order(extended, [[*words, *few_rollouts]])
     assert list(extended.glob("runs/*/*/report.json"))
 
 
