@@ -198,6 +198,7 @@ def _train(
             execution = distributed.on_rank_zero(
                 lambda: tune_execution(iterate, execution, hardware, learners[0].settings)
             )
+            hardware.apply(execution)
         execution = train(
             learners,
             execution,

@@ -89,6 +89,7 @@ def build_as_trained(settings: Settings) -> tuple[Algorithm, Iteration | CudaGra
     streams = [Stream(settings.seed, hardware.device)]
     iterate = Iteration([algorithm], streams, settings.meta_batch_size, execution)
     execution = tune_execution(iterate, execution, hardware, settings)
+    hardware.apply(execution)
     return algorithm, with_cuda_graph(Iteration([algorithm], streams, settings.meta_batch_size, execution))
 
 

@@ -230,11 +230,12 @@ class Worker:
     Args:
         job: the job to run.
         slot: number of the job among the jobs that run at once.
+        overrides: what is added to its commands.
         environment: environment variables of the processes.
     """
 
-    def __init__(self, job: Job, slot: int, environment: dict[str, str]) -> None:
-        self.job, self.slot, self.environment = job, slot, environment
+    def __init__(self, job: Job, slot: int, overrides: Sequence[str], environment: dict[str, str]) -> None:
+        self.job, self.slot, self.overrides, self.environment = job, slot, overrides, environment
         self.log = job.folder.with_suffix(".log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.commands = deque(job.commands)
@@ -243,7 +244,7 @@ class Worker:
 
     def start(self) -> None:
         """Starts the next process."""
-        self.arguments = self.commands.popleft()
+        self.arguments = [*self.commands.popleft(), *self.overrides]
         with open(self.log, "ab") as log:
             self.begin = log.tell()
             self.process = subprocess.Popen(
@@ -311,7 +312,9 @@ def run_jobs(jobs: Sequence[Job], limit: int | None, budget: float | None = None
                     continue
                 waiting.remove(job)
                 slot = min(set(range(room)) - {worker.slot for worker in workers})
-                workers.append(_start(job, slot, gpus, display))
+                # Alone, a job takes all cores. Beside others, one thread for each is faster than all threads for all.
+                has_all = gpus or job.num_threads > 1 or not (workers or waiting)
+                workers.append(_start(job, slot, [] if has_all else ["hardware.num_threads=1"], gpus, display))
             for number in received[passed_on:]:
                 passed_on += 1
                 for worker in workers:
@@ -355,14 +358,14 @@ def run_jobs(jobs: Sequence[Job], limit: int | None, budget: float | None = None
     return (OUT_OF_TIME if is_late and (is_cut_off or waiting) else ""), not failed
 
 
-def _start(job: Job, slot: int, gpus: Sequence[str], display: _StatusDisplay) -> Worker:
+def _start(job: Job, slot: int, overrides: Sequence[str], gpus: Sequence[str], display: _StatusDisplay) -> Worker:
     if job.committed and not job.folder.exists():
         display.say(
             f"{job.name} resumes from {job.committed}, copied to {job.folder}; the committed run does not change"
         )
     job.prepare()
     environment = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-    worker = Worker(job, slot, os.environ | environment)
+    worker = Worker(job, slot, overrides, os.environ | environment)
     display.say(f"started {job.name} ({job.state}); its output: {worker.log}")
     return worker
 

@@ -136,10 +136,10 @@ class FewShotClassification(SupervisedDomain):
 
     @property
     def workload(self) -> Workload:
-        """Threads pay. Training may measure the best chunk; otherwise a chunk fits a CPU's cache."""
+        """Threads share operations. Training may measure the best chunk; otherwise a chunk fits a CPU's cache."""
         images = self.num_ways * (self.num_shots + (self.num_query or self.num_shots))
         chunk = max(1, _CHUNK_PIXELS // (num_elements(self.in_shape) * images))
-        return Workload(task_chunk=chunk, measure_chunk=True, threads_pay="always")
+        return Workload(task_chunk=chunk, measure_chunk=True, threads="operations")
 
     @property
     def has_validation(self) -> bool:

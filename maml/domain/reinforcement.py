@@ -108,10 +108,10 @@ class Reinforcement(Domain[Rollouts]):
 
     @property
     def workload(self) -> Workload:
-        """Rollouts differ in length, so nothing is compiled. Chunks fit a CPU's cache; CPU threads simulate."""
+        """Rollouts differ in length, so nothing is compiled. Chunks fit a CPU's cache, and each thread has its own."""
         chunk = max(1, _CHUNK_TIMESTEPS // (self.num_shots * self.horizon))
         # Environments are stepped together, so more tasks at once are faster.
-        return Workload(task_chunk=chunk, fixed_shapes=False, threads_pay="beside_gpu", whole_bank=True)
+        return Workload(task_chunk=chunk, fixed_shapes=False, threads="tasks", whole_bank=True)
 
     def least_elements(self, num_shots: int, num_query: int) -> int:
         """Rollouts hold an observation, an action and its distribution for each timestep."""

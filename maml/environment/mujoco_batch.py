@@ -1,4 +1,4 @@
-"""Many half-cheetahs or ants at once: one native call steps all of them, on torch's number of threads."""
+"""Many half-cheetahs or ants at once: one native call steps all of them, on all threads of the run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maml.environment.base import Environments, Transition
 from maml.environment.locomotion import Locomotion, Physics
+from maml.hardware.threads import num_threads
 from maml.seeding import Stream
 
 
@@ -50,7 +51,7 @@ class MujocoEnvironments(Environments):
         from mujoco.batch import Batch
 
         self._goals = goals[:, 0].cpu().numpy().astype(np.float64)
-        self._batch = Batch(self._single.model, len(goals), torch.get_num_threads())  # cheap
+        self._batch = Batch(self._single.model, len(goals), num_threads())  # cheap
         for field in self._single.fields:
             self._batch.bind(field)
         self._single.place(self._batch, self.draw_noise(stream).cpu().numpy())

@@ -16,6 +16,7 @@ from maml.hardware import distributed
 from maml.hardware.kernels import compiles_on_gpu, library, use_kernels
 from maml.hardware.memory import keep_freed_memory
 from maml.hardware.products import onednn_is_faster, use_onednn
+from maml.hardware.threads import use_threads
 from maml.hardware.workload import Workload
 from maml.types import Count
 
@@ -23,7 +24,7 @@ from maml.types import Count
 # and for the kernels on a GPU: 404 instead of 301 iterations per second of Omniglot 5-way 1-shot on an H100.
 _MIN_ITERATIONS_TO_COMPILE = 5000
 # What a run did whose checkpoint is older than these settings. Resumed, it goes on computing the same bits.
-_BEFORE: Mapping[str, Any] = MappingProxyType({"kernels": False, "onednn": True})
+_BEFORE: Mapping[str, Any] = MappingProxyType({"kernels": False, "onednn": True, "thread_chunks": False})
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Execution:
 
     Attributes:
         num_threads: number of CPU threads.
+        thread_chunks: whether each CPU thread computes chunks of its own; otherwise all threads share each operation.
         task_chunk: number of tasks of each seed that are batched at once; None batches all of them.
         compile: whether the meta-gradient is compiled.
         cuda_graph: whether the whole meta-iteration is launched as one CUDA graph.
@@ -48,6 +50,7 @@ class Execution:
     recompute: bool = False
     kernels: bool = False
     onednn: bool = False
+    thread_chunks: bool = False
     device: str = "cpu"
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,11 +63,13 @@ class Hardware:
 
     Args:
         device: where to compute. ``auto`` takes the GPU if there is one.
-        num_threads: number of CPU threads. ``auto`` takes all cores for images, and for simulation if a GPU does the
-            rest; otherwise one, because several threads slow operations on small vectors down.
+        num_threads: number of CPU threads. ``auto`` takes all cores for images, and in reinforcement learning, where
+            each thread computes tasks of its own; otherwise one, because several threads slow operations on small
+            vectors down.
         task_chunk: number of tasks of each seed that are batched at once. ``all`` batches the whole meta-batch.
-            ``auto`` measures the fastest number for images, takes rollouts on a CPU in parts that fit its cache, and
-            otherwise batches the whole meta-batch.
+            ``auto`` measures the fastest number for images, and on a CPU with several threads also whether each of
+            them is to compute chunks of its own. It takes rollouts on a CPU in parts that fit its cache, and otherwise
+            batches the whole meta-batch.
         compile: whether to compile the meta-gradient. ``auto`` does so for long CPU runs, except for images with
             several inner steps.
         cuda_graph: whether to launch the whole meta-iteration, from drawing tasks to the outer optimizer, as one CUDA
@@ -136,10 +141,9 @@ class Hardware:
         on_cpu = self.device.type == "cpu"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(1, cores // distributed.local_world_size())
-        threads_pay = workload.threads_pay == "always" or (workload.threads_pay == "beside_gpu" and not on_cpu)
         compiling_pays = on_cpu and not workload.measure_chunk and num_iterations >= _MIN_ITERATIONS_TO_COMPILE
         automatic = {
-            "num_threads": cores if threads_pay else 1,
+            "num_threads": 1 if workload.threads == "nothing" else cores,
             "task_chunk": workload.task_chunk if on_cpu else None,
             "compile": workload.fixed_shapes and compiling_pays,
             "cuda_graph": workload.fixed_shapes and not on_cpu,
@@ -148,9 +152,14 @@ class Hardware:
         }
         is_same_device = earlier.get("device", self.device.type) == self.device.type
         kept = {**_BEFORE, **earlier} if earlier and is_same_device else {}
+        divides_tasks = workload.threads == "tasks" and on_cpu
+        if kept.get("thread_chunks") or (divides_tasks and kept.get("num_threads") == 1):
+            # Threads that divide the tasks compute the bits of one thread, so their number may change.
+            kept = {name: value for name, value in kept.items() if name != "num_threads"} | {"thread_chunks": True}
         if on_cpu and not workload.fixed_shapes and self.onednn == "auto" and "onednn" not in kept:
             automatic["onednn"] = onednn_is_faster()
         chosen: dict[str, Any] = {"device": self.device.type, "recompute": self.recompute}
+        chosen["thread_chunks"] = kept.get("thread_chunks", divides_tasks)
         for name, value in (automatic | {name: kept[name] for name in automatic.keys() & kept.keys()}).items():
             asked = getattr(self, name)
             chosen[name] = value if asked == "auto" else None if asked == "all" else asked
@@ -192,7 +201,7 @@ class Hardware:
     def apply(self, execution: Execution) -> None:
         """Sets the process-wide switches of torch and of memory allocation."""
         keep_freed_memory()
-        torch.set_num_threads(execution.num_threads)
+        use_threads(execution.num_threads, execution.thread_chunks)
         use_kernels(execution.kernels)
         use_onednn(execution.onednn)
         if self.deterministic:

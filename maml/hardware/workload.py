@@ -18,13 +18,13 @@ class Workload:
             going by a rule. It pays where a task takes milliseconds.
         fixed_shapes: whether all tensors have the same shapes in every iteration. Only then can the meta-gradient be
             compiled, captured as a CUDA graph, or recomputed.
-        threads_pay: when several CPU threads are faster than one: ``always``, ``never``, or only ``beside_gpu``, where
-            the cores have nothing else to do.
+        threads: what several CPU threads can divide: the work of each operation (``operations``), only the ``tasks``,
+            because operations are short or simulation is most of the time, or ``nothing``.
         whole_bank: whether meta-test is fastest with all of its tasks at once, also if training uses chunks.
     """
 
     task_chunk: int | None = None
     measure_chunk: bool = False
     fixed_shapes: bool = True
-    threads_pay: Literal["never", "beside_gpu", "always"] = "never"
+    threads: Literal["nothing", "operations", "tasks"] = "nothing"
     whole_bank: bool = False

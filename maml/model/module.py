@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from maml.seeding import Stream
 from maml.status import announce
 from maml.types import Params
 
+# A call puts the parameters into the module, so one thread at a time calls it.
+_alone = RLock()
 # How the warning begins with which vmap computes an operation task by task.
 _SLOW_RULE = "There is a performance drop"
 
@@ -208,7 +211,7 @@ class ModuleModel(Model):
             for place in self._places[name]
             if place.startswith("head.")
         }
-        with autocast(features.device):
+        with _alone, autocast(features.device):
             given = features.unflatten(2, self._head_in_shape)
             tasks = [functional_call(head, _of_task(own, i, count), (given[i],)) for i in range(count)]
         return torch.stack(tasks).to(features.dtype)
@@ -232,6 +235,12 @@ class ModuleModel(Model):
         self, run: Callable[[Params, Tensor, Params], Tensor], params: Params, x: Tensor, num_reference: int | None
     ) -> Tensor:
         """Applies a function of one task's parameters, inputs and buffers to all tasks."""
+        with _alone:
+            return self._compute_tasks(run, params, x, num_reference)
+
+    def _compute_tasks(
+        self, run: Callable[[Params, Tensor, Params], Tensor], params: Params, x: Tensor, num_reference: int | None
+    ) -> Tensor:
         for layer in self.net.modules():
             if isinstance(layer, _BatchStatistics):
                 layer.num_reference = num_reference

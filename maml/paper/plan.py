@@ -98,12 +98,12 @@ class Job:
 
     @property
     def num_threads(self) -> int:
-        """The number of CPU threads that it will use; for ``auto``, the number that `Hardware` chooses on a CPU."""
+        """The number of CPU threads that it is to have beside other jobs; a simulation is as well off with one."""
         num_threads = self.settings.hardware["num_threads"]
         if num_threads != "auto":
             return num_threads
         workload = build_without_data(self.settings.domain).workload
-        return (os.cpu_count() or 1) if workload.threads_pay == "always" else 1
+        return (os.cpu_count() or 1) if workload.threads == "operations" else 1
 
     @property
     def alive(self) -> bool:

@@ -1,4 +1,4 @@
-"""Measures which chunk of tasks is fastest on this machine and whether compiling pays off; results are cached."""
+"""Measures which chunks of tasks and threads are fastest here and whether compiling pays off; results are cached."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.hardware.base import Execution, Hardware
 from maml.hardware.memory import release_failed_memory
+from maml.hardware.threads import use_threads
 from maml.record.checkpoint import write_atomically
 from maml.record.run_folder import read_json, versions
 from maml.status import announce
@@ -29,16 +30,20 @@ _REPETITIONS = 3
 # On a CPU other load comes in bursts, and one of them can fall on a single size. So sizes that took up to this many
 # times the best are measured again, in turns.
 _CONTENDERS = 1.5
+# Of sizes that take up to this many times the best, the smallest is chosen: its memory is less, in proportion.
+_AS_GOOD = 1.05
 # Least CPU training time for which compiling pays off, where there are no kernels: it takes minutes at each start, then
 # images are about 1.2 times faster. Kernels save more, and a compiled program does not use them.
 _MIN_SECONDS_TO_COMPILE = 3600
 # Measuring stops after two sizes in a row that are this many times slower than the best.
 _SLOWER_THAN_BEST = 1.1
+# How threads divide the work, as `Execution.thread_chunks` says.
+SHARED, DIVIDED = "threads share each operation", "each thread has its own"
 _UNRELATED_KEYS = ("outer.", "seed", "num_iterations")  # training settings that do not change the speed
 
 
 def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware, settings: Settings) -> Execution:
-    """Sets the fastest chunk of tasks, and whether to compile, by measurement.
+    """Sets the fastest chunk of tasks, how CPU threads divide the work, and whether to compile, by measurement.
 
     Measures only if the domain's `Workload` says ``measure_chunk``, the setting is ``auto``, and the run is long
     enough. Otherwise the choice of `Hardware` stays.
@@ -66,40 +71,60 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
     measured_for |= {"execution": replace(execution, task_chunk=None).as_dict(), "versions": versions()}
     measured_for |= {"num_tasks": num_tasks(tasks), "num_seeds": len(iterate.algorithms)}
     path = Path(settings.cache_dir) / "execution" / f"{digest(measured_for)}.json"
-    seconds = _read_cache(path)
-    if seconds is None:
+    measured = _read_cache(path)
+    if measured is None:
         announce("hardware.task_chunk=auto: measuring how many tasks to compute at once, for this machine once")
-        seconds = measure_seconds_per_task(iterate)
-        content = json.dumps({"seconds_per_task": seconds, "settings": measured_for}, indent=2) + "\n"
+        measured = {SHARED: measure_seconds_per_task(iterate)}
+        if hardware.device.type == "cpu" and execution.num_threads > 1 and iterate.meta_gradient.can_thread_chunks:
+            use_threads(execution.num_threads, thread_chunks=True)
+            measured[DIVIDED] = measure_seconds_per_task(iterate, execution.num_threads)
+            use_threads(execution.num_threads, execution.thread_chunks)
+        content = json.dumps({"seconds_per_task": measured, "settings": measured_for}, indent=2) + "\n"
         with suppress(OSError, MamlError):  # without a cache file, the next run only measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: file.write(content.encode()))
-        table = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
-        announce(f"hardware.task_chunk=auto: measured time per task, by chunk size: {table}")
-    chunk = min(seconds, key=seconds.__getitem__)
-    training_seconds = seconds[chunk] * num_tasks(tasks) * settings.num_iterations
+        for way, seconds in measured.items():
+            table = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
+            threads = f", {way}" * (len(measured) > 1)
+            announce(f"hardware.task_chunk=auto: measured time per task, by chunk size{threads}: {table}")
+    way = min(measured, key=lambda way: min(measured[way].values()))
+    seconds = measured[way]
+    best = min(seconds.values())
+    chunk = min(size for size, value in seconds.items() if value <= _AS_GOOD * best)
+    training_seconds = best * num_tasks(tasks) * settings.num_iterations
     # The program of several inner steps is too long to compile.
     is_short = iterate.algorithms[0].inner.num_steps == 1
     is_compilable = hardware.device.type == "cpu" and is_short and not execution.kernels
     compiling_pays = hardware.compile == "auto" and is_compilable and training_seconds >= _MIN_SECONDS_TO_COMPILE
-    return replace(execution, task_chunk=chunk, compile=compiling_pays)
+    divided = way == DIVIDED and not compiling_pays
+    return replace(execution, task_chunk=chunk, compile=compiling_pays, thread_chunks=divided)
 
 
-def measure_seconds_per_task(iterate: Iteration) -> dict[int, float]:
+def measure_seconds_per_task(iterate: Iteration, num_threads: int = 1) -> dict[int, float]:
     """Returns the seconds that the meta-gradient of one task takes, by chunk size (number of tasks of each seed).
 
     If the run will replay a CUDA graph, so does the measurement: otherwise it would measure how fast the CPU launches.
+
+    Args:
+        iterate: the run's iteration; its state is not changed.
+        num_threads: number of threads that compute chunks at once (`maml.hardware.threads`). If there are several, the
+            whole meta-batch is measured, because they may not divide it evenly.
     """
     tasks, num_seeds = iterate.sample_tasks(1), len(iterate.algorithms)
     count = num_tasks(tasks) // num_seeds
     params, on_gpu = iterate.params(), tasks[next(iter(tasks))].is_cuda
-    sizes = sorted({min(2**power, count) for power in range(count.bit_length() + 1)}, reverse=on_gpu)
+    largest = -(-count // num_threads)
+    sizes = sorted({min(2**power, largest) for power in range(count.bit_length() + 1)}, reverse=on_gpu)
     can_capture = iterate.execution.cuda_graph and iterate.algorithms[0].sums_over_tasks
     seconds: dict[int, float] = {}
     best, num_worse = float("inf"), 0
 
+    def measured_tasks(size: int) -> int:
+        return count if num_threads > 1 else size
+
     def computation(size: int) -> Callable[[], object]:
-        chunk = {name: value.unflatten(0, (num_seeds, -1))[:, :size].flatten(0, 1) for name, value in tasks.items()}
+        used = measured_tasks(size)
+        chunk = {name: value.unflatten(0, (num_seeds, -1))[:, :used].flatten(0, 1) for name, value in tasks.items()}
         return partial(iterate.meta_gradient.sums, params, chunk, size)
 
     for size in sizes:
@@ -110,7 +135,7 @@ def measure_seconds_per_task(iterate: Iteration) -> dict[int, float]:
         if not times:
             release_failed_memory()
             continue
-        seconds[size] = min(times[1:]) / (num_seeds * size)
+        seconds[size] = min(times[1:]) / (num_seeds * measured_tasks(size))
         num_worse = num_worse + 1 if seconds[size] > _SLOWER_THAN_BEST * best else 0
         best = min(best, seconds[size])
         if num_worse == 2:
@@ -120,7 +145,7 @@ def measure_seconds_per_task(iterate: Iteration) -> dict[int, float]:
     for _ in range(_REPETITIONS if len(contenders) > 1 else 0):
         for size in contenders:
             (once,) = _time(computation(size), 1)
-            seconds[size] = min(seconds[size], once / (num_seeds * size))
+            seconds[size] = min(seconds[size], once / (num_seeds * measured_tasks(size)))
     return seconds or {1: 0.0}  # not even one task fits into memory: the first iteration will report that
 
 
@@ -154,8 +179,9 @@ def _time(compute: Callable[[], object], count: int, on_gpu: bool = False) -> li
     return times
 
 
-def _read_cache(path: Path) -> dict[int, float] | None:
+def _read_cache(path: Path) -> dict[str, dict[int, float]] | None:
     try:
-        return {int(size): float(value) for size, value in (read_json(path) or {})["seconds_per_task"].items()}
+        measured = (read_json(path) or {})["seconds_per_task"]
+        return {way: {int(size): float(value) for size, value in measured[way].items()} for way in measured}
     except (AttributeError, KeyError, ValueError, MamlError):  # missing or damaged: measure again
         return None

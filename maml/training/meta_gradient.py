@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -17,6 +17,7 @@ from maml.hardware import distributed
 from maml.hardware.base import Execution
 from maml.hardware.compile import CompiledFunction
 from maml.hardware.memory import halve_chunk_on_oom, recompute_inner_steps
+from maml.hardware.threads import map_chunks
 from maml.outer.base import Objective, OuterState, TaskStep
 from maml.types import MatrixVectorProduct, Params, Tasks, expand, num_tasks, take
 
@@ -45,6 +46,7 @@ class MetaGradient:
         self.algorithm, self.num_seeds = algorithm, num_seeds
         self.latest: Params = {}
         self._execution = execution or Execution(num_threads=1, task_chunk=None, compile=False)
+        self._map = map_chunks if self.can_thread_chunks else map
         compiles = self._execution.compile
         self._compute_sums = CompiledFunction(self._chunk_sums) if compiles else self._chunk_sums
         self._compute_gradients = CompiledFunction(self._chunk_gradients) if compiles else self._chunk_gradients
@@ -56,6 +58,11 @@ class MetaGradient:
         functions = self._compute_sums, self._compute_gradients, *self._task_steps.values()
         compiled = [function for function in functions if isinstance(function, CompiledFunction)]
         return replace(self._execution, compile=bool(compiled) and not any(function.failed for function in compiled))
+
+    @property
+    def can_thread_chunks(self) -> bool:
+        """Whether several threads may compute chunks at once, each its own."""
+        return self.algorithm.sums_over_tasks and not self._execution.compile
 
     def set_task_chunk(self, task_chunk: int | None) -> None:
         """Sets the number of tasks of each seed that are computed at once from here on; None computes all at once."""
@@ -86,13 +93,11 @@ class MetaGradient:
         """
 
         def compute(task_chunk: int) -> Params:
-            own: Params = {}
-            for chunk in self._chunks(tasks, task_chunk):
+            def chunk_sums(chunk: Tasks) -> Params:
                 fewer = self.algorithm.domain.subsample_timesteps(chunk, every)
-                added = self.algorithm.kl_gradients(self.per_task(params, num_tasks(chunk)), fewer)
-                sums = self._sum_over_tasks(added)
-                own = {name: own[name] + value for name, value in sums.items()} if own else sums
-            return own
+                return self._sum_over_tasks(self.algorithm.kl_gradients(self.per_task(params, num_tasks(chunk)), fewer))
+
+            return _added(self._map(chunk_sums, self._chunks(tasks, task_chunk)))
 
         own = self._in_chunks(compute, self._tasks_per_seed(tasks))
         means = distributed.all_reduce_mean(list(own.values()), self._tasks_per_seed(tasks))
@@ -107,11 +112,10 @@ class MetaGradient:
             task_chunk: number of tasks of each seed that are computed at once.
         """
         total: list[Tensor] = []
-        for chunk in self._chunks(tasks, task_chunk):
-            with recompute_inner_steps(self._execution.recompute):
-                gradients, metrics = self._compute_sums(params, chunk)
-            part = [*gradients.values(), *metrics.values()]
-            total = list(torch._foreach_add(total, part)) if total else part
+        with recompute_inner_steps(self._execution.recompute):
+            for gradients, metrics in self._map(partial(self._compute_sums, params), self._chunks(tasks, task_chunk)):
+                part = [*gradients.values(), *metrics.values()]
+                total = list(torch._foreach_add(total, part)) if total else part
         return _split(total, gradients, metrics)
 
     def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
@@ -126,11 +130,10 @@ class MetaGradient:
         """
 
         def compute(task_chunk: int) -> tuple[Params, Metrics]:
-            starts = range(0, num_tasks(tasks), task_chunk)
-            parts = [
-                self._compute_gradients(*(take(group, start, start + task_chunk) for group in (params, tasks)))
-                for start in starts
-            ]
+            def part(start: int) -> tuple[Params, Metrics]:
+                return self._compute_gradients(*(take(group, start, start + task_chunk) for group in (params, tasks)))
+
+            parts = list(self._map(part, range(0, num_tasks(tasks), task_chunk)))
             if len(parts) == 1:
                 return parts[0]
             gradients, metrics = zip(*parts, strict=True)
@@ -154,10 +157,11 @@ class MetaGradient:
         """Returns the mean metrics, without a gradient. The arguments are those of `gradient`."""
 
         def compute(task_chunk: int) -> Metrics:
-            sums = []
-            for chunk in self._chunks(tasks, task_chunk):
+            def chunk_sums(chunk: Tasks) -> Metrics:
                 losses, metrics = self.algorithm.task_losses(self.per_task(params, num_tasks(chunk)), chunk)
-                sums.append(self._sum_over_tasks({"loss": losses} | metrics))
+                return self._sum_over_tasks({"loss": losses} | metrics)
+
+            sums = list(self._map(chunk_sums, self._chunks(tasks, task_chunk)))
             return {name: torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]}
 
         own = self._in_chunks(compute, self._tasks_per_seed(tasks))
@@ -174,23 +178,20 @@ class MetaGradient:
         domain, theta = self.algorithm.domain, list(self.algorithm.theta)
 
         def compute(task_chunk: int) -> list[tuple[MatrixVectorProduct, int]]:
-            chunks = list(self._chunks(tasks, task_chunk))
-            counts = [num_tasks(chunk) for chunk in chunks]
-            return [
-                (
-                    self.algorithm.curvature(self.per_task(params, count), domain.subsample_timesteps(chunk, every)),
-                    count,
-                )
-                for chunk, count in zip(chunks, counts, strict=True)
-            ]
+            def part(chunk: Tasks) -> tuple[MatrixVectorProduct, int]:
+                count, fewer = num_tasks(chunk), domain.subsample_timesteps(chunk, every)
+                return self.algorithm.curvature(self.per_task(params, count), fewer), count
+
+            return list(self._map(part, self._chunks(tasks, task_chunk)))
 
         products = self._in_chunks(compute, self._tasks_per_seed(tasks))
 
         def product(vector: Params) -> Params:
-            own: Params = {}
-            for part, count in products:
-                added = {name: value.sum(0) for name, value in part(self.per_task(vector, count)).items()}
-                own = {name: own[name] + value for name, value in added.items()} if own else added
+            def sums(part: tuple[MatrixVectorProduct, int]) -> Params:
+                compute, count = part
+                return {name: value.sum(0) for name, value in compute(self.per_task(vector, count)).items()}
+
+            own = _added(self._map(sums, products))
             means = distributed.all_reduce_mean([own[name] for name in theta], self._tasks_per_seed(tasks))
             return dict(zip(theta, means, strict=True))
 
@@ -290,6 +291,14 @@ def _copying_step(
     )
     step(TaskGradients(compute), params, state, tasks)
     return params, state
+
+
+def _added(parts: Iterable[Params]) -> Params:
+    """Returns the sums of tensors of the same name, in the order of the parts."""
+    total: Params = {}
+    for part in parts:
+        total = {name: total[name] + value for name, value in part.items()} if total else part
+    return total
 
 
 def _concatenate(parts: Sequence[Params]) -> Params:

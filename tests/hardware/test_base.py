@@ -57,8 +57,8 @@ def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         (images(5, 1, MiniImagenet), 60_000, Execution(3, 1, False, kernels=True)),
         (images(5, 1, CifarFS), 60_000, Execution(3, 2, False, kernels=True)),
         (images(5, 1, CifarFS, num_query=15), 60_000, Execution(3, 1, False, kernels=True)),
-        (PointNavigation(), 100_000, Execution(1, 2, False)),
-        (PointNavigation(num_shots=100), 500, Execution(1, 1, False)),
+        (PointNavigation(), 100_000, Execution(3, 2, False, thread_chunks=True)),
+        (PointNavigation(num_shots=100), 500, Execution(3, 1, False, thread_chunks=True)),
     ],
 )
 def test_auto_suits_the_domain(domain: Any, num_iterations: int, expected: Execution) -> None:

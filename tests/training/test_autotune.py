@@ -15,9 +15,10 @@ import torch
 from maml.config.compose import compose
 from maml.errors import Interrupted
 from maml.hardware.base import Execution, Hardware
+from maml.hardware.threads import use_threads
 from maml.record import checkpoint
 from maml.training import autotune
-from maml.training.autotune import measure_seconds_per_task, tune_execution
+from maml.training.autotune import DIVIDED, SHARED, measure_seconds_per_task, tune_execution
 from maml.training.iteration import Iteration
 from maml.training.meta_gradient import MetaGradient
 from maml.types import num_tasks
@@ -85,6 +86,59 @@ def test_burst_of_other_load_does_not_decide(monkeypatch: pytest.MonkeyPatch, ca
     assert measure_seconds_per_task(iterate) == pytest.approx({1: 1.2, 2: 1.0, 4: 1.1})
 
 
+@pytest.mark.parametrize(
+    ("shared", "divided", "chunk", "thread_chunks"),
+    [
+        ({1: 1.0, 2: 0.80, 4: 0.79}, {1: 0.9, 2: 0.85}, 2, False),  # 2 is as good as 4 and takes less memory
+        ({1: 1.0, 2: 0.8, 4: 0.79}, {1: 0.71, 2: 0.7}, 1, True),
+        ({1: 1.0, 2: 0.8, 4: 0.79}, None, 2, False),
+    ],
+)
+def test_threads_divide_what_is_faster_to_divide(
+    shared: dict[int, float],
+    divided: dict[int, float] | None,
+    chunk: int,
+    thread_chunks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    cache_dir: Path,
+    tmp_path: Path,
+) -> None:
+    iterate = iteration("omniglot_5way_1shot", 4, cache_dir, torch.device("cpu"))
+    config, _ = compose(["+experiment=omniglot_5way_1shot", "hardware=cpu", f"cache_dir={tmp_path}"])
+    num_threads = 1 if divided is None else 2
+
+    def measure(iterate: Iteration, threads: int = 1) -> dict[int, float]:
+        assert torch.get_num_threads() == 1, "those of each chunk"
+        assert threads == (1 if threads == 1 else num_threads)
+        return shared if threads == 1 else divided or pytest.fail("there is one thread only")
+
+    monkeypatch.setattr(autotune, "measure_seconds_per_task", measure)
+    execution = Execution(num_threads, 2, False, kernels=True)
+    for _ in range(2):  # measured, and read from the cache
+        tuned = tune_execution(iterate, execution, Hardware("cpu"), config)
+        assert (tuned.task_chunk, tuned.thread_chunks) == (chunk, thread_chunks)
+        use_threads(1, thread_chunks=False)
+    (file,) = (tmp_path / "execution").iterdir()
+    assert set(json.loads(file.read_text())["seconds_per_task"]) == {SHARED, DIVIDED}.difference(
+        () if divided else (DIVIDED,)
+    )
+
+
+def test_divided_chunks_are_measured_on_the_whole_batch(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
+    iterate, sizes, now = iteration("omniglot_5way_1shot", 5, cache_dir, torch.device("cpu")), list[int](), 0.0
+
+    def compute(self: Any, theta: Any, tasks: Any, chunk: int) -> None:
+        nonlocal now
+        assert num_tasks(tasks) == 5, "two threads divide five tasks unevenly"
+        sizes.append(chunk)
+        now += {1: 3.0, 2: 2.5, 3: 4.0}[chunk]
+
+    monkeypatch.setattr("maml.training.meta_gradient.MetaGradient.sums", compute)
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: now)
+    assert measure_seconds_per_task(iterate, 2) == pytest.approx({1: 0.6, 2: 0.5, 3: 0.8})
+    assert max(sizes) == 3, "with more, a thread would have nothing to do"
+
+
 def test_seeds_are_measured_together(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
     iterate = iteration("omniglot_5way_1shot", 2, cache_dir, torch.device("cpu"), seeds=(0, 1, 2))
     clock(monkeypatch, {1: 3.0, 2: 3.0}, num_seeds=3)
@@ -112,7 +166,7 @@ def test_measuring_changes_nothing_and_is_remembered(tiny_images: TinyRuns, monk
         assert len(calls) == 1, "another seed needs no measuring"
         assert checkpoint.load(tiny.folder(*overrides) / "checkpoint.pt")["execution"]["task_chunk"] == 2, number
     (file,) = (cache_dir / "execution").iterdir()
-    assert json.loads(file.read_text())["seconds_per_task"]["2"] == 0.5
+    assert json.loads(file.read_text())["seconds_per_task"][SHARED]["2"] == 0.5
     file.write_text("{")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         before_iteration(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
