@@ -185,7 +185,8 @@ def _train(
         checkpoints = [stack.enter_context(learner.open(hardware, len(learners))) for learner in learners]
         # A resumed run keeps the execution of its checkpoint, so that it computes the same bits.
         earlier: Mapping[str, Any] = next((saved["execution"] for saved in checkpoints if saved), {})
-        execution = hardware.choose(learners[0].algorithm.domain.workload, settings.num_iterations, earlier)
+        workload = learners[0].algorithm.domain.workload
+        execution = hardware.choose(workload, settings.num_iterations, earlier)
         hardware.apply(execution)
         for learner, saved in zip(learners, checkpoints, strict=True):
             if saved is not None:
@@ -208,6 +209,7 @@ def _train(
             settings.checkpoint_every,
             settings.validate_every,
         )
+        hardware.apply(execution.for_meta_test(workload))
         problems = []
         for learner in learners:
             try:
@@ -267,8 +269,9 @@ def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation
             f"there is nothing to evaluate in {folder.path}: train first (the same command without mode=eval), or "
             "name a file with checkpoint="
         )
-    execution = hardware.choose(learner.algorithm.domain.workload, settings.num_iterations, saved["execution"])
-    hardware.apply(execution)
+    workload = learner.algorithm.domain.workload
+    execution = hardware.choose(workload, settings.num_iterations, saved["execution"])
+    hardware.apply(execution.for_meta_test(workload))
     learner.restore(saved)
     report_dir = checkpoint_file.parent if checkpoint_file else folder.path
     report, plot = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, report_dir)

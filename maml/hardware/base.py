@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -52,6 +52,10 @@ class Execution:
     onednn: bool = False
     thread_chunks: bool = False
     device: str = "cpu"
+
+    def for_meta_test(self, workload: Workload) -> Execution:
+        """Returns how meta-test computes, which has no chunks to divide: threads share each operation of images."""
+        return replace(self, thread_chunks=self.thread_chunks and workload.threads == "tasks")
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields by name."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml.config.compose import compose
+from maml.domain.omniglot import Omniglot
 from maml.experiment import build_algorithm
 from maml.hardware.base import Execution, Hardware
 from maml.hardware.threads import map_chunks, num_threads, use_threads
@@ -116,6 +117,9 @@ def test_resumed_simulation_may_have_another_number_of_threads() -> None:
     for earlier in (before, hardware.choose(workload, 100, {}).as_dict()):
         chosen = Hardware("cpu", num_threads=7).choose(workload, 100, earlier)
         assert (chosen.num_threads, chosen.thread_chunks) == (7, True)
+    assert chosen.for_meta_test(workload) == chosen, "simulators divide the tasks there, too"
+    images = Omniglot.without_data(num_ways=5, num_shots=1, data_dir="", cache_dir="").workload
+    assert not replace(chosen, thread_chunks=True).for_meta_test(images).thread_chunks
     shared = before | {"num_threads": 2}  # several threads per operation: other bits
     assert not Hardware("cpu").choose(workload, 100, shared).thread_chunks
     assert Hardware("cpu").choose(workload, 100, shared).num_threads == 2
