@@ -18,6 +18,7 @@ class RMSProp(FirstOrder):
         step_size: step size.
         decay: decay rate of the running mean.
         eps: added to the root, so that nothing is divided by zero.
+        momentum: factor of the earlier updates; 0 has none.
         clip: as in `FirstOrder`.
         clip_norm: as in `FirstOrder`.
         weight_decay: as in `FirstOrder`.
@@ -29,18 +30,23 @@ class RMSProp(FirstOrder):
         step_size: PositiveFloat = 0.001,
         decay: Decay = 0.99,
         eps: PositiveFloat = 1e-8,
+        momentum: Decay = 0.0,
         clip: PositiveFloat | None = None,
         clip_norm: PositiveFloat | None = None,
         weight_decay: NonNegativeFloat = 0.0,
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(step_size, clip, clip_norm, weight_decay, schedule)
-        self.decay, self.eps = decay, eps
+        self.decay, self.eps, self.momentum = decay, eps, momentum
 
     def init_state(self, theta: Params) -> OuterState:
-        """Returns the step counter and the running mean of squares, zero."""
-        return super().init_state(theta) | {"square": torch.zeros_like(flatten(theta, theta))}
+        """Returns the step counter, the running mean of squares and, with momentum, the velocity, zero."""
+        names = ["square", *(["velocity"] if self.momentum else [])]
+        return super().init_state(theta) | {name: torch.zeros_like(flatten(theta, theta)) for name in names}
 
     def update(self, gradient: Tensor, state: OuterState, rate: Tensor | float) -> Tensor:
         square = state["square"].mul_(self.decay).addcmul_(gradient, gradient, value=1 - self.decay)
-        return gradient / (square.sqrt() + self.eps) * (rate.to(square.dtype) if isinstance(rate, Tensor) else rate)
+        direction = gradient / (square.sqrt() + self.eps)
+        if self.momentum:
+            direction = state["velocity"].mul_(self.momentum).add_(direction)
+        return direction * (rate.to(square.dtype) if isinstance(rate, Tensor) else rate)
