@@ -20,6 +20,7 @@ from maml.environment.locomotion import (
 )
 from maml.environment.mujoco_batch import MujocoEnvironments
 from maml.errors import MamlError
+from maml.hardware.threads import use_threads
 from maml.seeding import Stream
 
 pytest.importorskip("mujoco")
@@ -86,13 +87,10 @@ def test_neither_threads_nor_neighbours_matter(kind: type[Locomotion]) -> None:
     actions = streams(30, 1).normal((20, 8))
     seen = []
     for threads, chosen in ((1, torch.arange(30)), (2, torch.arange(30)), (1, torch.arange(10, 20))):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            environments = MujocoEnvironments(kind)
-            environments.reset(goals[chosen], Stream(stream.key[chosen]))
-        finally:
-            torch.set_num_threads(before)
+        use_threads(threads, thread_chunks=True)
+        environments = MujocoEnvironments(kind)
+        environments.reset(goals[chosen], Stream(stream.key[chosen]))
+        use_threads(1, thread_chunks=False)
         for time in range(20):
             taken = actions[chosen, time, : environments.action_dim]
             transition = environments.step(taken, torch.arange(len(chosen)))
