@@ -39,7 +39,8 @@ from maml.hardware.base import Hardware
 from maml.model.base import Model
 from maml.record import checkpoint
 from maml.record.exported import State, compose_entry, read_index, restore, unpack
-from maml.record.run_folder import changed_since, read_checkpoint, read_config, read_json
+from maml.record.provenance import changed_since
+from maml.record.run_files import read_checkpoint, read_config, read_json
 from maml.types import Examples, Params, Tasks
 
 Inputs = ArrayLike | Tensor

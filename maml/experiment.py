@@ -28,7 +28,7 @@ from maml.model.base import Model
 from maml.record.classes import TABLES, confusion
 from maml.record.extension import extend_finished_run
 from maml.record.plot import plot_report
-from maml.record.run_folder import read_metrics
+from maml.record.run_files import read_metrics
 from maml.record.style import step_label
 from maml.seeding import Stream
 from maml.status import announce

@@ -33,7 +33,7 @@ from maml.record.exported import (
     write_index,
 )
 from maml.record.index import Report, Run, find_runs
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MAX_BYTES = 1_500_000  # largest allowed file, because all files are committed

@@ -41,10 +41,10 @@ from maml.paper.plan import (
     select,
     write_smoke_cells,
 )
-from maml.record.checkpoint import remove_leftovers, write_atomically
+from maml.record.checkpoint import remove_leftovers, write_text_atomically
 from maml.record.index import Run, find_runs
 from maml.record.lock import acquire, advice, holder
-from maml.record.run_folder import command_line
+from maml.record.provenance import command_line
 from maml.sweep.gpu_lease import visible_gpus
 from maml.training.progress import LINE_SECONDS, REDRAW_SECONDS
 
@@ -426,7 +426,7 @@ def render(roots: Sequence[Path], results: Path, smoke: bool) -> bool:
     for path in results.rglob("*.md") if smoke else ():
         text = path.read_text()
         if not text.startswith(mark := f"**{WATERMARK}**\n\n"):
-            write_atomically(path, lambda file, text=text: file.write(f"{mark}{text}".encode()))  # type: ignore[misc]
+            write_text_atomically(path, f"{mark}{text}")
     return not any(statuses)
 
 

@@ -53,7 +53,7 @@ from maml.record.index import (
     supersede,
 )
 from maml.record.lock import acquire
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.record.style import step_label
 from maml.record.transfer import import_runs
 from maml.sweep.state import SWEEP, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows

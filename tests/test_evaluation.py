@@ -23,7 +23,7 @@ from maml.inner.sgd import SGD
 from maml.model.base import Model
 from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.seeding import Stream
 from maml.training.progress import EvaluationProgress
 from maml.types import Examples, Params, Split, Tasks, num_tasks

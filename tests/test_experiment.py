@@ -20,7 +20,7 @@ from maml.experiment import Judgement, print_report, run_experiment
 from maml.logger.base import Logger
 from maml.record.index import read_run
 from maml.record.plot import plot_report
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from tests.runs import TinyRuns, assert_same_run, before_iteration, file_contents
 from tests.training.test_survival import training_forbidden
 

@@ -11,7 +11,7 @@ from maml.errors import MamlError
 from maml.logger.base import Logger
 from maml.record.gallery import report_pictures
 from maml.record.lock import is_held
-from maml.record.run_folder import read_config, read_json, read_metrics
+from maml.record.run_files import read_config, read_json, read_metrics
 
 
 def described(config: Mapping[str, Any], training: Mapping[str, Any], algorithm: str) -> dict[str, Any]:

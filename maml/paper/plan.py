@@ -404,8 +404,7 @@ def write_smoke_cells(results: Path, out: Path) -> None:
     for path in (results / "notes.md", results / "departures.yaml"):  # other files that the renderers read
         if path.exists():
             shutil.copy(path, out)
-    content = OmegaConf.to_yaml(OmegaConf.create(entries)).encode()
-    checkpoint.write_atomically(out / "cells.yaml", lambda file: file.write(content))
+    checkpoint.write_text_atomically(out / "cells.yaml", OmegaConf.to_yaml(OmegaConf.create(entries)))
 
 
 def _append_smoke(entry: Any) -> None:

@@ -16,7 +16,8 @@ from maml.config.identity import evaluation_config
 from maml.errors import MamlError
 from maml.record.checkpoint import write_atomically
 from maml.record.heartbeat import Heartbeat
-from maml.record.run_folder import RunFolder, find_report
+from maml.record.run_files import find_report
+from maml.record.run_folder import RunFolder
 from maml.sweep.output import OutputFile
 from maml.sweep.state import job_name, job_overrides
 

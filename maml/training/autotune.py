@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,8 +16,9 @@ from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.hardware.base import Execution, Hardware
 from maml.hardware.memory import release_failed_memory
-from maml.record.checkpoint import write_atomically
-from maml.record.run_folder import read_json, versions
+from maml.record.checkpoint import write_json_atomically
+from maml.record.provenance import versions
+from maml.record.run_files import read_json
 from maml.status import announce
 from maml.training.cuda_graph import capture, cause_of
 from maml.training.iteration import Iteration
@@ -70,10 +70,9 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
     if seconds is None:
         announce("hardware.task_chunk=auto: measuring how many tasks to compute at once, for this machine once")
         seconds = measure_seconds_per_task(iterate)
-        content = json.dumps({"seconds_per_task": seconds, "settings": measured_for}, indent=2) + "\n"
         with suppress(OSError, MamlError):  # without a cache file, the next run only measures again
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda file: file.write(content.encode()))
+            write_json_atomically(path, {"seconds_per_task": seconds, "settings": measured_for})
         table = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
         announce(f"hardware.task_chunk=auto: measured time per task, by chunk size: {table}")
     chunk = min(seconds, key=seconds.__getitem__)
