@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -141,43 +141,50 @@ def run_experiment(settings: Settings, experiment: str, judge: Judge | None = No
 def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> float:
     hardware: Hardware = build(settings.hardware)
     evaluation: Evaluation = build(settings.evaluation)
-    domain = build_domain(settings, hardware)
-    hardware.check(domain.workload)
-    check_tasks_fit(settings, domain, evaluation)
-    with naming_the_largest_setting(settings, *TRAINING_PARTS):
-        first = build_algorithm(settings.for_seed(settings.seed), hardware, domain)
-        if settings.validate_every:
-            first.check_validation()
-        check_training_fits(settings, first, hardware)
-    learners, headlines = [], []
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        seed_settings = settings.for_seed(seed)
-        algorithm = first if seed == settings.seed else build_algorithm(seed_settings, hardware, domain)
-        learner = Learner(seed_settings, experiment, algorithm)
-        keeps_best, has_step_size = settings.validate_every is not None, algorithm.inner.has_step_size
-        evaluation.check(domain, keeps_best, algorithm.fixes_ways, has_step_size)
-        checkpoint_file = Path(settings.checkpoint) if settings.checkpoint else None
-        distributed.on_rank_zero(partial(learner.folder.check_sources, checkpoint_file))
+    untrained, headlines = [], []
+    for learner in _build_learners(settings, experiment, hardware, evaluation):
         if settings.mode == "eval":
             headlines.append(_evaluate_saved(learner, hardware, evaluation, judge))
         elif (missing := distributed.on_rank_zero(learner.folder.missing)) & {"report.json", *learner.folder.tables}:
-            learners.append(learner)
+            untrained.append(learner)
         else:
             headlines.append(_complete(learner, hardware, missing, judge))
-    if learners:
-        algorithm = learners[0].algorithm
-        check_precision(settings.precision, algorithm.domain.on_policy, hardware.device)
-        check_parallelism(algorithm, len(learners), settings.meta_batch_size)
-        _train(learners, settings, hardware, evaluation, judge)
-        headlines += [learner.report["headline"] for learner in learners if learner.report]
+    if untrained:
+        _train(untrained, settings, hardware, evaluation, judge)
+        headlines += [learner.report["headline"] for learner in untrained if learner.report]
     # The headline is None if adaptation diverged; a sweep needs a number.
     return sum(math.nan if headline is None else headline for headline in headlines) / len(headlines)
+
+
+def _build_learners(
+    settings: Settings, experiment: str, hardware: Hardware, evaluation: Evaluation
+) -> Iterator[Learner]:
+    """Yields the learner of each seed, all on one domain. Everything is checked that can be before training."""
+    domain = build_domain(settings, hardware)
+    hardware.check(domain.workload)
+    check_tasks_fit(settings, domain, evaluation)
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        seed_settings = settings.for_seed(seed)
+        with naming_the_largest_setting(settings, *TRAINING_PARTS):
+            algorithm = build_algorithm(seed_settings, hardware, domain)
+            if seed == settings.seed:  # the other seeds have the same data and sizes
+                if settings.validate_every:
+                    algorithm.check_validation()
+                check_training_fits(settings, algorithm, hardware)
+        learner = Learner(seed_settings, experiment, algorithm)
+        evaluation.check(domain)
+        evaluation.check_algorithm(algorithm)
+        distributed.on_rank_zero(learner.folder.check_sources)
+        yield learner
 
 
 def _train(
     learners: Sequence[Learner], settings: Settings, hardware: Hardware, evaluation: Evaluation, judge: Judge | None
 ) -> None:
     """Trains learners that differ in their seeds only, all at once, then evaluates each."""
+    algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
+    check_precision(settings.precision, algorithms[0].domain.on_policy, hardware.device)
+    check_parallelism(algorithms[0], len(learners), settings.meta_batch_size)
     with ExitStack() as stack:
         for learner in learners:
             distributed.on_rank_zero(learner.folder.check_free)
@@ -185,13 +192,12 @@ def _train(
         checkpoints = [stack.enter_context(learner.open(hardware, len(learners))) for learner in learners]
         # A resumed run keeps the execution of its checkpoint, so that it computes the same bits.
         earlier: Mapping[str, Any] = next((saved["execution"] for saved in checkpoints if saved), {})
-        execution = hardware.choose(learners[0].algorithm.domain.workload, settings.num_iterations, earlier)
+        execution = hardware.choose(algorithms[0].domain.workload, settings.num_iterations, earlier)
         hardware.apply(execution)
         for learner, saved in zip(learners, checkpoints, strict=True):
             if saved is not None:
                 learner.restore(saved)
         if not any(checkpoints):
-            algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
             # What is measured has the order of the last iterations, which takes more time and memory.
             last = max(settings.num_iterations, algorithms[0].inner.second_order_from or 1)
             iterate = Iteration(algorithms, streams, settings.meta_batch_size, execution, last)
@@ -259,8 +265,7 @@ def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation
     The report gets its own folder below the checkpoint's folder, so that it replaces no other report.
     """
     settings, folder = learner.settings, learner.folder
-    checkpoint_file = Path(settings.checkpoint) if settings.checkpoint else None
-    saved = folder.load_checkpoint(checkpoint_file)
+    saved = folder.load_checkpoint()
     if saved is None:
         raise MamlError(
             f"there is nothing to evaluate in {folder.path}: train first (the same command without mode=eval), or "
@@ -269,8 +274,7 @@ def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation
     execution = hardware.choose(learner.algorithm.domain.workload, settings.num_iterations, saved["execution"])
     hardware.apply(execution)
     learner.restore(saved)
-    report_dir = checkpoint_file.parent if checkpoint_file else folder.path
-    report, plot = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, report_dir)
+    report, plot = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, folder.trained_in)
     learner.send_evaluation(report, plot)
     return report["headline"]
 

@@ -60,6 +60,8 @@ class RunFolder:
         run_id: hash of the training settings.
         path: the run's folder.
         checkpoint_path: the newest checkpoint.
+        trained_in: the folder of the training whose state is used: that of the file ``checkpoint=``, if it is set, or
+            ``path``.
         tables: the csv files that the evaluation writes.
         is_trained: whether only the evaluation, or its end, was left to do when the folder was opened.
     """
@@ -70,6 +72,8 @@ class RunFolder:
         self.run_id = digest(self.training_config)
         self.path = self._find(settings.run_dir, Path(settings.runs_dir))
         self.checkpoint_path = self.path / "checkpoint.pt"
+        self._given_checkpoint = Path(settings.checkpoint) if settings.checkpoint else None
+        self.trained_in = self._given_checkpoint.parent if self._given_checkpoint else self.path
         self._lock: BaseFileLock | None = None
         self._metrics: IO[str] | None = None
         self._record: dict[str, Any] = {}
@@ -241,19 +245,16 @@ class RunFolder:
         missing = {name for name in files if not (folder / name).exists()}
         return missing | ({"status"} if record is None or record["status"] != "finished" else set())
 
-    def check_sources(self, checkpoint_file: Path | None = None) -> None:
+    def check_sources(self) -> None:
         """Checks that data and the code of the user's own classes are those of the training. Writes nothing.
 
         Runs that were recorded without hashes of them pass, and those of other settings, which are refused where their
         checkpoint is read.
 
-        Args:
-            checkpoint_file: a checkpoint that is evaluated instead of the run's own; its folder has the record.
-
         Raises:
             MamlError: if one has changed and ``changed_sources`` is ``refuse``; with ``accept`` this is a warning.
         """
-        folder = self.path if checkpoint_file is None else checkpoint_file.parent
+        folder = self.trained_in
         record = read_json(folder / "run.json")
         if record is not None and record.get("training") != self.training_config:
             return
@@ -293,15 +294,15 @@ class RunFolder:
         path = self.path / "lock"
         return MamlError(f"{lock.holder(path)} is training in {self.path}; {lock.advice(path)}")
 
-    def load_checkpoint(self, path: Path | None = None) -> dict[str, Any] | None:
-        """Reads the run's newest checkpoint, or the file at ``path``, and checks that it belongs to this run.
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Reads the file ``checkpoint=``, or the run's newest checkpoint, and checks that it belongs to this run.
 
         Raises:
             MamlError: if it is damaged, or was trained with other settings (the message lists the differences).
         """
-        if path is None:
+        if self._given_checkpoint is None:
             refuse_folders(self.path, (*_RUN_FILES, *_EVALUATION_FILES))
-        file = path or checkpoint.newest(self.checkpoint_path)
+        file = self._given_checkpoint or checkpoint.newest(self.checkpoint_path)
         if file is None:
             self._refuse_other_run(read_record(self.path / "run.json"), self.path)
             return None
