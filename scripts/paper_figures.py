@@ -7,7 +7,6 @@ Reads results/cells.yaml, results/paper/, the run folders and the committed runs
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from maml.cli.rendering import print_problems, rendering_parser
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures
@@ -39,19 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Each file is written whole or not at all.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--runs-dir",
-        type=Path,
-        nargs="+",
-        default=[Path("runs"), RESULTS / "runs"],
-        help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where to write (default: results)")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of cells.yaml and paper/ (default: results)"
-    )
-    options = parser.parse_args(arguments)
+    options = rendering_parser(__doc__.splitlines()[0], RESULTS).parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
     conflicts = conflicts_among(runs)
     sections, judged = {}, []
@@ -94,12 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overview += [line for name in sorted(sections) for line in sections[name]]
     overview += [f"**{CONFLICT}** {message}\n" for message in conflicts]
     write_text_atomically(options.out / "figures.md", "\n".join([*overview, NOTE, ""]))
-    for message in conflicts:
-        print(f"NOTE: {message}", file=sys.stderr)
-    for message in damaged:
-        print(f"ERROR, left out: {message}", file=sys.stderr)
+    status = print_problems(damaged, conflicts)
     print(f"{counted}\nwritten to {options.out / 'figures.md'}")
-    return 1 if damaged else 0
+    return status
 
 
 def _path(out: Path, name: str) -> Path:

@@ -7,7 +7,6 @@ Reads results/cells.yaml, results/paper/, the run folders and the committed runs
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from maml.cli.rendering import print_problems, rendering_parser
 from maml.paper.cells import Table, load_tables
 from maml.paper.evidence import find_evidence
 from maml.paper.latex import document, table_latex
@@ -50,19 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Each file is written whole or not at all.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--runs-dir",
-        type=Path,
-        nargs="+",
-        default=[Path("runs"), RESULTS / "runs"],
-        help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where to write (default: results)")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of cells.yaml and paper/ (default: results)"
-    )
-    options = parser.parse_args(arguments)
+    options = rendering_parser(__doc__.splitlines()[0], RESULTS).parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
     conflicts = conflicts_among(runs)
     tables = load_tables(options.results)
@@ -94,13 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_text_atomically(options.out / "tables.tex", document(f"{counted}.", latex))
     write_text_atomically(options.out / "tables.md", "\n".join([*overview, "", "Made by `make paper-tables`.", ""]))
     incomplete = [c.evidence.missing_values(c.cell.source, c.cell.step) for c in cells if c.cell.source]
-    for message in [*conflicts, *dict.fromkeys(filter(None, incomplete))]:
-        print(f"NOTE: {message}", file=sys.stderr)
-    for message in damaged:
-        print(f"ERROR, left out: {message}", file=sys.stderr)
-    print(*(line for line in (counted, *other_counts)), sep="\n")
+    status = print_problems(damaged, [*conflicts, *dict.fromkeys(filter(None, incomplete))])
+    print(counted, *other_counts, sep="\n")
     print(f"written to {options.out / 'tables.md'}")
-    return 1 if damaged else 0
+    return status
 
 
 def counts_of(tables: Sequence[Table], comparisons: Mapping[str, Sequence[Comparison]]) -> list[str]:

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from maml.cli.rendering import add_runs_dir
 from maml.config.compose import compose, compose_experiment
 from maml.config.hints import near_miss
 from maml.config.identity import digest, evaluation_config, training_config
@@ -78,13 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--runs-dir",
-        type=Path,
-        nargs="+",
-        default=[Path("runs"), RESULTS / "runs"],
-        help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
-    )
+    add_runs_dir(shared, RESULTS)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
 
