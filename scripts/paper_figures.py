@@ -20,6 +20,7 @@ from maml.paper import adaptation, trajectories
 from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures
 from maml.paper.evidence import Evidence, find_evidence, provenance
 from maml.paper.figures import CurveComparison, figure_rows, plot_figure, prepare_curve
+from maml.paper.markdown import markdown_table
 from maml.paper.tables import CONFLICT, summary
 from maml.record.checkpoint import write_text_atomically
 from maml.record.index import conflicts_among, find_runs
@@ -110,13 +111,12 @@ def _section(figure: Figure | Picture, path: Path, items: Mapping[str, tuple[str
     lines = [f"## {figure.title}", "", f"![{figure.title}]({picture}.png)", ""]
     lines += [f"[PDF]({picture}.pdf), [SVG]({picture}.svg), [all numbers]({picture}.csv)", ""]
     lines += [figure.note, ""] if figure.note else []
-    lines += ["| drawn | status | seeds | commit | hardware | command |", "|" + " --- |" * 6]
+    rows = []
     for label, (status, text, source, evidence) in items.items():
         print(f"{figure.title}, {label}: {status}")
         origin = provenance(source, evidence)
-        cells = [label, text, *(origin[name] for name in ("seeds", "commit", "hardware"))]
-        lines.append("| " + " | ".join([*cells, f"`{origin['command']}`"]) + " |")
-    return [*lines, ""]
+        rows.append([label, text, origin["seeds"], origin["commit"], origin["hardware"], f"`{origin['command']}`"])
+    return [*lines, *markdown_table(("drawn", "status", "seeds", "commit", "hardware", "command"), rows), ""]
 
 
 if __name__ == "__main__":

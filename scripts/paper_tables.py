@@ -19,6 +19,7 @@ from maml.cli.rendering import print_problems, rendering_parser
 from maml.paper.cells import Table, load_tables
 from maml.paper.evidence import find_evidence
 from maml.paper.latex import document, table_latex
+from maml.paper.markdown import markdown_table
 from maml.paper.methods import methods_markdown
 from maml.paper.readings import readings_markdown
 from maml.paper.tables import (
@@ -62,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overview += [headline_markdown(cells, "notes.md"), "", RUNS_NOTE, ""]
     overview += [f"**ERROR, left out:** {message}\n" for message in damaged]
     overview += [f"**{CONFLICT}** {message}\n" for message in conflicts]
-    overview += ["| table | " + " | ".join(STATUSES) + " |", "| --- |" + " --- |" * len(STATUSES)]
-    latex = []
+    latex, counts_by_table = [], []
     for table in tables:
         folder, group = options.out / table.name, comparisons[table.name]
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_text_atomically(folder / f"{table.name}.tex", latex[-1])
         write_text_atomically(folder / f"{table.name}.csv", rows.to_csv(index=False))
         counts = Counter(comparison.status for comparison in group)
-        numbers = " | ".join(str(counts[status] or "") for status in STATUSES)
-        overview.append(f"| [{table.title}]({table.name}/{table.name}.md) | {numbers} |")
+        link = f"[{table.title}]({table.name}/{table.name}.md)"
+        counts_by_table.append([link, *(str(counts[status] or "") for status in STATUSES)])
+    overview += markdown_table(["table", *STATUSES], counts_by_table)
     overview += ["", "[Where the paper's number lies among our runs, and other readings of the paper](readings.md)"]
     overview += ["", "[Methods that were tested on the same tasks, compared task by task](methods.md)"]
     write_text_atomically(options.out / "readings.md", readings_markdown(tables, find))
