@@ -6,7 +6,6 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,18 @@ from maml.config.identity import evaluation_config
 from maml.config.schema import TRAINING_PARTS, Part, Settings, build
 from maml.domain.base import Domain
 from maml.errors import MamlError
-from maml.evaluation import Evaluation, per_task_rows
+from maml.evaluation import Curve, Evaluation, per_task_rows
 from maml.feasibility import check_tasks_fit, check_training_fits, naming_the_largest_setting
 from maml.hardware import distributed
 from maml.hardware.base import Hardware
 from maml.hardware.precision import check_precision, use_precision
 from maml.logger.base import Logger
 from maml.model.base import Model
-from maml.record.classes import TABLES, confusion
+from maml.record.classes import class_tables, confusion
 from maml.record.extension import extend_finished_run
 from maml.record.plot import plot_report
+from maml.record.report import Judgement, print_report
 from maml.record.run_files import read_metrics
-from maml.record.style import step_label
 from maml.seeding import Stream
 from maml.status import announce
 from maml.training.autotune import tune_execution
@@ -71,27 +70,6 @@ def build_algorithm(settings: Settings, hardware: Hardware, domain: Domain[Any] 
 
 def _make_model(model: Part, in_shape: Sequence[int], out_dim: int) -> Model:
     return build(model, in_shape=in_shape, out_dim=out_dim)
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """The comparison of one number of a report with a published one.
-
-    Attributes:
-        metric: the curve's metric.
-        num_shots: the curve's K.
-        step: the gradient step.
-        published: the published number, in the report's unit; empty if there is none.
-        verdict: how ours compares, in words.
-        text: both numbers, in the published unit, and the verdict.
-    """
-
-    metric: str
-    num_shots: int
-    step: int
-    published: str
-    verdict: str
-    text: str
 
 
 Judge = Callable[[str, Settings, Mapping[str, Any]], Mapping[str, Judgement]]
@@ -306,17 +284,52 @@ def _evaluate(
     Returns:
         The report, with the judge's texts under ``cells``, and the path of the plot.
     """
-    settings, folder = learner.settings, learner.folder
-    curves, banks, step_sizes = evaluation(learner.algorithm, task_chunk)
-    domain = learner.algorithm.domain
+    settings, folder, algorithm = learner.settings, learner.folder, learner.algorithm
+    curves, banks, step_sizes = evaluation(algorithm, task_chunk)
+    report = _make_report(learner, iteration, curves, banks, step_sizes)
+    if distributed.rank():
+        return report, folder.path
+    counted = [
+        confusion(curve.num_shots, curve.predictions, algorithm.domain.class_names)
+        for curve in curves
+        if curve.predictions
+    ]
+    pictures = partial(evaluation.pictures, algorithm)
+    written_to = folder.save_report(report, per_task_rows(curves), report_dir, class_tables(counted), pictures)
+    plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
+    judgements = judge(folder.experiment, settings, report) if judge else {}
+    print_report(report, algorithm.name, list(judgements.values()))
+    for each in counted:
+        print(f"  classes, {each.summary()}")
+    print(f"written to {written_to}")
+    return report | {"cells": {cell: judged.text for cell, judged in judgements.items()}}, plot
+
+
+def _make_report(
+    learner: Learner,
+    iteration: int,
+    curves: Sequence[Curve],
+    banks: Mapping[str, str],
+    step_sizes: Mapping[str, list[float] | None],
+) -> dict[str, Any]:
+    """Returns the content of ``report.json``.
+
+    Args:
+        learner: the run.
+        iteration: number of iterations that the evaluated state was trained for.
+        curves: as `Evaluation` returns them; so are the other two.
+        banks: the hash of the frozen bank for each K.
+        step_sizes: the step sizes for each K.
+    """
+    settings, domain = learner.settings, learner.algorithm.domain
     summaries = [curve.summary() for curve in curves]
     headline_curves = [curve for curve in summaries if curve["metric"] == domain.headline]
     headline_curve = next(
         (curve for curve in headline_curves if curve["num_shots"] == domain.num_shots), headline_curves[0]
     )
-    report = {
-        "experiment": folder.experiment,
-        "run_id": folder.run_id,
+    return {
+        "experiment": learner.folder.experiment,
+        "run_id": learner.folder.run_id,
         "seed": settings.seed,
         "iteration": iteration,
         "num_iterations": settings.num_iterations,
@@ -329,62 +342,9 @@ def _evaluate(
         "headline": headline_curve["steps"][-1]["mean"],
         "curves": summaries,
     }
-    if distributed.rank():
-        return report, folder.path
-    counted = [
-        confusion(curve.num_shots, curve.predictions, domain.class_names) for curve in curves if curve.predictions
-    ]
-    rows = [row for each in counted for row in each.class_rows()], [row for each in counted for row in each.pair_rows()]
-    more = dict(zip(TABLES, rows, strict=True)) if counted else None
-    pictures = partial(evaluation.pictures, learner.algorithm)
-    written_to = folder.save_report(report, per_task_rows(curves), report_dir, more, pictures)
-    plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
-    judgements = judge(folder.experiment, settings, report) if judge else {}
-    print_report(report, learner.algorithm.name, list(judgements.values()))
-    for each in counted:
-        print(f"  classes, {each.summary()}")
-    print(f"written to {written_to}")
-    return report | {"cells": {cell: judged.text for cell, judged in judgements.items()}}, plot
 
 
 def _cell_texts(judge: Judge | None, experiment: str, settings: Settings, report: Mapping[str, Any]) -> dict[str, str]:
     """Returns the judge's texts by name."""
     judgements = judge(experiment, settings, report) if judge else {}
     return {cell: judged.text for cell, judged in judgements.items()}
-
-
-def print_report(report: Mapping[str, Any], algorithm: str, judgements: Sequence[Judgement] = ()) -> None:
-    """Prints each curve of a report as a table: the mean and the 95 % interval after every gradient step or showing.
-
-    Args:
-        report: the content of ``report.json``.
-        algorithm: name of the algorithm.
-        judgements: comparisons with published numbers, which are printed beside ours.
-    """
-    done, planned = report["iteration"], report["num_iterations"]
-    budget = "" if done == planned else f"  (reduced budget: {done} of {planned} iterations)"
-    print(f"{report['experiment']} {report['run_id']}, {algorithm}, seed {report['seed']}{budget}")
-    rows, ways = [], report.get("evaluation", {}).get("evaluation.num_ways")
-    shots = f"{ways} ways, K" if ways else "K"
-    for curve in report["curves"]:
-        title = f"  {curve['metric']}, {shots}={curve['num_shots']}, {curve['steps'][0]['num_tasks']} tasks"
-        judged = [each for each in judgements if (each.metric, each.num_shots) == (curve["metric"], curve["num_shots"])]
-        rows.append((title, "paper", "verdict") if judged else (title, "", ""))
-        for step in curve["steps"]:
-            place = step_label(step["step"], report.get("measured_by", "gradient step"), width=2)
-            ours = f"    {place}: {_value_text(step['mean'], step['ci95'])}"
-            if not step["num_tasks"]:
-                ours = f"    {place}: in no task"
-            here = [(each.published or "-", each.verdict) for each in judged if each.step == step["step"]]
-            here = list(dict.fromkeys(here)) or [("", "")]  # two tables can print the same number
-            rows += [(ours if index == 0 else "", *numbers) for index, numbers in enumerate(here)]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for ours, published, verdict in rows:
-        print(f"{ours:{widths[0]}}   {published:{widths[1]}}   {verdict}".rstrip())
-
-
-def _value_text(mean: float | None, ci95: float | None) -> str:
-    if mean is None or ci95 is None:
-        return "diverged"
-    # Adaptation that almost diverged has numbers of any length.
-    return f"{mean:8.4f} +- {ci95:.4f}" if max(abs(mean), ci95) < 1e5 else f"{mean:.3e} +- {ci95:.3e}"
