@@ -176,7 +176,7 @@ def _train(
             if saved is not None:
                 learner.restore(saved)
         if not any(checkpoints):
-            # What is measured has the order of the last iterations, which takes more time and memory.
+            # The measured iteration has the order of the last ones, which take more time and memory.
             last = max(settings.num_iterations, algorithms[0].inner.second_order_from or 1)
             iterate = Iteration(algorithms, streams, settings.meta_batch_size, execution, last)
             execution = distributed.on_rank_zero(

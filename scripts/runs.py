@@ -31,7 +31,7 @@ from rich.text import Text
 from maml.cli.rendering import add_runs_dir
 from maml.config.compose import compose, compose_experiment
 from maml.config.hints import near_miss
-from maml.config.identity import digest, evaluation_config, training_config
+from maml.config.identity import digest, evaluation_config, training_config, without_keys
 from maml.config.paths import CONF
 from maml.config.schema import build
 from maml.errors import MamlError
@@ -283,8 +283,7 @@ def _frame_by_seed(runs: Sequence[Run]) -> pd.DataFrame:
 
 def _settings_but_seed(run: Run) -> str:
     assert run.report
-    training = {key: value for key, value in run.record.training.items() if key != "seed"}
-    return digest({"training": training, "evaluation": run.report.evaluation})
+    return digest({"training": without_keys(run.record.training, "seed"), "evaluation": run.report.evaluation})
 
 
 def _group_row(runs: Sequence[Run]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the scripts share that read all finished runs: the folders of the runs, and the problems that they print."""
+"""Options and messages of the scripts that read all finished runs."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from maml.config.paths import ROOT
 from maml.errors import MamlError
 from maml.record.checkpoint import write_text_atomically
 from maml.record.lock import is_held
-from maml.record.run_files import read_json
+from maml.record.run_files import read_json, report_paths
 from maml.record.style import step_label
 from maml.types import MeasuredBy
 
@@ -408,9 +408,7 @@ def read_run(folder: Path) -> Run | None:
     Raises:
         MamlError: if the folder is damaged.
     """
-    paths = [
-        path for path in (folder / "report.json", *sorted(folder.glob("evaluations/*/report.json"))) if path.exists()
-    ]
+    paths = [path for path in report_paths(folder) if path.exists()]
     record = _read(folder / "run.json", RunRecord)
     if record is None:
         if paths:

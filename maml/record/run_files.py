@@ -112,6 +112,11 @@ def read_report(path: Path) -> dict[str, Any] | None:
     return report
 
 
+def report_paths(folder: Path) -> list[Path]:
+    """Returns where a run's reports are: first its own, which may not exist, then those in ``evaluations/``."""
+    return [folder / "report.json", *sorted(folder.glob("evaluations/*/report.json"))]
+
+
 def find_report(
     folder: Path, run_id: str, evaluation: Mapping[str, Any], unfinished: bool = False
 ) -> tuple[dict[str, Any], Path] | None:
@@ -127,7 +132,7 @@ def find_report(
         MamlError: if a report is damaged.
     """
     found = []
-    for path in (folder / "report.json", *sorted(folder.glob("evaluations/*/report.json"))):
+    for path in report_paths(folder):
         report = read_report(path)
         if report is None or report["evaluation"] != evaluation or report["run_id"] != run_id:
             continue
