@@ -113,10 +113,10 @@ def run_experiment(settings: Settings, experiment: str, judge: Judge | None = No
             stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop_at_once))
         distributed.start(torch.cuda.is_available() and settings.hardware.get("device") != "cpu")
         stack.enter_context(use_precision(settings.precision))
-        return _run_seeds(settings, experiment, judge)
+        return _run_seeds(settings, experiment, judge or (lambda *_: {}))
 
 
-def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> float:
+def _run_seeds(settings: Settings, experiment: str, judge: Judge) -> float:
     hardware: Hardware = build(settings.hardware)
     evaluation: Evaluation = build(settings.evaluation)
     untrained, headlines = [], []
@@ -157,7 +157,7 @@ def _build_learners(
 
 
 def _train(
-    learners: Sequence[Learner], settings: Settings, hardware: Hardware, evaluation: Evaluation, judge: Judge | None
+    learners: Sequence[Learner], settings: Settings, hardware: Hardware, evaluation: Evaluation, judge: Judge
 ) -> None:
     """Trains learners that differ in their seeds only, all at once, then evaluates each."""
     algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
@@ -210,7 +210,7 @@ def _extend(learner: Learner) -> None:
         learner.folder.check_sources()  # warns if changes are accepted
 
 
-def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Judge | None) -> float | None:
+def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Judge) -> float | None:
     """Does what is left to do after a run's evaluation, and returns the headline number.
 
     Args:
@@ -224,7 +224,7 @@ def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Ju
     assert report is not None
     if not missing:
         _print_on_rank_zero(f"already finished: {folder.path} (delete the folder to run it again)")
-        learner.send_finished(report, partial(_cell_texts, judge, folder.experiment, learner.settings, report))
+        learner.send_finished(report, lambda: _texts(judge(folder.experiment, learner.settings, report)))
         return report["headline"]
     if missing == {"report.png"}:  # the run is finished, so its logger has the report
         learner.logger = Logger()
@@ -232,12 +232,12 @@ def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Ju
         plot = folder.report_folder / "report.png"
         if distributed.rank() == 0 and not plot.exists():
             plot_report(report, plot, read_metrics(folder.path / "metrics.jsonl"))
-        learner.finish(report | {"cells": _cell_texts(judge, folder.experiment, learner.settings, report)}, plot)
+        learner.finish(report | {"cells": _texts(judge(folder.experiment, learner.settings, report))}, plot)
     _print_on_rank_zero(f"{folder.path} was evaluated, but lacked {', '.join(sorted(missing))}: now it is finished")
     return report["headline"]
 
 
-def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation, judge: Judge | None) -> float | None:
+def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation, judge: Judge) -> float | None:
     """Evaluates the run's newest checkpoint, or the file ``checkpoint=``; returns the headline number.
 
     The report gets its own folder below the checkpoint's folder, so that it replaces no other report.
@@ -267,7 +267,7 @@ def _evaluate(
     evaluation: Evaluation,
     iteration: int,
     task_chunk: int | None,
-    judge: Judge | None,
+    judge: Judge,
     report_dir: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluates one run; writes the report, the values per task and the plot; and prints the report.
@@ -297,12 +297,12 @@ def _evaluate(
     pictures = partial(evaluation.pictures, algorithm)
     written_to = folder.save_report(report, per_task_rows(curves), report_dir, class_tables(counted), pictures)
     plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
-    judgements = judge(folder.experiment, settings, report) if judge else {}
+    judgements = judge(folder.experiment, settings, report)
     print_report(report, algorithm.name, list(judgements.values()))
     for each in counted:
         print(f"  classes, {each.summary()}")
     print(f"written to {written_to}")
-    return report | {"cells": {cell: judged.text for cell, judged in judgements.items()}}, plot
+    return report | {"cells": _texts(judgements)}, plot
 
 
 def _make_report(
@@ -344,7 +344,5 @@ def _make_report(
     }
 
 
-def _cell_texts(judge: Judge | None, experiment: str, settings: Settings, report: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the judge's texts by name."""
-    judgements = judge(experiment, settings, report) if judge else {}
+def _texts(judgements: Mapping[str, Judgement]) -> dict[str, str]:
     return {cell: judged.text for cell, judged in judgements.items()}
