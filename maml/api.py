@@ -39,7 +39,8 @@ from maml.hardware.base import Hardware
 from maml.model.base import Model
 from maml.record import checkpoint
 from maml.record.exported import State, compose_entry, read_index, restore, unpack
-from maml.record.run_folder import changed_since, read_checkpoint, read_config, read_json
+from maml.record.provenance import changed_since
+from maml.record.run_files import read_checkpoint, read_config, read_json
 from maml.types import Examples, Params, Tasks
 
 Inputs = ArrayLike | Tensor
@@ -338,7 +339,7 @@ class Network:
                 f"{self.experiment} adapts by its state, to the labels that it reads, and takes no gradient steps; "
                 f"leave out num_steps={num_steps}"
             )
-        labels = y.tolist() if isinstance(y, Tensor | np.ndarray) else list(y)
+        labels = _labels(y)
         classes = list(dict.fromkeys(labels))
         _check_classes(len(inputs), labels, len(classes), self.algorithm.domain.out_dim)
         params = self.algorithm.params_per_task(1, self.evaluation.choose_theta(self.algorithm))
@@ -401,6 +402,10 @@ def _tensor(values: Any) -> Tensor:
     return values if isinstance(values, Tensor) else torch.as_tensor(np.ascontiguousarray(values))
 
 
+def _labels(values: Any) -> list[Hashable]:
+    return values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
+
+
 def _floats(values: Tensor, name: str, device: torch.device) -> Tensor:
     """Returns the values as floats on a device, and refuses values that are not finite."""
     floats = values.detach().to(device, torch.get_default_dtype())
@@ -426,7 +431,7 @@ def _in_blocks(labels: Any, count: int, most: int | None) -> tuple[list[Hashable
     Raises:
         MamlError: if there are not K examples of each class, only one class, or too many.
     """
-    labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    labels = _labels(labels)
     examples: dict[Hashable, list[int]] = {}
     for position, label in enumerate(labels):
         examples.setdefault(label, []).append(position)
@@ -451,7 +456,7 @@ def _check_classes(count: int, labels: Sequence[Hashable], num_ways: int, most: 
 
 def _class_numbers(labels: Any, count: int, classes: list[Hashable]) -> Tensor:
     """Returns the number of each label among classes that are the same in every task, ``(S,)``."""
-    labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    labels = _labels(labels)
     if len(labels) != count:
         raise MamlError(f"there are {count} inputs, but {len(labels)} labels")
     if unknown := [label for label in labels if label not in classes]:

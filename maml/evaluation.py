@@ -272,26 +272,36 @@ class Evaluation:
             return domain.authors_test_tasks(count, num_shots)
         return domain.sample_tasks(count, Stream(self.bank_seed).child("bank"), split, num_shots, num_query)
 
-    def check(
-        self,
-        domain: Domain[Any],
-        keeps_best: bool = False,
-        fixes_ways: bool = True,
-        has_step_size: bool = True,
-    ) -> None:
-        """Checks, before any training, that the evaluation is possible on a domain.
-
-        Args:
-            domain: the domain.
-            keeps_best: whether training keeps the theta that is best on validation tasks.
-            fixes_ways: whether the network has one output for each class of a training task.
-            has_step_size: whether the steps of the inner optimizer have a size.
+    def check_algorithm(self, algorithm: Algorithm) -> None:
+        """Checks, before any training, that an algorithm has what the evaluation asks for.
 
         Raises:
-            MamlError: if the domain has too little data at some K, or lacks the authors' bank or classes, if some K has
-                no step size or steps have none, if tasks have more classes than the network has outputs, if there are
-                gradient steps in a domain that measures by showing, or if the best theta is evaluated and training does
-                not keep it.
+            MamlError: if steps have no size, but one is set; if tasks have more classes than the network has outputs;
+                or if the best theta is evaluated, but training does not keep it.
+        """
+        if not algorithm.inner.has_step_size and (self.step_size is not None or self.search is not None):
+            key = "evaluation.search" if self.step_size is None else "evaluation.step_size"
+            raise MamlError(
+                f"{key} sets the size of steps, but this inner optimizer computes its steps without one; set {key}=null"
+            )
+        out_dim = algorithm.domain.out_dim
+        if self.num_ways is not None and algorithm.fixes_ways and self.num_ways > out_dim:
+            raise MamlError(
+                f"evaluation.num_ways={self.num_ways}, but the network has an output for each of the {out_dim} classes "
+                "of a training task; lower it, or choose an algorithm that compares images (algorithm=prototypical)"
+            )
+        if self.theta == "best" and not algorithm.best:
+            raise MamlError(
+                f"evaluation.theta=best, but training on {type(algorithm.domain).__name__} keeps the last theta only; "
+                "choose last, or set validate_every to keep the theta that is best on validation tasks"
+            )
+
+    def check(self, domain: Domain[Any]) -> None:
+        """Checks, before any training, that the evaluation is possible on a domain.
+
+        Raises:
+            MamlError: if the domain has too little data at some K, or lacks the authors' bank or classes; if some K has
+                no step size; or if there are gradient steps in a domain that measures by showing.
         """
         if domain.measured_by == "showing":
             reason = f"{type(domain).__name__} measures by showing, after 0, 1, 2, ... labelled examples of a class"
@@ -305,24 +315,8 @@ class Evaluation:
                     f"evaluation.search chooses step sizes, but {reason}, and takes no steps; set "
                     "evaluation.search=null"
                 )
-        if not has_step_size and (self.step_size is not None or self.search is not None):
-            key = "evaluation.search" if self.step_size is None else "evaluation.step_size"
-            raise MamlError(
-                f"{key} sets the size of steps, but this inner optimizer computes its steps without one; set {key}=null"
-            )
         if self.num_ways is not None:
             domain.with_ways(self.num_ways)  # refuses domains whose tasks do not draw classes
-            if fixes_ways and self.num_ways > domain.out_dim:
-                raise MamlError(
-                    f"evaluation.num_ways={self.num_ways}, but the network has an output for each of the "
-                    f"{domain.out_dim} classes of a training task; lower it, or choose an algorithm that compares "
-                    "images (algorithm=prototypical)"
-                )
-        if self.theta == "best" and not (domain.selected_by or keeps_best):
-            raise MamlError(
-                f"evaluation.theta=best, but training on {type(domain).__name__} keeps the last theta only; choose "
-                "last, or set validate_every to keep the theta that is best on validation tasks"
-            )
         if self.per_class and not domain.class_names:
             raise MamlError(
                 f"evaluation.per_class=true counts the classes of a data set, but {type(domain).__name__} has none; "

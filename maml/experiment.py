@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,18 @@ from maml.config.identity import evaluation_config
 from maml.config.schema import TRAINING_PARTS, Part, Settings, build
 from maml.domain.base import Domain
 from maml.errors import MamlError
-from maml.evaluation import Evaluation, per_task_rows
+from maml.evaluation import Curve, Evaluation, per_task_rows
 from maml.feasibility import check_tasks_fit, check_training_fits, naming_the_largest_setting
 from maml.hardware import distributed
 from maml.hardware.base import Hardware
 from maml.hardware.precision import check_precision, use_precision
 from maml.logger.base import Logger
 from maml.model.base import Model
-from maml.record.classes import TABLES, confusion
+from maml.record.classes import class_tables, confusion
 from maml.record.extension import extend_finished_run
 from maml.record.plot import plot_report
-from maml.record.run_folder import read_metrics
-from maml.record.style import step_label
+from maml.record.report import Judgement, print_report
+from maml.record.run_files import read_metrics
 from maml.seeding import Stream
 from maml.status import announce
 from maml.training.autotune import tune_execution
@@ -73,27 +72,6 @@ def _make_model(model: Part, in_shape: Sequence[int], out_dim: int) -> Model:
     return build(model, in_shape=in_shape, out_dim=out_dim)
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """The comparison of one number of a report with a published one.
-
-    Attributes:
-        metric: the curve's metric.
-        num_shots: the curve's K.
-        step: the gradient step.
-        published: the published number, in the report's unit; empty if there is none.
-        verdict: how ours compares, in words.
-        text: both numbers, in the published unit, and the verdict.
-    """
-
-    metric: str
-    num_shots: int
-    step: int
-    published: str
-    verdict: str
-    text: str
-
-
 Judge = Callable[[str, Settings, Mapping[str, Any]], Mapping[str, Judgement]]
 """Compares a report with other results, such as the paper's.
 
@@ -135,49 +113,56 @@ def run_experiment(settings: Settings, experiment: str, judge: Judge | None = No
             stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop_at_once))
         distributed.start(torch.cuda.is_available() and settings.hardware.get("device") != "cpu")
         stack.enter_context(use_precision(settings.precision))
-        return _run_seeds(settings, experiment, judge)
+        return _run_seeds(settings, experiment, judge or (lambda *_: {}))
 
 
-def _run_seeds(settings: Settings, experiment: str, judge: Judge | None) -> float:
+def _run_seeds(settings: Settings, experiment: str, judge: Judge) -> float:
     hardware: Hardware = build(settings.hardware)
     evaluation: Evaluation = build(settings.evaluation)
-    domain = build_domain(settings, hardware)
-    hardware.check(domain.workload)
-    check_tasks_fit(settings, domain, evaluation)
-    with naming_the_largest_setting(settings, *TRAINING_PARTS):
-        first = build_algorithm(settings.for_seed(settings.seed), hardware, domain)
-        if settings.validate_every:
-            first.check_validation()
-        check_training_fits(settings, first, hardware)
-    learners, headlines = [], []
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        seed_settings = settings.for_seed(seed)
-        algorithm = first if seed == settings.seed else build_algorithm(seed_settings, hardware, domain)
-        learner = Learner(seed_settings, experiment, algorithm)
-        keeps_best, has_step_size = settings.validate_every is not None, algorithm.inner.has_step_size
-        evaluation.check(domain, keeps_best, algorithm.fixes_ways, has_step_size)
-        checkpoint_file = Path(settings.checkpoint) if settings.checkpoint else None
-        distributed.on_rank_zero(partial(learner.folder.check_sources, checkpoint_file))
+    untrained, headlines = [], []
+    for learner in _build_learners(settings, experiment, hardware, evaluation):
         if settings.mode == "eval":
             headlines.append(_evaluate_saved(learner, hardware, evaluation, judge))
         elif (missing := distributed.on_rank_zero(learner.folder.missing)) & {"report.json", *learner.folder.tables}:
-            learners.append(learner)
+            untrained.append(learner)
         else:
             headlines.append(_complete(learner, hardware, missing, judge))
-    if learners:
-        algorithm = learners[0].algorithm
-        check_precision(settings.precision, algorithm.domain.on_policy, hardware.device)
-        check_parallelism(algorithm, len(learners), settings.meta_batch_size)
-        _train(learners, settings, hardware, evaluation, judge)
-        headlines += [learner.report["headline"] for learner in learners if learner.report]
+    if untrained:
+        _train(untrained, settings, hardware, evaluation, judge)
+        headlines += [learner.report["headline"] for learner in untrained if learner.report]
     # The headline is None if adaptation diverged; a sweep needs a number.
     return sum(math.nan if headline is None else headline for headline in headlines) / len(headlines)
 
 
+def _build_learners(
+    settings: Settings, experiment: str, hardware: Hardware, evaluation: Evaluation
+) -> Iterator[Learner]:
+    """Yields the learner of each seed, all on one domain. Everything is checked that can be before training."""
+    domain = build_domain(settings, hardware)
+    hardware.check(domain.workload)
+    check_tasks_fit(settings, domain, evaluation)
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        seed_settings = settings.for_seed(seed)
+        with naming_the_largest_setting(settings, *TRAINING_PARTS):
+            algorithm = build_algorithm(seed_settings, hardware, domain)
+            if seed == settings.seed:  # the other seeds have the same data and sizes
+                if settings.validate_every:
+                    algorithm.check_validation()
+                check_training_fits(settings, algorithm, hardware)
+        learner = Learner(seed_settings, experiment, algorithm)
+        evaluation.check(domain)
+        evaluation.check_algorithm(algorithm)
+        distributed.on_rank_zero(learner.folder.check_sources)
+        yield learner
+
+
 def _train(
-    learners: Sequence[Learner], settings: Settings, hardware: Hardware, evaluation: Evaluation, judge: Judge | None
+    learners: Sequence[Learner], settings: Settings, hardware: Hardware, evaluation: Evaluation, judge: Judge
 ) -> None:
     """Trains learners that differ in their seeds only, all at once, then evaluates each."""
+    algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
+    check_precision(settings.precision, algorithms[0].domain.on_policy, hardware.device)
+    check_parallelism(algorithms[0], len(learners), settings.meta_batch_size)
     with ExitStack() as stack:
         for learner in learners:
             distributed.on_rank_zero(learner.folder.check_free)
@@ -185,15 +170,14 @@ def _train(
         checkpoints = [stack.enter_context(learner.open(hardware, len(learners))) for learner in learners]
         # A resumed run keeps the execution of its checkpoint, so that it computes the same bits.
         earlier: Mapping[str, Any] = next((saved["execution"] for saved in checkpoints if saved), {})
-        workload = learners[0].algorithm.domain.workload
+        workload = algorithms[0].domain.workload
         execution = hardware.choose(workload, settings.num_iterations, earlier)
         hardware.apply(execution)
         for learner, saved in zip(learners, checkpoints, strict=True):
             if saved is not None:
                 learner.restore(saved)
         if not any(checkpoints):
-            algorithms, streams = [each.algorithm for each in learners], [each.stream for each in learners]
-            # What is measured has the order of the last iterations, which takes more time and memory.
+            # The measured iteration has the order of the last ones, which take more time and memory.
             last = max(settings.num_iterations, algorithms[0].inner.second_order_from or 1)
             iterate = Iteration(algorithms, streams, settings.meta_batch_size, execution, last)
             execution = distributed.on_rank_zero(
@@ -229,7 +213,7 @@ def _extend(learner: Learner) -> None:
         learner.folder.check_sources()  # warns if changes are accepted
 
 
-def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Judge | None) -> float | None:
+def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Judge) -> float | None:
     """Does what is left to do after a run's evaluation, and returns the headline number.
 
     Args:
@@ -243,7 +227,7 @@ def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Ju
     assert report is not None
     if not missing:
         _print_on_rank_zero(f"already finished: {folder.path} (delete the folder to run it again)")
-        learner.send_finished(report, partial(_cell_texts, judge, folder.experiment, learner.settings, report))
+        learner.send_finished(report, lambda: _texts(judge(folder.experiment, learner.settings, report)))
         return report["headline"]
     if missing == {"report.png"}:  # the run is finished, so its logger has the report
         learner.logger = Logger()
@@ -251,19 +235,18 @@ def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Ju
         plot = folder.report_folder / "report.png"
         if distributed.rank() == 0 and not plot.exists():
             plot_report(report, plot, read_metrics(folder.path / "metrics.jsonl"))
-        learner.finish(report | {"cells": _cell_texts(judge, folder.experiment, learner.settings, report)}, plot)
+        learner.finish(report | {"cells": _texts(judge(folder.experiment, learner.settings, report))}, plot)
     _print_on_rank_zero(f"{folder.path} was evaluated, but lacked {', '.join(sorted(missing))}: now it is finished")
     return report["headline"]
 
 
-def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation, judge: Judge | None) -> float | None:
+def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation, judge: Judge) -> float | None:
     """Evaluates the run's newest checkpoint, or the file ``checkpoint=``; returns the headline number.
 
     The report gets its own folder below the checkpoint's folder, so that it replaces no other report.
     """
     settings, folder = learner.settings, learner.folder
-    checkpoint_file = Path(settings.checkpoint) if settings.checkpoint else None
-    saved = folder.load_checkpoint(checkpoint_file)
+    saved = folder.load_checkpoint()
     if saved is None:
         raise MamlError(
             f"there is nothing to evaluate in {folder.path}: train first (the same command without mode=eval), or "
@@ -273,8 +256,7 @@ def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation
     execution = hardware.choose(workload, settings.num_iterations, saved["execution"])
     hardware.apply(execution.for_meta_test(workload))
     learner.restore(saved)
-    report_dir = checkpoint_file.parent if checkpoint_file else folder.path
-    report, plot = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, report_dir)
+    report, plot = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, folder.trained_in)
     learner.send_evaluation(report, plot)
     return report["headline"]
 
@@ -289,7 +271,7 @@ def _evaluate(
     evaluation: Evaluation,
     iteration: int,
     task_chunk: int | None,
-    judge: Judge | None,
+    judge: Judge,
     report_dir: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluates one run; writes the report, the values per task and the plot; and prints the report.
@@ -306,17 +288,52 @@ def _evaluate(
     Returns:
         The report, with the judge's texts under ``cells``, and the path of the plot.
     """
-    settings, folder = learner.settings, learner.folder
-    curves, banks, step_sizes = evaluation(learner.algorithm, task_chunk)
-    domain = learner.algorithm.domain
+    settings, folder, algorithm = learner.settings, learner.folder, learner.algorithm
+    curves, banks, step_sizes = evaluation(algorithm, task_chunk)
+    report = _make_report(learner, iteration, curves, banks, step_sizes)
+    if distributed.rank():
+        return report, folder.path
+    counted = [
+        confusion(curve.num_shots, curve.predictions, algorithm.domain.class_names)
+        for curve in curves
+        if curve.predictions
+    ]
+    pictures = partial(evaluation.pictures, algorithm)
+    written_to = folder.save_report(report, per_task_rows(curves), report_dir, class_tables(counted), pictures)
+    plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
+    judgements = judge(folder.experiment, settings, report)
+    print_report(report, algorithm.name, list(judgements.values()))
+    for each in counted:
+        print(f"  classes, {each.summary()}")
+    print(f"written to {written_to}")
+    return report | {"cells": _texts(judgements)}, plot
+
+
+def _make_report(
+    learner: Learner,
+    iteration: int,
+    curves: Sequence[Curve],
+    banks: Mapping[str, str],
+    step_sizes: Mapping[str, list[float] | None],
+) -> dict[str, Any]:
+    """Returns the content of ``report.json``.
+
+    Args:
+        learner: the run.
+        iteration: number of iterations that the evaluated state was trained for.
+        curves: as `Evaluation` returns them; so are the other two.
+        banks: the hash of the frozen bank for each K.
+        step_sizes: the step sizes for each K.
+    """
+    settings, domain = learner.settings, learner.algorithm.domain
     summaries = [curve.summary() for curve in curves]
     headline_curves = [curve for curve in summaries if curve["metric"] == domain.headline]
     headline_curve = next(
         (curve for curve in headline_curves if curve["num_shots"] == domain.num_shots), headline_curves[0]
     )
-    report = {
-        "experiment": folder.experiment,
-        "run_id": folder.run_id,
+    return {
+        "experiment": learner.folder.experiment,
+        "run_id": learner.folder.run_id,
         "seed": settings.seed,
         "iteration": iteration,
         "num_iterations": settings.num_iterations,
@@ -329,62 +346,7 @@ def _evaluate(
         "headline": headline_curve["steps"][-1]["mean"],
         "curves": summaries,
     }
-    if distributed.rank():
-        return report, folder.path
-    counted = [
-        confusion(curve.num_shots, curve.predictions, domain.class_names) for curve in curves if curve.predictions
-    ]
-    rows = [row for each in counted for row in each.class_rows()], [row for each in counted for row in each.pair_rows()]
-    more = dict(zip(TABLES, rows, strict=True)) if counted else None
-    pictures = partial(evaluation.pictures, learner.algorithm)
-    written_to = folder.save_report(report, per_task_rows(curves), report_dir, more, pictures)
-    plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
-    judgements = judge(folder.experiment, settings, report) if judge else {}
-    print_report(report, learner.algorithm.name, list(judgements.values()))
-    for each in counted:
-        print(f"  classes, {each.summary()}")
-    print(f"written to {written_to}")
-    return report | {"cells": {cell: judged.text for cell, judged in judgements.items()}}, plot
 
 
-def _cell_texts(judge: Judge | None, experiment: str, settings: Settings, report: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the judge's texts by name."""
-    judgements = judge(experiment, settings, report) if judge else {}
+def _texts(judgements: Mapping[str, Judgement]) -> dict[str, str]:
     return {cell: judged.text for cell, judged in judgements.items()}
-
-
-def print_report(report: Mapping[str, Any], algorithm: str, judgements: Sequence[Judgement] = ()) -> None:
-    """Prints each curve of a report as a table: the mean and the 95 % interval after every gradient step or showing.
-
-    Args:
-        report: the content of ``report.json``.
-        algorithm: name of the algorithm.
-        judgements: comparisons with published numbers, which are printed beside ours.
-    """
-    done, planned = report["iteration"], report["num_iterations"]
-    budget = "" if done == planned else f"  (reduced budget: {done} of {planned} iterations)"
-    print(f"{report['experiment']} {report['run_id']}, {algorithm}, seed {report['seed']}{budget}")
-    rows, ways = [], report.get("evaluation", {}).get("evaluation.num_ways")
-    shots = f"{ways} ways, K" if ways else "K"
-    for curve in report["curves"]:
-        title = f"  {curve['metric']}, {shots}={curve['num_shots']}, {curve['steps'][0]['num_tasks']} tasks"
-        judged = [each for each in judgements if (each.metric, each.num_shots) == (curve["metric"], curve["num_shots"])]
-        rows.append((title, "paper", "verdict") if judged else (title, "", ""))
-        for step in curve["steps"]:
-            place = step_label(step["step"], report.get("measured_by", "gradient step"), width=2)
-            ours = f"    {place}: {_value_text(step['mean'], step['ci95'])}"
-            if not step["num_tasks"]:
-                ours = f"    {place}: in no task"
-            here = [(each.published or "-", each.verdict) for each in judged if each.step == step["step"]]
-            here = list(dict.fromkeys(here)) or [("", "")]  # two tables can print the same number
-            rows += [(ours if index == 0 else "", *numbers) for index, numbers in enumerate(here)]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for ours, published, verdict in rows:
-        print(f"{ours:{widths[0]}}   {published:{widths[1]}}   {verdict}".rstrip())
-
-
-def _value_text(mean: float | None, ci95: float | None) -> str:
-    if mean is None or ci95 is None:
-        return "diverged"
-    # Adaptation that almost diverged has numbers of any length.
-    return f"{mean:8.4f} +- {ci95:.4f}" if max(abs(mean), ci95) < 1e5 else f"{mean:.3e} +- {ci95:.3e}"

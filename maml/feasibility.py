@@ -17,7 +17,7 @@ from maml.hardware.memory import check_memory
 from maml.seeding import Stream
 
 _BYTES = 4  # least size of a number
-# What torch says if an allocation is refused, or a size overflows.
+# Words in torch's errors about an allocation that is refused, or a size that overflows.
 _MEMORY_WORDS = ("allocate", "Storage size", "multiplication overflow", "out of memory")
 
 

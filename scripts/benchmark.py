@@ -21,7 +21,7 @@ from clocks import MIN_TURN_SECONDS, Clock, choose_clock, seconds_per_call
 
 from maml.hardware.base import Hardware
 from maml.record.checkpoint import write_text_atomically
-from maml.record.run_folder import commit, versions
+from maml.record.provenance import commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("learn2learn", "higher", "torchopt", "jax")

@@ -188,7 +188,7 @@ def _download(folder: Path, requirements: Sequence[str], options: argparse.Names
     if sources := [line for line in requirements if _name(line) in _SOURCE_ONLY]:
         _pip("wheel", "--no-deps", "--wheel-dir", str(folder), *sources)
     tags = [word for tag in options.platform for word in ("--platform", tag)]
-    # What is left out would come back as a dependency. Without it, constraints.txt is complete.
+    # A package that is left out would come back as a dependency. Without it, constraints.txt is complete.
     tags += ["--no-deps"] if options.without else []
     # Some packages need a later patch than 3.11.0, which 3.11 would mean to pip.
     tags += ["--python-version", f"{options.python}.99", "--only-binary=:all:"]

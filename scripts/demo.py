@@ -18,6 +18,7 @@ from maml.errors import Interrupted, MamlError
 from maml.experiment import run_experiment
 from maml.paper.cells import Source, load_figures, load_tables
 from maml.paper.figures import DrawnCurve, plot_figure
+from maml.paper.markdown import markdown_table
 from maml.paper.tables import reading_text, verdict
 from maml.record.checkpoint import write_text_atomically
 from maml.record.index import Report
@@ -63,7 +64,7 @@ def comparison(report: Report, smoke: bool) -> str:
         for cell in table.cells
         if table.name == "table2_multitask" and cell.source is not None and cell.row == "MAML"
     }
-    lines = ["| K | gradient steps | ours (mse) | paper | source | verdict |", "|" + " --- |" * 6]
+    rows = []
     read_off = {
         curve.source.num_shots: curve.levels
         for figure in load_figures(RESULTS)
@@ -82,10 +83,8 @@ def comparison(report: Report, smoke: bool) -> str:
                 paper = f"{low} to {high}" if low < high else str(low)
                 source, judged = "Figure 6, read off the image", ""
             judged = "smoke test" if smoke else judged
-            lines.append(
-                f"| {num_shots} | {step} | {reading_text(ours, ci, decimals=3)} | {paper} | {source} | {judged} |"
-            )
-    return "\n".join(lines)
+            rows.append([str(num_shots), str(step), reading_text(ours, ci, decimals=3), paper, source, judged])
+    return "\n".join(markdown_table(("K", "gradient steps", "ours (mse)", "paper", "source", "verdict"), rows))
 
 
 def draw_figure(report: Report, smoke: bool, path: Path) -> Path:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from maml.cli.rendering import print_problems
 from maml.config.paths import CHECKPOINTS
 from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources
@@ -33,7 +34,7 @@ from maml.record.exported import (
     write_index,
 )
 from maml.record.index import Report, Run, find_runs
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MAX_BYTES = 1_500_000  # largest allowed file, because all files are committed
@@ -77,11 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in options.out.glob("*.safetensors"):
         if path.name not in index.files:
             path.unlink()
-    for problem in problems:
-        print(f"ERROR, left out: {problem}", file=sys.stderr)
+    status = print_problems(problems)
     size = sum((options.out / file).stat().st_size for file in index.files)
     print(f"{len(index.cells)} cells and curves of {len(index.files)} runs, {size / 1e6:.1f} MB, in {options.out}")
-    return 1 if problems else 0
+    return status
 
 
 def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: ExportedFile | None) -> ExportedFile:

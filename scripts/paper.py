@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from maml.cli.rendering import print_problems
 from maml.errors import MamlError
 from maml.paper.plan import (
     WATERMARK,
@@ -41,10 +42,10 @@ from maml.paper.plan import (
     select,
     write_smoke_cells,
 )
-from maml.record.checkpoint import remove_leftovers, write_atomically
+from maml.record.checkpoint import remove_leftovers, write_text_atomically
 from maml.record.index import Run, find_runs
 from maml.record.lock import acquire, advice, holder
-from maml.record.run_folder import command_line
+from maml.record.provenance import command_line
 from maml.sweep.gpu_lease import visible_gpus
 from maml.training.progress import LINE_SECONDS, REDRAW_SECONDS
 
@@ -106,13 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, damaged = find_runs(*roots)
         jobs = plan(needs, options.seeds, runs, runs_dir)
         print_plan(most_valuable_first(jobs, runs) if options.budget else jobs, runs)
-        return _report_damaged(damaged)
+        return print_problems(damaged)
     with _exclusive_lock(runs_dir):
         runs, damaged = find_runs(*roots)
         jobs = plan(needs, options.seeds, runs, runs_dir, options.wandb)
         if options.smoke:
             refuse_mixing(jobs, plan(list_needs(options.results), options.seeds, [], options.runs_dir))
-        failed = _report_damaged(damaged)
+        failed = print_problems(damaged)
         if options.budget:
             jobs = most_valuable_first(jobs, runs)
         stopped_by, all_succeeded = run_jobs(jobs, options.jobs, options.budget)
@@ -143,12 +144,6 @@ def _parse_budget(text: str) -> float:
     if seconds < MIN_BUDGET:
         raise argparse.ArgumentTypeError(f"{text}: give a time of at least {MIN_BUDGET} s, as in 90s, 8m or 1h30m")
     return seconds
-
-
-def _report_damaged(messages: Sequence[str]) -> int:
-    for message in messages:
-        print(f"ERROR, left out: {message}", file=sys.stderr)
-    return int(bool(messages))
 
 
 @contextmanager
@@ -264,12 +259,117 @@ class Worker:
             return [line.strip() for line in log if line.strip()]
 
 
+class Pool:
+    """The jobs that run at once, those that wait for room, and what became of those that have ended.
+
+    Args:
+        jobs: all jobs of the plan.
+        limit: most jobs at once; None is one per GPU, or, without a GPU, as many as fit on the cores.
+        display: says what starts and ends.
+
+    Attributes:
+        waiting: jobs that have not started.
+        workers: jobs that run.
+        is_cut_off: whether a job was stopped before its end.
+        failed: a message for each job that failed.
+        impossible: why jobs cannot run here, by name.
+    """
+
+    def __init__(self, jobs: Sequence[Job], limit: int | None, display: _StatusDisplay) -> None:
+        self.waiting = [job for job in jobs if job.is_open]
+        self.workers: list[Worker] = []
+        self.is_cut_off = False
+        self.failed: list[str] = []
+        self.impossible = {job.name: job.impossible for job in jobs if job.state == "cannot"}
+        self._display, self._gpus, self._limit = display, visible_gpus(), limit
+        self._room = limit or len(self._gpus) or os.cpu_count() or 1
+        self._trained_elsewhere: set[str] = set()
+
+    def start_waiting(self) -> None:
+        """Starts waiting jobs, in their order, while there is room."""
+        for job in tuple(self.waiting):
+            if sum(self._threads(worker.job) for worker in self.workers) + self._threads(job) > self._room:
+                return
+            if job.alive:  # perhaps started by a `make paper` that was killed; the job continues after it ends
+                if job.name not in self._trained_elsewhere:
+                    self._display.say(f"waiting for {job.name}: another process is training it")
+                self._trained_elsewhere.add(job.name)
+                continue
+            self.waiting.remove(job)
+            self._start(job)
+
+    def _threads(self, job: Job) -> int:
+        return 1 if self._limit or self._gpus else min(job.num_threads, self._room)
+
+    def _start(self, job: Job) -> None:
+        if job.committed and not job.folder.exists():
+            self._display.say(
+                f"{job.name} resumes from {job.committed}, copied to {job.folder}; the committed run does not change"
+            )
+        job.prepare()
+        slot = min(set(range(self._room)) - {worker.slot for worker in self.workers})
+        gpu = {"CUDA_VISIBLE_DEVICES": self._gpus[slot % len(self._gpus)]} if self._gpus else {}
+        # Alone, a job takes all cores. Beside others, one thread for each is faster than all threads for all.
+        has_all = self._gpus or job.num_threads > 1 or not (self.workers or self.waiting)
+        self.workers.append(Worker(job, slot, [] if has_all else ["hardware.num_threads=1"], os.environ | gpu))
+        self._display.say(f"started {job.name} ({job.state}); its output: {self.workers[-1].log}")
+
+    def send(self, number: int) -> None:
+        """Sends a signal to all running jobs."""
+        for worker in self.workers:
+            worker.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kills all running jobs."""
+        for worker in self.workers:
+            self._display.say(
+                f"killed {worker.job.name}, which did not end in time: it goes on from its last checkpoint"
+            )
+            worker.process.kill()
+            worker.process.wait()
+
+    def collect(self, is_stopping: bool) -> None:
+        """Takes the jobs out that have ended, or starts their next process, unless everything is to stop."""
+        for worker in tuple(self.workers):
+            status = worker.process.poll()
+            if status is None:
+                continue
+            if status == 0 and worker.commands and not is_stopping:
+                worker.start()
+                continue
+            self.workers.remove(worker)
+            name, output = worker.job.name, worker.lines
+            if status == 0 and not worker.commands:
+                self._display.say(f"finished {name}")
+            elif is_stopping:
+                self.is_cut_off = True
+                self._display.say(f"stopped {name}: {output[-1] if output else 'before it began'}")
+            elif status == os.EX_UNAVAILABLE:
+                self.impossible[name] = output[-1]
+                self._display.say(f"cannot run here: {name}")
+            else:
+                self._display.say(f"FAILED {name}")
+                command = shlex.join(["python", "train.py", *worker.arguments])
+                lines = [f"FAILED {name} (status {status}): {command}", *output[-5:], f"log: {worker.log}"]
+                self.failed.append("\n    ".join(lines))
+
+    def print_problems(self) -> None:
+        """Prints which jobs cannot run here, by reason, and which have failed."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.impossible.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            print(f"cannot run here: {', '.join(names)}: {reason}")
+        for message in self.failed:
+            print(message, file=sys.stderr)
+
+
 def run_jobs(jobs: Sequence[Job], limit: int | None, budget: float | None = None) -> tuple[str, bool]:
     """Runs all unfinished jobs that can run here; a failed job does not stop the others.
 
     Args:
         jobs: all jobs of the plan.
-        limit: most jobs at once; None is one per GPU, or, without a GPU, as many as fit on the cores.
+        limit: as in `Pool`.
         budget: seconds until all jobs have to be saved and ended; None is unlimited.
 
     Returns:
@@ -279,95 +379,27 @@ def run_jobs(jobs: Sequence[Job], limit: int | None, budget: float | None = None
     # Jobs save and end within this time. An iteration of reinforcement learning on a CPU takes up to half a minute.
     stop_at = end - min(60.0, (budget or 0.0) / 5)
     print(f"{_counts(jobs)}")
-    impossible = {job.name: job.impossible for job in jobs if job.state == "cannot"}
-    failed: list[str] = []
-    waiting = [job for job in jobs if job.is_open]
-    workers: list[Worker] = []
-    gpus = visible_gpus()
-    room = limit or len(gpus) or os.cpu_count() or 1
-
-    def threads_for(job: Job) -> int:
-        return 1 if limit or gpus else min(job.num_threads, room)
-
-    trained_elsewhere: set[str] = set()
     with _signals() as received, _StatusDisplay() as display:
-        passed_on, is_late, is_cut_off = 0, False, False
-        while workers or (waiting and not received and not is_late):
+        pool, passed_on, is_late = Pool(jobs, limit, display), 0, False
+        while pool.workers or (pool.waiting and not received and not is_late):
             if not received and not is_late and time.monotonic() >= stop_at:
                 is_late = True
-                for worker in workers:
-                    worker.process.terminate()
-            for worker in workers if time.monotonic() >= end else ():
-                display.say(f"killed {worker.job.name}, which did not end in time: it goes on from its last checkpoint")
-                worker.process.kill()
-                worker.process.wait()
+                pool.send(signal.SIGTERM)
+            if time.monotonic() >= end:
+                pool.kill()
             is_stopping = bool(received) or is_late
-            for job in () if is_stopping else tuple(waiting):
-                if sum(threads_for(worker.job) for worker in workers) + threads_for(job) > room:
-                    break
-                if job.alive:  # perhaps started by a `make paper` that was killed; the job continues after it ends
-                    if job.name not in trained_elsewhere:
-                        display.say(f"waiting for {job.name}: another process is training it")
-                    trained_elsewhere.add(job.name)
-                    continue
-                waiting.remove(job)
-                slot = min(set(range(room)) - {worker.slot for worker in workers})
-                # Alone, a job takes all cores. Beside others, one thread for each is faster than all threads for all.
-                has_all = gpus or job.num_threads > 1 or not (workers or waiting)
-                workers.append(_start(job, slot, [] if has_all else ["hardware.num_threads=1"], gpus, display))
+            if not is_stopping:
+                pool.start_waiting()
             for number in received[passed_on:]:
                 passed_on += 1
-                for worker in workers:
-                    worker.process.send_signal(number)
-            for worker in tuple(workers):
-                status = worker.process.poll()
-                if status is None:
-                    continue
-                if status == 0 and worker.commands and not is_stopping:
-                    worker.start()
-                    continue
-                workers.remove(worker)
-                name, output = worker.job.name, worker.lines
-                if status == 0 and not worker.commands:
-                    display.say(f"finished {name}")
-                elif is_stopping:
-                    is_cut_off = True
-                    display.say(f"stopped {name}: {output[-1] if output else 'before it began'}")
-                elif status == os.EX_UNAVAILABLE:
-                    impossible[name] = output[-1]
-                    display.say(f"cannot run here: {name}")
-                else:
-                    display.say(f"FAILED {name}")
-                    command = shlex.join(["python", "train.py", *worker.arguments])
-                    failed.append(
-                        "\n    ".join(
-                            [f"FAILED {name} (status {status}): {command}", *output[-5:], f"log: {worker.log}"]
-                        )
-                    )
-            display.show(workers)
+                pool.send(number)
+            pool.collect(is_stopping)
+            display.show(pool.workers)
             time.sleep(REDRAW_SECONDS)
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in impossible.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        print(f"cannot run here: {', '.join(names)}: {reason}")
-    for message in failed:
-        print(message, file=sys.stderr)
+    pool.print_problems()
     if received:
-        return signal.Signals(received[0]).name, not failed
-    return (OUT_OF_TIME if is_late and (is_cut_off or waiting) else ""), not failed
-
-
-def _start(job: Job, slot: int, overrides: Sequence[str], gpus: Sequence[str], display: _StatusDisplay) -> Worker:
-    if job.committed and not job.folder.exists():
-        display.say(
-            f"{job.name} resumes from {job.committed}, copied to {job.folder}; the committed run does not change"
-        )
-    job.prepare()
-    environment = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-    worker = Worker(job, slot, overrides, os.environ | environment)
-    display.say(f"started {job.name} ({job.state}); its output: {worker.log}")
-    return worker
+        return signal.Signals(received[0]).name, not pool.failed
+    return (OUT_OF_TIME if is_late and (pool.is_cut_off or pool.waiting) else ""), not pool.failed
 
 
 @contextmanager
@@ -429,7 +461,7 @@ def render(roots: Sequence[Path], results: Path, smoke: bool) -> bool:
     for path in results.rglob("*.md") if smoke else ():
         text = path.read_text()
         if not text.startswith(mark := f"**{WATERMARK}**\n\n"):
-            write_atomically(path, lambda file, text=text: file.write(f"{mark}{text}".encode()))  # type: ignore[misc]
+            write_text_atomically(path, f"{mark}{text}")
     return not any(statuses)
 
 

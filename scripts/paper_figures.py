@@ -7,7 +7,6 @@ Reads results/cells.yaml, results/paper/, the run folders and the committed runs
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,13 @@ from typing import Any
 
 import pandas as pd
 
+from maml.cli.rendering import print_problems, rendering_parser
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures
 from maml.paper.evidence import Evidence, find_evidence, provenance
 from maml.paper.figures import CurveComparison, figure_rows, plot_figure, prepare_curve
+from maml.paper.markdown import markdown_table
 from maml.paper.tables import CONFLICT, summary
 from maml.record.checkpoint import write_text_atomically
 from maml.record.index import conflicts_among, find_runs
@@ -39,19 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Each file is written whole or not at all.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--runs-dir",
-        type=Path,
-        nargs="+",
-        default=[Path("runs"), RESULTS / "runs"],
-        help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where to write (default: results)")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of cells.yaml and paper/ (default: results)"
-    )
-    options = parser.parse_args(arguments)
+    options = rendering_parser(__doc__.splitlines()[0], RESULTS).parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
     conflicts = conflicts_among(runs)
     sections, judged = {}, []
@@ -94,12 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overview += [line for name in sorted(sections) for line in sections[name]]
     overview += [f"**{CONFLICT}** {message}\n" for message in conflicts]
     write_text_atomically(options.out / "figures.md", "\n".join([*overview, NOTE, ""]))
-    for message in conflicts:
-        print(f"NOTE: {message}", file=sys.stderr)
-    for message in damaged:
-        print(f"ERROR, left out: {message}", file=sys.stderr)
+    status = print_problems(damaged, conflicts)
     print(f"{counted}\nwritten to {options.out / 'figures.md'}")
-    return 1 if damaged else 0
+    return status
 
 
 def _path(out: Path, name: str) -> Path:
@@ -125,13 +111,12 @@ def _section(figure: Figure | Picture, path: Path, items: Mapping[str, tuple[str
     lines = [f"## {figure.title}", "", f"![{figure.title}]({picture}.png)", ""]
     lines += [f"[PDF]({picture}.pdf), [SVG]({picture}.svg), [all numbers]({picture}.csv)", ""]
     lines += [figure.note, ""] if figure.note else []
-    lines += ["| drawn | status | seeds | commit | hardware | command |", "|" + " --- |" * 6]
+    rows = []
     for label, (status, text, source, evidence) in items.items():
         print(f"{figure.title}, {label}: {status}")
         origin = provenance(source, evidence)
-        cells = [label, text, *(origin[name] for name in ("seeds", "commit", "hardware"))]
-        lines.append("| " + " | ".join([*cells, f"`{origin['command']}`"]) + " |")
-    return [*lines, ""]
+        rows.append([label, text, origin["seeds"], origin["commit"], origin["hardware"], f"`{origin['command']}`"])
+    return [*lines, *markdown_table(("drawn", "status", "seeds", "commit", "hardware", "command"), rows), ""]
 
 
 if __name__ == "__main__":

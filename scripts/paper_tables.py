@@ -7,7 +7,6 @@ Reads results/cells.yaml, results/paper/, the run folders and the committed runs
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from maml.cli.rendering import print_problems, rendering_parser
 from maml.paper.cells import Table, load_tables
 from maml.paper.evidence import find_evidence
 from maml.paper.latex import document, table_latex
+from maml.paper.markdown import markdown_table
 from maml.paper.methods import methods_markdown
 from maml.paper.readings import readings_markdown
 from maml.paper.tables import (
@@ -50,19 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Each file is written whole or not at all.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--runs-dir",
-        type=Path,
-        nargs="+",
-        default=[Path("runs"), RESULTS / "runs"],
-        help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where to write (default: results)")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of cells.yaml and paper/ (default: results)"
-    )
-    options = parser.parse_args(arguments)
+    options = rendering_parser(__doc__.splitlines()[0], RESULTS).parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
     conflicts = conflicts_among(runs)
     tables = load_tables(options.results)
@@ -74,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overview += [headline_markdown(cells, "notes.md"), "", RUNS_NOTE, ""]
     overview += [f"**ERROR, left out:** {message}\n" for message in damaged]
     overview += [f"**{CONFLICT}** {message}\n" for message in conflicts]
-    overview += ["| table | " + " | ".join(STATUSES) + " |", "| --- |" + " --- |" * len(STATUSES)]
-    latex = []
+    latex, counts_by_table = [], []
     for table in tables:
         folder, group = options.out / table.name, comparisons[table.name]
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_text_atomically(folder / f"{table.name}.tex", latex[-1])
         write_text_atomically(folder / f"{table.name}.csv", rows.to_csv(index=False))
         counts = Counter(comparison.status for comparison in group)
-        numbers = " | ".join(str(counts[status] or "") for status in STATUSES)
-        overview.append(f"| [{table.title}]({table.name}/{table.name}.md) | {numbers} |")
+        link = f"[{table.title}]({table.name}/{table.name}.md)"
+        counts_by_table.append([link, *(str(counts[status] or "") for status in STATUSES)])
+    overview += markdown_table(["table", *STATUSES], counts_by_table)
     overview += ["", "[Where the paper's number lies among our runs, and other readings of the paper](readings.md)"]
     overview += ["", "[Methods that were tested on the same tasks, compared task by task](methods.md)"]
     write_text_atomically(options.out / "readings.md", readings_markdown(tables, find))
@@ -94,13 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_text_atomically(options.out / "tables.tex", document(f"{counted}.", latex))
     write_text_atomically(options.out / "tables.md", "\n".join([*overview, "", "Made by `make paper-tables`.", ""]))
     incomplete = [c.evidence.missing_values(c.cell.source, c.cell.step) for c in cells if c.cell.source]
-    for message in [*conflicts, *dict.fromkeys(filter(None, incomplete))]:
-        print(f"NOTE: {message}", file=sys.stderr)
-    for message in damaged:
-        print(f"ERROR, left out: {message}", file=sys.stderr)
-    print(*(line for line in (counted, *other_counts)), sep="\n")
+    status = print_problems(damaged, [*conflicts, *dict.fromkeys(filter(None, incomplete))])
+    print(counted, *other_counts, sep="\n")
     print(f"written to {options.out / 'tables.md'}")
-    return 1 if damaged else 0
+    return status
 
 
 def counts_of(tables: Sequence[Table], comparisons: Mapping[str, Sequence[Comparison]]) -> list[str]:

@@ -25,7 +25,7 @@ def main() -> None:
     Raises:
         ImportError: if another revision would be measured than that of the folder.
     """
-    # What the revision prints must not look like an answer, so its standard output becomes standard error.
+    # The revision's own output must not look like an answer, so its standard output becomes standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     folder, device, threads, experiment, name, method, *overrides = sys.argv[1:]

@@ -148,8 +148,7 @@ def restore(algorithm: Algorithm, run: RunFolder) -> int:
     Raises:
         MamlError: if there is no checkpoint.
     """
-    file = run.settings.checkpoint
-    saved = run.load_checkpoint(Path(file) if file else None)
+    saved = run.load_checkpoint()
     if saved is None:
         raise MamlError(
             f"there is no policy in {run.path} yet: train first (python train.py with the same overrides), say where "

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from maml.cli.rendering import add_runs_dir, print_problems
 from maml.paper.report import render
 from maml.record.checkpoint import write_text_atomically
 from maml.record.index import find_runs
@@ -23,13 +24,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page; returns 1 if a damaged run folder or file was left out, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--runs-dir",
-        type=Path,
-        nargs="+",
-        default=[Path("runs"), RESULTS / "runs"],
-        help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
-    )
+    add_runs_dir(parser, RESULTS)
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "report.html", help="the file to write (default: results/report.html)"
     )
@@ -43,10 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page, problems = render(options.results, *find_runs(*options.runs_dir))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(options.out, page)
-    for problem in problems:
-        print(f"ERROR, left out: {problem}", file=sys.stderr)
+    status = print_problems(problems)
     print(f"written to {options.out}, {len(page.encode()) / 1e6:.1f} MB")
-    return 1 if problems else 0
+    return status
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from maml.cli.rendering import add_runs_dir
 from maml.config.compose import compose, compose_experiment
 from maml.config.hints import near_miss
-from maml.config.identity import digest, evaluation_config, training_config
+from maml.config.identity import digest, evaluation_config, training_config, without_keys
 from maml.config.paths import CONF
 from maml.config.schema import build
 from maml.errors import MamlError
@@ -53,7 +54,7 @@ from maml.record.index import (
     supersede,
 )
 from maml.record.lock import acquire
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.record.style import step_label
 from maml.record.transfer import import_runs
 from maml.sweep.state import SWEEP, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows
@@ -78,13 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--runs-dir",
-        type=Path,
-        nargs="+",
-        default=[Path("runs"), RESULTS / "runs"],
-        help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
-    )
+    add_runs_dir(shared, RESULTS)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
 
@@ -288,8 +283,7 @@ def _frame_by_seed(runs: Sequence[Run]) -> pd.DataFrame:
 
 def _settings_but_seed(run: Run) -> str:
     assert run.report
-    training = {key: value for key, value in run.record.training.items() if key != "seed"}
-    return digest({"training": training, "evaluation": run.report.evaluation})
+    return digest({"training": without_keys(run.record.training, "seed"), "evaluation": run.report.evaluation})
 
 
 def _group_row(runs: Sequence[Run]) -> dict[str, Any]:

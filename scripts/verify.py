@@ -34,7 +34,7 @@ from maml.hardware.base import Hardware
 from maml.hardware.precision import use_precision
 from maml.paper.cells import load_tables, named_sources
 from maml.record.exported import Entry, ExportedFile, Index, Reading, State, compose_entry, read_index, restore, unpack
-from maml.record.run_folder import versions
+from maml.record.provenance import versions
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 _RELATIVE = 1e-4  # relative tolerance of a mean squared error on another machine

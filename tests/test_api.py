@@ -419,7 +419,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "os.system": {"command": "touch left"},
     "maml.config.schema.inspect.os.system": {"command": "touch left"},
     "subprocess.Popen": {"args": ["touch", "left"]},
-    "maml.record.run_folder.subprocess.Popen": {"args": ["touch", "left"]},
+    "maml.record.provenance.subprocess.Popen": {"args": ["touch", "left"]},
     "brought.Net": {},
 }
 PARTS_OF_A_CONFIG = (

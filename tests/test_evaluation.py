@@ -19,11 +19,12 @@ from maml.domain.sinusoid_sequence import SinusoidSequence
 from maml.errors import MamlError
 from maml.evaluation import Curve, Evaluation, StepSizeSearch, bank_hash, per_task_rows
 from maml.experiment import build_algorithm
+from maml.hardware.base import Hardware
 from maml.inner.sgd import SGD
 from maml.model.base import Model
 from maml.model.conv4 import Conv4
 from maml.model.mlp import MLP
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.seeding import Stream
 from maml.training.progress import EvaluationProgress
 from maml.types import Examples, Params, Split, Tasks, num_tasks
@@ -255,15 +256,18 @@ def test_bank_of_other_ways_is_that_of_a_domain_with_these_ways(tiny_images: Tin
 def test_ways_that_do_not_fit_are_refused(tiny_images: TinyRuns) -> None:
     domain = build(tiny_images.config().domain)
     more = Evaluation(num_tasks=6, num_steps=0, num_ways=6)
+    network, prototypes = (
+        build_algorithm(tiny_images.config(f"algorithm={name}"), Hardware("cpu"), domain)
+        for name in ("maml", "prototypical")
+    )
     with pytest.raises(MamlError, match=r"evaluation\.num_ways=6, but the network has an output for each of the 5 cl"):
-        more.check(domain)
-    more.check(domain, fixes_ways=False)
+        more.check_algorithm(network)
+    more.check_algorithm(prototypes)
+    more.check(domain)
     with pytest.raises(MamlError, match="num_ways=500, but the test split has 423 classes"):
-        Evaluation(num_tasks=6, num_steps=0, num_ways=500).check(domain, fixes_ways=False)
+        Evaluation(num_tasks=6, num_steps=0, num_ways=500).check(domain)
     with pytest.raises(MamlError, match="num_ways=101, but the val split has 100 classes"):
-        Evaluation(num_tasks=6, num_steps=0, num_ways=101, search=StepSizeSearch([0.1], num_tasks=2)).check(
-            domain, fixes_ways=False
-        )
+        Evaluation(num_tasks=6, num_steps=0, num_ways=101, search=StepSizeSearch([0.1], num_tasks=2)).check(domain)
     with pytest.raises(MamlError, match=r"evaluation\.num_ways=6 is for tasks that draw their own classes"):
         more.check(Sinusoid())
 

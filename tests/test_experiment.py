@@ -16,11 +16,12 @@ from PIL import Image
 
 from maml.config.schema import Settings
 from maml.errors import Interrupted, MamlError
-from maml.experiment import Judgement, print_report, run_experiment
+from maml.experiment import run_experiment
 from maml.logger.base import Logger
 from maml.record.index import read_run
 from maml.record.plot import plot_report
-from maml.record.run_folder import read_json
+from maml.record.report import Judgement
+from maml.record.run_files import read_json
 from tests.runs import TinyRuns, assert_same_run, before_iteration, file_contents
 from tests.training.test_survival import training_forbidden
 
@@ -196,42 +197,6 @@ def test_headline_is_the_last_step_at_the_domains_own_k_and_the_mean_over_seeds(
 
 def test_adaptation_that_diverged_has_no_number_for_a_sweep(tiny: TinyRuns) -> None:
     assert math.isnan(run_experiment(tiny.config(*SHORT, "evaluation.step_size=1e30"), "custom"))
-
-
-def test_printed_report_has_a_line_per_step_and_says_what_is_reduced(capsys: pytest.CaptureFixture[str]) -> None:
-    steps = [
-        {"step": 0, "mean": 3.25, "ci95": 0.125, "num_tasks": 600},
-        {"step": 1, "mean": None, "ci95": None, "num_tasks": 600},
-    ]
-    report = {
-        "experiment": "sinusoid_10shot",
-        "run_id": "1f2e3d",
-        "seed": 2,
-        "iteration": 30,
-        "num_iterations": 40,
-        "curves": [{"metric": "mse", "num_shots": 10, "steps": steps}],
-    }
-    print_report(report, "MAML")
-    assert capsys.readouterr().out.splitlines() == [
-        "sinusoid_10shot 1f2e3d, MAML, seed 2  (reduced budget: 30 of 40 iterations)",
-        "  mse, K=10, 600 tasks",
-        "    step  0:   3.2500 +- 0.1250",
-        "    step  1: diverged",
-    ]
-    judgements = [
-        Judgement("mse", 10, 0, "3.2 ± 0.1", "reproduced", ""),
-        Judgement("mse", 10, 1, "0.5", "worse", ""),
-        Judgement("mse", 10, 1, "", "measured", ""),
-    ]
-    print_report(report, "MAML", judgements)
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "  mse, K=10, 600 tasks            paper       verdict",
-        "    step  0:   3.2500 +- 0.1250   3.2 ± 0.1   reproduced",
-        "    step  1: diverged             0.5         worse",
-        "                                  -           measured",
-    ]
-    print_report(report | {"iteration": 40}, "MAML")
-    assert capsys.readouterr().out.splitlines()[0] == "sinusoid_10shot 1f2e3d, MAML, seed 2"
 
 
 def test_same_command_after_the_end_trains_nothing_and_gives_the_same_number(

@@ -36,7 +36,8 @@ from maml.inner.meta_lstm import MetaLSTM
 from maml.outer.adam import Adam
 from maml.outer.sgd import SGD
 from maml.outer.trpo import TRPO
-from maml.record.run_folder import RunFolder, read_json
+from maml.record.run_files import read_json
+from maml.record.run_folder import RunFolder
 from maml.seeding import Stream
 from tests.runs import ROOT, TinyRuns, assert_same_run
 

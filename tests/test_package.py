@@ -15,8 +15,7 @@ import pytest
 
 import maml
 from maml.config import paths
-from maml.record import run_folder
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from tests.runs import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -163,22 +162,6 @@ print(maml.__file__, CONF)
 def test_nothing_asks_for_an_installed_distribution() -> None:
     asking = [path for path in (ROOT / "maml").rglob("*.py") if 'version("maml")' in path.read_text()]
     assert asking == []
-
-
-def test_commit_is_that_of_the_clone_and_of_no_repository_around_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "one"]):
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
-    assert len(run_folder.commit()["commit"]) == 40
-    (tmp_path / "inside").mkdir()
-    monkeypatch.setattr(run_folder, "ROOT", tmp_path / "inside")
-    assert run_folder.commit() == {"commit": None, "dirty": None}
-    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
-    monkeypatch.setattr(run_folder, "IN_CLONE", False)
-    assert run_folder.commit() == {"commit": None, "dirty": None}
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from maml.domain.base import Metrics, Role
 from maml.domain.classification import FewShotClassification, accuracy
 from maml.errors import MamlError
 from maml.model.base import DROPOUT, Model
+from maml.model.functional import SIMILARITIES, Similarity
 from maml.seeding import Stream
 from maml.types import Examples, Params, Tasks, without_copies
 
@@ -119,9 +120,7 @@ class Embedding(Algorithm):
             return self.loss(theta | statistics, in_blocks(features, support), features, support.y)[0]
 
         for theta, _ in self.inner.adapt(loss, self.theta_of(params), num_steps, False, step_sizes):
-            adapted = theta | statistics
-            features = self.network.features(without_copies(adapted), support.x)
-            yield adapted | {SUPPORT: in_blocks(features, support)}
+            yield with_support(theta | statistics, self.network, support)
 
 
 class Comparison(Model):
@@ -148,6 +147,28 @@ class Comparison(Model):
         """Returns the scores, ``(T, Q, N)``, for parameters that `Embedding.adapt` has yielded."""
         params = without_copies(params)
         return self._scores(params, params[SUPPORT], self.network.features(params, x, num_reference))
+
+
+def with_support(params: Params, network: Model, support: Examples) -> Params:
+    """Returns the parameters with the embeddings of the support images added, as a `Comparison` takes them."""
+    features = network.features(without_copies(params), support.x)
+    return params | {SUPPORT: in_blocks(features, support)}
+
+
+def compare_with_images(similarity: Similarity, support: Tensor, query: Tensor) -> Tensor:
+    """Returns the similarity of embeddings to those of all support images, ``(T, Q, K, N)``.
+
+    Args:
+        similarity: name of the similarity.
+        support: embeddings, ``(T, K, N, D)``.
+        query: embeddings, ``(T, Q, D)``.
+    """
+    return SIMILARITIES[similarity](query, support.flatten(1, 2)).unflatten(2, support.shape[1:3])
+
+
+def nearest_image(similarity: Similarity) -> Scores:
+    """Returns scores that give a query image the label of the support image that is most similar."""
+    return lambda _, support, query: compare_with_images(similarity, support, query).amax(2)
 
 
 def in_blocks(features: Tensor, support: Examples) -> Tensor:

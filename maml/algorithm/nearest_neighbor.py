@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-
-from torch import Tensor
+from itertools import repeat
 
 from maml.algorithm.base import Parts
 from maml.algorithm.classifier import Classifier
-from maml.algorithm.embedding import SUPPORT, Comparison, in_blocks
-from maml.model.functional import cosine_similarity
-from maml.types import Params, Tasks, without_copies
+from maml.algorithm.embedding import Comparison, nearest_image, with_support
+from maml.types import Params, Tasks
 
 
 class NearestNeighbor(Classifier):
@@ -23,20 +21,10 @@ class NearestNeighbor(Classifier):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.model = Comparison(self.classifier, _best_cosine)
+        self.model = Comparison(self.classifier, nearest_image("cosine"))
 
     def adapt(
         self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
         """Yields the parameters with the features of the support images added; gradient steps change nothing."""
-        support = self.domain.data(tasks, "support")
-        features = self.classifier.features(without_copies(params), support.x)
-        params = params | {SUPPORT: in_blocks(features, support)}
-        for _ in range(num_steps + 1):
-            yield params
-
-
-def _best_cosine(params: Params, support: Tensor, query: Tensor) -> Tensor:
-    """Scores a class by the cosine similarity of its most similar support image (`Embedding.scores`)."""
-    similarity = cosine_similarity(query, support.flatten(1, 2))
-    return similarity.unflatten(2, support.shape[1:3]).amax(2)
+        yield from repeat(with_support(params, self.classifier, self.domain.data(tasks, "support")), num_steps + 1)

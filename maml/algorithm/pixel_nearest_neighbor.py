@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm, Parts
-from maml.algorithm.embedding import SUPPORT, Comparison, in_blocks
+from maml.algorithm.embedding import Comparison, nearest_image, with_support
 from maml.domain.base import Metrics
 from maml.domain.classification import FewShotClassification
 from maml.errors import MamlError
 from maml.model.base import Model
-from maml.model.functional import SIMILARITIES, Similarity
+from maml.model.functional import Similarity
 from maml.outer.base import Objective
 from maml.seeding import Stream
 from maml.types import Params, Tasks
@@ -40,14 +41,9 @@ class PixelNearestNeighbor(Algorithm):
                 "algorithm=pixel_nearest_neighbor compares images: choose domain=omniglot, cifar_fs, mini_imagenet or "
                 "image_folder"
             )
-        self._similarity = SIMILARITIES[similarity]
         self.pixels = _Pixels()
-        self.model = Comparison(self.pixels, self._scores)
+        self.model = Comparison(self.pixels, nearest_image(similarity))
         self.theta, self.outer_state = {}, {}  # nothing to learn, and nothing to store
-
-    def _scores(self, params: Params, support: Tensor, query: Tensor) -> Tensor:
-        similarity = self._similarity(query, support.flatten(1, 2))  # (T, Q, K * N): K blocks of N classes
-        return similarity.unflatten(-1, support.shape[1:3]).amax(-2)
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """The share of query images with a wrong label."""
@@ -60,10 +56,7 @@ class PixelNearestNeighbor(Algorithm):
         self, params: Params, tasks: Tasks, num_steps: int, step_sizes: Sequence[float] | None = None
     ) -> Iterator[Params]:
         """Yields the pixels of the support images; gradient steps change nothing."""
-        support = self.domain.data(tasks, "support")
-        adapted = {SUPPORT: in_blocks(self.pixels.features({}, support.x), support)}
-        for _ in range(num_steps + 1):
-            yield adapted
+        yield from repeat(with_support({}, self.pixels, self.domain.data(tasks, "support")), num_steps + 1)
 
     def keep_best_of_validation(self) -> None:
         raise MamlError(

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maml.algorithm.embedding import SUPPORT, Embedding
+from maml.algorithm.embedding import SUPPORT, Embedding, compare_with_images
 from maml.domain.base import Metrics
 from maml.domain.classification import accuracy
 from maml.model.base import glorot_uniform, zeros
-from maml.model.functional import cosine_similarity, for_tasks
+from maml.model.functional import for_tasks
 from maml.seeding import Stream
 from maml.types import Params, Tasks, without_copies
 
@@ -60,7 +60,7 @@ class Siamese(Embedding):
         query, params = self.domain.data(tasks, "query", step), without_copies(params)
         support, features = params[SUPPORT], self.network.features(params, query.x)
         learnt = self._similarity(params, support, features).sigmoid()
-        cosine = cosine_similarity(features, support.flatten(1, 2)).unflatten(2, support.shape[1:3])
+        cosine = compare_with_images("cosine", support, features)
         scores = {"mean": learnt.mean(2), "cosine": cosine.amax(2), "cosine_mean": cosine.mean(2)}
         return metrics | {f"accuracy_{name}": accuracy(value, query.y) for name, value in scores.items()}
 

@@ -34,6 +34,11 @@ def training_config(settings: Settings) -> dict[str, Any]:
     }
 
 
+def without_keys(training: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Returns the result of `training_config` without some keys, such as ``seed``, in which similar runs may differ."""
+    return {key: value for key, value in training.items() if key not in keys}
+
+
 def evaluation_config(settings: Settings) -> dict[str, Any]:
     """Returns the settings on which an evaluation of trained parameters depends, in the form of `training_config`."""
     flat = _differences_from_defaults("evaluation", settings.evaluation)

@@ -113,7 +113,7 @@ def _parse(file: str, changed: int) -> tuple[str, tuple[tuple[int, str], ...]]:
         elif isinstance(node, ast.ImportFrom):
             parent = node.module or ""
             imports.append((node.level, parent))
-            # What is imported may be a module itself.
+            # The imported name may be a module itself.
             imports += [(node.level, f"{parent}.{alias.name}".lstrip(".")) for alias in node.names]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from maml.data.cache import ImageSet
 from maml.data.cifar_fs import load_cifar_fs
+from maml.data.photos import class_splits
 from maml.domain.classification import FewShotClassification, Splits
 from maml.types import Split
 
@@ -65,8 +64,5 @@ class FC100(FewShotClassification):
             for kind, members in kinds.items()
             for label in members
         }
-        splits: Splits = {
-            split: torch.tensor([i for i, label in enumerate(labels) if names[label].startswith(f"{split}/")])
-            for split in KINDS
-        }
-        return replace(data, classes=[names[label] for label in labels]), splits
+        classes = [names[label] for label in labels]
+        return replace(data, classes=classes), class_splits(classes)

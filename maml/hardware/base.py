@@ -23,7 +23,7 @@ from maml.types import Count
 # Compiling takes up to a minute. It pays off for small networks, whose time is mostly the overhead of the operations,
 # and for the kernels on a GPU: 404 instead of 301 iterations per second of Omniglot 5-way 1-shot on an H100.
 _MIN_ITERATIONS_TO_COMPILE = 5000
-# What a run did whose checkpoint is older than these settings. Resumed, it goes on computing the same bits.
+# The choices of runs whose checkpoints are older than these settings: when resumed, they compute the same bits.
 _BEFORE: Mapping[str, Any] = MappingProxyType({"kernels": False, "onednn": True, "thread_chunks": False})
 
 

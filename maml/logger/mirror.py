@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from maml.config.identity import digest
+from maml.config.identity import digest, without_keys
 from maml.errors import MamlError
 from maml.logger.base import Logger
 from maml.record.gallery import report_pictures
 from maml.record.lock import is_held
-from maml.record.run_folder import read_config, read_json, read_metrics
+from maml.record.run_files import read_config, read_json, read_metrics, report_paths
 
 
 def described(config: Mapping[str, Any], training: Mapping[str, Any], algorithm: str) -> dict[str, Any]:
@@ -23,8 +23,7 @@ def described(config: Mapping[str, Any], training: Mapping[str, Any], algorithm:
             differ in nothing but the seed have the same hash.
         algorithm: the algorithm's name.
     """
-    without_seed = {key: value for key, value in training.items() if key != "seed"}
-    return {**config, "settings_hash": digest(without_seed), "algorithm_name": algorithm}
+    return {**config, "settings_hash": digest(without_keys(training, "seed")), "algorithm_name": algorithm}
 
 
 def mirror(folder: Path, logger: Logger, files_dir: Path | None = None) -> int:
@@ -47,7 +46,8 @@ def mirror(folder: Path, logger: Logger, files_dir: Path | None = None) -> int:
     config = read_config(folder / "config.yaml")
     sent = int(replay(folder, logger, config, read_json(folder / "report.json"), files_dir=files_dir))
     _check_complete(logger, folder)
-    for path in sorted(folder.glob("evaluations/*/report.json")):
+    _, *others = report_paths(folder)
+    for path in others:
         evaluation = path.parent
         own_config = {**read_config(evaluation / "config.yaml"), "mode": "eval"}
         own_files = files_dir / evaluation.relative_to(folder)
@@ -117,7 +117,6 @@ def replay(
 
 def _pictures(folder: Path, report: Mapping[str, Any]) -> dict[str, Path]:
     """Returns the picture of a report, and the animations of the run's policy, by name."""
-    reports = (folder / "report.json", *sorted(folder.glob("evaluations/*/report.json")))
-    beside = next((path.parent for path in reports if read_json(path) == report), None)
+    beside = next((path.parent for path in report_paths(folder) if read_json(path) == report), None)
     pictures = report_pictures(beside) if beside is not None else {}
     return pictures | {path.stem: path for path in sorted(folder.glob("policy_goal_*.gif"))}

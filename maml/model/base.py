@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +45,6 @@ class Model(ABC):
     def init(self, stream: Stream) -> Params:
         """Draws initial parameters, name -> tensor without a task axis."""
 
-    @abstractmethod
     def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
         """Computes the outputs of T tasks.
 
@@ -56,6 +56,7 @@ class Model(ABC):
         Returns:
             ``(T, S, out_dim)``.
         """
+        return self.outputs(params, self.features(params, x, num_reference))
 
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
@@ -71,7 +72,7 @@ class Model(ABC):
             seen: a dict to which the mean and unbiased variance of each layer's batch are added, ``(T, ...)``, by the
                 names of `running_statistics`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has to define `features` or `__call__`")
 
     def outputs(self, params: Params, features: Tensor) -> Tensor:
         """Computes the last layer from its inputs, ``(T, S, num_features)`` -> ``(T, S, out_dim)``."""
@@ -146,6 +147,26 @@ class Model(ABC):
         A model may override this with a method that is faster than autograd.
         """
         return LinearizedByAutograd(lambda moved: self(moved, x), params)
+
+
+def image_shape(model: str, in_shape: Sequence[int], domain: str = "omniglot") -> tuple[int, int, int]:
+    """Returns the height, width and channels of the images that a model takes.
+
+    Args:
+        model: the model's name in the config.
+        in_shape: shape of one input.
+        domain: a domain that fits the model, for the message.
+
+    Raises:
+        MamlError: if the inputs are not images.
+    """
+    if len(in_shape) != 3:
+        raise MamlError(
+            f"model={model} takes images (height, width, channels), but the domain's inputs are {tuple(in_shape)}; "
+            f"choose domain={domain}"
+        )
+    height, width, channels = in_shape
+    return height, width, channels
 
 
 def glorot_uniform(stream: Stream, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from maml.environment.distribution import Categorical
 from maml.errors import MamlError
 from maml.hardware.kernels import kernels_apply
-from maml.model.base import DROPOUT, Model, glorot_uniform, zeros
+from maml.model.base import DROPOUT, Model, glorot_uniform, image_shape, zeros
 from maml.model.functional import (
     ACTIVATIONS,
     Activation,
@@ -69,11 +69,7 @@ class Conv4(Model):
         norm_scale: bool = False,
         dropout: Decay = 0.0,
     ) -> None:
-        if len(in_shape) != 3:
-            raise MamlError(
-                f"model=conv4 takes images (height, width, channels), but the domain's inputs are {in_shape}"
-            )
-        height, width, self.num_channels = in_shape
+        height, width, self.num_channels = image_shape("conv4", in_shape)
         sizes = []
         for _ in range(_NUM_MODULES):
             up = pooling in ("stride", "max_keep_odd")
@@ -123,9 +119,6 @@ class Conv4(Model):
         """Drops values of a module's output, if the parameters say which."""
         kept = params.get(f"{DROPOUT}conv{module}")
         return x if kept is None else x * (kept.to(x.dtype) / (1 - self.dropout))
-
-    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
-        return self.outputs(params, self.features(params, x, num_reference))
 
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from maml.environment.distribution import Categorical
-from maml.errors import MamlError
-from maml.model.base import Model, zeros
+from maml.model.base import Model, image_shape, zeros
 from maml.model.functional import conv3x3, for_tasks, linear, max_pool
 from maml.seeding import Stream
 from maml.types import Count, Params
@@ -41,11 +40,7 @@ class ConvPairs(Model):
         num_filters: Count = 64,
         rep_dim: Count = 256,
     ) -> None:
-        if len(in_shape) != 3:
-            raise MamlError(
-                f"model=conv_pairs takes images (height, width, channels), but the domain's inputs are {in_shape}"
-            )
-        height, width, channels = in_shape
+        height, width, channels = image_shape("conv_pairs", in_shape)
         first, second = num_filters, 2 * num_filters
         self._channels = [(channels, first), (first, first), (first, second), (second, second)]
         for _ in range(2):
@@ -70,9 +65,6 @@ class ConvPairs(Model):
             params[f"{name}.weight"] = weights(name, *shape)
             params[f"{name}.bias"] = zeros(stream, shape[0])
         return params
-
-    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
-        return self.outputs(params, self.features(params, x))
 
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None

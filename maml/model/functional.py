@@ -120,6 +120,22 @@ def running_or_batch_statistics(
     return mean.reshape(shape), variance.reshape(shape)
 
 
+def normalize_layer(params: Params, layer: str, x: Tensor, num_reference: int | None, seen: Params | None) -> Tensor:
+    """Normalises with a layer's running statistics or those of the batch, its shift, and its scale if it has one.
+
+    Args:
+        params: hold ``{layer}.shift``, and may hold ``{layer}.scale``, ``{layer}.mean`` and ``{layer}.variance``.
+        layer: the layer's name.
+        x: the layer's inputs, ``(T, S, ..., C)``.
+        num_reference: as in `running_or_batch_statistics`.
+        seen: the statistics that were seen so far, to which those of this layer are added; None adds nothing.
+    """
+    mean, variance = running_or_batch_statistics(params, layer, x, num_reference)
+    if seen is not None:
+        add_seen(seen, layer, mean, variance, x)
+    return normalize(x, mean, variance, params[f"{layer}.shift"], params.get(f"{layer}.scale"))
+
+
 def add_seen(seen: Params, layer: str, mean: Tensor, variance: Tensor, x: Tensor) -> None:
     """Adds a batch's mean and unbiased variance, ``(T, C)``, to the statistics that were seen.
 

@@ -10,6 +10,7 @@ from annotated_types import Len
 from torch import Tensor, nn
 
 from maml.errors import MamlError
+from maml.model.base import image_shape
 from maml.types import Count
 
 _OfEach = Annotated[tuple[Count, ...], Len(4, 4)]
@@ -40,12 +41,7 @@ class Koch(nn.Module):
         num_features: Count = 4096,
     ) -> None:
         super().__init__()
-        if len(in_shape) != 3:
-            raise MamlError(
-                f"model=koch takes images (height, width, channels), but the domain's inputs are {tuple(in_shape)}; "
-                "choose domain=omniglot_alphabets"
-            )
-        height, width, channels = in_shape
+        height, width, channels = image_shape("koch", in_shape, "omniglot_alphabets")
         layers: list[nn.Module] = []
         for i, (kernel, filters) in enumerate(zip(kernels, widths, strict=True)):
             layers += [nn.Conv2d(channels, filters, kernel), nn.ReLU()]

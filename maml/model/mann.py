@@ -120,7 +120,7 @@ class MANN(Recurrent):
         inputs = linear(x.reshape(tasks, examples * length, -1), params["input.weight"], params["gates.bias"])
         # The sequences of tasks that share weights are one batch: (G, P, L, 4 * hidden_size).
         joined = inputs.reshape(params["gates.bias"].shape[0], -1, length, 4 * self.hidden_size)
-        # Of hidden state and reads: one product for the gates, and one for all that the heads are told.
+        # One product of hidden state and reads gives all gates, and one product gives all that the heads need.
         recurrent = torch.cat([params["hidden.weight"], params["reads.weight"]], 2).transpose(1, 2)
         layers = ["key", "gate"] + (["vector"] if self.writes == "vector" else [])
         weight, bias = (torch.cat([params[f"{layer}.{kind}"] for layer in layers], 1) for kind in ("weight", "bias"))

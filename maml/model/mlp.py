@@ -10,14 +10,7 @@ from torch import Tensor
 from maml.environment.distribution import Categorical
 from maml.hardware.kernels import kernels_apply
 from maml.model.base import Model, glorot_uniform, zeros
-from maml.model.functional import (
-    ACTIVATIONS,
-    Activation,
-    add_seen,
-    linear,
-    normalize,
-    running_or_batch_statistics,
-)
+from maml.model.functional import ACTIVATIONS, Activation, linear, normalize_layer
 from maml.model.linearized import Linearized, LinearizedMLP
 from maml.model.normalization import norm_relu
 from maml.seeding import Stream
@@ -73,9 +66,6 @@ class MLP(Model):
                 params[f"norm{i}.shift"] = zeros(stream, num_out)
         return params
 
-    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
-        return self.outputs(params, self.features(params, x, num_reference))
-
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
     ) -> Tensor:
@@ -87,10 +77,7 @@ class MLP(Model):
                 if is_plain and self.activation == "relu" and kernels_apply(x):
                     x = norm_relu(x, params[f"norm{i}.shift"])
                     continue
-                mean, variance = running_or_batch_statistics(params, f"norm{i}", x, num_reference)
-                if seen is not None:
-                    add_seen(seen, f"norm{i}", mean, variance, x)
-                x = normalize(x, mean, variance, params[f"norm{i}.shift"])
+                x = normalize_layer(params, f"norm{i}", x, num_reference, seen)
             x = ACTIVATIONS[self.activation](x)
         return x
 

@@ -34,9 +34,6 @@ class Recurrent(Model):
         states = self.states(params, x)
         return self.outputs(params, states.flatten(1, 2)).unflatten(1, states.shape[1:3])
 
-    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
-        return self.outputs(params, self.features(params, x, num_reference))
-
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
     ) -> Tensor:

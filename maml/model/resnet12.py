@@ -10,15 +10,8 @@ from annotated_types import Len
 from torch import Tensor
 
 from maml.errors import MamlError
-from maml.model.base import Model, glorot_uniform, zeros
-from maml.model.functional import (
-    add_seen,
-    conv1x1,
-    conv3x3,
-    max_pool,
-    normalize,
-    running_or_batch_statistics,
-)
+from maml.model.base import Model, glorot_uniform, image_shape, zeros
+from maml.model.functional import conv1x1, conv3x3, max_pool, normalize_layer
 from maml.seeding import Stream
 from maml.types import Count, Params
 
@@ -55,11 +48,7 @@ class ResNet12(Model):
         widths: Annotated[tuple[Count, ...], Len(_NUM_BLOCKS, _NUM_BLOCKS)] = (64, 160, 320, 640),
         head: Literal["mean", "flatten"] = "mean",
     ) -> None:
-        if len(in_shape) != 3:
-            raise MamlError(
-                f"model=resnet12 takes images (height, width, channels), but the domain's inputs are {in_shape}"
-            )
-        height, width, self.num_channels = in_shape
+        height, width, self.num_channels = image_shape("resnet12", in_shape)
         height, width = height >> _NUM_BLOCKS, width >> _NUM_BLOCKS
         if height * width == 0:
             raise MamlError(f"images of {in_shape[0]}x{in_shape[1]} are too small to be halved {_NUM_BLOCKS} times")
@@ -86,19 +75,13 @@ class ResNet12(Model):
         params["head.bias"] = zeros(stream, self.out_dim)
         return params
 
-    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
-        return self.outputs(params, self.features(params, x, num_reference))
-
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
     ) -> Tensor:
         def convolve_and_normalize(layer: str, x: Tensor) -> Tensor:
             weight = params[f"{layer}.weight"]
             x = conv1x1(x, weight) if weight.shape[-1] == 1 else conv3x3(x, weight)
-            mean, variance = running_or_batch_statistics(params, f"{layer}.norm", x, num_reference)
-            if seen is not None:
-                add_seen(seen, f"{layer}.norm", mean, variance, x)
-            return normalize(x, mean, variance, params[f"{layer}.norm.shift"], params[f"{layer}.norm.scale"])
+            return normalize_layer(params, f"{layer}.norm", x, num_reference, seen)
 
         for i in range(1, _NUM_BLOCKS + 1):
             shortcut = convolve_and_normalize(f"block{i}.shortcut", x)

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maml.errors import MamlError
-from maml.model.base import Model, glorot_uniform, zeros
+from maml.model.base import Model, glorot_uniform, image_shape, zeros
 from maml.model.functional import (
     add_seen,
     conv1x1,
@@ -18,8 +17,7 @@ from maml.model.functional import (
     conv_transpose2x2,
     for_tasks,
     linear,
-    normalize,
-    running_or_batch_statistics,
+    normalize_layer,
 )
 from maml.model.normalization import norm_elu
 from maml.seeding import Stream
@@ -91,13 +89,9 @@ class Statistician(Model):
         latent_size: Count = 16,
         hidden_size: Count = 256,
     ) -> None:
-        if len(in_shape) != 3:
-            raise MamlError(
-                f"model=statistician takes images (height, width, channels), but the domain's inputs are {in_shape}"
-            )
         self.out_dim, self.num_features = out_dim, hidden_size
         self.context_size, self.latent_size = context_size, latent_size
-        height, width, self.num_channels = in_shape
+        height, width, self.num_channels = image_shape("statistician", in_shape)
         self.widths = [num_filters * 2**level for level in range(_NUM_LEVELS)]
         self.sizes = [(height, width)]
         for _ in range(_NUM_LEVELS):
@@ -161,9 +155,6 @@ class Statistician(Model):
                 params |= _init_norm(layer, stream, filters)
         return params
 
-    def __call__(self, params: Params, x: Tensor, num_reference: int | None = None) -> Tensor:
-        return self.outputs(params, self.features(params, x, num_reference))
-
     def features(
         self, params: Params, x: Tensor, num_reference: int | None = None, seen: Params | None = None
     ) -> Tensor:
@@ -220,7 +211,7 @@ class Statistician(Model):
             x = _linear(params, name, x)
             if layer < _BLOCK_LAYERS:
                 x = _norm_elu(params, name, x, None, seen)
-        x = F.elu(_norm(params, name, x, None, seen) + start)
+        x = F.elu(normalize_layer(params, f"{name}.norm", x, None, seen) + start)
         return _split(_linear(params, f"{network}.last", x))
 
     def decode(self, params: Params, latent: Tensor, context: Tensor, seen: Params | None = None) -> Tensor:
@@ -268,20 +259,13 @@ def _layer(params: Params, layer: str, x: Tensor, num_reference: int | None, see
 
 def _norm_elu(params: Params, layer: str, x: Tensor, num_reference: int | None, seen: Params | None) -> Tensor:
     if num_reference is not None or f"{layer}.norm.mean" in params:
-        return F.elu(_norm(params, layer, x, num_reference, seen))
+        return F.elu(normalize_layer(params, f"{layer}.norm", x, num_reference, seen))
     moments: list[Tensor] = []
     y = norm_elu(x, params[f"{layer}.norm.shift"], params[f"{layer}.norm.scale"], moments)
     if seen is not None:
         mean, variance = moments
         add_seen(seen, f"{layer}.norm", mean, variance, x)
     return y
-
-
-def _norm(params: Params, layer: str, x: Tensor, num_reference: int | None, seen: Params | None) -> Tensor:
-    mean, variance = running_or_batch_statistics(params, f"{layer}.norm", x, num_reference)
-    if seen is not None:
-        add_seen(seen, f"{layer}.norm", mean, variance, x)
-    return normalize(x, mean, variance, params[f"{layer}.norm.shift"], params[f"{layer}.norm.scale"])
 
 
 def _split(outputs: Tensor) -> DiagonalNormal:

@@ -1,4 +1,4 @@
-"""What outer optimizers share that only need the meta-gradient: clipping, weight decay, and a schedule."""
+"""Outer optimizers that need the meta-gradient only: their clipping, weight decay, schedule and step."""
 
 from __future__ import annotations
 

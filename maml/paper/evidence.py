@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from maml.config.compose import compose_experiment
-from maml.config.identity import evaluation_config, training_config
+from maml.config.identity import evaluation_config, training_config, without_keys
 from maml.config.names import locate
 from maml.config.schema import Settings
 from maml.errors import MamlError
@@ -119,8 +119,8 @@ class Evidence:
 def find_evidence(source: Source, runs: Sequence[Run]) -> Evidence:
     """Returns the runs of one source: those with its evaluation settings and, except for the seed, its training."""
     settings = compose_experiment(source.experiment, source.overrides)
-    training, evaluation = _without_seed(training_config(settings)), evaluation_config(settings)
-    trained = [run for run in runs if _without_seed(run.record.training) == training]
+    training, evaluation = without_keys(training_config(settings), "seed"), evaluation_config(settings)
+    trained = [run for run in runs if without_keys(run.record.training, "seed") == training]
     # An evaluation that was repeated is no second sample either: the first report counts, which is the run's own.
     found = ((run, [each for each in run.reports if each.evaluation == evaluation]) for run in trained)
     evaluated = [(run, max(reports, key=lambda each: each.iteration)) for run, reports in found if reports]
@@ -143,10 +143,6 @@ def samples(evaluated: Iterable[tuple[Run, Report]]) -> list[tuple[Run, Report]]
         if all(report.difference(other) for _, other in same_seed):
             same_seed.append((run, report))
     return [pair for seed in sorted(by_seed) for pair in by_seed[seed]]
-
-
-def _without_seed(training: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in training.items() if key != "seed"}
 
 
 def _inner_order(settings: Settings) -> int | str:

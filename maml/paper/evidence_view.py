@@ -21,7 +21,7 @@ from maml.paper.widgets import command, fact_list, scroll_box
 from maml.record.gallery import drawn_pictures
 from maml.record.index import Run
 from maml.record.plot import training_curve
-from maml.record.run_folder import read_metrics
+from maml.record.run_files import read_metrics
 from maml.record.style import AXIS, metric_label, step_label
 from maml.types import FIRST_STEP
 

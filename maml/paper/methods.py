@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from maml.paper.markdown import markdown_table
 from maml.paper.markup import Markup, element
 from maml.paper.widgets import scroll_box
 from maml.record.comparison import Tested, method_rows
@@ -23,10 +24,7 @@ def methods_markdown(groups: Sequence[Sequence[Tested]]) -> str:
     lines = ["# Methods on the same tasks", "", f"{_INTRODUCTION} {_OWN}", ""]
     for group in _in_order(groups):
         rows = method_rows(group)
-        lines += [f"## {_title(group)}", ""]
-        lines += ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-        lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-        lines.append("")
+        lines += [f"## {_title(group)}", "", *markdown_table([*rows[0]], ([*row.values()] for row in rows)), ""]
     return "\n".join([*lines, "Made by `make paper-tables`.", ""])
 
 

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from maml.config.compose import compose_experiment
-from maml.config.identity import digest, evaluation_config, training_config
+from maml.config.identity import digest, evaluation_config, training_config, without_keys
 from maml.config.schema import Settings, build, build_without_data
 from maml.errors import MamlError, Unavailable
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
@@ -354,8 +354,9 @@ def estimate(job: Job, runs: Sequence[Run]) -> Estimate:
     """Estimates a job's cost from the newest run with the same settings, if possible one on this machine."""
     hardware = build(job.settings.hardware).describe()
     this_machine = HardwareRecord(cpu=hardware["cpu"], gpu=hardware.get("gpu"))
-    training = _without_seed_and_length(training_config(job.settings))
-    similar = [run for run in runs if _without_seed_and_length(run.record.training) == training]
+    varying = ("seed", "num_iterations")
+    training = without_keys(training_config(job.settings), *varying)
+    similar = [run for run in runs if without_keys(run.record.training, *varying) == training]
     similar.sort(key=lambda run: run.record.segments[-1].started, reverse=True)
     size = next((_size_in_bytes(run.path) for run in similar if (run.path / "checkpoint.pt").exists()), None)
     if not job.left:
@@ -376,10 +377,6 @@ def estimate(job: Job, runs: Sequence[Run]) -> Estimate:
     )
     hours = job.left * seconds / iterations / 3600
     return Estimate(hours, size, "" if machine == this_machine else machine.gpu or machine.cpu)
-
-
-def _without_seed_and_length(training: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in training.items() if key not in ("seed", "num_iterations")}
 
 
 def _size_in_bytes(folder: Path) -> int:
@@ -404,8 +401,7 @@ def write_smoke_cells(results: Path, out: Path) -> None:
     for path in (results / "notes.md", results / "departures.yaml"):  # other files that the renderers read
         if path.exists():
             shutil.copy(path, out)
-    content = OmegaConf.to_yaml(OmegaConf.create(entries)).encode()
-    checkpoint.write_atomically(out / "cells.yaml", lambda file: file.write(content))
+    checkpoint.write_text_atomically(out / "cells.yaml", OmegaConf.to_yaml(OmegaConf.create(entries)))
 
 
 def _append_smoke(entry: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from maml.paper.cells import Cell, Reading, Source, Table
 from maml.paper.evidence import Evidence
+from maml.paper.markdown import markdown_table
 from maml.record.statistics import Statistics
 
 OWN = "the table's own"
@@ -96,9 +97,7 @@ def readings_markdown(tables: Sequence[Table], find: Callable[[Source], Evidence
     ]
     for title, group in measured.items():
         if group:
-            lines += [f"## {title}", "", "| " + " | ".join(_HEADER) + " |", "|" + " --- |" * len(_HEADER)]
-            lines += ["| " + " | ".join(_markdown_row(one)) + " |" for one in group]
-            lines += [""]
+            lines += [f"## {title}", "", *markdown_table(_HEADER, map(_markdown_row, group)), ""]
     return "\n".join([*lines, "Made by `make paper-tables` from `results/cells.yaml`.", ""])
 
 

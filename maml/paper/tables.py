@@ -14,6 +14,7 @@ from hydra.utils import get_class
 from maml.config.compose import compose_experiment
 from maml.paper.cells import Cell, Source, Table
 from maml.paper.evidence import Evidence, provenance
+from maml.paper.markdown import markdown_table
 from maml.record.statistics import MIN_RUNS, Statistics
 
 STATUSES = ("reproduced", "better", "worse", "measured", "reduced budget", "quoted", "running", "not run")
@@ -249,9 +250,8 @@ def table_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
 def table_markdown(table: Table, comparisons: Sequence[Comparison]) -> str:
     """Returns the table in the paper's layout with our numbers below each row, and a list with details of each cell."""
     lines = [f"# {table.title}", "", summary(comparisons) + ".", "", *_layout_markdown(table, comparisons), ""]
-    lines += [LEGEND, "", "## Cell by cell", "", "| " + " | ".join(_HEADER) + " |"]
-    lines += ["| " + " | ".join("---" for _ in _HEADER) + " |"]
-    lines += ["| " + " | ".join(_markdown_row(comparison, "../notes.md")) + " |" for comparison in comparisons]
+    lines += [LEGEND, "", "## Cell by cell", ""]
+    lines += markdown_table(_HEADER, (_markdown_row(comparison, "../notes.md") for comparison in comparisons))
     return "\n".join([*lines, "", *_NOTES, ""])
 
 
@@ -264,16 +264,15 @@ def headline_markdown(comparisons: Iterable[Comparison], notes: str) -> str:
         comparisons: the comparisons of all cells.
         notes: path of ``results/notes.md`` for the reader.
     """
-    lines = ["| cell | paper | ours, 95 % interval | status | runs | command |", "|" + " --- |" * 6]
-    shown = set()
+    rows, shown = [], set()
     for comparison in comparisons:
         number = comparison.cell.source, comparison.cell.step
         if comparison.ours and number not in shown:
             shown.add(number)
             row, column, paper, ours, status, runs, *_, command = _markdown_row(comparison, notes)
-            cell = f"{comparison.cell.table}/{row}/{column}"
-            lines.append(f"| {cell} | {paper} | {ours} | {status} | {runs} | {command} |")
-    return "\n".join(lines)
+            rows.append((f"{comparison.cell.table}/{row}/{column}", paper, ours, status, runs, command))
+    header = ("cell", "paper", "ours, 95 % interval", "status", "runs", "command")
+    return "\n".join(markdown_table(header, rows))
 
 
 def printed_value(cell: Cell) -> str:
@@ -301,10 +300,7 @@ def layout_rows(table: Table, comparisons: Sequence[Comparison]) -> list[list[Ro
 
 def _layout_markdown(table: Table, comparisons: Sequence[Comparison]) -> list[str]:
     layout, bold = table.layout, bold_cells(table)
-    lines = [
-        [layout.corner, *(" ".join(words) for words in layout.columns.values())],
-        ["---"] * (len(layout.columns) + 1),
-    ]
+    lines = []
     for row in (row for group in layout_rows(table, comparisons) for row in group):
         printed = [printed_value(item.cell) or NOTHING if item else NOTHING for item in row.items]
         is_bold = [(row.row, column) in bold for column in layout.columns]
@@ -322,7 +318,7 @@ def _layout_markdown(table: Table, comparisons: Sequence[Comparison]) -> list[st
             lines.append(["ours", *(our_value(item) if item else "" for item in row.items)])
         if row.has_runs:
             lines.append(["runs", *(item.runs_text if item else "" for item in row.items)])
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return markdown_table([layout.corner, *(" ".join(words) for words in layout.columns.values())], lines)
 
 
 def _markdown_row(comparison: Comparison, notes: str) -> list[str]:

@@ -10,10 +10,10 @@ from maml.config.compose import compose_experiment
 from maml.config.identity import evaluation_config, training_config
 from maml.config.paths import RESULTS
 from maml.config.schema import Settings
-from maml.experiment import Judgement
 from maml.paper.cells import Source, load_tables
 from maml.paper.tables import reading_text, verdict
 from maml.record.index import Report
+from maml.record.report import Judgement
 
 
 def cell_verdicts(experiment: str, settings: Settings, report: Mapping[str, Any]) -> dict[str, Judgement]:

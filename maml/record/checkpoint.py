@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 def write_text_atomically(path: Path, text: str) -> None:
     """Writes a text file as `write_atomically` does."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json_atomically(path: Path, content: Any) -> None:
+    """Writes a JSON file as `write_atomically` does, indented and with a line end."""
+    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -79,6 +79,12 @@ class Confusion:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
+def class_tables(counted: Sequence[Confusion]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the rows of each file in `TABLES`, for the confusion at each K; empty if nothing was counted."""
+    rows = [row for each in counted for row in each.class_rows()], [row for each in counted for row in each.pair_rows()]
+    return dict(zip(TABLES, rows, strict=True)) if counted else {}
+
+
 def confusion(num_shots: int, predictions: Predictions, names: Sequence[str]) -> Confusion:
     """Counts the predictions of one K.
 

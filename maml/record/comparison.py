@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from maml.config.identity import digest
+from maml.config.identity import digest, without_keys
 from maml.errors import MamlError
 from maml.record.index import Report, Run, Source
 from maml.record.style import step_label
@@ -135,7 +135,7 @@ def method_rows(group: Sequence[Tested]) -> list[dict[str, str]]:
 
 
 def _settings_but_seed(run: Run, report: Report) -> str:
-    training = {key: value for key, value in run.record.training.items() if key != "seed"}
+    training = without_keys(run.record.training, "seed")
     return digest({"training": training, "evaluation": report.evaluation, "iteration": report.iteration})
 
 

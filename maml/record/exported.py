@@ -22,7 +22,7 @@ from maml.config.paths import CONF
 from maml.config.schema import TRAINING_PARTS, Settings, check
 from maml.errors import MamlError
 from maml.record import checkpoint
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.types import Params
 
 State = dict[str, Params]
@@ -93,7 +93,7 @@ def read_index(folder: Path) -> Index:
 def write_index(folder: Path, index: Index) -> None:
     """Writes ``index.json``; equal indices give equal bytes."""
     text = json.dumps(index.model_dump(), indent=1, sort_keys=True) + "\n"
-    checkpoint.write_atomically(folder / "index.json", lambda file: file.write(text.encode()))
+    checkpoint.write_text_atomically(folder / "index.json", text)
 
 
 def compose_entry(entry: Entry, seed: int, allow: Sequence[str] = ()) -> Settings:

@@ -13,7 +13,9 @@ from typing import Any
 from maml.errors import MamlError
 from maml.record import checkpoint
 from maml.record.index import SUPERSEDED
-from maml.record.run_folder import RunFolder, changed_since, read_checkpoint, read_json, read_metrics
+from maml.record.provenance import changed_since
+from maml.record.run_files import read_checkpoint, read_json, read_metrics
+from maml.record.run_folder import RunFolder
 
 _STAGING = ".extending"  # in the folder of all runs, one level deeper than run folders
 
@@ -49,7 +51,7 @@ def extend_finished_run(folder: RunFolder) -> Path | None:
         keys = ("seed", "started", "seconds", "segments", "algorithm")
         kept = {key: record[key] for key in keys if key in record}
         content = kept | own | {"command": record["command"], "status": "interrupted", "iteration": saved["iteration"]}
-        checkpoint.write_text_atomically(staging / "run.json", json.dumps(content, indent=2) + "\n")
+        checkpoint.write_json_atomically(staging / "run.json", content)
         path.parent.mkdir(parents=True, exist_ok=True)
         staging.rename(path)
     except OSError as error:

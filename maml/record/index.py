@@ -17,9 +17,9 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from maml.config.paths import ROOT
 from maml.errors import MamlError
-from maml.record.checkpoint import write_atomically
+from maml.record.checkpoint import write_text_atomically
 from maml.record.lock import is_held
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json, report_paths
 from maml.record.style import step_label
 from maml.types import MeasuredBy
 
@@ -408,9 +408,7 @@ def read_run(folder: Path) -> Run | None:
     Raises:
         MamlError: if the folder is damaged.
     """
-    paths = [
-        path for path in (folder / "report.json", *sorted(folder.glob("evaluations/*/report.json"))) if path.exists()
-    ]
+    paths = [path for path in report_paths(folder) if path.exists()]
     record = _read(folder / "run.json", RunRecord)
     if record is None:
         if paths:
@@ -450,7 +448,7 @@ def supersede(run: Run, by: Run | None, reason: str) -> None:
     if replacement.is_relative_to(ROOT):  # relative, because the mark may be committed and read on another machine
         replacement = replacement.relative_to(ROOT)
     content = Superseded(by=str(replacement) if by else "", reason=reason).model_dump_json(indent=2) + "\n"
-    write_atomically(run.path / SUPERSEDED, lambda file: file.write(content.encode()))
+    write_text_atomically(run.path / SUPERSEDED, content)
 
 
 def _read(path: Path, schema: type[Content]) -> Content | None:

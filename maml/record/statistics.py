@@ -39,11 +39,6 @@ class Statistics:
         return len(self.means)
 
     @property
-    def covers_trainings(self) -> bool:
-        """Whether `ci95` covers the luck of training."""
-        return self.num_runs >= MIN_RUNS
-
-    @property
     def lowest(self) -> float:
         """The lowest mean of a run; nan if one diverged."""
         return float(np.min(self.means))

@@ -17,7 +17,7 @@ from maml.record.classes import TABLES
 from maml.record.gallery import report_pictures
 from maml.record.index import SUPERSEDED, Run, read_run
 from maml.record.lock import acquire, advice, holder
-from maml.record.run_folder import read_checkpoint, read_metrics
+from maml.record.run_files import read_checkpoint, read_metrics
 
 _STAGING = ".importing"  # in the folder that takes the runs, so that moving them is a rename
 

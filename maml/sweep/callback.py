@@ -29,8 +29,8 @@ from maml.config.compose import plain_overrides, settings_of
 from maml.config.identity import digest
 from maml.errors import Interrupted, MamlError
 from maml.hardware.distributed import launched_processes
-from maml.record.checkpoint import remove_leftovers, write_atomically
-from maml.record.run_folder import command_line
+from maml.record.checkpoint import remove_leftovers, write_json_atomically
+from maml.record.provenance import command_line
 from maml.sweep.disk import local_disk
 from maml.sweep.gpu_lease import visible_gpus
 from maml.sweep.job import Post, RunningJob
@@ -90,8 +90,7 @@ class Sweep(Callback):
         self._started = time.time()
         num_jobs = OmegaConf.select(config, "hydra.sweeper.n_trials") if planned is None else len(planned)
         content = {"command": command_line(), "started": self._started, "num_jobs": num_jobs, "planned": planned}
-        text = (json.dumps(content, indent=2) + "\n").encode()
-        write_atomically(self.folder / SWEEP, lambda file: file.write(text))
+        write_json_atomically(self.folder / SWEEP, content)
         if self.needs_shared_disk and (disk := local_disk(self.folder)):
             runs_dir, host = self.folder.parents[1], platform.node()
             print(

@@ -16,7 +16,8 @@ from maml.config.identity import evaluation_config
 from maml.errors import MamlError
 from maml.record.checkpoint import write_atomically
 from maml.record.heartbeat import Heartbeat
-from maml.record.run_folder import RunFolder, find_report
+from maml.record.run_files import find_report
+from maml.record.run_folder import RunFolder
 from maml.sweep.output import OutputFile
 from maml.sweep.state import job_name, job_overrides
 
@@ -172,8 +173,6 @@ def run_files(folder: Path, with_checkpoints: bool) -> list[Path]:
 def _address(run: RunFolder, cwd: str) -> str:
     """Returns the folder that the run's report is in: relative to runs_dir, or absolute if it is somewhere else."""
     settings = run.settings
-    if settings.mode == "eval" and settings.checkpoint:
-        return os.path.join(cwd, Path(settings.checkpoint).parent)
-    if settings.run_dir:
-        return os.path.join(cwd, settings.run_dir)
+    if settings.checkpoint or settings.run_dir:
+        return os.path.join(cwd, run.trained_in)
     return run.path.relative_to(settings.runs_dir).as_posix()

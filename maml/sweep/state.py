@@ -15,7 +15,7 @@ from maml.config.identity import digest
 from maml.errors import MamlError
 from maml.record.heartbeat import looks_dead
 from maml.record.index import read_run
-from maml.record.run_folder import find_report, read_json
+from maml.record.run_files import find_report, read_json
 
 SWEEP = "sweep.json"  # what the process that started the sweep knows: its command, and the jobs that it plans
 

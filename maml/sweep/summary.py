@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maml.record.checkpoint import write_atomically
-from maml.record.run_folder import command_line
+from maml.record.checkpoint import write_text_atomically
+from maml.record.provenance import command_line
 from maml.record.statistics import combine
 from maml.sweep.state import Job, SweepReader, describe, varying_keys
 
@@ -108,9 +108,8 @@ def summarise(folder: Path) -> None:
     if any(folder.parent.glob(".submitit/*")):
         lines.append(f"What SLURM says about the jobs is in {folder.parent / '.submitit'}")
     text = "\n".join(lines).strip() + "\n"
-    content = table.to_csv(index=False, lineterminator="\n")
-    write_atomically(folder / "summary.md", lambda file: file.write(text.encode()))
-    write_atomically(folder / "summary.csv", lambda file: file.write(content.encode()))
+    write_text_atomically(folder / "summary.md", text)
+    write_text_atomically(folder / "summary.csv", table.to_csv(index=False, lineterminator="\n"))
     print(f"\n{text}written to {folder}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,8 +17,9 @@ from maml.errors import MamlError
 from maml.hardware.base import Execution, Hardware
 from maml.hardware.memory import release_failed_memory
 from maml.hardware.threads import use_threads
-from maml.record.checkpoint import write_atomically
-from maml.record.run_folder import read_json, versions
+from maml.record.checkpoint import write_json_atomically
+from maml.record.provenance import versions
+from maml.record.run_files import read_json
 from maml.status import announce
 from maml.training.cuda_graph import capture, cause_of
 from maml.training.iteration import Iteration
@@ -79,10 +79,9 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
             use_threads(execution.num_threads, thread_chunks=True)
             measured[DIVIDED] = measure_seconds_per_task(iterate, execution.num_threads)
             use_threads(execution.num_threads, execution.thread_chunks)
-        content = json.dumps({"seconds_per_task": measured, "settings": measured_for}, indent=2) + "\n"
         with suppress(OSError, MamlError):  # without a cache file, the next run only measures again
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda file: file.write(content.encode()))
+            write_json_atomically(path, {"seconds_per_task": measured, "settings": measured_for})
         for way, seconds in measured.items():
             table = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
             threads = f", {way}" * (len(measured) > 1)

@@ -15,7 +15,8 @@ from maml.hardware.base import Hardware
 from maml.logger.base import Logger
 from maml.logger.mirror import described, replay
 from maml.record.gallery import report_pictures
-from maml.record.run_folder import NonWritingRunFolder, RunFolder, command_line
+from maml.record.provenance import command_line
+from maml.record.run_folder import NonWritingRunFolder, RunFolder
 from maml.seeding import Stream
 
 

@@ -89,20 +89,14 @@ def train(
                     progress.update(number, lambda metrics=metrics: _to_floats(metrics[0]))  # type: ignore[misc]
                 if validate_every and (number % validate_every == 0 or number == num_iterations):
                     for learner in active:
-                        score = keep_best_of_validation(learner.algorithm, iterate.execution.task_chunk)
-                        learner.logger.log({f"validated_{learner.algorithm.domain.headline}": score}, number)
+                        _validate(learner, number, iterate.execution)
                 last = number == end or bool(signal_number)
                 if is_logged:
                     pending.add(number, metrics, diagnostics.after(number))
                 if number % checkpoint_every == 0 or last:
                     pending.write()
                     for learner, seed_metrics in zip(active, metrics, strict=True):
-                        state = learner.algorithm.state_dict()
-                        # The loss belongs to theta before this update. If this update made theta diverge, only the
-                        # state shows it.
-                        values = _to_floats(seed_metrics | _largest_entries(state))
-                        _check_finite(values, number, learner)
-                        learner.folder.save_checkpoint(number, state, iterate.execution.as_dict())
+                        _save_checkpoint(learner, number, seed_metrics, iterate.execution)
                     if not signal_number:
                         for learner, numbers in zip(active, diagnostics.validate(), strict=True):
                             if numbers:
@@ -117,6 +111,20 @@ def train(
                     )
             execution = iterate.execution
     return execution
+
+
+def _validate(learner: Learner, number: int, execution: Execution) -> None:
+    """Measures theta on validation tasks, keeps it if it is the best, and logs the measurement."""
+    score = keep_best_of_validation(learner.algorithm, execution.task_chunk)
+    learner.logger.log({f"validated_{learner.algorithm.domain.headline}": score}, number)
+
+
+def _save_checkpoint(learner: Learner, number: int, metrics: Mapping[str, Tensor], execution: Execution) -> None:
+    """Saves the state after iteration ``number``, unless it is not finite."""
+    state = learner.algorithm.state_dict()
+    # The loss belongs to theta before this update. If this update made theta diverge, only the state shows it.
+    _check_finite(_to_floats({**metrics, **_largest_entries(state)}), number, learner)
+    learner.folder.save_checkpoint(number, state, execution.as_dict())
 
 
 class PendingMetrics:

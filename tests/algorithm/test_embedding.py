@@ -19,7 +19,7 @@ from maml.errors import MamlError
 from maml.experiment import build_algorithm, run_experiment
 from maml.hardware.base import Execution
 from maml.hardware.kernels import library, use_kernels
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.seeding import Stream
 from maml.training.meta_gradient import MetaGradient
 from maml.types import Params, Tasks

@@ -20,7 +20,7 @@ from maml.config.schema import build
 from maml.errors import MamlError
 from maml.experiment import build_algorithm, run_experiment
 from maml.pictures import Lines
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.seeding import Stream
 from maml.training.autotune import tune_execution
 from maml.training.iteration import Iteration, check_parallelism

@@ -11,7 +11,7 @@ from maml.config.schema import build
 from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.seeding import Stream
 from maml.types import num_tasks
 from tests import algorithms

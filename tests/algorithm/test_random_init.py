@@ -9,7 +9,7 @@ from maml.config.compose import compose
 from maml.domain.sinusoid import Sinusoid
 from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.seeding import Stream
 from tests import algorithms
 from tests.algorithms import build_from

@@ -6,7 +6,7 @@ import pytest
 
 import maml
 from maml.cli import eval_arguments, main
-from maml.record.run_folder import command_line
+from maml.record.provenance import command_line
 from tests.runs import ROOT
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from maml.cli import main
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from tests.runs import ROOT, TinyRuns
 
 

@@ -18,7 +18,9 @@ from maml.config.schema import Settings
 from maml.config.source import changed_code, code_hashes
 from maml.errors import MamlError
 from maml.experiment import run_experiment
-from maml.record.run_folder import RunFolder, changed_since, read_json
+from maml.record.provenance import changed_since
+from maml.record.run_files import read_json
+from maml.record.run_folder import RunFolder
 from tests.config.test_schema import changed
 from tests.runs import TinyRuns, file_contents
 

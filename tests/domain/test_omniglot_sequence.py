@@ -30,7 +30,7 @@ from maml.model.mann import MANN
 from maml.model.mlp import MLP
 from maml.model.recurrent import Recurrent
 from maml.record.index import Report, Source
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.seeding import Stream
 from maml.types import Params, Tasks
 from tests.hardware.test_distributed import assert_alike

@@ -500,4 +500,4 @@ def test_best_theta_of_labelled_examples_is_refused() -> None:
     with pytest.raises(
         MamlError, match=r"evaluation\.theta=best, but training on Sinusoid keeps the last .* choose last"
     ):
-        build(config.evaluation).check(build(config.domain))
+        build(config.evaluation).check_algorithm(build_algorithm(config, Hardware("cpu")))

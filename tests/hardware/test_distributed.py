@@ -22,7 +22,7 @@ from maml.errors import Interrupted, MamlError
 from maml.experiment import run_experiment
 from maml.hardware import distributed
 from maml.record import checkpoint
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.types import Tasks
 from tests.runs import ROOT, TinyRuns, checkpoint_tensors, file_contents
 

@@ -15,7 +15,7 @@ from maml.errors import MamlError
 from maml.logger.base import Logger
 from maml.logger.mirror import described, mirror, replay
 from maml.record.lock import acquire
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from tests.runs import TinyRuns, file_contents
 
 SHORT = ("num_iterations=10", "evaluation.num_tasks=3")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from maml.config.compose import compose
-from maml.experiment import Judgement
 from maml.paper import verdicts
 from maml.paper.verdicts import cell_verdicts
 from maml.record.index import Source
+from maml.record.report import Judgement
 from tests.paper.fake_runs import make_run
 
 CELL = "table2_multitask/MAML/K5_gradsteps_1"

@@ -14,7 +14,7 @@ from maml.config.schema import build
 from maml.domain.base import Predictions
 from maml.errors import MamlError
 from maml.record.classes import confusion
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.seeding import Stream
 from tests.runs import TinyRuns, assert_same_run, file_contents
 

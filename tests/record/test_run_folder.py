@@ -17,8 +17,9 @@ from maml.config.identity import digest, evaluation_config
 from maml.errors import MamlError
 from maml.experiment import run_experiment
 from maml.record import checkpoint
-from maml.record.run_folder import _RECORD, RunFolder, _check_entries, _read_report, command_line, read_json
-from tests.runs import ROOT, TinyRuns, file_contents
+from maml.record.run_files import read_json
+from maml.record.run_folder import RunFolder
+from tests.runs import TinyRuns, file_contents
 
 HARDWARE = {"device": "cpu"}
 
@@ -388,17 +389,6 @@ def test_time_of_a_run_ends_before_its_logger_is_waited_for(run: RunFolder) -> N
     assert record(run)["seconds"] < 0.05
 
 
-def test_committed_records_and_reports_have_the_shape_that_is_asked_for() -> None:
-    folders = [path.parent for path in (ROOT / "results" / "runs").glob("*/*/run.json")]
-    assert len(folders) > 30
-    for folder in folders:
-        content = read_json(folder / "run.json")
-        assert content is not None
-        _check_entries(folder, content, _RECORD)
-        for path in folder.rglob("report.json"):
-            assert _read_report(path) is not None
-
-
 def test_report_of_the_whole_run_lies_in_its_folder(run: RunFolder) -> None:
     run.open(HARDWARE, "", "MAML")
     assert run.save_report(report(run), ROWS) == run.path
@@ -478,8 +468,3 @@ def test_baselines_that_part_in_meta_test_share_one_training(
         assert (report["experiment"], report["headline"]) == (experiment, number)
     monkeypatch.setattr("maml.evaluation.Evaluation.__call__", lambda *_: pytest.fail("evaluated again"))
     assert [run_experiment(first, "first"), run_experiment(second, "second")] == [headline, other]
-
-
-def test_command_is_as_one_would_type_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["/a/b/train.py", "+experiment=x", "inner.adapt=[*, '!b']"])
-    assert command_line() == """python train.py +experiment=x 'inner.adapt=[*, '"'"'!b'"'"']'"""

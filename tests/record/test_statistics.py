@@ -51,7 +51,6 @@ def test_interval_over_tasks_alone_misses_the_truth_when_trainings_differ() -> N
 def test_one_run_keeps_the_numbers_of_its_report() -> None:
     found = combine([(0.7, 0.1)])
     assert (found.mean, found.ci95, found.tasks_ci95, found.num_runs) == (0.7, 0.1, 0.1, 1)
-    assert not found.covers_trainings
 
 
 def test_two_runs_have_an_interval_over_tasks_only() -> None:
@@ -59,7 +58,6 @@ def test_two_runs_have_an_interval_over_tasks_only() -> None:
     found = combine(readings(values), values)
     assert (found.mean, found.lowest, found.highest) == (6.5, 1.5, 11.5)
     assert found.ci95 == found.tasks_ci95 == pytest.approx(1.96 * math.sqrt(1.25 / 4))
-    assert not found.covers_trainings
 
 
 def test_three_runs_follow_the_formula() -> None:

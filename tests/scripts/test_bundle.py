@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from maml.errors import MamlError
-from maml.record import run_folder
+from maml.record import provenance
 from tests.paper.fake_runs import make_run, make_run_with_checkpoint
 from tests.runs import ROOT
 
@@ -224,21 +224,21 @@ def test_run_in_a_bundle_records_its_commit_and_changed_files(
 ) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=clone, capture_output=True, text=True, check=True)
     folder = bundle()
-    monkeypatch.setattr(run_folder, "ROOT", folder)
+    monkeypatch.setattr(provenance, "ROOT", folder)
     clean = {"commit": head.stdout.strip(), "dirty": False}
-    assert run_folder.commit() == clean
+    assert provenance.commit() == clean
     (folder / "results" / "table.md").write_text("a run wrote this\n")
     (folder / "new.py").touch()
-    assert run_folder.commit() == clean
+    assert provenance.commit() == clean
     (folder / "code.py").write_text("answer = 43\n")
-    assert run_folder.commit() == clean | {"dirty": True}
+    assert provenance.commit() == clean | {"dirty": True}
     (folder / "code.py").unlink()
-    assert run_folder.commit() == clean | {"dirty": True}
+    assert provenance.commit() == clean | {"dirty": True}
     (folder / "bundle.json").write_text("{}")
     with pytest.raises(MamlError, match="commit is missing"):
-        run_folder.commit()
+        provenance.commit()
     (folder / "bundle.json").unlink()
-    assert run_folder.commit() == {"commit": None, "dirty": None}
+    assert provenance.commit() == {"commit": None, "dirty": None}
 
 
 @pytest.mark.parametrize(("without", "site"), [([], ""), (["--without", "torch"], "--system-site-packages ")])

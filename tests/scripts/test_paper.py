@@ -23,7 +23,7 @@ from maml.config.compose import compose
 from maml.experiment import run_experiment
 from maml.paper.plan import WATERMARK
 from maml.record.checkpoint import is_temporary
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from tests.kills import every_point, script_killed, start_process
 from tests.runs import assert_same_run, file_contents
 

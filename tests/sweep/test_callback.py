@@ -28,7 +28,7 @@ from maml.config.hints import explain_override_error
 from maml.config.identity import digest, training_config
 from maml.errors import Interrupted
 from maml.experiment import run_experiment
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.sweep.callback import Sweep, _planned_jobs, _sweep_id
 from tests.runs import ROOT, TinyRuns
 

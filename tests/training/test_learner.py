@@ -12,7 +12,7 @@ from maml.errors import Disconnected, Diverged, Interrupted
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.logger.base import Logger
-from maml.record.run_folder import read_json
+from maml.record.run_files import read_json
 from maml.training.learner import Learner
 from tests.runs import TinyRuns
 

@@ -14,7 +14,8 @@ from maml.algorithm.base import Algorithm
 from maml.errors import Interrupted, MamlError
 from maml.outer.base import Objective
 from maml.record import checkpoint
-from maml.record.run_folder import RunFolder, read_json
+from maml.record.run_files import read_json
+from maml.record.run_folder import RunFolder
 from maml.training.meta_gradient import PrecomputedGradient
 from maml.types import Tasks
 from tests.hardware.test_distributed import assert_alike

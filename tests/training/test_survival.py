@@ -20,7 +20,8 @@ from maml.algorithm.maml import MAML
 from maml.errors import Interrupted, MamlError
 from maml.outer.base import Objective
 from maml.record import checkpoint
-from maml.record.run_folder import RunFolder, read_json
+from maml.record.run_files import read_json
+from maml.record.run_folder import RunFolder
 from maml.training.meta_gradient import MetaGradient
 from maml.types import Tasks
 from tests.runs import TinyRuns, assert_same_run, before_iteration, file_contents, run_in_child

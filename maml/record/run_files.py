@@ -1,0 +1,299 @@
+"""The files of a run folder: read, and refused with a remedy if they are damaged or lack an entry."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from maml.errors import MamlError
+from maml.record import checkpoint
+
+LOG = logging.getLogger(__name__)
+
+# The entries that are read from each file, and their types.
+_RECORD: dict[str, Any] = {
+    "run_id": str,
+    "experiment": str,
+    "status": str,
+    "seconds": float,
+    "training": dict,
+    "segments": list,
+}
+_SEGMENT: dict[str, Any] = {"seconds": float, "first_iteration": int, "last_iteration": int}
+_REPORT: dict[str, Any] = {
+    "run_id": str,
+    "experiment": str,
+    "iteration": int,
+    "num_iterations": int,
+    "evaluation": dict,
+    "headline": float | None,
+    "headline_metric": str,
+    "curves": list,
+}
+_CURVE: dict[str, Any] = {"metric": str, "num_shots": int, "steps": list}
+_STEP: dict[str, Any] = {"step": int, "mean": float | None, "ci95": float | None, "num_tasks": int}
+_CHECKPOINT: dict[str, Any] = {
+    "experiment": str,
+    "training": dict,
+    "iteration": int,
+    "execution": dict,
+    "state": dict,
+    "run_id": str,
+}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON file with an object; returns None if it does not exist.
+
+    Raises:
+        MamlError: if the file is damaged, cannot be read, or does not hold an object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except IsADirectoryError as error:
+        raise _in_the_way(path) from error
+    except OSError as error:
+        raise MamlError(f"{path} cannot be read ({error.strerror}); change its permissions, and try again") from error
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, f"it holds a {type(content).__name__}, not an object")
+    return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a run's config as plain data: tags of Python objects are refused, interpolations stay texts.
+
+    Raises:
+        MamlError: if the file is no mapping of plain data.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+        json.dumps(config)  # fails for dates, bytes and lists that contain themselves
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise MamlError(f"{path} is damaged, or no config of a run ({error}); restore it") from error
+    if not isinstance(config, dict):
+        raise MamlError(f"{path} is damaged: it is no mapping of settings; restore it")
+    return config
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Reads a ``run.json``; returns None if it does not exist.
+
+    Raises:
+        MamlError: if it is damaged.
+    """
+    record = read_json(path)
+    if record is not None:
+        check_entries(path, record, _RECORD)
+        _check_list(path, record["segments"], _SEGMENT, "segments")
+    return record
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """Reads a ``report.json``; returns None if it does not exist.
+
+    Raises:
+        MamlError: if it is damaged.
+    """
+    report = read_json(path)
+    if report is not None:
+        check_entries(path, report, _REPORT)
+        _check_list(path, report["curves"], _CURVE, "curves")
+        for number, curve in enumerate(report["curves"]):
+            _check_list(path, curve["steps"], _STEP, f"curves[{number}].steps")
+    return report
+
+
+def report_paths(folder: Path) -> list[Path]:
+    """Returns where a run's reports are: first its own, which may not exist, then those in ``evaluations/``."""
+    return [folder / "report.json", *sorted(folder.glob("evaluations/*/report.json"))]
+
+
+def find_report(
+    folder: Path, run_id: str, evaluation: Mapping[str, Any], unfinished: bool = False
+) -> tuple[dict[str, Any], Path] | None:
+    """Returns the report of an evaluation, and the folder that it and its ``tasks.csv`` are in; None if there is none.
+
+    Args:
+        folder: the run's folder.
+        run_id: the run's id.
+        evaluation: settings of the evaluation, see `evaluation_config`.
+        unfinished: whether an evaluation of an unfinished training counts; the one of the latest iteration is returned.
+
+    Raises:
+        MamlError: if a report is damaged.
+    """
+    found = []
+    for path in report_paths(folder):
+        report = read_report(path)
+        if report is None or report["evaluation"] != evaluation or report["run_id"] != run_id:
+            continue
+        if report["iteration"] == report["num_iterations"]:
+            return report, path.parent
+        if unfinished:
+            found.append((report, path.parent))
+    return max(found, key=lambda entry: entry[0]["iteration"], default=None)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a run's checkpoint.
+
+    Raises:
+        MamlError: if it does not exist, is damaged, or lacks an entry.
+    """
+    saved = checkpoint.load(path)
+    check_entries(path, saved, _CHECKPOINT)
+    return saved
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads a ``metrics.jsonl``, without a last line that is being written or was cut off.
+
+    Returns:
+        One dict per line; empty if the file does not exist, as after a run of no iterations.
+
+    Raises:
+        MamlError: if the file is damaged.
+    """
+    *lines, _ = path.read_text(errors="replace").split("\n") if path.exists() else [""]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["iteration"] = int(record["iteration"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise MamlError(f"{path} is damaged in line {number} ({error}); restore it, and try again") from error
+        records.append(record)
+    return records
+
+
+def lines_until(
+    iteration: int, path: Path, record: Mapping[str, Any] | None, num_iterations: int, warn: bool
+) -> bytes | None:
+    """Returns the lines of a ``metrics.jsonl`` up to a checkpoint; None if the file does not exist.
+
+    Lines after the checkpoint may be cut off by a kill, or garbage after a power failure. Earlier ones cannot:
+    they were flushed to disk before the checkpoint was written.
+
+    Args:
+        iteration: the checkpoint's iteration.
+        path: the file.
+        record: the run's record, which knows how often lines were written.
+        num_iterations: number of iterations of the whole training.
+        warn: whether to log a warning about lost lines.
+
+    Raises:
+        MamlError: if there is garbage before the checkpoint's iteration.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept, iterations, last, unreadable = [], [0], 0, 0
+    for number, line in enumerate(lines, start=1):
+        logged = _logged_iteration(line)
+        if logged is not None and logged <= iteration and (unreadable or logged <= last):
+            raise _garbage(path, unreadable or number, iteration)
+        if logged is None:
+            unreadable = unreadable or number
+            continue
+        last = logged
+        if logged <= iteration:
+            kept.append(line)
+            iterations.append(logged)
+    lost = sorted(_expected_iterations(record, iteration, num_iterations) - set(iterations))
+    if lost and unreadable:
+        raise _garbage(path, unreadable, iteration)
+    if lost and warn:
+        before = sum(logged < lost[0] for logged in iterations) - 1
+        LOG.warning(
+            "%s lacks iterations %d to %d%s. The run goes on without these lines, and no result depends on them. "
+            "If you have a copy of the file, stop the run and restore it",
+            path,
+            lost[0],
+            lost[-1],
+            f", after line {before}" if before else "",
+        )
+    return b"".join(kept) if lines else None
+
+
+def refuse_folders(folder: Path, names: Iterable[str]) -> None:
+    """Refuses folders that lie where files with these names belong.
+
+    Raises:
+        MamlError: names the first one.
+    """
+    for name in names:
+        if (folder / name).is_dir():
+            raise _in_the_way(folder / name)
+
+
+def check_entries(path: Path, content: Any, entries: Mapping[str, Any], where: str = "") -> None:
+    """Checks that an object in a file has these entries.
+
+    Args:
+        path: the file.
+        content: what was read.
+        entries: type of each entry, by name; float allows int too.
+        where: name of the object in the file; empty is the whole file.
+
+    Raises:
+        MamlError: if it is no object, or lacks an entry or has one of another type.
+    """
+    if not isinstance(content, dict):
+        raise _damaged(path, f"{where} is not an object")
+    for name, kind in entries.items():
+        if name not in content:
+            raise _damaged(path, f"{where}{'.' if where else ''}{name} is missing")
+        value = content[name]
+        if not isinstance(float(value) if type(value) is int and kind is not int else value, kind):
+            raise _damaged(path, f"{where}{'.' if where else ''}{name} is a {type(value).__name__}")
+
+
+def _check_list(path: Path, items: Sequence[Any], entries: Mapping[str, Any], where: str) -> None:
+    if not items:
+        raise _damaged(path, f"{where} is empty")
+    for number, item in enumerate(items):
+        check_entries(path, item, entries, f"{where}[{number}]")
+
+
+def _damaged(path: Path, reason: str) -> MamlError:
+    return MamlError(f"{path} is damaged ({reason}); move it away, or restore it, and try again")
+
+
+def _in_the_way(path: Path) -> MamlError:
+    return MamlError(f"{path} is a folder, but a file belongs there; move it away, and try again")
+
+
+def _logged_iteration(line: bytes) -> int | None:
+    """Returns the iteration of one line of ``metrics.jsonl``; None if the line is damaged or cut off."""
+    try:
+        content = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    logged = content.get("iteration") if isinstance(content, dict) else None
+    return logged if isinstance(logged, int) else None
+
+
+def _expected_iterations(record: Mapping[str, Any] | None, iteration: int, num_iterations: int) -> set[int]:
+    """Returns the iterations up to a checkpoint that were logged, as far as the record knows how often that was."""
+    expected: set[int] = set()
+    end = iteration
+    for segment in reversed(record["segments"] if record else []):
+        numbers = range(segment["first_iteration"] + 1, end + 1)
+        if every := segment.get("log_every"):
+            expected |= {number for number in numbers if number % every == 0 or number == num_iterations}
+        end = min(end, segment["first_iteration"])
+    return expected
+
+
+def _garbage(path: Path, line: int, iteration: int) -> MamlError:
+    return MamlError(
+        f"{path}, line {line}, is damaged or out of order, although it is older than the checkpoint of iteration "
+        f"{iteration}. Restore the file, or delete this line (no result depends on it), and run the same command again"
+    )

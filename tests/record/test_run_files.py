@@ -1,0 +1,44 @@
+"""The files of a run folder, as they are read; what `RunFolder` refuses is in test_run_folder.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from maml.errors import MamlError
+from maml.record.run_files import lines_until, read_config, read_json, read_metrics, read_record, read_report
+from tests.runs import ROOT
+
+
+def test_committed_records_and_reports_have_the_shape_that_is_asked_for() -> None:
+    folders = [path.parent for path in (ROOT / "results" / "runs").glob("*/*/run.json")]
+    assert len(folders) > 30
+    for folder in folders:
+        assert read_record(folder / "run.json") is not None
+        for path in folder.rglob("report.json"):
+            assert read_report(path) is not None
+
+
+def test_file_that_does_not_exist_is_none(tmp_path: Path) -> None:
+    assert read_json(tmp_path / "run.json") is None
+    assert read_record(tmp_path / "run.json") is None
+    assert read_report(tmp_path / "report.json") is None
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert lines_until(5, tmp_path / "metrics.jsonl", None, 10, warn=True) is None
+
+
+@pytest.mark.parametrize("content", ["- a list", "date: 2020-01-01", "{", "a: !!python/name:os.system"])
+def test_config_that_is_no_mapping_of_plain_data_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(MamlError, match=r"config\.yaml is damaged"):
+        read_config(tmp_path / "config.yaml")
+
+
+def test_metrics_are_read_and_cut_at_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"iteration": iteration, "loss": 0.5}) + "\n" for iteration in (3, 6, 9)]
+    path.write_text("".join(lines) + '{"iteration": 12, "lo')
+    assert [line["iteration"] for line in read_metrics(path)] == [3, 6, 9]
+    assert lines_until(6, path, None, 20, warn=True) == "".join(lines[:2]).encode()
