@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -168,7 +169,11 @@ def compare_with_images(similarity: Similarity, support: Tensor, query: Tensor) 
 
 def nearest_image(similarity: Similarity) -> Scores:
     """Returns scores that give a query image the label of the support image that is most similar."""
-    return lambda _, support, query: compare_with_images(similarity, support, query).amax(2)
+    return partial(_score_by_nearest_image, similarity)  # not a closure, which could not be pickled
+
+
+def _score_by_nearest_image(similarity: Similarity, params: Params, support: Tensor, query: Tensor) -> Tensor:
+    return compare_with_images(similarity, support, query).amax(2)
 
 
 def in_blocks(features: Tensor, support: Examples) -> Tensor:
