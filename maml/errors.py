@@ -1,8 +1,28 @@
 """Errors that a user can cause or mend; errors of the framework itself are plain exceptions."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class MamlError(ValueError):
     """A setting, a file or a run cannot be used. The message says what is wrong, why, and what to do."""
+
+
+class UnknownKeys(MamlError):
+    """A config has keys that do not exist.
+
+    Args:
+        message: what is wrong with the config.
+        keys: the keys, with the names of their parts: ``inner.step_size``.
+    """
+
+    def __init__(self, message: str, keys: Sequence[str]) -> None:
+        super().__init__(message, keys)  # both, because pickle calls the class with these arguments
+        self.keys = keys
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class Unavailable(MamlError):

@@ -164,8 +164,8 @@ class Algorithm(ABC):
             self.domain.sample_tasks(1, self.stream.child("validation"), "val")
         except MamlError as error:
             raise MamlError(
-                f"validate_every measures tasks of validation with the ways and shots of training: {error}; or set "
-                "validate_every=null"
+                f"validate_every measures tasks of validation with the ways and shots of training: {error}. Change "
+                "that, or set validate_every=null"
             ) from error
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:

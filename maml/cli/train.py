@@ -18,15 +18,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from maml.config.compose import (
+    check_job,
     check_order,
     experiment_name,
     explain_config_error,
     plain_overrides,
-    to_plain_config,
 )
 from maml.config.hints import explain_override_error
 from maml.config.paths import CONF
-from maml.config.schema import check
 from maml.errors import Interrupted, MamlError, Unavailable
 from maml.experiment import run_experiment
 from maml.hardware import distributed
@@ -51,7 +50,7 @@ def run(cfg: DictConfig) -> float:
             raise MamlError(
                 "torchrun cannot start a sweep (-m); start the sweep with python, or each of its runs with torchrun"
             )
-        return run_experiment(check(to_plain_config(cfg)), experiment_name(job.runtime.choices), cell_verdicts)
+        return run_experiment(check_job(cfg, overrides), experiment_name(job.runtime.choices), cell_verdicts)
     except Interrupted as stop:
         requeue = signal.getsignal(stop.signal_number)
         if stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):  # the launcher's handler

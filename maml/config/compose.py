@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from maml.config.paths import CONF
-from maml.config.schema import Settings, check
-from maml.errors import MamlError
+from maml.config.schema import PARTS, Settings, check
+from maml.errors import MamlError, UnknownKeys
 
 
 def to_plain_config(cfg: DictConfig) -> dict[str, Any]:
@@ -85,6 +85,52 @@ def settings_of(cfg: DictConfig) -> Settings:
         MamlError: if the config is not valid.
     """
     return check(to_plain_config(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])))
+
+
+def check_job(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
+    """Checks the config of a running job of Hydra.
+
+    Args:
+        cfg: the config.
+        overrides: words of the job's command.
+
+    Raises:
+        MamlError: if the config is not valid. The message says which of the unknown keys come from the experiment.
+    """
+    try:
+        return check(to_plain_config(cfg))
+    except UnknownKeys as error:
+        if not (keys := _keys_of_experiment(error.keys, overrides)):
+            raise
+        # Hydra can only delete a key that has a value.
+        words = [f"{key}=0 " * (OmegaConf.select(cfg, key) is None) + f"'~{key}'" for key in keys]
+        raise MamlError(
+            f"{error}\n+experiment= sets {', '.join(keys)}, which the part that you chose instead does not have; add "
+            f"{' '.join(words)} to leave that out"
+        ) from error
+
+
+def _keys_of_experiment(keys: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Returns those of the keys that the experiment sets, and neither the command nor the chosen options."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    running = GlobalHydra.instance().hydra
+    experiments = [word for word in overrides if word.startswith("+experiment=")]
+    if running is None or not experiments:
+        return []
+    options = [word for word in overrides if word.partition("=")[0] in PARTS]
+    named = {word.partition("=")[0].lstrip("+~") for word in overrides}
+    alone, chosen = (
+        running.compose_config("config", words, RunMode.RUN, with_log_configuration=False)
+        for words in (experiments, options)
+    )
+
+    def has(cfg: DictConfig, key: str) -> bool:
+        part, _, name = key.rpartition(".")
+        return name in list(OmegaConf.select(cfg, part) or ())  # `in cfg` is False for keys without a value
+
+    return [key for key in keys if "." in key and key not in named and has(alone, key) and not has(chosen, key)]
 
 
 def check_order(overrides: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from maml.algorithm.base import Algorithm
 from maml.config.hints import near_miss
 from maml.config.names import check_allowed, locate, locate_callable, named_modules
 from maml.domain.base import Domain
-from maml.errors import MamlError
+from maml.errors import MamlError, UnknownKeys
 from maml.evaluation import Evaluation
 from maml.hardware.base import Hardware
 from maml.hardware.precision import Precision
@@ -126,8 +126,8 @@ def check(config: Mapping[str, Any], allow: Sequence[str] | None = None) -> Sett
             anything is imported.
 
     Raises:
-        MamlError: lists every unknown, missing or ill-typed key, and suggests similar names; or names a class that the
-            file may not use.
+        UnknownKeys: if a key does not exist; it lists all that is wrong.
+        MamlError: lists every missing or ill-typed key; or names a class that the file may not use.
     """
     if allow is not None:
         for key, value, module in named_modules(config):
@@ -139,8 +139,21 @@ def check(config: Mapping[str, Any], allow: Sequence[str] | None = None) -> Sett
         if part in config:
             problems += _check_part(part, config[part], _BASES[part], allow)
     if problems:
-        raise MamlError("the config is not valid:\n  " + "\n  ".join(problems))
+        text = "the config is not valid:\n  " + "\n  ".join(problems)
+        unknown = [problem.key for problem in problems if isinstance(problem, _UnknownKey)]
+        raise UnknownKeys(text, unknown) if unknown else MamlError(text)
     return Settings(**config)
+
+
+class _UnknownKey(str):
+    """A problem of a config: a key that does not exist."""
+
+    def __new__(cls, key: str, hint: str) -> _UnknownKey:
+        problem = super().__new__(cls, f"{key} is not a key{hint}")
+        problem.key = key
+        return problem
+
+    key: str
 
 
 def _check_part(path: str, value: Any, annotation: Any, allow: Sequence[str] | None = None) -> list[str]:
@@ -215,10 +228,11 @@ def _check_arguments(
         if name not in supplied and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
     hints = argument_types(target)
-    problems = []
+    problems: list[str] = []
     for name, value in arguments.items():
         if name in _HYDRA_KEYS or not (name in allowed or takes_any):
-            problems.append(f"{prefix}{name} is not a key{near_miss(name, [*allowed, *more_keys], prefix)}")
+            hint = near_miss(name, [*allowed, *more_keys], prefix)
+            problems.append(_UnknownKey(f"{prefix}{name}", hint))
         elif parts := list(_outermost_parts(f"{prefix}{name}", value)):
             annotation = hints.get(name, Any)
             problems += [line for inner, part in parts for line in _check_part(inner, part, annotation, allow)]

@@ -169,8 +169,8 @@ class VectorizedEnvironments(Environments):
             environment = self._make(**keywords)
         except Exception as error:  # a user's environment may raise anything
             raise MamlError(
-                f"{self._name} cannot be made with {keywords} ({_one_line(error)}); give the environment's id, and as "
-                "goal_names keywords that its constructor takes"
+                f"{self._name} cannot be made with {keywords} ({_one_line(error)}); check its id, and that its "
+                "constructor takes the arguments in which tasks differ (domain.goals)"
             ) from error
         return environment
 

@@ -89,6 +89,46 @@ def test_wrong_command_costs_three_lines_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
+    ("words", "explained"),
+    [
+        (["inner=meta_lstm"], ["inner.step_size"]),
+        (["inner=meta_lstm", "inner.step_size=1"], []),  # the command sets it
+        (["inner=mine"], []),  # the option's own file sets it
+        (["model=mlp"], ["model.num_filters", "model.pooling", "model.head", "model.head_std"]),
+    ],
+)
+def test_unknown_key_of_the_experiment_is_told_from_those_of_the_command(
+    words: list[str],
+    explained: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "inner").mkdir(parents=True)
+    lines = (ROOT / "conf" / "inner" / "meta_lstm.yaml").read_text()
+    (tmp_path / "conf" / "inner" / "mine.yaml").write_text(f"{lines}step_size: 1.0\n")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    places = [f"data_dir={tmp_path}", f"cache_dir={tmp_path}", f"runs_dir={tmp_path / 'runs'}"]
+    arguments = ["--config-dir", "conf", "+experiment=mini_imagenet_5way_1shot", *places, *words]
+
+    def said(*more: str) -> str:
+        monkeypatch.setattr("sys.argv", ["/v/bin/maml", "train", *arguments, *more])
+        with pytest.raises(SystemExit):
+            main()
+        return capsys.readouterr().err
+
+    message = said()
+    assert "is not a key" in message
+    assert ("+experiment= sets" in message) == bool(explained), message
+    if explained:
+        advice = message.splitlines()[-1]
+        assert advice.startswith(f"+experiment= sets {', '.join(explained)}, which")
+        # What the message advises is enough: then only the photos are missing.
+        assert "mini-ImageNet not found" in said(*shlex.split(advice.partition(" add ")[2].partition(" to leave")[0]))
+
+
+@pytest.mark.parametrize(
     ("launcher", "plugin", "words", "said"),
     [
         (

@@ -150,7 +150,7 @@ def counter_with_spaces(**spaces: gymnasium.Space | None) -> Any:
 @pytest.mark.parametrize(
     ("environment", "goal_names", "example", "message"),
     [
-        ("Pendulum-v1", ["gravity"], [9.5], "cannot be made .*gravity.*unexpected keyword.*goal_names"),
+        ("Pendulum-v1", ["gravity"], [9.5], "cannot be made .*gravity.*unexpected keyword.*domain.goals"),
         ("Pendulums-v1", ["g"], [9.5], "cannot be made .*Did you mean"),
         (Counter, ["limits"], [9.5], "Counter cannot be made .*unexpected keyword argument 'limits'"),
         ("Pendulum-v1", ["g"], [9.5, 1.0], "give a number for each"),
