@@ -423,7 +423,7 @@ def _artifacts_using(run: Run, runs: Sequence[Run]) -> list[str]:
 
 def print_differences(a: Mapping[str, Any], b: Mapping[str, Any], a_name: str, b_name: str) -> None:
     """Prints the settings that differ, with their defaults where they are not recorded."""
-    keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key, UNKNOWN) != b.get(key, UNKNOWN)]
+    keys = [key for key in sorted(a.keys() | b.keys()) if setting(a, key) != setting(b, key)]
     print_table([{"setting": key, a_name: _value_text(a, key), b_name: _value_text(b, key)} for key in keys])
 
 

@@ -242,6 +242,16 @@ def test_compare_pairs_runs_task_by_task(tmp_path: Path, run: Lines) -> None:
     assert rows[0] == ["mse, K=5", "0", "0.5 ± 0.1", "0.25 ± 0.1", "-0.25", "-0.25 to -0.25", "600"]
 
 
+def test_setting_that_one_run_records_and_the_other_has_by_default_does_not_differ(tmp_path: Path, run: Lines) -> None:
+    a, b = make_run(tmp_path), make_run(tmp_path, seed=1, **OTHER)
+    recorded = json.loads((b / "run.json").read_text())["training"]
+    assert "domain.oracle" not in recorded
+    edit(b / "run.json", training=recorded | {"domain.oracle": False})
+    assert "domain.oracle" not in "\n".join(run("compare", str(a), str(b)))
+    edit(b / "run.json", training=recorded | {"domain.oracle": True})
+    assert "domain.oracle    False  True" in "\n".join(run("compare", str(a), str(b)))
+
+
 def test_compare_says_why_it_cannot_pair(tmp_path: Path, run: Lines) -> None:
     a, b = make_run(tmp_path, mean=0.5), make_run(tmp_path, mean=0.25, seed=1)
     report = json.loads((b / "report.json").read_text())
