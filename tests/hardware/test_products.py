@@ -62,6 +62,21 @@ def test_the_faster_routine_is_chosen(monkeypatch: pytest.MonkeyPatch, slow: str
     assert not products.onednn_is_faster()
 
 
+def test_burst_of_other_load_chooses_no_routine(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, now = 0, 0.0
+
+    def product(*values: Any) -> None:
+        nonlocal calls, now
+        calls += 1
+        now += 5.0 if calls <= products._REPETITIONS else 1.0  # the first half of the time is under load
+
+    monkeypatch.setattr(products, "_ONEDNN_LINEAR", object())
+    monkeypatch.setattr(products.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(products, "_plain_linear", product)
+    monkeypatch.setattr(products, "_onednn_linear", product)
+    assert not products.onednn_is_faster()
+
+
 def test_the_choice_is_measured_for_rollouts_on_a_cpu_and_kept_by_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "onednn_is_faster", lambda: True)
     rollouts, hardware = PointNavigation().workload, Hardware("cpu")
