@@ -196,6 +196,7 @@ def test_adaptation_of_a_task_depends_on_no_other() -> None:
         assert_close({name: value[task : task + 1] for name, value in together.items()}, alone)
 
 
+@pytest.mark.slow  # it compiles, as tests/hardware/test_compile.py does
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
 def test_compiled_gradient_equals_eager_on_new_tasks() -> None:
     algorithm, _ = make()

@@ -81,6 +81,7 @@ def test_two_processes_give_the_numbers_of_one(own_algorithm: tuple[str, TinyRun
     ["ANIL", *(pytest.param(name, marks=pytest.mark.slow) for name in ("InputNoise", "Prototypical"))],
     indirect=True,
 )
+@pytest.mark.slow  # it compiles
 # The compiler causes this warning, and here warnings are errors.
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_compiled_gradient_gives_the_same_numbers(own_algorithm: tuple[str, TinyRuns]) -> None:

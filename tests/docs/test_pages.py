@@ -26,6 +26,7 @@ def test_page_names_only_targets_and_files_that_exist(name: str) -> None:
     assert [link for link in links if link and not ((ROOT / name).parent / link).exists()] == []
 
 
+@pytest.mark.slow  # a minute; all commands compose below, and those of README.md run
 def test_commands_of_running_run_in_order(clone: Path) -> None:
     runs = trainings(ROOT / "docs" / "running.md")
     assert len(runs) >= 7

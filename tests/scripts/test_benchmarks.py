@@ -408,6 +408,7 @@ def test_training_shows_who_is_missing(
     assert "| jax | not installed |" in written(tmp_path, "training.md").read_text()
 
 
+@pytest.mark.slow  # the loop takes twenty seconds
 def test_evaluation_of_the_loop_agrees(script: Callable[[str], Any], tmp_path: Path) -> None:
     module = script("bench_evaluation")
     experiments = ["--experiments", "sinusoid_10shot", "omniglot_5way_1shot"]

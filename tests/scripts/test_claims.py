@@ -70,6 +70,7 @@ def test_maml_has_the_classifiers_parameters_and_no_more(
         assert others == ["113,088", "71,812,288", "34,947"]
 
 
+@pytest.mark.slow  # it measures for twenty seconds
 def test_script_writes_what_it_measured(
     main: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

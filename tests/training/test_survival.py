@@ -142,6 +142,7 @@ def test_run_whose_order_switches_resumes_bit_exactly(
     assert_same_run(tiny.run(*own), tiny.in_folder("whole").run(*own))
 
 
+@pytest.mark.slow  # it compiles three times
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # the compiler would give up at it
 def test_compiled_run_resumes_bit_exactly(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full runs on vectors are compiled, and the checkpoint says so."""
