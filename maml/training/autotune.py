@@ -75,7 +75,7 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
     if measured is None:
         announce("hardware.task_chunk=auto: measuring how many tasks to compute at once, for this machine once")
         measured = {SHARED: measure_seconds_per_task(iterate)}
-        if hardware.device.type == "cpu" and execution.num_threads > 1 and iterate.meta_gradient.can_thread_chunks:
+        if hardware.device.type == "cpu" and execution.num_threads > 1:
             use_threads(execution.num_threads, thread_chunks=True)
             measured[DIVIDED] = measure_seconds_per_task(iterate, execution.num_threads)
             use_threads(execution.num_threads, execution.thread_chunks)

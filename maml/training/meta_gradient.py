@@ -46,8 +46,8 @@ class MetaGradient:
         self.algorithm, self.num_seeds = algorithm, num_seeds
         self.latest: Params = {}
         self._execution = execution or Execution(num_threads=1, task_chunk=None, compile=False)
-        self._map = map_chunks if self.can_thread_chunks else map
         compiles = self._execution.compile
+        self._map = map if compiles else map_chunks
         self._compute_sums = CompiledFunction(self._chunk_sums) if compiles else self._chunk_sums
         self._compute_gradients = CompiledFunction(self._chunk_gradients) if compiles else self._chunk_gradients
         self._task_steps: dict[TaskStep, CompiledFunction] = {}
@@ -58,11 +58,6 @@ class MetaGradient:
         functions = self._compute_sums, self._compute_gradients, *self._task_steps.values()
         compiled = [function for function in functions if isinstance(function, CompiledFunction)]
         return replace(self._execution, compile=bool(compiled) and not any(function.failed for function in compiled))
-
-    @property
-    def can_thread_chunks(self) -> bool:
-        """Whether several threads may compute chunks at once, each its own."""
-        return self.algorithm.sums_over_tasks and not self._execution.compile
 
     def set_task_chunk(self, task_chunk: int | None) -> None:
         """Sets the number of tasks of each seed that are computed at once from here on; None computes all at once."""

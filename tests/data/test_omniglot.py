@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -209,10 +208,8 @@ def test_folders_are_found_in_every_place_and_zipping_them_keeps_the_cache(
 
 
 @pytest.mark.usefixtures("forbid_build")
-def test_cache_loads_in_a_fraction_of_a_second(real_set: ImageSet, zipped: Path, cache_dir: Path) -> None:
-    start = time.process_time()
+def test_cache_is_loaded_instead_of_the_drawings(real_set: ImageSet, zipped: Path, cache_dir: Path) -> None:
     assert load_omniglot(zipped, cache_dir).digest == real_set.digest
-    assert time.process_time() - start < 1
 
 
 @pytest.mark.usefixtures("forbid_build")
