@@ -154,8 +154,9 @@ def _evaluate(settings: Settings, state: State, entry: Entry, exported: Exported
     hardware = Hardware("cuda" if recorded.startswith("cuda") and torch.cuda.is_available() else "cpu")
     algorithm = build_algorithm(settings, hardware)
     restore(algorithm, state)
-    execution = hardware.choose(algorithm.domain.workload, settings.num_iterations, exported.execution)
-    hardware.apply(execution)
+    workload = algorithm.domain.workload
+    execution = hardware.choose(workload, settings.num_iterations, exported.execution)
+    hardware.apply(execution.for_meta_test(workload))
     evaluation: Evaluation = build(settings.evaluation)
     bank = evaluation.bank(algorithm.domain, entry.num_shots)
     if bank_hash(bank) != entry.bank:

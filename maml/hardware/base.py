@@ -157,7 +157,7 @@ class Hardware:
         is_same_device = earlier.get("device", self.device.type) == self.device.type
         kept = {**_BEFORE, **earlier} if earlier and is_same_device else {}
         divides_tasks = workload.threads == "tasks" and on_cpu
-        if kept.get("thread_chunks") or (divides_tasks and kept.get("num_threads") == 1):
+        if divides_tasks and (kept.get("thread_chunks") or kept.get("num_threads") == 1):
             # Threads that divide the tasks compute the bits of one thread, so their number may change.
             kept = {name: value for name, value in kept.items() if name != "num_threads"} | {"thread_chunks": True}
         if on_cpu and not workload.fixed_shapes and self.onednn == "auto" and "onednn" not in kept:

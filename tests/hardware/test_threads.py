@@ -119,7 +119,10 @@ def test_resumed_simulation_may_have_another_number_of_threads() -> None:
         assert (chosen.num_threads, chosen.thread_chunks) == (7, True)
     assert chosen.for_meta_test(workload) == chosen, "simulators divide the tasks there, too"
     images = Omniglot.without_data(num_ways=5, num_shots=1, data_dir="", cache_dir="").workload
-    assert not replace(chosen, thread_chunks=True).for_meta_test(images).thread_chunks
+    divided = replace(chosen, num_threads=3, thread_chunks=True)
+    assert not divided.for_meta_test(images).thread_chunks
+    kept = Hardware("cpu").choose(images, 100, divided.as_dict())
+    assert (kept.num_threads, kept.thread_chunks) == (3, True), "their meta-test depends on the number of threads"
     shared = before | {"num_threads": 2}  # several threads per operation: other bits
     assert not Hardware("cpu").choose(workload, 100, shared).thread_chunks
     assert Hardware("cpu").choose(workload, 100, shared).num_threads == 2
