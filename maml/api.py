@@ -38,7 +38,7 @@ from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.model.base import Model
 from maml.record import checkpoint
-from maml.record.exported import State, compose_entry, read_index, restore, unpack
+from maml.record.exported import State, compose_entry, read_index, read_parameters, restore
 from maml.record.provenance import changed_since
 from maml.record.run_files import read_checkpoint, read_config, read_json
 from maml.types import Examples, Params, Tasks
@@ -128,7 +128,7 @@ def _load_exported(
     ]
     origin = index.files[first.file]
     settings = compose_entry(first, origin.seed, allow)
-    state = unpack(folder / first.file, origin.sha256)
+    state = read_parameters(folder, first.file, origin)
     sizes = {entry.num_shots: entry.step_sizes for entry in entries}
     return _build_network(first.experiment, origin.run_id, origin.iteration, settings, state, sizes, hardware)
 

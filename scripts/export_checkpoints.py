@@ -2,7 +2,8 @@
 
     python scripts/export_checkpoints.py
 
-A cell or curve has the parameters of one of its runs: the complete run with the lowest seed, or, if there is none, the
+Parameters above 1.5 MB are not exported: their index entry names the run folder in results/runs that has them. A cell
+or curve has the parameters of one of its runs: the complete run with the lowest seed, or, if there is none, the
 run with the most iterations; the index contains the iteration. Equal runs give equal bytes. If a run's checkpoint.pt no
 longer exists, its exported file is kept. Files that no number needs are deleted.
 """
@@ -30,14 +31,15 @@ from maml.record.exported import (
     check_overrides,
     pack,
     read_index,
-    unpack,
+    read_parameters,
+    title,
     write_index,
 )
 from maml.record.index import Report, Run, find_runs
 from maml.record.run_files import read_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-MAX_BYTES = 3_000_000  # largest allowed file, because all files are committed; MANN has 2.6 MB
+MAX_BYTES = 1_500_000  # largest exported file, because all files are committed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             index.cells[name] = cell
     write_index(options.out, index)
     for path in options.out.glob("*.safetensors"):
-        if path.name not in index.files:
+        if path.name not in index.files or index.files[path.name].run:
             path.unlink()
     status = print_problems(problems)
-    size = sum((options.out / file).stat().st_size for file in index.files)
+    size = sum(path.stat().st_size for path in options.out.glob("*.safetensors"))
     print(f"{len(index.cells)} cells and curves of {len(index.files)} runs, {size / 1e6:.1f} MB, in {options.out}")
     return status
 
@@ -95,7 +97,8 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
         before: the earlier index's entry of the file; None if there is none.
 
     Raises:
-        MamlError: if there is no checkpoint of the report's iteration, or if it is too large.
+        MamlError: if there is no checkpoint of the report's iteration, or if it is too large and not in ``runs`` beside
+            the folder of exported files.
     """
     for folder in (other.path for other in runs if other.record.run_id == report.run_id):
         if not (folder / "checkpoint.pt").exists():
@@ -105,19 +108,25 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
             break
     else:
         if before is not None and before.iteration == report.iteration:
-            unpack(path, before.sha256)  # checks that the file is unchanged
+            read_parameters(path.parent, path.name, before)  # checks that they are unchanged
             return before
         raise MamlError(
             f"{run.path} and its copies in --runs-dir have no checkpoint.pt of run {report.run_id} at iteration "
             f"{report.iteration}; train the run again, or add the folder that has it to --runs-dir"
         )
-    content = pack(saved["state"], f"{run.path.parent.name} {report.run_id}, iteration {report.iteration}")
-    if len(content) > MAX_BYTES:
-        raise MamlError(f"{path.name} would have {len(content):,} bytes, but at most {MAX_BYTES:,} are allowed")
-    checkpoint.write_atomically(path, lambda file: file.write(content))
+    content = pack(saved["state"], title(run.path, report.iteration))
+    is_large = len(content) > MAX_BYTES
+    if is_large and folder.parent.parent.resolve() != path.parent.parent.resolve() / "runs":
+        raise MamlError(
+            f"{path.name} would have {len(content):,} bytes, but at most {MAX_BYTES:,} are exported; copy {folder} "
+            f"into {path.parent.parent / 'runs'}, so that the index can name it"
+        )
+    if not is_large:
+        checkpoint.write_atomically(path, lambda file: file.write(content))
     record = read_json(run.path / "run.json") or {}
     return ExportedFile(
         sha256=hashlib.sha256(content).hexdigest(),
+        run=f"{folder.parent.name}/{folder.name}" if is_large else None,
         run_id=report.run_id,
         seed=report.seed,
         iteration=report.iteration,

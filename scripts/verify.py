@@ -6,9 +6,9 @@
 A cell is <table>/<row>/<column>, with the names in results/paper/. A curve is <figure>/<row>/<panel>. The panel is its
 file in results/paper/, or K5, K10 or K20 if the file has no exact numbers. On a CPU, with the same versions and the
 same machine, the number must be equal to the last bit. On another machine it may differ: in classification by one query
-image in 600 tasks, in regression by 0.01 %. In reinforcement learning, rounding differences grow within a rollout, so
-on another machine the number must only lie in the committed 95 % interval. The exit status is 1 if a number is not
-verified.
+image in 600 tasks (by showing, one drawing in 600 sequences), in regression by 0.01 %. In reinforcement learning,
+rounding differences grow within a rollout, so on another machine the number must only lie in the committed 95 %
+interval. The exit status is 1 if a number is not verified.
 """
 
 from __future__ import annotations
@@ -27,14 +27,27 @@ from maml.config.identity import differences, digest, evaluation_config, trainin
 from maml.config.paths import CHECKPOINTS
 from maml.config.schema import Settings, build
 from maml.domain.classification import FewShotClassification
+from maml.domain.omniglot_sequence import OmniglotSequence
 from maml.errors import MamlError
 from maml.evaluation import Curve, Evaluation, bank_hash
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.hardware.precision import use_precision
 from maml.paper.cells import load_tables, named_sources
-from maml.record.exported import Entry, ExportedFile, Index, Reading, State, compose_entry, read_index, restore, unpack
+from maml.record.exported import (
+    Entry,
+    ExportedFile,
+    Index,
+    Reading,
+    State,
+    compose_entry,
+    read_index,
+    read_parameters,
+    restore,
+)
 from maml.record.provenance import versions
+from maml.record.style import step_label
+from maml.types import MeasuredBy
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 _RELATIVE = 1e-4  # relative tolerance of a mean squared error on another machine
@@ -132,7 +145,7 @@ def evaluate(entry: Entry, exported: ExportedFile, folder: Path) -> Reevaluation
     Raises:
         MamlError: if the file, the experiment or the bank has changed, or data is missing.
     """
-    state = unpack(folder / entry.file, exported.sha256)
+    state = read_parameters(folder, entry.file, exported)
     settings = compose_entry(entry, exported.seed)
     if digest(training_config(settings)) != exported.run_id:
         raise MamlError(
@@ -191,6 +204,7 @@ def judge(committed: Mapping[int, Reading], reevaluation: Reevaluation, elsewher
         reevaluation = reevaluation._replace(changes=[*reevaluation.changes, "--elsewhere"])
     steps = {record["step"]: record["mean"] for record in reevaluation.curve.summary()["steps"]}
     exact = not reevaluation.changes and reevaluation.algorithm.stream.device.type == "cpu"
+    measured_by = reevaluation.curve.measured_by
     worst, text = -1.0, ""
     for step, reading in committed.items():
         mean, allowed = steps[step], 0.0
@@ -201,13 +215,13 @@ def judge(committed: Mapping[int, Reading], reevaluation: Reevaluation, elsewher
             allowed = 0.0 if exact else tolerance(reading, reevaluation)
         if difference > allowed:
             return False, (
-                f"after {_steps(step)} it is {_format_mean(mean)}, but {_format_mean(reading.mean)} is committed. They "
-                f"differ by {difference:.3g}; {_explain_tolerance(allowed, exact, reevaluation)}"
+                f"{_at(step, measured_by)} it is {_format_mean(mean)}, but {_format_mean(reading.mean)} is committed. "
+                f"They differ by {difference:.3g}; {_explain_tolerance(allowed, exact, reevaluation)}"
             )
         if difference > worst:
-            worst, text = difference, f"{_format_mean(mean)} after {_steps(step)}"
+            worst, text = difference, f"{_format_mean(mean)} {_at(step, measured_by)}"
     if len(committed) > 1:
-        text = f"{len(committed)} gradient steps, with the largest difference at {text}"
+        text = f"{len(committed)} {measured_by}s, with the largest difference at {text}"
     match = "exactly the committed number" if worst == 0 else f"{worst:.3g} from the committed number"
     return True, f"{text}, {match} ({_explain_tolerance(tolerance(reading, reevaluation), exact, reevaluation)})"
 
@@ -215,8 +229,9 @@ def judge(committed: Mapping[int, Reading], reevaluation: Reevaluation, elsewher
 def tolerance(reading: Reading, reevaluation: Reevaluation) -> float:
     """Returns the largest allowed difference between two machines, in the metric's unit."""
     domain, evaluation = reevaluation.algorithm.domain, reevaluation.evaluation
-    if isinstance(domain, FewShotClassification):
-        num_query = evaluation.num_query or reevaluation.curve.num_shots
+    if isinstance(domain, FewShotClassification | OmniglotSequence):
+        by_showing = domain.measured_by == "showing"  # one drawing of each class
+        num_query = 1 if by_showing else evaluation.num_query or reevaluation.curve.num_shots
         num_ways = evaluation.num_ways or domain.num_ways
         return 1 / (min(600, evaluation.num_tasks) * num_ways * num_query) + _ROUNDING
     if domain.on_policy:
@@ -231,8 +246,10 @@ def _explain_tolerance(allowed: float, exact: bool, reevaluation: Reevaluation) 
     return f"up to {allowed:.3g} is allowed on another machine: {reason}"
 
 
-def _steps(count: int) -> str:
-    return f"{count} gradient step{'' if count == 1 else 's'}"
+def _at(step: int, measured_by: MeasuredBy) -> str:
+    if measured_by == "showing":
+        return f"at {step_label(step, measured_by)}"
+    return f"after {step} gradient step{'' if step == 1 else 's'}"
 
 
 def _format_mean(mean: float | None) -> str:

@@ -22,8 +22,10 @@ from maml.config.paths import CONF
 from maml.config.schema import TRAINING_PARTS, Settings, check
 from maml.errors import MamlError
 from maml.record import checkpoint
-from maml.record.run_files import read_json
+from maml.record.run_files import read_checkpoint, read_json
 from maml.types import Params
+
+_GROUPS = ("theta", "buffers", "best")
 
 State = dict[str, Params]
 """The groups of an algorithm's state that evaluation needs: ``theta``, ``buffers`` and ``best``."""
@@ -39,9 +41,14 @@ class Reading(BaseModel):
 
 
 class ExportedFile(BaseModel):
-    """The origin of an exported file: its run, its iteration, and the versions and hardware of its numbers."""
+    """The origin of exported parameters: their run, its iteration, and the versions and hardware of its numbers.
+
+    Parameters that are too large for a file of their own are not exported. ``run`` is then the run folder in
+    ``results/runs`` whose checkpoint has them, and ``sha256`` is that of the file that they would have.
+    """
 
     sha256: str
+    run: Annotated[str, Field(pattern=r"^\w[\w.-]*/\w+$")] | None = None  # in results/runs; only if there is no file
     run_id: str
     seed: int
     iteration: int
@@ -160,11 +167,44 @@ def pack(state: State, title: str) -> bytes:
         title: description of the run, stored in the file's header.
     """
     tensors = {
-        f"{group}.{name}": value.contiguous()
-        for group in ("theta", "buffers", "best")
-        for name, value in state.get(group, {}).items()
+        f"{group}.{name}": value.contiguous() for group in _GROUPS for name, value in state.get(group, {}).items()
     }
     return safetensors.torch.save(tensors, {"run": title})  # one entry only: the order of several is not fixed
+
+
+def read_parameters(folder: Path, file: str, origin: ExportedFile) -> State:
+    """Reads the exported parameters of a run, or those in its run folder if they are too large to be exported.
+
+    Args:
+        folder: folder of the index; the run folders are in ``runs`` beside it.
+        file: name of the exported file.
+        origin: its entry in the index.
+
+    Raises:
+        MamlError: if the file or the run's checkpoint is missing, or has other parameters.
+    """
+    if origin.run is None:
+        return unpack(folder / file, origin.sha256)
+    run = folder.parent / "runs" / origin.run
+    path = run / "checkpoint.pt"
+    if not path.exists():
+        raise MamlError(
+            f"{path} is missing; {file} would be too large, so the parameters are only there: restore the run folder"
+        )
+    saved = read_checkpoint(path)
+    content = pack(saved["state"], title(run, saved["iteration"]))
+    if hashlib.sha256(content).hexdigest() != origin.sha256:
+        raise MamlError(
+            f"{path} has other parameters (of iteration {saved['iteration']:,}) than index.json says (of iteration "
+            f"{origin.iteration:,}); restore it, or evaluate the run and export it again"
+        )
+    state: State = saved["state"]
+    return {group: values for group, values in state.items() if group in _GROUPS}
+
+
+def title(run: Path, iteration: int) -> str:
+    """Returns the description of exported parameters, given their run folder."""
+    return f"{run.parent.name} {run.name}, iteration {iteration}"
 
 
 def unpack(path: Path, sha256: str) -> State:

@@ -16,6 +16,7 @@ from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
+from maml.record import checkpoint
 from maml.record.exported import (
     Entry,
     ExportedFile,
@@ -25,7 +26,9 @@ from maml.record.exported import (
     compose_entry,
     pack,
     read_index,
+    read_parameters,
     restore,
+    title,
     unpack,
     write_index,
 )
@@ -50,6 +53,37 @@ def test_pack_and_unpack_keep_every_group_but_the_outer_optimizers(tmp_path: Pat
     (tmp_path / "file").write_bytes(b"no")
     with pytest.raises(MamlError, match="is no safetensors file"):
         unpack(tmp_path / "file", hashlib.sha256(b"no").hexdigest())
+
+
+def test_parameters_too_large_to_export_come_from_their_run_folder(tmp_path: Path) -> None:
+    folder, run = tmp_path / "checkpoints", tmp_path / "runs" / "sinusoid_10shot" / "0a"
+    run.mkdir(parents=True)
+    state = {group: {"w": torch.arange(3.0)} for group in ("theta", "outer", "buffers", "best")}
+    saved = {"run_id": "0a", "experiment": "", "training": {}, "execution": {}, "iteration": 5, "state": state}
+    content = pack(state, title(run, 5))
+    (file,) = an_index().files.keys() - {"a"}
+    origin = (
+        an_index()
+        .files[file]
+        .model_copy(update={"run": "sinusoid_10shot/0a", "sha256": hashlib.sha256(content).hexdigest(), "iteration": 5})
+    )
+    with pytest.raises(MamlError, match=r"checkpoint\.pt is missing; .*restore the run folder"):
+        read_parameters(folder, file, origin)
+    checkpoint.save(run / "checkpoint.pt", saved)
+    found = read_parameters(folder, file, origin)
+    assert sorted(found) == ["best", "buffers", "theta"]
+    assert torch.equal(found["theta"]["w"], torch.arange(3.0))
+    checkpoint.save(run / "checkpoint.pt", saved | {"iteration": 6})
+    with pytest.raises(MamlError, match=r"has other parameters \(of iteration 6\) than .* \(of iteration 5"):
+        read_parameters(folder, file, origin)
+
+
+@pytest.mark.parametrize("run", ["../runs/a", "/etc/passwd", "a/b/c", "a/..", ""])
+def test_index_cannot_name_a_run_folder_elsewhere(tmp_path: Path, run: str) -> None:
+    index = an_index()
+    write_index(tmp_path, Index(files={k: v.model_copy(update={"run": run}) for k, v in index.files.items()}))
+    with pytest.raises(MamlError, match=r"files\.\w\.run"):
+        read_index(tmp_path)
 
 
 def test_content_depends_on_values_and_title_alone() -> None:
