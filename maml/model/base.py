@@ -35,11 +35,13 @@ class Model(ABC):
 
     Attributes:
         num_features: D, the number of inputs of the last layer, which are called features; 0 if the model has none.
+        first_layer: name of the linear layer, with a bias, that flattened inputs enter first; None if there is none.
     """
 
     dropout: float = 0.0
     distribution: type[Distribution] | None = None
     num_features: int = 0
+    first_layer: str | None = None
 
     @abstractmethod
     def init(self, stream: Stream) -> Params:

@@ -46,6 +46,7 @@ class GaussianPolicy(Model):
             )
         self.num_actions = out_dim // 2
         self.means = MLP(in_shape, self.num_actions, hidden_sizes, activation, weight_std=None)
+        self.first_layer = self.means.first_layer
 
     def init(self, stream: Stream) -> Params:
         """Draws Glorot-uniform weights; biases are 0 and standard deviations 1."""

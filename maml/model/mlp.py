@@ -44,6 +44,7 @@ class MLP(Model):
         self.sizes = [num_elements(in_shape), *hidden_sizes, out_dim]
         self.num_features = self.sizes[-2]
         self.layers = [f"linear{i}" for i in range(1, len(self.sizes) - 1)] + ["head"]
+        self.first_layer = self.layers[0]
         self.activation = activation
         self.normalization = normalization
         self.weight_std = weight_std
