@@ -12,10 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maml.algorithm.multitask_average import MultitaskAverage
+from maml.domain.base import SupervisedDomain
+from maml.domain.omniglot import Omniglot
+from maml.domain.omniglot_sequence import OmniglotSequence
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.hardware.base import Execution
 from maml.inner.sgd import SGD
+from maml.model.base import Model
+from maml.model.lstm import LSTM
 from maml.model.mlp import MLP
 from maml.outer.adam import Adam
 from maml.seeding import Stream
@@ -47,7 +52,7 @@ DOMAIN = Sinusoid(num_shots=12, num_query=7)
 TASKS = {name: value.double() for name, value in DOMAIN.sample_tasks(4, Stream(8)).items()}
 
 
-def make(seed: int = 0, **options: Any) -> MultitaskAverage:
+def make(seed: int = 0, domain: SupervisedDomain = DOMAIN, model: Model = MODEL, **options: Any) -> MultitaskAverage:
     inner = SGD(step_size=0.1, num_steps=1, order=2, adapt=["*"])
     settings: dict[str, Any] = {
         "weight": 0.0,
@@ -57,7 +62,22 @@ def make(seed: int = 0, **options: Any) -> MultitaskAverage:
         "num_steps": 300,
         "max_attempts": 20,
     } | options
-    return build_from(MultitaskAverage, DOMAIN, MODEL, inner, Adam(step_size=STEP_SIZE), seed, **settings)
+    return build_from(MultitaskAverage, domain, model, inner, Adam(step_size=STEP_SIZE), seed, **settings)
+
+
+@pytest.mark.parametrize(
+    ("domain", "model"),
+    [
+        (Omniglot.without_data(num_ways=5, num_shots=1, data_dir="", cache_dir=""), MODEL),
+        (
+            OmniglotSequence.without_data(num_ways=5, sequence_length=10, data_dir="", cache_dir=""),
+            LSTM((10, 405), 5, hidden_size=3),
+        ),
+    ],
+)
+def test_classes_that_every_task_numbers_anew_are_refused(domain: SupervisedDomain, model: Model) -> None:
+    with pytest.raises(MamlError, match=f"but {type(domain).__name__} classifies, with classes numbered anew"):
+        make(domain=domain, model=model)
 
 
 def error(params: Params, task: Tasks, role: str) -> Tensor:
