@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
@@ -38,9 +37,10 @@ from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.model.base import Model
 from maml.record import checkpoint
+from maml.record.contents import Report
 from maml.record.exported import State, compose_entry, read_index, restore, unpack
 from maml.record.provenance import changed_since
-from maml.record.run_files import read_checkpoint, read_config, read_json
+from maml.record.run_files import read, read_checkpoint, read_config
 from maml.types import Examples, Params, Tasks
 
 Inputs = ArrayLike | Tensor
@@ -148,12 +148,8 @@ def _load_run(path: Path, allow: Sequence[str], hardware: Hardware) -> Network:
             stacklevel=4,
         )
     saved = read_checkpoint(file)
-    report = read_json(folder / "report.json") or {}
-    try:
-        sizes = TypeAdapter(dict[int, list[float] | None]).validate_python(report.get("step_sizes", {}))
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise MamlError(f"{folder / 'report.json'} is damaged (step_sizes: {reason}); restore it") from error
+    report = read(folder / "report.json", Report)
+    sizes = report.step_sizes if report else {}
     run_id, iteration, state = saved["run_id"], saved["iteration"], saved["state"]
     return _build_network(saved["experiment"], run_id, iteration, settings, state, sizes, hardware)
 

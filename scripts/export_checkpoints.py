@@ -22,6 +22,7 @@ from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources
 from maml.paper.evidence import Evidence, find_evidence
 from maml.record import checkpoint
+from maml.record.contents import Report
 from maml.record.exported import (
     Entry,
     ExportedFile,
@@ -33,8 +34,7 @@ from maml.record.exported import (
     unpack,
     write_index,
 )
-from maml.record.index import Report, Run, find_runs
-from maml.record.run_files import read_json
+from maml.record.index import Run, find_runs
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MAX_BYTES = 3_000_000  # largest allowed file, because all files are committed; MANN has 2.6 MB
@@ -115,7 +115,7 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
     if len(content) > MAX_BYTES:
         raise MamlError(f"{path.name} would have {len(content):,} bytes, but at most {MAX_BYTES:,} are allowed")
     checkpoint.write_atomically(path, lambda file: file.write(content))
-    record = read_json(run.path / "run.json") or {}
+    last = run.record.segments[-1]
     return ExportedFile(
         sha256=hashlib.sha256(content).hexdigest(),
         run_id=report.run_id,
@@ -123,8 +123,8 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
         iteration=report.iteration,
         num_iterations=report.num_iterations,
         execution=saved["execution"],
-        versions=record["segments"][-1]["versions"],
-        hardware=record["segments"][-1]["hardware"],
+        versions=last.versions,
+        hardware=last.hardware.model_dump(exclude_unset=True),
     )
 
 
@@ -145,8 +145,8 @@ def entry(source: Source, steps: Sequence[int], report: Report, file: str) -> En
         evaluation=report.evaluation,
         metric=source.metric,
         num_shots=source.num_shots,
-        step_sizes=report.step_sizes.get(str(source.num_shots)),
-        bank=report.banks[str(source.num_shots)],
+        step_sizes=report.step_sizes.get(source.num_shots),
+        bank=report.banks[source.num_shots],
         readings={step: Reading(mean=curve.steps[step].mean, ci95=curve.steps[step].ci95) for step in steps},
     )
 

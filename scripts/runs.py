@@ -41,18 +41,9 @@ from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.paper.evidence import Evidence, find_evidence, samples
 from maml.record import checkpoint
 from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval
+from maml.record.contents import CurveRecord, Report, StepRecord
 from maml.record.frame import UNKNOWN, run_frame, setting
-from maml.record.index import (
-    SUPERSEDED,
-    CurveRecord,
-    Report,
-    Run,
-    StepRecord,
-    conflicts_among,
-    read_run,
-    read_runs,
-    supersede,
-)
+from maml.record.index import SUPERSEDED, Run, conflicts_among, read_run, read_runs, supersede
 from maml.record.lock import acquire
 from maml.record.run_files import read_json
 from maml.record.style import step_label
@@ -464,7 +455,6 @@ def _difference_rows(a: Run, b: Run, a_curve: CurveRecord, b_curve: CurveRecord)
     """Returns one row per common step: both means, and their difference with its interval or why there is none."""
     assert a.report is not None
     assert b.report is not None
-    bank = str(a_curve.num_shots)
     source = Source(a.experiment, a_curve.metric, a_curve.num_shots)
     rows = []
     for first, second in zip(a_curve.steps, b_curve.steps, strict=False):
@@ -480,7 +470,7 @@ def _difference_rows(a: Run, b: Run, a_curve: CurveRecord, b_curve: CurveRecord)
         if first.mean is not None and second.mean is not None:
             row["B - A"] = f"{second.mean - first.mean:+.4g}"
             try:
-                if a.report.banks[bank] != b.report.banks[bank]:
+                if a.report.banks[a_curve.num_shots] != b.report.banks[a_curve.num_shots]:
                     raise MamlError("their task banks are different")
                 low, high = paired_interval(*(run.per_task(source, first.step) for run in (a.report, b.report)))
                 row["95 % interval"] = f"{low:+.4g} to {high:+.4g}"

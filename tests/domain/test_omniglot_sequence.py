@@ -29,7 +29,7 @@ from maml.model.lstm import LSTM
 from maml.model.mann import MANN
 from maml.model.mlp import MLP
 from maml.model.recurrent import Recurrent
-from maml.record.index import Report, Source
+from maml.record.contents import Report, Source
 from maml.record.run_files import read_json
 from maml.seeding import Stream
 from maml.types import Params, Tasks

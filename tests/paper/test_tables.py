@@ -28,7 +28,8 @@ from maml.paper.tables import (
     table_rows,
     verdict,
 )
-from maml.record.index import Source, find_runs
+from maml.record.contents import Source
+from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]
