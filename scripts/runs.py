@@ -225,7 +225,8 @@ def _run_row(run: Run) -> dict[str, Any]:
 def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
     headline = ""
     if row["metric"]:
-        headline = f"{row['metric']} {_row_reading(row)} ({_where(row)}, n={row['num_tasks']})"
+        reading = reading_text(row["mean"], row["ci95"], row["num_tasks"])
+        headline = f"{row['metric']} {reading} ({_where(row)}, n={row['num_tasks']})"
         if row["evaluated_at"] != row["iteration"]:
             headline += f" at {row['evaluated_at']:,}"
     return {
@@ -248,10 +249,6 @@ def _where(row: Mapping[str, Any]) -> str:
 def _number(step: int, report: Report) -> str:
     """Returns the number of a step; by showing, its name, because showings count from 1."""
     return step_label(step, report.measured_by) if report.measured_by == "showing" else str(step)
-
-
-def _row_reading(row: Mapping[str, Any]) -> str:
-    return reading_text(row["mean"], row["ci95"], row["num_tasks"])
 
 
 def _step_reading(step: StepRecord) -> str:
