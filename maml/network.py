@@ -191,9 +191,9 @@ class Network:
                 f"{self.experiment} adapts by its state, to the labels that it reads, and takes no gradient steps; "
                 f"leave out num_steps={num_steps}"
             )
-        labels = _labels(y)
+        labels = _labels(y, len(inputs))
         classes = list(dict.fromkeys(labels))
-        _check_classes(len(inputs), labels, len(classes), self.algorithm.domain.out_dim)
+        _check_classes(len(classes), self.algorithm.domain.out_dim)
         params = self.algorithm.params_per_task(1, self.evaluation.choose_theta(self.algorithm))
         numbers = torch.tensor([classes.index(label) for label in labels], device=self.device)
         return Predictor(self, params, inputs, classes, numbers)
@@ -254,8 +254,12 @@ def _tensor(values: Any) -> Tensor:
     return values if isinstance(values, Tensor) else torch.as_tensor(np.ascontiguousarray(values))
 
 
-def _labels(values: Any) -> list[Hashable]:
-    return values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
+def _labels(values: Any, count: int) -> list[Hashable]:
+    """Returns the labels as a list, and refuses any other number of them than that of the inputs."""
+    labels = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
+    if len(labels) != count:
+        raise MamlError(f"there are {count} inputs, but {len(labels)} labels")
+    return labels
 
 
 def _floats(values: Tensor, name: str, device: torch.device) -> Tensor:
@@ -283,12 +287,11 @@ def _in_blocks(labels: Any, count: int, most: int | None) -> tuple[list[Hashable
     Raises:
         MamlError: if there are not K examples of each class, only one class, or too many.
     """
-    labels = _labels(labels)
     examples: dict[Hashable, list[int]] = {}
-    for position, label in enumerate(labels):
+    for position, label in enumerate(_labels(labels, count)):
         examples.setdefault(label, []).append(position)
     num_ways = len(examples)
-    _check_classes(count, labels, num_ways, most)
+    _check_classes(num_ways, most)
     if len({len(positions) for positions in examples.values()}) > 1:
         counts = ", ".join(f"{len(positions)} of {label!r}" for label, positions in examples.items())
         raise MamlError(f"every class needs the same number of examples, but there are {counts}")
@@ -296,10 +299,8 @@ def _in_blocks(labels: Any, count: int, most: int | None) -> tuple[list[Hashable
     return list(examples), torch.arange(num_ways).repeat(count // num_ways), order
 
 
-def _check_classes(count: int, labels: Sequence[Hashable], num_ways: int, most: int | None) -> None:
-    """Refuses labels that are not as many as the inputs, and classes that are too many or one."""
-    if len(labels) != count:
-        raise MamlError(f"there are {count} inputs, but {len(labels)} labels")
+def _check_classes(num_ways: int, most: int | None) -> None:
+    """Refuses classes that are too many, or one."""
     if most is not None and num_ways > most:
         raise MamlError(f"this network tells {most} classes apart, the labels have {num_ways}")
     if num_ways < 2:
@@ -308,9 +309,7 @@ def _check_classes(count: int, labels: Sequence[Hashable], num_ways: int, most: 
 
 def _class_numbers(labels: Any, count: int, classes: list[Hashable]) -> Tensor:
     """Returns the number of each label among classes that are the same in every task, ``(S,)``."""
-    labels = _labels(labels)
-    if len(labels) != count:
-        raise MamlError(f"there are {count} inputs, but {len(labels)} labels")
+    labels = _labels(labels, count)
     if unknown := [label for label in labels if label not in classes]:
         raise MamlError(f"{unknown[0]!r} is none of the classes that the network was trained on, {classes}")
     return torch.tensor([classes.index(label) for label in labels])
