@@ -55,3 +55,8 @@ class Interrupted(KeyboardInterrupt):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error, or its name if it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,9 +15,10 @@ import torch
 from maml.algorithm.base import Algorithm, Parts
 from maml.config.identity import evaluation_config
 from maml.config.schema import TRAINING_PARTS, Part, Settings, build
+from maml.curve import Curve, per_task_rows
 from maml.domain.base import Domain
 from maml.errors import MamlError
-from maml.evaluation import Curve, Evaluation, per_task_rows
+from maml.evaluation import Evaluation
 from maml.feasibility import check_tasks_fit, check_training_fits, naming_the_largest_setting
 from maml.hardware import distributed
 from maml.hardware.base import Hardware

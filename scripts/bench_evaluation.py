@@ -18,6 +18,7 @@ from benchmark import (
     Spread,
     argument_parser,
     choose_clock,
+    csv_cells,
     describe_conditions,
     markdown_table,
     output_path,
@@ -81,11 +82,8 @@ def make(
     """Returns the problem, the evaluation and the task bank, with the K of training."""
     problem = Problem(experiment, [f"evaluation.num_tasks={num_tasks}", "evaluation.num_shots=null"], device, dtype)
     evaluation: Evaluation = build(problem.settings.evaluation)
-    return (
-        problem,
-        evaluation,
-        problem.cast(evaluation.bank(problem.algorithm.domain, problem.algorithm.domain.num_shots)),
-    )
+    domain = problem.algorithm.domain
+    return problem, evaluation, problem.cast(evaluation.bank(domain, domain.num_shots))
 
 
 def check(experiment: str, device: torch.device, num_tasks: int = 20) -> None:
@@ -123,7 +121,7 @@ def measure(
         shown.append({key: str(value) for key, value in labels.items()})
         shown[-1] |= {"seconds": str(spread), "ratio to loop": str(against)}
         rows.append(labels | {"rounds": rounds, "seconds": spread.median, "min": spread.low, "max": spread.high})
-        rows[-1] |= {"times_loop": against.median, "times_loop_min": against.low, "times_loop_max": against.high}
+        rows[-1] |= csv_cells("times_loop", against)
     return shown, rows
 
 

@@ -23,7 +23,9 @@ from benchmark import (
     PEERS,
     Spread,
     argument_parser,
+    csv_cells,
     describe_conditions,
+    judged,
     markdown_table,
     output_path,
     resident_mib,
@@ -105,14 +107,14 @@ def measure(
             {
                 "implementation": name,
                 "ms": f"{1e3 * spread.median:.4g}" if spread else missing[name],
-                **{f"ratio to {other}": _judged(speeds.get(other), bars.get(other)) for other in OTHERS},
+                **{f"ratio to {other}": judged(speeds.get(other), bars.get(other)) for other in OTHERS},
                 "error": ", ".join(f"{error:.0e}" for error in errors.get(name, [])),
             }
         )
         row: dict[str, Any] = {"experiment": experiment, "implementation": name, "note": missing.get(name, "")}
-        row |= {"rounds": len(seconds.get(name, []))} | _cells("seconds", spread)
+        row |= {"rounds": len(seconds.get(name, []))} | csv_cells("seconds", spread)
         for other in OTHERS:
-            row |= _cells(f"times_{other}", speeds.get(other))
+            row |= csv_cells(f"times_{other}", speeds.get(other))
         row |= dict(zip(("error_float64", "error_float32"), errors.get(name, ("", "")), strict=True))
         rows.append(row)
     lines = [f"## {experiment}", *markdown_table(shown)]
@@ -134,15 +136,6 @@ def measure(
         "",
     ]
     return lines, rows
-
-
-def _judged(ratio: Spread | None, bar: float | None) -> str:
-    return f"{ratio} {verdict(ratio.median, bar)}".rstrip() if ratio else ""
-
-
-def _cells(name: str, spread: Spread | None) -> dict[str, Any]:
-    median, low, high = spread or ("", "", "")
-    return {name: median, f"{name}_min": low, f"{name}_max": high}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

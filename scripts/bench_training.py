@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from benchmark import (
     PEERS,
     Spread,
     argument_parser,
+    csv_cells,
     describe_conditions,
+    judged,
     markdown_table,
     output_path,
     times_as_fast,
@@ -76,26 +78,9 @@ def measure(
             run()
     seconds, without = previous.time_in_turns(runs, options.rounds, OURS, experiment, "iterate")
     missing |= without
-    on_gpu = device.type == "cuda"
-    bars_hold = on_gpu and BARS_GPU in torch.cuda.get_device_name(device)
     shown, rows = [], []
     for name in (*names, PREVIOUS):
-        row: dict[str, Any] = {"experiment": experiment, "implementation": name, "note": missing.get(name, "")}
-        cells = {"implementation": name, "it/s": missing.get(name, "")}
-        speed = Spread.of(1 / value for value in seconds.get(name, []))
-        row |= {"rounds": options.rounds, "iterations_per_second": speed.median} if speed else {}
-        row |= {"min": speed.low, "max": speed.high} if speed else {}
-        bars = {"loop": LOOP_BARS.get(experiment) if bars_hold else None, PREVIOUS: PREVIOUS_BAR}
-        if speed:
-            bar = BARS.get(experiment) if bars_hold and name == OURS else None
-            cells["it/s"] = f"{speed} {verdict(speed.median, bar, ' it/s')}".rstrip()
-        for other, bar in bars.items():
-            against = times_as_fast(seconds[name], seconds[other]) if speed and other in seconds else None
-            judged = verdict(against.median, bar) if against and name == OURS else ""
-            cells[f"ratio to {other}"] = f"{against or ''} {judged}".strip()
-            if against:
-                row |= {f"times_{other}": against.median}
-                row |= {f"times_{other}_min": against.low, f"times_{other}_max": against.high}
+        cells, row = compared(experiment, name, seconds, missing.get(name, ""), device)
         shown.append(cells)
         rows.append(row)
     cost = Cost.of(lambda: ready["loop"].gradient(problem.tasks))
@@ -105,17 +90,40 @@ def measure(
     lines += [f"Floor: {', '.join(f'{key} {value}' for key, value in cost.row(rates).items())}: {1 / floor:,.0f} it/s."]
     if OURS not in ready:
         return lines, rows
-    if on_gpu:
+    if device.type == "cuda":
         computing, count = kernels(runs[OURS], device)
         busy = 100 * computing / Spread.of(seconds[OURS]).median  # type: ignore[union-attr] # there are seconds
         rows[0] |= {"busy_percent": busy, "kernels": count}
-        judged = verdict(busy, BUSY_BARS.get(experiment), " %")
-        lines += [
-            "",
-            f"The GPU computes {busy:.0f} % of the time of ours, {count:,.0f} kernels per iteration. {judged}",
-        ]
+        met = verdict(busy, BUSY_BARS.get(experiment), " %")
+        busy_text = f"The GPU computes {busy:.0f} % of the time of ours, {count:,.0f} kernels per iteration. {met}"
+        lines += ["", busy_text]
     lines += ["", "Where the time of ours goes:", *markdown_table(slowest_operations(runs[OURS], device))]
     return lines, rows
+
+
+def compared(
+    experiment: str, name: str, seconds: Mapping[str, Sequence[float]], note: str, device: torch.device
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns an implementation's row of the table and of the CSV; the note says why it was not measured."""
+    bars_hold = device.type == "cuda" and BARS_GPU in torch.cuda.get_device_name(device)
+    cells = {"implementation": name, "it/s": note}
+    row: dict[str, Any] = {"experiment": experiment, "implementation": name, "note": note}
+    speed = Spread.of(1 / value for value in seconds.get(name, []))
+    if speed:
+        bar = BARS.get(experiment) if bars_hold and name == OURS else None
+        cells["it/s"] = f"{speed} {verdict(speed.median, bar, ' it/s')}".rstrip()
+        row |= {
+            "rounds": len(seconds[name]),
+            "iterations_per_second": speed.median,
+            "min": speed.low,
+            "max": speed.high,
+        }
+    for other, bar in {"loop": LOOP_BARS.get(experiment) if bars_hold else None, PREVIOUS: PREVIOUS_BAR}.items():
+        against = times_as_fast(seconds[name], seconds[other]) if speed and other in seconds else None
+        cells[f"ratio to {other}"] = judged(against, bar if name == OURS else None)
+        if against:
+            row |= csv_cells(f"times_{other}", against)
+    return cells, row
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -178,7 +178,18 @@ def verdict(value: float, bar: float | None, unit: str = "", at_most: bool = Fal
     return f"{'met' if met else 'missed'} ({'<=' if at_most else '>='} {bar:,g}{unit})"
 
 
+def judged(ratio: Spread | None, bar: float | None) -> str:
+    """Returns a ratio and whether it meets its bar, as text; empty without a ratio."""
+    return f"{ratio} {verdict(ratio.median, bar)}".rstrip() if ratio else ""
+
+
 # Writing.
+
+
+def csv_cells(name: str, spread: Spread | None) -> dict[str, Any]:
+    """Returns the three columns of a spread in a CSV; without one, they are empty."""
+    median, low, high = spread or ("", "", "")
+    return {name: median, f"{name}_min": low, f"{name}_max": high}
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> list[str]:

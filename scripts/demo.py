@@ -21,7 +21,7 @@ from maml.paper.figures import DrawnCurve, plot_figure
 from maml.paper.markdown import markdown_table
 from maml.paper.tables import reading_text, verdict
 from maml.record.checkpoint import write_text_atomically
-from maml.record.index import Report
+from maml.record.contents import Report
 from maml.record.run_folder import RunFolder
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

@@ -23,6 +23,7 @@ from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources
 from maml.paper.evidence import Evidence, find_evidence
 from maml.record import checkpoint
+from maml.record.contents import Report
 from maml.record.exported import (
     Entry,
     ExportedFile,
@@ -35,8 +36,7 @@ from maml.record.exported import (
     title,
     write_index,
 )
-from maml.record.index import Report, Run, find_runs
-from maml.record.run_files import read_json
+from maml.record.index import Run, find_runs
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MAX_BYTES = 1_500_000  # largest exported file, because all files are committed
@@ -123,7 +123,7 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
         )
     if not is_large:
         checkpoint.write_atomically(path, lambda file: file.write(content))
-    record = read_json(run.path / "run.json") or {}
+    last = run.record.segments[-1]
     return ExportedFile(
         sha256=hashlib.sha256(content).hexdigest(),
         run=f"{folder.parent.name}/{folder.name}" if is_large else None,
@@ -132,8 +132,8 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
         iteration=report.iteration,
         num_iterations=report.num_iterations,
         execution=saved["execution"],
-        versions=record["segments"][-1]["versions"],
-        hardware=record["segments"][-1]["hardware"],
+        versions=last.versions,
+        hardware=last.hardware.model_dump(exclude_unset=True),
     )
 
 
@@ -154,8 +154,8 @@ def entry(source: Source, steps: Sequence[int], report: Report, file: str) -> En
         evaluation=report.evaluation,
         metric=source.metric,
         num_shots=source.num_shots,
-        step_sizes=report.step_sizes.get(str(source.num_shots)),
-        bank=report.banks[str(source.num_shots)],
+        step_sizes=report.step_sizes.get(source.num_shots),
+        bank=report.banks[source.num_shots],
         readings={step: Reading(mean=curve.steps[step].mean, ci95=curve.steps[step].ci95) for step in steps},
     )
 

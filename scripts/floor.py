@@ -123,8 +123,8 @@ def _profile_calls(run: Callable[[], object], device: torch.device, times: int =
     return profiler
 
 
-def slowest_operations(run: Callable[[], object], device: torch.device, count: int = 6) -> list[dict[str, str]]:
-    """Returns a table of the operations that take the most time, on the device that computes."""
+def slowest_operations(run: Callable[[], object], device: torch.device) -> list[dict[str, str]]:
+    """Returns a table of the six operations that take the most time, on the device that computes."""
     run()
     start = time.perf_counter()
     run()
@@ -140,7 +140,7 @@ def slowest_operations(run: Callable[[], object], device: torch.device, count: i
             "share": f"{getattr(event, kind) / total:.0%}",
             "calls": f"{event.count / times:g}",
         }
-        for event in events[:count]
+        for event in events[:6]
     ]
 
 

@@ -66,31 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         1 if a job failed or a damaged run was left out, 128 + n after signal n, else 0.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", metavar="NAMES", type=_parse_names, help="cells to run, as artifact[/row[/column]], comma-separated"
-    )
-    parser.add_argument("--plan", action="store_true", help="only print the runs and their estimated times")
-    parser.add_argument("--smoke", action="store_true", help="tiny runs in other folders; their numbers mean nothing")
-    parser.add_argument(
-        "--budget",
-        type=_parse_budget,
-        help="time for the runs, as 90s, 8m or 1h30m: those that complete most of the paper per hour come first, and "
-        "unfinished ones are saved before it ends",
-    )
-    parser.add_argument("--wandb", action="store_true", help="mirror runs to Weights & Biases, grouped by table")
-    parser.add_argument(
-        "--jobs", type=int, help="most jobs at once (default: one per GPU; without GPU, as many as fit on the cores)"
-    )
-    parser.add_argument(
-        "--seeds", type=_parse_seeds, default=[0], help="seeds of each experiment, comma-separated (default: 0)"
-    )
-    parser.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), help="folder in which run folders are made (default: runs)"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of cells.yaml, and of the output (default: results)"
-    )
+    parser = _parser()
     options = parser.parse_args(arguments)
     if options.jobs is not None and options.jobs < 1:
         parser.error("--jobs: give 1 or more")
@@ -126,6 +102,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.Signals[stopped_by]
     rendered = render(roots, results, options.smoke)
     return int(bool(failed) or not all_succeeded or not rendered)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", metavar="NAMES", type=_parse_names, help="cells to run, as artifact[/row[/column]], comma-separated"
+    )
+    parser.add_argument("--plan", action="store_true", help="only print the runs and their estimated times")
+    parser.add_argument("--smoke", action="store_true", help="tiny runs in other folders; their numbers mean nothing")
+    parser.add_argument(
+        "--budget",
+        type=_parse_budget,
+        help="time for the runs, as 90s, 8m or 1h30m: those that complete most of the paper per hour come first, and "
+        "unfinished ones are saved before it ends",
+    )
+    parser.add_argument("--wandb", action="store_true", help="mirror runs to Weights & Biases, grouped by table")
+    parser.add_argument(
+        "--jobs", type=int, help="most jobs at once (default: one per GPU; without GPU, as many as fit on the cores)"
+    )
+    parser.add_argument(
+        "--seeds", type=_parse_seeds, default=[0], help="seeds of each experiment, comma-separated (default: 0)"
+    )
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), help="folder in which run folders are made (default: runs)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of cells.yaml, and of the output (default: results)"
+    )
+    return parser
 
 
 def _parse_names(text: str) -> list[str]:

@@ -41,18 +41,9 @@ from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.paper.evidence import Evidence, find_evidence, samples
 from maml.record import checkpoint
 from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval
+from maml.record.contents import CurveRecord, Report, StepRecord
 from maml.record.frame import UNKNOWN, run_frame, setting
-from maml.record.index import (
-    SUPERSEDED,
-    CurveRecord,
-    Report,
-    Run,
-    StepRecord,
-    conflicts_among,
-    read_run,
-    read_runs,
-    supersede,
-)
+from maml.record.index import SUPERSEDED, Run, conflicts_among, read_run, read_runs, supersede
 from maml.record.lock import acquire
 from maml.record.run_files import read_json
 from maml.record.style import step_label
@@ -234,7 +225,8 @@ def _run_row(run: Run) -> dict[str, Any]:
 def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
     headline = ""
     if row["metric"]:
-        headline = f"{row['metric']} {_row_reading(row)} ({_where(row)}, n={row['num_tasks']})"
+        reading = reading_text(row["mean"], row["ci95"], row["num_tasks"])
+        headline = f"{row['metric']} {reading} ({_where(row)}, n={row['num_tasks']})"
         if row["evaluated_at"] != row["iteration"]:
             headline += f" at {row['evaluated_at']:,}"
     return {
@@ -257,10 +249,6 @@ def _where(row: Mapping[str, Any]) -> str:
 def _number(step: int, report: Report) -> str:
     """Returns the number of a step; by showing, its name, because showings count from 1."""
     return step_label(step, report.measured_by) if report.measured_by == "showing" else str(step)
-
-
-def _row_reading(row: Mapping[str, Any]) -> str:
-    return reading_text(row["mean"], row["ci95"], row["num_tasks"])
 
 
 def _step_reading(step: StepRecord) -> str:
@@ -464,7 +452,6 @@ def _difference_rows(a: Run, b: Run, a_curve: CurveRecord, b_curve: CurveRecord)
     """Returns one row per common step: both means, and their difference with its interval or why there is none."""
     assert a.report is not None
     assert b.report is not None
-    bank = str(a_curve.num_shots)
     source = Source(a.experiment, a_curve.metric, a_curve.num_shots)
     rows = []
     for first, second in zip(a_curve.steps, b_curve.steps, strict=False):
@@ -480,7 +467,7 @@ def _difference_rows(a: Run, b: Run, a_curve: CurveRecord, b_curve: CurveRecord)
         if first.mean is not None and second.mean is not None:
             row["B - A"] = f"{second.mean - first.mean:+.4g}"
             try:
-                if a.report.banks[bank] != b.report.banks[bank]:
+                if a.report.banks[a_curve.num_shots] != b.report.banks[a_curve.num_shots]:
                     raise MamlError("their task banks are different")
                 low, high = paired_interval(*(run.per_task(source, first.step) for run in (a.report, b.report)))
                 row["95 % interval"] = f"{low:+.4g} to {high:+.4g}"

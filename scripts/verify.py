@@ -26,10 +26,11 @@ from maml.algorithm.base import Algorithm
 from maml.config.identity import differences, digest, evaluation_config, training_config
 from maml.config.paths import CHECKPOINTS
 from maml.config.schema import Settings, build
+from maml.curve import Curve
 from maml.domain.classification import FewShotClassification
 from maml.domain.omniglot_sequence import OmniglotSequence
 from maml.errors import MamlError
-from maml.evaluation import Curve, Evaluation, bank_hash
+from maml.evaluation import Evaluation, bank_hash
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.hardware.precision import use_precision

@@ -69,6 +69,14 @@ def _skip_flushing_and_drawing() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Computes in float64, in which gradients are compared."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One image cache for all tests, because building one takes seconds; its mini-ImageNet is synthetic."""

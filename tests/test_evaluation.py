@@ -12,12 +12,13 @@ import torch
 from maml.algorithm.maml import MAML
 from maml.config.identity import digest, evaluation_config
 from maml.config.schema import build
+from maml.curve import per_task_rows
 from maml.domain.base import Domain, Metrics
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid
 from maml.domain.sinusoid_sequence import SinusoidSequence
 from maml.errors import MamlError
-from maml.evaluation import Curve, Evaluation, StepSizeSearch, bank_hash, per_task_rows
+from maml.evaluation import Evaluation, StepSizeSearch, bank_hash
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.inner.sgd import SGD
@@ -120,25 +121,6 @@ def test_curve_equals_adaptation_by_hand() -> None:
             }
 
 
-def test_interval_is_the_authors() -> None:
-    values = torch.tensor([[1.0, 2.0, 6.0], [1.0, math.inf, 1.0]], dtype=torch.float64)
-    first, diverged = Curve(5, "mse", values).summary()["steps"]
-    population_std = math.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 3)
-    assert first["mean"] == pytest.approx(3.0)
-    assert first["ci95"] == pytest.approx(1.96 * population_std / math.sqrt(3))
-    assert first["num_tasks"] == 3
-    assert diverged["mean"] is None
-    assert diverged["ci95"] is None
-
-
-def test_per_task_rows_hold_every_value() -> None:
-    rows = per_task_rows([Curve(5, "mse", torch.tensor([[1.0, 2.0], [3.0, 4.0]]))])
-    assert rows == [
-        {"num_shots": 5, "metric": "mse", "task": 0, "step_0": 1.0, "step_1": 3.0},
-        {"num_shots": 5, "metric": "mse", "task": 1, "step_0": 2.0, "step_1": 4.0},
-    ]
-
-
 class ByShowing(Sinusoid):
     """Measures three showings: the task's amplitude, its phase in every other task, and its phase in none."""
 
@@ -172,13 +154,6 @@ def test_curve_by_showing_comes_from_one_pass_and_leaves_out_tasks_without_it(ch
     rows = per_task_rows([curve])
     assert [row["step_1"] is None for row in rows] == (everything <= 0).tolist()
     assert all(row["step_2"] is None for row in rows)
-
-
-def test_per_task_rows_of_several_shots_by_showing_have_the_same_columns() -> None:
-    curves = [Curve(shots, "accuracy", torch.full((shots, 2), 0.5), measured_by="showing") for shots in (1, 3)]
-    first, _, last, _ = per_task_rows(curves)
-    assert list(first) == list(last) == ["num_shots", "metric", "task", "step_0", "step_1", "step_2"]
-    assert (first["step_0"], first["step_1"], last["step_2"]) == (0.5, None, 0.5)
 
 
 def test_gradient_steps_are_refused_by_showing() -> None:

@@ -57,5 +57,5 @@ def test_every_module_with_behaviour_has_tests_in_the_same_place() -> None:
 
 def test_tests_are_of_a_module_or_say_of_what() -> None:
     of_modules = {mirrored(module) for module in MODULES}
-    others = {test for test in TESTS - of_modules if not test.startswith(("scripts/", "docs/"))}
+    others = {test for test in TESTS - of_modules if not test.startswith(OTHER_FOLDERS)}
     assert others == set(OF_NO_MODULE), "move the file to where its module is, or mend the list above"

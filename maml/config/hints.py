@@ -55,55 +55,74 @@ def explain_override_error(arguments: Sequence[str]) -> bool:
 
 
 def _override_errors(arguments: Sequence[str]) -> list[str]:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-
     experiments = {path.stem for path in CONF.glob("experiment/*.yaml")}
     lines = [f"{word}: did you mean +experiment={word}?" for word in arguments if word in experiments]
     folders = [CONF, *_config_dirs(arguments)]
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    chosen = []  # the groups' options; of those to sweep over, the first
+    known = _known_keys([override for override in overrides if _is_group(override)], folders)
     for override in overrides:
         name = override.partition("=")[0]
-        if name.lstrip("+") and (CONF / name.lstrip("+")).is_dir():
-            chosen += [f"{name}={choice}" for choice in _choices(override, folders)[:1]]
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            known = hydra_compose("config", chosen)
-    except (HydraException, ValueError):  # the latter for a group=null
-        known = None
-    for override in overrides:
-        name, _, value = override.partition("=")
         if not name.lstrip("+"):
             lines.append(f"{override}: there is no key before the =")
-            continue
-        group = CONF / name.lstrip("+")
-        if group.is_dir():
-            options = _options(group.name, folders)
-            for choice in _choices(override, folders):
-                if choice in options:
-                    continue
-                hint = near_miss(choice, options)
-                if group.name == "experiment":  # there are too many to list
-                    similar = _similar(choice, options)
-                    hint = f"{f': {similar}' if similar else ';'} `maml list` says what each experiment is"
-                lines.append(f"{name}={choice}: no such file in conf/{group.name}/{hint}")
-            if group.name in ("launcher", "sweeper") and (group / f"{value}.yaml").exists():
-                lines += _missing_plugin(group / f"{value}.yaml")
-                if value == "slurm" and shutil.which("srun") is None:
-                    lines.append(
-                        "launcher=slurm: this machine has no SLURM (srun not found); launcher=slurm_local needs none"
-                    )
-        elif known is not None and not name.startswith(("+", "~", "hydra")):
-            *parents, last = name.split(".")
-            if last.startswith("_"):
-                continue
-            node = OmegaConf.select(known, ".".join(parents)) if parents else known
-            if isinstance(node, DictConfig) and last not in list(node):  # `in node` is False for keys without a value
-                keys = [str(key) for key in node if not str(key).startswith("_")]
-                lines.append(f"{name} is not a key{near_miss(last, keys, ''.join(p + '.' for p in parents))}")
+        elif _is_group(override):
+            lines += _option_errors(override, folders)
+        elif known is not None:
+            lines += _key_errors(name, known)
     return lines
+
+
+def _is_group(override: str) -> bool:
+    name = override.partition("=")[0].lstrip("+")
+    return bool(name) and (CONF / name).is_dir()
+
+
+def _known_keys(groups: Sequence[str], folders: Sequence[Path]) -> DictConfig | None:
+    """Returns a config with all keys that exist if these options are chosen; None if they do not fit together."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+
+    chosen = []  # of options to sweep over, the first
+    for override in groups:
+        name = override.partition("=")[0]
+        chosen += [f"{name}={choice}" for choice in _choices(override, folders)[:1]]
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra_compose("config", chosen)
+    except (HydraException, ValueError):  # the latter for a group=null
+        return None
+
+
+def _option_errors(override: str, folders: Sequence[Path]) -> list[str]:
+    """Says which options of ``group=option`` are no files, and what the machine lacks for one that is."""
+    name, _, value = override.partition("=")
+    group, lines = CONF / name.lstrip("+"), []
+    options = _options(group.name, folders)
+    for choice in _choices(override, folders):
+        if choice in options:
+            continue
+        hint = near_miss(choice, options)
+        if group.name == "experiment":  # there are too many to list
+            similar = _similar(choice, options)
+            hint = f"{f': {similar}' if similar else ';'} `maml list` says what each experiment is"
+        lines.append(f"{name}={choice}: no such file in conf/{group.name}/{hint}")
+    if group.name in ("launcher", "sweeper") and (group / f"{value}.yaml").exists():
+        lines += _missing_plugin(group / f"{value}.yaml")
+        if value == "slurm" and shutil.which("srun") is None:
+            lines.append("launcher=slurm: this machine has no SLURM (srun not found); launcher=slurm_local needs none")
+    return lines
+
+
+def _key_errors(name: str, known: DictConfig) -> list[str]:
+    """Says that a key does not exist where others do; keys that may be added are not judged."""
+    *parents, last = name.split(".")
+    if name.startswith(("+", "~", "hydra")) or last.startswith("_"):
+        return []
+    node = OmegaConf.select(known, ".".join(parents)) if parents else known
+    if not isinstance(node, DictConfig) or last in list(node):  # `in node` is False for keys without a value
+        return []
+    keys = [str(key) for key in node if not str(key).startswith("_")]
+    return [f"{name} is not a key{near_miss(last, keys, ''.join(p + '.' for p in parents))}"]
 
 
 def _options(group: str, folders: Sequence[Path]) -> list[str]:

@@ -9,7 +9,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -150,13 +150,10 @@ def _option(path: Path, group: str) -> Option:
     keys: list[Key] = []
     target = ""
     if not group:
-        keys = list(_keys(Settings, "", entries, set()))
-        for part in PARTS:
-            choice = file.choices.get(part)
-            keys = [
-                _replace_type_and_value(key, part, f"one of conf/{part}/", choice) if key.name == part else key
-                for key in keys
-            ]
+        for key in _keys(Settings, "", entries, set()):
+            if key.name in PARTS:
+                key = replace(key, type=f"one of conf/{key.name}/", range="", value=file.choices.get(key.name))
+            keys.append(key)
     elif group in PARTS and f"{group}._target_" in entries:
         target = entries[f"{group}._target_"].value
         keys = list(_keys(locate(target), f"{group}.", entries, SUPPLIED.get(group, set())))
@@ -169,10 +166,6 @@ def _option(path: Path, group: str) -> Option:
     ]
     name = f"{path.parent.name}/{path.name}" if group else path.name
     return Option(group, path.stem, name, file.header, file.summary, target, tuple(keys), tuple(settings))
-
-
-def _replace_type_and_value(key: Key, name: str, type_: str, value: str | None) -> Key:
-    return Key(name, type_, "", key.default, value, key.meaning)
 
 
 def _keys(target: Any, prefix: str, entries: Mapping[str, Entry], supplied: set[str]) -> Iterator[Key]:

@@ -42,16 +42,13 @@ def code_hashes(settings: Settings) -> dict[str, str]:
     config = {part: getattr(settings, part) for part in TRAINING_PARTS}
     hashes = {}
     for key, name, _ in named_modules(config):
-        module = _module_of_class(name) if key.endswith("_target_") else _module_of_environment(name)
+        is_class = key.endswith("_target_")
+        module = inspect.getmodule(locate_callable(name)) if is_class else _module_of_environment(name)
         if module is not None and module.__name__.partition(".")[0] not in _RECORDED:
             parts = sorted(set(_parsed(module)))
             if parts:
                 hashes[name] = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
     return hashes
-
-
-def _module_of_class(name: str) -> ModuleType | None:
-    return inspect.getmodule(locate_callable(name))
 
 
 def _module_of_environment(env_id: str) -> ModuleType | None:

@@ -9,6 +9,7 @@ from typing import Any
 from maml.config.identity import digest, without_keys
 from maml.errors import MamlError
 from maml.logger.base import Logger
+from maml.record.contents import Report, RunRecord
 from maml.record.gallery import report_pictures
 from maml.record.lock import is_held
 from maml.record.run_files import read_config, read_json, read_metrics, report_paths
@@ -44,14 +45,14 @@ def mirror(folder: Path, logger: Logger, files_dir: Path | None = None) -> int:
     """
     files_dir = files_dir or folder
     config = read_config(folder / "config.yaml")
-    sent = int(replay(folder, logger, config, read_json(folder / "report.json"), files_dir=files_dir))
+    sent = int(replay(folder, logger, config, read_json(folder / "report.json", Report), files_dir=files_dir))
     _check_complete(logger, folder)
     _, *others = report_paths(folder)
     for path in others:
         evaluation = path.parent
         own_config = {**read_config(evaluation / "config.yaml"), "mode": "eval"}
         own_files = files_dir / evaluation.relative_to(folder)
-        sent += replay(folder, logger, own_config, read_json(path), files_dir=own_files, with_training=False)
+        sent += replay(folder, logger, own_config, read_json(path, Report), files_dir=own_files, with_training=False)
         _check_complete(logger, evaluation)
     return sent
 
@@ -87,7 +88,7 @@ def replay(
     Raises:
         MamlError: if the run has not ended, or a file is missing or damaged.
     """
-    record = read_json(folder / "run.json")
+    record = read_json(folder / "run.json", RunRecord)
     if record is None:
         raise MamlError(f"{folder} is no run folder: it has no run.json")
     if record["status"] == "running" and is_held(folder / "lock"):

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
-from maml.errors import MamlError
+from maml.errors import MamlError, first_line
 from maml.hardware.precision import autocast
 from maml.model import trial
 from maml.model.base import Model
@@ -148,7 +148,7 @@ class ModuleModel(Model):
                 warnings.filterwarnings("error", _SLOW_RULE)
                 self(theta, self._example)
         except Exception as error:
-            reason = trial.first_line(error).partition(". ")[0]
+            reason = first_line(error).partition(". ")[0]
             _announce_once(
                 f"model.module computes one task at a time, which is slower: torch.func.vmap fails on it ({reason})"
             )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maml.errors import MamlError
+from maml.errors import MamlError, first_line
 from maml.seeding import Stream
 from maml.types import Params
 
@@ -278,11 +278,6 @@ def _tensors(net: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _title(name: str, layer: nn.Module) -> str:
     return f"{name}, {type(layer).__name__}" if name else type(layer).__name__
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error, or its name if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _equal(one: Tensor, other: Tensor, tolerance: float) -> bool:

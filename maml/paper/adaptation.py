@@ -55,7 +55,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
         tasks["support_x"] = tasks["support_x"].abs()
     grid = torch.linspace(-5, 5, _NUM_INPUTS).reshape(1, -1, 1)
     tasks["query_x"] = torch.cat([grid, tasks["support_x"]], dim=1)
-    step_sizes = evidence.evaluated[0][1].step_sizes.get(str(num_shots))
+    step_sizes = evidence.evaluated[0][1].step_sizes.get(num_shots)
     adapted = list(algorithm.adapt(algorithm.params_per_task(1), tasks, max(STEPS), step_sizes))
     x, truth, _ = domain.data(tasks, "query")
     columns = {"x": x, "truth": truth} | {f"step_{step}": model(adapted[step], x) for step in STEPS}
@@ -122,7 +122,7 @@ def plot_picture(picture: Picture, panels: Sequence[tuple[Panel, Evidence, list[
 
 def _heading(panel: Panel, evidence: Evidence) -> str:
     """Returns a column's heading, with the step size if it was chosen for the evaluation, as in the paper."""
-    sizes = evidence.evaluated[0][1].step_sizes.get(str(panel.source.num_shots)) if evidence.evaluated else None
+    sizes = evidence.evaluated[0][1].step_sizes.get(panel.source.num_shots) if evidence.evaluated else None
     return f"{panel.label}\nstep size {sizes[0]:g}" if sizes and len(set(sizes)) == 1 else panel.label
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from maml.errors import MamlError
-from maml.record.index import Source
+from maml.record.contents import Source
 from maml.types import MeasuredBy
 
 # Keys of a line in cells.yaml that are not fields of its `Source`.

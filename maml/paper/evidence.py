@@ -14,7 +14,8 @@ from maml.config.identity import evaluation_config, training_config, without_key
 from maml.config.names import locate
 from maml.config.schema import Settings
 from maml.errors import MamlError
-from maml.record.index import Report, Run, Source, conflicts_among
+from maml.record.contents import Report, Source
+from maml.record.index import Run, conflicts_among
 from maml.record.statistics import Statistics, combine
 from maml.types import MeasuredBy
 
@@ -111,7 +112,7 @@ class Evidence:
         Raises:
             MamlError: if the values of a run are missing or damaged.
         """
-        if len({report.banks[str(source.num_shots)] for _, report in self.evaluated}) != 1:
+        if len({report.banks[source.num_shots] for _, report in self.evaluated}) != 1:
             return None
         return np.stack([report.per_task(source, step) for _, report in self.evaluated])
 
@@ -178,6 +179,6 @@ def provenance(source: Source | None, evidence: Evidence) -> dict[str, Any]:
             "commit": ", ".join(dict.fromkeys(part.commit_name for run in runs for part in run.record.segments)),
             "hardware": "; ".join(dict.fromkeys(part.machine for run in runs for part in run.record.segments)),
             "run_id": " ".join(dict.fromkeys(report.run_id for report in reports)),
-            "task_bank": " ".join(dict.fromkeys(report.banks[str(source.num_shots)] for report in reports)),
+            "task_bank": " ".join(dict.fromkeys(report.banks[source.num_shots] for report in reports)),
         }
     return values

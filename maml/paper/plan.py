@@ -19,7 +19,8 @@ from maml.config.schema import Settings, build, build_without_data
 from maml.errors import MamlError, Unavailable
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.record import checkpoint
-from maml.record.index import SUPERSEDED, HardwareRecord, Run, read_run
+from maml.record.contents import HardwareRecord
+from maml.record.index import SUPERSEDED, Run, read_run
 from maml.record.lock import is_held
 from maml.record.run_folder import RunFolder
 

@@ -255,21 +255,20 @@ def table_markdown(table: Table, comparisons: Sequence[Comparison]) -> str:
     return "\n".join([*lines, "", *_NOTES, ""])
 
 
-def headline_markdown(comparisons: Iterable[Comparison], notes: str) -> str:
-    """Returns a table of all numbers that have been run, for the top of the README.
+def headline_markdown(comparisons: Iterable[Comparison]) -> str:
+    """Returns a table of all numbers that have been run, for ``results/tables.md``.
 
     A number that two tables print has one line.
 
     Args:
         comparisons: the comparisons of all cells.
-        notes: path of ``results/notes.md`` for the reader.
     """
     rows, shown = [], set()
     for comparison in comparisons:
         number = comparison.cell.source, comparison.cell.step
         if comparison.ours and number not in shown:
             shown.add(number)
-            row, column, paper, ours, status, runs, *_, command = _markdown_row(comparison, notes)
+            row, column, paper, ours, status, runs, *_, command = _markdown_row(comparison, "notes.md")
             rows.append((f"{comparison.cell.table}/{row}/{column}", paper, ours, status, runs, command))
     header = ("cell", "paper", "ours, 95 % interval", "status", "runs", "command")
     return "\n".join(markdown_table(header, rows))

@@ -64,7 +64,7 @@ def panel_rows(picture: Picture, panel: Panel, evidence: Evidence) -> list[dict[
     theta = evaluation.choose_theta(algorithm)
     # The rollouts to a goal do not depend on the other goals of the bank.
     tasks = take(evaluation.bank(domain, source.num_shots), panel.task, panel.task + 1)
-    step_sizes = report.step_sizes.get(str(source.num_shots))
+    step_sizes = report.step_sizes.get(source.num_shots)
     for step, _ in enumerate(algorithm.adapt(algorithm.params_per_task(1, theta), tasks, max(STEPS), step_sizes)):
         rollouts = domain.data(tasks, "query", step)
         ours, reported = rollouts.returns.item(), report.per_task(source, step)[panel.task]

@@ -12,7 +12,7 @@ from maml.config.paths import RESULTS
 from maml.config.schema import Settings
 from maml.paper.cells import Source, load_tables
 from maml.paper.tables import reading_text, verdict
-from maml.record.index import Report
+from maml.record.contents import Report
 from maml.record.report import Judgement
 
 

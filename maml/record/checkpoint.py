@@ -14,7 +14,7 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
-from maml.errors import MamlError
+from maml.errors import MamlError, first_line
 
 _FORMAT = "maml checkpoint 1"
 # Names of groups of tensors in older files, and their names today.
@@ -154,7 +154,7 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:
         older = previous_path(path)
         advice = f"; the previous one is {older}: rename it to {path.name} to resume from it" if older.exists() else ""
-        raise MamlError(f"{path} is damaged or not a checkpoint ({_first_line(error)}){advice}") from error
+        raise MamlError(f"{path} is damaged or not a checkpoint ({first_line(error)}){advice}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise MamlError(f"{path} is not a checkpoint of this project: its format is not {_FORMAT!r}")
     state = content.get("state", {})
@@ -176,7 +176,3 @@ def newest(path: Path) -> Path | None:
     """
     candidates = (path, _fresh_path(path), previous_path(path))
     return next((candidate for candidate in candidates if candidate.exists()), None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

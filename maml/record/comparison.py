@@ -10,7 +10,8 @@ import numpy as np
 
 from maml.config.identity import digest, without_keys
 from maml.errors import MamlError
-from maml.record.index import Report, Run, Source
+from maml.record.contents import Report, Source
+from maml.record.index import Run
 from maml.record.style import step_label
 
 RESAMPLES = 10_000
@@ -55,7 +56,7 @@ class Tested:
     @property
     def bank(self) -> str:
         """The hash of the bank."""
-        return self.runs[0][1].banks[str(self.num_shots)]
+        return self.runs[0][1].banks[self.num_shots]
 
     @property
     def is_complete(self) -> bool:
@@ -97,8 +98,8 @@ def groups_on_the_same_tasks(runs: Iterable[Run]) -> list[list[Tested]]:
     for run in runs:
         newest: dict[tuple[str, int, str], Report] = {}
         for report in sorted(run.reports, key=lambda each: -each.iteration):
-            for k, bank in report.banks.items():
-                newest.setdefault((run.record.training["domain._target_"], int(k), bank), report)
+            for num_shots, bank in report.banks.items():
+                newest.setdefault((run.record.training["domain._target_"], num_shots, bank), report)
         for place, report in newest.items():
             banks.setdefault(place, {}).setdefault(_settings_but_seed(run, report), []).append((run, report))
     groups = []

@@ -12,7 +12,7 @@ import safetensors.torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 
 from maml.algorithm.base import Algorithm
@@ -22,7 +22,7 @@ from maml.config.paths import CONF
 from maml.config.schema import TRAINING_PARTS, Settings, check
 from maml.errors import MamlError
 from maml.record import checkpoint
-from maml.record.run_files import read_checkpoint, read_json
+from maml.record.run_files import read, read_checkpoint
 from maml.types import Params
 
 _GROUPS = ("theta", "buffers", "best")
@@ -86,12 +86,7 @@ def read_index(folder: Path) -> Index:
         MamlError: if the file is damaged.
     """
     path = folder / "index.json"
-    try:
-        index = Index.model_validate(read_json(path) or {})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise MamlError(f"{path} is damaged ({where}: {first['msg']}); restore it") from error
+    index = read(path, Index) or Index()
     if unlisted := {entry.file for entry in index.cells.values()} - index.files.keys():
         raise MamlError(f"{path} is damaged (files has no entry {min(unlisted)}); restore it")
     return index

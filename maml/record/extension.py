@@ -12,6 +12,7 @@ from typing import Any
 
 from maml.errors import MamlError
 from maml.record import checkpoint
+from maml.record.contents import RunRecord
 from maml.record.index import SUPERSEDED
 from maml.record.provenance import changed_since
 from maml.record.run_files import read_checkpoint, read_json, read_metrics
@@ -44,7 +45,8 @@ def extend_finished_run(folder: RunFolder) -> Path | None:
         staging.mkdir(parents=True)
         # The last iteration of a run is logged in any case; this one would not have been.
         done = saved["iteration"]
-        regular = lines if done % _log_every(record) == 0 else [line for line in lines if line["iteration"] < done]
+        is_regular = done % record["segments"][-1].get("log_every", 1) == 0
+        regular = lines if is_regular else [line for line in lines if line["iteration"] < done]
         (staging / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in regular))
         own = {"experiment": folder.experiment, "run_id": folder.run_id, "training": folder.training_config}
         checkpoint.save(staging / "checkpoint.pt", saved | own)
@@ -68,8 +70,11 @@ def _finished_part(
     other: Path, folder: RunFolder
 ) -> tuple[Path, dict[str, Any], dict[str, Any], list[dict[str, Any]]] | None:
     """Returns the folder, record, checkpoint and metrics of a run that this one can go on from; None for others."""
-    record = _readable(other)
-    if record is None or record.get("status") != "finished" or (other / SUPERSEDED).exists():
+    try:
+        record = read_json(other / "run.json", RunRecord)
+    except MamlError:  # damaged; its own command says so
+        return None
+    if record is None or record["status"] != "finished" or (other / SUPERSEDED).exists():
         return None
     training: Mapping[str, Any] = record["training"]
     ours = folder.training_config
@@ -91,15 +96,3 @@ def _finished_part(
     except MamlError:  # damaged; its own command says so
         return None
     return (other, record, saved, lines) if (saved["iteration"], saved["training"]) == (done, training) else None
-
-
-def _readable(other: Path) -> dict[str, Any] | None:
-    try:
-        record = read_json(other / "run.json")
-    except MamlError:
-        return None
-    return record if record and isinstance(record.get("training"), dict) else None
-
-
-def _log_every(record: Mapping[str, Any]) -> int:
-    return int(record["segments"][-1].get("log_every", 1)) if record["segments"] else 1

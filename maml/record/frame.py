@@ -13,7 +13,8 @@ from maml.config.identity import digest
 from maml.config.names import locate
 from maml.config.schema import Settings
 from maml.errors import MamlError
-from maml.record.index import Report, Run
+from maml.record.contents import Report
+from maml.record.index import Run
 
 UNKNOWN = Parameter.empty
 NUMBER = ["folder", "metric", "num_shots", "step"]

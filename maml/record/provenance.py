@@ -17,10 +17,17 @@ from maml.config.paths import IN_CLONE, ROOT
 from maml.config.schema import Settings
 from maml.config.source import changed_code, code_hashes
 from maml.hardware import distributed
-from maml.record.run_files import check_entries, read_json
+from maml.record.contents import Content, RunRecord
+from maml.record.run_files import read
 
 _PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "gymnasium", "mujoco")
-_BUNDLE: dict[str, Any] = {"commit": str, "files": dict}
+
+
+class _Bundle(Content):
+    """The content of a bundle's ``bundle.json``; the hashes of its files are those of git."""
+
+    commit: str
+    files: dict[str, str]
 
 
 def versions() -> dict[str, str]:
@@ -75,12 +82,11 @@ def commit() -> dict[str, Any]:
 
 def _bundled_commit() -> dict[str, Any]:
     """Does for the files of a bundle (scripts/bundle.py), by their hashes, what `commit` does for a clone."""
-    bundle = read_json(ROOT / "bundle.json")
+    bundle = read(ROOT / "bundle.json", _Bundle)
     if bundle is None:
         return {"commit": None, "dirty": None}
-    check_entries(ROOT / "bundle.json", bundle, _BUNDLE)
-    dirty = any(_blob_hash(ROOT / name) != recorded for name, recorded in bundle["files"].items())
-    return {"commit": bundle["commit"], "dirty": dirty}
+    dirty = any(_blob_hash(ROOT / name) != recorded for name, recorded in bundle.files.items())
+    return {"commit": bundle.commit, "dirty": dirty}
 
 
 def _blob_hash(path: Path) -> str:
@@ -105,10 +111,11 @@ def changed_since(folder: Path, settings: Settings, data_digest: str | None = No
     """
     earlier: dict[str, str] = {}
     earlier_data = data_digest
-    for segment in (read_json(folder / "run.json") or {}).get("segments", ()):
-        earlier_data = segment.get("data", earlier_data)
-        if _minor(segment.get("versions", {}).get("python", "")) == _minor(platform.python_version()):
-            earlier |= segment.get("code", {})
+    record = read(folder / "run.json", RunRecord)
+    for segment in record.segments if record else ():
+        earlier_data = segment.data or earlier_data
+        if _minor(segment.versions.get("python", "")) == _minor(platform.python_version()):
+            earlier |= segment.code
     names = changed_code(earlier, code_hashes(settings)) if earlier else []
     changes = [f"the code of {', '.join(names)} has changed"] if names else []
     if data_digest and earlier_data != data_digest:

@@ -4,54 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from maml.errors import MamlError
 from maml.record import checkpoint
+from maml.record.contents import Report, SavedTraining
 
 LOG = logging.getLogger(__name__)
 
-# The entries that are read from each file, and their types.
-_RECORD: dict[str, Any] = {
-    "run_id": str,
-    "experiment": str,
-    "status": str,
-    "seconds": float,
-    "training": dict,
-    "segments": list,
-}
-_SEGMENT: dict[str, Any] = {"seconds": float, "first_iteration": int, "last_iteration": int}
-_REPORT: dict[str, Any] = {
-    "run_id": str,
-    "experiment": str,
-    "iteration": int,
-    "num_iterations": int,
-    "evaluation": dict,
-    "headline": float | None,
-    "headline_metric": str,
-    "curves": list,
-}
-_CURVE: dict[str, Any] = {"metric": str, "num_shots": int, "steps": list}
-_STEP: dict[str, Any] = {"step": int, "mean": float | None, "ci95": float | None, "num_tasks": int}
-_CHECKPOINT: dict[str, Any] = {
-    "experiment": str,
-    "training": dict,
-    "iteration": int,
-    "execution": dict,
-    "state": dict,
-    "run_id": str,
-}
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON file with an object; returns None if it does not exist.
+def read_json(path: Path, schema: type[BaseModel] | None = None) -> dict[str, Any] | None:
+    """Reads a JSON file with an object, as it is; returns None if it does not exist.
+
+    Args:
+        path: the file.
+        schema: what the object has to fulfil; entries that it does not name are kept.
 
     Raises:
-        MamlError: if the file is damaged, cannot be read, or does not hold an object.
+        MamlError: if the file is damaged, cannot be read, or does not hold such an object.
     """
     try:
         content = json.loads(path.read_text())
@@ -65,7 +42,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise _damaged(path, str(error)) from error
     if not isinstance(content, dict):
         raise _damaged(path, f"it holds a {type(content).__name__}, not an object")
+    if schema is not None:
+        validated(path, content, schema)
     return content
+
+
+def read(path: Path, schema: type[Schema]) -> Schema | None:
+    """Reads a JSON file as an object of a schema; returns None if it does not exist.
+
+    Raises:
+        MamlError: as `read_json`.
+    """
+    content = read_json(path)
+    return None if content is None else validated(path, content, schema)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -82,34 +71,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise MamlError(f"{path} is damaged: it is no mapping of settings; restore it")
     return config
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Reads a ``run.json``; returns None if it does not exist.
-
-    Raises:
-        MamlError: if it is damaged.
-    """
-    record = read_json(path)
-    if record is not None:
-        check_entries(path, record, _RECORD)
-        _check_list(path, record["segments"], _SEGMENT, "segments")
-    return record
-
-
-def read_report(path: Path) -> dict[str, Any] | None:
-    """Reads a ``report.json``; returns None if it does not exist.
-
-    Raises:
-        MamlError: if it is damaged.
-    """
-    report = read_json(path)
-    if report is not None:
-        check_entries(path, report, _REPORT)
-        _check_list(path, report["curves"], _CURVE, "curves")
-        for number, curve in enumerate(report["curves"]):
-            _check_list(path, curve["steps"], _STEP, f"curves[{number}].steps")
-    return report
 
 
 def report_paths(folder: Path) -> list[Path]:
@@ -133,7 +94,7 @@ def find_report(
     """
     found = []
     for path in report_paths(folder):
-        report = read_report(path)
+        report = read_json(path, Report)
         if report is None or report["evaluation"] != evaluation or report["run_id"] != run_id:
             continue
         if report["iteration"] == report["num_iterations"]:
@@ -150,7 +111,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         MamlError: if it does not exist, is damaged, or lacks an entry.
     """
     saved = checkpoint.load(path)
-    check_entries(path, saved, _CHECKPOINT)
+    validated(path, saved, SavedTraining)
     return saved
 
 
@@ -233,33 +194,30 @@ def refuse_folders(folder: Path, names: Iterable[str]) -> None:
             raise _in_the_way(folder / name)
 
 
-def check_entries(path: Path, content: Any, entries: Mapping[str, Any], where: str = "") -> None:
-    """Checks that an object in a file has these entries.
-
-    Args:
-        path: the file.
-        content: what was read.
-        entries: type of each entry, by name; float allows int too.
-        where: name of the object in the file; empty is the whole file.
+def validated(path: Path, content: Any, schema: type[Schema]) -> Schema:
+    """Returns what was read from a file as an object of a schema.
 
     Raises:
-        MamlError: if it is no object, or lacks an entry or has one of another type.
+        MamlError: names the first entry that is missing or wrong.
     """
-    if not isinstance(content, dict):
-        raise _damaged(path, f"{where} is not an object")
-    for name, kind in entries.items():
-        if name not in content:
-            raise _damaged(path, f"{where}{'.' if where else ''}{name} is missing")
-        value = content[name]
-        if not isinstance(float(value) if type(value) is int and kind is not int else value, kind):
-            raise _damaged(path, f"{where}{'.' if where else ''}{name} is a {type(value).__name__}")
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise _damaged(path, _reason(error)) from error
 
 
-def _check_list(path: Path, items: Sequence[Any], entries: Mapping[str, Any], where: str) -> None:
-    if not items:
-        raise _damaged(path, f"{where} is empty")
-    for number, item in enumerate(items):
-        check_entries(path, item, entries, f"{where}[{number}]")
+def _reason(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    if first["type"] == "too_short":
+        return f"{where} is empty"
+    if first["type"] == "model_type":
+        return f"{where} is not an object"
+    if first["type"].endswith("_type"):
+        return f"{where} is a {type(first['input']).__name__}"
+    return f"{where}: {first['msg']}"
 
 
 def _damaged(path: Path, reason: str) -> MamlError:

@@ -25,6 +25,7 @@ from maml.errors import MamlError
 from maml.pictures import Picture
 from maml.record import checkpoint, lock
 from maml.record.classes import TABLES
+from maml.record.contents import Report, RunRecord
 from maml.record.gallery import draw_pictures
 from maml.record.provenance import changed_since, commit, versions
 from maml.record.run_files import (
@@ -32,8 +33,6 @@ from maml.record.run_files import (
     lines_until,
     read_checkpoint,
     read_json,
-    read_record,
-    read_report,
     refuse_folders,
 )
 
@@ -204,7 +203,7 @@ class RunFolder:
         Raises:
             MamlError: if a file is damaged, belongs to another run, or cannot be made again from the others.
         """
-        saved, record = self.load_checkpoint(), read_record(self.path / "run.json")
+        saved, record = self.load_checkpoint(), read_json(self.path / "run.json", RunRecord)
         found = self._find_report()
         if saved is None and found is not None:
             _, folder = found
@@ -236,7 +235,7 @@ class RunFolder:
             MamlError: if a file is damaged.
         """
         refuse_folders(self.path, (*_RUN_FILES, *_EVALUATION_FILES))
-        record, found = read_record(self.path / "run.json"), self._find_report()
+        record, found = read_json(self.path / "run.json", RunRecord), self._find_report()
         if found is None:
             return {"report.json"}
         _, folder = found
@@ -255,8 +254,8 @@ class RunFolder:
             MamlError: if one has changed and ``changed_sources`` is ``refuse``; with ``accept`` this is a warning.
         """
         folder = self.trained_in
-        record = read_json(folder / "run.json")
-        if record is not None and record.get("training") != self.training_config:
+        record = read_json(folder / "run.json", RunRecord)
+        if record is not None and record["training"] != self.training_config:
             return
         changes = " and ".join(changed_since(folder, self.settings, self.data_digest))
         if not changes:
@@ -304,7 +303,7 @@ class RunFolder:
             refuse_folders(self.path, (*_RUN_FILES, *_EVALUATION_FILES))
         file = self._given_checkpoint or checkpoint.newest(self.checkpoint_path)
         if file is None:
-            self._refuse_other_run(read_record(self.path / "run.json"), self.path)
+            self._refuse_other_run(read_json(self.path / "run.json", RunRecord), self.path)
             return None
         saved = read_checkpoint(file)
         self._refuse_other_run(saved, file)
@@ -400,7 +399,7 @@ class RunFolder:
             pictures: returns the algorithm's pictures, by name.
         """
         settings = {"iteration": report["iteration"], **report["evaluation"]}
-        first = None if parent is not None else read_report(self.path / "report.json")
+        first = None if parent is not None else read_json(self.path / "report.json", Report)
         folder = self.path
         unfinished = report["iteration"] < report["num_iterations"]
         if parent is not None or unfinished or (first and first["evaluation"] != report["evaluation"]):

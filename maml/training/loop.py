@@ -61,18 +61,15 @@ def train(
         MamlError: if the loss is not finite or a file cannot be written; the last checkpoint is intact.
         Interrupted: on SIGTERM or SIGINT, after a checkpoint.
     """
-    starts = sorted({learner.start for learner in learners} | {num_iterations})
-    switch = (learners[0].algorithm.inner.second_order_from or 1) - 1
-    if starts[0] < switch < num_iterations:
-        starts = sorted({*starts, switch})
     if num_iterations == 0:  # the loop below does not run, so the initial theta is saved here
         for learner in learners:
             if checkpoint.newest(learner.folder.checkpoint_path) is None:
                 learner.folder.save_checkpoint(0, learner.algorithm.state_dict(), execution.as_dict())
     console = Console(quiet=True) if distributed.rank() else None
     title = learners[0].title if len(learners) == 1 else f"{learners[0].folder.experiment}, {len(learners)} seeds"
-    with Progress(title, num_iterations, starts[0], console) as progress, _stop_signals() as stopped:
-        for start, end in pairwise(starts):
+    boundaries = _boundaries(learners, num_iterations)
+    with Progress(title, num_iterations, boundaries[0], console) as progress, _stop_signals() as stopped:
+        for start, end in pairwise(boundaries):
             active = [learner for learner in learners if learner.start <= start]
             algorithms, streams = [each.algorithm for each in active], [each.stream for each in active]
             iteration = Iteration(algorithms, streams, meta_batch_size, execution, start + 1)
@@ -103,14 +100,27 @@ def train(
                                 learner.logger.log(numbers, number)
                 pending.write(if_ready=True)
                 if signal_number:
-                    raise Interrupted(
-                        f"stopped by {signal.Signals(signal_number).name} after iteration {number} of "
-                        f"{num_iterations}; saved in {', '.join(str(each.folder.path) for each in active)}: "
-                        "the same command resumes",
-                        signal_number,
-                    )
+                    raise _interrupted(signal_number, number, num_iterations, active)
             execution = iterate.execution
     return execution
+
+
+def _boundaries(learners: Sequence[Learner], num_iterations: int) -> list[int]:
+    """Returns the iterations between which neither the active learners nor the order of the meta-gradient change."""
+    boundaries = {learner.start for learner in learners} | {num_iterations}
+    switch = (learners[0].algorithm.inner.second_order_from or 1) - 1
+    if min(boundaries) < switch < num_iterations:
+        boundaries.add(switch)
+    return sorted(boundaries)
+
+
+def _interrupted(signal_number: int, number: int, num_iterations: int, active: Sequence[Learner]) -> Interrupted:
+    folders = ", ".join(str(learner.folder.path) for learner in active)
+    return Interrupted(
+        f"stopped by {signal.Signals(signal_number).name} after iteration {number} of {num_iterations}; saved in "
+        f"{folders}: the same command resumes",
+        signal_number,
+    )
 
 
 def _validate(learner: Learner, number: int, execution: Execution) -> None:
@@ -224,13 +234,13 @@ def stop_at_once(number: int, frame: FrameType | None = None) -> None:
     )
 
 
-def _answer(text: bytes) -> None:
-    """Writes a line on the screen from within a signal handler, on rank 0 only."""
+def _answer() -> None:
+    """Says that the run stops, from within a signal handler, on rank 0 only."""
     if distributed.rank() == 0:
         # Not with `print`, which fails if the signal has interrupted another `print`. A terminal's cursor stands behind
         # the bar.
         with suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\n" * os.isatty(2) + text)
+            os.write(2, b"\n" * os.isatty(2) + b"stopping after this iteration; press Ctrl-C again to drop it\n")
 
 
 @contextmanager
@@ -250,7 +260,7 @@ def _stop_signals() -> Iterator[list[int]]:
         # group.
         if number == signal.SIGINT:
             signal.signal(number, before[number])
-            _answer(b"stopping after this iteration; press Ctrl-C again to drop it\n")
+            _answer()
 
     try:
         for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the last two: from SLURM

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypeVar
 
 import pytest
@@ -20,14 +19,9 @@ from tests import algorithms
 from tests.model.test_conv4 import library_network, library_values
 from tests.runs import TinyRuns
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 AnyClassifier = TypeVar("AnyClassifier", bound=Classifier)
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def make(kind: type[AnyClassifier], tiny_images: TinyRuns, *overrides: str) -> AnyClassifier:

@@ -28,6 +28,8 @@ from tests.hardware.test_distributed import Processes, assert_alike
 from tests.model.test_conv4 import library_network, library_values
 from tests.runs import TinyRuns, assert_same_run, before_iteration
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 needs_compiler = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
 METHODS = {
@@ -50,13 +52,6 @@ SMALL = (
     "domain.num_query=2",
     "inner.step_size=0.1",
 )
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=needs_compiler)], ids=["plain", "kernels"])

@@ -10,9 +10,11 @@ from maml.algorithm.finetune import FineTune
 from maml.seeding import Stream
 from maml.types import num_tasks
 from tests import algorithms
-from tests.algorithm.test_classifier import _float64, make  # noqa: F401 - a fixture
+from tests.algorithm.test_classifier import make
 from tests.model.test_conv4 import library_network
 from tests.runs import TinyRuns
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def pretrained(tiny_images: TinyRuns) -> FineTune:

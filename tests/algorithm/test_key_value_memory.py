@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,14 +12,9 @@ from torch import Tensor
 from maml.algorithm.key_value_memory import EMPTY, Memory
 from maml.seeding import Stream
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SIZE, CPU = 4, torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def product(one: list[float], other: list[float]) -> float:

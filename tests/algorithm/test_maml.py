@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import pytest
@@ -20,6 +19,8 @@ from maml.types import Examples, Params, Split, Tasks
 from tests import algorithms
 from tests.algorithms import build_from
 from tests.runs import TinyRuns
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 ALPHA = 0.1
 # For each task, a target for adaptation and a target for the meta-objective.
@@ -56,13 +57,6 @@ class Targets(SupervisedDomain):
 
     def measure(self, model: Model, params: Params, support: Examples, query: Examples, step: int) -> Metrics:
         return {"loss": self.inner_loss(model, params, query)}
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def meta_gradient(num_steps: int, order: Order, adapt: list[str]) -> tuple[dict[str, float], float]:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from maml.algorithm.matching import Matching
 from maml.seeding import Stream
 from maml.types import Params, expand
-from tests.algorithm.test_embedding import METHODS, _float64, make  # noqa: F401 - a fixture
+from tests.algorithm.test_embedding import METHODS, make
 from tests.algorithm.test_prototypical import SLOW, cosine, embeddings
 from tests.runs import TinyRuns
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,9 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def _float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small_picture(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Computes in float64, and draws a small picture after each run."""
     monkeypatch.setattr("maml.algorithm.memory_module._NUM_IMAGES", 10 * WAYS)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def config_of(tiny_images: TinyRuns, *overrides: str) -> Any:

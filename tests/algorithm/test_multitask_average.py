@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,15 +28,10 @@ from maml.types import Params, Tasks, take
 from tests import algorithms, plain_adam, plain_maml
 from tests.algorithms import build_from
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 STEP_SIZE, CHECK_EVERY = 0.02, 50
 MAX_ERROR = 4.8  # the first regressor reaches it at the second check, the others at the first
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Float64MLP(MLP):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,14 +33,9 @@ from tests.hardware.test_distributed import Processes, assert_alike
 from tests.model.test_statistician import PlainStatistician, with_noise
 from tests.runs import TinyRuns, assert_same_run, before_iteration
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SMALL = {"num_filters": 2, "context_size": 3, "latent_size": 2, "hidden_size": 4}
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Stamps(FewShotClassification):

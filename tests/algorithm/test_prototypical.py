@@ -8,8 +8,10 @@ from torch import Tensor
 
 from maml.algorithm.prototypical import Prototypical
 from maml.seeding import Stream
-from tests.algorithm.test_embedding import _float64, make  # noqa: F401 - a fixture
+from tests.algorithm.test_embedding import make
 from tests.runs import TinyRuns
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def embeddings(num_shots: int, *sizes: int) -> tuple[Tensor, Tensor, Tensor]:

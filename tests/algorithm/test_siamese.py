@@ -10,9 +10,11 @@ from maml.algorithm.embedding import SUPPORT
 from maml.algorithm.siamese import Siamese
 from maml.seeding import Stream
 from maml.types import Params, expand
-from tests.algorithm.test_embedding import _float64, make  # noqa: F401 - a fixture
+from tests.algorithm.test_embedding import make
 from tests.algorithm.test_prototypical import cosine
 from tests.runs import TinyRuns
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def built(tiny_images: TinyRuns) -> tuple[Siamese, Params]:

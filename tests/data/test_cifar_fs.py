@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
-from types import ModuleType
-from urllib.error import URLError
 from zipfile import ZipFile
 
 import numpy as np
@@ -21,6 +19,7 @@ from maml.data.cache import ImageSet
 from maml.data.cifar_fs import SPLITS, load_cifar_fs
 from maml.data.photos import class_splits
 from maml.errors import MamlError
+from tests.data.fake_torchvision import broken_operators, install_torchvision, no_network
 
 SHARED_DATA = Path(os.environ["MAML_DATA"])
 ZIP = SHARED_DATA / "cifar-fs" / "cifar100.zip"
@@ -317,13 +316,6 @@ def test_cache_of_another_split_is_not_enough(tmp_path: Path, pngs: dict[str, by
         load(tmp_path)
 
 
-def install_torchvision(monkeypatch: pytest.MonkeyPatch, dataset: Callable[..., object]) -> None:
-    package, datasets = ModuleType("torchvision"), ModuleType("torchvision.datasets")
-    datasets.CIFAR100 = dataset  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torchvision", package)
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
-
-
 @pytest.mark.usefixtures("expect_few_photos")
 def test_download_is_moved_into_place_and_read(
     tmp_path: Path, pngs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
@@ -335,17 +327,9 @@ def test_download_is_moved_into_place_and_read(
         shutil.move(tmp_path / "published" / "cifar-fs" / "cifar-100-python", root)
         (Path(root) / "cifar-100-python.tar.gz").touch()
 
-    install_torchvision(monkeypatch, dataset)
+    install_torchvision(monkeypatch, "CIFAR100", dataset)
     assert_is_complete_set(load_cifar_fs(tmp_path / "data", tmp_path / "cache"), pngs)
     assert [path.name for path in (tmp_path / "data" / "cifar-fs").iterdir()] == ["cifar-100-python"]
-
-
-def no_network(*args: object, **kwargs: object) -> None:
-    raise URLError("Temporary failure in name resolution")
-
-
-def broken_operators(*args: object, **kwargs: object) -> None:
-    raise RuntimeError("operator torchvision::nms does not exist")
 
 
 @pytest.mark.parametrize(
@@ -354,7 +338,7 @@ def broken_operators(*args: object, **kwargs: object) -> None:
 def test_failed_download_says_what_goes_where_and_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Callable[..., object], cause: str
 ) -> None:
-    install_torchvision(monkeypatch, dataset)
+    install_torchvision(monkeypatch, "CIFAR100", dataset)
     with pytest.raises(MamlError) as caught:
         load_cifar_fs(tmp_path, tmp_path / "cache")
     for part in (f"{tmp_path}/cifar-fs/cifar-100-python/", f"{tmp_path}/cifar-fs/cifar100.zip", cause):

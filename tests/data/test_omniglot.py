@@ -6,8 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from urllib.error import URLError
 from zipfile import ZipFile
 
 import numpy as np
@@ -20,6 +18,7 @@ from maml.data import omniglot
 from maml.data.cache import ImageSet
 from maml.data.omniglot import ALPHABETS, load_omniglot, vinyals_split
 from maml.errors import MamlError
+from tests.data.fake_torchvision import broken_operators, install_torchvision, no_network
 
 HALVES = ("images_background", "images_evaluation")
 FEW_ALPHABETS = {"images_background": {"Braille": 26, "Greek": 24}, "images_evaluation": {"Keble": 26}}
@@ -79,13 +78,6 @@ def forbid_build(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the cache should have been enough")
 
     monkeypatch.setattr(omniglot, "_read", fail)
-
-
-def install_torchvision(monkeypatch: pytest.MonkeyPatch, dataset: Callable[..., object]) -> None:
-    package, datasets = ModuleType("torchvision"), ModuleType("torchvision.datasets")
-    datasets.Omniglot = dataset  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torchvision", package)
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
 
 
 def test_omniglot_has_1623_characters_of_20_binary_drawings(real_set: ImageSet) -> None:
@@ -268,7 +260,7 @@ def test_undecodable_drawing_is_named(extracted: Path, tmp_path: Path, damage: s
 def test_damaged_zip_is_named_and_never_downloaded_over(
     tmp_path: Path, zipped: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    install_torchvision(monkeypatch, lambda *args, **kwargs: pytest.fail("asked torchvision"))
+    install_torchvision(monkeypatch, "Omniglot", lambda *args, **kwargs: pytest.fail("asked torchvision"))
     for half in HALVES:
         shutil.copyfile(zipped / "omniglot" / f"{half}.zip", tmp_path / f"{half}.zip")
     content = (tmp_path / "images_evaluation.zip").read_bytes()
@@ -302,21 +294,13 @@ def test_nothing_found_without_download_says_what_goes_where(tmp_path: Path) -> 
     assert not data_dir.exists()
 
 
-def no_network(*args: object, **kwargs: object) -> None:
-    raise URLError("Temporary failure in name resolution")
-
-
-def broken_operators(*args: object, **kwargs: object) -> None:
-    raise RuntimeError("operator torchvision::nms does not exist")
-
-
 @pytest.mark.parametrize(
     ("dataset", "cause"), [(no_network, "Temporary failure in name resolution"), (broken_operators, "torchvision::nms")]
 )
 def test_failed_download_says_what_goes_where_and_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Callable[..., object], cause: str
 ) -> None:
-    install_torchvision(monkeypatch, dataset)
+    install_torchvision(monkeypatch, "Omniglot", dataset)
     with pytest.raises(MamlError) as caught:
         load_omniglot(tmp_path, tmp_path / "cache")
     for part in (f"{tmp_path}/omniglot/images_background.zip", f"{tmp_path}/omniglot-py/images_evaluation/", cause):
@@ -331,7 +315,7 @@ def test_missing_torchvision_says_what_goes_where(tmp_path: Path, monkeypatch: p
 
 
 def test_download_into_an_unwritable_data_dir_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install_torchvision(monkeypatch, no_network)
+    install_torchvision(monkeypatch, "Omniglot", no_network)
     (tmp_path / "file").touch()
     with pytest.raises(MamlError, match=r"MAML_DATA.*NotADirectoryError"):
         load_omniglot(tmp_path / "file" / "data", tmp_path / "cache")
@@ -357,7 +341,7 @@ def test_download_fetches_the_missing_half_only(tmp_path: Path, zipped: Path, mo
         assert sum(map(len, drawings.values())) == 1623 * 20
         return torch.zeros(1, 1, 2, 2, dtype=torch.uint8), ["x"]
 
-    install_torchvision(monkeypatch, Download)
+    install_torchvision(monkeypatch, "Omniglot", Download)
     monkeypatch.setattr(omniglot, "_read", read)
     load_omniglot(data_dir, tmp_path / "cache")
     assert asked == [(False, True)]

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maml import api
 from maml.config.compose import compose
 from maml.config.schema import build, build_without_data
 from maml.data.omniglot import load_omniglot, vinyals_split
@@ -29,7 +28,8 @@ from maml.model.lstm import LSTM
 from maml.model.mann import MANN
 from maml.model.mlp import MLP
 from maml.model.recurrent import Recurrent
-from maml.record.index import Report, Source
+from maml.network import Network
+from maml.record.contents import Report, Source
 from maml.record.run_files import read_json
 from maml.seeding import Stream
 from maml.types import Params, Tasks
@@ -332,7 +332,7 @@ def test_loaded_network_reads_labelled_drawings_and_answers_from_the_state_after
     domain = make(num_ways=3, sequence_length=9, augment="none")
     config, _ = compose([*RUN, "domain.num_ways=3", "domain.sequence_length=9"])
     algorithm = build_algorithm(config, Hardware("cpu"), domain)
-    network = api.Network("it", 0, 0, algorithm, build(config.evaluation), {})
+    network = Network("it", 0, 0, algorithm, build(config.evaluation), {})
     tasks = domain.sample_tasks(1, Stream(2), "test")
     images, labels = domain.images(tasks)[0], ["abc"[label] for label in tasks["labels"][0].tolist()]
     assert network.in_shape == (20, 20, 1)
@@ -360,7 +360,7 @@ def test_loaded_network_reads_labelled_drawings_and_answers_from_the_state_after
 def test_pictures_become_the_drawings_of_the_training(make: Make, cache_dir: Path) -> None:
     config, _ = compose(RUN)
     algorithm = build_algorithm(config, Hardware("cpu"), make(num_ways=2, sequence_length=8))
-    network = api.Network("it", 0, 0, algorithm, build(config.evaluation), {})
+    network = Network("it", 0, 0, algorithm, build(config.evaluation), {})
     with ZipFile(Path(DATA) / "omniglot" / "images_background.zip") as archive:
         name = sorted(name for name in archive.namelist() if "/Greek/character02/" in name and name.endswith(".png"))[2]
         picture = Image.open(BytesIO(archive.read(name)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -18,15 +17,10 @@ from maml.types import Params
 from tests import algorithms, plain_maml
 from tests.training.test_meta_gradient import NUM_WAYS, as_list, make, plain_loss
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SHAPE, WIDTHS = (18, 17, 2), (3, 4, 2, 3)
 _LIBRARY_NAMES = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class _Convolution(nn.Conv2d):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,14 +14,9 @@ from maml.model.statistician import DiagonalNormal, Statistician, per_image
 from maml.seeding import Stream
 from maml.types import Params
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SMALL = {"num_filters": 2, "context_size": 3, "latent_size": 2, "hidden_size": 4}
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class PlainStatistician:

@@ -13,7 +13,6 @@ from maml.errors import MamlError
 from maml.paper.evidence import Evidence, find_evidence, provenance
 from maml.record.index import SUPERSEDED, find_runs, read_runs, supersede
 from tests.paper.fake_runs import SINUSOID, edit, make_run
-from tests.record.test_index import corrupt, empty, foreign, headless, nan, no_segments, short
 from tests.runs import file_contents
 
 
@@ -151,6 +150,35 @@ def test_an_unfinished_evaluation_of_a_running_run_stays_reduced_budget(tmp_path
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert evidence(tmp_path).state == "reduced budget"
+
+
+def corrupt(folder: Path) -> None:
+    (folder / "report.json").write_text('{"run_id": "x", "cur')
+
+
+def nan(folder: Path) -> None:
+    text = (folder / "report.json").read_text()
+    (folder / "report.json").write_text(text.replace('"mean": 1.0', '"mean": NaN'))
+
+
+def empty(folder: Path) -> None:
+    (folder / "report.json").write_text("[]")
+
+
+def foreign(folder: Path) -> None:
+    edit(folder / "report.json", run_id="of another")
+
+
+def short(folder: Path) -> None:
+    edit(folder / "report.json", num_iterations=10, iteration=10)
+
+
+def headless(folder: Path) -> None:
+    (folder / "run.json").unlink()
+
+
+def no_segments(folder: Path) -> None:
+    edit(folder / "run.json", segments=[])
 
 
 @pytest.mark.parametrize("damage", [corrupt, nan, empty, foreign, short, headless, no_segments])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from maml.paper.methods import methods_markdown, methods_section
 from maml.record.comparison import groups_on_the_same_tasks
-from maml.record.index import Source, find_runs
+from maml.record.contents import Source
+from maml.record.index import find_runs
 from tests.paper.fake_runs import make_run
 
 

@@ -28,7 +28,8 @@ from maml.paper.tables import (
     table_rows,
     verdict,
 )
-from maml.record.index import Source, find_runs
+from maml.record.contents import Source
+from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, make_run
 
 ROOT = Path(__file__).parents[2]
@@ -229,7 +230,7 @@ def test_headline_shows_a_number_once_though_two_tables_print_it(tmp_path: Path)
     comparison = compared(tmp_path)
     again = Comparison(replace(comparison.cell, table="another"), comparison.evidence)
     later = Comparison(replace(comparison.cell, step=5), comparison.evidence)
-    lines = headline_markdown([comparison, again, later], "notes.md").splitlines()[2:]
+    lines = headline_markdown([comparison, again, later]).splitlines()[2:]
     assert [line.split(" |")[0] for line in lines] == ["| table2_multitask/MAML/K5_gradsteps_1"] * 2
 
 

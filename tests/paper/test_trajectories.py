@@ -13,10 +13,11 @@ from matplotlib.figure import Figure as Canvas
 from maml.algorithm.base import Algorithm
 from maml.config.compose import compose_experiment
 from maml.config.schema import build
+from maml.curve import per_task_rows
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.reinforcement import Rollouts
 from maml.errors import MamlError
-from maml.evaluation import Evaluation, per_task_rows
+from maml.evaluation import Evaluation
 from maml.paper.adaptation import load_trained
 from maml.paper.cells import Panel, load_pictures
 from maml.paper.evidence import Evidence, find_evidence

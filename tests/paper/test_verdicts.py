@@ -11,7 +11,7 @@ import pytest
 from maml.config.compose import compose
 from maml.paper import verdicts
 from maml.paper.verdicts import cell_verdicts
-from maml.record.index import Source
+from maml.record.contents import Source
 from maml.record.report import Judgement
 from tests.paper.fake_runs import make_run
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from maml.record.comparison import groups_on_the_same_tasks, method_rows, paired_interval
-from maml.record.index import Source, find_runs
+from maml.record.contents import Source
+from maml.record.index import find_runs
 from tests.paper.fake_runs import edit, make_run
 
 PRETRAIN = Source("sinusoid_pretrain", "mse", 5)

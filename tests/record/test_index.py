@@ -136,35 +136,6 @@ def test_two_thousand_runs_are_read_in_seconds(tmp_path: Path) -> None:
     assert time.process_time() - start < 10  # 0.9 s on a 2.5 GHz core; no more is asserted, as machines differ
 
 
-def corrupt(folder: Path) -> None:
-    (folder / "report.json").write_text('{"run_id": "x", "cur')
-
-
-def nan(folder: Path) -> None:
-    text = (folder / "report.json").read_text()
-    (folder / "report.json").write_text(text.replace('"mean": 1.0', '"mean": NaN'))
-
-
-def empty(folder: Path) -> None:
-    (folder / "report.json").write_text("[]")
-
-
-def foreign(folder: Path) -> None:
-    edit(folder / "report.json", run_id="of another")
-
-
-def short(folder: Path) -> None:
-    edit(folder / "report.json", num_iterations=10, iteration=10)
-
-
-def headless(folder: Path) -> None:
-    (folder / "run.json").unlink()
-
-
-def no_segments(folder: Path) -> None:
-    edit(folder / "run.json", segments=[])
-
-
 def test_a_damaged_second_evaluation_discredits_the_folder(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     second = folder / "evaluations" / "0b" / "report.json"

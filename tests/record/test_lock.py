@@ -105,13 +105,13 @@ def test_run_starts_where_flock_is_not_supported_and_says_so_once(
     run, second = (RunFolder(tiny.config(), "custom") for _ in range(2))
     with caplog.at_level(logging.WARNING):
         run.check_free()
-        run.open({"device": "cpu"}, "", "MAML")
+        run.open({"device": "cpu", "cpu": "Abacus"}, "", "MAML")
         with pytest.raises(MamlError, match=rf"{ME} is training in .*lock\.marker"):
-            second.open({"device": "cpu"}, "", "MAML")
+            second.open({"device": "cpu", "cpu": "Abacus"}, "", "MAML")
         with pytest.raises(MamlError, match=rf"{ME} is training in"):
             second.check_free()
         run.close("interrupted")
-        second.open({"device": "cpu"}, "", "MAML")
+        second.open({"device": "cpu", "cpu": "Abacus"}, "", "MAML")
         second.close("finished")
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         f"The file system of {run.path} has no file locks (flock). A marker file that names the process replaces the "

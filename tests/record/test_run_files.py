@@ -8,23 +8,13 @@ from pathlib import Path
 import pytest
 
 from maml.errors import MamlError
-from maml.record.run_files import lines_until, read_config, read_json, read_metrics, read_record, read_report
-from tests.runs import ROOT
-
-
-def test_committed_records_and_reports_have_the_shape_that_is_asked_for() -> None:
-    folders = [path.parent for path in (ROOT / "results" / "runs").glob("*/*/run.json")]
-    assert len(folders) > 30
-    for folder in folders:
-        assert read_record(folder / "run.json") is not None
-        for path in folder.rglob("report.json"):
-            assert read_report(path) is not None
+from maml.record.contents import RunRecord
+from maml.record.run_files import lines_until, read, read_config, read_json, read_metrics
 
 
 def test_file_that_does_not_exist_is_none(tmp_path: Path) -> None:
     assert read_json(tmp_path / "run.json") is None
-    assert read_record(tmp_path / "run.json") is None
-    assert read_report(tmp_path / "report.json") is None
+    assert read(tmp_path / "run.json", RunRecord) is None
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     assert lines_until(5, tmp_path / "metrics.jsonl", None, 10, warn=True) is None
 

@@ -21,7 +21,7 @@ from maml.record.run_files import read_json
 from maml.record.run_folder import RunFolder
 from tests.runs import TinyRuns, file_contents
 
-HARDWARE = {"device": "cpu"}
+HARDWARE = {"device": "cpu", "cpu": "Abacus"}
 
 
 @pytest.fixture
@@ -44,11 +44,14 @@ def report(run: RunFolder, iteration: int = 200, num_shots: int = 5) -> dict[str
     return {
         "experiment": "custom",
         "run_id": run.run_id,
+        "seed": 0,
         "iteration": iteration,
         "num_iterations": 200,
         "evaluation": {"evaluation.num_shots": [num_shots]},
+        "banks": {str(num_shots): "a"},
         "headline_metric": "mse",
         "headline": 0.5,
+        "larger_is_better": False,
         "curves": [{"metric": "mse", "num_shots": num_shots, "steps": steps}],
     }
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from maml.config.paths import CHECKPOINTS
+from maml.curve import Curve
 from maml.domain.base import Domain
 from maml.domain.omniglot import Omniglot
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
-from maml.evaluation import Curve, Evaluation
+from maml.evaluation import Evaluation
 from maml.paper.cells import named_sources
 from maml.paper.evidence import find_evidence
 from maml.record import checkpoint

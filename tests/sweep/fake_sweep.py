@@ -28,7 +28,7 @@ def write_report(runs_dir: Path, run_id: str, values: Sequence[float]) -> None:
     folder.mkdir(parents=True)
     finished = job(sum(values) / len(values)).report
     content = {"run_id": run_id, "iteration": 9, "num_iterations": 9, "evaluation": {}, "banks": {"5": "a"}}
-    content |= {"experiment": "sinusoid"}
+    content |= {"experiment": "sinusoid", "seed": 0}
     (folder / "report.json").write_text(json.dumps({**(finished or {}), **content}))
     lines = ["num_shots,metric,task,step_0,step_1", *(f"5,mse,{task},9,{value}" for task, value in enumerate(values))]
     (folder / "tasks.csv").write_text("\n".join(lines) + "\n")

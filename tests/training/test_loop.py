@@ -89,7 +89,7 @@ class Loop:
         self.settings = (num_iterations, 6, log_every, checkpoint_every)
 
     def __call__(self) -> None:
-        saved = self.run.open({}, "", "Counting")
+        saved = self.run.open({"cpu": "Abacus"}, "", "Counting")
         if saved:
             self.learner.restore(saved)
         try:
@@ -232,7 +232,7 @@ def test_graph_is_captured_again_where_the_order_changes(tiny: TinyRuns, monkeyp
             return outputs, replay
 
         monkeypatch.setattr("maml.training.cuda_graph.capture", capture)
-        learner.folder.open({}, "", "MAML")
+        learner.folder.open({"cpu": "Abacus"}, "", "MAML")
         try:
             execution = train([learner], Execution(1, None, False, cuda_graph=cuda_graph), 14, 4, 100, 100)
         finally:

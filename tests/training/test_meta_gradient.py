@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from weakref import WeakSet
 
 import pytest
@@ -27,6 +27,8 @@ from maml.training.meta_gradient import BatchObjective, MetaGradient
 from maml.types import Examples, Params, Split, Tasks, expand
 from tests import algorithms, plain_maml
 from tests.algorithms import build_from
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 NUM_TASKS, NUM_SUPPORT, NUM_QUERY, NUM_WAYS = 4, 5, 6, 5
 
@@ -113,13 +115,6 @@ CASES: dict[str, tuple[tuple[int, ...], bool, Callable[[], Model], plain_maml.Fo
         module_reference,
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def make(
