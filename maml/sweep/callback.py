@@ -86,7 +86,11 @@ class Sweep(Callback):
             print(problem, file=sys.stderr)
             sys.exit(1)  # Hydra turns other errors of a callback into warnings
         self.folder = Path(config.runs_dir).resolve() / "sweeps" / _sweep_id(config)
-        (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # Hydra would turn it into a warning
+            print(f"the folder {self.folder} cannot be created ({error.strerror}); change runs_dir", file=sys.stderr)
+            sys.exit(1)
         for folder in (self.folder, self.folder / "jobs"):
             remove_leftovers(folder)
         self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]

@@ -206,6 +206,14 @@ def test_job_of_several_processes_is_refused(key: str, tmp_path: Path, capsys: p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("_clear_hydra")
+def test_sweep_that_cannot_make_its_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweeps").touch()
+    with pytest.raises(SystemExit):
+        Sweep().on_multirun_start(multirun_config("seed=0,1", f"runs_dir={tmp_path}"))
+    assert "cannot be created (Not a directory); change runs_dir" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_way_to_sweep_leaves_the_run_id_alone(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     skip_without_plugin(option, capsys)
