@@ -33,6 +33,11 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.11 ...")'
 	@test ! -e bundle.json || $(PYTHON) -c 'import json, sys; wanted = json.load(open("bundle.json"))["python"]; \
 		sys.exit("%d.%d" % sys.version_info[:2] != wanted and f"wheels/ is for Python {wanted}; make PYTHON=python{wanted} ...")'
+	@test ! -e bundle.json || $(PYTHON) -c 'import importlib.metadata, json, sys; \
+		here = {found.name.lower().replace("_", "-") for found in importlib.metadata.distributions()}; \
+		lacking = [name for name in json.load(open("bundle.json"))["without"] if name.lower().replace("_", "-") not in here]; \
+		sys.exit(lacking and "this Python lacks " + ", ".join(lacking) + ", which the bundle leaves out; make PYTHON=... with one \
+that has them, not in a virtual environment, or make the bundle without --without")'
 	@echo "setup 1 of 2: $(VENV) with $$($(PYTHON) --version)"
 	@test -x $(RUN) || $(PYTHON) -m venv $(SITE) $(VENV)
 	@echo "setup 2 of 2: PyTorch and the other packages of constraints.txt into $(VENV), once." \

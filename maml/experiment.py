@@ -329,6 +329,12 @@ def _make_report(
     settings, domain = learner.settings, learner.algorithm.domain
     summaries = [curve.summary() for curve in curves]
     headline_curves = [curve for curve in summaries if curve["metric"] == domain.headline]
+    if not headline_curves:
+        raise MamlError(
+            f"{type(domain).__name__}.headline is {domain.headline}, but its measure returns "
+            f"{', '.join(sorted({curve['metric'] for curve in summaries}))} only; name one of these as headline. The "
+            "training is saved: then the same command with changed_sources=accept evaluates it"
+        )
     headline_curve = next(
         (curve for curve in headline_curves if curve["num_shots"] == domain.num_shots), headline_curves[0]
     )

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from maml.config.schema import Settings
+from maml.domain.sinusoid import Sinusoid
 from maml.errors import Interrupted, MamlError
 from maml.experiment import run_experiment
 from maml.logger.base import Logger
@@ -312,3 +313,16 @@ def test_evaluation_of_a_missing_checkpoint_names_it(tiny: TinyRuns, tmp_path: P
     with pytest.raises(MamlError, match=r"there is no checkpoint at .*nowhere\.pt"):
         tiny.run("mode=eval", f"checkpoint={tmp_path / 'nowhere.pt'}")
     assert not tiny.runs_dir.exists()
+
+
+class Misnamed(Sinusoid):
+    """A domain of a user whose headline is none of its metrics."""
+
+    headline = "error"
+
+
+def test_headline_that_is_not_measured_is_named(tiny: TinyRuns) -> None:
+    settings = tiny.config(f"domain._target_={__name__}.Misnamed")
+    with pytest.raises(MamlError, match=r"Misnamed\.headline is error, but its measure returns mse only"):
+        run_experiment(settings, "custom")
+    assert list(tiny.runs_dir.glob("custom/*/checkpoint.pt")), "the training is saved"

@@ -261,7 +261,16 @@ class SupervisedDomain(Domain[Examples]):
         """Returns the loss per task, ``(T,)``, and further metrics, from the model's outputs ``(T, S, out_dim)``."""
 
     def inner_loss(self, model: Model, params: Params, data: Examples) -> Tensor:
-        return self.loss(model(params, data.x), data)[0]
+        return self.loss(self._outputs(model, params, data), data)[0]
 
     def outer_loss(self, model: Model, params: Params, data: Examples) -> tuple[Tensor, Metrics]:
-        return self.loss(model(params, data.x), data)
+        return self.loss(self._outputs(model, params, data), data)
+
+    def _outputs(self, model: Model, params: Params, data: Examples) -> Tensor:
+        outputs = model(params, data.x)
+        if data.y.is_floating_point() and outputs.shape[-1] != self.out_dim:  # broadcasting would hide it
+            raise MamlError(
+                f"{type(model).__name__} gives {outputs.shape[-1]} numbers for each example, but the domain has "
+                f"out_dim={self.out_dim}; give the last layer as many outputs as the constructor's out_dim says"
+            )
+        return outputs

@@ -408,9 +408,12 @@ class RunFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MamlError(
-                f"the folder {folder} cannot be created ({error.strerror}); move away what is in its way"
-            ) from error
+            remedy = (
+                "move away what is in its way"
+                if isinstance(error, FileExistsError | NotADirectoryError)
+                else "make the folder above it writable, or evaluate a copy of the run with runs_dir="
+            )
+            raise MamlError(f"the folder {folder} cannot be created ({error.strerror}); {remedy}") from error
         if parent is not None:
             checkpoint.remove_leftovers(folder)
             self._write_config(folder)

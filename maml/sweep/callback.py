@@ -71,6 +71,10 @@ class Sweep(Callback):
         self._job: RunningJob | None = None  # the job that this process runs
         self._reader: SweepReader | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what belongs to this process: to requeue a job, SLURM's launcher pickles this object there."""
+        return self.__dict__ | {"_job": None, "_reader": None}
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if launched_processes() > 1:
             return  # train.py refuses sweeps under torchrun
@@ -82,7 +86,11 @@ class Sweep(Callback):
             print(problem, file=sys.stderr)
             sys.exit(1)  # Hydra turns other errors of a callback into warnings
         self.folder = Path(config.runs_dir).resolve() / "sweeps" / _sweep_id(config)
-        (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # Hydra would turn it into a warning
+            print(f"the folder {self.folder} cannot be created ({error.strerror}); change runs_dir", file=sys.stderr)
+            sys.exit(1)
         for folder in (self.folder, self.folder / "jobs"):
             remove_leftovers(folder)
         self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
@@ -105,6 +113,7 @@ class Sweep(Callback):
 
     def _end(self, monitor: Monitor | None) -> None:
         assert self.folder
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cost the summary
         if self._job is not None:  # it was stopped
             self._job.stop()
         if monitor is not None:
@@ -185,6 +194,10 @@ def _hopeless(config: DictConfig, planned: list[list[str]] | None) -> str:
         number = OmegaConf.select(config, key)
         if number == 0 or (isinstance(number, int) and number < 0 and key != "hydra.launcher.n_jobs"):
             return f"{key}={number}: it has to be at least 1" + ", or -1 for one per core" * ("launcher" in key)
+    for key in ("hydra.launcher.nodes", "hydra.launcher.tasks_per_node"):
+        number = OmegaConf.select(config, key)
+        if isinstance(number, int) and number > 1:
+            return f"{key}={number}: a job of a sweep is one process, as two cannot share a run folder; leave it at 1"
     problem = ""
     for overrides in planned or ():
         try:

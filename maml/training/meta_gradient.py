@@ -212,14 +212,26 @@ class MetaGradient:
         theta = {name: params[name].detach().requires_grad_() for name in self.algorithm.theta}
         with torch.enable_grad():
             losses, metrics = self.algorithm.task_losses(self.per_task(params | theta, num_tasks(tasks)), tasks)
+            self._check_per_task(losses, num_tasks(tasks))
             gradients = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
         return dict(zip(theta, gradients, strict=True)), self._sum_over_tasks({"loss": losses} | metrics)
+
+    def _check_per_task(self, losses: Tensor, count: int) -> None:
+        """Refuses losses of another shape than ``(T,)``: the mean over tasks would be taken twice."""
+        if losses.shape != (count,):
+            algorithm = self.algorithm
+            raise MamlError(
+                f"{type(algorithm).__name__} on {type(algorithm.domain).__name__} has losses of shape "
+                f"{tuple(losses.shape)} for {count} tasks; task_losses, and the domain's loss, return one number per "
+                "task, so do not average over tasks"
+            )
 
     def _chunk_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
         """Returns `task_gradients` of one chunk."""
         theta = {name: params[name].detach().requires_grad_() for name in self.algorithm.theta}
         with torch.enable_grad():
             losses, metrics = self.algorithm.task_losses(params | theta, tasks)
+            self._check_per_task(losses, num_tasks(tasks))
             gradients = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
         metrics = {name: value.detach() for name, value in ({"loss": losses} | metrics).items()}
         return dict(zip(theta, gradients, strict=True)), metrics

@@ -11,8 +11,9 @@ from maml.config.compose import compose_experiment
 from maml.config.schema import build, build_without_data
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
+from maml.model.mlp import MLP
 from maml.seeding import Stream
-from maml.types import Split, Tasks
+from maml.types import Split, Tasks, expand
 from tests.runs import ROOT
 
 
@@ -65,3 +66,10 @@ def test_core_does_not_ask_which_domain_it_has() -> None:
         source = (Path(ROOT) / "maml" / module).read_text()
         assert "in_shape" not in source, module
         assert "isinstance(domain" not in source and "maml.domain.r" not in source, module
+
+
+def test_network_with_too_many_outputs_is_refused() -> None:
+    domain, model = Sinusoid(num_shots=5), MLP((1,), 3, [6])
+    support = domain.data(domain.sample_tasks(2, Stream(0)), "support")
+    with pytest.raises(MamlError, match="MLP gives 3 numbers for each example, but the domain has out_dim=1"):
+        domain.inner_loss(model, expand(model.init(Stream(0)), 2), support)

@@ -247,6 +247,16 @@ def test_file_in_place_of_the_other_evaluations_is_named(run: RunFolder) -> None
         run.save_report(report(run, iteration=20), ROWS)
 
 
+def test_evaluation_in_a_read_only_folder_says_what_to_do(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    run.path.mkdir(parents=True)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(MamlError, match=r"\(Permission denied\); make the folder above it writable"):
+        run.save_report(report(run, iteration=20), ROWS)
+
+
 def test_checkpoint_without_its_entries_is_named(run: RunFolder) -> None:
     run.path.mkdir(parents=True)
     checkpoint.save(run.checkpoint_path, {"state": {}, "experiment": "custom"})

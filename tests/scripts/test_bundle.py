@@ -8,6 +8,7 @@ import os
 import runpy
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -267,6 +268,18 @@ def test_setup_with_another_python_names_the_right_one(bundle: Bundle) -> None:
     done = subprocess.run(["make", "setup"], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode
     assert "wheels/ is for Python 3.99; make PYTHON=python3.99 ..." in done.stderr
+    assert not (folder / ".venv").exists()
+
+
+def test_setup_with_a_python_that_lacks_what_was_left_out_names_it(bundle: Bundle) -> None:
+    this_python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    folder = bundle("--python", this_python, "--without", "torch")
+    bare = folder / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    command = ["make", "setup", f"PYTHON={bare}/bin/python"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "this Python lacks torch, which the bundle leaves out; make PYTHON=..." in done.stderr
     assert not (folder / ".venv").exists()
 
 

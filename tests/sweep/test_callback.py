@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -170,6 +171,47 @@ def test_start_says_that_slurm_needs_a_shared_disk(
         assert len(lines) == (disk is not None)
     assert f"have to see {tmp_path}" in lines[0]
     assert "runs_dir=" in lines[0]
+
+
+@pytest.mark.usefixtures("_clear_hydra")
+def test_callback_is_pickled_while_its_job_runs(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    # SLURM's launcher does so to requeue a job.
+    monkeypatch.setattr("maml.sweep.callback.Monitor", lambda *_: None)
+    monkeypatch.setattr("maml.sweep.callback.atexit.register", lambda *_: None)
+    monkeypatch.setattr("maml.sweep.callback.signal.signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # a job sets it
+    config = multirun_config("launcher=joblib", "seed=0,1", f"runs_dir={tiny.runs_dir}", *tiny.base)
+    config.hydra.runtime.cwd = str(ROOT)
+    callback = Sweep()
+    callback.on_multirun_start(config)
+    for _ in range(2):  # the second time in the process of the requeued job
+        config.seed = 0
+        callback.on_job_start(config)
+        try:
+            again = pickle.loads(pickle.dumps(callback))
+            assert again.folder == callback.folder
+        finally:
+            callback.on_job_end(config, JobReturn(status=JobStatus.COMPLETED))
+        callback = again
+
+
+@pytest.mark.usefixtures("_clear_hydra")
+@pytest.mark.parametrize("key", ["nodes", "tasks_per_node"])
+def test_job_of_several_processes_is_refused(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    skip_without_plugin("launcher=slurm_local", capsys)
+    config = multirun_config("launcher=slurm_local", f"hydra.launcher.{key}=2", "seed=0,1", f"runs_dir={tmp_path}")
+    with pytest.raises(SystemExit):
+        Sweep().on_multirun_start(config)
+    assert f"hydra.launcher.{key}=2: a job of a sweep is one process" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_clear_hydra")
+def test_sweep_that_cannot_make_its_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweeps").touch()
+    with pytest.raises(SystemExit):
+        Sweep().on_multirun_start(multirun_config("seed=0,1", f"runs_dir={tmp_path}"))
+    assert "cannot be created (Not a directory); change runs_dir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from maml.algorithm.maml import MAML
 from maml.domain.base import Metrics, Role, SupervisedDomain
 from maml.domain.sinusoid import Sinusoid
+from maml.errors import MamlError
 from maml.hardware.base import Execution
 from maml.hardware.memory import recompute_inner_steps
 from maml.inner.sgd import SGD
@@ -263,3 +264,19 @@ def test_compiled_step_on_single_tasks_equals_eager() -> None:
     (eager, eager_state), (compiled, compiled_state) = results
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(compiled_state, eager_state, rtol=1e-4, atol=1e-6)
+
+
+class MeanOverTasks(FixedExamples):
+    """A domain of a user who averages over tasks."""
+
+    def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:
+        losses, metrics = super().loss(outputs, data)
+        return losses.mean(), metrics
+
+
+def test_mean_over_tasks_is_refused() -> None:
+    domain = MeanOverTasks((1,), classes=False)
+    inner = SGD(step_size=0.3, num_steps=1, order=2, adapt=["*"])
+    algorithm = build_from(MAML, domain, MLP((1,), 1, [6]), inner)
+    with pytest.raises(MamlError, match=r"MAML on MeanOverTasks has losses of shape \(\) for 4 tasks"):
+        algorithms.gradient(algorithm, algorithm.theta, domain.sample_tasks(NUM_TASKS, Stream(2)))
