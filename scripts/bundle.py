@@ -28,6 +28,7 @@ from typing import IO
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from maml.cli.rendering import exit_with
 from maml.config.paths import ROOT
 from maml.errors import MamlError
 from maml.record.checkpoint import write_atomically
@@ -297,7 +298,4 @@ def _write(file: IO[bytes], description: bytes, code: bytes, parts: Mapping[str,
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MamlError as error:
-        sys.exit(str(error))
+    exit_with(main)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from maml.cli.rendering import print_problems
+from maml.cli.rendering import exit_with, print_problems
 from maml.config.paths import CHECKPOINTS
 from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources
@@ -161,7 +160,4 @@ def entry(source: Source, steps: Sequence[int], report: Report, file: str) -> En
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MamlError as error:
-        sys.exit(str(error))
+    exit_with(main)

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from maml.cli.rendering import print_problems
+from maml.cli.rendering import exit_with, print_problems
 from maml.errors import MamlError
 from maml.paper.plan import (
     WATERMARK,
@@ -471,7 +471,4 @@ def render(roots: Sequence[Path], results: Path, smoke: bool) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MamlError as error:
-        sys.exit(str(error))
+    exit_with(main)

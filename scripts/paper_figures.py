@@ -7,14 +7,13 @@ Reads results/cells.yaml, results/paper/, the run folders and the committed runs
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from maml.cli.rendering import print_problems, rendering_parser
+from maml.cli.rendering import exit_with, print_problems, rendering_parser
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures
@@ -120,4 +119,4 @@ def _section(figure: Figure | Picture, path: Path, items: Mapping[str, tuple[str
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

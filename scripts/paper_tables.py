@@ -7,7 +7,6 @@ Reads results/cells.yaml, results/paper/, the run folders and the committed runs
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from maml.cli.rendering import print_problems, rendering_parser
+from maml.cli.rendering import exit_with, print_problems, rendering_parser
 from maml.paper.cells import Table, load_tables
 from maml.paper.evidence import find_evidence
 from maml.paper.latex import document, table_latex
@@ -99,4 +98,4 @@ def counts_of(tables: Sequence[Table], comparisons: Mapping[str, Sequence[Compar
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

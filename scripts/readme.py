@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from maml.cli.rendering import exit_with
 from maml.errors import MamlError
 from maml.paper.cells import load_tables
 from maml.paper.evidence import find_evidence
@@ -91,7 +92,4 @@ def _row(comparison: Comparison) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MamlError as error:
-        sys.exit(str(error))
+    exit_with(main)

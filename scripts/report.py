@@ -9,11 +9,10 @@ committed runs in results/runs/; trains nothing.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from maml.cli.rendering import add_runs_dir, print_problems
+from maml.cli.rendering import add_runs_dir, exit_with, print_problems
 from maml.paper.report import render
 from maml.record.checkpoint import write_text_atomically
 from maml.record.index import find_runs
@@ -44,4 +43,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

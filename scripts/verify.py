@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from maml.algorithm.base import Algorithm
+from maml.cli.rendering import exit_with
 from maml.config.identity import differences, digest, evaluation_config, training_config
 from maml.config.paths import CHECKPOINTS
 from maml.config.schema import Settings, build
@@ -264,7 +264,4 @@ def _budget(exported: ExportedFile) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MamlError as error:
-        sys.exit(str(error))
+    exit_with(main)

@@ -1,11 +1,14 @@
-"""Options and messages of the scripts that read all finished runs."""
+"""Options, messages and exit status that scripts share."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from maml.errors import MamlError
 
 
 def add_runs_dir(parser: argparse.ArgumentParser, results: Path) -> None:
@@ -35,9 +38,15 @@ def rendering_parser(description: str, results: Path) -> argparse.ArgumentParser
     add_runs_dir(parser, results)
     parser.add_argument("--out", type=Path, default=results, help="where to write (default: results)")
     parser.add_argument(
-        "--results", type=Path, default=results, help="folder of cells.yaml and paper/ (default: results)"
+        "--results", type=_results_folder, default=results, help="folder of cells.yaml and paper/ (default: results)"
     )
     return parser
+
+
+def _results_folder(text: str) -> Path:
+    if not (Path(text) / "cells.yaml").is_file():
+        raise argparse.ArgumentTypeError(f"{text} has no cells.yaml; give the folder results/ of a clone")
+    return Path(text)
 
 
 def print_problems(left_out: Sequence[str], notes: Iterable[str] = ()) -> int:
@@ -47,3 +56,11 @@ def print_problems(left_out: Sequence[str], notes: Iterable[str] = ()) -> int:
     for problem in left_out:
         print(f"ERROR, left out: {problem}", file=sys.stderr)
     return int(bool(left_out))
+
+
+def exit_with(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a script and ends the process with its status; a `MamlError` is one message and status 1."""
+    try:
+        sys.exit(main())
+    except MamlError as error:
+        sys.exit(str(error))

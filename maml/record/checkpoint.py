@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -41,9 +42,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
+        is_forbidden = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        remedy = f"Make {path.parent} writable" if is_forbidden else "Free some disk space"
         raise MamlError(
             f"{path} could not be written ({error.strerror or error}); what was saved before is intact. "
-            "Free some disk space or choose another runs_dir, then run the same command again"
+            f"{remedy} or choose another folder, then run the same command again"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Options and messages of the scripts that read all finished runs."""
+"""Options, messages and exit status that scripts share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from maml.cli.rendering import print_problems, rendering_parser
+from maml.cli.rendering import exit_with, print_problems, rendering_parser
+from maml.errors import MamlError
 
 
 def test_runs_of_the_user_come_before_the_committed_ones() -> None:
@@ -15,7 +16,32 @@ def test_runs_of_the_user_come_before_the_committed_ones() -> None:
     assert options.out == options.results == Path("a", "results")
 
 
+def test_folder_without_cells_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = rendering_parser("", Path("results"))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--results", str(tmp_path)])
+    assert f"{tmp_path} has no cells.yaml" in capsys.readouterr().err
+    (tmp_path / "cells.yaml").touch()
+    assert parser.parse_args(["--results", str(tmp_path)]).results == tmp_path
+
+
 def test_problems_are_printed_after_the_notes(capsys: pytest.CaptureFixture[str]) -> None:
     assert print_problems([], ["two runs differ"]) == 0
     assert print_problems(["run.json is damaged"]) == 1
     assert capsys.readouterr().err == "NOTE: two runs differ\nERROR, left out: run.json is damaged\n"
+
+
+@pytest.mark.parametrize("status", [0, 1, None])
+def test_script_exits_with_its_status(status: int | None) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        exit_with(lambda: status)
+    assert exit_.value.code == status
+
+
+def test_error_of_a_script_is_its_message() -> None:
+    def main() -> int:
+        raise MamlError("results/ cannot be written")
+
+    with pytest.raises(SystemExit) as exit_:
+        exit_with(main)
+    assert exit_.value.code == "results/ cannot be written"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -190,6 +191,20 @@ def test_full_disk_while_saving_leaves_both_checkpoints(path: Path) -> None:
 def test_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(MamlError, match="could not be written"):
         checkpoint.save(tmp_path / "nowhere" / "checkpoint.pt", content())
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.EROFS, "Make {} writable"), (errno.EACCES, "Make {} writable"), (errno.ENOSPC, "Free some disk space")],
+)
+def test_remedy_fits_what_is_in_the_way(tmp_path: Path, number: int, remedy: str) -> None:
+    def write(_: IO[bytes]) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(
+        MamlError, match=rf"\({os.strerror(number)}\).* {remedy.format(tmp_path)} or choose another folder"
+    ):
+        checkpoint.write_atomically(tmp_path / "file", write)
 
 
 def test_readers_see_the_old_file_or_the_new_one(tmp_path: Path) -> None:
