@@ -125,7 +125,7 @@ class _LinearizedWithContext(Linearized):
         """Returns the gradient with respect to the model's parameters, given that of the network's."""
         signal = gradient[self._bias]
         weight = torch.cat([gradient[self._weight], _outer(signal, self._context)], dim=2)
-        return gradient | {self._weight: weight, "context": _times(self._weight_z.mT, signal)}
+        return {"context": _times(self._weight_z.mT, signal)} | gradient | {self._weight: weight}
 
     def _split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight[..., : self._num_inputs], weight[..., self._num_inputs :]
