@@ -6,9 +6,9 @@
 A cell is <table>/<row>/<column>, with the names in results/paper/. A curve is <figure>/<row>/<panel>. The panel is its
 file in results/paper/, or K5, K10 or K20 if the file has no exact numbers. On a CPU, with the same versions and the
 same machine, the number must be equal to the last bit. On another machine it may differ: in classification by one query
-image in 600 tasks (by showing, one drawing in 600 sequences), in regression by 0.01 %. In reinforcement learning,
-rounding differences grow within a rollout, so on another machine the number must only lie in the committed 95 %
-interval. The exit status is 1 if a number is not verified.
+image in 600 tasks, in regression and in accuracy by showing by 0.01 %. In reinforcement learning, rounding differences
+grow within a rollout, so on another machine the number must only lie in the committed 95 % interval. The exit status is
+1 if a number is not verified.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from maml.config.paths import CHECKPOINTS
 from maml.config.schema import Settings, build
 from maml.curve import Curve
 from maml.domain.classification import FewShotClassification
-from maml.domain.omniglot_sequence import OmniglotSequence
 from maml.errors import MamlError
 from maml.evaluation import Evaluation, bank_hash
 from maml.experiment import build_algorithm
@@ -230,9 +229,8 @@ def judge(committed: Mapping[int, Reading], reevaluation: Reevaluation, elsewher
 def tolerance(reading: Reading, reevaluation: Reevaluation) -> float:
     """Returns the largest allowed difference between two machines, in the metric's unit."""
     domain, evaluation = reevaluation.algorithm.domain, reevaluation.evaluation
-    if isinstance(domain, FewShotClassification | OmniglotSequence):
-        by_showing = domain.measured_by == "showing"  # one drawing of each class
-        num_query = 1 if by_showing else evaluation.num_query or reevaluation.curve.num_shots
+    if isinstance(domain, FewShotClassification):
+        num_query = evaluation.num_query or reevaluation.curve.num_shots
         num_ways = evaluation.num_ways or domain.num_ways
         return 1 / (min(600, evaluation.num_tasks) * num_ways * num_query) + _ROUNDING
     if domain.on_policy:

@@ -82,7 +82,8 @@ def make_run_with_checkpoint(root: Path, **settings: Any) -> Path:
     folder, source = make_run(root, **settings), settings.get("source", SINUSOID)
     algorithm = build_algorithm(compose_experiment(source.experiment, source.overrides), Hardware("cpu"))
     record = json.loads((folder / "run.json").read_text())
-    content = {"run_id": record["run_id"], "iteration": record["segments"][-1]["last_iteration"]}
+    content = {key: record[key] for key in ("run_id", "experiment", "training")}
+    content |= {"iteration": record["segments"][-1]["last_iteration"]}
     checkpoint.save(folder / "checkpoint.pt", content | {"state": algorithm.state_dict()})
     return folder
 

@@ -26,7 +26,7 @@ from maml.evaluation import Evaluation
 from maml.paper.cells import named_sources
 from maml.paper.evidence import find_evidence
 from maml.record import checkpoint
-from maml.record.exported import Reading, read_index, unpack
+from maml.record.exported import Reading, read_index, read_parameters, unpack
 from maml.record.index import find_runs
 from tests.paper.fake_runs import make_run, make_run_with_checkpoint
 from tests.runs import ROOT
@@ -213,6 +213,25 @@ def test_export_keeps_what_has_no_checkpoint_any_more(tmp_path: Path, capsys: py
     path.write_bytes(b"")
     export(tmp_path, bare, status=1)
     assert "has a wrong hash" in capsys.readouterr().err
+
+
+def test_parameters_that_are_too_large_stay_in_their_run_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXPORT["main"].__globals__, "MAX_BYTES", 10)
+    elsewhere, runs = tmp_path / "elsewhere", tmp_path / "runs"
+    add_execution(make_run_with_checkpoint(elsewhere, done=300))
+    assert list(export(tmp_path, elsewhere, status=1)) == ["index.json"]
+    assert "but at most 10 are exported; copy" in capsys.readouterr().err
+    shutil.copytree(elsewhere, runs)
+    first = export(tmp_path, runs)
+    assert list(first) == ["index.json"]
+    ((file, origin),) = read_index(tmp_path / "exported").files.items()
+    assert origin.run == f"sinusoid_10shot/{origin.run_id}"
+    saved = checkpoint.load(runs / origin.run / "checkpoint.pt")["state"]
+    found = read_parameters(tmp_path / "exported", file, origin)
+    assert all(torch.equal(value, saved["theta"][name]) for name, value in found["theta"].items())
+    assert export(tmp_path, runs) == first
 
 
 def test_committed_index_says_what_the_committed_reports_say() -> None:
