@@ -79,8 +79,13 @@ def float64() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One image cache for all tests, because building one takes seconds; its mini-ImageNet is synthetic."""
-    folder = tmp_path_factory.mktemp("cache")
+    """One image cache for all tests of all processes, because building one takes seconds.
+
+    Its mini-ImageNet is synthetic.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
     classes = sorted(f"{split}/{number:02d}" for split, count in NUM_CLASSES.items() for number in range(count))
     pixels = Stream(0).integers((len(classes), 20, 12, 12, 3), 256).to(torch.uint8)
     pixels = pixels.repeat_interleave(7, 2).repeat_interleave(7, 3)

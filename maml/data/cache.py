@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import time_ns
 
@@ -97,7 +98,11 @@ def load_cache(cache_dir: Path, name: str, sources: str | None = None) -> ImageS
 
 
 def cached_from_files(
-    cache_dir: Path, name: str, files: Mapping[str, File], build: Callable[[], tuple[Tensor, list[str]]]
+    cache_dir: Path,
+    name: str,
+    files: Callable[[], Mapping[str, File]],
+    build: Callable[[], tuple[Tensor, list[str]]],
+    archives: Mapping[str, File] | None = None,
 ) -> ImageSet:
     """Loads the tensor that was built from these files, or builds it. The content of the files decides.
 
@@ -107,17 +112,22 @@ def cached_from_files(
         cache_dir: as for `cached_tensor`.
         name: as for `cached_tensor`. A ``{content}`` in it stands for a hash of the contents: each content then has a
             cache of its own, which no other replaces.
-        files: the original files by name. The names count too, but not the places of the files.
+        files: lists the original files by name. The names count too, but not the places of the files.
         build: as for `cached_tensor`.
+        archives: files on disk that alone decide what ``files`` lists: zips, whose listing takes half a second, and
+            lists of classes. If none of them has changed since the last time, ``files`` is not called.
 
     Raises:
         MamlError: if a file cannot be read, or the cache cannot be written.
     """
-    stamp = _hash([(name, file.size, file.stamp, file.checksum) for name, file in sorted(files.items())])
+    listed = cache(files)
+    on_disk = listed() if archives is None else archives
+    looks = [(name, file.size, file.stamp, file.checksum) for name, file in sorted(on_disk.items())]
+    stamp = _hash(looks if archives is None else [name, looks])
     known, now = _recall(cache_dir), time_ns()
-    sources = known.get(stamp) or fingerprint(files)
+    sources = known.get(stamp) or fingerprint(listed())
     image_set = cached_tensor(cache_dir, name.replace("{content}", sources[:16]), sources, build)
-    changed = max((time for file in files.values() for time in file.stamp[:2]), default=None)
+    changed = max((time for file in on_disk.values() for time in file.stamp[:2]), default=None)
     # A file may change twice within one tick of the disk's clock, and then looks as it did after the first change.
     if stamp not in known and changed is not None and changed < now - _CLOCK_TICK_NS:
         _remember(cache_dir, known | {stamp: sources})

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_from_files, load_cache
-from maml.data.files import File, list_files, unpickle
+from maml.data.files import File, file_on_disk, list_files, unpickle
 from maml.data.photos import NUM_IMAGES, Photos, cached_photos, check_classes, stack
 from maml.data.pictures import opaque
 from maml.errors import MamlError, Unavailable
@@ -66,22 +67,23 @@ def load_cifar_fs(data_dir: Path, cache_dir: Path, download: bool = True) -> Ima
     """
     folder = data_dir / "cifar-fs"
     classes = _read_split(folder)
+    split = dict.fromkeys(classes.values(), File(0, checksum=0))  # other splits are other data
     for source in (folder / "cifar100.zip", folder / "images"):
         if source.exists():
             root = source if source.suffix == ".zip" else folder
-            return cached_photos(
-                cache_dir, _CACHE_NAME, "CIFAR-FS", root, _pngs(source, classes), _prepare, _advice(source)
-            )
+            archives = {source.name: file_on_disk(source)} | split if source.suffix == ".zip" else None
+            photos = partial(_pngs, source, classes)
+            return cached_photos(cache_dir, _CACHE_NAME, "CIFAR-FS", root, photos, _prepare, _advice(source), archives)
     for source in (folder / _PUBLISHED, data_dir / _PUBLISHED):
         if source.is_dir():
-            return _load_published(source, classes, cache_dir)
+            return _load_published(source, classes, split, cache_dir)
     cached = load_cache(cache_dir, _CACHE_NAME)
     if cached is not None and cached.classes == sorted(classes.values()):
         return cached
     if not download:
         raise Unavailable(_how_to_provide(data_dir))
     _download(data_dir)
-    return _load_published(folder / _PUBLISHED, classes, cache_dir)
+    return _load_published(folder / _PUBLISHED, classes, split, cache_dir)
 
 
 def _read_split(folder: Path) -> dict[str, str]:
@@ -128,7 +130,7 @@ def _pngs(source: Path, classes: Mapping[str, str]) -> Photos:
     return photos
 
 
-def _load_published(source: Path, classes: Mapping[str, str], cache_dir: Path) -> ImageSet:
+def _load_published(source: Path, classes: Mapping[str, str], split: dict[str, File], cache_dir: Path) -> ImageSet:
     advice = _advice(source)
 
     def build() -> tuple[Tensor, list[str]]:
@@ -148,8 +150,7 @@ def _load_published(source: Path, classes: Mapping[str, str], cache_dir: Path) -
         photos = {name: sorted(photos, key=itemgetter(0)) for name, photos in named_photos.items()}
         return stack(photos, itemgetter(1))
 
-    split = dict.fromkeys(classes.values(), File(0, checksum=0))  # other splits are other data
-    return cached_from_files(cache_dir, _CACHE_NAME, dict(list_files(source, advice)) | split, build)
+    return cached_from_files(cache_dir, _CACHE_NAME, lambda: dict(list_files(source, advice)) | split, build)
 
 
 def _prepare(image: Image.Image) -> Image.Image:

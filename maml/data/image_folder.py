@@ -179,7 +179,7 @@ def load_image_folder(
 
     height, width, channels = in_shape
     kind = "ink" if is_drawing else ("", "grey", "", "rgb")[channels]
-    cached = cached_from_files(cache_dir, f"image_folder_{{content}}_{height}x{width}_{kind}", files, build)
+    cached = cached_from_files(cache_dir, f"image_folder_{{content}}_{height}x{width}_{kind}", lambda: files, build)
     counts = [len(pictures) for pictures in classes.values()]
     if len(set(counts)) == 1:
         return ImageSet(cached.images.reshape(len(classes), -1, *in_shape), [*classes], cached.digest)

@@ -3,6 +3,7 @@
 import csv
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +50,11 @@ def load_mini_imagenet(data_dir: Path, cache_dir: Path) -> ImageSet:
     """
     for place in (data_dir / name for name in _PLACES):
         if (place / "images").is_dir():
-            return cached_photos(cache_dir, _CACHE_NAME, _LABEL, place, _listed(place), _prepare, _advice(place))
+            return _photos(place, _listed, cache_dir)
         if any(path.exists() for path in _pickles(place).values()):
             return _load_pickles(place, cache_dir)
         if (place / "train").is_dir():
-            return cached_photos(cache_dir, _CACHE_NAME, _LABEL, place, _in_folders(place), _prepare, _advice(place))
+            return _photos(place, _in_folders, cache_dir)
     if (cached := load_cache(cache_dir, _CACHE_NAME)) is not None:
         return cached
     raise Unavailable(_how_to_provide(data_dir))
@@ -71,6 +72,10 @@ def check_provided(data_dir: Path, cache_dir: Path) -> None:
     found = any(path.is_dir() for path in folders) or any(path.exists() for path in pickles)
     if not found and load_cache(cache_dir, _CACHE_NAME) is None:
         raise Unavailable(_how_to_provide(data_dir))
+
+
+def _photos(place: Path, photos: Callable[[Path], Photos], cache_dir: Path) -> ImageSet:
+    return cached_photos(cache_dir, _CACHE_NAME, _LABEL, place, lambda: photos(place), _prepare, _advice(place))
 
 
 def _listed(place: Path) -> Photos:
@@ -125,7 +130,7 @@ def _load_pickles(place: Path, cache_dir: Path) -> ImageSet:
         check_classes({cls: len(rows) for cls, rows in photos.items()}, _advice(place))
         return stack(photos, lambda pixels: np.asarray(_prepare(Image.fromarray(pixels))))
 
-    return cached_from_files(cache_dir, _CACHE_NAME, {p.name: file_on_disk(p) for p in paths.values()}, build)
+    return cached_from_files(cache_dir, _CACHE_NAME, lambda: {p.name: file_on_disk(p) for p in paths.values()}, build)
 
 
 def _read_pickle(path: Path) -> list[tuple[str, list[np.ndarray]]]:

@@ -5,7 +5,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_from_files, load_cache
-from maml.data.files import File, first_ten, list_files, reader
+from maml.data.files import File, file_on_disk, first_ten, list_files, reader
 from maml.data.pictures import grey_ink, opaque, warn_of_blank
 from maml.errors import MamlError, Unavailable
 from maml.status import about, announce
@@ -123,9 +123,16 @@ def load_omniglot(
             raise Unavailable(_how_to_provide(data_dir, missing))
         _download(data_dir, missing)
         found = _find(data_dir)
-    files = {name: file for source in found.values() for name, file in _list_drawings(source)}
-    ink = partial(_grey_ink if is_grey else _ink, size=size)
-    return cached_from_files(cache_dir, cache_name, files, lambda: _read(found, _group(files, data_dir), size, ink))
+
+    @cache
+    def drawings() -> dict[str, File]:
+        return {name: file for source in found.values() for name, file in _list_drawings(source)}
+
+    def build() -> tuple[Tensor, list[str]]:
+        return _read(found, _group(drawings(), data_dir), size, partial(_grey_ink if is_grey else _ink, size=size))
+
+    zips = {half: file_on_disk(source) for half, source in found.items() if source.suffix == ".zip"}
+    return cached_from_files(cache_dir, cache_name, drawings, build, zips if zips.keys() == found.keys() else None)
 
 
 def vinyals_split(classes: Sequence[str]) -> dict[Split, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
@@ -74,9 +75,10 @@ def cached_photos(
     name: str,
     label: str,
     source: Path,
-    photos: Photos,
+    photos: Callable[[], Photos],
     prepare: Callable[[Image.Image], Image.Image],
     advice: str,
+    archives: Mapping[str, File] | None = None,
 ) -> ImageSet:
     """Loads the tensor of photos that are single files, or builds it. Photos of a class are sorted by file name.
 
@@ -85,16 +87,21 @@ def cached_photos(
         name: as for `cached_tensor`.
         label: name of the data set for the status line.
         source: the zip or folder that holds the photos.
-        photos: all photos; they are checked already.
+        photos: lists and checks all photos.
         prepare: converts every photo to the same size and to RGB.
         advice: what to do if a photo cannot be decoded.
+        archives: as for `cached_from_files`.
 
     Raises:
         MamlError: if a photo cannot be decoded, or the cache cannot be written.
     """
+    listed = cache(photos)
+
+    def files() -> dict[str, File]:
+        return {f"{cls}/{path}": file for cls, files in listed().items() for path, file in files.items()}
 
     def build() -> tuple[Tensor, list[str]]:
-        file_sizes = [file.size for files in photos.values() for file in files.values()]
+        file_sizes = [file.size for file in files().values()]
         seconds = _SECONDS_PER_PHOTO * len(file_sizes) + _SECONDS_PER_BYTE * sum(file_sizes)
         announce(f"reading {label}, once: {about(seconds)}")
         with reader(source) as read:
@@ -106,7 +113,6 @@ def cached_photos(
                 except Exception as error:  # broken bytes raise a dozen types in Pillow, zipfile and zlib
                     raise MamlError(f"{path} in {source} cannot be decoded ({error}); {advice}") from error
 
-            return stack({cls: sorted(files) for cls, files in photos.items()}, decode)
+            return stack({cls: sorted(files) for cls, files in listed().items()}, decode)
 
-    named = {f"{cls}/{path}": file for cls, files in photos.items() for path, file in files.items()}
-    return cached_from_files(cache_dir, name, named, build)
+    return cached_from_files(cache_dir, name, files, build, archives)

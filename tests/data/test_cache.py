@@ -5,6 +5,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -250,14 +251,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_files_of_equal_size_and_other_content_are_other_data(tmp_path: Path, reads: list[str]) -> None:
     for count, content in enumerate([b"first", b"other", b"third"], start=1):
         build = Builder()
-        cached_from_files(tmp_path / "cache", "set", write(tmp_path, file=content), build)
+        cached_from_files(tmp_path / "cache", "set", partial(write, tmp_path, file=content), build)
         assert (build.calls, len(reads)) == (1, count)
 
 
 def test_content_is_read_again_only_if_a_file_has_changed(tmp_path: Path, reads: list[str]) -> None:
     def load() -> None:
         files = {name: file_on_disk(tmp_path / name) for name in ("one", "two")}
-        cached_from_files(tmp_path / "cache", "set", files, build)
+        cached_from_files(tmp_path / "cache", "set", lambda: files, build)
 
     build = Builder()
     write(tmp_path, one=b"1", two=b"2")
@@ -274,11 +275,45 @@ def test_content_is_read_again_only_if_a_file_has_changed(tmp_path: Path, reads:
     assert build.calls == 1, "the content has never changed"
 
 
+def test_archive_is_listed_again_only_if_it_or_the_name_has_changed(tmp_path: Path, reads: list[str]) -> None:
+    listed = []
+
+    def load(name: str, content: bytes) -> None:
+        def files() -> dict[str, File]:
+            listed.append((name, content))
+            return {"file": File(len(content), checksum=zlib.crc32(content))}
+
+        cached_from_files(tmp_path / "cache", name, files, build, {"zip": file_on_disk(tmp_path / "zip")})
+
+    build = Builder()
+    write(tmp_path, zip=b"one")
+    for _ in range(2):
+        load("set", b"1")
+        load("other", b"1")
+    assert listed == [("set", b"1"), ("other", b"1")] and build.calls == 2
+    os.utime(tmp_path / "zip", (0, 0))
+    load("set", b"1")
+    assert len(listed) == 3 and build.calls == 2, "touched, but the content is the same"
+    write(tmp_path, zip=b"two")  # of equal size
+    load("set", b"2")
+    assert len(listed) == 4 and build.calls == 3
+    assert "zip" not in reads, "it lists what its files hold"
+
+
+def test_archive_that_changed_a_moment_ago_is_listed_again(tmp_path: Path, reads: list[str]) -> None:
+    archive = {"zip": File(1, str(tmp_path / "zip"), (cache.time_ns() - 10**9, 0, 7))}
+    for _ in range(2):
+        cached_from_files(
+            tmp_path / "cache", "set", lambda: {"file": File(1, "inside", checksum=1)}, Builder(), archive
+        )
+    assert reads == ["inside"] * 2
+
+
 def test_copy_of_the_data_uses_the_same_cache(tmp_path: Path, reads: list[str]) -> None:
     originals, copies = (write(tmp_path / place, file=b"same") for place in ("here", "there"))
-    cached_from_files(tmp_path / "cache", "set", originals, Builder())
+    cached_from_files(tmp_path / "cache", "set", lambda: originals, Builder())
     for files in (copies, originals, copies):
-        cached_from_files(tmp_path / "cache", "set", files, must_not_build)
+        cached_from_files(tmp_path / "cache", "set", partial(dict, files), must_not_build)
     assert len(reads) == 2, "each copy was read once"
 
 
@@ -286,17 +321,17 @@ def test_files_that_changed_a_moment_ago_are_read_again(tmp_path: Path, reads: l
     files = {"file": File(1, str(tmp_path / "file"), (cache.time_ns() - 10**9, 0, 7))}
     write(tmp_path, file=b"1")
     for _ in range(2):
-        cached_from_files(tmp_path / "cache", "set", files, Builder())
+        cached_from_files(tmp_path / "cache", "set", lambda: files, Builder())
     assert len(reads) == 2
 
 
 @pytest.mark.parametrize("memory", ["", "[]", "{", "null", '{"a": 1}'])
 def test_damaged_memory_of_contents_costs_a_reading(tmp_path: Path, reads: list[str], memory: str) -> None:
     files = write(tmp_path, file=b"1")
-    cached_from_files(tmp_path / "cache", "set", files, Builder())
+    cached_from_files(tmp_path / "cache", "set", lambda: files, Builder())
     (tmp_path / "cache" / "sources.json").write_text(memory)
     for _ in range(2):
-        cached_from_files(tmp_path / "cache", "set", files, must_not_build)
+        cached_from_files(tmp_path / "cache", "set", lambda: files, must_not_build)
     assert len(reads) == 2
 
 
@@ -305,5 +340,6 @@ def test_cache_of_sizes_alone_is_built_once_more(tmp_path: Path, reads: list[str
     before = cached_tensor(tmp_path / "cache", "set", "hash of names and sizes", Builder())
     build = Builder()
     for _ in range(2):
-        assert cached_from_files(tmp_path / "cache", "set", write(tmp_path, a=b"1"), build).digest == before.digest
+        found = cached_from_files(tmp_path / "cache", "set", partial(write, tmp_path, a=b"1"), build)
+        assert found.digest == before.digest
     assert build.calls == 1

@@ -122,6 +122,13 @@ def test_real_set_has_100_classes_of_600_colour_photos(real_set: ImageSet) -> No
     assert (real_set.images[..., 0] != real_set.images[..., 2]).float().mean() > 0.5
 
 
+def test_unchanged_zip_is_not_listed_again(
+    real_set: ImageSet, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar_fs, "list_files", lambda *_: pytest.fail("listed"))
+    assert load_cifar_fs(SHARED_DATA, cache_dir, download=False).digest == real_set.digest
+
+
 def test_real_set_is_the_same_everywhere(real_set: ImageSet) -> None:
     # Every result on CIFAR-FS depends on these pixels in this order.
     assert real_set.digest == "727f03251a98d01a99f4cc8e9dbc4ceac94dc21e3192e2d1731e358d55fcc9d2"

@@ -205,6 +205,14 @@ def test_cache_is_loaded_instead_of_the_drawings(real_set: ImageSet, zipped: Pat
 
 
 @pytest.mark.usefixtures("forbid_build")
+def test_unchanged_zips_are_not_listed_again(
+    real_set: ImageSet, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_omniglot(SHARED_DATA, cache_dir, download=False)
+    monkeypatch.setattr(omniglot, "list_files", lambda *_: pytest.fail("listed"))
+    assert load_omniglot(SHARED_DATA, cache_dir, download=False).digest == real_set.digest
+
+
 def test_cache_is_enough_where_the_original_files_are_gone(real_set: ImageSet, cache_dir: Path, tmp_path: Path) -> None:
     assert load_omniglot(tmp_path / "nowhere", cache_dir, download=True).digest == real_set.digest
     assert list(tmp_path.iterdir()) == []
