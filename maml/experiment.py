@@ -25,6 +25,7 @@ from maml.hardware.base import Hardware
 from maml.hardware.precision import check_precision, use_precision
 from maml.logger.base import Logger
 from maml.model.base import Model
+from maml.outer.trial import check_step
 from maml.record.classes import class_tables, confusion
 from maml.record.extension import extend_finished_run
 from maml.record.plot import plot_report
@@ -150,6 +151,7 @@ def _build_learners(
                 if settings.validate_every:
                     algorithm.check_validation()
                 check_training_fits(settings, algorithm, hardware)
+                check_step(algorithm.outer, algorithm.theta)
         learner = Learner(seed_settings, experiment, algorithm)
         evaluation.check(domain)
         evaluation.check_algorithm(algorithm)

@@ -1,0 +1,76 @@
+"""Makes two steps of an outer optimizer before a run, and refuses one that would leave theta as it is in silence."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from maml.errors import MamlError
+from maml.outer.base import Objective, Outer
+from maml.types import MatrixVectorProduct, Params
+
+
+class _Paraboloid(Objective):
+    """Half the squared distance from a point. The KL divergence is half the squared distance from the start.
+
+    Args:
+        start: the parameters before the first step, without a task axis.
+    """
+
+    def __init__(self, start: Params) -> None:
+        self.start = start
+
+    def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:
+        return {name: theta[name] - value - 1 for name, value in self.start.items()}, self.evaluate(theta)
+
+    def evaluate(self, theta: Params) -> dict[str, Tensor]:
+        moved = torch.cat([(theta[name] - value).flatten() for name, value in self.start.items()])
+        return {"loss": (moved - 1).square().sum() / 2, "kl": torch.zeros(())}
+
+    def kl_gradient(self, theta: Params, every: int = 1) -> Params:
+        return {name: theta[name] - value for name, value in self.start.items()}
+
+    def curvature(self, theta: Params, every: int = 1) -> MatrixVectorProduct:
+        return lambda vector: vector
+
+
+@torch.no_grad()
+def check_step(outer: Outer, theta: Params) -> None:
+    """Checks on a made-up objective that an outer optimizer changes theta, and in place.
+
+    There are two steps, because the first may be zero, as with a schedule that rises from zero. An optimizer that asks
+    for what the made-up objective lacks is not checked.
+
+    Args:
+        outer: the optimizer; it stays as it is.
+        theta: the parameters that it will train, without a task axis; they stay as they are.
+
+    Raises:
+        MamlError: if theta does not change or gets new tensors, or the step returns no metrics.
+    """
+    name, outer = type(outer).__name__, copy.deepcopy(outer)
+    tried = {key: value.clone() for key, value in theta.items()}
+    tensors, objective = dict(tried), _Paraboloid(theta)
+    state = outer.init_state(tried)
+    for _ in range(2):
+        try:
+            metrics = outer.step(objective, tried, state)
+        except Exception:  # training will show whether something is wrong
+            return
+        if not isinstance(metrics, dict):
+            raise MamlError(
+                f"{name}.step returns a {type(metrics).__name__}, but has to return metrics: tensors by name, such as "
+                "the second value of objective.gradient(theta)"
+            )
+    if new := [key for key, value in tensors.items() if tried.get(key) is not value]:
+        raise MamlError(
+            f"{name}.step puts a new tensor into theta[{new[0]!r}], which others that hold the old one do not see; "
+            "change its values in place, as in theta[name].sub_(...)"
+        )
+    if all(torch.equal(tried[key], value) for key, value in theta.items()):
+        raise MamlError(
+            f"{name}.step leaves theta as it is, so nothing would be trained; change its values in place, as in "
+            "theta[name].sub_(...)"
+        )

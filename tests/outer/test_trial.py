@@ -1,0 +1,110 @@
+"""The steps that are tried before a run: an optimizer that would train nothing is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from maml.config.paths import CONF
+from maml.config.schema import build
+from maml.errors import MamlError
+from maml.outer.base import Objective, Outer, OuterState
+from maml.outer.trial import check_step
+from maml.types import Params
+from tests.contract.test_options import compose_option, for_every_option_of
+from tests.runs import TinyRuns
+
+
+class Own(Outer):
+    """An own outer optimizer without a state."""
+
+    def init_state(self, theta: Params) -> OuterState:
+        return {}
+
+
+class Rebinding(Own):
+    """Changes a dictionary of its own."""
+
+    def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:
+        gradients, metrics = objective.gradient(theta)
+        theta = {name: value - gradients[name] for name, value in theta.items()}
+        return metrics
+
+
+class Replacing(Own):
+    """Puts new tensors into theta."""
+
+    def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:
+        gradients, metrics = objective.gradient(theta)
+        theta |= {name: value - gradients[name] for name, value in theta.items()}
+        return metrics
+
+
+class Silent(Own):
+    """Returns nothing."""
+
+    def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:
+        for name, value in objective.gradient(theta)[0].items():
+            theta[name].sub_(value)
+        return None  # type: ignore[return-value]
+
+
+class Demanding(Own):
+    """Asks for a metric that only its own algorithm has."""
+
+    def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:
+        return {"loss": objective.gradient(theta)[1]["mine"]}
+
+
+class Waiting(Own):
+    """Has a first step of zero, and counts its steps in itself."""
+
+    steps = 0
+
+    def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:
+        gradients, metrics = objective.gradient(theta)
+        theta["w"].sub_(gradients["w"] * self.steps)
+        self.steps += 1
+        return metrics
+
+
+@pytest.fixture
+def theta() -> Params:
+    return {"w": torch.tensor([[1.0, -2.0]]), "b": torch.tensor([0.5])}
+
+
+@for_every_option_of("outer")
+def test_every_outer_optimizer_passes(option: str, theta: Params) -> None:
+    before = {name: value.clone() for name, value in theta.items()}
+    check_step(build(compose_option(CONF, "outer", option).outer), theta)
+    assert all(torch.equal(theta[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("outer", "said"),
+    [
+        (Rebinding(), "Rebinding.step leaves theta as it is, so nothing would be trained"),
+        (Replacing(), r"Replacing.step puts a new tensor into theta\['w'\]"),
+        (Silent(), "Silent.step returns a NoneType, but has to return metrics"),
+    ],
+)
+def test_optimizer_that_would_train_nothing_is_refused(outer: Outer, said: str, theta: Params) -> None:
+    with pytest.raises(MamlError, match=said):
+        check_step(outer, theta)
+
+
+def test_optimizer_is_left_as_it_was_and_may_wait(theta: Params) -> None:
+    outer = Waiting()
+    check_step(outer, theta)
+    assert outer.steps == 0
+
+
+def test_optimizer_that_asks_for_more_is_not_checked(theta: Params) -> None:
+    check_step(Demanding(), theta)
+
+
+def test_run_is_refused_before_its_folder_is_made(tiny: TinyRuns) -> None:
+    with pytest.raises(MamlError, match="leaves theta as it is"):
+        tiny.run("~outer", "+outer._target_=tests.outer.test_trial.Rebinding")
+    assert not tiny.runs_dir.exists()
