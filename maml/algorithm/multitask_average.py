@@ -11,8 +11,6 @@ from torch import Tensor
 
 from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics
-from maml.domain.classification import FewShotClassification
-from maml.domain.omniglot_sequence import OmniglotSequence
 from maml.errors import MamlError
 from maml.outer.base import Objective, OuterState, select_entries
 from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, expand, num_tasks, take
@@ -68,7 +66,7 @@ class MultitaskAverage(Algorithm):
         initial: Literal["fresh", "previous"] = "fresh",
     ) -> None:
         super().__init__(parts)
-        if isinstance(parts.domain, FewShotClassification | OmniglotSequence):
+        if parts.domain.draws_classes:
             raise MamlError(
                 f"algorithm=multitask_average averages regressors, but {type(parts.domain).__name__} classifies, with "
                 "classes numbered anew in every task, so that a mean of classifiers says nothing; choose "

@@ -23,5 +23,10 @@ class Pretrain(MAML):
         self.shares_weights = parts.domain.measured_by == "showing"
 
     @property
+    def name(self) -> str:
+        """``Pretrain``; that of the network if it adapts by its state, because then the network is the method."""
+        return type(self.model).__name__ if self.shares_weights else super().name
+
+    @property
     def num_steps(self) -> int:
         return 0

@@ -47,6 +47,8 @@ class Domain(ABC, Generic[Data]):
         measured_by: what a curve of meta-test is over. By ``gradient step``, `measure` is called after each step. By
             ``showing``, nothing adapts by gradient steps, and `measure` is called once: it returns the metrics at the
             1st, 2nd, ... showing of a class, after none, one, ... labelled examples of it.
+        draws_classes: whether each task draws its own classes and numbers them anew, so that an output of the network
+            means another class in every task.
         on_policy: whether data depends on the parameters that collect it. Only then `collect` adds data.
         selected_by: the entry of `rollout_metrics` by which training keeps its best theta; larger is better. None
             keeps the last theta only.
@@ -69,6 +71,7 @@ class Domain(ABC, Generic[Data]):
     headline: str
     larger_is_better: bool
     measured_by: MeasuredBy = "gradient step"
+    draws_classes = False
     on_policy = False
     selected_by: str | None = None
     data_digest: str | None = None

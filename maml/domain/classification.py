@@ -64,6 +64,7 @@ class FewShotClassification(SupervisedDomain):
     num_train_classes: int
     rotate = False
     has_turned_classes = False
+    draws_classes = True
     headline = "accuracy_transductive"
     larger_is_better = True
 

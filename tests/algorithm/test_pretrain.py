@@ -93,6 +93,7 @@ def test_where_nothing_adapts_tasks_share_weights_and_have_the_same_gradient() -
         for domain in (ByShowing(num_shots=3), SinusoidSequence(num_shots=3))
     )
     assert (shared.shares_weights, copied.shares_weights, Pretrain.shares_weights) == (True, False, False)
+    assert (shared.name, copied.name) == ("LSTM", "Pretrain"), "the network is the method"
     theta = {name: value.double() for name, value in shared.theta.items()}
     tasks = {name: value.double() for name, value in shared.sample_tasks(5, Stream(1)).items()}
     one, other = (algorithms.gradient(algorithm, theta, tasks)[0] for algorithm in (shared, copied))
