@@ -28,15 +28,16 @@ from maml.types import num_tasks
 _MIN_ITERATIONS = 1000  # a shorter run would not win back the seconds that measuring takes
 _REPETITIONS = 3
 # On a CPU other load comes in bursts, and one of them can fall on a single size. So sizes that took up to this many
-# times the best are measured again, in turns.
-_CONTENDERS = 1.5
+# times the best are measured again, in turns: for some seconds, but at least `_REPETITIONS` times.
+_CONTENDERS = 2.5
+_SECONDS_IN_TURNS, _MOST_TURNS = 5.0, 20
 # Of sizes that take up to this many times the best, the smallest is chosen: its memory is less, in proportion.
 _AS_GOOD = 1.05
 # Least CPU training time for which compiling pays off, where there are no kernels: it takes minutes at each start, then
 # images are about 1.2 times faster. Kernels save more, and a compiled program does not use them.
 _MIN_SECONDS_TO_COMPILE = 3600
-# Measuring stops after two sizes in a row that are this many times slower than the best.
-_SLOWER_THAN_BEST = 1.1
+# Measuring stops after two sizes in a row that are this many times slower than the best, on a GPU and on a CPU.
+_SLOWER_THAN_BEST, _SLOWER_THAN_BEST_ON_CPU = 1.1, 1.4
 # How threads divide the work, as `Execution.thread_chunks` says.
 SHARED, DIVIDED = "threads share each operation", "each thread has its own"
 _UNRELATED_KEYS = ("outer.", "seed", "num_iterations")  # training settings that do not change the speed
@@ -116,6 +117,8 @@ def measure_seconds_per_task(iterate: Iteration, num_threads: int = 1) -> dict[i
     sizes = sorted({min(2**power, largest) for power in range(count.bit_length() + 1)}, reverse=on_gpu)
     can_capture = iterate.execution.cuda_graph and iterate.algorithms[0].sums_over_tasks
     seconds: dict[int, float] = {}
+    in_turns = not (on_gpu or can_capture)
+    too_slow = _SLOWER_THAN_BEST_ON_CPU if in_turns else _SLOWER_THAN_BEST
     best, num_worse = float("inf"), 0
 
     def measured_tasks(size: int) -> int:
@@ -135,13 +138,16 @@ def measure_seconds_per_task(iterate: Iteration, num_threads: int = 1) -> dict[i
             release_failed_memory()
             continue
         seconds[size] = min(times[1:]) / (num_seeds * measured_tasks(size))
-        num_worse = num_worse + 1 if seconds[size] > _SLOWER_THAN_BEST * best else 0
+        num_worse = num_worse + 1 if seconds[size] > too_slow * best else 0
         best = min(best, seconds[size])
         if num_worse == 2:
             break
-    in_turns = not (on_gpu or can_capture)
-    contenders = [size for size, value in seconds.items() if in_turns and value <= _CONTENDERS * best]
-    for _ in range(_REPETITIONS if len(contenders) > 1 else 0):
+    end = time.perf_counter() + _SECONDS_IN_TURNS
+    for turn in range(_MOST_TURNS if in_turns else 0):
+        best = min(seconds.values())
+        contenders = [size for size, value in seconds.items() if value <= _CONTENDERS * best]
+        if len(contenders) == 1 or (turn >= _REPETITIONS and time.perf_counter() > end):
+            break
         for size in contenders:
             (once,) = _time(computation(size), 1)
             seconds[size] = min(seconds[size], once / (num_seeds * measured_tasks(size)))
