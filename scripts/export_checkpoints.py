@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from maml.cli.rendering import exit_with, print_problems
+from maml.cli.rendering import existing_folder, exit_with, print_problems
 from maml.config.paths import CHECKPOINTS
 from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--runs-dir",
-        type=Path,
+        type=existing_folder,
         nargs="+",
         default=[RESULTS / "runs"],
         help="folders of run folders; a missing checkpoint is looked for in the next folder (default: results/runs)",

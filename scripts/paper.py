@@ -458,7 +458,7 @@ def render(roots: Sequence[Path], results: Path, smoke: bool) -> bool:
     """Renders tables, figures and the report; returns whether all renderers succeeded."""
     for folder in (results, *(path for path in results.rglob("*/") if not path.is_relative_to(results / "runs"))):
         remove_leftovers(folder)  # a killed renderer may have left some
-    folders = ["--runs-dir", *map(str, roots), "--results", str(results)]
+    folders = ["--runs-dir", *(str(root) for root in roots if root.is_dir()), "--results", str(results)]
     statuses = [
         subprocess.run([sys.executable, str(ROOT / "scripts" / name), *folders, "--out", str(results / out)]).returncode
         for name, out in RENDERERS.items()

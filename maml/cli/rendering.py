@@ -20,7 +20,7 @@ def add_runs_dir(parser: argparse.ArgumentParser, results: Path) -> None:
     """
     parser.add_argument(
         "--runs-dir",
-        type=Path,
+        type=existing_folder,
         nargs="+",
         default=[Path("runs"), results / "runs"],
         help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
@@ -41,6 +41,17 @@ def rendering_parser(description: str, results: Path) -> argparse.ArgumentParser
         "--results", type=_results_folder, default=results, help="folder of cells.yaml and paper/ (default: results)"
     )
     return parser
+
+
+def existing_folder(text: str) -> Path:
+    """Returns the folder that a user names; a misspelt one would look like one without runs.
+
+    Raises:
+        ArgumentTypeError: if there is no such folder.
+    """
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}; name the folder that holds EXPERIMENT/RUN")
+    return Path(text)
 
 
 def _results_folder(text: str) -> Path:

@@ -191,7 +191,14 @@ class Inner(ABC):
                 losses = losses.detach()
             size = None if step_sizes is None else step_sizes[step]
             # In evaluation, which has no meta-gradient, this makes no graph.
-            return self.update(params, losses, dict(zip(names, gradients, strict=True)), state, step, size)
+            returned = self.update(params, losses, dict(zip(names, gradients, strict=True)), state, step, size)
+            is_pair = isinstance(returned, tuple) and [type(part) for part in returned] == [dict, dict]
+            if not is_pair or not returned[0].keys() <= params.keys():
+                raise MamlError(
+                    f"{type(self).__name__}.update has to return two dictionaries: new values of the parameters that "
+                    f"adapt ({', '.join(names)}), and the new state, which may be empty"
+                )
+            return returned
 
         # In first order, only an optimizer with parameters of its own makes a graph that takes memory.
         has_graph = create_graph or any(name.startswith(_LEARNED_PREFIX) for name in params)

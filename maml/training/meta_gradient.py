@@ -153,7 +153,7 @@ class MetaGradient:
 
         def compute(task_chunk: int) -> Metrics:
             def chunk_sums(chunk: Tasks) -> Metrics:
-                losses, metrics = self.algorithm.task_losses(self.per_task(params, num_tasks(chunk)), chunk)
+                losses, metrics = self._task_losses(self.per_task(params, num_tasks(chunk)), chunk)
                 return self._sum_over_tasks({"loss": losses} | metrics)
 
             sums = list(self._map(chunk_sums, self._chunks(tasks, task_chunk)))
@@ -211,27 +211,33 @@ class MetaGradient:
         """Returns `sums` of one chunk."""
         theta = {name: params[name].detach().requires_grad_() for name in self.algorithm.theta}
         with torch.enable_grad():
-            losses, metrics = self.algorithm.task_losses(self.per_task(params | theta, num_tasks(tasks)), tasks)
-            self._check_per_task(losses, num_tasks(tasks))
+            losses, metrics = self._task_losses(self.per_task(params | theta, num_tasks(tasks)), tasks)
             gradients = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
         return dict(zip(theta, gradients, strict=True)), self._sum_over_tasks({"loss": losses} | metrics)
 
-    def _check_per_task(self, losses: Tensor, count: int) -> None:
-        """Refuses losses of another shape than ``(T,)``: the mean over tasks would be taken twice."""
+    def _task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
+        """Returns `Algorithm.task_losses`; refuses losses of another shape than ``(T,)``, whose mean would be wrong."""
+        algorithm, count = self.algorithm, num_tasks(tasks)
+        returned = algorithm.task_losses(params, tasks)
+        if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
+            raise MamlError(
+                f"{type(algorithm).__name__}.task_losses returns a {type(returned).__name__}, but has to return two "
+                "values: the losses, a tensor (T,), and a dictionary of metrics, which may be empty"
+            )
+        losses, metrics = returned
         if losses.shape != (count,):
-            algorithm = self.algorithm
             raise MamlError(
                 f"{type(algorithm).__name__} on {type(algorithm.domain).__name__} has losses of shape "
                 f"{tuple(losses.shape)} for {count} tasks; task_losses, and the domain's loss, return one number per "
                 "task, so do not average over tasks"
             )
+        return losses, metrics
 
     def _chunk_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
         """Returns `task_gradients` of one chunk."""
         theta = {name: params[name].detach().requires_grad_() for name in self.algorithm.theta}
         with torch.enable_grad():
-            losses, metrics = self.algorithm.task_losses(params | theta, tasks)
-            self._check_per_task(losses, num_tasks(tasks))
+            losses, metrics = self._task_losses(params | theta, tasks)
             gradients = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
         metrics = {name: value.detach() for name, value in ({"loss": losses} | metrics).items()}
         return dict(zip(theta, gradients, strict=True)), metrics

@@ -16,6 +16,13 @@ def test_runs_of_the_user_come_before_the_committed_ones() -> None:
     assert options.out == options.results == Path("a", "results")
 
 
+def test_folder_of_runs_that_does_not_exist_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = rendering_parser("", Path("results"))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--runs-dir", str(tmp_path), str(tmp_path / "rnus")])
+    assert f"there is no folder {tmp_path / 'rnus'}" in capsys.readouterr().err
+
+
 def test_folder_without_cells_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = rendering_parser("", Path("results"))
     with pytest.raises(SystemExit):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -170,3 +171,34 @@ def test_switch_of_the_order_is_refused_where_there_is_no_order(
     with pytest.raises(MamlError, match=rf"inner\.second_order_from=4 changes .* that of {name} goes through none"):
         tiny.run(*overrides, "inner.second_order_from=4")
     assert not tiny.runs_dir.exists()
+
+
+class Returning(SGD):
+    """Makes something else of what an update returns."""
+
+    def __init__(self, other: Callable[[Params, Params], object]) -> None:
+        super().__init__(step_size=0.1, num_steps=1, order=2, adapt=["*"])
+        self.other = other
+
+    def update(self, *arguments: Any) -> Any:
+        return self.other(*super().update(*arguments))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda params, state: params,
+        lambda params, state: None,
+        lambda params, state: (params, None),
+        lambda params, state: ({f"new.{name}": value for name, value in params.items()}, state),
+    ],
+    ids=["no state", "nothing", "state that is none", "other names"],
+)
+def test_update_that_returns_something_else_is_refused(other: Callable[[Params, Params], object]) -> None:
+    params = {"a": torch.ones(3, 1, requires_grad=True), "b": torch.ones(3, 1, requires_grad=True)}
+    with pytest.raises(MamlError, match=r"Returning.update has to return two dictionaries: .* \(a, b\), and"):
+        list(
+            Returning(other).adapt(
+                lambda params, step: (params["a"] * params["b"]).sum(1), params, 1, create_graph=True
+            )
+        )

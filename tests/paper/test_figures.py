@@ -46,6 +46,7 @@ def _painted_on_demand(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 
 
 def render(tmp_path: Path, figure: str = "figure3", status: int = 0) -> list[dict[str, str]]:
+    (tmp_path / "runs").mkdir(exist_ok=True)
     assert main(["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path)]) == status
     return rendered(tmp_path, figure)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakSet
 
 import pytest
@@ -279,4 +280,18 @@ def test_mean_over_tasks_is_refused() -> None:
     inner = SGD(step_size=0.3, num_steps=1, order=2, adapt=["*"])
     algorithm = build_from(MAML, domain, MLP((1,), 1, [6]), inner)
     with pytest.raises(MamlError, match=r"MAML on MeanOverTasks has losses of shape \(\) for 4 tasks"):
+        algorithms.gradient(algorithm, algorithm.theta, domain.sample_tasks(NUM_TASKS, Stream(2)))
+
+
+@pytest.mark.parametrize("returned", [None, torch.zeros(NUM_TASKS), (torch.zeros(NUM_TASKS),), (torch.zeros(2), None)])
+def test_losses_without_metrics_are_refused(returned: object) -> None:
+    class Own(MAML):
+        """An algorithm of a user, with a mistake."""
+
+        def task_losses(self, params: Params, tasks: Tasks) -> Any:
+            return returned
+
+    domain = FixedExamples((1,), classes=False)
+    algorithm = build_from(Own, domain, MLP((1,), 1, [6]), SGD(step_size=0.3, num_steps=1, order=2, adapt=["*"]))
+    with pytest.raises(MamlError, match=r"Own.task_losses returns a \w+, but has to return two values: the losses"):
         algorithms.gradient(algorithm, algorithm.theta, domain.sample_tasks(NUM_TASKS, Stream(2)))
