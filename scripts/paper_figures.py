@@ -22,7 +22,7 @@ from maml.paper.figures import CurveComparison, figure_rows, plot_figure, prepar
 from maml.paper.markdown import markdown_table
 from maml.paper.tables import CONFLICT, summary
 from maml.record.checkpoint import write_text_atomically
-from maml.record.index import conflicts_among, find_runs
+from maml.record.index import Run, conflicts_among, find_runs
 from maml.record.statistics import MIN_RUNS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -44,37 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     conflicts = conflicts_among(runs)
     sections, judged = {}, []
     for figure in load_figures(options.results):
-        path = _path(options.out, figure.name)
-        curves = []
-        for curve in figure.curves:
-            evidence = find_evidence(curve.source, runs)
-            try:
-                curves.append((curve, evidence, prepare_curve(curve, evidence)))
-            except MamlError as error:
-                damaged.append(str(error))
-                curves.append((curve, Evidence(), prepare_curve(curve, Evidence())))
-        plot_figure(figure, [item for _, _, item in curves], path.with_suffix(".png"))
-        _write_csv(path, [row for curve, evidence, _ in curves for row in figure_rows(curve, evidence)])
-        compared = [CurveComparison(curve, evidence) for curve, evidence, _ in curves]
+        sections[figure.name], compared = _draw_figure(figure, runs, _path(options.out, figure.name), damaged)
         judged += [item for item in compared if item.curve.is_plotted and figure.in_paper]
-        texts = {item.curve.label: (item.status, item.text, item.curve.source, item.evidence) for item in compared}
-        sections[figure.name] = _section(figure, path, texts)
     for picture in load_pictures(options.results):
-        path = _path(options.out, picture.name)
-        kind = trajectories if picture.published else adaptation
-        panels = []
-        for panel in picture.panels:
-            evidence = find_evidence(panel.source, runs)
-            try:
-                rows = kind.panel_rows(picture, panel, evidence)
-            except MamlError as error:
-                damaged.append(str(error))
-                rows = kind.panel_rows(picture, panel, Evidence())
-            panels.append((panel, evidence, rows))
-        kind.plot_picture(picture, panels, path.with_suffix(".png"))
-        _write_csv(path, [row for _, _, rows in panels for row in rows])
-        texts = {panel.label: (evidence.state, evidence.state, panel.source, evidence) for panel, evidence, _ in panels}
-        sections[picture.name] = _section(picture, path, texts)
+        sections[picture.name] = _draw_picture(picture, runs, _path(options.out, picture.name), damaged)
     damaged = list(dict.fromkeys(damaged))  # several panels may share a run
     counted = summary(judged, "curves")
     overview = ["# The paper's figures", "", f"{counted}.", ""]
@@ -85,6 +58,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = print_problems(damaged, conflicts)
     print(f"{counted}\nwritten to {options.out / 'figures.md'}")
     return status
+
+
+def _draw_figure(
+    figure: Figure, runs: Sequence[Run], path: Path, damaged: list[str]
+) -> tuple[list[str], list[CurveComparison]]:
+    """Draws the curves of a figure and writes their numbers.
+
+    Args:
+        figure: the figure.
+        runs: all runs.
+        path: path of its files, without the suffix.
+        damaged: messages about runs that are left out; those of this figure are added.
+
+    Returns:
+        The figure's section in Markdown, and its judged curves.
+    """
+    curves = []
+    for curve in figure.curves:
+        evidence = find_evidence(curve.source, runs)
+        try:
+            curves.append((curve, evidence, prepare_curve(curve, evidence)))
+        except MamlError as error:
+            damaged.append(str(error))
+            curves.append((curve, Evidence(), prepare_curve(curve, Evidence())))
+    plot_figure(figure, [item for _, _, item in curves], path.with_suffix(".png"))
+    _write_csv(path, [row for curve, evidence, _ in curves for row in figure_rows(curve, evidence)])
+    compared = [CurveComparison(curve, evidence) for curve, evidence, _ in curves]
+    texts = {item.curve.label: (item.status, item.text, item.curve.source, item.evidence) for item in compared}
+    return _section(figure, path, texts), compared
+
+
+def _draw_picture(picture: Picture, runs: Sequence[Run], path: Path, damaged: list[str]) -> list[str]:
+    """Draws single tasks, as `_draw_figure` draws curves; returns the section in Markdown."""
+    kind = trajectories if picture.published else adaptation
+    panels = []
+    for panel in picture.panels:
+        evidence = find_evidence(panel.source, runs)
+        try:
+            rows = kind.panel_rows(picture, panel, evidence)
+        except MamlError as error:
+            damaged.append(str(error))
+            rows = kind.panel_rows(picture, panel, Evidence())
+        panels.append((panel, evidence, rows))
+    kind.plot_picture(picture, panels, path.with_suffix(".png"))
+    _write_csv(path, [row for _, _, rows in panels for row in rows])
+    texts = {panel.label: (evidence.state, evidence.state, panel.source, evidence) for panel, evidence, _ in panels}
+    return _section(picture, path, texts)
 
 
 def _path(out: Path, name: str) -> Path:
