@@ -50,6 +50,8 @@ def check_step(outer: Outer, theta: Params) -> None:
     Raises:
         MamlError: if theta does not change or gets new tensors, or the step returns no metrics.
     """
+    if not theta:  # an algorithm may have nothing to train
+        return
     name, outer = type(outer).__name__, copy.deepcopy(outer)
     tried = {key: value.clone() for key, value in theta.items()}
     tensors, objective = dict(tried), _Paraboloid(theta)

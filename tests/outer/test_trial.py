@@ -100,6 +100,10 @@ def test_optimizer_is_left_as_it_was_and_may_wait(theta: Params) -> None:
     assert outer.steps == 0
 
 
+def test_without_parameters_there_is_nothing_to_check() -> None:
+    check_step(Rebinding(), {})
+
+
 def test_optimizer_that_asks_for_more_is_not_checked(theta: Params) -> None:
     check_step(Demanding(), theta)
 
