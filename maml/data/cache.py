@@ -114,8 +114,8 @@ def cached_from_files(
             cache of its own, which no other replaces.
         files: lists the original files by name. The names count too, but not the places of the files.
         build: as for `cached_tensor`.
-        archives: files on disk that alone decide what ``files`` lists: zips, whose listing takes half a second, and
-            lists of classes. If none of them has changed since the last time, ``files`` is not called.
+        archives: all that decides what ``files`` lists: zips as they lie on disk, whose listing takes half a second,
+            and an entry for each class. If nothing of it has changed since the last time, ``files`` is not called.
 
     Raises:
         MamlError: if a file cannot be read, or the cache cannot be written.
