@@ -19,7 +19,6 @@ from maml.data.pictures import to_pixels, warn_of_blank
 from maml.domain.base import Domain, Role, SupervisedDomain
 from maml.domain.classification import FewShotClassification
 from maml.domain.omniglot import Omniglot
-from maml.domain.omniglot_sequence import OmniglotSequence
 from maml.domain.table import Table
 from maml.errors import Diverged, MamlError
 from maml.evaluation import Evaluation
@@ -80,9 +79,10 @@ class Network:
 
     @property
     def _inputs(self) -> Domain[Any]:
-        """The domain whose inputs a user gives: for sequences of drawings, that of the drawings."""
+        """The domain whose inputs a user gives: for sequences, that of their elements."""
         domain = self.algorithm.domain
-        return domain.characters if isinstance(domain, OmniglotSequence) else domain
+        elements = domain.element_domain if isinstance(domain, SupervisedDomain) else None
+        return elements or domain
 
     def read(self, pictures: Iterable[str | Path | Image.Image]) -> Tensor:
         """Converts pictures to inputs like the training images.
@@ -138,8 +138,8 @@ class Network:
             y: in classification, one label per input, of any hashable type: 2 to N classes with K examples each, in
                 any order. N is that of training; algorithms that compare images, such as `NearestNeighbor`, take more.
                 The classes of a table are those of its training. In regression, the targets, ``(S, D)``. A network
-                that reads sequences of drawings (`OmniglotSequence`) reads inputs and labels in the given order; its
-                classes may differ in the number of examples. It then answers each query from the state after them.
+                that reads sequences (as of `OmniglotSequence`) reads inputs and labels in the given order; its classes
+                may differ in the number of examples. It then answers each query from the state after them.
             num_steps: number of gradient steps; None is that of meta-test. A network that reads sequences takes none.
 
         Returns:
@@ -156,7 +156,7 @@ class Network:
                 f"python scripts/render.py +experiment={self.experiment}"
             )
         inputs, classes = self.prepare(x), None
-        if isinstance(domain, OmniglotSequence):
+        if domain.element_domain is not None:
             return self._read_sequence(inputs, y, num_steps)
         if isinstance(domain, FewShotClassification):
             most = domain.out_dim if self.algorithm.fixes_ways else None
@@ -185,7 +185,7 @@ class Network:
         return Predictor(self, params, inputs, classes)
 
     def _read_sequence(self, inputs: Tensor, y: Any, num_steps: int | None) -> Predictor:
-        """Returns the predictor of a network that reads labelled drawings and adapts by its state."""
+        """Returns the predictor of a network that reads labelled elements and adapts by its state."""
         if num_steps:
             raise MamlError(
                 f"{self.experiment} adapts by its state, to the labels that it reads, and takes no gradient steps; "
@@ -380,9 +380,9 @@ class Predictor:
     def _outputs_after_support(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Returns the outputs for each input as the last element of a sequence, ``(Q, out_dim)``."""
         domain = self.network.algorithm.domain
-        assert isinstance(domain, OmniglotSequence)
+        assert isinstance(domain, SupervisedDomain)
         count = len(inputs)
         support = self.support.expand(count, *self.support.shape)
-        images = torch.cat([support, inputs.unsqueeze(1)], dim=1).squeeze(-1)  # (Q, S + 1, H, W)
-        sequences = domain.inputs(images, labels.expand(count, -1))
+        elements = torch.cat([support, inputs.unsqueeze(1)], dim=1)  # (Q, S + 1, *in_shape)
+        sequences = domain.join(elements, labels.expand(count, -1))
         return self.network.model(self.params, sequences.unsqueeze(0))[0]

@@ -259,6 +259,23 @@ class Domain(ABC, Generic[Data]):
 class SupervisedDomain(Domain[Examples]):
     """A domain of labelled examples. Adaptation and the meta-objective have the same loss."""
 
+    @property
+    def element_domain(self) -> SupervisedDomain | None:
+        """The domain of single elements, if a network reads the elements of a sequence and their labels; else None.
+
+        A user gives elements and labels to a trained network, and `join` makes sequences of them.
+        """
+        return None
+
+    def join(self, elements: Tensor, labels: Tensor) -> Tensor:
+        """Joins elements and labels to sequences, the model's inputs; only in domains with an `element_domain`.
+
+        Args:
+            elements: inputs of `element_domain`, ``(T, L, *in_shape)``.
+            labels: the class number of every element but the last, ``(T, L - 1)``.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:
         """Returns the loss per task, ``(T,)``, and further metrics, from the model's outputs ``(T, S, out_dim)``."""

@@ -108,6 +108,11 @@ class OmniglotSequence(SupervisedDomain):
         return domain
 
     @property
+    def element_domain(self) -> SupervisedDomain:
+        """Single drawings."""
+        return self.characters
+
+    @property
     def workload(self) -> Workload:
         """Training may measure the best chunk. The program of so many steps is too long to compile."""
         return Workload(measure_chunk=True)
@@ -175,18 +180,13 @@ class OmniglotSequence(SupervisedDomain):
         An element of x is the pixels of a drawing and the one-hot label of the drawing before.
         """
         labels = tasks["labels"]
-        x = self.inputs(self.images(tasks), labels[:, :-1])
+        x = self.join(self.images(tasks), labels[:, :-1])
         return Examples(x.unsqueeze(1), labels.unsqueeze(1), num_shots=labels.shape[1] // tasks["classes"].shape[1])
 
-    def inputs(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Joins drawings and labels, which come one step late: ``(T, L, H * W + N)``.
-
-        Args:
-            images: ``(T, L, H, W)``.
-            labels: the labels of all drawings but the last, ``(T, L - 1)``.
-        """
+    def join(self, elements: Tensor, labels: Tensor) -> Tensor:
+        """Joins drawings and labels, which come one step late: ``(T, L, H * W + N)``."""
         is_label = labels.unsqueeze(2) == torch.arange(self.out_dim, device=labels.device)
-        return torch.cat([images.flatten(2), F.pad(is_label.to(images.dtype), (0, 0, 1, 0))], dim=2)
+        return torch.cat([elements.flatten(2), F.pad(is_label.to(elements.dtype), (0, 0, 1, 0))], dim=2)
 
     def images(self, tasks: Tasks) -> Tensor:
         """Returns the drawings of T sequences, ``(T, L, H, W)``, ink 1."""

@@ -342,7 +342,7 @@ def test_loaded_network_reads_labelled_drawings_and_answers_from_the_state_after
     order = [predictor.classes.index(label) for label in labels]
     for query in (7, 8):
         shown = torch.cat([images[:7], images[query : query + 1]]).unsqueeze(0)
-        x = domain.inputs(shown, torch.tensor([order[:7]])).unsqueeze(0)
+        x = domain.join(shown, torch.tensor([order[:7]])).unsqueeze(0)
         params = {name: value.unsqueeze(0) for name, value in algorithm.theta.items()}
         expected = algorithm.model(params, x)[0, 0, : len(predictor.classes)].softmax(-1)
         torch.testing.assert_close(found[query - 7], expected)
