@@ -21,7 +21,7 @@ from maml.algorithm.pixel_nearest_neighbor import PixelNearestNeighbor
 from maml.algorithm.pretrain import Pretrain
 from maml.algorithm.random_init import RandomInit
 from maml.algorithm.reptile import Reptile
-from maml.config.compose import compose
+from maml.config.compose import compose, compose_experiment
 from maml.config.identity import digest, training_config
 from maml.config.schema import Settings, build
 from maml.domain.classification import FewShotClassification
@@ -128,7 +128,7 @@ def test_fomaml_is_first_order_in_config_and_in_the_built_object(experiment: lis
 
 
 def built(name: str, cache_dir: Path) -> tuple[Settings, Algorithm, Evaluation]:
-    config, _ = compose([f"+experiment={name}", f"cache_dir={cache_dir}"])
+    config = compose_experiment(name, (f"cache_dir={cache_dir}",))
     return config, build_algorithm(config, Hardware("cpu")), build(config.evaluation)
 
 
@@ -199,7 +199,7 @@ def test_classification_is_the_papers(
 def test_maml_on_the_vinyals_split_differs_in_the_tasks_alone(cache_dir: Path) -> None:
     for name in ("5way_1shot", "5way_5shot", "20way_1shot", "20way_5shot"):
         here, there = (
-            training_config(compose([f"+experiment=omniglot_{name}{end}", f"cache_dir={cache_dir}"])[0])
+            training_config(compose_experiment(f"omniglot_{name}{end}", (f"cache_dir={cache_dir}",)))
             for end in ("_vinyals", "")
         )
         assert here == there | {"domain.split": "vinyals", "domain.rotations": "classes"}
@@ -283,7 +283,7 @@ EMBEDDING |= {f"mini_imagenet_5way_{shots}shot_matching": (5, 5, 15, 600, 75_000
 
 @pytest.mark.parametrize("name", EMBEDDING)
 def test_embedding_methods_are_those_of_the_protocol(name: str) -> None:
-    config, _ = compose([f"+experiment={name}"])
+    config = compose_experiment(name)
     *_, way, shot, method = name.split("_")
     ways, shots = int(way.removesuffix("way")), int(shot.removesuffix("shot"))
     train_ways, train_shots, num_query, num_tasks, num_iterations = EMBEDDING[name]
@@ -349,7 +349,7 @@ def test_embedding_experiments_with_equal_training_share_it() -> None:
     """Ways of meta-test are no part of training, and some train with the same shots for all tests."""
     trainings: dict[str, set[str]] = {}
     for name in EMBEDDING:
-        config, _ = compose([f"+experiment={name}"])
+        config = compose_experiment(name)
         trainings.setdefault(digest(training_config(config)), set()).add(name)
     patterns = {
         "omniglot_*_1shot_prototypical": 2,
@@ -388,7 +388,7 @@ def test_memory_module_is_that_of_the_protocol(cache_dir: Path) -> None:
         assert (config.meta_batch_size, config.num_iterations) == (16, 100_000)
         assert len(algorithm.sample_tasks(2, Stream(0))["labels"]) == 6 * ways
         assert (evaluation.num_tasks, evaluation.num_steps, evaluation.num_shots) == (1000, 0, [shots])
-        theirs = build(compose([f"+experiment=omniglot_{ways}way_{shots}shot_matching"])[0].evaluation)
+        theirs = build(compose_experiment(f"omniglot_{ways}way_{shots}shot_matching").evaluation)
         banks = [each.bank(algorithm.domain.with_ways(ways), shots, num_tasks=2) for each in (evaluation, theirs)]
         assert all(torch.equal(value, banks[1][key]) for key, value in banks[0].items())
     assert len(trainings) == 2

@@ -7,7 +7,7 @@ import os
 import pytest
 from hydra.errors import HydraException
 
-from maml.config.compose import compose
+from maml.config.compose import compose, compose_experiment
 from maml.config.identity import digest, training_config
 from maml.config.schema import build
 from maml.errors import MamlError
@@ -42,21 +42,18 @@ def test_experiment_is_a_folder_name() -> None:
     assert compose([])[1] == "custom"
 
 
-def _of_maml(experiment: str) -> bool:
-    config, _ = compose([f"+experiment={experiment}"])
-    return config.algorithm == {"_target_": "maml.algorithm.maml.MAML"}
-
-
-@pytest.mark.parametrize("experiment", [None, *(name for name in EXPERIMENTS if _of_maml(name))])
-def test_fomaml_is_first_order_in_whatever_order_it_is_asked_for(experiment: str | None) -> None:
-    chosen = [] if experiment is None else [f"+experiment={experiment}"]
-    ids = set()
-    for overrides in (["algorithm=fomaml", *chosen], [*chosen, "algorithm=fomaml"]):
-        config, _ = compose(overrides)
-        assert config.inner["order"] == 1
-        assert build(config.inner).order == 1
-        ids.add(digest(training_config(config)))
-    assert len(ids) == 1
+def test_fomaml_is_first_order_in_whatever_order_it_is_asked_for() -> None:
+    maml = {"_target_": "maml.algorithm.maml.MAML"}
+    of_maml = [name for name in EXPERIMENTS if compose_experiment(name).algorithm == maml]
+    assert "sinusoid_10shot" in of_maml and "omniglot_5way_1shot" in of_maml
+    for chosen in [[], *([f"+experiment={name}"] for name in of_maml)]:
+        ids = set()
+        for overrides in (["algorithm=fomaml", *chosen], [*chosen, "algorithm=fomaml"]):
+            config, _ = compose(overrides)
+            assert config.inner["order"] == 1, overrides
+            assert build(config.inner).order == 1, overrides
+            ids.add(digest(training_config(config)))
+        assert len(ids) == 1, chosen
 
 
 def test_data_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ def conf() -> Path:
     return CONF
 
 
+@functools.cache
 def compose_option(conf: Path, part: str, option: str, *overrides: str) -> Settings:
     """Composes an option with the overrides from the ``# Try with:`` line of its yaml."""
     return compose([f"{part}={option}", *try_with(part, option, conf), *overrides], conf)[0]
