@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from time import time_ns
 
@@ -120,12 +119,11 @@ def cached_from_files(
     Raises:
         MamlError: if a file cannot be read, or the cache cannot be written.
     """
-    listed = cache(files)
-    on_disk = listed() if archives is None else archives
+    on_disk = files() if archives is None else archives
     looks = [(name, file.size, file.stamp, file.checksum) for name, file in sorted(on_disk.items())]
     stamp = _hash(looks if archives is None else [name, looks])
     known, now = _recall(cache_dir), time_ns()
-    sources = known.get(stamp) or fingerprint(listed())
+    sources = known.get(stamp) or fingerprint(on_disk if archives is None else files())
     image_set = cached_tensor(cache_dir, name.replace("{content}", sources[:16]), sources, build)
     changed = max((time for file in on_disk.values() for time in file.stamp[:2]), default=None)
     # A file may change twice within one tick of the disk's clock, and then looks as it did after the first change.
