@@ -94,9 +94,7 @@ class MetaGradient:
 
             return _added(self._map(chunk_sums, self._chunks(tasks, task_chunk)))
 
-        own = self._in_chunks(compute, self._tasks_per_seed(tasks))
-        means = distributed.all_reduce_mean(list(own.values()), self._tasks_per_seed(tasks))
-        return dict(zip(own, means, strict=True))
+        return self._mean_of_all(self._in_chunks(compute, self._tasks_per_seed(tasks)), tasks)
 
     def sums(self, params: Params, tasks: Tasks, task_chunk: int) -> tuple[Params, Metrics]:
         """Returns the sums of the gradients with respect to theta and of the metrics, over this process's tasks.
@@ -159,8 +157,7 @@ class MetaGradient:
             sums = list(self._map(chunk_sums, self._chunks(tasks, task_chunk)))
             return {name: torch.stack([part[name] for part in sums]).sum(0) for name in sums[0]}
 
-        own = self._in_chunks(compute, self._tasks_per_seed(tasks))
-        return dict(zip(own, distributed.all_reduce_mean(list(own.values()), self._tasks_per_seed(tasks)), strict=True))
+        return self._mean_of_all(self._in_chunks(compute, self._tasks_per_seed(tasks)), tasks)
 
     def curvature(self, params: Params, tasks: Tasks, every: int = 1) -> MatrixVectorProduct:
         """Returns the Hessian of the mean KL divergence from the policies of theta, at theta.
@@ -187,8 +184,7 @@ class MetaGradient:
                 return {name: value.sum(0) for name, value in compute(self.per_task(vector, count)).items()}
 
             own = _added(self._map(sums, products))
-            means = distributed.all_reduce_mean([own[name] for name in theta], self._tasks_per_seed(tasks))
-            return dict(zip(theta, means, strict=True))
+            return self._mean_of_all({name: own[name] for name in theta}, tasks)
 
         return product
 
@@ -266,6 +262,11 @@ class MetaGradient:
     def _tasks_per_seed(self, tasks: Tasks) -> int:
         """Returns this process's number of tasks of each seed."""
         return num_tasks(tasks) // (self.num_seeds or 1)
+
+    def _mean_of_all(self, own_sums: Params, tasks: Tasks) -> Params:
+        """Returns the means over the tasks of all processes, given the sums over this process's tasks."""
+        means = distributed.all_reduce_mean(list(own_sums.values()), self._tasks_per_seed(tasks))
+        return dict(zip(own_sums, means, strict=True))
 
     def _sum_over_tasks(self, metrics: Metrics) -> Metrics:
         """Returns the sums over the tasks; with a seed axis, over the tasks of each seed."""
