@@ -8,9 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -23,6 +21,7 @@ from maml.environment.locomotion import AntDirection, AntVelocity, CheetahDirect
 from maml.errors import MamlError
 
 mujoco = pytest.importorskip("mujoco")
+pytestmark = pytest.mark.usefixtures("no_files_are_written")
 
 KINDS = [CheetahVelocity, CheetahDirection, AntVelocity, AntDirection]
 GOALS: dict[type[Locomotion], tuple[str, Any]] = {
@@ -34,14 +33,6 @@ GOALS: dict[type[Locomotion], tuple[str, Any]] = {
 PHYSICS = ["paper", "gymnasium"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_physics = pytest.mark.parametrize("physics", PHYSICS)
-
-
-@pytest.fixture(autouse=True)
-def no_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails if a test leaves a file: MuJoCo by default writes its warnings to the working directory."""
-    monkeypatch.chdir(tmp_path)
-    yield
-    assert list(tmp_path.iterdir()) == []
 
 
 def build(kind: type[Locomotion], **arguments: Any) -> Locomotion:

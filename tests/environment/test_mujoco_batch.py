@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -24,15 +21,9 @@ from maml.hardware.threads import use_threads
 from maml.seeding import Stream
 
 pytest.importorskip("mujoco")
+pytestmark = pytest.mark.usefixtures("no_files_are_written")
 
 KINDS = [CheetahVelocity, CheetahDirection, AntVelocity, AntDirection]
-
-
-@pytest.fixture(autouse=True)
-def no_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    yield
-    assert list(tmp_path.iterdir()) == []
 
 
 def streams(count: int, seed: int = 0) -> Stream:
