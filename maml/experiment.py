@@ -139,7 +139,7 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge) -> float:
 def _build_learners(
     settings: Settings, experiment: str, hardware: Hardware, evaluation: Evaluation
 ) -> Iterator[Learner]:
-    """Yields the learner of each seed, all on one domain. Everything is checked that can be before training."""
+    """Yields the learner of each seed, all on one domain. Checks everything that can be checked before training."""
     domain = build_domain(settings, hardware)
     hardware.check(domain.workload)
     check_tasks_fit(settings, domain, evaluation)
@@ -180,7 +180,7 @@ def _train(
             if saved is not None:
                 learner.restore(saved)
         if not any(checkpoints):
-            # The measured iteration has the order of the last ones, which take more time and memory.
+            # Measured with the order of the last iterations, which take the most time and memory.
             last = max(settings.num_iterations, algorithms[0].inner.second_order_from or 1)
             iterate = Iteration(algorithms, streams, settings.meta_batch_size, execution, last)
             execution = distributed.on_rank_zero(
@@ -324,9 +324,9 @@ def _make_report(
     Args:
         learner: the run.
         iteration: number of iterations that the evaluated state was trained for.
-        curves: as `Evaluation` returns them; so are the other two.
+        curves: the curves of the meta-test.
         banks: the hash of the frozen bank for each K.
-        step_sizes: the step sizes for each K.
+        step_sizes: the step sizes for each K; None stands for the inner optimizer's own.
     """
     settings, domain = learner.settings, learner.algorithm.domain
     summaries = [curve.summary() for curve in curves]

@@ -52,7 +52,7 @@ class Algorithm(ABC):
 
     Class attributes:
         differentiates_adaptation: whether the meta-gradient is taken through adaptation. Only then ``inner.order``
-            matters, and what an inner optimizer has of its own (step sizes, an LSTM) can be learnt.
+            matters, and the inner optimizer's own parameters (step sizes, an LSTM) can be learnt.
         trained_as: the address of the class whose training runs this class shares, because the two differ in meta-test
             only; None if it has runs of its own.
         learns_from_rollouts: whether it can learn from data that depends on theta, as rollouts do.
@@ -300,7 +300,7 @@ class Algorithm(ABC):
         Args:
             tasks: T tasks; in an on-policy domain, they need the data of a step when it is taken.
         """
-        # Examples are the same at every step, and gathered once; each step has rollouts of its own.
+        # Examples are the same at every step, so they are gathered once. Rollouts differ from step to step.
         examples = None if self.domain.on_policy else self.domain.data(tasks, "support")
 
         def loss(params: Params, step: int) -> Tensor:
@@ -314,8 +314,8 @@ class Algorithm(ABC):
 
         Args:
             num_tasks: T.
-            theta: parameters without a task axis, and buffers if they belong to them; what it lacks is the algorithm's
-                own.
+            theta: parameters and buffers without a task axis, instead of the algorithm's own of the same names; None
+                replaces none.
         """
         return expand(self.theta | self.buffers | (theta or {}), num_tasks)
 

@@ -1,7 +1,7 @@
 """Layers whose weights have a leading task axis, so that the whole meta-batch is one computation.
 
-The leading axis of the weights may also have fewer entries than there are tasks, G, a divisor of T: then each entry is
-shared by T / G consecutive tasks, whose examples are one batch. No weight is copied for a task.
+Weights may have G entries instead of T, where G divides T. Each entry then serves T / G consecutive tasks, whose
+examples are computed as one batch. No weight is copied for a task.
 
 Images are channels-last, ``(T, S, H, W, C)``. All functions have exact derivatives of any order: the inner loop
 differentiates once, and the meta-gradient differentiates the result again.
@@ -25,9 +25,9 @@ from maml.types import Params
 
 BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
 
-# Least number of output pixels of a task, and of input channels, with which a CPU convolves one task at a time. Above
-# them, one batched product of all tasks costs more for gathering windows than it saves. Gathering is cheaper with our
-# kernels. Five Omniglot images have 245 pixels in the second layer, 25 have 1,225.
+# From this many output pixels per task and this many input channels on, a CPU convolves one task at a time. There, one
+# batched product of all tasks costs more for gathering windows than it saves. Our kernels gather faster, so their limit
+# is higher. Five Omniglot images have 245 output pixels in the second layer, 25 have 1,225.
 _WIDE_ROWS, _WIDE_ROWS_WITH_KERNELS, _WIDE_CHANNELS = 200, 500, 16
 
 ACTIVATIONS = {"relu": torch.relu, "softplus": F.softplus, "tanh": torch.tanh}
@@ -35,7 +35,7 @@ Activation = Literal["relu", "softplus", "tanh"]
 
 
 def for_tasks(value: Tensor, num_tasks: int) -> Tensor:
-    """Returns the entry of each task of values that tasks share: ``(G, ...)`` -> ``(T, ...)``."""
+    """Repeats values that tasks share, so that each task has an entry: ``(G, ...)`` -> ``(T, ...)``."""
     groups = value.shape[0]
     if groups == num_tasks:
         return value
@@ -62,7 +62,7 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
 def batch_statistics(x: Tensor, num_reference: int | None = None) -> tuple[Tensor, Tensor]:
     """Returns mean and (biased) variance of each feature of each task, ``(T, 1, ..., C)``, of x ``(T, S, ..., C)``.
 
-    ``num_reference`` is the number of leading examples that count; None is all of them.
+    They are computed from the first ``num_reference`` examples; None is all of them.
     """
     return _Moments.apply(x if num_reference is None else x[:, :num_reference])
 
@@ -113,7 +113,7 @@ def running_or_batch_statistics(
         params: may hold ``{layer}.mean`` and ``{layer}.variance``.
         layer: the layer's name.
         x: the layer's inputs, ``(T, S, ..., C)``.
-        num_reference: number of leading examples that the batch's statistics are of; None is all.
+        num_reference: number of leading examples from which the batch's statistics are computed; None is all.
     """
     if f"{layer}.mean" not in params:
         return batch_statistics(x, num_reference)
@@ -130,7 +130,7 @@ def normalize_layer(params: Params, layer: str, x: Tensor, num_reference: int | 
         layer: the layer's name.
         x: the layer's inputs, ``(T, S, ..., C)``.
         num_reference: as in `running_or_batch_statistics`.
-        seen: the statistics that were seen so far, to which those of this layer are added; None adds nothing.
+        seen: the statistics of the layers so far; those of this layer are added. None adds nothing.
     """
     mean, variance = running_or_batch_statistics(params, layer, x, num_reference)
     if seen is not None:
@@ -160,7 +160,7 @@ def cosine_similarity(x: Tensor, y: Tensor) -> Tensor:
 
 def minus_squared_distance(x: Tensor, y: Tensor) -> Tensor:
     """Returns minus the squared Euclidean distance: ``(T, Q, D)``, ``(T, M, D)`` -> ``(T, Q, M)``."""
-    # A product of matrices instead of the differences, which would be D times as many numbers.
+    # Computed as a product of matrices, because the differences would take D times the memory.
     products = torch.baddbmm(y.square().sum(-1).unsqueeze(1), x, y.transpose(1, 2), beta=-1, alpha=2)
     return products - x.square().sum(-1, keepdim=True)
 
@@ -380,7 +380,7 @@ _memory = threading.local()
 
 
 def _scratch(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns memory that this thread uses for one convolution after the other, so that it stays in the cache."""
+    """Returns memory that all convolutions of this thread share, one after the other, so that it stays in the cache."""
     size = math.prod(shape)
     kept: Tensor | None = getattr(_memory, "kept", None)
     if kept is None or kept.numel() < size or kept.dtype != like.dtype:

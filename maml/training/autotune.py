@@ -27,11 +27,11 @@ from maml.types import num_tasks
 
 _MIN_ITERATIONS = 1000  # a shorter run would not win back the seconds that measuring takes
 _REPETITIONS = 3
-# On a CPU other load comes in bursts, and one of them can fall on a single size. So sizes that took up to this many
-# times the best are measured again, in turns: for some seconds, but at least `_REPETITIONS` times.
+# On a CPU, a burst of other load can slow the measurement of a single size. Sizes that took up to this many times the
+# best are therefore measured again, in turns: for some seconds, but at least `_REPETITIONS` times.
 _CONTENDERS = 2.5
 _SECONDS_IN_TURNS, _MOST_TURNS = 5.0, 20
-# Of sizes that take up to this many times the best, the smallest is chosen: its memory is less, in proportion.
+# The smallest size that takes up to this many times the best is chosen, because memory grows with the size.
 _AS_GOOD = 1.05
 # Least CPU training time for which compiling pays off, where there are no kernels: it takes minutes at each start, then
 # images are about 1.2 times faster. Kernels save more, and a compiled program does not use them.
@@ -165,7 +165,7 @@ def _times(compute: Callable[[], object], on_gpu: bool, captured: bool) -> list[
         is_out_of_memory, reason = False, ""
         try:
             _, compute = capture(compute)
-        except RuntimeError as error:  # what cannot be captured for another reason is measured as it is
+        except RuntimeError as error:  # if memory is not the reason, the computation is timed without a graph
             reason, is_out_of_memory = cause_of(error)
         if is_out_of_memory:  # a new error, because the first one keeps the failed computation's tensors alive
             raise torch.OutOfMemoryError(reason)

@@ -41,8 +41,8 @@ def train(
 ) -> Execution:
     """Meta-trains to ``num_iterations``. The tasks of iteration t depend on the seed and t only.
 
-    Several seeds are trained at once. Seeds that are behind train alone until they have caught up. Where the order of
-    the meta-gradient changes, everything that was compiled or captured is made again.
+    Several seeds are trained at once. Seeds that are behind train alone until they have caught up. When the order of
+    the meta-gradient changes, the iteration is compiled or captured again.
 
     Args:
         learners: one learner for each seed.
@@ -221,7 +221,7 @@ def _check_finite(values: dict[str, float], iteration: int, learner: Learner) ->
 
 
 def stop_at_once(number: int, frame: FrameType | None = None) -> None:
-    """A signal handler: stops a run that computes nothing which has to be saved first.
+    """Stops the process at once; a signal handler for times when nothing has to be saved first.
 
     Raises:
         KeyboardInterrupt: on SIGINT.
@@ -256,8 +256,7 @@ def _stop_signals() -> Iterator[list[int]]:
         if is_compiling():
             stop_at_once(number, frame)
         received.append(number)
-        # Only for Ctrl-C does a second signal mean impatience. The others may be sent to a process and again to its
-        # group.
+        # A second Ctrl-C stops at once. Other signals may come twice from one request: to the process and to its group.
         if number == signal.SIGINT:
             signal.signal(number, before[number])
             _answer()

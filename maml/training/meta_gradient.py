@@ -298,7 +298,7 @@ def _copying_step(
     both: Params,
     tasks: Tasks,
 ) -> tuple[Params, OuterState]:
-    """Returns the parameters and the state after a step, and leaves those before it as they are."""
+    """Makes a step on copies of the parameters and the state, and returns the copies."""
     params, state = (
         {name.removeprefix(group): value.clone() for name, value in both.items() if name.startswith(group)}
         for group in ("params.", "state.")
