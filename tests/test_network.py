@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from maml.network import Network
 from maml.types import Params, num_tasks, take
 from tests.runs import TinyRuns
 from tests.scripts.test_render import trained
+from tests.training.test_meta_gradient import FixedExamples
 
 OMNIGLOT = "omniglot_5way_1shot"
 SINUSOID = "sinusoid_10shot"
@@ -256,6 +258,32 @@ def test_wrong_data_is_refused_with_what_to_give() -> None:
         points.adapt(np.zeros((3, 1)), np.zeros((3, 1))).probabilities([[0.0]])
     with pytest.raises(MamlError, match="which are no images"):
         points.read([])
+
+
+class PointSequence(FixedExamples):
+    """Sequences of labelled points in the plane, a domain as a user can write it."""
+
+    measured_by = "showing"
+    element_domain = FixedExamples((2,), classes=True)
+
+    def __init__(self) -> None:
+        super().__init__((4, 2 + self.element_domain.out_dim), classes=True)
+
+    def join(self, elements: Tensor, labels: Tensor) -> Tensor:
+        shown = F.one_hot(labels, self.out_dim).to(elements.dtype)
+        return torch.cat([elements, F.pad(shown, (0, 0, 1, 0))], dim=2)
+
+
+def test_network_of_an_own_domain_of_sequences_reads_its_elements() -> None:
+    config = compose_experiment("omniglot_sequence_lstm")
+    algorithm = build_algorithm(config, Hardware("cpu"), PointSequence())
+    network = Network("own", 0, 0, algorithm, build(config.evaluation), {})
+    assert network.in_shape == (2,)
+    points = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 1.0], [1.0, 0.5]])
+    found = network.adapt(points[:3], ["up", "right", "up"]).probabilities(points[3:])
+    x = torch.tensor([[0, 1, 0, 0], [1, 0, 1, 0], [0.5, 1, 0, 1], [1, 0.5, 1, 0]])
+    x = F.pad(x, (0, algorithm.domain.out_dim - 2)).reshape(1, 1, 4, -1)
+    torch.testing.assert_close(found, algorithm.model(algorithm.params_per_task(1), x)[0, :, :2].softmax(-1))
 
 
 def test_policy_is_shown_and_not_adapted_to_examples(tmp_path: Path) -> None:
