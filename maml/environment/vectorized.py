@@ -45,13 +45,14 @@ class VectorizedEnvironments(Environments):
         goal_names: keywords of the environment, one for each column of the goals.
         example_goal: any task's goal; an environment with it is built, checked and kept.
         horizon: number of steps after which the caller ends an episode. It replaces the limit with which an id is
-            registered, so that longer episodes are not cut off; None keeps that limit.
+            registered, so that longer episodes are not cut off; None keeps that limit. The example goes through an
+            episode of this length, with random actions; with None, through one step.
         keywords: maps a goal to the keywords; None passes its numbers by name.
 
     Raises:
         MamlError: if the environment does not take these keywords; if its actions have no distribution, or its
-            observations cannot be flattened; if its `reset` or `step` breaks Gymnasium's interface, or gives other
-            results for the same seed.
+            observations cannot be flattened; if its `reset` or `step` fails, breaks Gymnasium's interface, or gives
+            other results for the same seed; or if the first step of an episode gives no finite numbers.
     """
 
     def __init__(
@@ -87,6 +88,12 @@ class VectorizedEnvironments(Environments):
         self.observation_dim = _length(viewed.observation_space)
         self.action_dim = self._distribution.action_dim
         self.goal_dim = len(goal_names)
+        if not self.observation_dim:
+            raise MamlError(
+                f"{self._name} has the observation space {example.observation_space}, which holds no number, but a "
+                "policy acts on observations; give it one at least, such as a constant 1"
+            )
+        self._check_episode(goal, horizon or 1)
         if not is_vector(example.observation_space):
             _log.warning(
                 "%s: its observations, a %s, are flattened to vectors of %d numbers",
@@ -221,17 +228,50 @@ class VectorizedEnvironments(Environments):
             except Exception as error:  # a user's environment may raise anything
                 raise MamlError(
                     f"{where} breaks Gymnasium's interface in reset or step: {_one_line(error)}. An environment of an "
-                    "older API needs reset(seed, options) -> (observation, info) and a step that returns 5 values"
+                    "older API needs reset(seed, options) -> (observation, info) and a step that returns 5 values, of "
+                    "which the second, the reward, is one number"
                 ) from error
         for text in dict.fromkeys(_one_line(complaint.message) for complaint in complaints):
             if text not in self._complaints:
                 _log.warning("%s: Gymnasium's checker says: %s", self._name, text)
             self._complaints.add(text)
         if not all(np.array_equal(one, other, equal_nan=True) for one, other in zip(first, again, strict=True)):
+            raise self._unrepeatable(goal)
+
+    def _check_episode(self, goal: Goal, num_steps: int) -> None:
+        """Goes through an episode with random actions, twice; later errors and random draws of its own show then."""
+        first, again = (self._episode(goal, num_steps) for _ in range(2))
+        if first[0].unstable.any():
             raise MamlError(
-                f"{where} gives other observations or rewards when it is reset with the same seed, so no run could be "
-                "repeated. Draw all random numbers from self.np_random, and call super().reset(seed=seed) in reset"
+                f"{self._name} with {self._keywords(goal)} gives an observation or a reward that is not finite in the "
+                "first step of an episode, so nothing could be learnt; mend its step"
             )
+        if len(first) != len(again) or not all(
+            torch.equal(one, other)
+            for step, repeated in zip(first, again, strict=True)
+            for one, other in zip(step, repeated, strict=True)
+        ):
+            raise self._unrepeatable(goal)
+
+    def _episode(self, goal: Goal, num_steps: int) -> list[Transition]:
+        """Returns the steps of one episode with random actions, always the same ones."""
+        stream = Stream(torch.zeros(1, dtype=torch.int64))
+        self.reset(torch.tensor([goal]), stream.child("environment"))
+        noise = self._distribution.noise(stream.child("actions"), num_steps).unbind(1)
+        outputs = torch.zeros(1, self._distribution.num_outputs)
+        steps = []
+        for one in noise:
+            steps.append(self.step(self._distribution.sample(outputs, one), torch.arange(1)))
+            if steps[-1].terminated.item() or steps[-1].unstable.item():
+                break
+        return steps
+
+    def _unrepeatable(self, goal: Goal) -> MamlError:
+        return MamlError(
+            f"{self._name} with {self._keywords(goal)} gives other observations or rewards when it is reset with the "
+            "same seed, so no run could be repeated. Draw all random numbers from self.np_random, and call "
+            "super().reset(seed=seed) in reset"
+        )
 
 
 def _first_step(environment: gymnasium.Env) -> tuple[Any, Any, Any]:
@@ -241,7 +281,7 @@ def _first_step(environment: gymnasium.Env) -> tuple[Any, Any, Any]:
     start = np.array(flatten(space, checked.reset(seed=0)[0]))
     environment.action_space.seed(0)
     observation, reward, *_ = checked.step(environment.action_space.sample())
-    return start, np.array(flatten(space, observation)), np.array(reward)
+    return start, np.array(flatten(space, observation)), np.array(float(reward))
 
 
 def _length(space: gymnasium.Space) -> int:

@@ -158,6 +158,7 @@ def counter_with_spaces(**spaces: gymnasium.Space | None) -> Any:
         (counter_with_spaces(action_space=Box(0, 3, (2,), np.int64)), ["limit"], [1.0], "int64.*floating dtype"),
         (counter_with_spaces(action_space=Box(-1, 1, (2, 2))), ["limit"], [1.0], "Box of one axis"),
         (counter_with_spaces(observation_space=None), ["limit"], [1.0], "has the observation space None, which"),
+        (counter_with_spaces(observation_space=Box(0, 1, (0,))), ["limit"], [1.0], "holds no number.* a constant 1"),
         (counter_with_spaces(action_space=None), ["limit"], [1.0], "has the action space None, but policies here"),
         (
             counter_with_spaces(observation_space=Words(Box(0, 1))),
@@ -203,17 +204,56 @@ class Failing(Counter):
         raise RuntimeError("the simulator is\nnot installed")
 
 
+class RewardList(Counter):
+    def step(self, action: np.ndarray) -> Any:
+        observation, reward, *rest = super().step(action)
+        return observation, np.array([reward]), *rest
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
         (OldReset, r"OldReset with {'limit': 1.0} breaks Gymnasium's interface in reset or step: .* 5 values"),
         (Unseeded, "other observations or rewards when it is reset with the same seed.*self.np_random"),
         (Failing, "in reset or step: the simulator is not installed"),
+        (RewardList, "breaks Gymnasium's interface .* the second, the reward, is one number"),
     ],
 )
 def test_environment_that_breaks_the_interface_is_refused_by_name(environment: Any, message: str) -> None:
     with pytest.raises(MamlError, match=message):
         VectorizedEnvironments(environment, ["limit"], [1.0])
+
+
+class LateDraw(Counter):
+    """Draws from a generator of its own in step 3; ``draws=0`` fails there instead."""
+
+    def __init__(self, draws: float) -> None:
+        super().__init__(limit=99.0)
+        self.draws = draws
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        self.time = 0
+        return super().reset(seed=seed)
+
+    def step(self, action: np.ndarray) -> Any:
+        self.time += 1
+        if self.time == 3 and not self.draws:
+            raise RuntimeError("the motor is hot")
+        observation, reward, *rest = super().step(action)
+        return observation, reward + np.random.default_rng().uniform() * (self.time == 3), *rest
+
+
+@pytest.mark.parametrize(("draws", "message"), [(1.0, "same seed.*self.np_random"), (0.0, "fails in step 3 of an")])
+def test_episode_of_the_example_shows_what_its_first_step_does_not(draws: float, message: str) -> None:
+    VectorizedEnvironments(LateDraw, ["draws"], [draws], horizon=2)
+    with pytest.raises(MamlError, match=message):
+        VectorizedEnvironments(LateDraw, ["draws"], [draws], horizon=3)
+
+
+@pytest.mark.parametrize("broken", [1.0, 2.0])
+def test_first_step_that_is_not_finite_is_refused(broken: float) -> None:
+    with pytest.raises(MamlError, match=r"Counter with {'limit': -9.0.* not finite in the first step .* mend its step"):
+        VectorizedEnvironments(Counter, ["limit", "broken"], [-9.0, broken])
 
 
 def test_what_the_checker_warns_of_is_said(caplog: pytest.LogCaptureFixture) -> None:
