@@ -155,9 +155,7 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise MamlError(f"there is no checkpoint at {path}") from error
     except Exception as error:
-        older = previous_path(path)
-        advice = f"; the previous one is {older}: rename it to {path.name} to resume from it" if older.exists() else ""
-        raise MamlError(f"{path} is damaged or not a checkpoint ({first_line(error)}){advice}") from error
+        raise MamlError(f"{path} is damaged or not a checkpoint ({first_line(error)}){_advice(path)}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise MamlError(f"{path} is not a checkpoint of this project: its format is not {_FORMAT!r}")
     state = content.get("state", {})
@@ -165,6 +163,18 @@ def load(path: Path) -> dict[str, Any]:
     if not all(isinstance(group, dict) and all(map(torch.is_tensor, group.values())) for group in groups):
         raise MamlError(f"{path} is damaged (its state is not made of groups of tensors); restore it")
     return content | {"state": rename_groups(state)} if "state" in content else content
+
+
+def _advice(damaged: Path) -> str:
+    """Returns what to do about a damaged checkpoint; empty without a previous one."""
+    older = previous_path(damaged)
+    if not older.exists():
+        return ""
+    try:
+        load(older)
+    except MamlError:
+        return f"; so is the previous one, {older}: restore one of them, or delete both to train anew"
+    return f"; the previous one is {older}: rename it to {damaged.name} to resume from it"
 
 
 def rename_groups(state: Mapping[str, Any]) -> dict[str, Any]:

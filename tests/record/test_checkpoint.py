@@ -140,6 +140,15 @@ def test_truncated_file_is_refused_and_the_one_before_named(path: Path, share: f
     assert f"the previous one is {checkpoint.previous_path(path)}: rename it to checkpoint.pt" in str(caught.value)
 
 
+def test_damaged_previous_file_is_not_advised(path: Path) -> None:
+    for iteration in (1, 2):
+        checkpoint.save(path, content(iteration))
+    for each in (path, checkpoint.previous_path(path)):
+        each.write_bytes(each.read_bytes()[:1000])
+    with pytest.raises(MamlError, match=r"so is the previous one, .*checkpoint\.previous\.pt: restore one of them"):
+        checkpoint.load(path)
+
+
 @pytest.mark.parametrize("text", [b"", b"<html>404</html>", b"PK\x03\x04", b"\x80\x02]q\x00."])
 def test_other_files_are_refused(path: Path, text: bytes) -> None:
     path.write_bytes(text)
