@@ -194,6 +194,14 @@ def _hopeless(config: DictConfig, planned: list[list[str]] | None) -> str:
         number = OmegaConf.select(config, key)
         if number == 0 or (isinstance(number, int) and number < 0 and key != "hydra.launcher.n_jobs"):
             return f"{key}={number}: it has to be at least 1" + ", or -1 for one per core" * ("launcher" in key)
+    for key in ("timeout_min", "mem_gb", "cpus_per_task", "array_parallelism"):
+        number = OmegaConf.select(config, f"hydra.launcher.{key}")
+        if isinstance(number, int | float) and number <= 0:
+            return f"hydra.launcher.{key}={number}: it has to be above 0"
+    for key in ("gpus_per_node", "signal_delay_s", "max_num_timeout"):
+        number = OmegaConf.select(config, f"hydra.launcher.{key}")
+        if isinstance(number, int) and number < 0:
+            return f"hydra.launcher.{key}={number}: it has to be at least 0"
     for key in ("hydra.launcher.nodes", "hydra.launcher.tasks_per_node"):
         number = OmegaConf.select(config, key)
         if isinstance(number, int) and number > 1:

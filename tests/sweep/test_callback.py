@@ -207,6 +207,30 @@ def test_job_of_several_processes_is_refused(key: str, tmp_path: Path, capsys: p
 
 
 @pytest.mark.usefixtures("_clear_hydra")
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ("timeout_min=-5", "above 0"),
+        ("mem_gb=0", "above 0"),
+        ("cpus_per_task=0", "above 0"),
+        ("array_parallelism=0", "above 0"),
+        ("gpus_per_node=-1", "at least 0"),
+        ("signal_delay_s=-1", "at least 0"),
+        ("max_num_timeout=-1", "at least 0"),
+    ],
+)
+def test_impossible_slurm_job_is_refused(
+    setting: str, allowed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skip_without_plugin("launcher=slurm", capsys)
+    config = multirun_config("launcher=slurm", f"hydra.launcher.{setting}", "seed=0,1", f"runs_dir={tmp_path}")
+    with pytest.raises(SystemExit):
+        Sweep().on_multirun_start(config)
+    assert f"hydra.launcher.{setting}: it has to be {allowed}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_clear_hydra")
 def test_sweep_that_cannot_make_its_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "sweeps").touch()
     with pytest.raises(SystemExit):
