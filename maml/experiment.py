@@ -151,7 +151,8 @@ def _build_learners(
                 if settings.validate_every:
                     algorithm.check_validation()
                 check_training_fits(settings, algorithm, hardware)
-                check_step(algorithm.outer, algorithm.theta)
+                if settings.mode == "train":
+                    check_step(algorithm.outer, algorithm.theta)
         learner = Learner(seed_settings, experiment, algorithm)
         evaluation.check(domain)
         evaluation.check_algorithm(algorithm)

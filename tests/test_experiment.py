@@ -303,6 +303,17 @@ def test_run_that_was_killed_before_its_mirror_was_told_is_finished(
     assert record is not None and record["status"] == "finished"
 
 
+def test_evaluation_tries_no_outer_optimizer(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_step(*_: object) -> None:
+        raise MamlError("tried a step")
+
+    tiny.run(*SHORT)
+    monkeypatch.setattr("maml.experiment.check_step", check_step)
+    tiny.run(*SHORT, "mode=eval")
+    with pytest.raises(MamlError, match="tried a step"):
+        tiny.run(*SHORT)
+
+
 def test_evaluation_of_nothing_trained_says_what_to_do(tiny: TinyRuns) -> None:
     with pytest.raises(MamlError, match=r"there is nothing to evaluate in .*: train first"):
         tiny.run("mode=eval")
