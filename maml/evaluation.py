@@ -258,10 +258,15 @@ class Evaluation:
                     f"evaluation.num_steps={self.num_steps}, but {reason}, and nothing adapts by gradient steps; set "
                     "evaluation.num_steps=0 (evaluation=accuracy_by_showing)"
                 )
-            if self.search:
+            if self.search or self.step_size is not None:
+                key = "search" if self.search else "step_size"
                 raise MamlError(
-                    f"evaluation.search chooses step sizes, but {reason}, and takes no steps; set "
-                    "evaluation.search=null"
+                    f"evaluation.{key} chooses step sizes, but {reason}, and takes no steps; set evaluation.{key}=null"
+                )
+            if self.num_query is not None:
+                raise MamlError(
+                    f"evaluation.num_query={self.num_query}, but {reason}: each element of a sequence is a query, and "
+                    "then an example; set evaluation.num_query=null"
                 )
         if self.num_ways is not None:
             domain.with_ways(self.num_ways)  # refuses domains whose tasks do not draw classes

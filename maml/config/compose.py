@@ -13,6 +13,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from maml.config.paths import CONF
 from maml.config.schema import PARTS, Settings, check
 from maml.errors import MamlError, UnknownKeys
+from maml.status import announce
 
 
 def to_plain_config(cfg: DictConfig) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def settings_of(cfg: DictConfig) -> Settings:
 
 
 def check_job(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
-    """Checks the config of a running job of Hydra.
+    """Checks the config of a running job of Hydra, and says which values the experiment set for another option.
 
     Args:
         cfg: the config.
@@ -98,7 +99,7 @@ def check_job(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
         MamlError: if the config is not valid. The message says which of the unknown keys come from the experiment.
     """
     try:
-        return check(to_plain_config(cfg))
+        settings = check(to_plain_config(cfg))
     except UnknownKeys as error:
         if not (keys := _keys_of_experiment(error.keys, overrides)):
             raise
@@ -108,29 +109,80 @@ def check_job(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
             f"{error}\n+experiment= sets {', '.join(keys)}, which the part that you chose instead does not have; add "
             f"{' '.join(words)} to leave that out"
         ) from error
+    for line in _values_for_another_option(cfg, overrides):
+        announce(line)
+    return settings
 
 
 def _keys_of_experiment(keys: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """Returns those of the keys that the experiment sets, and neither the command nor the chosen options."""
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.types import RunMode
-
-    running = GlobalHydra.instance().hydra
-    experiments = [word for word in overrides if word.startswith("+experiment=")]
-    if running is None or not experiments:
+    experiment, options, named = _words(overrides)
+    if not experiment:
         return []
-    options = [word for word in overrides if word.partition("=")[0] in PARTS]
-    named = {word.partition("=")[0].lstrip("+~") for word in overrides}
-    alone, chosen = (
-        running.compose_config("config", words, RunMode.RUN, with_log_configuration=False)
-        for words in (experiments, options)
-    )
+    alone, chosen = _composed(experiment), _composed(options)
 
     def has(cfg: DictConfig, key: str) -> bool:
         part, _, name = key.rpartition(".")
         return name in list(OmegaConf.select(cfg, part) or ())  # `in cfg` is False for keys without a value
 
     return [key for key in keys if "." in key and key not in named and has(alone, key) and not has(chosen, key)]
+
+
+def _values_for_another_option(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Returns a line for each option that the command chose, if it has values that the experiment set for another one.
+
+    Such a value is that of a key whose defaults differ in the two options, as the step sizes of SGD and Adam do.
+    """
+    experiment, options, named = _words(overrides)
+    if not experiment or not options:
+        return []
+    alone, lines = _composed(experiment), []
+    for part, _, option in (word.partition("=") for word in options):
+        former = f"{part}={alone.hydra.runtime.choices[part]}"
+        values, of_experiment, defaults, former_defaults = (
+            _part(config, part) for config in (cfg, alone, _composed([f"{part}={option}"]), _composed([former]))
+        )
+        kept = [
+            f"{part}.{key}={value} (default: {defaults[key]})"
+            for key, value in values.items()
+            if key != "_target_" and f"{part}.{key}" not in named and of_experiment.get(key) == value
+            if key in defaults and key in former_defaults and defaults[key] not in (value, former_defaults[key])
+        ]
+        if kept:
+            lines.append(
+                f"{part}={option} has the experiment's values for {former}: {', '.join(kept)}; "
+                "if that is not meant, set them"
+            )
+    return lines
+
+
+def _words(overrides: Sequence[str]) -> tuple[list[str], list[str], set[str]]:
+    """Returns a command's experiment, the options that it chooses, and the keys that it names.
+
+    There is no experiment in a job of a launcher whose processes know nothing of Hydra's search path.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+
+    running = GlobalHydra.instance().is_initialized()
+    experiment = [word for word in overrides if running and word.startswith("+experiment=")]
+    options = [word for word in overrides if word.partition("=")[0] in PARTS]
+    return experiment, options, {word.partition("=")[0].lstrip("+~") for word in overrides}
+
+
+def _composed(words: Sequence[str]) -> DictConfig:
+    """Composes a config in a running job, with Hydra's own part."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    running = GlobalHydra.instance().hydra
+    assert running is not None
+    return running.compose_config("config", list(words), RunMode.RUN, with_log_configuration=False)
+
+
+def _part(cfg: DictConfig, name: str) -> dict[str, Any]:
+    part = OmegaConf.to_container(cfg[name], resolve=False)
+    assert isinstance(part, dict)
+    return {str(key): value for key, value in part.items()}
 
 
 def check_order(overrides: Sequence[str]) -> None:

@@ -129,6 +129,41 @@ def test_unknown_key_of_the_experiment_is_told_from_those_of_the_command(
 
 
 @pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["inner=adam", "inner.order=1"], ["inner.step_size=0.4 (default: 0.001)", "inner.num_steps=1 (default: 5)"]),
+        (["inner=adam", "inner.order=1", "inner.step_size=0.4"], ["inner.num_steps=1 (default: 5)"]),
+        (["inner=adam", "inner.order=1", "inner.step_size=0.1", "inner.num_steps=2"], []),
+        (["inner=learned_sgd"], []),  # the same defaults
+        (["inner.step_size=0.1"], []),
+    ],
+)
+def test_values_of_the_experiment_for_another_option_are_named(
+    words: list[str],
+    kept: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    places = [f"data_dir={tmp_path}", f"cache_dir={tmp_path}", f"runs_dir={tmp_path / 'runs'}"]
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [mini_imagenet_5way_1shot]\ninner: {step_size: 0.4, num_steps: 1}\n"
+    )
+    settings = ["--config-dir", str(tmp_path / "conf"), *places, "+experiment=mine"]
+    monkeypatch.setattr("sys.argv", ["/v/bin/maml", "train", *settings, *words])
+    with pytest.raises(SystemExit):  # the photos are missing
+        main()
+    *lines, missing = capsys.readouterr().err.splitlines()
+    assert "mini-ImageNet not found" in missing
+    expected = (
+        f"{words[0]} has the experiment's values for inner=sgd: {', '.join(kept)}; if that is not meant, set them"
+    )
+    assert lines == [expected] * bool(kept)
+
+
+@pytest.mark.parametrize(
     ("launcher", "plugin", "words", "said"),
     [
         (
