@@ -20,7 +20,7 @@ from maml.domain.base import Domain, Role, SupervisedDomain
 from maml.domain.classification import FewShotClassification
 from maml.domain.omniglot import Omniglot
 from maml.domain.table import Table
-from maml.errors import Diverged, MamlError
+from maml.errors import Diverged, MamlError, first_line
 from maml.evaluation import Evaluation
 from maml.model.base import Model
 from maml.types import Examples, Params, Tasks
@@ -155,6 +155,8 @@ class Network:
                 f"{self.experiment} is a policy, which adapts to rollouts and not to examples; to watch it, run "
                 f"python scripts/render.py +experiment={self.experiment}"
             )
+        if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 0):
+            raise MamlError(f"num_steps={num_steps!r} is no number of gradient steps; give an integer of at least 0")
         inputs, classes = self.prepare(x), None
         if domain.element_domain is not None:
             return self._read_sequence(inputs, y, num_steps)
@@ -167,7 +169,7 @@ class Network:
             classes, num_shots = [*domain.classes], len(inputs)
             targets = _class_numbers(y, num_shots, classes).to(self.device)
         else:
-            targets, num_shots = _floats(_tensor(y), "y", self.device), len(inputs)
+            targets, num_shots = _floats(_tensor(y, "y"), "y", self.device), len(inputs)
             expected = (len(inputs), domain.out_dim)
             if targets.shape != expected:
                 raise MamlError(f"y has shape {tuple(targets.shape)}; the targets of x have shape {expected}")
@@ -216,7 +218,7 @@ class Network:
             MamlError: if the shape or the values are not those of the network's inputs.
         """
         domain = self._inputs
-        original = _tensor(x)
+        original = _tensor(x, "x")
         inputs = _floats(original, "x", self.device)
         if self.in_shape[-1] == 1 and inputs.shape[1:] == self.in_shape[:-1]:
             inputs = inputs.unsqueeze(-1)
@@ -250,12 +252,20 @@ class _GivenExamples:
         return getattr(self._domain, name)
 
 
-def _tensor(values: Any) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.as_tensor(np.ascontiguousarray(values))
+def _tensor(values: Any, name: str) -> Tensor:
+    """Returns the values as a tensor, and refuses what is not an array of numbers."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(np.ascontiguousarray(values))
+    except (TypeError, ValueError) as error:
+        raise MamlError(f"{name} is no array of numbers ({first_line(error)})") from error
 
 
 def _labels(values: Any, count: int) -> list[Hashable]:
     """Returns the labels as a list, and refuses any other number of them than that of the inputs."""
+    if not isinstance(values, Iterable):
+        raise MamlError(f"y is {values!r}, but each of the {count} inputs needs a label")
     labels = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
     if len(labels) != count:
         raise MamlError(f"there are {count} inputs, but {len(labels)} labels")

@@ -30,7 +30,6 @@ from rich.text import Text
 
 from maml.cli.rendering import add_runs_dir
 from maml.config.compose import compose, compose_experiment
-from maml.config.hints import near_miss
 from maml.config.identity import digest, evaluation_config, training_config, without_keys
 from maml.config.paths import CONF
 from maml.config.schema import build
@@ -42,7 +41,7 @@ from maml.paper.evidence import Evidence, find_evidence, samples
 from maml.record import checkpoint
 from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval
 from maml.record.contents import CurveRecord, Report, StepRecord
-from maml.record.frame import UNKNOWN, run_frame, setting
+from maml.record.frame import UNKNOWN, check_key, run_frame, setting
 from maml.record.index import SUPERSEDED, Run, conflicts_among, read_run, read_runs, supersede
 from maml.record.lock import acquire
 from maml.record.run_files import read_json
@@ -212,9 +211,10 @@ def _parse_setting(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
     except HydraException as error:
         raise MamlError(f"--set {text} is not a setting; give KEY=VALUE, as in --set inner.step_size=0.4") from error
     key = override.key_or_group
-    if runs and all(setting(run.record.training, key) is UNKNOWN for run in runs):
-        known = sorted({name for run in runs for name in run.record.training})
-        raise MamlError(f"--set {text}: no run was trained with {key}{near_miss(key, known)}")
+    try:
+        check_key(runs, key)
+    except MamlError as error:
+        raise MamlError(f"--set {text}: {error}") from error
     return key, override.value()
 
 

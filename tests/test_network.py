@@ -244,6 +244,9 @@ def test_wrong_data_is_refused_with_what_to_give() -> None:
         (images + np.uint8(255), list("abcde"), "as uint8 they have to lie in 0 to 1"),
         (images - 0.5, list("abcde"), "as float64 they have to lie in 0 to 1"),
         (images * np.nan, list("abcde"), "x has values that are not finite"),
+        (images, None, "y is None, but each of the 5 inputs needs a label"),
+        ("abc", list("abcde"), "x is no array of numbers"),
+        ([[0.0], [0.0, 1.0]], list("ab"), "x is no array of numbers"),
     ]:
         with pytest.raises(MamlError, match=message):
             network.adapt(x, y)  # type: ignore[arg-type]
@@ -258,6 +261,9 @@ def test_wrong_data_is_refused_with_what_to_give() -> None:
         points.adapt(np.zeros((3, 1)), np.zeros((3, 1))).probabilities([[0.0]])
     with pytest.raises(MamlError, match="which are no images"):
         points.read([])
+    for num_steps in (-1, 1.5, "2"):
+        with pytest.raises(MamlError, match=r"num_steps=.* is no number of gradient steps; give an integer"):
+            points.adapt(np.zeros((3, 1)), np.zeros((3, 1)), num_steps=num_steps)  # type: ignore[arg-type]
 
 
 class PointSequence(FixedExamples):

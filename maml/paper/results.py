@@ -9,9 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from maml.config.paths import RESULTS
+from maml.errors import MamlError
 from maml.paper.cells import load_tables
 from maml.paper.evidence import find_evidence
-from maml.record.frame import NUMBER, number_frame, task_frame
+from maml.record.frame import NUMBER, check_key, number_frame, task_frame
 from maml.record.index import Run, find_runs
 
 
@@ -41,13 +42,21 @@ def results(
         settings: keys of training settings that become columns, such as ``inner.step_size``.
 
     Raises:
-        MamlError: with ``per_task``, if a ``tasks.csv`` is missing or damaged.
+        MamlError: if a folder of ``runs_dir`` does not exist, or no run has a key of ``settings``; with ``per_task``,
+            if a ``tasks.csv`` is missing or damaged.
     """
     if runs_dir is None:
-        runs_dir = ["runs", RESULTS / "runs"]
-    runs, problems = find_runs(*map(Path, [runs_dir] if isinstance(runs_dir, str | Path) else runs_dir))
+        folders = [Path("runs"), RESULTS / "runs"]
+    else:
+        folders = [Path(folder) for folder in ([runs_dir] if isinstance(runs_dir, str | Path) else runs_dir)]
+        for folder in folders:
+            if not folder.is_dir():
+                raise MamlError(f"there is no folder {folder}; name the folder that holds EXPERIMENT/RUN")
+    runs, problems = find_runs(*folders)
     for problem in problems:
         warnings.warn(f"left out: {problem}", stacklevel=2)
+    for key in settings:
+        check_key(runs, key)
     numbers = number_frame(runs, settings)
     if cells:
         numbers = numbers.merge(_cells(runs), how="left", on=NUMBER).fillna({"cell": ""})

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from maml.config.hints import near_miss
 from maml.config.identity import digest
 from maml.config.names import locate
 from maml.config.schema import Settings
@@ -112,6 +113,17 @@ def setting(settings: Mapping[str, Any], key: str) -> Any:
     part, _, name = key.rpartition(".")
     target = settings.get(f"{part}._target_") if part else f"{Settings.__module__}.{Settings.__name__}"
     return _default(target, name) if target else UNKNOWN
+
+
+def check_key(runs: Sequence[Run], key: str) -> None:
+    """Checks that a key is a setting of some run, if there are runs.
+
+    Raises:
+        MamlError: if no run was trained with it. The message names a key that is nearly the same.
+    """
+    if runs and all(setting(run.record.training, key) is UNKNOWN for run in runs):
+        known = sorted({name for run in runs for name in run.record.training})
+        raise MamlError(f"no run was trained with {key}{near_miss(key, known)}")
 
 
 @cache

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import maml
+from maml.errors import MamlError
 from maml.paper.cells import load_tables
 from maml.paper.evidence import find_evidence
 from maml.record.index import find_runs, read_runs, supersede
@@ -47,6 +48,14 @@ def test_an_empty_folder_gives_no_rows(tmp_path: Path) -> None:
     frame = maml.results(tmp_path, settings=["inner.step_size"])
     assert len(frame) == len(maml.results(tmp_path, per_task=True)) == 0
     assert {"mean", "cell", "inner.step_size"} <= set(frame)
+
+
+def test_wrong_folders_and_settings_are_refused(tmp_path: Path) -> None:
+    make_run(tmp_path, mean=0.5)
+    with pytest.raises(MamlError, match=r"there is no folder .*nothing; name the folder"):
+        maml.results([tmp_path, tmp_path / "nothing"])
+    with pytest.raises(MamlError, match=r"no run was trained with inner\.step_sise.*inner\.step_size"):
+        maml.results(tmp_path, settings=["inner.step_sise"])
 
 
 def test_means_over_runs_are_those_of_the_tables() -> None:
