@@ -11,9 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from maml.config.paths import CONF
-from maml.config.schema import PARTS, Settings, check
+from maml.config.schema import PARTS, TRAINING_PARTS, Settings, check
 from maml.errors import MamlError, UnknownKeys
 from maml.status import announce
+
+_COMPARED = (*TRAINING_PARTS, "evaluation")  # the parts that decide what a number means
 
 
 def to_plain_config(cfg: DictConfig) -> dict[str, Any]:
@@ -134,10 +136,11 @@ def _values_for_another_option(cfg: DictConfig, overrides: Sequence[str]) -> lis
     Such a value is that of a key whose defaults differ in the two options, as the step sizes of SGD and Adam do.
     """
     experiment, options, named = _words(overrides)
-    if not experiment or not options:
+    chosen = {part: option for part, _, option in (word.partition("=") for word in options) if part in _COMPARED}
+    if not experiment or not chosen:
         return []
     alone, lines = _composed(experiment), []
-    for part, _, option in (word.partition("=") for word in options):
+    for part, option in chosen.items():
         former = f"{part}={alone.hydra.runtime.choices[part]}"
         values, of_experiment, defaults, former_defaults = (
             _part(config, part) for config in (cfg, alone, _composed([f"{part}={option}"]), _composed([former]))
