@@ -263,11 +263,6 @@ class Evaluation:
                 raise MamlError(
                     f"evaluation.{key} chooses step sizes, but {reason}, and takes no steps; set evaluation.{key}=null"
                 )
-            if self.num_query is not None:
-                raise MamlError(
-                    f"evaluation.num_query={self.num_query}, but {reason}: each element of a sequence is a query, and "
-                    "then an example; set evaluation.num_query=null"
-                )
         if self.num_ways is not None:
             domain.with_ways(self.num_ways)  # refuses domains whose tasks do not draw classes
         if self.per_class and not domain.class_names:

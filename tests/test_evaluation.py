@@ -165,12 +165,6 @@ def test_gradient_steps_are_refused_by_showing() -> None:
         Evaluation(num_tasks=2, num_steps=0, step_size=0.1).check(ByShowing())
 
 
-def test_query_examples_are_refused_by_showing() -> None:
-    with pytest.raises(MamlError, match=r"evaluation\.num_query=3, but ByShowing .*; set evaluation\.num_query=null"):
-        Evaluation(num_tasks=2, num_steps=0, num_query=3).check(ByShowing())
-    Evaluation(num_tasks=2, num_steps=0).check(ByShowing())
-
-
 def test_evaluation_leaves_theta_as_it_was() -> None:
     algorithm = sinusoid()
     before = {name: value.clone() for name, value in algorithm.theta.items()}
