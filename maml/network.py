@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ class Network:
                 f"{self.experiment} is a policy, which adapts to rollouts and not to examples; to watch it, run "
                 f"python scripts/render.py +experiment={self.experiment}"
             )
-        if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 0):
+        if num_steps is not None and (not isinstance(num_steps, Integral) or num_steps < 0):
             raise MamlError(f"num_steps={num_steps!r} is no number of gradient steps; give an integer of at least 0")
         inputs, classes = self.prepare(x), None
         if domain.element_domain is not None:

@@ -264,6 +264,7 @@ def test_wrong_data_is_refused_with_what_to_give() -> None:
     for num_steps in (-1, 1.5, "2"):
         with pytest.raises(MamlError, match=r"num_steps=.* is no number of gradient steps; give an integer"):
             points.adapt(np.zeros((3, 1)), np.zeros((3, 1)), num_steps=num_steps)  # type: ignore[arg-type]
+    points.adapt(np.zeros((3, 1)), np.zeros((3, 1)), num_steps=np.int64(2))  # type: ignore[arg-type]
 
 
 class PointSequence(FixedExamples):
