@@ -18,8 +18,10 @@ from maml.config.identity import digest, training_config
 from maml.config.paths import CHECKPOINTS, CONF, TRAIN
 from maml.config.schema import Settings, build, build_without_data, check
 from maml.errors import MamlError
+from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
+from maml.hardware.precision import use_precision
 from maml.network import Inputs as Inputs
 from maml.network import Network as Network
 from maml.network import Predictor as Predictor
@@ -152,6 +154,9 @@ def _build_network(
             f"the parameters belong to run {run_id}, but the settings of {experiment} have changed since that run; use "
             "the version of the project that trained it"
         )
-    algorithm = build_algorithm(settings, hardware, build_without_data(settings.domain))
-    restore(algorithm, state)
-    return Network(experiment, iteration, settings.num_iterations, algorithm, build(settings.evaluation), step_sizes)
+    with use_precision(settings.precision):
+        algorithm = build_algorithm(settings, hardware, build_without_data(settings.domain))
+        restore(algorithm, state)
+    evaluation: Evaluation = build(settings.evaluation)
+    num_iterations, precision = settings.num_iterations, settings.precision
+    return Network(experiment, iteration, num_iterations, algorithm, evaluation, step_sizes, precision)

@@ -130,8 +130,8 @@ class Evaluation:
         bank_seed: seed of the frozen bank, the fixed set of test tasks.
         bank: whose test tasks the bank has: ``seeded`` draws them from ``bank_seed``; ``authors`` rebuilds those of the
             authors, in domains where that is possible. Validation tasks are always drawn from ``bank_seed``.
-        theta: which theta to evaluate: the ``last`` one or, in domains whose training keeps it, the ``best`` by its
-            training returns.
+        theta: which theta to evaluate: the ``last`` one or, if training keeps it, the ``best``, by its training
+            returns or, with ``validate_every``, on validation tasks.
         num_ways: N of the tasks, in domains whose tasks draw their own classes; None is the domain's, as in training.
             With a smaller N, tasks have the labels 0 to N - 1 of the network. A larger one needs an algorithm that
             does not fix it.

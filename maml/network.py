@@ -23,6 +23,7 @@ from maml.domain.omniglot import Omniglot
 from maml.domain.table import Table
 from maml.errors import Diverged, MamlError, first_line
 from maml.evaluation import Evaluation
+from maml.hardware.precision import Precision, use_precision
 from maml.model.base import Model
 from maml.types import Examples, Params, Tasks
 
@@ -41,6 +42,7 @@ class Network:
         evaluation: the settings of meta-test.
         step_sizes: step sizes of the recorded meta-test, by K; None stands for the inner optimizer's own. Empty if no
             meta-test was recorded.
+        precision: the precision of training, in which it also adapts and predicts.
     """
 
     experiment: str
@@ -49,6 +51,7 @@ class Network:
     algorithm: Algorithm
     evaluation: Evaluation
     step_sizes: Mapping[int, list[float] | None]
+    precision: Precision = "float32"
 
     def __repr__(self) -> str:
         return f"<{self.experiment}, iteration {self.iteration:,} of {self.num_iterations:,}>"
@@ -105,7 +108,8 @@ class Network:
             raise MamlError(
                 f"{self.experiment} takes inputs of shape {self.in_shape}, which are no images; give `adapt` numbers"
             )
-        read = [self._read(picture, number) for number, picture in enumerate(pictures)]
+        with use_precision(self.precision):
+            read = [self._read(picture, number) for number, picture in enumerate(pictures)]
         if not read:
             raise MamlError("there are no pictures to read; is the folder right that they come from?")
         return torch.stack(read)
@@ -127,7 +131,6 @@ class Network:
             warn_of_blank([(name, pixels)])
         return torch.from_numpy(pixels / (255 if has_levels or not is_drawing else 1)).to(torch.get_default_dtype())
 
-    @torch.no_grad()
     def adapt(self, x: Inputs, y: Sequence[Hashable] | Inputs, num_steps: int | None = None) -> Predictor:
         """Adapts to the support data of one task, with the step sizes of meta-test.
 
@@ -150,6 +153,10 @@ class Network:
             MamlError: if shapes or labels do not fit the network, or if it is a policy, which learns from rollouts.
             Diverged: if the adapted parameters are not finite.
         """
+        with torch.no_grad(), use_precision(self.precision):
+            return self._adapt(x, y, num_steps)
+
+    def _adapt(self, x: Inputs, y: Any, num_steps: int | None) -> Predictor:
         domain = self.algorithm.domain
         if not isinstance(domain, SupervisedDomain):
             raise MamlError(
@@ -207,7 +214,7 @@ class Network:
             sizes = self.step_sizes[min(self.step_sizes, key=lambda known: abs(known - num_shots))]
         else:
             sizes = self.evaluation.step_sizes(num_shots)
-        return sizes and [*sizes, *sizes[-1:] * (num_steps - len(sizes))]
+        return [*sizes, *sizes[-1:] * (num_steps - len(sizes))] if sizes else None
 
     def prepare(self, x: Inputs) -> Tensor:
         """Checks inputs and returns them as the network takes them, ``(S, *in_shape)``, on its device.
@@ -369,12 +376,18 @@ class Predictor:
             raise MamlError(f"{self.network.experiment} predicts values, which have no probabilities")
         return self.outputs(x, transductive).softmax(-1)
 
-    @torch.no_grad()
     def outputs(self, x: Inputs, transductive: bool = False) -> Tensor:
         """Returns the outputs of the adapted network, ``(Q, N)`` for N classes; in regression, ``(Q, D)``.
 
         In regression they are always transductive, as in meta-test.
+
+        Raises:
+            MamlError: if x does not fit the network.
         """
+        with torch.no_grad(), use_precision(self.network.precision):
+            return self._outputs(x, transductive)
+
+    def _outputs(self, x: Inputs, transductive: bool) -> Tensor:
         inputs = self.network.prepare(x)
         if self.classes is None:
             return self.network.model(self.params, inputs.unsqueeze(0))[0]

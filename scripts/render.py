@@ -37,7 +37,9 @@ from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
+from maml.hardware.precision import use_precision
 from maml.logger.base import Logger, Mirror
+from maml.logger.mirror import described
 from maml.model.base import Model
 from maml.record.run_folder import RunFolder
 from maml.seeding import Stream
@@ -95,6 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides = [word for word in words if "=" in word and not word.startswith("-")]  # at any position
     options = parser.parse_args([word for word in words if word not in overrides])
     settings, experiment = compose(overrides, CONF)
+    with use_precision(settings.precision):
+        animate(settings, experiment, options)
+
+
+def animate(settings: Settings, experiment: str, options: argparse.Namespace) -> None:
+    """Draws the GIF of one run, and sends it to the logger."""
     evaluation: Evaluation = build(settings.evaluation)
     backend = os.environ.pop("MUJOCO_GL", None)  # removed, because importing MuJoCo fails if the backend does not work
     algorithm = build_algorithm(settings, Hardware("cpu"))
@@ -116,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         last = episode.frames[-1]
         print(f"  {caption(episode)}: return {last.total_reward:.1f} in {last.time} steps")
     print(f"written to {path}")
-    mirror(settings, run, path)
+    mirror(settings, algorithm.name, run, path)
 
 
 def check(algorithm: Algorithm, evaluation: Evaluation, goal: int, steps: Sequence[int]) -> None:
@@ -305,12 +313,13 @@ def draw(heading: str, panels: Sequence[tuple[str, Frame]]) -> Image.Image:
     return page
 
 
-def mirror(settings: Settings, run: RunFolder, path: Path) -> None:
+def mirror(settings: Settings, algorithm: str, run: RunFolder, path: Path) -> None:
     """Sends the picture, together with the report, to the service of the config's logger."""
     logger: Logger = build(settings.logger)
     report = run.finished_report()
     if report is not None:
-        logger.start(run.path, run.experiment, run.run_id, settings.as_dict(), resumed=True)
+        config = described(settings.as_dict(), run.training_config, algorithm)
+        logger.start(run.path, run.experiment, run.run_id, config, resumed=True)
         logger.report(report, {path.stem: path})
         logger.finish("finished")
     elif isinstance(logger, Mirror):

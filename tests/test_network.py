@@ -24,6 +24,7 @@ from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
+from maml.hardware.precision import Precision, use_precision
 from maml.network import Network
 from maml.types import Params, num_tasks, take
 from tests.runs import TinyRuns
@@ -112,6 +113,25 @@ def test_step_sizes_are_those_of_meta_test_and_of_the_nearest_k(experiment: str)
         sizes = evaluation.step_sizes(known)
         assert network._step_sizes(given, 10) == sizes
         assert network._step_sizes(given, 12) == (sizes and [*sizes, sizes[-1], sizes[-1]])
+
+
+def test_zero_steps_of_meta_test_leave_the_inner_optimizers_step_size() -> None:
+    network = replace(maml.load(SINUSOID), step_sizes={5: []})
+    assert network._step_sizes(5, 2) is None
+
+
+@pytest.mark.parametrize("precision", ["float64", "bf16"])
+def test_network_computes_in_the_precision_of_its_run(precision: Precision, tiny: TinyRuns) -> None:
+    overrides = (f"precision={precision}", "num_iterations=3")
+    network = maml.load(tiny.run(*overrides))
+    with use_precision(precision):
+        _, expected = by_the_framework(network, tiny.config(*overrides), task=0, num_shots=5)
+        support, query = expected["support"], expected["query"]
+        outputs = network.model(expected["params"], query.x)[0]
+    predictor = network.adapt(support.x[0], support.y[0])
+    assert same(predictor.params, expected["params"])
+    assert torch.equal(predictor(query.x[0]), outputs)
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("baseline", ["finetune", "nearest_neighbor"])

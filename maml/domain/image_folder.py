@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from maml.data.cache import ImageSet
@@ -45,7 +46,7 @@ class ImageFolder(FewShotClassification):
 
     def __init__(
         self,
-        num_ways: Count,
+        num_ways: Annotated[int, Ge(2)],
         num_shots: Count,
         data_dir: str,
         cache_dir: str,

@@ -44,7 +44,12 @@ def check_precision(precision: Precision, on_policy: bool, device: torch.device)
 def use_precision(precision: Precision) -> Iterator[None]:
     """Sets the process-wide switches for a precision, and restores them at the end."""
     global _use_bfloat16
-    before = torch.get_default_dtype(), _use_bfloat16
+    dtype, products, convolutions, bfloat16 = (
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        _use_bfloat16,
+    )
     torch.set_default_dtype(torch.float64 if precision == "float64" else torch.float32)
     # Without this, some CUDA kernels round float32 inputs to TF32.
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -53,10 +58,10 @@ def use_precision(precision: Precision) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_default_dtype(before[0])
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        _use_bfloat16 = before[1]
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        _use_bfloat16 = bfloat16
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -30,12 +30,13 @@ class TensorBoard(Mirror):
         import numpy as np
         from PIL import Image
 
-        self._writer.add_scalar("headline", report["headline"], report["iteration"])
+        if report["headline"] is not None:  # None: adaptation diverged
+            self._writer.add_scalar("headline", report["headline"], report["iteration"])
         for curve in report["curves"]:
             tag = f"evaluation/{curve['metric']}_{curve['num_shots']}shot"
             first = FIRST_STEP[report.get("measured_by", "gradient step")]
             for step in curve["steps"]:  # gradient steps or showings on the horizontal axis
-                if step["mean"] is not None:  # None: adaptation diverged
+                if step["mean"] is not None:
                     self._writer.add_scalar(tag, step["mean"], first + step["step"])
         for name, path in pictures.items():
             image = np.asarray(Image.open(path).convert("RGB"))

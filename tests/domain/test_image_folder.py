@@ -15,6 +15,7 @@ from torch import Tensor
 
 import maml
 from maml.algorithm.maml import MAML
+from maml.config.compose import compose
 from maml.config.schema import build, build_without_data
 from maml.data.cache import ImageSet
 from maml.data.omniglot import load_omniglot
@@ -165,6 +166,12 @@ def test_folder_without_validation_trains_and_says_so_if_asked(root: Path) -> No
     assert not domain.has_validation
     with pytest.raises(MamlError, match="this data set has no val classes, only train and test"):
         domain.sample_tasks(1, Stream(0), "val")
+
+
+def test_one_class_is_refused_because_every_answer_would_be_right(root: Path) -> None:
+    words = ["domain=image_folder", "domain.folder=own", f"data_dir={root}", "model=conv4", "evaluation=accuracy"]
+    with pytest.raises(MamlError, match="num_ways=1: input should be greater than or equal to 2"):
+        compose([*words, "evaluation.num_steps=1", "domain.num_ways=1"])
 
 
 def test_without_data_the_facts_are_the_same(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -47,6 +48,25 @@ def test_event_file_holds_metrics_and_evaluation(tmp_path: Path, caplog: pytest.
     (image,) = events.Images("pictures/curve")
     assert (image.width, image.height, image.step) == (4, 3, 30)
     assert b'"step_size": 0.5' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    assert not caplog.records
+
+
+def test_diverged_evaluation_leaves_out_its_numbers_and_keeps_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    diverged = {"step": 1, "mean": None, "ci95": None, "num_tasks": 600}
+    curve: Any = REPORT["curves"][0]  # type: ignore[index]
+    report = REPORT | {"headline": None, "curves": [curve | {"steps": [curve["steps"][0], diverged]}]}
+    logger = TensorBoard()
+    logger.start(tmp_path, "omniglot_5way_1shot", "1f2e3d", {}, False)
+    logger.report(report, {})
+    logger.finish("finished")
+
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["evaluation/accuracy_1shot"]
+    assert [(event.step, event.value) for event in events.Scalars("evaluation/accuracy_1shot")] == [(0, 0.25)]
     assert not caplog.records
 
 

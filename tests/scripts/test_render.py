@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -20,6 +21,7 @@ from maml.environment.mujoco_batch import MujocoEnvironments
 from maml.errors import MamlError
 from maml.experiment import build_algorithm, run_experiment
 from maml.hardware.base import Hardware
+from maml.logger.wandb import WandB
 from maml.seeding import Stream
 from maml.types import num_tasks, take
 from tests.runs import ROOT
@@ -206,11 +208,22 @@ def test_what_cannot_be_shown_is_said(tmp_path: Path) -> None:
 def test_logger_of_the_config_gets_the_picture_of_a_finished_run(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wandb = pytest.importorskip("wandb")
     run = trained("point_navigation_maml", tmp_path)
+    configs: list[Any] = []
+    start = WandB.start
+
+    def remember(logger: WandB, run_dir: Path, experiment: str, run_id: str, config: Any, resumed: bool) -> None:
+        configs.append(config)
+        start(logger, run_dir, experiment, run_id, config, resumed)
+
+    monkeypatch.setattr(WandB, "start", remember)
     show(*run, "logger=wandb", "logger.mode=offline")
     wandb.teardown()
+    (config,) = configs
+    assert config["algorithm_name"] == "MAML" and config["settings_hash"]
     (original,) = tmp_path.rglob("policy_goal_0.gif")
     (sent,) = tmp_path.rglob("wandb/offline-run-*/files/media/images/pictures/*.gif")
     assert sent.read_bytes() == original.read_bytes()
