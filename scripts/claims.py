@@ -23,6 +23,7 @@ from implementations import Noise
 
 from maml.algorithm.base import Parts
 from maml.config.compose import compose
+from maml.config.paths import RESULTS
 from maml.config.schema import build
 from maml.hardware.base import Hardware
 from maml.model.base import Model
@@ -30,7 +31,6 @@ from maml.record.checkpoint import write_text_atomically
 from maml.seeding import Stream
 from maml.training.meta_gradient import MetaGradient
 
-ROOT = Path(__file__).resolve().parents[1]
 DEVICE, NUM_THREADS = torch.device("cpu"), 1
 SHAPES = {"omniglot_5way_1shot": (28, 28, 1), "mini_imagenet_5way_1shot": (84, 84, 3)}
 
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures all claims and writes the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="turns of each algorithm (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "claims", help="folder (default results/claims)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "claims", help="folder (default results/claims)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(NUM_THREADS)
     conditions = describe_conditions(DEVICE, NUM_THREADS) | {"rounds": str(options.rounds)}

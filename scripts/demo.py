@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maml.config.compose import compose
+from maml.config.paths import RESULTS
 from maml.errors import Interrupted, MamlError
 from maml.experiment import run_experiment
 from maml.paper.cells import Source, load_figures, load_tables
@@ -24,7 +25,6 @@ from maml.record.checkpoint import write_text_atomically
 from maml.record.contents import Report
 from maml.record.run_folder import RunFolder
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 EXPERIMENT = "sinusoid_10shot"
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from maml.cli.rendering import existing_folder, exit_with, print_problems
-from maml.config.paths import CHECKPOINTS
+from maml.config.paths import CHECKPOINTS, RESULTS
 from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources
 from maml.paper.evidence import Evidence, find_evidence
@@ -37,7 +37,6 @@ from maml.record.exported import (
 )
 from maml.record.index import Run, find_runs
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 MAX_BYTES = 1_500_000  # largest exported file, because all files are committed
 
 

@@ -31,6 +31,7 @@ from rich.live import Live
 from rich.text import Text
 
 from maml.cli.rendering import exit_with, print_problems
+from maml.config.paths import RESULTS, ROOT
 from maml.errors import MamlError
 from maml.paper.plan import (
     WATERMARK,
@@ -51,8 +52,6 @@ from maml.training.progress import LINE_SECONDS, REDRAW_SECONDS
 
 OUT_OF_TIME = "OUT_OF_TIME"
 MIN_BUDGET = 30  # seconds; starting a run takes up to ten
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "results"
 RENDERERS = {
     "paper_tables.py": "",
     "paper_figures.py": "",

@@ -25,7 +25,6 @@ from maml.record.checkpoint import write_text_atomically
 from maml.record.index import Run, conflicts_among, find_runs
 from maml.record.statistics import MIN_RUNS
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 NOTE = (
     "Curves are means over runs. Bands are 95 % intervals unless stated otherwise; they cover test tasks and, if there "
     f"are at least {MIN_RUNS} runs, trainings. Figures 2, 4 (bottom) and 7 show single tasks after the first training. "
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Each file is written whole or not at all.
     """
-    options = rendering_parser(__doc__.splitlines()[0], RESULTS).parse_args(arguments)
+    options = rendering_parser(__doc__.splitlines()[0]).parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
     conflicts = conflicts_among(runs)
     sections, judged = {}, []

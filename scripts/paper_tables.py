@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
 import pandas as pd
 
@@ -36,8 +35,6 @@ from maml.record.comparison import groups_on_the_same_tasks
 from maml.record.index import conflicts_among, find_runs
 from maml.record.statistics import MIN_RUNS
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "results"
 RUNS_NOTE = (
     "A number is the mean over runs; the interval covers test tasks and, if there are at least "
     f"{MIN_RUNS} runs, trainings. *Runs* gives their number, the range of their means and, in brackets, the interval "
@@ -50,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Each file is written whole or not at all.
     """
-    options = rendering_parser(__doc__.splitlines()[0], RESULTS).parse_args(arguments)
+    options = rendering_parser(__doc__.splitlines()[0]).parse_args(arguments)
     runs, damaged = find_runs(*options.runs_dir)
     conflicts = conflicts_among(runs)
     tables = load_tables(options.results)

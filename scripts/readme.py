@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maml.cli.rendering import exit_with
+from maml.config.paths import RESULTS, ROOT
 from maml.errors import MamlError
 from maml.paper.cells import load_tables
 from maml.paper.evidence import find_evidence
@@ -21,8 +22,6 @@ from maml.paper.tables import Comparison, printed_value, reading_text
 from maml.record.checkpoint import write_text_atomically
 from maml.record.index import find_runs
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "results"
 BEGIN, END = "<!-- table: made by make readme -->\n", "<!-- end of table -->\n"
 
 # The cells that the README shows, with a description for the reader.
@@ -68,7 +67,7 @@ def results_table() -> str:
     runs, problems = find_runs(RESULTS / "runs")
     if problems:
         raise MamlError("\n".join(problems))
-    cells = {f"{cell.table}/{cell.row}/{cell.column}": cell for table in load_tables(RESULTS) for cell in table.cells}
+    cells = {cell.name: cell for table in load_tables(RESULTS) for cell in table.cells}
     lines = ["| | paper | ours | trainings | command |", "| --- | --- | --- | --- | --- |"]
     for name, words in SHOWN.items():
         source = cells[name].source if name in cells else None
@@ -88,7 +87,7 @@ def _row(comparison: Comparison) -> list[str]:
     if evidence.progress:
         trainings += f", stopped at {evidence.progress}"
     command = f"`{cell.source.command([])}`"
-    return [printed_value(cell), reading_text(*comparison.ours, comparison.decimals), trainings, command]
+    return [printed_value(cell), reading_text(*comparison.ours, cell.decimals), trainings, command]
 
 
 if __name__ == "__main__":

@@ -8,31 +8,18 @@ committed runs in results/runs/; trains nothing.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from maml.cli.rendering import add_runs_dir, exit_with, print_problems
+from maml.cli.rendering import exit_with, print_problems, rendering_parser
+from maml.config.paths import RESULTS
 from maml.paper.report import render
 from maml.record.checkpoint import write_text_atomically
 from maml.record.index import find_runs
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page; returns 1 if a damaged run folder or file was left out, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_runs_dir(parser, RESULTS)
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "report.html", help="the file to write (default: results/report.html)"
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=RESULTS,
-        help="folder of cells.yaml and of the rendered figures (default: results)",
-    )
+    parser = rendering_parser(__doc__.splitlines()[0], out=RESULTS / "report.html")
     options = parser.parse_args(arguments)
     page, problems = render(options.results, *find_runs(*options.runs_dir))
     options.out.parent.mkdir(parents=True, exist_ok=True)

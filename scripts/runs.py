@@ -31,7 +31,7 @@ from rich.text import Text
 from maml.cli.rendering import add_runs_dir
 from maml.config.compose import compose, compose_experiment
 from maml.config.identity import digest, evaluation_config, training_config, without_keys
-from maml.config.paths import CONF
+from maml.config.paths import CONF, RESULTS
 from maml.config.schema import build
 from maml.errors import MamlError
 from maml.logger.base import Mirror
@@ -48,8 +48,6 @@ from maml.record.run_files import read_json
 from maml.record.style import step_label
 from maml.record.transfer import import_runs
 from maml.sweep.state import SWEEP, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows
-
-RESULTS = CONF.parent / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
-    add_runs_dir(shared, RESULTS)
+    add_runs_dir(shared)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True)
 
@@ -393,7 +391,7 @@ def _artifacts_using(run: Run, runs: Sequence[Run]) -> list[str]:
     for table in load_tables(RESULTS):
         for cell in table.cells:
             if cell.source:
-                sources.setdefault(cell.source, []).append(f"{cell.table}/{cell.row}/{cell.column}")
+                sources.setdefault(cell.source, []).append(cell.name)
     for figure in load_figures(RESULTS):
         for curve in figure.curves:
             sources.setdefault(curve.source, []).append(f"{figure.name}: {curve.label}")

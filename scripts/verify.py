@@ -24,7 +24,7 @@ import torch
 from maml.algorithm.base import Algorithm
 from maml.cli.rendering import exit_with
 from maml.config.identity import differences, digest, evaluation_config, training_config
-from maml.config.paths import CHECKPOINTS
+from maml.config.paths import CHECKPOINTS, RESULTS
 from maml.config.schema import Settings, build
 from maml.curve import Curve
 from maml.domain.classification import FewShotClassification
@@ -49,7 +49,6 @@ from maml.record.provenance import versions
 from maml.record.style import step_label
 from maml.types import MeasuredBy
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 _RELATIVE = 1e-4  # relative tolerance of a mean squared error on another machine
 _ROUNDING = 1e-6  # absolute tolerance of an accuracy, for rounding in float32
 
@@ -125,7 +124,7 @@ def check_name(name: str, index: Index) -> None:
             f"{name} has no committed checkpoint. Run it with {sources[name][0].command([])}, then "
             "python scripts/export_checkpoints.py --runs-dir runs results/runs"
         )
-    printed = [f"{cell.table}/{cell.row}/{cell.column}" for table in load_tables(RESULTS) for cell in table.cells]
+    printed = [cell.name for table in load_tables(RESULTS) for cell in table.cells]
     if name in printed:
         raise MamlError(f"{name} has no experiment yet, so there is no number of ours to verify")
     known = list(dict.fromkeys([*sources, *printed]))

@@ -8,37 +8,34 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from maml.config.paths import RESULTS
 from maml.errors import MamlError
 
 
-def add_runs_dir(parser: argparse.ArgumentParser, results: Path) -> None:
-    """Adds ``--runs-dir``, folders of run folders: those in ``runs/`` and the committed ones, unless others are given.
-
-    Args:
-        parser: the script's parser.
-        results: the folder ``results/`` of the script's clone.
-    """
+def add_runs_dir(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--runs-dir``, folders of run folders: by default those in ``runs/`` and the committed ones."""
     parser.add_argument(
         "--runs-dir",
         type=existing_folder,
         nargs="+",
-        default=[Path("runs"), results / "runs"],
+        default=[Path("runs"), RESULTS / "runs"],
         help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
     )
 
 
-def rendering_parser(description: str, results: Path) -> argparse.ArgumentParser:
+def rendering_parser(description: str, out: Path = RESULTS) -> argparse.ArgumentParser:
     """Returns the parser of a script that renders finished runs: ``--runs-dir``, ``--out`` and ``--results``.
 
     Args:
         description: what the script does.
-        results: the folder ``results/`` of the script's clone.
+        out: the default of ``--out``, in ``results/``.
     """
     parser = argparse.ArgumentParser(description=description)
-    add_runs_dir(parser, results)
-    parser.add_argument("--out", type=Path, default=results, help="where to write (default: results)")
+    add_runs_dir(parser)
+    default = out.relative_to(RESULTS.parent)
+    parser.add_argument("--out", type=Path, default=out, help=f"where to write (default: {default})")
     parser.add_argument(
-        "--results", type=_results_folder, default=results, help="folder of cells.yaml and paper/ (default: results)"
+        "--results", type=_results_folder, default=RESULTS, help="folder of cells.yaml and paper/ (default: results)"
     )
     return parser
 

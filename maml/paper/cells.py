@@ -89,6 +89,16 @@ class Cell:
     note: str = ""
     readings: tuple[Reading, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The name by which scripts take it: ``table/row/column``."""
+        return f"{self.table}/{self.row}/{self.column}"
+
+    @property
+    def decimals(self) -> int:
+        """The number of decimals shown of ours: one more than printed, so that a reader can check the verdict."""
+        return len(self.value.partition(".")[2]) + 1
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -186,6 +196,13 @@ class Figure:
     def in_paper(self) -> bool:
         """Whether the figure is in the paper."""
         return self.name.startswith("figure")
+
+    def name_of(self, curve: Curve) -> str:
+        """Returns the name by which scripts take a curve.
+
+        Its last part is the panel's file in ``results/paper/``, or ``K5`` (its K) if the panel has no exact numbers.
+        """
+        return f"{self.name}/{curve.row}/{curve.cells[0].table if curve.cells else f'K{curve.source.num_shots}'}"
 
 
 @dataclass(frozen=True)
@@ -423,19 +440,11 @@ def _read(results: Path, name: str) -> list[dict[str, str]]:
 
 
 def named_sources(results: Path) -> dict[str, tuple[Source, Sequence[int]]]:
-    """Returns the source and the gradient steps of every cell and curve that has an experiment, by name.
-
-    The last part of a curve's name is its panel's file in ``results/paper/``, or ``K5`` (its K) if the panel has no
-    exact numbers.
-    """
+    """Returns the source and the gradient steps of every cell and curve that has an experiment, by name."""
     sources: dict[str, tuple[Source, Sequence[int]]] = {
-        f"{table.name}/{cell.row}/{cell.column}": (cell.source, [cell.step])
-        for table in load_tables(results)
-        for cell in table.cells
-        if cell.source
+        cell.name: (cell.source, [cell.step]) for table in load_tables(results) for cell in table.cells if cell.source
     }
     for figure in load_figures(results):
         for curve in figure.curves:
-            panel = curve.cells[0].table if curve.cells else f"K{curve.source.num_shots}"
-            sources[f"{figure.name}/{curve.row}/{panel}"] = curve.source, range(curve.num_steps + 1)
+            sources[figure.name_of(curve)] = curve.source, range(curve.num_steps + 1)
     return sources

@@ -102,7 +102,7 @@ def readings_markdown(tables: Sequence[Table], find: Callable[[Source], Evidence
 
 
 def _markdown_row(one: Measured) -> list[str]:
-    found, decimals = one.statistics, len(one.cell.value.partition(".")[2]) + 1
+    found, decimals = one.statistics, one.cell.decimals
     median, lowest, highest = (
         "diverged" if math.isnan(value) else f"{value:.{decimals}f}"
         for value in (float(np.median(found.means)), found.lowest, found.highest)

@@ -254,12 +254,12 @@ class _Page:
             return [element("td", "—", data_sort=""), element("td", data_sort="")]
         text = printed_value(item.cell)
         ours = item.ours[0] if item.ours else math.nan
-        label = element("span", reading_text(*item.ours, item.decimals)) if item.ours else ""
+        label = element("span", reading_text(*item.ours, item.cell.decimals)) if item.ours else ""
         return [
             element("td", element("b", text) if is_bold else text, data_sort=item.cell.value),
             element(
                 "td",
-                open_button(_cell_id(item), label, item.status, _spread(item)),
+                open_button(item.cell.name, label, item.status, _spread(item)),
                 data_sort="" if math.isnan(ours) else ours,
             ),
         ]
@@ -270,7 +270,7 @@ class _Page:
         if cell.quoted:
             facts["from"] = "other authors, whom the paper quotes"
         if item.ours:
-            facts["ours"] = reading_text(*item.ours, item.decimals)
+            facts["ours"] = reading_text(*item.ours, item.cell.decimals)
         if item.runs_text:
             facts["runs"] = item.runs_text
         if item.place_text:
@@ -278,10 +278,10 @@ class _Page:
         content: list[Content] = [fact_list(facts), element("p", STATUS_MEANINGS[item.status][1], class_="muted")]
         if cell.source:
             content.append(self._reason(item.reason))
-            content.append(self.view.show(_cell_id(item), cell.source, item.evidence, cell.step, cell.value))
+            content.append(self.view.show(item.cell.name, cell.source, item.evidence, cell.step, cell.value))
         elif not cell.quoted:
             content.append(element("p", "There is no experiment for this cell yet."))
-        return dialog(_cell_id(item), name, table.title, content)
+        return dialog(item.cell.name, name, table.title, content)
 
     def _reason(self, reason: str) -> Markup:
         if not reason:
@@ -296,8 +296,7 @@ class _Page:
         openers, panels = [], []
         for item in items:
             curve = item.curve
-            name = f"{figure.name}/{curve.row}/{curve.cells[0].table if curve.cells else f'K{curve.source.num_shots}'}"
-            published = curve.cells[-1].value if curve.cells else ""
+            name, published = figure.name_of(curve), curve.cells[-1].value if curve.cells else ""
             evidence = self.view.show(name, curve.source, item.evidence, curve.num_steps, published)
             openers.append(open_button(name, element("span", curve.label), item.status))
             content = [_steps(item), self._reason(item.reason), evidence]
@@ -352,10 +351,6 @@ class _Page:
         )
 
 
-def _cell_id(item: Comparison) -> str:
-    return f"{item.cell.table}/{item.cell.row}/{item.cell.column}"
-
-
 def _steps(item: CurveComparison) -> Markup:
     """Returns a curve as a table with one row per gradient step or showing."""
     curve, kind, rows = item.curve, measured_by(item.curve.source), []
@@ -381,7 +376,7 @@ def _spread(item: Comparison) -> str:
         return ""
     if math.isnan(found.mean):
         return item.runs_text
-    lowest, highest = (f"{value:.{item.decimals}f}" for value in (found.lowest, found.highest))
+    lowest, highest = (f"{value:.{item.cell.decimals}f}" for value in (found.lowest, found.highest))
     return f"{found.num_runs} runs, {lowest} to {highest}"
 
 

@@ -74,7 +74,7 @@ def _cells(runs: Sequence[Run]) -> pd.DataFrame:
         source, value, interval = cell.source, cell.value, cell.ci
         for _, report in find_evidence(source, runs).evaluated:
             number = (str(report.folder), source.metric, source.num_shots, cell.step)
-            row = dict(zip(NUMBER, number, strict=True)) | {"cell": f"{cell.table}/{cell.row}/{cell.column}"}
+            row = dict(zip(NUMBER, number, strict=True)) | {"cell": cell.name}
             row["paper"] = float(value) / source.scale if value else None
             row["paper_ci95"] = float(interval) / source.scale if interval else None
             rows.append(row)

@@ -96,11 +96,6 @@ class Comparison:
         return reason_for(self.status, self.cell.note)
 
     @property
-    def decimals(self) -> int:
-        """The number of decimals shown: one more than printed, so that a reader can check the verdict."""
-        return len(self.cell.value.partition(".")[2]) + 1
-
-    @property
     def runs_text(self) -> str:
         """The number of runs, the range of their means, and the interval over tasks alone; empty for a single run."""
         found = self.statistics
@@ -108,7 +103,9 @@ class Comparison:
             return ""
         if math.isnan(found.mean):
             return f"{sum(map(math.isnan, found.means))} of {found.num_runs} diverged"
-        lowest, highest, tasks = (f"{x:.{self.decimals}f}" for x in (found.lowest, found.highest, found.tasks_ci95))
+        lowest, highest, tasks = (
+            f"{x:.{self.cell.decimals}f}" for x in (found.lowest, found.highest, found.tasks_ci95)
+        )
         return f"{found.num_runs}: {lowest} to {highest} (± {tasks})"
 
     @property
@@ -268,8 +265,8 @@ def headline_markdown(comparisons: Iterable[Comparison]) -> str:
         number = comparison.cell.source, comparison.cell.step
         if comparison.ours and number not in shown:
             shown.add(number)
-            row, column, paper, ours, status, runs, *_, command = _markdown_row(comparison, "notes.md")
-            rows.append((f"{comparison.cell.table}/{row}/{column}", paper, ours, status, runs, command))
+            _, _, paper, ours, status, runs, *_, command = _markdown_row(comparison, "notes.md")
+            rows.append((comparison.cell.name, paper, ours, status, runs, command))
     header = ("cell", "paper", "ours, 95 % interval", "status", "runs", "command")
     return "\n".join(markdown_table(header, rows))
 
@@ -283,7 +280,7 @@ def our_value(comparison: Comparison) -> str:
     """Returns our mean and interval with the verdict's symbol, or the status if there is no number."""
     if comparison.ours is None:
         return comparison.status
-    text = reading_text(*comparison.ours, comparison.decimals)
+    text = reading_text(*comparison.ours, comparison.cell.decimals)
     mark = CONFLICT if comparison.evidence.conflicts else ""
     return f"{text} {SYMBOLS.get(comparison.status, '')}{mark}".strip()
 
@@ -329,7 +326,7 @@ def _markdown_row(comparison: Comparison, notes: str) -> list[str]:
     if comparison.evidence.conflicts:
         runs = f"{CONFLICT} {runs}"
     progress = comparison.evidence.progress
-    ours = reading_text(*comparison.ours, comparison.decimals) if comparison.ours else ""
+    ours = reading_text(*comparison.ours, comparison.cell.decimals) if comparison.ours else ""
     if progress:
         ours = f"{ours} ({progress})" if ours else progress
     command = f"`{origin['command']}`" if cell.source else "" if cell.quoted else "no experiment yet"

@@ -42,10 +42,9 @@ def cell_verdicts(experiment: str, settings: Settings, report: Mapping[str, Any]
             if read.complete:
                 published = (float(cell.value), float(cell.ci or 0)) if cell.value else None
                 status = verdict(ours, ci95, *published, read.larger_is_better) if published else "measured"
-            decimals = len(cell.value.partition(".")[2]) + 1
-            numbers = f"{reading_text(ours, ci95, decimals)} (paper {cell.value or 'has none'})"
+            numbers = f"{reading_text(ours, ci95, cell.decimals)} (paper {cell.value or 'has none'})"
             published_here = " ± ".join(_in_our_unit(text, source.scale) for text in (cell.value, cell.ci) if text)
-            verdicts[f"{table.name}/{cell.row}/{cell.column}"] = Judgement(
+            verdicts[cell.name] = Judgement(
                 source.metric, source.num_shots, cell.step, published_here, status, f"{numbers}: {status}"
             )
     return verdicts

@@ -7,24 +7,25 @@ from pathlib import Path
 import pytest
 
 from maml.cli.rendering import exit_with, print_problems, rendering_parser
+from maml.config.paths import RESULTS
 from maml.errors import MamlError
 
 
 def test_runs_of_the_user_come_before_the_committed_ones() -> None:
-    options = rendering_parser("", Path("a", "results")).parse_args([])
-    assert options.runs_dir == [Path("runs"), Path("a", "results", "runs")]
-    assert options.out == options.results == Path("a", "results")
+    options = rendering_parser("").parse_args([])
+    assert options.runs_dir == [Path("runs"), RESULTS / "runs"]
+    assert options.out == options.results == RESULTS
 
 
 def test_folder_of_runs_that_does_not_exist_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = rendering_parser("", Path("results"))
+    parser = rendering_parser("")
     with pytest.raises(SystemExit):
         parser.parse_args(["--runs-dir", str(tmp_path), str(tmp_path / "rnus")])
     assert f"there is no folder {tmp_path / 'rnus'}" in capsys.readouterr().err
 
 
 def test_folder_without_cells_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = rendering_parser("", Path("results"))
+    parser = rendering_parser("")
     with pytest.raises(SystemExit):
         parser.parse_args(["--results", str(tmp_path)])
     assert f"{tmp_path} has no cells.yaml" in capsys.readouterr().err
