@@ -17,7 +17,7 @@ from maml.config.hints import near_miss
 from maml.config.identity import digest, training_config
 from maml.config.paths import CHECKPOINTS, CONF, TRAIN
 from maml.config.schema import Settings, build, build_without_data, check
-from maml.errors import MamlError
+from maml.errors import MamlError, first_line
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
@@ -76,7 +76,7 @@ def _hardware(device: str | torch.device) -> Hardware:
         chosen = torch.device(device)
         hardware = Hardware("cuda" if chosen.type == "cuda" else "cpu")
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise MamlError(f"device={device} cannot be used ({str(error).splitlines()[0]}); cpu always can") from error
+        raise MamlError(f"device={device} cannot be used ({first_line(error)}); cpu always can") from error
     if chosen.type not in ("cpu", "cuda"):
         raise MamlError(f"device={device} is not supported; allowed: cpu, cuda, cuda:0, ...")
     hardware.device = chosen

@@ -57,6 +57,6 @@ class Interrupted(KeyboardInterrupt):
         return self.args[0]
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error, or its name if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,11 +6,11 @@ S support and Q query examples per task, N ways, K shots, D features, R rollouts
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, NamedTuple
 
+import torch
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator
 from torch import Tensor
@@ -123,6 +123,11 @@ def without_copies(params: Params) -> Params:
     return {name: value[:1] if value.stride(0) == 0 else value for name, value in params.items()}
 
 
-def num_elements(sizes: Sequence[int]) -> int:
-    """Returns the number of elements of a tensor of this shape."""
-    return math.prod(sizes)
+def concatenate(parts: Sequence[Params]) -> Params:
+    """Returns tensors of the same name as one, along their leading axis."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def select_entries(params: Params, which: Tensor | int) -> Params:
+    """Returns the entries of the leading axis with these indices, at this one, or where a mask is true."""
+    return {name: value[which] for name, value in params.items()}

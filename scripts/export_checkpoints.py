@@ -120,7 +120,7 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
             f"into {path.parent.parent / 'runs'}, so that the index can name it"
         )
     if not is_large:
-        checkpoint.write_atomically(path, lambda file: file.write(content))
+        checkpoint.write_bytes_atomically(path, content)
     last = run.record.segments[-1]
     return ExportedFile(
         sha256=hashlib.sha256(content).hexdigest(),

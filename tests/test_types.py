@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from maml.types import Interval, expand, num_elements, num_tasks, take, without_copies
+from maml.types import Interval, concatenate, expand, num_tasks, select_entries, take, without_copies
 
 TASKS = {"x": torch.arange(12).reshape(4, 3), "amplitude": torch.arange(4)}
 
@@ -30,8 +30,12 @@ def test_every_task_starts_at_a_view_of_theta_whose_gradients_add_up() -> None:
     assert [gradient.tolist() for gradient in gradients] == [[111.0, 111.0], 3.0]
 
 
-def test_product_of_no_sizes_is_one() -> None:
-    assert [num_elements(sizes) for sizes in ([], [5], [2, 3, 4], [7, 0])] == [1, 5, 24, 0]
+def test_entries_of_what_was_concatenated_are_the_parts() -> None:
+    parts = [{"x": torch.rand(2, 3), "y": torch.rand(2)}, {"x": torch.rand(1, 3), "y": torch.rand(1)}]
+    joined = concatenate(parts)
+    for which, part in ((torch.tensor([0, 1]), parts[0]), (torch.tensor([False, False, True]), parts[1])):
+        assert all(torch.equal(value, part[name]) for name, value in select_entries(joined, which).items())
+    assert torch.equal(select_entries(joined, 2)["x"], parts[1]["x"][0])
 
 
 @pytest.mark.parametrize(("interval", "reason"), [([2.0, 1.0], "2.0 is not below 1.0; swap them"), ([1.0, 1.0], "not")])

@@ -6,12 +6,11 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics
-from maml.domain.classification import FewShotClassification
+from maml.domain.classification import FewShotClassification, accuracy, cross_entropies
 from maml.errors import MamlError
 from maml.model.functional import for_tasks
 from maml.seeding import Stream
@@ -55,8 +54,9 @@ class Classifier(Algorithm):
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """The mean cross-entropy over all training classes; the metrics hold the new running statistics."""
         outputs, seen = self._forward_in_training_mode(self.theta_of(params), self.domain.data(tasks, "support").x)
-        accuracy = (outputs.argmax(-1) == tasks["labels"]).to(outputs.dtype).mean(1)
-        return mean_cross_entropy(outputs, tasks["labels"]), {"accuracy": accuracy} | new_statistics(params, seen)
+        labels = tasks["labels"]
+        metrics = {"accuracy": accuracy(outputs, labels)} | new_statistics(params, seen)
+        return cross_entropies(outputs, labels).mean(1), metrics
 
     def _forward_in_training_mode(self, theta: Params, x: Tensor) -> tuple[Tensor, Params]:
         """Normalises with the batch's own statistics; returns the outputs and these statistics, for each layer."""
@@ -80,14 +80,3 @@ def new_statistics(params: Params, seen: Params) -> Params:
         seen: the batch's statistics, under the same names.
     """
     return {name: torch.lerp(for_tasks(params[name], len(value)), value, _MOMENTUM) for name, value in seen.items()}
-
-
-def mean_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean over the examples of each task, ``(T,)``.
-
-    Args:
-        outputs: class scores, ``(T, S, classes)``.
-        labels: class numbers, ``(T, S)``.
-    """
-    losses = F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none")
-    return losses.reshape(labels.shape).mean(1)

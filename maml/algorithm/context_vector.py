@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -14,7 +15,7 @@ from maml.algorithm.maml import MAML
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.model.linearized import Backward, Forward, Linearized
 from maml.seeding import Stream
-from maml.types import Count, Params, num_elements
+from maml.types import Count, Params
 
 
 class ContextVector(MAML):
@@ -50,7 +51,7 @@ class _ModelWithContext(Model):
         self.init_context = init
 
     def init(self, stream: Stream) -> Params:
-        size = num_elements(self.shape)
+        size = math.prod(self.shape)
         context = (
             zeros(stream, *self.shape)
             if self.init_context == "zero"

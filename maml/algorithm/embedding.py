@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm, Parts
-from maml.algorithm.classifier import mean_cross_entropy, new_statistics
+from maml.algorithm.classifier import new_statistics
 from maml.domain.base import Metrics, Role
-from maml.domain.classification import FewShotClassification, accuracy
+from maml.domain.classification import FewShotClassification, accuracy, cross_entropies
 from maml.errors import MamlError
 from maml.model.base import DROPOUT, Model
 from maml.model.functional import SIMILARITIES, Similarity
@@ -91,7 +91,7 @@ class Embedding(Algorithm):
             labels: class numbers of the query images, ``(T, Q)``.
         """
         scores = self.scores(params, support, query)
-        return mean_cross_entropy(scores, labels), {"accuracy": accuracy(scores, labels)}
+        return cross_entropies(scores, labels).mean(1), {"accuracy": accuracy(scores, labels)}
 
     def sample_tasks(self, count: int, stream: Stream) -> Tasks:
         """Draws a meta-batch, and which values dropout keeps in its support and query images."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from maml.algorithm.base import Parts
-from maml.algorithm.classifier import Classifier, mean_cross_entropy, new_statistics
-from maml.domain.classification import ways_of
+from maml.algorithm.classifier import Classifier, new_statistics
+from maml.domain.classification import cross_entropies, ways_of
 from maml.types import Params, Tasks, expand, num_tasks
 
 
@@ -40,7 +40,7 @@ class FineTune(Classifier):
         def loss(params: Params, step: int) -> Tensor:
             outputs, seen = self._forward_in_training_mode(params, support.x)
             statistics.update(new_statistics(statistics, seen))
-            return mean_cross_entropy(outputs, support.y)
+            return cross_entropies(outputs, support.y).mean(1)
 
         ways = ways_of(support)
         head = self.head if ways == self.images.num_ways else self._new_head(ways)

@@ -12,7 +12,7 @@ from maml.algorithm.base import Parts
 from maml.algorithm.embedding import Embedding
 from maml.model.base import glorot_uniform, zeros
 from maml.model.functional import SIMILARITIES, Similarity, for_tasks, linear, matmul
-from maml.model.lstm import lstm_cell
+from maml.model.lstm import gate_biases, lstm_cell
 from maml.seeding import Stream
 from maml.types import Count, Params, PositiveFloat
 
@@ -128,14 +128,12 @@ def _read_in_both_directions(params: Params, support: Tensor) -> Tensor:
 def _init_lstm(name: str, stream: Stream, num_inputs: int, state_size: int, hidden_size: int) -> Params:
     """Draws the weights of an LSTM as those of `maml.model.lstm.LSTM`."""
     fan_in = num_inputs + state_size
-    bias = zeros(stream, 4 * hidden_size)
-    bias[hidden_size : 2 * hidden_size] = 1
     shapes = {"input": (4 * hidden_size, num_inputs), "state": (4 * hidden_size, state_size)}
     weights = {
         f"comparison.{name}.{kind}": glorot_uniform(stream.child(kind), shape, fan_in, hidden_size)
         for kind, shape in shapes.items()
     }
-    return weights | {f"comparison.{name}.bias": bias}
+    return weights | {f"comparison.{name}.bias": gate_biases(stream, hidden_size)}
 
 
 def _gates(params: Params, name: str, inputs: Tensor, state: Tensor) -> Tensor:

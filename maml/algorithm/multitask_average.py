@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -12,8 +12,19 @@ from torch import Tensor
 from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics
 from maml.errors import MamlError
-from maml.outer.base import Objective, OuterState, select_entries
-from maml.types import Count, NonNegativeFloat, Params, PositiveFloat, Tasks, expand, num_tasks, take
+from maml.outer.base import Objective, OuterState
+from maml.types import (
+    Count,
+    NonNegativeFloat,
+    Params,
+    PositiveFloat,
+    Tasks,
+    concatenate,
+    expand,
+    num_tasks,
+    select_entries,
+    take,
+)
 
 _CHECK_EVERY = 50  # number of steps between two checks of the errors
 _CENTRE, _WEIGHT = "centre.", "weight"  # entries of the tasks that hold the regulariser
@@ -157,7 +168,7 @@ class MultitaskAverage(Algorithm):
             Each regressor as it was at its smallest error, ``(S T, ...)``, and this error, ``(S T,)``.
         """
         count = num_tasks(tasks) // len(seeds)
-        tasks = tasks | _concatenate([seed._pull(count) for seed in seeds])
+        tasks = tasks | concatenate([seed._pull(count) for seed in seeds])
         trained = {name: value.new_empty((num_tasks(tasks), *value.shape)) for name, value in self.theta.items()}
         errors = next(iter(trained.values())).new_full((num_tasks(tasks),), torch.inf)
         for attempt in range(1 if self._goes_on else self.max_attempts):
@@ -284,11 +295,6 @@ class _RegressorObjective(Objective):
 
 def _next_power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
-
-
-def _concatenate(parts: Iterable[Params]) -> Params:
-    parts = list(parts)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _write(params: Params, indices: Tensor, values: Params) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
@@ -34,6 +35,14 @@ class Predictions(NamedTuple):
     classes: Tensor
     taken_for: Tensor
     choices: Tensor
+
+
+_reads_data = ContextVar("reads_data", default=True)
+
+
+def reads_data() -> bool:
+    """Returns whether a domain under construction reads its data set: not within `Domain.without_data`."""
+    return _reads_data.get()
 
 
 class Domain(ABC, Generic[Data]):
@@ -81,12 +90,16 @@ class Domain(ABC, Generic[Data]):
         """Builds the domain as its constructor does, but reads no data set.
 
         It has the shapes and the `workload` of the full domain, and algorithms can adapt to data that a caller gives.
-        It cannot draw tasks. A domain that reads a data set overrides this method.
+        It cannot draw tasks. The constructor of a domain with a data set asks `reads_data` before it reads.
 
         Args:
             options: arguments of the constructor.
         """
-        return cls(**options)
+        before = _reads_data.set(False)
+        try:
+            return cls(**options)
+        finally:
+            _reads_data.reset(before)
 
     def check_available(self) -> None:
         """Checks that the data set's files exist, without reading or downloading them. `without_data` can do this too.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,13 @@ from torch import Tensor
 from maml.config.identity import digest
 from maml.data.cache import ImageSet
 from maml.data.files import first_ten
-from maml.domain.base import Metrics, Predictions, Role, SupervisedDomain
+from maml.domain.base import Metrics, Predictions, Role, SupervisedDomain, reads_data
 from maml.domain.draw import choice_of_each
 from maml.errors import MamlError
 from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Count, Examples, FilePath, Params, Split, Tasks, num_elements
+from maml.types import Count, Examples, FilePath, Params, Split, Tasks
 
 # Largest number of pixels in a chunk of tasks on a CPU, support and query together: 80 images of Omniglot. Half of it
 # halves the memory, but 20-way tasks are then computed one at a time, no faster than by a plain loop
@@ -79,7 +80,7 @@ class FewShotClassification(SupervisedDomain):
         self.out_dim = self.num_ways = num_ways
         self.num_shots, self.num_query = num_shots, num_query
         self.data_dir, self.cache_dir = Path(data_dir), Path(cache_dir)
-        data, splits = self.load(self.data_dir, self.cache_dir)
+        data, splits = self.load(self.data_dir, self.cache_dir) if reads_data() else self._blank()
         images = data.images if data.images.dim() == 5 else data.images.unsqueeze(-1)
         assert images.shape[2:] == self.in_shape, f"{type(self).__name__}.in_shape is not that of its images"
         self.splits = dict(splits)
@@ -122,15 +123,8 @@ class FewShotClassification(SupervisedDomain):
             MamlError: if files are missing or damaged.
         """
 
-    @classmethod
-    def without_data(cls, **options: Any) -> Self:
-        """Builds the domain with blank images and only a training split. Nothing is read or downloaded."""
-        domain = cls.__new__(cls)
-        domain.load = domain._load_nothing  # type: ignore[method-assign]  # what the constructor calls
-        domain.__init__(**options)  # type: ignore[misc]
-        return domain
-
-    def _load_nothing(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
+    def _blank(self) -> tuple[ImageSet, Splits]:
+        """Returns blank images and only a training split, for `Domain.without_data`."""
         blank = torch.zeros((), dtype=torch.uint8)
         images = blank.expand(1, self.num_shots + (self.num_query or self.num_shots), *self.in_shape)
         return ImageSet(images, [], ""), {"train": torch.arange(self.num_train_classes)}
@@ -139,7 +133,7 @@ class FewShotClassification(SupervisedDomain):
     def workload(self) -> Workload:
         """Threads share operations. Training may measure the best chunk; otherwise a chunk fits a CPU's cache."""
         images = self.num_ways * (self.num_shots + (self.num_query or self.num_shots))
-        chunk = max(1, _CHUNK_PIXELS // (num_elements(self.in_shape) * images))
+        chunk = max(1, _CHUNK_PIXELS // (math.prod(self.in_shape) * images))
         return Workload(task_chunk=chunk, measure_chunk=True, threads="operations")
 
     @property
@@ -271,8 +265,7 @@ class FewShotClassification(SupervisedDomain):
 
     def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:
         """The cross-entropy, summed and divided by K (docs/protocol.md#classification-loss), and the accuracy."""
-        losses = F.cross_entropy(outputs.flatten(0, 1), data.y.flatten(), reduction="none").reshape(data.y.shape)
-        return losses.sum(1) / data.num_shots, {"accuracy": accuracy(outputs, data.y)}
+        return cross_entropies(outputs, data.y).sum(1) / data.num_shots, {"accuracy": accuracy(outputs, data.y)}
 
     def measure(self, model: Model, params: Params, support: Examples, query: Examples, step: int) -> Metrics:
         """Query accuracy, transductive and inductive.
@@ -308,6 +301,11 @@ def images_asked_for(num_shots: int, num_query: int) -> tuple[int, str]:
 def ways_of(support: Examples) -> int:
     """Returns N of tasks from their support data, which has K examples of each class."""
     return support.y.shape[1] // support.num_shots
+
+
+def cross_entropies(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Returns the cross-entropy of each example, ``(T, S)``, from class scores, ``(T, S, classes)``."""
+    return F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none").reshape(labels.shape)
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -81,12 +81,12 @@ class ImageFolder(FewShotClassification):
             return choice_of_each(stream, torch.full_like(classes, self.num_images), self.num_images, count)
         return super()._draw_images(classes, count, stream)
 
-    def _load_nothing(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
+    def _blank(self) -> tuple[ImageSet, Splits]:
         # Some baselines have an output for each training class, whose number only the folder tells.
         self.num_train_classes = self.num_ways
         with suppress(MamlError):
             self.num_train_classes = len(list_splits(self.root, self.split)["train"])
-        return super()._load_nothing(data_dir, cache_dir)
+        return super()._blank()
 
     def check_available(self) -> None:
         list_splits(self.root, self.split)

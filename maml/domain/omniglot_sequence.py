@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -90,22 +89,12 @@ class OmniglotSequence(SupervisedDomain):
             )
         self.out_dim = self.num_ways = num_ways
         self.num_shots, self.order, self.augment = sequence_length // num_ways, order, augment
-        self.characters = self._load_characters(
+        self.characters = _Characters(
             num_ways=num_ways, num_shots=1, data_dir=data_dir, cache_dir=cache_dir, split=split, rotations="classes"
         )
         self.data_digest = self.characters.data_digest
         height, width, _ = self.characters.in_shape
         self.in_shape = (sequence_length, height * width + num_ways)
-
-    _load_characters: Callable[..., _Characters] = _Characters
-
-    @classmethod
-    def without_data(cls, **options: Any) -> Self:
-        """Builds the domain with blank drawings. Nothing is read or downloaded."""
-        domain = cls.__new__(cls)
-        domain._load_characters = _Characters.without_data
-        domain.__init__(**options)  # type: ignore[misc]
-        return domain
 
     @property
     def element_domain(self) -> SupervisedDomain:

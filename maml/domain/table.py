@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from annotated_types import MinLen
 from torch import Tensor
 
 from maml.config.identity import digest
 from maml.data.files import first_ten
 from maml.data.splits import SPLITS, share_out
-from maml.domain.base import Metrics, Predictions, Role, SupervisedDomain
-from maml.domain.classification import accuracy
+from maml.domain.base import Metrics, Predictions, Role, SupervisedDomain, reads_data
+from maml.domain.classification import accuracy, cross_entropies
 from maml.domain.draw import choice_of_each
 from maml.errors import MamlError, Unavailable
 from maml.model.base import Model
@@ -60,19 +59,6 @@ class Table(SupervisedDomain):
         num_shots: Count = 10,
         num_query: Count | None = None,
     ) -> None:
-        self._set_facts(inputs, targets, classes, num_shots, num_query)
-        self.path = Path(data_dir) / file
-        self._read(task, inputs, targets, split)
-        self._check_rows("train", num_shots, num_query or num_shots)
-
-    def _set_facts(
-        self,
-        inputs: Sequence[str],
-        targets: Sequence[str],
-        classes: Sequence[str | int | bool] | None,
-        num_shots: int,
-        num_query: int | None,
-    ) -> None:
         if classes is not None and (len(targets) > 1 or len({*classes}) < len(classes)):
             raise MamlError(
                 f"domain.targets={[*targets]}, domain.classes={[*classes]}: classes are different values of one column"
@@ -83,16 +69,10 @@ class Table(SupervisedDomain):
         self.out_dim = len(targets) if classes is None else len(classes)
         self.headline, self.larger_is_better = ("mse", False) if classes is None else ("accuracy", True)
         self.num_shots, self.num_query = num_shots, num_query
-
-    @classmethod
-    def without_data(cls, **options: Any) -> Self:
-        """Builds the domain without its table."""
-        domain = cls.__new__(cls)
-        names = ("inputs", "targets", "classes", "num_shots", "num_query")
-        defaults = {"classes": None, "num_shots": 10, "num_query": None}
-        domain._set_facts(**(defaults | {name: value for name, value in options.items() if name in names}))
-        domain.path = Path(options["data_dir"]) / options["file"]
-        return domain
+        self.path = Path(data_dir) / file
+        if reads_data():
+            self._read(task, inputs, targets, split)
+            self._check_rows("train", num_shots, num_query or num_shots)
 
     def check_available(self) -> None:
         if not self.path.is_file():
@@ -218,8 +198,7 @@ class Table(SupervisedDomain):
         """The mean squared error; the mean cross-entropy, if targets are classes."""
         if self.classes is None:
             return (outputs - data.y).square().mean((1, 2)), {}
-        losses = F.cross_entropy(outputs.flatten(0, 1), data.y.flatten(), reduction="none").reshape(data.y.shape)
-        return losses.mean(1), {"accuracy": accuracy(outputs, data.y)}
+        return cross_entropies(outputs, data.y).mean(1), {"accuracy": accuracy(outputs, data.y)}
 
     def measure(self, model: Model, params: Params, support: Examples, query: Examples, step: int) -> Metrics:
         """The error or the accuracy on the query rows."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from maml.errors import first_line
 from maml.status import about, announce
 from maml.types import Params, Tasks
 
@@ -57,8 +58,8 @@ class CompiledFunction:
             except torch.OutOfMemoryError:
                 raise  # the caller tries smaller chunks
             except Exception as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                _log.warning("compiling failed, so the run goes on without it (slower, same mathematics): %s", reason)
+                message = "compiling failed, so the run goes on without it (slower, same mathematics): %s"
+                _log.warning(message, first_line(error))
                 self._programs[shapes], self.failed = self.function, True
         return self._programs[shapes](params, tasks)
 

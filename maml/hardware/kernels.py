@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from maml.errors import first_line
 from maml.status import announce
 
 _log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def compiles_on_gpu() -> bool:
         _log.warning(
             "torch cannot compile kernels for this GPU, so images are computed without them (slower, same "
             "mathematics): %s",
-            (str(error).strip() or type(error).__name__).splitlines()[0],
+            first_line(error),
         )
         return False
     return True

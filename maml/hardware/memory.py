@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from maml.errors import MamlError, TooLarge
+from maml.errors import MamlError, TooLarge, first_line
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _NEVER = 2**31 - 1
@@ -89,7 +89,7 @@ def halve_chunk_on_oom(compute: Callable[[int], Computed], chunk: int) -> tuple[
         except torch.OutOfMemoryError as error:
             if is_capturing():
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         release_failed_memory()
         if chunk == 1:
             raise MamlError(

@@ -180,3 +180,8 @@ def glorot_uniform(stream: Stream, shape: tuple[int, ...], fan_in: int, fan_out:
 def zeros(stream: Stream, *shape: int) -> Tensor:
     """Returns zeros on the stream's device."""
     return torch.zeros(shape, device=stream.device)
+
+
+def ones(stream: Stream, *shape: int) -> Tensor:
+    """Returns ones on the stream's device."""
+    return torch.ones(shape, device=stream.device)

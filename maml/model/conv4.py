@@ -11,7 +11,7 @@ from torch import Tensor
 from maml.environment.distribution import Categorical
 from maml.errors import MamlError
 from maml.hardware.kernels import kernels_apply
-from maml.model.base import DROPOUT, Model, glorot_uniform, image_shape, zeros
+from maml.model.base import DROPOUT, Model, glorot_uniform, image_shape, ones, zeros
 from maml.model.functional import (
     ACTIVATIONS,
     Activation,
@@ -96,7 +96,7 @@ class Conv4(Model):
             params[f"conv{i}.bias"] = zeros(stream, filters)
             params[f"norm{i}.shift"] = zeros(stream, filters)
             if self.norm_scale:
-                params[f"norm{i}.scale"] = zeros(stream, filters) + 1
+                params[f"norm{i}.scale"] = ones(stream, filters)
             channels = filters
         shape = (self.out_dim, self.num_features)
         params["head.weight"] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from maml.model.base import glorot_uniform, zeros
 from maml.model.functional import linear, matmul
 from maml.model.recurrent import Recurrent
 from maml.seeding import Stream
-from maml.types import Count, Params, num_elements
+from maml.types import Count, Params
 
 
 class LSTM(Recurrent):
@@ -29,7 +30,7 @@ class LSTM(Recurrent):
     distribution = Categorical
 
     def __init__(self, in_shape: Sequence[int], out_dim: int, hidden_size: Count = 40) -> None:
-        self.element_size = num_elements(in_shape[1:])
+        self.element_size = math.prod(in_shape[1:])
         self.out_dim, self.hidden_size = out_dim, hidden_size
         self.num_features = hidden_size
 
@@ -39,12 +40,10 @@ class LSTM(Recurrent):
         Rows of the weights are input, forget, candidate and output gates, in PyTorch's order.
         """
         size, fan_in = self.hidden_size, self.element_size + self.hidden_size  # a gate sees input and hidden state
-        bias = zeros(stream, 4 * size)
-        bias[size : 2 * size] = 1
         return {
             "input.weight": glorot_uniform(stream.child("input"), (4 * size, self.element_size), fan_in, size),
             "hidden.weight": glorot_uniform(stream.child("hidden"), (4 * size, size), fan_in, size),
-            "gates.bias": bias,
+            "gates.bias": gate_biases(stream, size),
             "head.weight": glorot_uniform(stream.child("head"), (self.out_dim, size), size, self.out_dim),
             "head.bias": zeros(stream, self.out_dim),
         }
@@ -71,6 +70,13 @@ class LSTM(Recurrent):
         for gates in joined.unbind(2):
             hidden, cell = lstm_cell(gates + matmul(hidden, weight), cell)
             yield hidden.reshape(tasks, examples, self.hidden_size)
+
+
+def gate_biases(stream: Stream, size: int) -> Tensor:
+    """Returns initial biases, ``(4 * size,)``: 0, but 1 for forget gates, so that cells keep their state at first."""
+    biases = zeros(stream, 4 * size)
+    biases[size : 2 * size] = 1
+    return biases
 
 
 def lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

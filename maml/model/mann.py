@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from maml.errors import MamlError
 from maml.model.base import glorot_uniform, zeros
 from maml.model.functional import linear, matmul
-from maml.model.lstm import lstm_cell
+from maml.model.lstm import gate_biases, lstm_cell
 from maml.model.recurrent import Recurrent
 from maml.seeding import Stream
-from maml.types import Count, Decay, Params, num_elements
+from maml.types import Count, Decay, Params
 
 _FIRST_MEMORY = 1e-6  # content of every slot at the start of a sequence
 _EPS = 1e-8  # added to the product of lengths in a cosine: an empty slot has none
@@ -80,7 +81,7 @@ class MANN(Recurrent):
                 f"model.num_heads={num_heads}, but model.num_slots={num_slots}: each head needs a slot of its own to "
                 "write to; lower num_heads"
             )
-        self.element_size, self.out_dim = num_elements(in_shape[1:]), out_dim
+        self.element_size, self.out_dim = math.prod(in_shape[1:]), out_dim
         self.hidden_size, self.num_slots, self.slot_size = hidden_size, num_slots, slot_size
         self.num_heads, self.usage_decay = num_heads, usage_decay
         self.writes, self.reads = writes, reads
@@ -93,8 +94,6 @@ class MANN(Recurrent):
         """
         size, read_size = self.hidden_size, self.num_heads * self.slot_size
         fan_in = self.element_size + size + read_size  # a gate sees all of these
-        bias = zeros(stream, 4 * size)
-        bias[size : 2 * size] = 1
         shapes = {
             "input.weight": (4 * size, self.element_size, fan_in, size),
             "hidden.weight": (4 * size, size, fan_in, size),
@@ -106,7 +105,7 @@ class MANN(Recurrent):
         }
         if self.writes == "key":
             del shapes["vector.weight"]
-        params = {"gates.bias": bias}
+        params = {"gates.bias": gate_biases(stream, size)}
         for name, (rows, columns, fan_in, fan_out) in shapes.items():
             layer = name.removesuffix(".weight")
             params[name] = glorot_uniform(stream.child(layer), (rows, columns), fan_in, fan_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,7 +15,7 @@ from maml.model.functional import ACTIVATIONS, Activation, linear, normalize_lay
 from maml.model.linearized import Linearized, LinearizedMLP
 from maml.model.normalization import norm_relu
 from maml.seeding import Stream
-from maml.types import Count, Params, PositiveFloat, num_elements
+from maml.types import Count, Params, PositiveFloat
 
 
 class MLP(Model):
@@ -41,7 +42,7 @@ class MLP(Model):
         normalization: Literal["none", "batch"] = "none",
         weight_std: PositiveFloat | None = 0.01,
     ) -> None:
-        self.sizes = [num_elements(in_shape), *hidden_sizes, out_dim]
+        self.sizes = [math.prod(in_shape), *hidden_sizes, out_dim]
         self.num_features = self.sizes[-2]
         self.layers = [f"linear{i}" for i in range(1, len(self.sizes) - 1)] + ["head"]
         self.first_layer = self.layers[0]

@@ -10,7 +10,7 @@ from annotated_types import Len
 from torch import Tensor
 
 from maml.errors import MamlError
-from maml.model.base import Model, glorot_uniform, image_shape, zeros
+from maml.model.base import Model, glorot_uniform, image_shape, ones, zeros
 from maml.model.functional import conv1x1, conv3x3, max_pool, normalize_layer
 from maml.seeding import Stream
 from maml.types import Count, Params
@@ -67,7 +67,7 @@ class ResNet12(Model):
                 std = (2 / (filters * shape[2] * shape[3])) ** 0.5
                 layer = f"block{i}.{name}"
                 params[f"{layer}.weight"] = stream.child(layer).normal(shape, std=std)
-                params[f"{layer}.norm.scale"] = zeros(stream, filters) + 1
+                params[f"{layer}.norm.scale"] = ones(stream, filters)
                 params[f"{layer}.norm.shift"] = zeros(stream, filters)
             channels = filters
         head = (self.out_dim, self.num_features)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maml.model.base import Model, glorot_uniform, image_shape, zeros
+from maml.model.base import Model, glorot_uniform, image_shape, ones, zeros
 from maml.model.functional import (
     add_seen,
     conv1x1,
@@ -246,7 +246,7 @@ def per_image(values: Tensor, num_images: int) -> Tensor:
 
 
 def _init_norm(layer: str, stream: Stream, size: int) -> Params:
-    return {f"{layer}.norm.scale": zeros(stream, size) + 1, f"{layer}.norm.shift": zeros(stream, size)}
+    return {f"{layer}.norm.scale": ones(stream, size), f"{layer}.norm.shift": zeros(stream, size)}
 
 
 def _linear(params: Params, layer: str, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maml.errors import MamlError
-from maml.types import MatrixVectorProduct, Params, Tasks
+from maml.types import MatrixVectorProduct, Params, Tasks, select_entries
 
 OuterState = dict[str, Tensor]
 """Everything that an outer optimizer keeps from one iteration to the next, as named tensors; checkpoints hold it."""
@@ -106,11 +106,6 @@ def unflatten(vector: Tensor, theta: Params) -> Params:
     """Splits a vector into parameters with the names and shapes of theta."""
     parts = vector.split([value.numel() for value in theta.values()])
     return {name: part.view_as(value) for (name, value), part in zip(theta.items(), parts, strict=True)}
-
-
-def select_entries(params: Params, which: Tensor) -> Params:
-    """Returns the entries of the leading axis with these indices, or where a mask is true."""
-    return {name: value[which] for name, value in params.items()}
 
 
 class Outer(ABC):

@@ -50,9 +50,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         ) from error
 
 
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Writes a file as `write_atomically` does, given its content."""
+    write_atomically(path, lambda file: file.write(content))
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Writes a text file as `write_atomically` does."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_bytes_atomically(path, text.encode())
 
 
 def write_json_atomically(path: Path, content: Any) -> None:
@@ -117,7 +122,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
         try:
             torch.save({"format": _FORMAT, **content}, file)
         except RuntimeError as error:  # torch raises this when writing to the file fails
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(first_line(error)) from error
 
     write_atomically(fresh, write)
     complete_save(path)

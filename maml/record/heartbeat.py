@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from maml.record.lock import process_exists
+
 SECONDS = 10.0  # between two beats
 DEAD_AFTER = 60.0  # seconds; some beats may come late, because a network file system or a machine is busy
 _WINDOW = 6  # beats over which the speed is measured
@@ -78,18 +80,8 @@ def looks_dead(beat: Mapping[str, Any], now: float | None = None) -> str:
         now: seconds since 1970; None is this moment.
     """
     age = (time.time() if now is None else now) - beat["time"]
-    if beat["host"] == platform.node() and not _exists(beat["pid"]):
+    if beat["host"] == platform.node() and not process_exists(beat["pid"]):
         return f"killed: process {beat['pid']} no longer exists"
     if age > DEAD_AFTER:
         return f"looks dead: no heartbeat from {beat['host']} for {age:,.0f} s"
     return ""
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # the process belongs to another user
-        return True
-    return True

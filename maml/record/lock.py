@@ -89,13 +89,18 @@ def _is_dead(name: str) -> bool:
     words = name.split(" ", 3)
     if len(words) != 4 or words[3] != platform.node() or not words[1].isdigit():
         return False
+    return not process_exists(int(words[1]))
+
+
+def process_exists(pid: int) -> bool:
+    """Returns whether this machine has a process with this number."""
     try:
-        os.kill(int(words[1]), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
-        return True
-    except PermissionError:  # the process exists, but belongs to another user
         return False
-    return False
+    except PermissionError:  # it belongs to another user
+        return True
+    return True
 
 
 @cache

@@ -168,7 +168,7 @@ class RunFolder:
         self._record["segments"].append(self._new_segment(iteration, hardware))
         self._write_record()
         if metrics is not None:  # without the lines after the checkpoint: training computes and logs them again
-            checkpoint.write_atomically(self.path / "metrics.jsonl", lambda file: file.write(metrics))
+            checkpoint.write_bytes_atomically(self.path / "metrics.jsonl", metrics)
         self._clock = time.monotonic()
 
     def _new_segment(self, iteration: int, hardware: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from maml.record.checkpoint import write_atomically
+from maml.record.checkpoint import write_bytes_atomically
 from maml.types import FIRST_STEP, MeasuredBy
 
 if TYPE_CHECKING:
@@ -51,11 +50,7 @@ def save(canvas: Figure, *paths: Path) -> None:
         background = "none" if kind == "svg" else "auto"  # an SVG is transparent: it lies on pages of any colour
         canvas.savefig(buffer, format=kind, metadata=_NO_DATE[kind], facecolor=background)
         content = themed(buffer.getvalue().decode()).encode() if kind == "svg" else buffer.getvalue()
-        write_atomically(path, partial(_write, content=content))
-
-
-def _write(file: IO[bytes], content: bytes) -> None:
-    file.write(content)
+        write_bytes_atomically(path, content)
 
 
 def themed(svg: str) -> str:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from maml.config.compose import experiment_name, plain_overrides, settings_of
 from maml.config.identity import evaluation_config
 from maml.errors import MamlError
-from maml.record.checkpoint import write_atomically
+from maml.record.checkpoint import write_bytes_atomically
 from maml.record.heartbeat import Heartbeat
 from maml.record.run_files import find_report
 from maml.record.run_folder import RunFolder
@@ -119,7 +119,7 @@ class RunningJob:
 
     def _write(self, suffix: str, content: Mapping[str, Any]) -> None:
         text = (json.dumps(content, indent=2) + "\n").encode()
-        write_atomically(self._jobs / f"{self.name}{suffix}", lambda file: file.write(text))
+        write_bytes_atomically(self._jobs / f"{self.name}{suffix}", text)
         if self._post is not None:
             self._post.write({f"{self._place}/{self.name}{suffix}": text})
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from maml.record.checkpoint import write_atomically
+from maml.record.checkpoint import write_bytes_atomically
 from maml.sweep.callback import Sweep
 from maml.sweep.job import run_files
 from maml.sweep.state import SWEEP
@@ -40,15 +39,11 @@ class Disk:
                 path.unlink(missing_ok=True)
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, partial(_write, content))
+            write_bytes_atomically(path, content)
 
     def sees(self, file: str) -> bool:
         """Returns whether a file exists."""
         return (self.runs_dir / file).exists()
-
-
-def _write(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)
 
 
 class RayPost:

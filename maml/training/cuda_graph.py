@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from maml.errors import first_line
 from maml.hardware import distributed
 from maml.hardware.base import Execution
 from maml.hardware.memory import release_failed_memory
@@ -47,7 +48,7 @@ def capture(compute: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]
 def cause_of(error: RuntimeError) -> tuple[str, bool]:
     """Returns why a capture failed, and whether memory ran out. Ending it raises another error after the first."""
     cause = error.__context__ or error
-    return (str(cause).splitlines() or [type(cause).__name__])[0], isinstance(cause, torch.OutOfMemoryError)
+    return first_line(cause), isinstance(cause, torch.OutOfMemoryError)
 
 
 class CudaGraphIteration:
@@ -153,8 +154,8 @@ class CudaGraphIteration:
                     return f"its {name} is {graph_metrics[name].item():.6g}, not {value.item():.6g}"
         replayed = self._state()
         for name in replayed:
-            change = (after[name].double() - before[name].double()).norm().item()
-            error = (replayed[name].double() - after[name].double()).norm().item()
+            change = (after[name] - before[name]).norm().item()
+            error = (replayed[name] - after[name]).norm().item()
             if not error <= _TOLERANCE * change:
                 return f"its change of {name} is off by {error:.2g}, at a norm of {change:.2g}"
         return ""

@@ -15,7 +15,7 @@ from maml.hardware import distributed
 from maml.hardware.base import Execution
 from maml.seeding import Stream
 from maml.training.meta_gradient import BatchObjective, MetaGradient, PrecomputedGradient
-from maml.types import Params, Tasks, num_tasks
+from maml.types import Params, Tasks, concatenate, num_tasks, select_entries
 
 
 class Iteration:
@@ -75,7 +75,8 @@ class Iteration:
         gradients, metrics = self.meta_gradient.gradient(self.params(), tasks)
         return [
             algorithm.meta_update(
-                PrecomputedGradient(algorithm.theta, _select(gradients, index), _select(metrics, index)), tasks
+                PrecomputedGradient(algorithm.theta, select_entries(gradients, index), select_entries(metrics, index)),
+                tasks,
             )
             for index, algorithm in enumerate(self.algorithms)
         ]
@@ -93,9 +94,7 @@ class Iteration:
             distributed.shard(algorithm.sample_tasks(self.meta_batch_size, stream.child(number)))
             for algorithm, stream in zip(self.algorithms, self.streams, strict=True)
         ]
-        if len(batches) == 1:
-            return batches[0]
-        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        return batches[0] if len(batches) == 1 else concatenate(batches)
 
 
 def meta_update(algorithm: Algorithm, meta_gradient: MetaGradient, tasks: Tasks) -> dict[str, Tensor]:
@@ -152,8 +151,3 @@ def check_parallelism(algorithm: Algorithm, num_seeds: int, meta_batch_size: int
         raise MamlError(
             f"seeds={num_seeds}: {part} cannot train several seeds as one computation; sweep instead, with -m seed=..."
         )
-
-
-def _select(params: Params, index: int) -> Params:
-    """Returns the entries at one position of the leading axis."""
-    return {name: value[index] for name, value in params.items()}

@@ -19,7 +19,7 @@ from maml.hardware.compile import CompiledFunction
 from maml.hardware.memory import halve_chunk_on_oom, recompute_inner_steps
 from maml.hardware.threads import map_chunks
 from maml.outer.base import Objective, OuterState, TaskStep
-from maml.types import MatrixVectorProduct, Params, Tasks, expand, num_tasks, take
+from maml.types import MatrixVectorProduct, Params, Tasks, concatenate, expand, num_tasks, take
 
 Computed = TypeVar("Computed")
 
@@ -130,7 +130,7 @@ class MetaGradient:
             if len(parts) == 1:
                 return parts[0]
             gradients, metrics = zip(*parts, strict=True)
-            return _concatenate(gradients), _concatenate(metrics)
+            return concatenate(gradients), concatenate(metrics)
 
         return self._in_chunks(compute, num_tasks(tasks))
 
@@ -313,10 +313,6 @@ def _added(parts: Iterable[Params]) -> Params:
     for part in parts:
         total = {name: total[name] + value for name, value in part.items()} if total else part
     return total
-
-
-def _concatenate(parts: Sequence[Params]) -> Params:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _split(values: Sequence[Tensor], gradients: Params, metrics: Metrics) -> tuple[Params, Metrics]:

@@ -1,7 +1,6 @@
 """Figures with runs and without."""
 
 import csv
-import io
 import runpy
 from pathlib import Path
 
@@ -281,7 +280,7 @@ def test_a_curve_without_its_values_per_task_is_named_and_left_out(tmp_path: Pat
 def drawn_canvas(figure: Figure, items: list[DrawnCurve], monkeypatch: pytest.MonkeyPatch) -> Canvas:
     canvases: list[Canvas] = []
     monkeypatch.setattr(Canvas, "savefig", lambda self, *_, **__: canvases.append(self))
-    monkeypatch.setattr("maml.record.style.write_atomically", lambda path, write: write(io.BytesIO()))
+    monkeypatch.setattr("maml.record.style.write_bytes_atomically", lambda path, content: None)
     plot_figure(figure, items, Path("unused.png"))
     assert len(canvases) == len(KINDS)
     return canvases[0]
