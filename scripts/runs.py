@@ -30,7 +30,7 @@ from rich.text import Text
 
 from maml.cli.rendering import add_runs_dir
 from maml.config.compose import compose, compose_experiment
-from maml.config.identity import digest, evaluation_config, training_config, without_keys
+from maml.config.identity import evaluation_config, training_config
 from maml.config.paths import CONF, RESULTS
 from maml.config.schema import build
 from maml.errors import MamlError
@@ -39,7 +39,7 @@ from maml.logger.mirror import mirror
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.paper.evidence import Evidence, find_evidence, samples
 from maml.record import checkpoint
-from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval
+from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval, settings_but_seed
 from maml.record.contents import CurveRecord, Report, StepRecord
 from maml.record.frame import UNKNOWN, check_key, run_frame, setting
 from maml.record.index import SUPERSEDED, Run, conflicts_among, read_run, read_runs, supersede
@@ -223,7 +223,7 @@ def _run_row(run: Run) -> dict[str, Any]:
 def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
     headline = ""
     if row["metric"]:
-        reading = reading_text(row["mean"], row["ci95"], row["num_tasks"])
+        reading = _mean_text(row["mean"], row["ci95"], row["num_tasks"])
         headline = f"{row['metric']} {reading} ({_where(row)}, n={row['num_tasks']})"
         if row["evaluated_at"] != row["iteration"]:
             headline += f" at {row['evaluated_at']:,}"
@@ -250,10 +250,10 @@ def _number(step: int, report: Report) -> str:
 
 
 def _step_reading(step: StepRecord) -> str:
-    return reading_text(step.mean, step.ci95, step.num_tasks)
+    return _mean_text(step.mean, step.ci95, step.num_tasks)
 
 
-def reading_text(mean: float | None, ci95: float | None, num_tasks: int | None = None) -> str:
+def _mean_text(mean: float | None, ci95: float | None, num_tasks: int | None = None) -> str:
     """Formats a mean and the half-width of its 95 % interval over tasks; by showing, no task may have the showing."""
     if num_tasks == 0:
         return "in no task"
@@ -263,13 +263,9 @@ def reading_text(mean: float | None, ci95: float | None, num_tasks: int | None =
 def _frame_by_seed(runs: Sequence[Run]) -> pd.DataFrame:
     """Returns one row per group of complete runs that differ in seed or hardware only, with their statistics."""
     complete = [run for run in runs if run.report and run.report.complete and not run.superseded]
-    groups = pd.Series(complete, dtype=object).groupby([_settings_but_seed(run) for run in complete], sort=False)
+    keys = [settings_but_seed(run, run.report) for run in complete if run.report]
+    groups = pd.Series(complete, dtype=object).groupby(keys, sort=False)
     return pd.DataFrame([_group_row(list(group)) for _, group in groups], dtype=object)
-
-
-def _settings_but_seed(run: Run) -> str:
-    assert run.report
-    return digest({"training": without_keys(run.record.training, "seed"), "evaluation": run.report.evaluation})
 
 
 def _group_row(runs: Sequence[Run]) -> dict[str, Any]:
@@ -302,7 +298,7 @@ def _group_text(row: Mapping[str, Any]) -> dict[str, str]:
         "experiment": row["experiment"],
         "first run": row["first_run"],
         "headline": f"{row['metric']} ({_where(row)}, n={row['num_tasks']})",
-        "mean over runs ± 95 %": reading_text(None if diverged else row["mean"], row["ci95"]),
+        "mean over runs ± 95 %": _mean_text(None if diverged else row["mean"], row["ci95"]),
         "over tasks alone": "" if diverged else f"± {row['tasks_ci95']:.2g}",
         "runs": f"{row['num_runs']}: seeds {row['seeds']}" if several else f"1: seed {row['seeds']}",
         "range over runs": span,

@@ -101,7 +101,7 @@ def groups_on_the_same_tasks(runs: Iterable[Run]) -> list[list[Tested]]:
             for num_shots, bank in report.banks.items():
                 newest.setdefault((run.record.training["domain._target_"], num_shots, bank), report)
         for place, report in newest.items():
-            banks.setdefault(place, {}).setdefault(_settings_but_seed(run, report), []).append((run, report))
+            banks.setdefault(place, {}).setdefault(settings_but_seed(run, report), []).append((run, report))
     groups = []
     for (_, num_shots, _), methods in banks.items():
         found = [tested for pairs in methods.values() if (tested := _tested(pairs, num_shots))]
@@ -135,7 +135,8 @@ def method_rows(group: Sequence[Tested]) -> list[dict[str, str]]:
     return rows
 
 
-def _settings_but_seed(run: Run, report: Report) -> str:
+def settings_but_seed(run: Run, report: Report) -> str:
+    """Returns a hash that is equal for runs that differ in seed and hardware only, evaluated in the same way."""
     training = without_keys(run.record.training, "seed")
     return digest({"training": training, "evaluation": report.evaluation, "iteration": report.iteration})
 

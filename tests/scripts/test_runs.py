@@ -226,8 +226,8 @@ def compared(lines: list[str]) -> list[list[str]]:
 
 
 def test_showing_that_no_task_has_did_not_diverge() -> None:
-    assert [SCRIPT["reading_text"](None, None, count) for count in (0, 5, None)] == ["in no task", *2 * ["diverged"]]
-    assert SCRIPT["reading_text"](0.5, 0.25, 2) == "0.5 ± 0.25"
+    assert [SCRIPT["_mean_text"](None, None, count) for count in (0, 5, None)] == ["in no task", *2 * ["diverged"]]
+    assert SCRIPT["_mean_text"](0.5, 0.25, 2) == "0.5 ± 0.25"
 
 
 def test_compare_pairs_runs_task_by_task(tmp_path: Path, run: Lines) -> None:
