@@ -33,7 +33,7 @@ SHOWN = {
     "table1_omniglot/MAML_conv/5way_1shot": "Omniglot 5-way 1-shot, convolutions: accuracy, %",
     "table4_pointmass/MAML/gradsteps_1": "2D navigation, 1 gradient step: average return",
     "table4_pointmass/MAML/gradsteps_2": "the same after 2 steps",
-    "table5_cheetah_dir/MAML/gradsteps_1": "Half-cheetah direction, 1 gradient step: average return",
+    "table5_cheetah_dir/MAML/gradsteps_1": "Half-cheetah forward/backward, 1 gradient step: average return",
 }
 
 

@@ -74,8 +74,8 @@ class Hardware:
             ``auto`` measures the fastest number for images, and on a CPU with several threads also whether each of
             them is to compute chunks of its own. It takes rollouts on a CPU in parts that fit its cache, and otherwise
             batches the whole meta-batch.
-        compile: whether to compile the meta-gradient. ``auto`` does so for long CPU runs, except for images with
-            several inner steps.
+        compile: whether to compile the meta-gradient. ``auto`` does so for long CPU runs; of images only for
+            those with one inner step and without kernels.
         cuda_graph: whether to launch the whole meta-iteration, from drawing tasks to the outer optimizer, as one CUDA
             graph. ``auto`` does so on a GPU, except for reinforcement learning.
         recompute: whether the backward pass computes inner steps again instead of keeping them in memory. Training

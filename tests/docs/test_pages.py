@@ -36,7 +36,7 @@ def test_commands_of_running_run_in_order(clone: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("extending.md")])
 def test_commands_of_page_compose(name: str) -> None:
     for words in commands(ROOT / name):
-        overrides = [word for word in words if "=" in word and not word.startswith("-") and word[0] != "'"]
+        overrides = [word for word in words if ("=" in word and word[0] not in "-'") or word[0] == "~"]
         if "train.py" in words or "scripts/render.py" in words:
             overrides = [word for word in overrides if not word.startswith(("sweeper=", "launcher=", "hydra."))]
             settings, _ = compose([_first(override) for override in overrides])
