@@ -38,23 +38,29 @@ def locate(name: str, allow: Sequence[str] | None = None) -> type:
         TypeError: if the address is that of something other than a class.
         Exception: any error of the import.
     """
-    found = locate_callable(name, allow)
+    found = _imported(name, allow)
     if not isinstance(found, type):
         raise TypeError(f"it is a {type(found).__name__}, not a class")
+    if allow is not None:  # a module also has the classes that it imports from others
+        check_allowed(found.__module__, name, allow)
     return found
 
 
 def locate_callable(name: str, allow: Sequence[str] | None = None) -> Callable[..., Any]:
     """Imports the class or function of a ``_target_``; the arguments and errors are those of `locate`."""
+    found = _imported(name, allow)
+    if not callable(found):
+        raise TypeError(f"it is a {type(found).__name__}, not a class")
+    if allow is not None:
+        check_allowed(found.__module__, name, allow)
+    return found
+
+
+def _imported(name: str, allow: Sequence[str] | None) -> Any:
     module, _, attribute = current_address(name).rpartition(".")
     if allow is not None:
         check_allowed(module, name, allow)
-    found = getattr(importlib.import_module(module), attribute)
-    if not callable(found):
-        raise TypeError(f"it is a {type(found).__name__}, not a class")
-    if allow is not None:  # a module also has the classes that it imports from others
-        check_allowed(found.__module__, name, allow)
-    return found
+    return getattr(importlib.import_module(module), attribute)
 
 
 def check_allowed(module: str, name: str, allow: Sequence[str]) -> None:
