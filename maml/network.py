@@ -23,7 +23,7 @@ from maml.domain.omniglot import Omniglot
 from maml.domain.table import Table
 from maml.errors import Diverged, MamlError, first_line
 from maml.evaluation import Evaluation
-from maml.hardware.precision import Precision, use_precision
+from maml.hardware.precision import Precision, use_dtype
 from maml.model.base import Model
 from maml.types import Examples, Params, Tasks
 
@@ -42,7 +42,7 @@ class Network:
         evaluation: the settings of meta-test.
         step_sizes: step sizes of the recorded meta-test, by K; None stands for the inner optimizer's own. Empty if no
             meta-test was recorded.
-        precision: the precision of training, in which it also adapts and predicts.
+        precision: the precision of training, in which it also adapts and predicts; TF32 is switched by the caller.
     """
 
     experiment: str
@@ -108,7 +108,7 @@ class Network:
             raise MamlError(
                 f"{self.experiment} takes inputs of shape {self.in_shape}, which are no images; give `adapt` numbers"
             )
-        with use_precision(self.precision):
+        with use_dtype(self.precision):
             read = [self._read(picture, number) for number, picture in enumerate(pictures)]
         if not read:
             raise MamlError("there are no pictures to read; is the folder right that they come from?")
@@ -153,7 +153,7 @@ class Network:
             MamlError: if shapes or labels do not fit the network, or if it is a policy, which learns from rollouts.
             Diverged: if the adapted parameters are not finite.
         """
-        with torch.no_grad(), use_precision(self.precision):
+        with torch.no_grad(), use_dtype(self.precision):
             return self._adapt(x, y, num_steps)
 
     def _adapt(self, x: Inputs, y: Any, num_steps: int | None) -> Predictor:
@@ -384,7 +384,7 @@ class Predictor:
         Raises:
             MamlError: if x does not fit the network.
         """
-        with torch.no_grad(), use_precision(self.network.precision):
+        with torch.no_grad(), use_dtype(self.network.precision):
             return self._outputs(x, transductive)
 
     def _outputs(self, x: Inputs, transductive: bool) -> Tensor:

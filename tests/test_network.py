@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from maml.hardware.base import Hardware
 from maml.hardware.precision import Precision, use_precision
 from maml.network import Network
 from maml.types import Params, num_tasks, take
-from tests.runs import TinyRuns
+from tests.runs import ROOT, TinyRuns
 from tests.scripts.test_render import trained
 from tests.training.test_meta_gradient import FixedExamples
 
@@ -132,6 +134,12 @@ def test_network_computes_in_the_precision_of_its_run(precision: Precision, tiny
     assert same(predictor.params, expected["params"])
     assert torch.equal(predictor(query.x[0]), outputs)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_network_works_in_a_program_that_sets_tf32_its_own_way() -> None:
+    script = "import maml, torch; torch.backends.fp32_precision = 'tf32'; network = maml.load('sinusoid_10shot'); "
+    script += "network.adapt([[0.0]], [[0.0]])([[0.5]]); assert torch.backends.fp32_precision == 'tf32'"
+    subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("baseline", ["finetune", "nearest_neighbor"])

@@ -43,24 +43,28 @@ def check_precision(precision: Precision, on_policy: bool, device: torch.device)
 @contextmanager
 def use_precision(precision: Precision) -> Iterator[None]:
     """Sets the process-wide switches for a precision, and restores them at the end."""
-    global _use_bfloat16
-    dtype, products, convolutions, bfloat16 = (
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
-        _use_bfloat16,
-    )
-    torch.set_default_dtype(torch.float64 if precision == "float64" else torch.float32)
     # Without this, some CUDA kernels round float32 inputs to TF32.
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        with use_dtype(precision):
+            yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def use_dtype(precision: Precision) -> Iterator[None]:
+    """Sets the type of new tensors and the rounding to bfloat16 alone; the switches of TF32 stay the caller's."""
+    global _use_bfloat16
+    dtype, bfloat16 = torch.get_default_dtype(), _use_bfloat16
+    torch.set_default_dtype(torch.float64 if precision == "float64" else torch.float32)
     _use_bfloat16 = precision == "bf16"
     try:
         yield
     finally:
         torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
         _use_bfloat16 = bfloat16
 
 
