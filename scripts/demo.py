@@ -20,7 +20,7 @@ from maml.experiment import run_experiment
 from maml.paper.cells import Source, load_figures, load_tables
 from maml.paper.figures import DrawnCurve, plot_figure
 from maml.paper.markdown import markdown_table
-from maml.paper.tables import reading_text, verdict
+from maml.paper.tables import judge, reading_text
 from maml.record.checkpoint import write_text_atomically
 from maml.record.contents import Report
 from maml.record.run_folder import RunFolder
@@ -77,7 +77,7 @@ def comparison(report: Report, smoke: bool) -> str:
             ours, ci = report.reading(Source(EXPERIMENT, "mse", num_shots), step)
             if step in printed:
                 paper, source = printed[step].value, "Table 2"
-                judged = verdict(ours, ci, float(paper), 0.0, report.larger_is_better)
+                judged = judge(ours, ci, float(paper), 0.0, report.larger_is_better)
             else:
                 low, high = levels[step]
                 paper = f"{low} to {high}" if low < high else str(low)

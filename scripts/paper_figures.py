@@ -28,13 +28,13 @@ from maml.record.statistics import MIN_RUNS
 NOTE = (
     "Curves are means over runs. Bands are 95 % intervals unless stated otherwise; they cover test tasks and, if there "
     f"are at least {MIN_RUNS} runs, trainings. Figures 2, 4 (bottom) and 7 show single tasks after the first training. "
-    "A curve is reproduced if all steps with a published value are; otherwise it has the status of the last step that "
-    "is not. The CSV beside each picture has all numbers and the status of each step. Made by `make paper-figures`."
+    "A curve is reproduced if all steps with a published value are; otherwise it has the verdict of the last step that "
+    "is not. The CSV beside each picture has all numbers and the verdict of each step. Made by `make paper-figures`."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes all figures and prints the status of each curve; returns 1 if a damaged run was left out, else 0.
+    """Writes all figures and prints the verdict on each curve; returns 1 if a damaged run was left out, else 0.
 
     Each file is written whole or not at all.
     """
@@ -84,7 +84,7 @@ def _draw_figure(
     plot_figure(figure, [item for _, _, item in curves], path.with_suffix(".png"))
     _write_csv(path, [row for curve, evidence, _ in curves for row in figure_rows(curve, evidence)])
     compared = [CurveComparison(curve, evidence) for curve, evidence, _ in curves]
-    texts = {item.curve.label: (item.status, item.text, item.curve.source, item.evidence) for item in compared}
+    texts = {item.curve.label: (item.verdict, item.text, item.curve.source, item.evidence) for item in compared}
     return _section(figure, path, texts), compared
 
 
@@ -118,23 +118,23 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _section(figure: Figure | Picture, path: Path, items: Mapping[str, tuple[str, str, Source, Evidence]]) -> list[str]:
-    """Prints the status of each curve or panel of a figure; returns its section in Markdown, with the provenance.
+    """Prints the verdict on each curve or panel of a figure; returns its section in Markdown, with the provenance.
 
     Args:
         figure: the figure, with its title and note.
         path: path of its files, without the suffix.
-        items: status, status in Markdown, source and runs of each curve or panel, by label.
+        items: verdict, verdict in Markdown, source and runs of each curve or panel, by label.
     """
     picture = f"{path.parent.name}/{path.name}"
     lines = [f"## {figure.title}", "", f"![{figure.title}]({picture}.png)", ""]
     lines += [f"[PDF]({picture}.pdf), [SVG]({picture}.svg), [all numbers]({picture}.csv)", ""]
     lines += [figure.note, ""] if figure.note else []
     rows = []
-    for label, (status, text, source, evidence) in items.items():
-        print(f"{figure.title}, {label}: {status}")
+    for label, (verdict, text, source, evidence) in items.items():
+        print(f"{figure.title}, {label}: {verdict}")
         origin = provenance(source, evidence)
         rows.append([label, text, origin["seeds"], origin["commit"], origin["hardware"], f"`{origin['command']}`"])
-    return [*lines, *markdown_table(("drawn", "status", "seeds", "commit", "hardware", "command"), rows), ""]
+    return [*lines, *markdown_table(("drawn", "verdict", "seeds", "commit", "hardware", "command"), rows), ""]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from maml.paper.methods import methods_markdown
 from maml.paper.readings import readings_markdown
 from maml.paper.tables import (
     CONFLICT,
-    STATUSES,
+    VERDICTS,
     Comparison,
     compare,
     headline_markdown,
@@ -68,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         latex.append(table_latex(table, group))
         write_text_atomically(folder / f"{table.name}.tex", latex[-1])
         write_text_atomically(folder / f"{table.name}.csv", rows.to_csv(index=False))
-        counts = Counter(comparison.status for comparison in group)
+        counts = Counter(comparison.verdict for comparison in group)
         link = f"[{table.title}]({table.name}/{table.name}.md)"
-        counts_by_table.append([link, *(str(counts[status] or "") for status in STATUSES)])
-    overview += markdown_table(["table", *STATUSES], counts_by_table)
+        counts_by_table.append([link, *(str(counts[verdict] or "") for verdict in VERDICTS)])
+    overview += markdown_table(["table", *VERDICTS], counts_by_table)
     overview += ["", "[Where the paper's number lies among our runs, and other readings of the paper](readings.md)"]
     overview += ["", "[Methods that were tested on the same tasks, compared task by task](methods.md)"]
     write_text_atomically(options.out / "readings.md", readings_markdown(tables, find))

@@ -13,7 +13,7 @@ import numpy as np
 from maml.paper.cells import METHODS, Curve, Figure, Source
 from maml.paper.evidence import Evidence, measured_by, provenance
 from maml.paper.plan import WATERMARK
-from maml.paper.tables import Comparison, reason_for, status_markdown, verdict
+from maml.paper.tables import Comparison, judge, reason_for, verdict_markdown
 from maml.record.statistics import Statistics
 from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_steps, save, style
 from maml.types import FIRST_STEP
@@ -71,37 +71,37 @@ class CurveComparison:
 
     @property
     def steps(self) -> list[str]:
-        """The status at each gradient step; ``measured`` if the printed value could not be read off the image."""
+        """The verdict at each gradient step; ``measured`` if the printed value could not be read off the image."""
         return [self._at(step) for step in range(self.curve.num_steps + 1)]
 
     @property
-    def status(self) -> str:
-        """``reproduced`` if all judged steps are; else the status of the last step that is not reproduced.
+    def verdict(self) -> str:
+        """``reproduced`` if all judged steps are; else the verdict of the last step that is not reproduced.
 
         ``measured`` if no step could be judged.
         """
-        judged = [status for status in self.steps if status != "measured"]
+        judged = [verdict for verdict in self.steps if verdict != "measured"]
         if not judged:
             return "measured"
-        return next((status for status in reversed(judged) if status != "reproduced"), "reproduced")
+        return next((verdict for verdict in reversed(judged) if verdict != "reproduced"), "reproduced")
 
     @property
     def reason(self) -> str:
         """The result of `reason_for`."""
-        return reason_for(self.status, self.curve.note)
+        return reason_for(self.verdict, self.curve.note)
 
     @property
     def text(self) -> str:
-        """The status in Markdown; if not all steps are reproduced, with the number of those that are."""
-        text = status_markdown(self.status, self.reason, "notes.md")
-        if self.status not in ("better", "worse"):
+        """The verdict in Markdown; if not all steps are reproduced, with the number of those that are."""
+        text = verdict_markdown(self.verdict, self.reason, "notes.md")
+        if self.verdict not in ("better", "worse"):
             return text
-        judged = [status for status in self.steps if status != "measured"]
+        judged = [verdict for verdict in self.steps if verdict != "measured"]
         return f"{text} ({judged.count('reproduced')} of {len(judged)} steps reproduced)"
 
     def _at(self, step: int) -> str:
         if self.curve.cells:
-            return Comparison(self.curve.cells[step], self.evidence).status
+            return Comparison(self.curve.cells[step], self.evidence).verdict
         if not self.evidence.complete:
             return self.evidence.state
         if step not in self.curve.levels:
@@ -110,7 +110,7 @@ class CurveComparison:
         assert found is not None
         larger_is_better = self.evidence.evaluated[0][1].larger_is_better
         # The printed mean may lie anywhere in the range, so it is enough that the intervals overlap.
-        return verdict(found.mean, found.ci95 + (high - low) / 2, (low + high) / 2, 0.0, larger_is_better)
+        return judge(found.mean, found.ci95 + (high - low) / 2, (low + high) / 2, 0.0, larger_is_better)
 
 
 def prepare_curve(curve: Curve, evidence: Evidence) -> DrawnCurve:
@@ -156,7 +156,7 @@ def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
     """Returns one row per gradient step or showing, for the CSV."""
     item, nothing = prepare_curve(curve, evidence), [(None, None)] * (curve.num_steps + 1)
     origin, found = provenance(curve.source, evidence), curve_statistics(curve, evidence)
-    rows, statuses, kind = [], CurveComparison(curve, evidence).steps, measured_by(curve.source)
+    rows, verdicts, kind = [], CurveComparison(curve, evidence).steps, measured_by(curve.source)
     place = "showing" if kind == "showing" else "grad_step"
     for step, (ours, ci) in enumerate(item.readings or nothing):
         low, high = curve.levels.get(step, (None, None))
@@ -169,7 +169,7 @@ def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
             row |= {"ours": ours, "ours_ci95": ci, "ours_low68": our_low, "ours_high68": our_high}
         else:
             row |= {"paper_low": low, "paper_high": high, "ours": ours, "ours_ci95": ci}
-        row |= {"status": statuses[step], "num_runs": found[step].num_runs if found else 0}
+        row |= {"verdict": verdicts[step], "num_runs": found[step].num_runs if found else 0}
         row |= {"lowest_run": found[step].lowest if found else None}
         row |= {"highest_run": found[step].highest if found else None}
         rows.append(row | origin)

@@ -98,8 +98,8 @@ function searchable(item) {
 }
 
 function matches(item, words, verdict) {
-  const status = `[data-status="${verdict}"]`;
-  return (!verdict || item.matches(status) || item.querySelector(status) !== null)
+  const judged = `[data-verdict="${verdict}"]`;
+  return (!verdict || item.matches(judged) || item.querySelector(judged) !== null)
     && (!words.length || words.every((word) => searchable(item).includes(word)));
 }
 
@@ -112,7 +112,7 @@ function filter() {
     item.hidden = isFiltered && !matches(item, words, verdict);
     count += !item.hidden;
   }
-  for (const opener of openers) opener.classList.toggle("faded", verdict !== undefined && opener.dataset.status !== verdict);
+  for (const opener of openers) opener.classList.toggle("faded", verdict !== undefined && opener.dataset.verdict !== verdict);
   // An article whose items are all hidden is hidden too, and so is its section.
   for (const kind of ["article", "main > section"]) {
     for (const part of document.querySelectorAll(kind)) {

@@ -21,7 +21,7 @@ from maml.paper.methods import methods_section
 from maml.paper.plan import WATERMARK
 from maml.paper.tables import (
     NO_REASON,
-    STATUSES,
+    VERDICTS,
     Comparison,
     bold_cells,
     compare,
@@ -30,7 +30,7 @@ from maml.paper.tables import (
     summary,
 )
 from maml.paper.widgets import (
-    STATUS_MEANINGS,
+    VERDICT_MEANINGS,
     chip,
     dialog,
     fact_list,
@@ -103,28 +103,28 @@ def _document(body: Content) -> str:
 
 
 def _header(of_paper: Sequence[Comparison], origin: str, problems: Sequence[str]) -> Markup:
-    counts = Counter(item.status for item in of_paper)
+    counts = Counter(item.verdict for item in of_paper)
     tiles = [
         element(
             "li",
             element(
                 "button",
-                element("strong", str(counts[status])),
-                chip(status),
-                element("span", STATUS_MEANINGS[status][1]),
+                element("strong", str(counts[verdict])),
+                chip(verdict),
+                element("span", VERDICT_MEANINGS[verdict][1]),
                 type="button",
                 class_="tile",
-                data_filter=slug(status),
+                data_filter=slug(verdict),
                 aria_pressed="false",
             ),
         )
-        for status in STATUSES
-        if counts[status] or status not in ("measured", "running")
+        for verdict in VERDICTS
+        if counts[verdict] or verdict not in ("measured", "running")
     ]
     bar = [
-        element("span", class_=slug(status), style=f"flex-grow: {counts[status]}", title=f"{counts[status]} {status}")
-        for status in STATUSES
-        if counts[status]
+        element("span", class_=slug(name), style=f"flex-grow: {counts[name]}", title=f"{counts[name]} {name}")
+        for name in VERDICTS
+        if counts[name]
     ]
     errors = [element("li", problem) for problem in problems]
     return element(
@@ -156,10 +156,10 @@ def _toolbar(sections: Sequence[str]) -> Markup:
         autocomplete="off",
         spellcheck="false",
     )
-    status = element("output", id="found", for_="search")
+    found = element("output", id="found", for_="search")
     everything = element("button", "Show all", type="button", id="show-all", hidden=True)
     links = element("nav", [element("a", title, href=f"#{slug(title)}") for title in sections])
-    return element("div", element("div", search, status, everything, role="search"), links, class_="toolbar")
+    return element("div", element("div", search, found, everything, role="search"), links, class_="toolbar")
 
 
 def _section(title: str, content: Content) -> Markup:
@@ -259,14 +259,14 @@ class _Page:
             element("td", element("b", text) if is_bold else text, data_sort=item.cell.value),
             element(
                 "td",
-                open_button(item.cell.name, label, item.status, _spread(item)),
+                open_button(item.cell.name, label, item.verdict, _spread(item)),
                 data_sort="" if math.isnan(ours) else ours,
             ),
         ]
 
     def _cell_panel(self, table: Table, item: Comparison, name: str) -> Markup:
         cell = item.cell
-        facts = {"paper": printed_value(cell) or "not published", "ours": "—", "verdict": chip(item.status)}
+        facts = {"paper": printed_value(cell) or "not published", "ours": "—", "verdict": chip(item.verdict)}
         if cell.quoted:
             facts["from"] = "other authors, whom the paper quotes"
         if item.ours:
@@ -275,7 +275,7 @@ class _Page:
             facts["runs"] = item.runs_text
         if item.place_text:
             facts["paper among our runs"] = item.place_text
-        content: list[Content] = [fact_list(facts), element("p", STATUS_MEANINGS[item.status][1], class_="muted")]
+        content: list[Content] = [fact_list(facts), element("p", VERDICT_MEANINGS[item.verdict][1], class_="muted")]
         if cell.source:
             content.append(self._reason(item.reason))
             content.append(self.view.show(item.cell.name, cell.source, item.evidence, cell.step, cell.value))
@@ -298,7 +298,7 @@ class _Page:
             curve = item.curve
             name, published = figure.name_of(curve), curve.cells[-1].value if curve.cells else ""
             evidence = self.view.show(name, curve.source, item.evidence, curve.num_steps, published)
-            openers.append(open_button(name, element("span", curve.label), item.status))
+            openers.append(open_button(name, element("span", curve.label), item.verdict))
             content = [_steps(item), self._reason(item.reason), evidence]
             panels.append(dialog(name, curve.label, figure.title, content))
         return self._figure_article(
@@ -354,7 +354,7 @@ class _Page:
 def _steps(item: CurveComparison) -> Markup:
     """Returns a curve as a table with one row per gradient step or showing."""
     curve, kind, rows = item.curve, measured_by(item.curve.source), []
-    for step, status in enumerate(item.steps):
+    for step, verdict in enumerate(item.steps):
         paper = printed_value(curve.cells[step]) if curve.cells else ""
         if step in curve.points:
             paper = curve.points[step]
@@ -362,7 +362,7 @@ def _steps(item: CurveComparison) -> Markup:
             paper = "{:g} to {:g}, read off".format(*curve.levels[step])
         found = item.evidence.statistics(curve.source, step)
         ours = reading_text(found.mean, found.ci95, 3) if found else ""
-        cells = [element("td", text) for text in (paper, ours, chip(status))]
+        cells = [element("td", text) for text in (paper, ours, chip(verdict))]
         rows.append(element("tr", element("th", str(FIRST_STEP[kind] + step), scope="row"), cells))
     heads = (kind.split()[-1], *_HEADS)
     head = element("thead", element("tr", [element("th", name, scope="col") for name in heads]))

@@ -17,9 +17,9 @@ from maml.paper.evidence import Evidence, provenance
 from maml.paper.markdown import markdown_table
 from maml.record.statistics import MIN_RUNS, Statistics
 
-STATUSES = ("reproduced", "better", "worse", "measured", "reduced budget", "quoted", "running", "not run")
+VERDICTS = ("reproduced", "better", "worse", "measured", "reduced budget", "quoted", "running", "not run")
 _ALWAYS_COUNTED = {"reproduced", "better", "worse", "reduced budget", "not run"}
-# Marks of a status in the paper's layout; other statuses are written as words.
+# Marks of a verdict in the paper's layout; other verdicts are written as words.
 SYMBOLS = {"reproduced": "=", "better": "△", "worse": "▽", "reduced budget": "○", "quoted": "†"}
 CONFLICT = "‡"  # marks a number in which two runs contradict each other
 NOTHING = "\N{EN DASH}"  # printed where the paper has no number
@@ -37,20 +37,20 @@ LEGEND = (
     "printed beside it."
 )
 
-_HEADER = ("row", "column", "paper", "ours", "status", "runs", "inner order", "commit", "hardware", "command")
+_HEADER = ("row", "column", "paper", "ours", "verdict", "runs", "inner order", "commit", "hardware", "command")
 _NOTES = (
-    "*measured*: no number is published to compare with. A status that is a link leads to the reason, as far as it is",
+    "*measured*: no number is published to compare with. A verdict that is a link leads to the reason, as far as it is",
     "known. `+` after a commit: with uncommitted changes. The CSV beside this file has all numbers in full precision,",
     "the runs and their task banks.",
 )
 
 
 class Judged(Protocol):
-    """Anything with a status: a cell or a curve, compared with our runs."""
+    """Anything with a verdict: a cell or a curve, compared with our runs."""
 
     @property
-    def status(self) -> str:
-        """One of `STATUSES`."""
+    def verdict(self) -> str:
+        """One of `VERDICTS`."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Comparison:
         return self.evidence.evaluated[0][1].larger_is_better
 
     @property
-    def status(self) -> str:
-        """One of `STATUSES`."""
+    def verdict(self) -> str:
+        """One of `VERDICTS`."""
         if self.cell.quoted and self.cell.source is None:
             return "quoted"
         if self.ours is None:
@@ -88,12 +88,12 @@ class Comparison:
         if not self.cell.value:
             return "measured"
         published, ci = float(self.cell.value), float(self.cell.ci or 0)
-        return verdict(*self.ours, published, ci, self.larger_is_better)
+        return judge(*self.ours, published, ci, self.larger_is_better)
 
     @property
     def reason(self) -> str:
         """The result of `reason_for`."""
-        return reason_for(self.status, self.cell.note)
+        return reason_for(self.verdict, self.cell.note)
 
     @property
     def runs_text(self) -> str:
@@ -150,7 +150,7 @@ class Row:
         return any(item.runs_text for item in self.items if item)
 
 
-def verdict(ours: float, ours_ci: float, published: float, published_ci: float, larger_is_better: bool) -> str:
+def judge(ours: float, ours_ci: float, published: float, published_ci: float, larger_is_better: bool) -> str:
     """Judges a number from complete training.
 
     Args:
@@ -182,27 +182,27 @@ def compare(tables: Sequence[Table], find: Callable[[Source], Evidence]) -> dict
     }
 
 
-def reason_for(status: str, note: str) -> str:
+def reason_for(verdict: str, note: str) -> str:
     """Returns why a number differs from the paper's: an anchor in ``results/notes.md``, or `NO_REASON`.
 
-    Empty for a status that needs no reason.
+    Empty for a verdict that needs no reason.
     """
-    if status == "reduced budget":
+    if verdict == "reduced budget":
         return REDUCED_BUDGET
-    return (note or NO_REASON) if status in ("better", "worse") else ""
+    return (note or NO_REASON) if verdict in ("better", "worse") else ""
 
 
-def status_markdown(status: str, reason: str, notes: str) -> str:
-    """Returns a status with a link to its reason; ``notes`` is the path of ``results/notes.md`` for the reader."""
+def verdict_markdown(verdict: str, reason: str, notes: str) -> str:
+    """Returns a verdict with a link to its reason; ``notes`` is the path of ``results/notes.md`` for the reader."""
     if not reason:
-        return status
-    return f"{status}, {reason}" if reason == NO_REASON else f"[{status}]({notes}#{reason})"
+        return verdict
+    return f"{verdict}, {reason}" if reason == NO_REASON else f"[{verdict}]({notes}#{reason})"
 
 
 def summary(judged: Iterable[Judged], things: str = "cells") -> str:
-    """Returns one line with the number of cells (or other ``things``) of each status."""
-    counts = Counter(item.status for item in judged)
-    shown = [f"{counts[name]} {name}" for name in STATUSES if counts[name] or name in _ALWAYS_COUNTED]
+    """Returns one line with the number of cells (or other ``things``) of each verdict."""
+    counts = Counter(item.verdict for item in judged)
+    shown = [f"{counts[name]} {name}" for name in VERDICTS if counts[name] or name in _ALWAYS_COUNTED]
     return ", ".join([shown[0].replace(" ", f" of {counts.total()} {things} ", 1), *shown[1:]])
 
 
@@ -236,7 +236,7 @@ def table_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
         found = comparison.statistics
         row: dict[str, Any] = {"row": cell.row, "column": cell.column, "paper": cell.value, "paper_ci95": cell.ci}
         row |= {"ours": found.mean if found else None, "ours_ci95": found.ci95 if found else None}
-        row |= {"status": comparison.status, "reason": comparison.reason}
+        row |= {"verdict": comparison.verdict, "reason": comparison.reason}
         row |= {"num_runs": found.num_runs if found else 0, "tasks_ci95": found.tasks_ci95 if found else None}
         row |= {"lowest_run": found.lowest if found else None, "highest_run": found.highest if found else None}
         row |= {"conflict": "; ".join(comparison.evidence.conflicts)}
@@ -265,9 +265,9 @@ def headline_markdown(comparisons: Iterable[Comparison]) -> str:
         number = comparison.cell.source, comparison.cell.step
         if comparison.ours and number not in shown:
             shown.add(number)
-            _, _, paper, ours, status, runs, *_, command = _markdown_row(comparison, "notes.md")
-            rows.append((comparison.cell.name, paper, ours, status, runs, command))
-    header = ("cell", "paper", "ours, 95 % interval", "status", "runs", "command")
+            _, _, paper, ours, verdict, runs, *_, command = _markdown_row(comparison, "notes.md")
+            rows.append((comparison.cell.name, paper, ours, verdict, runs, command))
+    header = ("cell", "paper", "ours, 95 % interval", "verdict", "runs", "command")
     return "\n".join(markdown_table(header, rows))
 
 
@@ -277,12 +277,12 @@ def printed_value(cell: Cell) -> str:
 
 
 def our_value(comparison: Comparison) -> str:
-    """Returns our mean and interval with the verdict's symbol, or the status if there is no number."""
+    """Returns our mean and interval with the symbol of the verdict, or the verdict alone if there is no number."""
     if comparison.ours is None:
-        return comparison.status
+        return comparison.verdict
     text = reading_text(*comparison.ours, comparison.cell.decimals)
     mark = CONFLICT if comparison.evidence.conflicts else ""
-    return f"{text} {SYMBOLS.get(comparison.status, '')}{mark}".strip()
+    return f"{text} {SYMBOLS.get(comparison.verdict, '')}{mark}".strip()
 
 
 def layout_rows(table: Table, comparisons: Sequence[Comparison]) -> list[list[Row]]:
@@ -335,7 +335,7 @@ def _markdown_row(comparison: Comparison, notes: str) -> list[str]:
         cell.column,
         f"{cell.value} ± {cell.ci}" if cell.ci else cell.value,
         ours,
-        status_markdown(comparison.status, comparison.reason, notes),
+        verdict_markdown(comparison.verdict, comparison.reason, notes),
         runs,
         str(origin["inner_order"]),
         origin["commit"],

@@ -11,7 +11,7 @@ from maml.config.identity import evaluation_config, training_config
 from maml.config.paths import RESULTS
 from maml.config.schema import Settings
 from maml.paper.cells import Source, load_tables
-from maml.paper.tables import reading_text, verdict
+from maml.paper.tables import judge, reading_text
 from maml.record.contents import Report
 from maml.record.report import Judgement
 
@@ -38,14 +38,14 @@ def cell_verdicts(experiment: str, settings: Settings, report: Mapping[str, Any]
                 continue
             read = Report.model_validate(report)
             ours, ci95 = read.reading(source, cell.step)
-            status = "reduced budget"
+            verdict = "reduced budget"
             if read.complete:
                 published = (float(cell.value), float(cell.ci or 0)) if cell.value else None
-                status = verdict(ours, ci95, *published, read.larger_is_better) if published else "measured"
+                verdict = judge(ours, ci95, *published, read.larger_is_better) if published else "measured"
             numbers = f"{reading_text(ours, ci95, cell.decimals)} (paper {cell.value or 'has none'})"
             published_here = " ± ".join(_in_our_unit(text, source.scale) for text in (cell.value, cell.ci) if text)
             verdicts[cell.name] = Judgement(
-                source.metric, source.num_shots, cell.step, published_here, status, f"{numbers}: {status}"
+                source.metric, source.num_shots, cell.step, published_here, verdict, f"{numbers}: {verdict}"
             )
     return verdicts
 

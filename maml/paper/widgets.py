@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from maml.paper.markup import Content, Markup, element
 
-# The sign and the meaning of each status. The sign makes the status readable without colour.
-STATUS_MEANINGS = {
+# The sign and the meaning of each verdict. The sign makes the verdict readable without colour.
+VERDICT_MEANINGS = {
     "reproduced": ("=", "the paper's value lies in our 95 % interval, or ours in the paper's"),
     "better": ("▲", "neither value lies in the other's interval, and ours is better"),
     "worse": ("▼", "neither value lies in the other's interval, and the paper's is better"),
@@ -25,10 +25,10 @@ def slug(text: str) -> str:
     return text.lower().replace(" ", "-")
 
 
-def chip(status: str) -> Markup:
-    """Returns a status with its sign, in its colour."""
-    sign = element("span", STATUS_MEANINGS[status][0], aria_hidden="true")
-    return element("span", sign, " ", status, class_=f"chip {slug(status)}")
+def chip(verdict: str) -> Markup:
+    """Returns a verdict with its sign, in its colour."""
+    sign = element("span", VERDICT_MEANINGS[verdict][0], aria_hidden="true")
+    return element("span", sign, " ", verdict, class_=f"chip {slug(verdict)}")
 
 
 def sort_button(name: str) -> Markup:
@@ -42,11 +42,11 @@ def open_button(identity: str, label: Content, state: str, note: Content = "") -
     Args:
         identity: the panel's identity.
         label: text of the button.
-        state: the status beside it, by which the page is filtered.
+        state: the verdict beside it, by which the page is filtered.
         note: smaller text below the label.
     """
     more = element("span", note, class_="spread") if note else ""
-    return element("button", label, more, chip(state), type="button", data_opens=identity, data_status=slug(state))
+    return element("button", label, more, chip(state), type="button", data_opens=identity, data_verdict=slug(state))
 
 
 def scroll_box(content: Markup, label: str) -> Markup:

@@ -76,7 +76,7 @@ def test_without_runs_figure_3_shows_the_papers_levels_and_says_not_run(
     assert "Figure 3: sinusoid, MAML, K=10: not run" in capsys.readouterr().out
     assert "| MAML, K=10 | not run |" in (tmp_path / "figures.md").read_text()
     assert [row["grad_step"] for row in rows] == [str(step) for step in range(10)]
-    assert {(row["ours"], row["status"]) for row in rows} == {("", "not run")}
+    assert {(row["ours"], row["verdict"]) for row in rows} == {("", "not run")}
     assert (rows[1]["paper_low"], rows[1]["paper_high"], rows[2]["paper_low"]) == ("0.3", "0.5", "")
     assert rendered(tmp_path, "figure2") == []
     pictures(unrun)
@@ -89,7 +89,7 @@ def test_a_finished_run_is_drawn_and_the_same_run_gives_the_same_bytes(unrun: Pa
     rows = [row for row in render(tmp_path) if row["curve"] == "MAML"]
     assert {(row["ours"], row["ours_ci95"]) for row in rows} == {("0.5", "0.1")}
     # The printed curve was read off at 0, 1 and 9 only: 3.0 to 3.1, 0.3 to 0.5, 0.1 to 0.2.
-    assert [row["status"] for row in rows] == ["better", "reproduced", *["measured"] * 7, "worse"]
+    assert [row["verdict"] for row in rows] == ["better", "reproduced", *["measured"] * 7, "worse"]
     with_run = pictures(tmp_path)
     render(tmp_path)
     assert with_run == pictures(tmp_path)
@@ -116,7 +116,7 @@ def test_figure_6_has_every_step_at_every_k(tmp_path: Path) -> None:
 def test_an_unfinished_run_is_reduced_budget_and_its_tasks_are_not_drawn(tmp_path: Path) -> None:
     make_run_with_checkpoint(tmp_path / "runs", done=30_000, status="interrupted")
     rows = [row for row in render(tmp_path) if row["curve"] == "MAML"]
-    assert {(row["iteration"], row["status"]) for row in rows} == {("30000", "reduced budget")}
+    assert {(row["iteration"], row["verdict"]) for row in rows} == {("30000", "reduced budget")}
     assert rendered(tmp_path, "figure7") == []
 
 
@@ -139,8 +139,8 @@ def test_a_step_read_off_the_image_is_reproduced_if_intervals_overlap(
     curve = Curve("MAML", "K=5", SINUSOID, 2, {1: level}, note="a-note")
     judged = CurveComparison(curve, evidence(tmp_path))
     assert judged.steps == ["measured", expected, "measured"]
-    assert (judged.status, judged.reason) == (expected, "" if expected == "reproduced" else "a-note")
-    assert CurveComparison(curve, Evidence()).status == "not run"
+    assert (judged.verdict, judged.reason) == (expected, "" if expected == "reproduced" else "a-note")
+    assert CurveComparison(curve, Evidence()).verdict == "not run"
 
 
 def test_a_curve_is_reproduced_if_every_step_is_and_else_what_its_last_missed_step_is(tmp_path: Path) -> None:
@@ -153,14 +153,14 @@ def test_a_curve_is_reproduced_if_every_step_is_and_else_what_its_last_missed_st
         ([low, near, near], "worse"),
     ]:
         judged = CurveComparison(Curve("MAML", "K=5", SINUSOID, 2, dict(enumerate(levels))), found)
-        assert judged.status == expected
+        assert judged.verdict == expected
     assert judged.text == "worse, no reason known yet (2 of 3 steps reproduced)"
 
 
 def test_a_diverged_curve_is_worse(tmp_path: Path) -> None:
     make_run(tmp_path, mean=None)
     judged = CurveComparison(Curve("MAML", "K=5", SINUSOID, 0, {0: (0.1, 9.0)}), evidence(tmp_path))
-    assert judged.status == "worse"
+    assert judged.verdict == "worse"
 
 
 def test_a_damaged_run_is_named(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_without_runs_figure_4_has_the_papers_numbers_and_says_not_run(tmp_path:
         *((curve, str(step)) for curve in ("MAML", "pretrained", "random") for step in range(4)),
         ("oracle", "0"),
     ]
-    assert {(row["ours"], row["ours_ci95"], row["ours_low68"], row["status"]) for row in rows} == {
+    assert {(row["ours"], row["ours_ci95"], row["ours_low68"], row["verdict"]) for row in rows} == {
         ("", "", "", "not run")
     }
     paper = "paper", "paper_ci95", "paper_low68", "paper_high68"
@@ -238,7 +238,7 @@ def test_without_runs_figure_4_has_the_papers_numbers_and_says_not_run(tmp_path:
 def test_figure_4_judges_every_step_of_a_finished_run_as_the_tables_do(tmp_path: Path) -> None:
     make_run_with_checkpoint(tmp_path / "runs", source=POINT, mean=-11.0, ci95=0.1)
     rows = [row for row in render(tmp_path, "figure4", status=1) if row["curve"] == "MAML"]  # without the trajectory
-    assert [row["status"] for row in rows] == ["better", "reproduced", "worse", "worse"]
+    assert [row["verdict"] for row in rows] == ["better", "reproduced", "worse", "worse"]
     assert {(row["ours"], row["ours_ci95"]) for row in rows} == {("-11.0", "0.1")}
     expected = bootstrap_interval(-11.0 + np.linspace(-1, 1, 40))
     assert [(float(row["ours_low68"]), float(row["ours_high68"])) for row in rows] == [pytest.approx(expected)] * 4
@@ -247,7 +247,7 @@ def test_figure_4_judges_every_step_of_a_finished_run_as_the_tables_do(tmp_path:
 def test_figure_4_judges_nothing_that_was_not_trained_to_the_end(tmp_path: Path) -> None:
     make_run(tmp_path / "runs", source=POINT, mean=-11.68, done=30, status="interrupted")
     rows = [row for row in render(tmp_path, "figure4") if row["curve"] == "MAML"]
-    assert {(row["ours"], row["status"], row["iteration"]) for row in rows} == {("-11.68", "reduced budget", "30")}
+    assert {(row["ours"], row["verdict"], row["iteration"]) for row in rows} == {("-11.68", "reduced budget", "30")}
     assert {row["by"] for row in rendered(tmp_path, "figure4_trajectories")} == {"paper"}
 
 
@@ -273,7 +273,7 @@ def test_values_per_task_that_are_missing_or_not_the_reports_are_refused(
 def test_a_curve_without_its_values_per_task_is_named_and_left_out(tmp_path: Path) -> None:
     (make_run_with_checkpoint(tmp_path / "runs", source=POINT, mean=-11.0) / "tasks.csv").unlink()
     rows = [row for row in render(tmp_path, "figure4", status=1) if row["curve"] == "MAML"]
-    assert {(row["ours"], row["status"]) for row in rows} == {("", "not run")}
+    assert {(row["ours"], row["verdict"]) for row in rows} == {("", "not run")}
     assert (tmp_path / "figures.md").read_text().count("tasks.csv is missing or damaged") == 1
 
 
@@ -387,7 +387,7 @@ def test_ranges_that_cannot_be_read_are_neither_drawn_nor_judged(
         assert bool(curve.levels) == (curve.source.num_shots != 20)
         if not curve.levels and curve.row == "MAML":
             judged = CurveComparison(curve, evidence(tmp_path, curve.source))
-            assert (judged.status, set(judged.steps)) == ("measured", {"measured"})
+            assert (judged.verdict, set(judged.steps)) == ("measured", {"measured"})
     canvas = drawn_canvas(figure, [prepare_curve(curve, Evidence()) for curve in figure.curves], monkeypatch)
     assert [len(axes.patches) > 0 for axes in canvas.axes] == [True, True, False]
     assert "not credible" in figure.note

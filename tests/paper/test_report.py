@@ -289,7 +289,7 @@ def test_verdict_shows_its_numbers_alone_and_a_second_click_all(browser: Browser
     assert 0 < len(shown(browser)) < everything
     assert all(" worse" in text for text in shown(browser))
     faded = browser.run(
-        "[...document.querySelectorAll('main [data-opens].faded')].every(button => button.dataset.status !== 'worse')"
+        "[...document.querySelectorAll('main [data-opens].faded')].every(button => button.dataset.verdict !== 'worse')"
     )
     assert faded and browser.run("document.querySelectorAll('main [data-opens].faded').length")
     type_in(browser, "table 2")

@@ -21,12 +21,12 @@ from maml.paper.tables import (
     bold_cells,
     compare,
     headline_markdown,
+    judge,
     reason_for,
-    status_markdown,
     summary,
     table_markdown,
     table_rows,
-    verdict,
+    verdict_markdown,
 )
 from maml.record.contents import Source
 from maml.record.index import find_runs
@@ -68,7 +68,7 @@ def rendered(*comparisons: Comparison) -> str:
 def test_verdict_follows_from_either_interval_and_the_direction(
     ours: tuple[float, float], published: tuple[float, float], larger_is_better: bool, expected: str
 ) -> None:
-    assert verdict(*ours, *published, larger_is_better) == expected
+    assert judge(*ours, *published, larger_is_better) == expected
 
 
 def compared(root: Path, ci: str = "", quoted: bool = False, source: Source | None = SINUSOID) -> Comparison:
@@ -76,39 +76,39 @@ def compared(root: Path, ci: str = "", quoted: bool = False, source: Source | No
     return Comparison(cell, find_evidence(SINUSOID, find_runs(root)[0]))
 
 
-@pytest.mark.parametrize(("mean", "status"), [(0.6, "reproduced"), (0.5, "better"), (0.9, "worse")])
-def test_status_of_a_complete_run_is_its_verdict(tmp_path: Path, mean: float, status: str) -> None:
+@pytest.mark.parametrize(("mean", "expected"), [(0.6, "reproduced"), (0.5, "better"), (0.9, "worse")])
+def test_verdict_on_a_complete_run_compares_it(tmp_path: Path, mean: float, expected: str) -> None:
     make_run(tmp_path, mean=mean)
-    assert compared(tmp_path).status == status
+    assert compared(tmp_path).verdict == expected
 
 
-def test_status_uses_the_published_interval_where_there_is_one(tmp_path: Path) -> None:
+def test_verdict_uses_the_published_interval_where_there_is_one(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.9)
-    assert compared(tmp_path, ci="0.3").status == "reproduced"
+    assert compared(tmp_path, ci="0.3").verdict == "reproduced"
 
 
-def test_status_is_measured_where_nothing_is_published(tmp_path: Path) -> None:
+def test_verdict_is_measured_where_nothing_is_published(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.9, done=69_999, status="interrupted", seed=1)
     unpublished = replace(compared(tmp_path).cell, value="")
-    assert Comparison(unpublished, compared(tmp_path).evidence).status == "reduced budget"
+    assert Comparison(unpublished, compared(tmp_path).evidence).verdict == "reduced budget"
     make_run(tmp_path, mean=0.9)
     comparison = Comparison(unpublished, compared(tmp_path).evidence)
-    assert comparison.status == "measured"
+    assert comparison.verdict == "measured"
     assert "| MAML | K5_gradsteps_1 |  | 0.9 ± 0.1 | measured |" in rendered(comparison)
 
 
 def test_unfinished_run_with_the_papers_very_number_is_reduced_budget(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.67, done=69_999, status="interrupted")
     comparison = compared(tmp_path)
-    assert comparison.status == "reduced budget"
+    assert comparison.verdict == "reduced budget"
     assert "| 0.670 ± 0.100 (69,999 of 70,000 iterations) | [reduced budget](../notes.md#reduced-budget) |" in rendered(
         comparison
     )
 
 
-def test_status_without_a_number(tmp_path: Path) -> None:
-    assert compared(tmp_path).status == "not run"
-    assert compared(tmp_path, quoted=True, source=None).status == "quoted"
+def test_verdict_without_a_number(tmp_path: Path) -> None:
+    assert compared(tmp_path).verdict == "not run"
+    assert compared(tmp_path, quoted=True, source=None).verdict == "quoted"
     make_run(tmp_path, evaluated=False, done=500, status="interrupted")
     assert "| 500 of 70,000 iterations | not run |" in rendered(compared(tmp_path))
 
@@ -172,9 +172,9 @@ def test_a_run_that_diverged_is_worse_and_shows_among_the_runs(tmp_path: Path) -
 
 
 def test_quoted_number_with_an_experiment_is_judged_as_any_other(tmp_path: Path) -> None:
-    assert compared(tmp_path, quoted=True).status == "not run"
+    assert compared(tmp_path, quoted=True).verdict == "not run"
     make_run(tmp_path, mean=0.67)
-    assert compared(tmp_path, quoted=True).status == "reproduced"
+    assert compared(tmp_path, quoted=True).verdict == "reproduced"
 
 
 def test_summary_counts_every_cell_once(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_every_cell_has_an_experiment_and_a_fresh_clone_has_run_none() -> None:
     comparisons = compare(tables, lambda source: Evidence())
     everything = [comparison for group in comparisons.values() for comparison in group]
     assert summary(everything) == ("0 of 123 cells reproduced, 0 better, 0 worse, 0 reduced budget, 123 not run")
-    assert {comparison.status for comparison in everything} == {"not run"}
+    assert {comparison.verdict for comparison in everything} == {"not run"}
     for table in tables:
         lines = table_markdown(table, comparisons[table.name]).splitlines()
         for cell in table.cells:
@@ -213,7 +213,7 @@ def test_script_renders_runs_and_names_a_corrupt_one(tmp_path: Path, capsys: pyt
     assert f"{counted}.\n\n{beside}." in overview
     with open(out / "table2_multitask" / "table2_multitask.csv", newline="") as file:
         rows = {row["column"]: row for row in csv.DictReader(file) if row["row"] == "MAML"}
-    assert [(row["ours"], row["status"]) for row in rows.values()] == [
+    assert [(row["ours"], row["verdict"]) for row in rows.values()] == [
         ("0.67", "reproduced"), ("0.67", "worse"), ("0.67", "worse"),
     ]  # fmt: skip
 
@@ -292,13 +292,14 @@ def test_an_interval_that_only_the_figure_has_is_not_printed_in_the_layout() -> 
 
 
 def test_a_miss_has_its_note_or_says_that_no_reason_is_known() -> None:
-    for status in ("reproduced", "measured", "quoted", "running", "not run"):
-        assert reason_for(status, "anchor") == ""
-        assert status_markdown(status, "", "notes.md") == status
+    for verdict in ("reproduced", "measured", "quoted", "running", "not run"):
+        assert reason_for(verdict, "anchor") == ""
+        assert verdict_markdown(verdict, "", "notes.md") == verdict
     assert reason_for("reduced budget", "anchor") == "reduced-budget"
-    for status in ("better", "worse"):
-        assert status_markdown(status, reason_for(status, "anchor"), "../notes.md") == f"[{status}](../notes.md#anchor)"
-        assert status_markdown(status, reason_for(status, ""), "notes.md") == f"{status}, no reason known yet"
+    for verdict in ("better", "worse"):
+        link = f"[{verdict}](../notes.md#anchor)"
+        assert verdict_markdown(verdict, reason_for(verdict, "anchor"), "../notes.md") == link
+        assert verdict_markdown(verdict, reason_for(verdict, ""), "notes.md") == f"{verdict}, no reason known yet"
 
 
 def test_every_note_is_a_section() -> None:
@@ -316,7 +317,7 @@ def test_every_miss_among_the_committed_runs_has_a_reason() -> None:
     judged: list[Comparison | CurveComparison] = [item for group in tables.values() for item in group]
     for figure in load_figures(RESULTS):
         judged += [CurveComparison(curve, find_evidence(curve.source, runs)) for curve in figure.curves]
-    misses = [item for item in judged if item.status in ("better", "worse", "reduced budget")]
+    misses = [item for item in judged if item.verdict in ("better", "worse", "reduced budget")]
     assert misses
     assert all(item.reason for item in misses)
 

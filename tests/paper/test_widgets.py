@@ -1,19 +1,19 @@
 """The elements that the parts of the report share."""
 
-from maml.paper.tables import STATUSES
-from maml.paper.widgets import STATUS_MEANINGS, chip, command, dialog, open_button, scroll_box, slug, sort_button
+from maml.paper.tables import VERDICTS
+from maml.paper.widgets import VERDICT_MEANINGS, chip, command, dialog, open_button, scroll_box, slug, sort_button
 
 
-def test_every_status_has_a_sign_and_a_meaning() -> None:
-    assert set(STATUSES) <= set(STATUS_MEANINGS)
-    for status, (sign, meaning) in STATUS_MEANINGS.items():
-        assert f'class="chip {slug(status)}"' in chip(status) and f">{sign}</span> {status}" in chip(status)
+def test_every_verdict_has_a_sign_and_a_meaning() -> None:
+    assert set(VERDICTS) <= set(VERDICT_MEANINGS)
+    for verdict, (sign, meaning) in VERDICT_MEANINGS.items():
+        assert f'class="chip {slug(verdict)}"' in chip(verdict) and f">{sign}</span> {verdict}" in chip(verdict)
         assert meaning
 
 
-def test_button_says_what_it_opens_and_its_status() -> None:
+def test_button_says_what_it_opens_and_its_verdict() -> None:
     button = open_button("a/b", "0.7 < 1", "reduced budget", "3 runs")
-    assert button.startswith('<button type="button" data-opens="a/b" data-status="reduced-budget">0.7 &lt; 1')
+    assert button.startswith('<button type="button" data-opens="a/b" data-verdict="reduced-budget">0.7 &lt; 1')
     assert '<span class="spread">3 runs</span>' in button
     assert "spread" not in open_button("a/b", "0.7", "worse")
     panel = dialog("a/b", "MAML", "Table 2", "text")
