@@ -20,7 +20,7 @@ import torch
 from clocks import MIN_TURN_SECONDS, Clock, choose_clock, seconds_per_call
 
 from maml.hardware.base import Hardware
-from maml.record.checkpoint import write_text_atomically
+from maml.record.atomic import write_text_atomically
 from maml.record.provenance import commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -31,7 +31,7 @@ from packaging.utils import canonicalize_name
 from maml.cli.rendering import exit_with
 from maml.config.paths import ROOT
 from maml.errors import MamlError
-from maml.record.checkpoint import write_atomically
+from maml.record.atomic import write_atomically
 from maml.record.index import read_runs
 from maml.record.lock import is_held
 from maml.record.transfer import is_portable

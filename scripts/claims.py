@@ -27,7 +27,7 @@ from maml.config.paths import RESULTS
 from maml.config.schema import build
 from maml.hardware.base import Hardware
 from maml.model.base import Model
-from maml.record.checkpoint import write_text_atomically
+from maml.record.atomic import write_text_atomically
 from maml.seeding import Stream
 from maml.training.meta_gradient import MetaGradient
 

@@ -21,7 +21,7 @@ from maml.paper.cells import Source, load_figures, load_tables
 from maml.paper.figures import DrawnCurve, plot_figure
 from maml.paper.markdown import markdown_table
 from maml.paper.tables import judge, reading_text
-from maml.record.checkpoint import write_text_atomically
+from maml.record.atomic import write_text_atomically
 from maml.record.contents import Report
 from maml.record.run_folder import RunFolder
 

@@ -22,6 +22,7 @@ from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources
 from maml.paper.evidence import Evidence, find_evidence
 from maml.record import checkpoint
+from maml.record.atomic import write_bytes_atomically
 from maml.record.contents import Report
 from maml.record.exported import (
     Entry,
@@ -120,7 +121,7 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
             f"into {path.parent.parent / 'runs'}, so that the index can name it"
         )
     if not is_large:
-        checkpoint.write_bytes_atomically(path, content)
+        write_bytes_atomically(path, content)
     last = run.record.segments[-1]
     return ExportedFile(
         sha256=hashlib.sha256(content).hexdigest(),

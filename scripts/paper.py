@@ -43,7 +43,7 @@ from maml.paper.plan import (
     select,
     write_smoke_cells,
 )
-from maml.record.checkpoint import remove_leftovers, write_text_atomically
+from maml.record.atomic import remove_leftovers, write_text_atomically
 from maml.record.index import Run, find_runs
 from maml.record.lock import acquire, advice, holder
 from maml.record.provenance import command_line

@@ -21,7 +21,7 @@ from maml.paper.evidence import Evidence, find_evidence, provenance
 from maml.paper.figures import CurveComparison, figure_rows, plot_figure, prepare_curve
 from maml.paper.markdown import markdown_table
 from maml.paper.tables import CONFLICT, summary
-from maml.record.checkpoint import write_text_atomically
+from maml.record.atomic import write_text_atomically
 from maml.record.index import Run, conflicts_among, find_runs
 from maml.record.statistics import MIN_RUNS
 

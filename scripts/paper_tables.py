@@ -30,7 +30,7 @@ from maml.paper.tables import (
     table_markdown,
     table_rows,
 )
-from maml.record.checkpoint import write_text_atomically
+from maml.record.atomic import write_text_atomically
 from maml.record.comparison import groups_on_the_same_tasks
 from maml.record.index import conflicts_among, find_runs
 from maml.record.statistics import MIN_RUNS

@@ -19,7 +19,7 @@ from maml.errors import MamlError
 from maml.paper.cells import load_tables
 from maml.paper.evidence import find_evidence
 from maml.paper.tables import Comparison, printed_value, reading_text
-from maml.record.checkpoint import write_text_atomically
+from maml.record.atomic import write_text_atomically
 from maml.record.index import find_runs
 
 BEGIN, END = "<!-- table: made by make readme -->\n", "<!-- end of table -->\n"

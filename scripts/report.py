@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from maml.cli.rendering import exit_with, print_problems, rendering_parser
 from maml.config.paths import RESULTS
 from maml.paper.report import render
-from maml.record.checkpoint import write_text_atomically
+from maml.record.atomic import write_text_atomically
 from maml.record.index import find_runs
 
 

@@ -25,7 +25,7 @@ from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.experiment import run_experiment
 from maml.logger.base import Logger
-from maml.record.checkpoint import write_atomically
+from maml.record.atomic import write_atomically
 from tests.killer import Killer
 from tests.runs import ROOT
 

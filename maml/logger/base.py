@@ -228,3 +228,8 @@ class Mirror(Logger, ABC):
 def cause(error: BaseException) -> str:
     """Returns an error's class and the first line of its message."""
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+def curve_name(curve: Mapping[str, Any]) -> str:
+    """Returns the name under which a service shows a curve of a report, such as ``accuracy_5shot``."""
+    return f"{curve['metric']}_{curve['num_shots']}shot"

@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from maml.logger.base import Mirror
+from maml.logger.base import Mirror, curve_name
 from maml.types import FIRST_STEP
 
 
@@ -33,7 +33,7 @@ class TensorBoard(Mirror):
         if report["headline"] is not None:  # None: adaptation diverged
             self._writer.add_scalar("headline", report["headline"], report["iteration"])
         for curve in report["curves"]:
-            tag = f"evaluation/{curve['metric']}_{curve['num_shots']}shot"
+            tag = f"evaluation/{curve_name(curve)}"
             first = FIRST_STEP[report.get("measured_by", "gradient step")]
             for step in curve["steps"]:  # gradient steps or showings on the horizontal axis
                 if step["mean"] is not None:

@@ -9,7 +9,7 @@ from threading import Lock
 from typing import Any, Literal
 
 from maml.config.paths import IN_CLONE, ROOT
-from maml.logger.base import Mirror, cause
+from maml.logger.base import Mirror, cause, curve_name
 from maml.logger.wandb_service import SERVICE
 from maml.types import FIRST_STEP, MeasuredBy, Text
 
@@ -133,7 +133,7 @@ class WandB(Mirror):
 
         self._run.summary["headline"] = report["headline"]
         for curve in report["curves"]:
-            key = _key(curve)
+            key = curve_name(curve)
             self._run.summary[key], self._run.summary[f"{key}_ci95"] = (curve["steps"][-1][c] for c in ("mean", "ci95"))
         for cell, judged in report.get("cells", {}).items():
             self._run.summary[f"cells/{cell}"] = judged
@@ -146,7 +146,7 @@ class WandB(Mirror):
         table = wandb.Table(columns=["metric", "num_shots", *columns], data=rows)
         images = {f"pictures/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
         measured_by = report.get("measured_by", "gradient step")
-        lines = {f"adaptation/{_key(curve)}": _line(wandb, curve, measured_by) for curve in report["curves"]}
+        lines = {f"adaptation/{curve_name(curve)}": _line(wandb, curve, measured_by) for curve in report["curves"]}
         self._run.log({"evaluation": table, **lines, **images, "iteration": report["iteration"]})
         if report["headline"] is None:
             self._alert("Adaptation diverged", f"{self._run.name}: the headline metric of meta-test is not finite.")
@@ -190,10 +190,6 @@ def _best(metric: str) -> Literal["min", "max"] | None:
     if "loss" in metric:
         return "min"
     return "max" if "accuracy" in metric or "return" in metric else None
-
-
-def _key(curve: Mapping[str, Any]) -> str:
-    return f"{curve['metric']}_{curve['num_shots']}shot"
 
 
 def _line(wandb: Any, curve: Mapping[str, Any], measured_by: MeasuredBy) -> Any:

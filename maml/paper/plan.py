@@ -19,6 +19,7 @@ from maml.config.schema import Settings, build, build_without_data
 from maml.errors import MamlError, Unavailable
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.record import checkpoint
+from maml.record.atomic import is_temporary, write_text_atomically
 from maml.record.contents import HardwareRecord
 from maml.record.index import SUPERSEDED, Run, read_run
 from maml.record.lock import is_held
@@ -136,7 +137,7 @@ def _is_vacant(folder: Path) -> bool:
     traces = ("lock", "lock.marker", "config.yaml")
     if not folder.is_dir():
         return not folder.exists()
-    return all(path.name in traces or checkpoint.is_temporary(path) for path in folder.iterdir())
+    return all(path.name in traces or is_temporary(path) for path in folder.iterdir())
 
 
 def list_needs(results: Path) -> list[Need]:
@@ -402,7 +403,7 @@ def write_smoke_cells(results: Path, out: Path) -> None:
     for path in (results / "notes.md", results / "departures.yaml"):  # other files that the renderers read
         if path.exists():
             shutil.copy(path, out)
-    checkpoint.write_text_atomically(out / "cells.yaml", OmegaConf.to_yaml(OmegaConf.create(entries)))
+    write_text_atomically(out / "cells.yaml", OmegaConf.to_yaml(OmegaConf.create(entries)))
 
 
 def _append_smoke(entry: Any) -> None:

@@ -22,6 +22,7 @@ from maml.config.paths import CONF
 from maml.config.schema import TRAINING_PARTS, Settings, check
 from maml.errors import MamlError
 from maml.record import checkpoint
+from maml.record.atomic import write_text_atomically
 from maml.record.run_files import read, read_checkpoint
 from maml.types import Params
 
@@ -95,7 +96,7 @@ def read_index(folder: Path) -> Index:
 def write_index(folder: Path, index: Index) -> None:
     """Writes ``index.json``; equal indices give equal bytes."""
     text = json.dumps(index.model_dump(), indent=1, sort_keys=True) + "\n"
-    checkpoint.write_text_atomically(folder / "index.json", text)
+    write_text_atomically(folder / "index.json", text)
 
 
 def compose_entry(entry: Entry, seed: int, allow: Sequence[str] = ()) -> Settings:

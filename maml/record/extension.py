@@ -12,6 +12,7 @@ from typing import Any
 
 from maml.errors import MamlError
 from maml.record import checkpoint
+from maml.record.atomic import write_json_atomically
 from maml.record.contents import RunRecord
 from maml.record.index import SUPERSEDED
 from maml.record.provenance import changed_since
@@ -53,7 +54,7 @@ def extend_finished_run(folder: RunFolder) -> Path | None:
         keys = ("seed", "started", "seconds", "segments", "algorithm")
         kept = {key: record[key] for key in keys if key in record}
         content = kept | own | {"command": record["command"], "status": "interrupted", "iteration": saved["iteration"]}
-        checkpoint.write_json_atomically(staging / "run.json", content)
+        write_json_atomically(staging / "run.json", content)
         path.parent.mkdir(parents=True, exist_ok=True)
         staging.rename(path)
     except OSError as error:

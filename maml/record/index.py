@@ -10,7 +10,7 @@ from typing import Any
 
 from maml.config.paths import ROOT
 from maml.errors import MamlError
-from maml.record.checkpoint import write_text_atomically
+from maml.record.atomic import write_text_atomically
 from maml.record.contents import Content, CurveRecord, Report, RunRecord, StepRecord
 from maml.record.lock import is_held
 from maml.record.run_files import read, report_paths

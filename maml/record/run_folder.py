@@ -24,6 +24,7 @@ from maml.config.source import code_hashes
 from maml.errors import MamlError
 from maml.pictures import Picture
 from maml.record import checkpoint, lock
+from maml.record.atomic import remove_leftovers, write_bytes_atomically, write_json_atomically, write_text_atomically
 from maml.record.classes import TABLES
 from maml.record.contents import Report, RunRecord
 from maml.record.gallery import draw_pictures
@@ -116,7 +117,7 @@ class RunFolder:
         self._lock = self._acquire()
         try:
             for folder in (self.path, *self.path.glob("evaluations/*/")):
-                checkpoint.remove_leftovers(folder)
+                remove_leftovers(folder)
             checkpoint.complete_save(self.checkpoint_path)
             # Again: before we had the lock, another process may have trained here.
             saved, earlier, metrics = self._inspect(warn=True)
@@ -168,7 +169,7 @@ class RunFolder:
         self._record["segments"].append(self._new_segment(iteration, hardware))
         self._write_record()
         if metrics is not None:  # without the lines after the checkpoint: training computes and logs them again
-            checkpoint.write_bytes_atomically(self.path / "metrics.jsonl", metrics)
+            write_bytes_atomically(self.path / "metrics.jsonl", metrics)
         self._clock = time.monotonic()
 
     def _new_segment(self, iteration: int, hardware: Mapping[str, Any]) -> dict[str, Any]:
@@ -415,13 +416,13 @@ class RunFolder:
             )
             raise MamlError(f"the folder {folder} cannot be created ({error.strerror}); {remedy}") from error
         if parent is not None:
-            checkpoint.remove_leftovers(folder)
+            remove_leftovers(folder)
             self._write_config(folder)
         self._report_folder = folder
         for name, rows in {**(more or {}), "tasks.csv": tasks}.items():
             _write_table(folder / name, rows)
         draw_pictures(pictures, folder)
-        checkpoint.write_json_atomically(folder / "report.json", report)
+        write_json_atomically(folder / "report.json", report)
         return folder
 
     def finished_report(self) -> dict[str, Any] | None:
@@ -457,10 +458,10 @@ class RunFolder:
         self._write_record()
 
     def _write_config(self, folder: Path) -> None:
-        checkpoint.write_text_atomically(folder / "config.yaml", OmegaConf.to_yaml(self.settings.as_dict()))
+        write_text_atomically(folder / "config.yaml", OmegaConf.to_yaml(self.settings.as_dict()))
 
     def _write_record(self) -> None:
-        checkpoint.write_json_atomically(self.path / "run.json", self._record)
+        write_json_atomically(self.path / "run.json", self._record)
 
 
 class NonWritingRunFolder(RunFolder):
@@ -478,7 +479,7 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    checkpoint.write_text_atomically(path, table.getvalue())
+    write_text_atomically(path, table.getvalue())
 
 
 def _catch_up(record: dict[str, Any], saved: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maml.record.checkpoint import write_bytes_atomically
+from maml.record.atomic import write_bytes_atomically
 from maml.types import FIRST_STEP, MeasuredBy
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from pathlib import Path
 from maml.config.identity import digest
 from maml.errors import MamlError
 from maml.record import checkpoint
+from maml.record.atomic import is_temporary
 from maml.record.classes import TABLES
 from maml.record.gallery import report_pictures
 from maml.record.index import SUPERSEDED, Run, read_run
@@ -24,7 +25,7 @@ _STAGING = ".importing"  # in the folder that takes the runs, so that moving the
 
 def is_portable(path: Path) -> bool:
     """Returns whether a file of a run folder is of use on another machine: locks and half-written files are not."""
-    return path.name not in ("lock", "lock.marker", "checkpoint.previous.pt") and not checkpoint.is_temporary(path)
+    return path.name not in ("lock", "lock.marker", "checkpoint.previous.pt") and not is_temporary(path)
 
 
 @dataclass(frozen=True)

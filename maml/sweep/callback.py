@@ -29,7 +29,7 @@ from maml.config.compose import plain_overrides, settings_of
 from maml.config.identity import digest
 from maml.errors import Interrupted, MamlError
 from maml.hardware.distributed import launched_processes
-from maml.record.checkpoint import remove_leftovers, write_json_atomically
+from maml.record.atomic import remove_leftovers, write_json_atomically
 from maml.record.provenance import command_line
 from maml.sweep.disk import local_disk
 from maml.sweep.gpu_lease import visible_gpus

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from maml.config.compose import experiment_name, plain_overrides, settings_of
 from maml.config.identity import evaluation_config
 from maml.errors import MamlError
-from maml.record.checkpoint import write_bytes_atomically
+from maml.record.atomic import write_bytes_atomically
 from maml.record.heartbeat import Heartbeat
 from maml.record.run_files import find_report
 from maml.record.run_folder import RunFolder

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from maml.record.checkpoint import write_bytes_atomically
+from maml.record.atomic import write_bytes_atomically
 from maml.sweep.callback import Sweep
 from maml.sweep.job import run_files
 from maml.sweep.state import SWEEP

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maml.record.checkpoint import write_text_atomically
+from maml.record.atomic import write_text_atomically
 from maml.record.provenance import command_line
 from maml.record.statistics import combine
 from maml.sweep.state import Job, SweepReader, describe, varying_keys

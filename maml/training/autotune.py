@@ -17,7 +17,7 @@ from maml.errors import MamlError
 from maml.hardware.base import Execution, Hardware
 from maml.hardware.memory import release_failed_memory
 from maml.hardware.threads import use_threads
-from maml.record.checkpoint import write_json_atomically
+from maml.record.atomic import write_json_atomically
 from maml.record.provenance import versions
 from maml.record.run_files import read_json
 from maml.status import announce

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import torch
@@ -200,61 +199,6 @@ def test_full_disk_while_saving_leaves_both_checkpoints(path: Path) -> None:
 def test_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(MamlError, match="could not be written"):
         checkpoint.save(tmp_path / "nowhere" / "checkpoint.pt", content())
-
-
-@pytest.mark.parametrize(
-    ("number", "remedy"),
-    [(errno.EROFS, "Make {} writable"), (errno.EACCES, "Make {} writable"), (errno.ENOSPC, "Free some disk space")],
-)
-def test_remedy_fits_what_is_in_the_way(tmp_path: Path, number: int, remedy: str) -> None:
-    def write(_: IO[bytes]) -> None:
-        raise OSError(number, os.strerror(number))
-
-    with pytest.raises(
-        MamlError, match=rf"\({os.strerror(number)}\).* {remedy.format(tmp_path)} or choose another folder"
-    ):
-        checkpoint.write_atomically(tmp_path / "file", write)
-
-
-def test_readers_see_the_old_file_or_the_new_one(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
-
-    def write(file: IO[bytes]) -> None:
-        file.write(b"half")
-        file.flush()
-        assert path.read_bytes() == b"old"
-
-    checkpoint.write_atomically(path, write)
-    assert path.read_bytes() == b"half"
-    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_write_that_is_interrupted_leaves_no_temporary_file(tmp_path: Path) -> None:
-    def write(file: IO[bytes]) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomically(tmp_path / "report.json", write)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    kept = {".hidden", ".report.json", "report.json.17", ".checkpoint.new.pt.x1"}
-    for name in (*kept, ".report.json.17", ".checkpoint.new.pt.99999"):
-        (tmp_path / name).touch()
-    (tmp_path / ".folder.12").mkdir()
-    checkpoint.remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, ".folder.12"}
-
-
-def test_file_that_is_being_written_is_no_leftover(tmp_path: Path) -> None:
-    def write(file: IO[bytes]) -> None:
-        file.write(b"new")
-        checkpoint.remove_leftovers(tmp_path)  # as another process would
-
-    checkpoint.write_atomically(tmp_path / "report.json", write)
-    assert (tmp_path / "report.json").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("older", [True, False])

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from maml.config.compose import compose
 from maml.experiment import run_experiment
 from maml.paper.plan import WATERMARK
-from maml.record.checkpoint import is_temporary
+from maml.record.atomic import is_temporary
 from maml.record.run_files import read_json
 from tests.kills import every_point, script_killed, start_process
 from tests.runs import assert_same_run, file_contents
