@@ -163,6 +163,12 @@ class Evaluation:
             raise MamlError(f"evaluation.num_shots={num_shots} names a K twice")
         if step_size is not None and search is not None:
             raise MamlError("evaluation.step_size and evaluation.search both set the step size; set one to null")
+        if num_steps == 0 and (search or step_size is not None):
+            key = "search" if search else "step_size"
+            raise MamlError(
+                f"evaluation.{key} sets the size of steps, but evaluation.num_steps=0 takes none; set evaluation.{key}="
+                "null, or a number of steps"
+            )
         if search is not None and split == "val":
             raise MamlError(
                 "evaluation.search chooses on validation tasks, so evaluation.split=val would report the tasks that it "
@@ -251,18 +257,12 @@ class Evaluation:
             MamlError: if the domain has too little data at some K, or lacks the authors' bank or classes; if some K has
                 no step size; or if there are gradient steps in a domain that measures by showing.
         """
-        if domain.measured_by == "showing":
-            reason = f"{type(domain).__name__} measures by showing, after 0, 1, 2, ... labelled examples of a class"
-            if self.num_steps:
-                raise MamlError(
-                    f"evaluation.num_steps={self.num_steps}, but {reason}, and nothing adapts by gradient steps; set "
-                    "evaluation.num_steps=0 (evaluation=accuracy_by_showing)"
-                )
-            if self.search or self.step_size is not None:
-                key = "search" if self.search else "step_size"
-                raise MamlError(
-                    f"evaluation.{key} chooses step sizes, but {reason}, and takes no steps; set evaluation.{key}=null"
-                )
+        if domain.measured_by == "showing" and self.num_steps:
+            raise MamlError(
+                f"evaluation.num_steps={self.num_steps}, but {type(domain).__name__} measures by showing, after 0, 1, "
+                "2, ... labelled examples of a class, and nothing adapts by gradient steps; set evaluation.num_steps=0 "
+                "(evaluation=accuracy_by_showing)"
+            )
         if self.num_ways is not None:
             domain.with_ways(self.num_ways)  # refuses domains whose tasks do not draw classes
         if self.per_class and not domain.class_names:

@@ -180,6 +180,8 @@ def _train(
         for learner, saved in zip(learners, checkpoints, strict=True):
             if saved is not None:
                 learner.restore(saved)
+        if (first := algorithms[0].inner.second_order_from or 0) > settings.num_iterations:
+            announce(f"all iterations are of first order: inner.second_order_from={first} comes after the last one")
         if not any(checkpoints):
             # Measured with the order of the last iterations, which take the most time and memory.
             last = max(settings.num_iterations, algorithms[0].inner.second_order_from or 1)

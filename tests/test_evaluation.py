@@ -156,13 +156,15 @@ def test_curve_by_showing_comes_from_one_pass_and_leaves_out_tasks_without_it(ch
     assert all(row["step_2"] is None for row in rows)
 
 
+@pytest.mark.parametrize(("key", "value"), [("step_size", 0.1), ("search", StepSizeSearch([0.1], 2))])
+def test_size_of_steps_that_are_not_taken_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(MamlError, match=rf"evaluation\.{key} sets the size of steps, .* set evaluation\.{key}=null"):
+        Evaluation(num_tasks=2, num_steps=0, **{key: value})
+
+
 def test_gradient_steps_are_refused_by_showing() -> None:
     with pytest.raises(MamlError, match=r"evaluation\.num_steps=2, but ByShowing measures by showing.*num_steps=0"):
         Evaluation(num_tasks=2, num_steps=2).check(ByShowing())
-    with pytest.raises(MamlError, match=r"evaluation\.search chooses step sizes, but ByShowing measures by showing"):
-        Evaluation(num_tasks=2, num_steps=0, search=StepSizeSearch([0.1], 2)).check(ByShowing())
-    with pytest.raises(MamlError, match=r"evaluation\.step_size chooses .*; set evaluation\.step_size=null"):
-        Evaluation(num_tasks=2, num_steps=0, step_size=0.1).check(ByShowing())
 
 
 def test_evaluation_leaves_theta_as_it_was() -> None:
@@ -244,7 +246,7 @@ def test_ways_that_do_not_fit_are_refused(tiny_images: TinyRuns) -> None:
     with pytest.raises(MamlError, match="num_ways=500, but the test split has 423 classes"):
         Evaluation(num_tasks=6, num_steps=0, num_ways=500).check(domain)
     with pytest.raises(MamlError, match="num_ways=101, but the val split has 100 classes"):
-        Evaluation(num_tasks=6, num_steps=0, num_ways=101, search=StepSizeSearch([0.1], num_tasks=2)).check(domain)
+        Evaluation(num_tasks=6, num_steps=1, num_ways=101, search=StepSizeSearch([0.1], num_tasks=2)).check(domain)
     with pytest.raises(MamlError, match=r"evaluation\.num_ways=6 is for tasks that draw their own classes"):
         more.check(Sinusoid())
 

@@ -46,7 +46,7 @@ class _ModelWithContext(Model):
     ) -> None:
         *space, channels = in_shape
         self.model = make_model((*space, channels + num_channels), out_dim)
-        self.distribution = self.model.distribution
+        self.distribution, self.dropout = self.model.distribution, self.model.dropout
         self.shape = (*space, num_channels)
         self.init_context = init
 

@@ -78,6 +78,12 @@ class MemoryModule(Embedding):
                 f"algorithm.num_neighbors={num_neighbors} slots cannot be found among algorithm.num_slots={num_slots}; "
                 "lower num_neighbors, or raise num_slots"
             )
+        if parts.outer.changes_step_size:
+            raise MamlError(
+                "algorithm=memory_module makes an update after every image of an episode, and a step size that changes "
+                "with the number of updates would reach its end after a few iterations; choose outer=adam or rmsprop, "
+                "or set outer.final_step_size=null"
+            )
         self.num_slots, self.num_neighbors, self.margin = num_slots, num_neighbors, margin
         self.dropout, self.age_noise, self.clear = dropout, age_noise, clear
         super().__init__(parts)

@@ -88,6 +88,21 @@ class MultitaskAverage(Algorithm):
                 "outer.clip_norm would clip the regressors of a meta-batch together, though they are independent; "
                 "leave it at null, or clip each entry with outer.clip"
             )
+        if self.outer.changes_step_size:
+            raise MamlError(
+                "algorithm=multitask_average trains each regressor anew, in algorithm.num_steps steps, and a step size "
+                "that changes with the number of iterations says nothing about them; choose outer=adam or rmsprop, or "
+                "set outer.final_step_size=null"
+            )
+        if pull == "mean" and not weight:
+            raise MamlError(
+                "algorithm.pull=mean pulls with algorithm.weight=0.0, which is not at all; set a weight, or pull=zero"
+            )
+        if num_examples is not None and num_examples > self.domain.num_shots:
+            raise MamlError(
+                f"algorithm.num_examples={num_examples}, but a task has domain.num_shots={self.domain.num_shots} "
+                "support examples, so that some would count twice; lower it, or set null for all"
+            )
         self.weight, self.pull, self.initial = weight, pull, initial
         self.max_error, self.max_share_above = max_error, max_share_above
         self.num_steps, self.max_attempts, self.num_examples = num_steps, max_attempts, num_examples

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,16 @@ def settings_of(cfg: DictConfig) -> Settings:
 def check_job(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
     """Checks the config of a running job of Hydra, and says which values the experiment set for another option.
 
+    An experiment is composed last, so that its values stand where an option that the command chose sets others.
+
     Args:
         cfg: the config.
         overrides: words of the job's command.
 
     Raises:
-        MamlError: if the config is not valid. The message says which of the unknown keys come from the experiment.
+        MamlError: if the config is not valid, where the message says which of the unknown keys come from the
+            experiment; or if an option and the experiment set other parts differently and the command does not say
+            which of the two it means.
     """
     try:
         settings = check(to_plain_config(cfg))
@@ -111,9 +115,57 @@ def check_job(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
             f"{error}\n+experiment= sets {', '.join(keys)}, which the part that you chose instead does not have; add "
             f"{' '.join(words)} to leave that out"
         ) from error
+    _check_demands(cfg, overrides)
     for line in _values_for_another_option(cfg, overrides):
         announce(line)
     return settings
+
+
+def _check_demands(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuses options of the command that set keys outside their own part, such as 0 steps, if the experiment's win.
+
+    Raises:
+        MamlError: if there is such a key and the command does not name it.
+    """
+    experiment, options, named = _words(overrides)
+    if not experiment or not options:
+        return
+    alone, without, of_cfg = (_leaves(config) for config in (_composed(experiment), _composed([]), cfg))
+    chosen = {word.partition("=")[0] for word in options}
+    for word in options:
+        demands = {
+            key: value
+            for key, value in _leaves(_composed([word])).items()
+            if key.partition(".")[0] not in chosen
+            if not any(key == name or key.startswith(f"{name}.") for name in named)
+            if value != without.get(key) and of_cfg.get(key) == alone.get(key) != value
+        }
+        if demands:
+            theirs = " ".join(f"{key}={_word(value)}" for key, value in demands.items())
+            ours = " ".join(f"{key}={_word(of_cfg.get(key))}" for key in demands)
+            raise MamlError(
+                f"{word} asks for {theirs}, but {experiment[0]} sets {ours}; add one or the other to the command, to "
+                "say which is meant"
+            )
+
+
+def _leaves(cfg: DictConfig) -> dict[str, Any]:
+    """Returns the values of a config by their full keys, with interpolations as texts. Lists are values."""
+
+    def walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                yield from walk(value, f"{path}.{key}" if path else str(key))
+        else:
+            yield path, node
+
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    return dict(walk(OmegaConf.to_container(own, resolve=False), ""))
+
+
+def _word(value: Any) -> str:
+    """Returns a value as a word of the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
 def _keys_of_experiment(keys: Sequence[str], overrides: Sequence[str]) -> list[str]:

@@ -40,6 +40,7 @@ _SCALARS = {bool, bytes, float, int, str, type(None)}
 _ANYTHING = {Any, object, type, list, dict, tuple, Callable, Mapping, Sequence}
 _TOO_LARGE = 2**63  # tensors hold integers below this
 _LARGEST_FLOAT = 3.4e38
+_SMALLEST_FLOAT = 1.2e-38  # below it, float32 loses digits, or is 0
 _LONGEST_SHOWN = 100  # characters of a wrong value that a message shows
 # The parts on which trained numbers depend, in the order of error messages.
 TRAINING_PARTS = ("domain", "model", "inner", "outer", "algorithm")
@@ -304,6 +305,8 @@ def _check_value(path: str, value: Any, annotation: Any) -> list[str]:
             return [f"{path}={shown}: an integer is below 2^63"]
         if _LARGEST_FLOAT < abs(number) < math.inf:
             return [f"{path}={shown}: a number is at most {_LARGEST_FLOAT:.1e}, the largest of float32"]
+        if 0 < abs(number) < _SMALLEST_FLOAT:
+            return [f"{path}={shown}: a number is 0 or at least {_SMALLEST_FLOAT:.1e}, the smallest of float32"]
     try:
         config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
         adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=config)

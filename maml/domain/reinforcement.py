@@ -191,7 +191,8 @@ class Reinforcement(Domain[Rollouts]):
             goals = self.test_goals(count).to(stream.device)
         elif split == "train" and self.num_goals is not None:
             fixed = self.draw_goals(self.num_goals, Stream(0, stream.device).child("goals"))
-            goals = fixed[torch.arange(count, device=stream.device) % self.num_goals]
+            order = stream.child("goals").choice((), self.num_goals, self.num_goals)
+            goals = fixed[order[torch.arange(count, device=stream.device) % self.num_goals]]
         else:
             goals = self.draw_goals(count, stream.child("goals"))
         return goals, stream.child("keys").bits((count,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -62,6 +63,11 @@ class Table(SupervisedDomain):
         if classes is not None and (len(targets) > 1 or len({*classes}) < len(classes)):
             raise MamlError(
                 f"domain.targets={[*targets]}, domain.classes={[*classes]}: classes are different values of one column"
+            )
+        if repeated := [name for name, count in Counter([task, *inputs, *targets]).items() if count > 1]:
+            raise MamlError(
+                f"domain.inputs={[*inputs]}, domain.targets={[*targets]}: the column {repeated[0]!r} is named twice; "
+                "name each column once, as the task, an input or a target"
             )
         self.in_shape = (len(inputs),)
         self.classes = None if classes is None else list(classes)

@@ -22,6 +22,9 @@ from maml.types import Params
 Loss = Callable[[Params, int], Tensor]
 """Loss of T tasks, ``(T,)``, as a function of their parameters and of the gradient step."""
 
+_WITHOUT_SHIFTS = "!*.shift"
+"""The pattern of the defaults, which may match nothing: some networks have no shifts of normalisation."""
+
 _LEARNED_PREFIX = "inner."
 """Names of parameters that an inner optimizer adds to theta start with this."""
 
@@ -137,11 +140,14 @@ class Inner(ABC):
         chosen: set[str] = set()
         for pattern in self.patterns:
             matched = {name for name in names if fnmatchcase(name, pattern.removeprefix("!"))}
-            # A pattern with ``!`` may match nothing: the default excludes normalisation shifts, and some networks have
-            # none.
-            if not matched and not pattern.startswith("!"):
+            if not matched and pattern != _WITHOUT_SHIFTS:
                 raise MamlError(
                     f"inner.adapt={self.patterns}: {pattern!r} matches no parameter; there are {', '.join(names)}"
+                )
+            if matched and pattern.startswith("!") and not chosen & matched:
+                raise MamlError(
+                    f"inner.adapt={self.patterns}: {pattern!r} excludes nothing that the patterns before it choose; "
+                    "put it after them, as in inner.adapt=['*','!head.*']"
                 )
             chosen = chosen - matched if pattern.startswith("!") else chosen | matched
         if not chosen:

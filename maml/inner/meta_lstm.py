@@ -12,7 +12,7 @@ from torch import Tensor
 from maml.inner.base import Inner
 from maml.pictures import Lines, Picture
 from maml.seeding import Stream
-from maml.types import Count, NonNegativeInt, Params, PositiveFloat
+from maml.types import Count, Params, PositiveFloat
 
 _P = 10  # the scale of `preprocess`
 _GATES = ("forget", "input")
@@ -47,7 +47,7 @@ class MetaLSTM(Inner):
 
     def __init__(
         self,
-        num_steps: NonNegativeInt,
+        num_steps: Count,
         order: Literal[1, 2],
         adapt: list[str],
         hidden_size: Count = 20,

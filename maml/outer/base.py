@@ -122,6 +122,11 @@ class Outer(ABC):
         """Whether the update of one entry of theta depends on the gradient of other entries."""
         return False
 
+    @property
+    def changes_step_size(self) -> bool:
+        """Whether the step size is a function of the number of updates."""
+        return False
+
     @abstractmethod
     def init_state(self, theta: Params) -> OuterState:
         """Returns the optimizer's state before the first update."""

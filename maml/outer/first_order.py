@@ -39,6 +39,10 @@ class FirstOrder(Outer):
         """Whether the norm of the whole meta-gradient is clipped."""
         return self.clip_norm is not None
 
+    @property
+    def changes_step_size(self) -> bool:
+        return self.schedule is not None
+
     def init_state(self, theta: Params) -> OuterState:
         """Returns the step counter, zero. It is a tensor, so that a CUDA graph can update it."""
         return {"step": torch.zeros((), dtype=torch.float64, device=next(iter(theta.values())).device)}

@@ -49,6 +49,10 @@ class SGD(FirstOrder):
         self.num_iterations, self.momentum = num_iterations, momentum
         self.final_step_size = step_size if final_step_size is None else final_step_size
 
+    @property
+    def changes_step_size(self) -> bool:
+        return super().changes_step_size or self.final_step_size != self.step_size
+
     def init_state(self, theta: Params) -> OuterState:
         """Returns the step counter and, with momentum, the velocity, zero."""
         state = super().init_state(theta)

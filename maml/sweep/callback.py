@@ -25,8 +25,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from maml.config.compose import plain_overrides, settings_of
+from maml.config.compose import plain_overrides, settings_of, to_plain_config
 from maml.config.identity import digest
+from maml.config.schema import build_without_data
 from maml.errors import Interrupted, MamlError
 from maml.hardware.distributed import launched_processes
 from maml.record.atomic import remove_leftovers, write_json_atomically
@@ -39,9 +40,11 @@ from maml.sweep.state import SWEEP, SweepReader, describe, job_overrides, summar
 from maml.sweep.summary import summarise
 
 
-def _direction(domain: str) -> str:
+def _direction(domain: DictConfig) -> str:
     """Returns the direction in which a sweeper optimises a domain's headline number."""
-    target: Any = get_class(domain)
+    target: Any = get_class(domain["_target_"])
+    if not hasattr(target, "larger_is_better"):  # in some domains, it depends on their arguments
+        target = build_without_data(to_plain_config(domain))
     return "maximize" if target.larger_is_better else "minimize"
 
 

@@ -274,6 +274,10 @@ def test_parts_that_do_not_fit_are_refused(tiny: TinyRuns, tiny_images: TinyRuns
             tiny_images.config("algorithm=siamese", "inner=learned_sgd", "inner.num_steps=1"),
             "does not differentiate through adaptation",
         ),
+        (
+            tiny_images.config("algorithm=context_vector", "model.dropout=0.1"),
+            r"model\.dropout=0\.1, but ContextVector drops no values .* set it to 0, or",
+        ),
         (tiny_images.config("model.dropout=0.1"), r"model\.dropout=0\.1, but MAML drops no values .* set it to 0, or"),
     ):
         with pytest.raises(MamlError, match=reason):

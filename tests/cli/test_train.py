@@ -164,6 +164,53 @@ def test_values_of_the_experiment_for_another_option_are_named(
 
 
 @pytest.mark.parametrize(
+    ("words", "asked", "has"),
+    [
+        (
+            ["algorithm=prototypical"],
+            "inner.num_steps=0 evaluation.num_steps=0",
+            "inner.num_steps=1 evaluation.num_steps=5",
+        ),
+        (["algorithm=prototypical", "inner.num_steps=0"], "evaluation.num_steps=0", "evaluation.num_steps=5"),
+        (["algorithm=reptile"], "inner.step_size=0.001 inner.num_steps=5", "inner.step_size=0.4 inner.num_steps=1"),
+        (["algorithm=random_init"], "num_iterations=0", "num_iterations=60000"),
+        (["algorithm=random_init", "+debug=smoke"], "", ""),
+        (["algorithm=prototypical", "inner.num_steps=1", "evaluation.num_steps=0"], "", ""),
+        (["algorithm=reptile", "inner=adam", "inner.step_size=0.001", "inner.num_steps=5"], "", ""),
+        (["algorithm=fomaml"], "", ""),
+        (["algorithm=context_vector"], "", ""),
+    ],
+)
+def test_option_and_experiment_that_ask_for_different_values_are_refused(
+    words: list[str],
+    asked: str,
+    has: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    places = [f"data_dir={tmp_path}", f"cache_dir={tmp_path}", f"runs_dir={tmp_path / 'runs'}"]
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [mini_imagenet_5way_1shot]\ninner: {step_size: 0.4, num_steps: 1}\n"
+        "evaluation: {num_steps: 5}\n"
+    )
+    settings = ["--config-dir", str(tmp_path / "conf"), *places, "+experiment=mine"]
+    monkeypatch.setattr("sys.argv", ["/v/bin/maml", "train", *settings, *words])
+    with pytest.raises(SystemExit):  # the photos are missing
+        main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    if asked:
+        assert line == (
+            f"{words[0]} asks for {asked}, but +experiment=mine sets {has}; add one or the other to the command, to "
+            "say which is meant"
+        )
+    else:
+        assert "mini-ImageNet not found" in line
+
+
+@pytest.mark.parametrize(
     ("launcher", "plugin", "words", "said"),
     [
         (

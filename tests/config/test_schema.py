@@ -92,6 +92,7 @@ def refusal(config: Config | Settings) -> str:
         ("model.hidden_sizes", [2**63], "model.hidden_sizes=[9223372036854775808]: an integer is below 2^63"),
         ("run_dir", "", "run_dir='': a path cannot be empty; the current folder is '.'"),
         ("inner.step_size", 1e300, "inner.step_size=1e+300: a number is at most 3.4e+38, the largest of float32"),
+        ("inner.step_size", 1e-50, "inner.step_size=1e-50: a number is 0 or at least 1.2e-38, the smallest of float32"),
         ("data_dir", " ", "data_dir=' ': a path cannot be empty"),
         ("run_dir", "a\0b", "run_dir='a\\x00b': a path cannot have a zero byte"),
         ("checkpoint", "a/" * 2000, "it has 4000 bytes; a path has at most 3900 here"),

@@ -59,7 +59,7 @@ def test_training_directions_are_forward_or_backward_with_equal_chances(domain: 
 def test_fixed_goals_are_drawn_once_and_for_all() -> None:
     for domain in (AntVelocity(goal_range=(0.0, 3.0), num_goals=8), CheetahDirection(num_goals=1)):
         first, later = (domain.sample_tasks(20, Stream(seed))["goals"] for seed in (0, 1))
-        assert torch.equal(first, later)
+        assert torch.equal(first.unique(), later.unique())
         assert len(first.unique()) == domain.num_goals
 
 

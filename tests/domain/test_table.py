@@ -192,6 +192,8 @@ def test_facts_are_known_without_the_table(data_dir: Path) -> None:
         ({"part": "tset"}, {}, "each task has one split, train, val or test, in the column 'part', but . has"),
         ({}, {"targets": ["odd", "y"], "classes": [0, 1]}, "classes are different values of one column"),
         ({}, {"targets": ["odd"], "classes": [0, 0]}, "classes are different values of one column"),
+        ({}, {"targets": ["x"]}, "the column 'x' is named twice"),
+        ({}, {"inputs": ["x", "x"]}, "the column 'x' is named twice"),
         ({}, {"split": [0.6, 0.2, 0.3]}, "three shares"),
         ({}, {"split": [1.0, 0.0, 0.0]}, "leaves no tasks for test"),
         ({}, {"num_shots": 3}, "num_shots=3 plus num_query=3 is 6, but task a has 4 rows, task c has 5 rows; lower"),

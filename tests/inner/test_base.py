@@ -38,6 +38,10 @@ def test_patterns_choose_what_adapts() -> None:
 def test_patterns_that_match_nothing_are_refused() -> None:
     with pytest.raises(MamlError, match=r"'heads\.\*' matches no parameter; there are conv1\.weight"):
         sgd(["*", "heads.*"]).adapted_names(NAMES)
+    with pytest.raises(MamlError, match=r"'!hed\.\*' matches no parameter"):
+        sgd(["*", "!hed.*"]).adapted_names(NAMES)
+    with pytest.raises(MamlError, match=r"'!head\.\*' excludes nothing that the patterns before it choose"):
+        sgd(["!head.*", "*"]).adapted_names(NAMES)
     with pytest.raises(MamlError, match="leaves no parameter"):
         sgd(["*", "!*"]).adapted_names(NAMES)
 

@@ -351,10 +351,23 @@ def test_optuna_looks_where_the_domain_is_better(capsys: pytest.CaptureFixture[s
     assert config.evaluation["split"] == "val"
 
 
-@pytest.mark.parametrize(("domain", "direction"), [("sinusoid", "minimize"), ("omniglot", "maximize")])
-def test_direction_is_that_of_the_domain(domain: str, direction: str) -> None:
-    target = OmegaConf.load(CONF / "domain" / f"{domain}.yaml")._target_
-    assert OmegaConf.create({"direction": f"${{direction:{target}}}"}).direction == direction
+@pytest.mark.parametrize(
+    ("domain", "keys", "direction"),
+    [
+        ("sinusoid", {}, "minimize"),
+        ("omniglot", {}, "maximize"),
+        ("table", {"classes": None}, "minimize"),
+        ("table", {"classes": ["no", "yes"]}, "maximize"),
+    ],
+)
+def test_direction_is_that_of_the_domain(domain: str, keys: dict[str, Any], direction: str) -> None:
+    if domain == "table":
+        keys = keys | {"file": "t.csv", "task": "who", "inputs": ["a"], "targets": ["b"], "split": "part"}
+    part = OmegaConf.merge(OmegaConf.load(CONF / "domain" / f"{domain}.yaml"), keys)
+    config = OmegaConf.create(
+        {"data_dir": "d", "cache_dir": "c", "domain": part, "direction": "${direction:${domain}}"}
+    )
+    assert config.direction == direction
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
