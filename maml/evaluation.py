@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maml.algorithm.base import Algorithm
 from maml.curve import Curve
-from maml.domain.base import Domain, Predictions
+from maml.domain.base import Domain, Metrics, Predictions
 from maml.errors import Diverged, MamlError
 from maml.hardware import distributed
 from maml.hardware.memory import halve_chunk_on_oom
@@ -226,6 +226,17 @@ class Evaluation:
             return domain.authors_test_tasks(count, num_shots)
         return domain.sample_tasks(count, Stream(self.bank_seed).child("bank"), split, num_shots, num_query)
 
+    def measure(self, algorithm: Algorithm, adapted: Params, tasks: Tasks, step: int) -> Metrics:
+        """Returns the metrics of each task after ``step`` gradient steps, each ``(T,)``; a subclass can add some.
+
+        Args:
+            algorithm: the algorithm, whose own metrics these are.
+            adapted: parameters adapted to each task, name -> ``(T, ...)``.
+            tasks: T tasks, with their rollouts if the domain is on-policy.
+            step: the gradient step.
+        """
+        return algorithm.measure(adapted, tasks, step)
+
     def check_algorithm(self, algorithm: Algorithm) -> None:
         """Checks, before any training, that an algorithm has what the evaluation asks for.
 
@@ -429,7 +440,7 @@ class Evaluation:
             start_params = algorithm.params_per_task(num_tasks(tasks), theta)
             adaptation = algorithm.adapt(start_params, tasks, self.num_steps, step_sizes)
             for step, adapted in enumerate(adaptation):
-                for name, value in algorithm.measure(adapted, tasks, step).items():
+                for name, value in self.measure(algorithm, adapted, tasks, step).items():
                     steps.setdefault(name, []).append(value)
                 num_done = start + num_tasks(tasks) * (step + 1) / (self.num_steps + 1)
                 show(num_done / num_tasks(bank))

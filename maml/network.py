@@ -115,7 +115,11 @@ class Network:
         return torch.stack(read)
 
     def _read(self, picture: str | Path | Image.Image, number: int) -> Tensor:
-        has_levels = getattr(self._inputs, "scale", 1.0) != 1
+        if not isinstance(self._inputs, FewShotClassification):
+            raise MamlError(
+                f"{type(self._inputs).__name__} does not say how a picture becomes its input; give `adapt` tensors"
+            )
+        has_levels = self._inputs.scale != 1
         is_drawing = self.in_shape[-1] == 1 and (not has_levels or isinstance(self._inputs, Omniglot))
         name: Any = picture
         try:
@@ -379,8 +383,6 @@ class Predictor:
     def outputs(self, x: Inputs, transductive: bool = False) -> Tensor:
         """Returns the outputs of the adapted network, ``(Q, N)`` for N classes; in regression, ``(Q, D)``.
 
-        In regression they are always transductive, as in meta-test.
-
         Raises:
             MamlError: if x does not fit the network.
         """
@@ -389,17 +391,15 @@ class Predictor:
 
     def _outputs(self, x: Inputs, transductive: bool) -> Tensor:
         inputs = self.network.prepare(x)
-        if self.classes is None:
-            return self.network.model(self.params, inputs.unsqueeze(0))[0]
-        # The network has an output for each class of a training task; a task with fewer classes uses the first ones.
-        ways = len(self.classes)
         if self.labels is not None:
-            return self._outputs_after_support(inputs, self.labels)[:, :ways]
-        if transductive:
-            return self.network.model(self.params, inputs.unsqueeze(0))[0, :, :ways]
-        both = torch.cat([self.support, inputs]).unsqueeze(0)
-        count = len(self.support)
-        return self.network.model(self.params, both, num_reference=count)[0, count:, :ways]
+            outputs = self._outputs_after_support(inputs, self.labels)
+        elif transductive:
+            outputs = self.network.model(self.params, inputs.unsqueeze(0))[0]
+        else:
+            both, count = torch.cat([self.support, inputs]).unsqueeze(0), len(self.support)
+            outputs = self.network.model(self.params, both, num_reference=count)[0, count:]
+        # The network has an output for each class of a training task; a task with fewer classes uses the first ones.
+        return outputs if self.classes is None else outputs[:, : len(self.classes)]
 
     def _outputs_after_support(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Returns the outputs for each input as the last element of a sequence, ``(Q, out_dim)``."""

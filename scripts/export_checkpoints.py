@@ -5,7 +5,8 @@
 Parameters above 1.5 MB are not exported: their index entry names the run folder in results/runs that has them. A cell
 or curve has the parameters of one of its runs: the complete run with the lowest seed, or, if there is none, the
 run with the most iterations; the index contains the iteration. Equal runs give equal bytes. If a run's checkpoint.pt no
-longer exists, its exported file is kept. Files that no number needs are deleted.
+longer exists, its exported file is kept, and so is that of a run that is damaged or in none of the folders. Files that
+no number needs are deleted.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     runs, problems = find_runs(*options.runs_dir)
     before, index = read_index(options.out), Index()
+    seen = {run.record.run_id for run in runs}
 
     @cache
     def find(source: Source) -> Evidence:
@@ -64,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (source, steps) in named_sources(RESULTS).items():
         evidence = find(source)
         if not evidence.evaluated:
+            kept = before.cells.get(name)
+            if kept and before.files[kept.file].run_id not in seen:  # its run is damaged, or in another folder
+                index.cells[name], index.files[kept.file] = kept, before.files[kept.file]
             continue
         run, report = evidence.evaluated[0]
         file = f"{run.path.parent.name}_{report.run_id}.safetensors"
@@ -99,7 +104,7 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
         MamlError: if there is no checkpoint of the report's iteration, or if it is too large and not in ``runs`` beside
             the folder of exported files.
     """
-    for folder in (other.path for other in runs if other.record.run_id == report.run_id):
+    for folder in (other.path for other in runs if _has_report(other, report)):
         if not (folder / "checkpoint.pt").exists():
             continue
         saved = checkpoint.load(folder / "checkpoint.pt")
@@ -133,6 +138,15 @@ def export(runs: Sequence[Run], run: Run, report: Report, path: Path, before: Ex
         execution=saved["execution"],
         versions=last.versions,
         hardware=last.hardware.model_dump(exclude_unset=True),
+    )
+
+
+def _has_report(run: Run, report: Report) -> bool:
+    """Returns whether a run is that of a report, or a copy. Another machine's has the same id, but other numbers."""
+    return run.record.run_id == report.run_id and any(
+        not each.difference(report)
+        for each in run.reports
+        if (each.evaluation, each.iteration) == (report.evaluation, report.iteration)
     )
 
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -289,6 +290,14 @@ class Pool:
         self._room = limit or len(self._gpus) or os.cpu_count() or 1
         self._trained_elsewhere: set[str] = set()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Stops the jobs if this program fails: nobody would wait for them, and they save what they have."""
+        if kind is not None:
+            self.send(signal.SIGTERM)
+
     def start_waiting(self) -> None:
         """Starts waiting jobs, in their order, while there is room."""
         for job in tuple(self.waiting):
@@ -383,8 +392,8 @@ def run_jobs(jobs: Sequence[Job], limit: int | None, budget: float | None = None
     # Jobs save and end within this time. An iteration of reinforcement learning on a CPU takes up to half a minute.
     stop_at = end - min(60.0, (budget or 0.0) / 5)
     print(f"{_counts(jobs)}")
-    with _signals() as received, _StatusDisplay() as display:
-        pool, passed_on, is_late = Pool(jobs, limit, display), 0, False
+    with _signals() as received, _StatusDisplay() as display, Pool(jobs, limit, display) as pool:
+        passed_on, is_late = 0, False
         while pool.workers or (pool.waiting and not received and not is_late):
             if not received and not is_late and time.monotonic() >= stop_at:
                 is_late = True

@@ -117,7 +117,7 @@ def animate(settings: Settings, experiment: str, options: argparse.Namespace) ->
 
     numbers = ", ".join(f"{number:.2f}" for number in goal.tolist())
     heading = f"{experiment}, goal {options.goal}: {numbers}"
-    path = options.output or run.path / f"policy_goal_{options.goal}.gif"
+    path = options.output or run.trained_in / f"policy_goal_{options.goal}.gif"
     save(path, heading, episodes)
     print(f"{heading}, iteration {iteration} of {settings.num_iterations}")
     for episode in episodes:

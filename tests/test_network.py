@@ -28,6 +28,7 @@ from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.hardware.precision import Precision, use_precision
 from maml.network import Network
+from maml.seeding import Stream
 from maml.types import Params, num_tasks, take
 from tests.runs import ROOT, TinyRuns
 from tests.scripts.test_render import trained
@@ -66,8 +67,9 @@ def test_sinusoid_adapts_and_predicts_as_the_framework() -> None:
     _, found = by_the_framework(network, compose_experiment(SINUSOID), task=3, num_shots=5)
     predictor = network.adapt(found["support"].x[0].numpy(), found["support"].y[0].tolist())
     assert same(predictor.params, found["params"])
-    values = predictor(found["query"].x[0])
+    values = predictor(found["query"].x[0], transductive=True)
     assert isinstance(values, Tensor)
+    torch.testing.assert_close(predictor(found["query"].x[0]), values)
     assert (values - found["query"].y[0]).square().mean().item() == found["measured"]["mse"].item()
     assert same(network.adapt(found["support"].x[0, :, 0], found["support"].y[0]).params, found["params"])
     assert network.adapt(found["support"].x[0], found["support"].y[0], num_steps=0)([[0.5]]).shape == (1, 1)
@@ -319,6 +321,20 @@ def test_network_of_an_own_domain_of_sequences_reads_its_elements() -> None:
     x = torch.tensor([[0, 1, 0, 0], [1, 0, 1, 0], [0.5, 1, 0, 1], [1, 0.5, 1, 0]])
     x = F.pad(x, (0, algorithm.domain.out_dim - 2)).reshape(1, 1, 4, -1)
     torch.testing.assert_close(found, algorithm.model(algorithm.params_per_task(1), x)[0, :, :2].softmax(-1))
+
+
+def test_values_of_a_network_with_batch_normalisation_do_not_depend_on_other_inputs() -> None:
+    settings = compose_experiment(OMNIGLOT)
+    images = FixedExamples((28, 28, 1), classes=False)
+    algorithm = build_algorithm(settings, Hardware("cpu"), images)
+    network = Network("own", 0, 0, algorithm, build(settings.evaluation), {})
+    x, y = Stream(0).uniform((6, 28, 28, 1)), Stream(1).uniform((4, 1))
+    predictor = network.adapt(x[:4], y)
+    both, alone = predictor(x[4:6]), predictor(x[4:5])
+    torch.testing.assert_close(both[:1], alone)
+    assert not torch.allclose(predictor(x[4:6], transductive=True)[:1], alone, rtol=1e-2)
+    with pytest.raises(MamlError, match=r"FixedExamples does not say how a picture becomes its input"):
+        network.read([Image.new("L", (28, 28))])
 
 
 def test_policy_is_shown_and_not_adapted_to_examples(tmp_path: Path) -> None:

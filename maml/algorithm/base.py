@@ -54,7 +54,7 @@ class Algorithm(ABC):
         differentiates_adaptation: whether the meta-gradient is taken through adaptation. Only then ``inner.order``
             matters, and the inner optimizer's own parameters (step sizes, an LSTM) can be learnt.
         trained_as: the address of the class whose training runs this class shares, because the two differ in meta-test
-            only; None if it has runs of its own.
+            only; None if it has runs of its own. A subclass does not inherit it, because it may train in another way.
         learns_from_rollouts: whether it can learn from data that depends on theta, as rollouts do.
         shares_weights: whether `task_losses` gets one copy of the parameters for all tasks, because nothing adapts in
             training. Their leading axis is then 1, or the number of seeds, and a layer computes the examples of all
@@ -182,8 +182,9 @@ class Algorithm(ABC):
 
         Returns:
             The losses, ``(T,)``, and further metrics by name, each ``(T,)``. A metric named ``loss`` is logged instead
-            of the losses. For every buffer there must be a metric with its name, which holds the buffer's new value
-            for each task, ``(T, ...)``; the buffer becomes the mean over tasks.
+            of the losses; with TRPO, which lowers the losses themselves, it is refused. For every buffer there must be
+            a metric with its name, which holds the buffer's new value for each task, ``(T, ...)``; the buffer becomes
+            the mean over tasks.
         """
 
     def collect(self, params: Params, tasks: Tasks) -> None:

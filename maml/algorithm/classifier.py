@@ -23,8 +23,8 @@ _MOMENTUM = 0.1  # weight of the newest batch in the running statistics
 class Classifier(Algorithm):
     """Trains a network to classify all training classes. In meta-test it normalises with running statistics.
 
-    Subclasses differ in meta-test only, so they share one training run. ``meta_batch_size`` is the number of images
-    in a batch.
+    The two baselines differ in meta-test only, so they share one training run. ``meta_batch_size`` is the number of
+    images in a batch.
 
     Args:
         parts: the domain, model, optimizers and stream.
@@ -33,7 +33,6 @@ class Classifier(Algorithm):
         MamlError: if the domain is not an image set, or the model has no features.
     """
 
-    trained_as = "maml.algorithm.classifier.Classifier"
     sums_over_tasks = False  # a batch is one task, normalised as a whole
 
     def __init__(self, parts: Parts) -> None:

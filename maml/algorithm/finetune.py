@@ -19,6 +19,7 @@ class FineTune(Classifier):
     which layers are fine-tuned; in the experiments all are.
     """
 
+    trained_as = "maml.algorithm.classifier.Classifier"
     fixes_ways = False
 
     def __init__(self, parts: Parts) -> None:

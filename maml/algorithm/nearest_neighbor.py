@@ -17,6 +17,7 @@ class NearestNeighbor(Classifier):
     The features are those of the pretrained classifier.
     """
 
+    trained_as = "maml.algorithm.classifier.Classifier"
     fixes_ways = False
 
     def __init__(self, parts: Parts) -> None:

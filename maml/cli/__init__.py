@@ -16,6 +16,7 @@ usage: maml COMMAND ...
   maml eval ARGS...       evaluate the newest checkpoint of the run with these ARGS
   maml list [TEXT]        list the experiments whose name or description contains TEXT
   maml describe [KEY]     describe a key (inner.step_size), a config group (domain) or an option (model=conv4)
+                          both also take --config-dir DIR, for options and experiments of your own
   maml --version
 """
 
@@ -30,21 +31,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: if the command fails, with status 2 for an unknown command and 1 for wrong arguments.
     """
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if command in ("train", "eval", "list", "describe"):
+        sys.path.insert(0, os.getcwd())  # so that a user's classes can be imported, as with `python train.py`
     if command in ("train", "eval"):
         from maml.cli.train import main as train
 
-        sys.path.insert(0, os.getcwd())  # so that a user's classes can be imported, as with `python train.py`
         sys.argv[1:] = rest if command == "train" else eval_arguments(rest)
         train()
     elif command in ("-h", "--help") or (command in ("list", "describe") and rest in (["-h"], ["--help"])):
         print(_USAGE, end="")
     elif command in ("list", "describe"):
         from maml.cli import show
+        from maml.config.hints import split_config_dirs
 
         try:
-            if len(rest) > 1:
-                raise MamlError(f"maml {command} takes one word, but there are {len(rest)}: {' '.join(rest)}")
-            print(show.experiments(*rest) if command == "list" else show.description(*rest))
+            own, words = split_config_dirs(rest)
+            if len(words) > 1:
+                raise MamlError(f"maml {command} takes one word, but there are {len(words)}: {' '.join(words)}")
+            print((show.experiments if command == "list" else show.description)("".join(words), own))
         except MamlError as error:
             sys.exit(str(error))
     elif command == "--version":

@@ -6,6 +6,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maml.config import files
@@ -17,16 +18,17 @@ if TYPE_CHECKING:
     from maml.config.reference import Group, Key, Option
 
 
-def experiments(text: str = "") -> str:
+def experiments(text: str = "", own: tuple[Path, ...] = ()) -> str:
     """Returns one line per experiment: its name, and the first sentence of its file.
 
     Args:
+        own: folders with a user's experiments, which are listed too.
         text: only experiments whose name or sentence contains this text are listed; upper case does not matter.
 
     Raises:
         MamlError: if no experiment contains the text.
     """
-    rows = [(path.stem, files.read(path).summary) for path in sorted((CONF / "experiment").glob("*.yaml"))]
+    rows = [(path.stem, files.read(path).summary) for folder in (CONF, *own) for path in _experiments(folder)]
     matches = [row for row in rows if text.lower() in " ".join(row).lower()]
     if not matches:
         words = sorted({word for name, _ in rows for word in name.split("_")})
@@ -34,15 +36,23 @@ def experiments(text: str = "") -> str:
     return _columns(matches)
 
 
-def description(name: str = "") -> str:
+def _experiments(folder: Path) -> list[Path]:
+    return sorted((folder / "experiment").glob("*.yaml"))
+
+
+def description(name: str = "", own: tuple[Path, ...] = ()) -> str:
     """Describes a key, a config group or an option; without a name, all groups and the keys of the root.
+
+    Args:
+        name: the key, group or option.
+        own: folders with a user's options, which are described too.
 
     Raises:
         MamlError: if the name is unknown; the message suggests a similar one.
     """
     from maml.config.reference import reference  # imported here because it imports the whole framework
 
-    root, *groups = reference()
+    root, *groups = reference(own=own)
     name = name.lstrip("+")
     if not name:
         return "\n\n".join((_group_list(groups), _option(root.options[0])))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from maml.config.paths import CONF
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -64,7 +66,8 @@ def read(path: Path) -> ConfigFile:
                     if value.value != "null":
                         choices[name] = value.value
             elif node.value != "_self_":
-                other = read(path.with_name(f"{node.value}.yaml"))
+                beside = path.with_name(f"{node.value}.yaml")  # a user's file can include one of the project
+                other = read(beside if beside.exists() else CONF / path.parent.name / beside.name)
                 entries |= other.entries
                 choices |= other.choices
         entries |= dict(_entries(root, "", is_global, text, lines))

@@ -7,7 +7,6 @@ import importlib.metadata
 import shutil
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -57,7 +56,7 @@ def explain_override_error(arguments: Sequence[str]) -> bool:
 def _override_errors(arguments: Sequence[str]) -> list[str]:
     experiments = {path.stem for path in CONF.glob("experiment/*.yaml")}
     lines = [f"{word}: did you mean +experiment={word}?" for word in arguments if word in experiments]
-    folders = [CONF, *_config_dirs(arguments)]
+    folders = [CONF, *split_config_dirs(arguments)[0]]
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     known = _known_keys([override for override in overrides if _is_group(override)], folders)
     for override in overrides:
@@ -100,6 +99,8 @@ def _option_errors(override: str, folders: Sequence[Path]) -> list[str]:
     options = _options(group.name, folders)
     for choice in _choices(override, folders):
         if choice in options:
+            if group.name == "experiment":
+                lines += _missing_package(choice, folders)
             continue
         hint = near_miss(choice, options)
         if group.name == "experiment":  # there are too many to list
@@ -111,6 +112,16 @@ def _option_errors(override: str, folders: Sequence[Path]) -> list[str]:
         if value == "slurm" and shutil.which("srun") is None:
             lines.append("launcher=slurm: this machine has no SLURM (srun not found); launcher=slurm_local needs none")
     return lines
+
+
+def _missing_package(experiment: str, folders: Sequence[Path]) -> list[str]:
+    """Says that an experiment's file sets no other groups, because it lacks a line of Hydra's."""
+    files = [folder / "experiment" / f"{experiment}.yaml" for folder in folders]
+    return [
+        f"{file}: an experiment sets keys of all groups, so its first line has to be `# @package _global_`"
+        for file in files
+        if file.exists() and "# @package _global_" not in file.read_text().splitlines()
+    ]
 
 
 def _key_errors(name: str, known: DictConfig) -> list[str]:
@@ -146,8 +157,19 @@ def _choices(override: str, folders: Sequence[Path]) -> list[str]:
     return [getattr(choice, "text", str(choice)) for choice in value.list] if isinstance(value, ChoiceSweep) else [text]
 
 
-def _config_dirs(arguments: Sequence[str]) -> list[Path]:
-    """Returns the user's own folders of config files, ``--config-dir``."""
-    folders = [following for word, following in pairwise(arguments) if word in ("--config-dir", "-cd")]
-    folders += [word.partition("=")[2] for word in arguments if word.startswith("--config-dir=")]
-    return [Path(folder) for folder in folders]
+def split_config_dirs(arguments: Sequence[str]) -> tuple[tuple[Path, ...], list[str]]:
+    """Splits the user's own folders of config files, ``--config-dir``, from the other words of a command.
+
+    Returns:
+        The folders and the other words.
+    """
+    folders, others, left = [], [], list(arguments)
+    while left:
+        word = left.pop(0)
+        if word in ("--config-dir", "-cd") and left:
+            folders.append(Path(left.pop(0)))
+        elif word.startswith("--config-dir="):
+            folders.append(Path(word.partition("=")[2]))
+        else:
+            others.append(word)
+    return tuple(folders), others

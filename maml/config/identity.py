@@ -49,7 +49,8 @@ def evaluation_config(settings: Settings) -> dict[str, Any]:
 def _trained_as(settings: Settings) -> str | None:
     """Returns the algorithm that trains identically and differs in meta-test only; None if there is none."""
     algorithm: Any = locate(settings.algorithm["_target_"])
-    return algorithm.trained_as
+    trained_as: str | None = vars(algorithm).get("trained_as")  # a subclass may train in another way
+    return trained_as
 
 
 def _differences_from_defaults(path: str, value: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,11 +119,12 @@ _MEANINGS = {
 
 
 @cache
-def reference(conf: Path = CONF) -> tuple[Group, ...]:
+def reference(conf: Path = CONF, own: tuple[Path, ...] = ()) -> tuple[Group, ...]:
     """Returns the root, then every config group, with all options and their keys.
 
     Args:
         conf: folder of the yaml files.
+        own: further folders, with a user's options.
     """
     chosen = files.read(conf / "config.yaml").choices
     meanings = _meanings(Settings) | _MEANINGS
@@ -133,14 +134,14 @@ def reference(conf: Path = CONF) -> tuple[Group, ...]:
             name,
             _as_sentence(meanings.get(name, "")),
             chosen.get(name),
-            tuple(_option(path, name) for path in _files(conf, name)),
+            tuple(_option(path, name) for folder in (conf, *own) for path in _files(folder, name)),
         )
         for name in names
     )
 
 
 def _files(conf: Path, group: str) -> list[Path]:
-    return sorted((conf / group).glob("*.yaml")) if group else [conf / "config.yaml"]
+    return sorted((conf / group).glob("*.yaml") if group else conf.glob("config.yaml"))
 
 
 def _option(path: Path, group: str) -> Option:

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from maml.algorithm.base import Algorithm
 from maml.config.hints import near_miss
 from maml.config.names import check_allowed, locate, locate_callable, named_modules
-from maml.domain.base import Domain
+from maml.domain.base import Domain, without_data
 from maml.errors import MamlError, UnknownKeys
 from maml.evaluation import Evaluation
 from maml.hardware.base import Hardware
@@ -363,9 +363,10 @@ def build(part: Part, **supplied: Any) -> Any:
 
 
 def build_without_data(domain: Part) -> Domain[Any]:
-    """Builds a domain without reading its data set (`Domain.without_data`)."""
-    cls: Any = locate(domain["_target_"])
-    return cls.without_data(**_arguments(domain))
+    """Builds a domain, and domains among its arguments, without reading a data set (`Domain.without_data`)."""
+    with without_data():
+        built: Domain[Any] = build(domain)
+    return built
 
 
 def _arguments(part: Part) -> dict[str, Any]:

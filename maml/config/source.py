@@ -26,7 +26,7 @@ _INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "p
 
 
 def code_hashes(settings: Settings) -> dict[str, str]:
-    """Returns a hash of the code of every class and environment outside this project that training uses.
+    """Returns a hash of the code of every class and environment outside this project that a run uses.
 
     The hash covers the module that defines the class and the modules of the user that it imports, but not those that
     only a function imports. It is a hash of the parsed code, so comments, docstrings and layout do not change it. A
@@ -39,7 +39,7 @@ def code_hashes(settings: Settings) -> dict[str, str]:
         Hashes of 12 hexadecimal digits, by ``_target_`` or ``env_id``; empty if all code is the project's. Code
         without a source file, such as a notebook's, has none.
     """
-    config = {part: getattr(settings, part) for part in TRAINING_PARTS}
+    config = {part: getattr(settings, part) for part in (*TRAINING_PARTS, "evaluation")}
     hashes = {}
     for key, name, _ in named_modules(config):
         is_class = key.endswith("_target_")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
@@ -43,6 +44,16 @@ _reads_data = ContextVar("reads_data", default=True)
 def reads_data() -> bool:
     """Returns whether a domain under construction reads its data set: not within `Domain.without_data`."""
     return _reads_data.get()
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Domains that are built within this context read no data set, as those of `Domain.without_data`."""
+    before = _reads_data.set(False)
+    try:
+        yield
+    finally:
+        _reads_data.reset(before)
 
 
 class Domain(ABC, Generic[Data]):
@@ -95,11 +106,8 @@ class Domain(ABC, Generic[Data]):
         Args:
             options: arguments of the constructor.
         """
-        before = _reads_data.set(False)
-        try:
+        with without_data():
             return cls(**options)
-        finally:
-            _reads_data.reset(before)
 
     def check_available(self) -> None:
         """Checks that the data set's files exist, without reading or downloading them. `without_data` can do this too.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from maml.config.names import locate
 from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.record.contents import Report, Source
-from maml.record.index import Run, conflicts_among
+from maml.record.index import Run, conflicts_among, samples
 from maml.record.statistics import Statistics, combine
 from maml.types import MeasuredBy
 
@@ -130,20 +130,6 @@ def find_evidence(source: Source, runs: Sequence[Run]) -> Evidence:
     if evaluated:
         return Evidence((max(evaluated, key=lambda pair: pair[1].iteration),))
     return Evidence(unevaluated=max(trained, key=lambda run: (run.alive, run.iteration), default=None))
-
-
-def samples(evaluated: Iterable[tuple[Run, Report]]) -> list[tuple[Run, Report]]:
-    """Returns runs with equal settings in the order of their seeds, without copies.
-
-    A seed that was run on several machines counts several times. Equal numbers are a copy of the run, or come from a
-    training without chance; they are no second sample, and the first counts.
-    """
-    by_seed: dict[int, list[tuple[Run, Report]]] = {}
-    for run, report in evaluated:
-        same_seed = by_seed.setdefault(report.seed, [])
-        if all(report.difference(other) for _, other in same_seed):
-            same_seed.append((run, report))
-    return [pair for seed in sorted(by_seed) for pair in by_seed[seed]]
 
 
 def _inner_order(settings: Settings) -> int | str:

@@ -355,7 +355,7 @@ class Estimate:
 def estimate(job: Job, runs: Sequence[Run]) -> Estimate:
     """Estimates a job's cost from the newest run with the same settings, if possible one on this machine."""
     hardware = build(job.settings.hardware).describe()
-    this_machine = HardwareRecord(cpu=hardware["cpu"], gpu=hardware.get("gpu"))
+    this_machine = _machine(HardwareRecord(cpu=hardware["cpu"], gpu=hardware.get("gpu")))
     varying = ("seed", "num_iterations")
     training = without_keys(training_config(job.settings), *varying)
     similar = [run for run in runs if without_keys(run.record.training, *varying) == training]
@@ -371,14 +371,19 @@ def estimate(job: Job, runs: Sequence[Run]) -> Estimate:
     ]
     if not timed:
         return Estimate(None, size)
-    run, machine = next((pair for pair in timed if pair[1] == this_machine), timed[0])
-    parts = [part for part in run.record.segments if part.hardware == machine]
+    run, machine = next((pair for pair in timed if _machine(pair[1]) == this_machine), timed[0])
+    parts = [part for part in run.record.segments if _machine(part.hardware) == _machine(machine)]
     seconds, iterations = (
         sum(values)
         for values in zip(*((part.seconds, part.last_iteration - part.first_iteration) for part in parts), strict=True)
     )
     hours = job.left * seconds / iterations / 3600
-    return Estimate(hours, size, "" if machine == this_machine else machine.gpu or machine.cpu)
+    return Estimate(hours, size, "" if _machine(machine) == this_machine else machine.gpu or machine.cpu)
+
+
+def _machine(hardware: HardwareRecord) -> tuple[str, str | None, int]:
+    """Returns what has to be equal for two times to be comparable; the other entries of a record say more."""
+    return hardware.cpu, hardware.gpu, hardware.processes
 
 
 def _size_in_bytes(folder: Path) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from maml.config.identity import digest, without_keys
 from maml.errors import MamlError
 from maml.record.contents import Report, Source
-from maml.record.index import Run
+from maml.record.index import Run, samples
 from maml.record.style import step_label
 
 RESAMPLES = 10_000
@@ -104,7 +104,7 @@ def groups_on_the_same_tasks(runs: Iterable[Run]) -> list[list[Tested]]:
             banks.setdefault(place, {}).setdefault(settings_but_seed(run, report), []).append((run, report))
     groups = []
     for (_, num_shots, _), methods in banks.items():
-        found = [tested for pairs in methods.values() if (tested := _tested(pairs, num_shots))]
+        found = [tested for pairs in methods.values() if (tested := _tested(samples(pairs), num_shots))]
         if len(found) > 1:
             sign = -1 if found[0].larger_is_better else 1
             groups.append(sorted(found, key=lambda each: sign * each.mean))

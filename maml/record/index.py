@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -106,6 +106,20 @@ class Run:
         """The environment of all its segments; None if they have different ones."""
         first, *others = (part.environment for part in self.record.segments)
         return first if all(other == first for other in others) else None
+
+
+def samples(evaluated: Iterable[tuple[Run, Report]]) -> list[tuple[Run, Report]]:
+    """Returns runs with equal settings in the order of their seeds, without copies.
+
+    A seed that was run on several machines counts several times. Equal numbers are a copy of the run, or come from a
+    training without chance; they are no second sample, and the first counts.
+    """
+    by_seed: dict[int, list[tuple[Run, Report]]] = {}
+    for run, report in evaluated:
+        same_seed = by_seed.setdefault(report.seed, [])
+        if all(report.difference(other) for _, other in same_seed):
+            same_seed.append((run, report))
+    return [pair for seed in sorted(by_seed) for pair in by_seed[seed]]
 
 
 def find_runs(*roots: Path) -> tuple[list[Run], list[str]]:

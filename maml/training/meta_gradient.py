@@ -227,6 +227,11 @@ class MetaGradient:
                 f"{tuple(losses.shape)} for {count} tasks; task_losses, and the domain's loss, return one number per "
                 "task, so do not average over tasks"
             )
+        if "loss" in metrics and algorithm.outer.needs_policy:
+            raise MamlError(
+                f"{type(algorithm).__name__}.task_losses returns a metric named loss, which would take the place of "
+                f"the loss that {type(algorithm.outer).__name__} lowers; give it another name"
+            )
         return losses, metrics
 
     def _chunk_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +62,22 @@ def test_describe_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "inner.order=1" in printed(capsys, "describe", "algorithm=fomaml")
     assert "Config groups" in printed(capsys, "describe")
     assert "num_iterations" in printed(capsys, "describe", "+experiment=sinusoid_10shot")
+
+
+def test_own_options_and_experiments_are_shown_beside_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    for name, text in (
+        ("experiment/mine", "# @package _global_\n# My sinusoids.\ndefaults: [sinusoid_10shot]\n"),
+        ("inner/mine", "# My steps.\n_target_: maml.inner.sgd.SGD\nstep_size: 0.3\n"),
+    ):
+        path = tmp_path / "conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    own = ("--config-dir", str(tmp_path / "conf"))
+    assert printed(capsys, "list", "mine", *own).split() == ["mine", "My", "sinusoids."]
+    assert "sinusoid_10shot" in printed(capsys, "list", *own)
+    text = printed(capsys, "describe", f"--config-dir={tmp_path / 'conf'}", "inner=mine")
+    assert "inner=mine: My steps." in text and "inner.step_size=0.3" in text
+    assert "sinusoid_10shot" in printed(capsys, "describe", "experiment", *own)

@@ -210,6 +210,23 @@ def test_option_and_experiment_that_ask_for_different_values_are_refused(
         assert "mini-ImageNet not found" in line
 
 
+@pytest.mark.parametrize("text", ["defaults: [override /inner: adam]\n", "num_iterations: 3\n"])
+def test_own_experiment_without_its_first_line_is_refused_with_the_line(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    path = tmp_path / "conf" / "experiment" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"# My experiment.\n{text}")
+    words = ["--config-dir", str(tmp_path / "conf"), "+experiment=mine", f"runs_dir={tmp_path / 'runs'}"]
+    monkeypatch.setattr("sys.argv", ["/v/bin/maml", "train", *words])
+    with pytest.raises(SystemExit):
+        main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"{path}: an experiment sets keys of all groups, so its first line has to be `# @package _global_`"
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("launcher", "plugin", "words", "said"),
     [

@@ -13,8 +13,9 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
+from maml.algorithm.finetune import FineTune
 from maml.config.compose import compose_experiment
-from maml.config.identity import differences, digest, training_config
+from maml.config.identity import differences, digest, evaluation_config, training_config
 from maml.config.schema import check
 from tests.config.test_schema import changed
 from tests.runs import ROOT, TinyRuns
@@ -161,3 +162,14 @@ def test_differences_name_both_values() -> None:
     assert differences({"a": 1, "b": 2}, {"b": 3, "c": 4}) == (
         "  a: 1 here, its default there\n  b: 2 here, 3 there\n  c: its default here, 4 there"
     )
+
+
+class OwnFineTune(FineTune):
+    """A baseline of a user, which may train in another way."""
+
+
+def test_subclass_has_runs_of_its_own(tiny: TinyRuns) -> None:
+    ours, neighbor = (tiny.config(f"algorithm={name}") for name in ("finetune", "nearest_neighbor"))
+    own = replace(ours, algorithm={"_target_": f"{__name__}.OwnFineTune"})
+    assert training_config(ours) == training_config(neighbor) != training_config(own)
+    assert "algorithm._target_" in evaluation_config(ours) and "algorithm._target_" not in evaluation_config(own)

@@ -185,3 +185,30 @@ def test_longer_run_goes_on_only_from_a_run_of_the_same_code(own_net: tuple[Sett
         assert record
         segments[num_iterations] = [segment["first_iteration"] for segment in record["segments"]]
     assert segments == {2: [0], 3: [0, 2], 4: [0]}
+
+
+EVALUATION = '''"""An evaluation."""
+from maml.evaluation import Evaluation
+
+
+class Own(Evaluation):
+    """Measures as ours does."""
+
+    factor = 1
+'''
+
+
+def test_changed_evaluation_is_refused(tiny: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ("evaluation._target_=own_evaluation.Own", "num_iterations=2", "hardware.compile=false")
+    for text in (EVALUATION, EVALUATION.replace("factor = 1", "factor = 100")):
+        (tmp_path / "own_evaluation.py").write_text(text)
+        os.utime(tmp_path / "own_evaluation.py", ns=(0, len(text) * 10**9))
+        sys.modules.pop("own_evaluation", None)
+        importlib.invalidate_caches()
+        if text is EVALUATION:
+            tiny.run(*words)
+    for mode in ("train", "eval"):
+        with pytest.raises(MamlError, match="own_evaluation"):
+            tiny.run(*words, f"mode={mode}")
+    sys.modules.pop("own_evaluation", None)

@@ -16,6 +16,7 @@ RUNS = {
     "setting": "head.*",
     "algorithm": "nearest_mean",
     "draws": "input_noise",
+    "evaluation": "worst_class",
     "module": "SmallNet",
     "environment": "Pendulum",
     "discrete": "Corridor",

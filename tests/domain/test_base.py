@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from maml.config.compose import compose_experiment
 from maml.config.schema import build, build_without_data
+from maml.domain.omniglot import Omniglot
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from maml.model.mlp import MLP
@@ -73,3 +75,18 @@ def test_network_with_too_many_outputs_is_refused() -> None:
     support = domain.data(domain.sample_tasks(2, Stream(0)), "support")
     with pytest.raises(MamlError, match="MLP gives 3 numbers for each example, but the domain has out_dim=1"):
         domain.inner_loss(model, expand(model.init(Stream(0)), 2), support)
+
+
+class Glyphs(Sinusoid):
+    """A domain of a user that has another one among its arguments."""
+
+    def __init__(self, characters: Omniglot) -> None:
+        super().__init__()
+        self.characters = characters
+
+
+def test_domain_within_a_domain_is_built_without_data_too() -> None:
+    characters = {"_target_": "maml.domain.omniglot.Omniglot", "num_ways": 5, "num_shots": 1}
+    folders = {"data_dir": "/nowhere", "cache_dir": "/nowhere"}
+    built: Any = build_without_data({"_target_": f"{__name__}.Glyphs", "characters": characters | folders})
+    assert built.characters.in_shape == (28, 28, 1)

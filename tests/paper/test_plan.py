@@ -250,8 +250,9 @@ def test_estimate_is_of_the_newest_run_on_this_machine_or_names_the_other(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     mine = make_run(tmp_path / "runs", seed=2)
     (segment,) = json.loads((mine / "run.json").read_text())["segments"]
-    parts = [segment | {"hardware": {"cpu": "Mine"}, "started": "2020", "first_iteration": at} for at in (0, 35_000)]
-    parts += [segment | {"hardware": {"cpu": "Mine"}, "seconds": 0.0, "first_iteration": 70_000}]
+    here = {"cpu": "Mine", "device": "cpu", "cores": 2}  # a record has more than the names
+    parts = [segment | {"hardware": here, "started": "2020", "first_iteration": at} for at in (0, 35_000)]
+    parts += [segment | {"hardware": here, "seconds": 0.0, "first_iteration": 70_000}]
     edit(mine / "run.json", segments=parts)
     make_run(tmp_path / "runs", seed=3, num_iterations=10)
     found = estimate(job, find_runs(tmp_path / "runs")[0])

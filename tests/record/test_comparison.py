@@ -25,6 +25,8 @@ def test_methods_on_equal_banks_are_a_group_with_the_best_first(tmp_path: Path) 
     make_run(tmp_path, mean=0.7, seed=1)
     assert groups(tmp_path) == [], "two seeds are one method"
     make_run(tmp_path, mean=0.25, source=PRETRAIN, done=7)
+    copied = make_run(tmp_path / "copies", mean=0.5, seed=0)
+    copied.rename(tmp_path / "sinusoid_10shot" / "copy")
     found = groups(tmp_path)
     assert [(each[0].num_shots, [tested.experiment for tested in each]) for each in found] == [
         (k, ["sinusoid_pretrain", "sinusoid_10shot"]) for k in (5, 10, 20)

@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -205,6 +206,25 @@ def test_job_that_fails_or_lacks_data_leaves_the_rest_alone(
     assert "mini_imagenet" not in err
     assert "cannot run here: mini_imagenet_5way_1shot data_dir=/nowhere" in out
     assert "mini-ImageNet not found in data_dir=/nowhere" in out
+
+
+def test_jobs_are_stopped_and_saved_if_the_script_fails(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = results(MAML=("sinusoid_10shot", LONG))
+    jobs: list[subprocess.Popen[bytes]] = []
+
+    def fail(display: object, workers: Sequence[Any]) -> None:
+        jobs[:] = [worker.process for worker in workers]
+        if any(path.stat().st_size for path in folder.with_name("runs").glob("*/*/metrics.jsonl")):
+            raise OSError("the terminal is gone")
+
+    monkeypatch.setattr(paper._StatusDisplay, "show", fail)
+    with pytest.raises(OSError, match="the terminal is gone"):
+        paper.main(arguments(folder))
+    (job,) = jobs
+    job.wait(timeout=60)
+    (record_path,) = folder.with_name("runs").glob("*/*/run.json")
+    record = read_json(record_path)
+    assert record and record["status"] == "interrupted"
 
 
 def test_unfinished_committed_run_goes_on_in_runs(

@@ -232,3 +232,11 @@ def test_logger_of_the_config_gets_the_picture_of_a_finished_run(
     (original.parent / "report.json").unlink()
     show(*run, "logger=wandb")
     assert "has no report yet" in caplog.text
+
+
+def test_gif_of_another_runs_checkpoint_is_written_beside_it(tmp_path: Path) -> None:
+    run = trained("point_navigation_maml", tmp_path / "committed")
+    (checkpoint,) = (tmp_path / "committed").rglob("checkpoint.pt")
+    show(*run, f"runs_dir={tmp_path / 'runs'}", f"checkpoint={checkpoint}")
+    assert (checkpoint.parent / "policy_goal_0.gif").exists()
+    assert not (tmp_path / "runs").exists(), "a folder without a run there would keep the run from being imported"

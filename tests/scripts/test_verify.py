@@ -215,6 +215,26 @@ def test_export_keeps_what_has_no_checkpoint_any_more(tmp_path: Path, capsys: py
     assert "has a wrong hash" in capsys.readouterr().err
 
 
+def test_export_never_takes_the_parameters_of_another_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_execution(make_run(tmp_path / "ours", mean=1.0))
+    add_execution(make_run_with_checkpoint(tmp_path / "theirs", mean=2.0))  # the same seed, and so the same id
+    assert list(export(tmp_path, tmp_path / "ours", tmp_path / "theirs", status=1)) == ["index.json"]
+    assert "have no checkpoint.pt of run" in capsys.readouterr().err
+
+
+def test_export_keeps_what_it_does_not_see(tmp_path: Path) -> None:
+    add_execution(make_run_with_checkpoint(tmp_path / "runs"))
+    first = export(tmp_path, tmp_path / "runs")
+    assert len(first) == 2
+    (tmp_path / "empty").mkdir()
+    assert export(tmp_path, tmp_path / "empty") == first
+    (record,) = (tmp_path / "runs").glob("*/*/run.json")
+    record.write_text("{")
+    assert export(tmp_path, tmp_path / "runs", status=1) == first
+
+
 def test_parameters_that_are_too_large_stay_in_their_run_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

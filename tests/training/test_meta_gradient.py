@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml.algorithm.maml import MAML
+from maml.config.compose import compose
+from maml.config.schema import build
 from maml.domain.base import Metrics, Role, SupervisedDomain
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
@@ -295,3 +297,19 @@ def test_losses_without_metrics_are_refused(returned: object) -> None:
     algorithm = build_from(Own, domain, MLP((1,), 1, [6]), SGD(step_size=0.3, num_steps=1, order=2, adapt=["*"]))
     with pytest.raises(MamlError, match=r"Own.task_losses returns a \w+, but has to return two values: the losses"):
         algorithms.gradient(algorithm, algorithm.theta, domain.sample_tasks(NUM_TASKS, Stream(2)))
+
+
+def test_metric_that_hides_the_loss_from_trpo_is_refused() -> None:
+    class Own(MAML):
+        """An algorithm of a user, which logs another number as the loss."""
+
+        def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
+            losses, metrics = super().task_losses(params, tasks)
+            return losses, metrics | {"loss": 0 * losses}
+
+    settings = compose(["+experiment=point_navigation_maml", "domain.num_shots=2", "domain.horizon=5"])[0]
+    domain = build(settings.domain)
+    policy = build(settings.model, in_shape=domain.in_shape, out_dim=domain.out_dim)
+    algorithm = build_from(Own, domain, policy, build(settings.inner), outer=build(settings.outer))
+    with pytest.raises(MamlError, match=r"Own\.task_losses returns a metric named loss.* TRPO lowers; give it another"):
+        algorithms.step(algorithm, algorithm.sample_tasks(2, Stream(0)))
