@@ -68,7 +68,7 @@ def results_table() -> str:
     if problems:
         raise MamlError("\n".join(problems))
     cells = {cell.name: cell for table in load_tables(RESULTS) for cell in table.cells}
-    lines = ["| | paper | ours | trainings | command |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| | paper | ours | runs | command |", "| --- | --- | --- | --- | --- |"]
     for name, words in SHOWN.items():
         source = cells[name].source if name in cells else None
         comparison = Comparison(cells[name], find_evidence(source, runs)) if source else None
@@ -79,15 +79,15 @@ def results_table() -> str:
 
 
 def _row(comparison: Comparison) -> list[str]:
-    """Returns the paper's number, our mean over runs with its interval, the trainings, and the command."""
+    """Returns the paper's number, our mean over runs with its interval, the runs, and the command."""
     cell, evidence = comparison.cell, comparison.evidence
     assert cell.source is not None
     assert comparison.ours is not None
-    trainings = comparison.runs_text or "1"
+    runs = comparison.runs_text or "1"
     if evidence.progress:
-        trainings += f", stopped at {evidence.progress}"
+        runs += f", stopped at {evidence.progress}"
     command = f"`{cell.source.command([])}`"
-    return [printed_value(cell), reading_text(*comparison.ours, cell.decimals), trainings, command]
+    return [printed_value(cell), reading_text(*comparison.ours, cell.decimals), runs, command]
 
 
 if __name__ == "__main__":
