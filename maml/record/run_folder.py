@@ -35,6 +35,7 @@ from maml.record.run_files import (
     read_checkpoint,
     read_json,
     refuse_folders,
+    report_paths,
 )
 
 LOG = logging.getLogger(__name__)
@@ -219,6 +220,11 @@ class RunFolder:
                     "one of them, or delete the folder to train again"
                 )
             return saved, record, None
+        if saved is None and (reports := [path for path in report_paths(self.path) if path.exists()]):
+            raise MamlError(
+                f"{reports[0]} is of another evaluation, and {self.path} has no checkpoint to evaluate again; restore "
+                "it, or delete the folder to train again"
+            )
         iteration, path = saved["iteration"] if saved else 0, self.path / "metrics.jsonl"
         return saved, record, lines_until(iteration, path, record, self.settings.num_iterations, warn)
 

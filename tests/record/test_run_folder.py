@@ -394,6 +394,18 @@ def test_tasks_that_cannot_be_made_again_are_named(run: RunFolder, tiny: TinyRun
         RunFolder(tiny.config(), "custom").open(HARDWARE, "", "MAML")
 
 
+def test_finished_run_without_checkpoint_is_not_trained_again_for_another_evaluation(tiny: TinyRuns) -> None:
+    folder = tiny.run("num_iterations=10")
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    kept = file_contents(folder)
+    with pytest.raises(MamlError, match=r"report\.json is of another evaluation, and .* has no checkpoint to evaluate"):
+        tiny.run("num_iterations=10", "evaluation.num_steps=3")
+    assert file_contents(folder) == kept
+    tiny.run("num_iterations=10")
+    assert file_contents(folder) == kept, "its own evaluation is there"
+
+
 def test_time_of_a_run_ends_before_its_logger_is_waited_for(run: RunFolder) -> None:
     run.open(HARDWARE, "", "MAML")
     run.stop_clock()
