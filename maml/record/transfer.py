@@ -113,11 +113,13 @@ def _extract(archive: Path, folder: Path) -> None:
     """Unpacks an archive; nothing can be written outside the folder.
 
     Raises:
-        MamlError: if it is no tar file, is cut off, holds links, or does not fit on the disk.
+        MamlError: if it is no tar file, is cut off, holds links other than W&B's, or does not fit on the disk.
     """
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
+                if member.issym() and "wandb" in Path(member.name).parent.parts:
+                    continue  # W&B links to its latest files, and works without the links
                 if not (member.isfile() or member.isdir()):
                     raise MamlError(f"{archive}: {member.name} is a link or a device, which no run has; pack it anew")
                 if is_portable(Path(member.name)):

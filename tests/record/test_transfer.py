@@ -227,6 +227,17 @@ def test_archive_that_is_none_or_would_write_elsewhere_is_refused(tmp_path: Path
     assert not list(into.glob("*/*")), "nothing was taken"
 
 
+def test_links_of_wandb_are_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "runs") / "wandb"
+    (folder / "offline-run-1").mkdir(parents=True)
+    (folder / "offline-run-1" / "run.wandb").touch()
+    (folder / "latest-run").symlink_to("offline-run-1")
+    (folder / "debug.log").symlink_to("/etc/passwd")
+    (outcome,) = import_runs(archive_of(tmp_path / "runs", tmp_path / "runs.tar"), tmp_path / "here")
+    assert not outcome.refused
+    assert [path.name for path in (outcome.folder / "wandb").iterdir()] == ["offline-run-1"]
+
+
 @pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_at_any_point_loses_nothing(stages: dict[str, Path], tmp_path: Path, stride: int) -> None:
     into = tmp_path / "here"
