@@ -228,7 +228,7 @@ def _keep_files(here: Run, run: Run) -> None:
 
 def _equal_runs(run: Run, into: Path) -> list[Run]:
     """Returns the runs here with the same id; their folders may have any name."""
-    records = [path for path in sorted(into.glob("*/*/run.json")) if run.record.run_id in path.read_text()]
+    records = [path for path in sorted(into.glob("*/*/run.json")) if run.record.run_id.encode() in path.read_bytes()]
     here = (read_run(path.parent) for path in records)
     return [other for other in here if other is not None and other.record.run_id == run.record.run_id]
 

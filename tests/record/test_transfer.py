@@ -227,6 +227,14 @@ def test_archive_that_is_none_or_would_write_elsewhere_is_refused(tmp_path: Path
     assert not list(into.glob("*/*")), "nothing was taken"
 
 
+def test_damaged_record_of_another_run_here_does_not_stop_the_import(tmp_path: Path) -> None:
+    other = make_run(tmp_path / "here", seed=1)
+    (other / "run.json").write_bytes(b"\xff\x00")
+    make_run(tmp_path / "runs")
+    (outcome,) = import_runs(archive_of(tmp_path / "runs", tmp_path / "runs.tar"), tmp_path / "here")
+    assert not outcome.refused
+
+
 def test_links_of_wandb_are_left_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "runs") / "wandb"
     (folder / "offline-run-1").mkdir(parents=True)
