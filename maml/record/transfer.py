@@ -208,7 +208,7 @@ def _adds_to(run: Run, other: Run) -> bool:
 
 
 def _keep_files(here: Run, run: Run) -> None:
-    """Copies what only the run here has: evaluations, the mark that it is superseded, and the last checkpoint."""
+    """Copies what only the run here has: evaluations, files of loggers, animations, its mark and last checkpoint."""
     for report in here.reports:
         if any((other.evaluation, other.iteration) == (report.evaluation, report.iteration) for other in run.reports):
             continue
@@ -224,6 +224,16 @@ def _keep_files(here: Run, run: Run) -> None:
     for name in (SUPERSEDED, *(["checkpoint.pt"] if _iteration(run) == _iteration(here) else [])):
         if (here.path / name).exists() and not (run.path / name).exists():
             shutil.copy2(here.path / name, run.path)
+    for pattern in ("wandb/*", "tensorboard/*", "evaluations/*/wandb/*", "evaluations/*/tensorboard/*", "*.gif"):
+        for path in here.path.glob(pattern):  # what W&B has not been sent yet is nowhere else
+            target = run.path / path.relative_to(here.path)
+            if path.is_symlink() or target.exists():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, target, symlinks=True)
+            else:
+                shutil.copy2(path, target)
 
 
 def _equal_runs(run: Run, into: Path) -> list[Run]:

@@ -107,6 +107,25 @@ def test_evaluations_and_marks_of_here_are_kept(stages: dict[str, Path], tmp_pat
     assert not (outcome.folder / "checkpoint.new.pt").exists(), "it would replace the checkpoint that is further"
 
 
+def test_files_of_loggers_and_animations_of_here_are_kept(stages: dict[str, Path], tmp_path: Path) -> None:
+    into = tmp_path / "here"
+    (outcome,) = import_runs(stages["late"], into)
+    names = {
+        "wandb/offline-run-1/run-a.wandb",
+        "tensorboard/events.1",
+        "evaluations/a/wandb/offline-run-2/run-b.wandb",
+        "evaluations/a/tensorboard/events.2",
+        "policy_goal_1.gif",
+    }
+    for name in names:
+        (outcome.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (outcome.folder / name).write_text(name)
+    (outcome.folder / "wandb" / "latest-run").symlink_to("offline-run-1")
+    assert imported(stages["finished"], into)[0].startswith("imported, 20 of 20")
+    now = file_contents(outcome.folder)
+    assert {name: now[name].decode() for name in names} == {name: name for name in names}
+
+
 def test_both_evaluations_of_a_finished_run_are_kept(tiny: TinyRuns, tmp_path: Path) -> None:
     run = tiny.run(*STEPS)
     record = json.loads((run / "report.json").read_text())
