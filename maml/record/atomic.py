@@ -36,11 +36,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
-        is_forbidden = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
-        remedy = f"Make {path.parent} writable" if is_forbidden else "Free some disk space"
+        remedy = "Choose another folder"
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            remedy = f"Make {path.parent} writable or choose another folder"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "Free some disk space or choose another folder"
         raise MamlError(
             f"{path} could not be written ({error.strerror or error}); what was saved before is intact. "
-            f"{remedy} or choose another folder, then run the same command again"
+            f"{remedy}, then run the same command again"
         ) from error
 
 

@@ -15,14 +15,20 @@ from maml.record.atomic import remove_leftovers, write_atomically
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
-    [(errno.EROFS, "Make {} writable"), (errno.EACCES, "Make {} writable"), (errno.ENOSPC, "Free some disk space")],
+    [
+        (errno.EROFS, "Make {} writable or choose another folder"),
+        (errno.EACCES, "Make {} writable or choose another folder"),
+        (errno.ENOSPC, "Free some disk space or choose another folder"),
+        (errno.EDQUOT, "Free some disk space or choose another folder"),
+        (errno.EIO, "Choose another folder"),
+    ],
 )
 def test_remedy_fits_what_is_in_the_way(tmp_path: Path, number: int, remedy: str) -> None:
     def write(_: IO[bytes]) -> None:
         raise OSError(number, os.strerror(number))
 
     with pytest.raises(
-        MamlError, match=rf"\({os.strerror(number)}\).* {remedy.format(tmp_path)} or choose another folder"
+        MamlError, match=rf"\({os.strerror(number)}\).* intact\. {remedy.format(tmp_path)}, then run the same command"
     ):
         write_atomically(tmp_path / "file", write)
 

@@ -307,7 +307,7 @@ def test_no_room_for_a_checkpoint_leaves_the_one_before(
             limit.__exit__(None, None, None)
     assert "checkpoint" in str(caught.value)
     assert "could not be written (File too large)" in str(caught.value)
-    assert "Free some disk space" in str(caught.value)
+    assert "Choose another folder, then run the same command again" in str(caught.value)
     record = read_json(folder / "run.json")
     assert record is not None and record["status"] == "failed"
     assert checkpoint.load(folder / "checkpoint.pt")["iteration"] == 14
