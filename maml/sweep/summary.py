@@ -108,9 +108,10 @@ def summarise(folder: Path) -> None:
     if any(folder.parent.glob(".submitit/*")):
         lines.append(f"What SLURM says about the jobs is in {folder.parent / '.submitit'}")
     text = "\n".join(lines).strip() + "\n"
+    print(f"\n{text}", end="", flush=True)  # first, because writing may fail, on a full disk for example
     write_text_atomically(folder / "summary.md", text)
     write_text_atomically(folder / "summary.csv", table.to_csv(index=False, lineterminator="\n"))
-    print(f"\n{text}written to {folder}")
+    print(f"written to {folder}")
 
 
 def _markdown(table: pd.DataFrame) -> list[str]:

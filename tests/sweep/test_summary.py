@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from maml.errors import MamlError
 from maml.record.statistics import combine
 from maml.sweep.state import Job
 from maml.sweep.summary import summarise, tabulate
@@ -90,6 +91,17 @@ def test_summary_names_missing_jobs_and_their_output(tmp_path: Path, capsys: pyt
     assert "0 of 2 jobs are finished" in text
     assert f"- a=1: why (its output: {path.with_suffix('.log')})" in text
     assert "- a=2: not started" in text
+
+
+def test_summary_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweeps" / "one"
+    write_job(sweep, "a=1", error="why")
+    (sweep / "summary.md").mkdir()
+    with pytest.raises(MamlError, match=r"summary\.md could not be written"):
+        summarise(sweep)
+    printed = capsys.readouterr().out
+    assert "- a=1: why" in printed
+    assert "written to" not in printed
 
 
 def test_summary_of_200_jobs_takes_less_than_three_seconds(tmp_path: Path) -> None:
