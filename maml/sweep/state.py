@@ -149,6 +149,8 @@ class SweepReader:
             overrides = blank.overrides if len(runs) == 1 else (*blank.overrides, f"seed={run['seed']}")
             job = replace(blank, overrides=overrides, num_iterations=run["num_iterations"])
             jobs.append(self._read_run(job, record, run, beat))
+        if record["error"] is not None and all(job.report for job in jobs):  # no seed's report is missing to explain it
+            return [replace(job, report=None, state="failed", problem=record["error"]) for job in jobs]
         return jobs
 
     def _read_run(
@@ -158,10 +160,10 @@ class SweepReader:
         job = replace(job, folder=folder)
         try:
             found = find_report(folder, run["run_id"], run["evaluation"], unfinished=record["mode"] == "eval")
-            if found and record["error"] is None:
+            if found:  # an error is then that of another seed
                 report, where = found
-                done, seconds = report["iteration"], record["seconds"]
-                return replace(job, report=report, folder=where, state="finished", iteration=done, seconds=seconds)
+                job = replace(job, report=report, problem="", folder=where, state="finished")
+                return replace(job, iteration=report["iteration"], seconds=record["seconds"])
             unfinished = read_run(folder)
             said_so = unfinished is not None and unfinished.record.status == "interrupted"  # and was not just killed
             if beat is not None and record["error"] is None and not (said_so and looks_dead(beat)):

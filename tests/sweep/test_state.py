@@ -98,6 +98,20 @@ def test_seeds_side_by_side_are_jobs_of_their_own(sweep: Path) -> None:
     assert states == [("0", "not started"), ("1", "finished")]
 
 
+def test_seed_with_its_report_is_finished_although_another_failed(sweep: Path) -> None:
+    path = write_job(sweep, "a=1", run_id="first", error="why")
+    record = json.loads(path.read_text())
+    record["runs"].append(record["runs"][0] | {"seed": 1, "run_id": "second", "folder": "sinusoid/second"})
+    path.write_text(json.dumps(record))
+    write_report(sweep.parents[1], "second", [1.0, 3.0])
+    failed, finished = SweepReader(sweep).jobs()
+    assert (failed.state, failed.problem, failed.report) == ("failed", "why", None)
+    assert (finished.state, finished.problem, finished.headline[0]) == ("finished", "", 2.0)
+    write_report(sweep.parents[1], "first", [1.0])
+    states = [(job.state, job.problem, job.report) for job in SweepReader(sweep).jobs()]
+    assert states == [("failed", "why", None)] * 2, "the error is of neither seed's training"
+
+
 def test_finished_job_is_read_once(sweep: Path) -> None:
     write_report(sweep.parents[1], "run", [1.0])
     path = write_job(sweep, "a=1", run_id="run")
