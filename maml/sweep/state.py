@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from maml.errors import MamlError
 from maml.record.heartbeat import looks_dead
 from maml.record.index import read_run
 from maml.record.run_files import find_report, read_json
+from maml.training.progress import duration
 
 SWEEP = "sweep.json"  # what the process that started the sweep knows: its command, and the jobs that it plans
 
@@ -199,7 +199,7 @@ def summary_line(jobs: Sequence[Job], num_jobs: int | None = None) -> str:
     parts = [f"{counts.pop('finished')} of {total} finished"]
     parts += [f"{count} {state}" for state, count in counts.items() if count]
     left = time_left(jobs, total)
-    return ", ".join([*parts, *([f"ETA {timedelta(seconds=round(left))}"] if left is not None else [])])
+    return ", ".join([*parts, *([f"ETA {duration(left)}"] if left is not None else [])])
 
 
 def time_left(jobs: Sequence[Job], total: int) -> float | None:
@@ -260,7 +260,7 @@ def job_rows(jobs: Sequence[Job]) -> list[dict[str, str]]:
             "state": job.state,
             "iteration": f"{job.iteration:,} of {job.num_iterations:,}" if job.num_iterations else "",
             "it/s": f"{job.speed:,.3g}" if job.speed else "",
-            "ETA": str(timedelta(seconds=round(job.time_left))) if job.time_left is not None else "",
+            "ETA": duration(job.time_left) if job.time_left is not None else "",
             "heartbeat": f"{job.heartbeat:,.0f} s ago" if job.heartbeat is not None else "",
             "host": job.host,
             "why": " ".join(job.problem.split()) if job.state in ("failed", "stopped") else "",

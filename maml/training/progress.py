@@ -20,6 +20,12 @@ SHORT_SECONDS = 1.0  # a shorter meta-test is not shown
 WINDOW_SECONDS = 10.0  # the speed is that of the iterations of the last ten seconds, or of the last one if longer
 
 
+def duration(seconds: float) -> str:
+    """Returns a time as days, hours, minutes and seconds; at most the longest time of `timedelta`."""
+    longest = timedelta.max // timedelta(seconds=1)
+    return str(timedelta(seconds=round(min(seconds, longest))))
+
+
 class Progress:
     """The display of one training run; a context manager.
 
@@ -92,7 +98,7 @@ class Progress:
             return []
         seconds = (now - then) / (iteration - before)
         speed = f"{1 / seconds:,.1f} it/s" if seconds < 1 else f"{seconds:,.1f} s/it"
-        return [speed, f"ETA {timedelta(seconds=round(seconds * (self.total - iteration)))}"]
+        return [speed, f"ETA {duration(seconds * (self.total - iteration))}"]
 
 
 class EvaluationProgress:
@@ -144,7 +150,7 @@ class EvaluationProgress:
         share = done / self.total
         facts = [f"{100 * share:.0f} %", self.what]
         if share:
-            facts.append(f"ETA {timedelta(seconds=round((now - self._start) * (1 - share) / share))}")
+            facts.append(f"ETA {duration((now - self._start) * (1 - share) / share)}")
         if self._live:
             self._bar.start()
             self._bar.update(self._task, completed=done, facts="  ".join(facts), refresh=True)

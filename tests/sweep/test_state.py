@@ -142,6 +142,12 @@ def test_line_about_all_jobs_counts_and_estimates() -> None:
     assert summary_line([finished, running(0, None)]) == "1 of 2 finished, 1 running, ETA 0:01:40"
 
 
+def test_time_left_is_never_too_long_to_be_shown() -> None:
+    endless = Job(("a",), None, state="running", iteration=1, num_iterations=2**63 - 1, speed=0.1)
+    assert summary_line([endless]) == "0 of 1 finished, 1 running, ETA 999999999 days, 23:59:59"
+    assert job_rows([endless])[0]["ETA"] == "999999999 days, 23:59:59"
+
+
 def test_sweep_is_found_by_the_beginning_of_its_id(sweep: Path) -> None:
     runs_dir = sweep.parents[1]
     assert find_sweep("0123", runs_dir) == sweep

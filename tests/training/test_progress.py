@@ -60,6 +60,15 @@ def test_speed_is_that_of_the_recent_iterations(clock: Clock) -> None:
     assert lines[-1] == "run 200/200  2.0 it/s  ETA 0:00:00"
 
 
+def test_time_left_is_never_too_long_to_be_shown(clock: Clock) -> None:
+    out = io.StringIO()
+    with Progress("run", total=2**63 - 1, console=Console(file=out)) as progress:
+        progress.update(1, dict)
+        clock.now += 30
+        progress.update(2, dict)
+    assert out.getvalue().splitlines()[1].endswith("30.0 s/it  ETA 999999999 days, 23:59:59")
+
+
 def test_metrics_are_read_only_when_drawn(clock: Clock) -> None:
     reads = 0
 
