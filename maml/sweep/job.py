@@ -79,8 +79,7 @@ class RunningJob:
             for address, run in self._runs.items()
         ]
         self._fetch()
-        reports = [find_report(run.path, run.run_id, evaluation_config(run.settings)) for run in self._runs.values()]
-        self._was_finished = bool(reports) and all(reports)
+        self._was_finished = bool(self._runs) and all(map(_is_finished, self._runs.values()))
         self._started = time.monotonic()
         self._write(".json", self._record)
         self._output = OutputFile(self._jobs / f"{self.name}.log") if to_file else None
@@ -155,6 +154,13 @@ class RunningJob:
             if files:
                 self._post.write(files)
                 self._sent |= times
+
+
+def _is_finished(run: RunFolder) -> bool:
+    try:
+        return find_report(run.path, run.run_id, evaluation_config(run.settings)) is not None
+    except MamlError:
+        return False  # a report is damaged; the job itself reports it
 
 
 def run_files(folder: Path, with_checkpoints: bool) -> list[Path]:

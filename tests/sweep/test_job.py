@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from maml.config.paths import CONF
+from maml.errors import MamlError
 from maml.experiment import run_experiment
 from maml.record import checkpoint, heartbeat
 from maml.sweep import job
@@ -67,6 +68,19 @@ def test_failed_job_keeps_its_error_and_output(tiny: TinyRuns) -> None:
     (found,) = SweepReader(sweep).jobs()
     assert (found.state, found.problem) == ("failed", "why")
     assert (sweep / "jobs" / f"{running.name}.log").read_text() == "what the job prints\n"
+
+
+def test_job_with_a_damaged_report_is_failed_with_its_reason(tiny: TinyRuns) -> None:
+    report = tiny.run() / "report.json"
+    report.write_text(report.read_text()[:100])
+    sweep = tiny.runs_dir / "sweeps" / "one"
+    running = RunningJob(sweep, config(tiny))
+    with pytest.raises(MamlError) as error:
+        tiny.run()
+    running.end(str(error.value))
+    (found,) = SweepReader(sweep).jobs()
+    assert found.state == "failed"
+    assert found.problem.startswith(f"{report} is damaged")
 
 
 def test_evaluation_of_a_checkpoint_file_is_found(tiny: TinyRuns) -> None:
