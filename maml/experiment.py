@@ -168,8 +168,9 @@ def _train(
     check_precision(settings.precision, algorithms[0].domain.on_policy, hardware.device)
     check_parallelism(algorithms[0], len(learners), settings.meta_batch_size)
     with ExitStack() as stack:
+        for learner in learners:  # all of them before the first one writes
+            distributed.on_rank_zero(learner.folder.check_ready)
         for learner in learners:
-            distributed.on_rank_zero(learner.folder.check_free)
             distributed.on_rank_zero(partial(_extend, learner))
         checkpoints = [stack.enter_context(learner.open(hardware, len(learners))) for learner in learners]
         # A resumed run keeps the execution of its checkpoint, so that it computes the same bits.

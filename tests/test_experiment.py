@@ -202,6 +202,15 @@ def test_headline_is_the_last_step_at_the_domains_own_k_and_the_mean_over_seeds(
     assert other == report["curves"][0]["steps"][-1]["mean"], "the first K in the list"
 
 
+def test_damaged_checkpoint_of_a_later_seed_is_named_before_anything_is_written(tiny: TinyRuns) -> None:
+    later = tiny.run(*SHORT, "seed=1", "evaluation.num_steps=1")
+    (later / "checkpoint.pt").write_bytes(b"PK")
+    kept = file_contents(tiny.runs_dir)
+    with pytest.raises(MamlError, match=re.escape(str(later / "checkpoint.pt"))):
+        tiny.run(*SHORT, "seeds=2")
+    assert file_contents(tiny.runs_dir) == kept
+
+
 def test_adaptation_that_diverged_has_no_number_for_a_sweep(tiny: TinyRuns) -> None:
     assert math.isnan(run_experiment(tiny.config(*SHORT, "evaluation.step_size=1e30"), "custom"))
 

@@ -276,14 +276,15 @@ class RunFolder:
             "it does not change what is computed"
         )
 
-    def check_free(self) -> None:
-        """Checks, without writing anything, that no process is training in this folder.
+    def check_ready(self) -> None:
+        """Checks, without writing anything, that no process is training in this folder and that it can be opened.
 
         Raises:
-            MamlError: if a process is.
+            MamlError: if a process is, or as `open`.
         """
         if lock.is_held(self.path / "lock"):
             raise self._held()
+        self._inspect()
 
     def _acquire(self) -> BaseFileLock:
         try:

@@ -104,12 +104,12 @@ def test_run_starts_where_flock_is_not_supported_and_says_so_once(
     refuse(monkeypatch, number)
     run, second = (RunFolder(tiny.config(), "custom") for _ in range(2))
     with caplog.at_level(logging.WARNING):
-        run.check_free()
+        run.check_ready()
         run.open({"device": "cpu", "cpu": "Abacus"}, "", "MAML")
         with pytest.raises(MamlError, match=rf"{ME} is training in .*lock\.marker"):
             second.open({"device": "cpu", "cpu": "Abacus"}, "", "MAML")
         with pytest.raises(MamlError, match=rf"{ME} is training in"):
-            second.check_free()
+            second.check_ready()
         run.close("interrupted")
         second.open({"device": "cpu", "cpu": "Abacus"}, "", "MAML")
         second.close("finished")
