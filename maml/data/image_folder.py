@@ -75,6 +75,11 @@ def _list_classes(folder: Path) -> dict[str, dict[str, File]]:
     for cls in _visible(folder):
         if not cls.is_dir():
             continue
+        if not _is_text(cls.name):
+            raise MamlError(
+                f"{folder} has a folder {cls.name!a}, whose name is not UTF-8, so a report cannot name the class; "
+                "rename the folder"
+            )
         files = _visible(cls)
         if deeper := [file.path for file in files if file.is_dir()]:
             raise MamlError(
@@ -88,6 +93,15 @@ def _list_classes(folder: Path) -> dict[str, dict[str, File]]:
     if not classes:
         raise MamlError(f"{folder} has no folders; put the pictures of each class into a folder of its own there")
     return classes
+
+
+def _is_text(name: str) -> bool:
+    """Returns whether the name of a file is UTF-8. Python puts surrogates in place of bytes that are not."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _visible(folder: str | Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:

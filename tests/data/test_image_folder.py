@@ -116,6 +116,14 @@ def test_layout_that_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
         list_splits(tmp_path / "empty", (0.6, 0.2, 0.2))
 
 
+def test_class_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, {"caf\udce9": 2, "th\u00e9": 2})
+    with pytest.raises(MamlError, match=r"has a folder 'caf\\udce9', whose name is not UTF-8"):
+        list_splits(tmp_path, (0.5, 0.0, 0.5))
+    (tmp_path / "caf\udce9").rename(tmp_path / "caf\u00e9")
+    assert len(list_splits(tmp_path, (0.5, 0.0, 0.5))) == 2
+
+
 def test_classes_of_unequal_size_lie_one_after_the_other(tmp_path: Path) -> None:
     make(tmp_path / "own", COUNTS)
     data = load(tmp_path / "own", tmp_path / "cache")
