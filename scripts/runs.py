@@ -52,12 +52,16 @@ from maml.sweep.state import SWEEP, SweepReader, find_sweep, find_sweeps, job_ro
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns 1 if it failed, or if `list` left out a damaged run folder, else 0."""
-    options = _parser().parse_args(arguments)
-    runs, problems = ([], []) if options.act is show_sweep else read_runs(*options.runs_dir)
     try:
+        options = _parser().parse_args(arguments)
+        runs, problems = ([], []) if options.act is show_sweep else read_runs(*options.runs_dir)
         options.act(options, runs)
     except MamlError as error:
         problems = [str(error)]
+    except OSError as error:
+        if error.filename is None:
+            raise
+        problems = [f"{error.filename}: {error.strerror}"]
     else:
         problems = [f"left out: {problem}" for problem in problems] if options.act is list_runs else []
     for problem in problems:

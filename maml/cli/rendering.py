@@ -67,8 +67,15 @@ def print_problems(left_out: Sequence[str], notes: Iterable[str] = ()) -> int:
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a script and ends the process with its status; a `MamlError` is one message and status 1."""
+    """Runs a script and ends the process with its status; a known error is one message and status 1.
+
+    Known are each `MamlError`, and each `OSError` that names a file.
+    """
     try:
         sys.exit(main())
     except MamlError as error:
         sys.exit(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"{error.filename}: {error.strerror}")

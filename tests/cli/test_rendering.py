@@ -53,3 +53,18 @@ def test_error_of_a_script_is_its_message() -> None:
     with pytest.raises(SystemExit) as exit_:
         exit_with(main)
     assert exit_.value.code == "results/ cannot be written"
+
+
+def test_error_of_a_file_is_its_name_and_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_:
+        exit_with(lambda: (tmp_path / "file" / "x").mkdir())
+    assert exit_.value.code == f"{tmp_path / 'file' / 'x'}: Not a directory"
+
+
+def test_error_of_the_system_without_a_file_keeps_its_traceback() -> None:
+    def main() -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        exit_with(main)

@@ -220,6 +220,12 @@ def test_a_run_is_found_by_folder_or_by_the_beginning_of_its_id(tmp_path: Path, 
     assert "run.json is damaged" in run("show", str(folders[0]), status=1)[0]
 
 
+def test_name_that_the_system_refuses_is_an_error_without_traceback(run: Lines) -> None:
+    name = "x" * 300
+    assert run("show", name, status=1) == [f"ERROR, {name}: File name too long"]
+    assert main(["list", "--runs-dir", name]) == 1
+
+
 def compared(lines: list[str]) -> list[list[str]]:
     start = next(number for number, line in enumerate(lines) if line.startswith("B - A"))
     return [line.split("  ") for line in lines[start + 2 :]]
