@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -213,9 +213,22 @@ def _last_line(text: str) -> str:
 # Data and runs.
 
 
-def _files_in(folder: Path, name: str) -> Files:
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {f"{name}/{path.relative_to(folder).as_posix()}": path for path in found}
+def _files_in(folder: Path, name: str, follow_links: bool = False) -> Files:
+    """Returns the files below a folder; those below links to folders only if ``follow_links``."""
+    paths = _through_links(folder) if follow_links else sorted(folder.rglob("*"))
+    return {f"{name}/{path.relative_to(folder).as_posix()}": path for path in paths if path.is_file()}
+
+
+def _through_links(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yields the paths below a folder, as if each link were what it points to."""
+    place = folder.resolve()
+    if place in above:
+        raise MamlError(f"{folder} is a link to a folder that it is in itself, so packing would not end; remove it")
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _through_links(path, (*above, place))
+        else:
+            yield path
 
 
 def _data_files(names: Sequence[str]) -> Files:
@@ -228,7 +241,7 @@ def _data_files(names: Sequence[str]) -> Files:
                 f"there is no data set {name} in {data_dir}, which has {known}; name one of its folders, or set "
                 "MAML_DATA to the folder that has it"
             )
-        files |= _files_in(data_dir / name, f"data/{name}")
+        files |= _files_in(data_dir / name, f"data/{name}", follow_links=True)
     return files
 
 

@@ -129,6 +129,24 @@ def test_bundle_holds_code_wheels_and_data(bundle: Bundle, clone: Path, tmp_path
     assert 0 <= total + tarfile.RECORDSIZE - (tmp_path / "out.tar").stat().st_size <= 2 * tarfile.RECORDSIZE
 
 
+def test_data_behind_links_come_along_as_files(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "class").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "class" / "0.png").write_bytes(b"pixels")
+    (tmp_path / "data" / "own").mkdir()
+    (tmp_path / "data" / "own" / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "own" / "test").symlink_to(tmp_path / "elsewhere")
+    folder = bundle("--data", "own") / "data" / "own"
+    assert contents(folder) == {"train/class/0.png", "test/class/0.png"}
+    assert not [path for path in folder.rglob("*") if path.is_symlink()]
+
+
+def test_link_in_a_circle_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "data" / "own" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "own" / "train" / "again").symlink_to("..")
+    with pytest.raises(MamlError, match=r"own/train/again is a link to a folder that it is in itself"):
+        bundle("--data", "own")
+
+
 def test_dependencies_without_a_pin_come_along(bundle: Bundle, tmp_path: Path) -> None:
     make_wheel(tmp_path / "index", "cudnn")
     make_wheel(tmp_path / "index", "torch", "Requires-Dist: cudnn")
