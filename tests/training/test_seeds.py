@@ -24,6 +24,7 @@ from tests.runs import TinyRuns, assert_same_run, checkpoint_tensors, file_conte
 MANY = ("precision=float64", "num_iterations=50", "log_every=10", "evaluation.num_tasks=5", "hardware.task_chunk=4")
 CHAIN = (
     "+experiment=sinusoid_multitask_chain",
+    "algorithm.num_examples=3",
     "algorithm.max_error=100",
     "algorithm.num_steps=2",
     "domain.num_shots=4",
