@@ -217,7 +217,9 @@ class Network:
         if self.step_sizes:
             sizes = self.step_sizes[min(self.step_sizes, key=lambda known: abs(known - num_shots))]
         else:
-            sizes = self.evaluation.step_sizes(num_shots)
+            given = self.evaluation.step_size
+            listed = [int(shots) for shots in given] if isinstance(given, dict) else [num_shots]
+            sizes = self.evaluation.step_sizes(min(listed, key=lambda known: abs(known - num_shots)))
         return [*sizes, *sizes[-1:] * (num_steps - len(sizes))] if sizes else None
 
     def prepare(self, x: Inputs) -> Tensor:

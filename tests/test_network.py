@@ -119,6 +119,14 @@ def test_step_sizes_are_those_of_meta_test_and_of_the_nearest_k(experiment: str)
         assert network._step_sizes(given, 12) == (sizes and [*sizes, sizes[-1], sizes[-1]])
 
 
+def test_step_sizes_are_those_of_the_nearest_k_without_a_report_too() -> None:
+    settings = compose_experiment(SINUSOID)
+    algorithm = build_algorithm(settings, Hardware("cpu"))
+    evaluation = Evaluation(num_tasks=2, num_steps=2, num_shots=[5, 10], step_size={5: 0.1, 10: 0.2})
+    network = Network("own", 0, 0, algorithm, evaluation, {})
+    assert [network._step_sizes(given, 3) for given in (4, 9)] == [[0.1] * 3, [0.2] * 3]
+
+
 def test_zero_steps_of_meta_test_leave_the_inner_optimizers_step_size() -> None:
     network = replace(maml.load(SINUSOID), step_sizes={5: []})
     assert network._step_sizes(5, 2) is None

@@ -118,6 +118,11 @@ class Algorithm(ABC):
         """The algorithm's name on the console and in ``run.json``."""
         return type(self).__name__
 
+    @property
+    def adaptation_steps(self) -> int:
+        """The number of gradient steps to a task in training; validation during training takes as many."""
+        return 0 if self.shares_weights else self.inner.num_steps
+
     def set_initial(self, params: Params, buffers: Params | None = None) -> None:
         """Sets the state from which training starts.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from maml.algorithm.base import Parts
 from maml.algorithm.classifier import Classifier, new_statistics
 from maml.domain.classification import cross_entropies, ways_of
+from maml.errors import MamlError
 from maml.types import Params, Tasks, expand, num_tasks
 
 
@@ -26,6 +27,12 @@ class FineTune(Classifier):
         super().__init__(parts)
         self._make_model = parts.make_model
         self.head = self._new_head(self.images.num_ways)
+
+    def keep_best_of_validation(self) -> None:
+        raise MamlError(
+            "algorithm=finetune draws a new last layer for every task, and training takes no steps on it, so that "
+            "validation during training would be chance; set validate_every=null"
+        )
 
     def _new_head(self, num_ways: int) -> Params:
         model = self._make_model(self.images.in_shape, num_ways)

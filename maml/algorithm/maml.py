@@ -24,7 +24,7 @@ class MAML(Algorithm):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        if self.num_steps:
+        if self.adaptation_steps:
             self.domain.check_adaptation(self.name)
 
     @property
@@ -33,13 +33,8 @@ class MAML(Algorithm):
             return super().name
         return self.inner.method or ("FOMAML" if self.inner.order == 1 else "MAML")
 
-    @property
-    def num_steps(self) -> int:
-        """Number of gradient steps before the meta-objective is computed."""
-        return self.inner.num_steps
-
     def collect(self, params: Params, tasks: Tasks) -> None:
-        for _ in self.adapt(params, tasks, self.num_steps):
+        for _ in self.adapt(params, tasks, self.adaptation_steps):
             pass
 
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
@@ -47,8 +42,10 @@ class MAML(Algorithm):
 
         Departure: eq. (1) sums over tasks; the authors' code averages, so beta does not depend on the meta-batch size.
         """
-        *_, adapted = self.inner_steps(params, tasks, self.num_steps, None, create_graph=self.inner.present_order == 2)
-        return self.domain.outer_loss(self.model, adapted, self.domain.data(tasks, self.role, self.num_steps))
+        *_, adapted = self.inner_steps(
+            params, tasks, self.adaptation_steps, None, create_graph=self.inner.present_order == 2
+        )
+        return self.domain.outer_loss(self.model, adapted, self.domain.data(tasks, self.role, self.adaptation_steps))
 
     def pictures(self, params: Params, tasks: Tasks, num_steps: int) -> dict[str, Picture]:
         """Returns the pictures of the inner optimizer, which may show the course of its state."""
@@ -67,9 +64,9 @@ class MAML(Algorithm):
         domain, model, theta = self.domain, self.model, self.theta_of(params)
         path = [
             {name: value.detach() for name, value in adapted.items()}
-            for adapted in self.inner_steps(params, tasks, self.num_steps, None, create_graph=False)
+            for adapted in self.inner_steps(params, tasks, self.adaptation_steps, None, create_graph=False)
         ]
-        fisher = domain.fisher(model, path[-1], domain.data(tasks, self.role, self.num_steps))
+        fisher = domain.fisher(model, path[-1], domain.data(tasks, self.role, self.adaptation_steps))
         second_order = path[:-1] if self.inner.present_order == 2 else []
         hessians = [
             domain.inner_hessian(model, before, domain.data(tasks, "support", step))
@@ -97,7 +94,7 @@ class MAML(Algorithm):
         return product
 
     def kl_gradients(self, params: Params, tasks: Tasks) -> Params:
-        data = self.domain.data(tasks, self.role, self.num_steps)
+        data = self.domain.data(tasks, self.role, self.adaptation_steps)
         if not (self.inner.is_plain_sgd and isinstance(self.domain, Reinforcement)):
             theta, kl = self._kl(params, tasks)
             gradients = torch.autograd.grad(kl, list(theta.values()), materialize_grads=True)
@@ -105,7 +102,7 @@ class MAML(Algorithm):
         v = self.theta_of(params)
         alpha, names = self.inner.step_size, self.inner.adapted_names(list(v))
         hessians = []
-        for step in range(self.num_steps):
+        for step in range(self.adaptation_steps):
             gradient, hessian = self.domain.inner_derivatives(self.model, v, self.domain.data(tasks, "support", step))
             v = v | {name: v[name] - alpha * gradient[name] for name in names}
             hessians.append(hessian)

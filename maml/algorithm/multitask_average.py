@@ -116,6 +116,10 @@ class MultitaskAverage(Algorithm):
             buffers |= {_PREVIOUS + name: torch.zeros_like(value) for name, value in self.theta.items()}
         self.set_initial(self.theta, buffers)
 
+    @property
+    def adaptation_steps(self) -> int:
+        return 0
+
     def task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """The loss of each regressor on its own task, without the regulariser."""
         data = self.domain.data(tasks, "support")

@@ -28,5 +28,5 @@ class Pretrain(MAML):
         return type(self.model).__name__ if self.shares_weights else super().name
 
     @property
-    def num_steps(self) -> int:
+    def adaptation_steps(self) -> int:
         return 0

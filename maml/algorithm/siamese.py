@@ -52,7 +52,7 @@ class Siamese(Embedding):
         is_same = (torch.arange(logits.shape[1], device=query.device) < logits.shape[1] // 2).to(logits.dtype)
         losses = F.binary_cross_entropy_with_logits(logits, is_same.expand_as(logits), reduction="none").mean(1)
         is_right = ((logits > 0) == (is_same > 0)) & (logits != 0)
-        return losses, {"accuracy": is_right.to(logits.dtype).mean(1)}
+        return losses, {"accuracy": is_right.to(logits.dtype).masked_fill(logits.isnan(), torch.nan).mean(1)}
 
     def measure(self, params: Params, tasks: Tasks, step: int) -> Metrics:
         """Returns the domain's metrics, and the accuracies ``_mean``, ``_cosine`` and ``_cosine_mean``."""

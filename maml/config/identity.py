@@ -47,7 +47,12 @@ def evaluation_config(settings: Settings) -> dict[str, Any]:
 
 
 def _trained_as(settings: Settings) -> str | None:
-    """Returns the algorithm that trains identically and differs in meta-test only; None if there is none."""
+    """Returns the algorithm that trains identically and differs in meta-test only; None if there is none.
+
+    With ``validate_every``, training keeps what is best in the algorithm's own meta-test.
+    """
+    if settings.validate_every:
+        return None
     algorithm: Any = locate(settings.algorithm["_target_"])
     trained_as: str | None = vars(algorithm).get("trained_as")  # a subclass may train in another way
     return trained_as

@@ -309,5 +309,6 @@ def cross_entropies(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Returns the share of examples whose largest output is that of their label, ``(T,)``."""
-    return (outputs.argmax(-1) == labels).to(outputs.dtype).mean(1)
+    """Returns the share of examples whose largest output is that of their label, ``(T,)``; NaN if an output is NaN."""
+    is_right = (outputs.argmax(-1) == labels).to(outputs.dtype)
+    return is_right.masked_fill(outputs.isnan().any(-1), torch.nan).mean(1)  # the largest of NaNs is the first

@@ -15,7 +15,7 @@ from maml.data.omniglot import NUM_DRAWINGS
 from maml.domain.base import Metrics, Role, SupervisedDomain
 from maml.domain.omniglot import Omniglot
 from maml.domain.omniglot_alphabets import warp
-from maml.errors import MamlError
+from maml.errors import Diverged, MamlError
 from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.model.recurrent import Recurrent
@@ -204,6 +204,8 @@ class OmniglotSequence(SupervisedDomain):
         labels, num_shots = support.y.squeeze(1), support.num_shots
         num_ways = labels.shape[1] // num_shots
         outputs = model.outputs_of_each(without_copies(params), support.x)[..., :num_ways]
+        if outputs.isnan().any():  # a NaN in the result says that there is no such showing
+            raise Diverged("the network's outputs in meta-test are not finite")
         return {"accuracy": by_showing(_is_right(outputs, support.y).squeeze(1), labels, num_ways, num_shots)}
 
 

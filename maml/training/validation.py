@@ -24,7 +24,7 @@ def validation_score(algorithm: Algorithm, count: int, task_chunk: int | None) -
         count: number of tasks.
         task_chunk: number of tasks that are adapted at once; None adapts all.
     """
-    domain, num_steps = algorithm.domain, 0 if algorithm.shares_weights else algorithm.inner.num_steps
+    domain, num_steps = algorithm.domain, algorithm.adaptation_steps
     bank = domain.sample_tasks(count, Stream(0, algorithm.stream.device).child("validation"), "val")
 
     def total(chunk: int) -> float:

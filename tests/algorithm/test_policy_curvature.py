@@ -86,7 +86,7 @@ def made(kind: str, activation: str, num_steps: int) -> Case:
     algorithm.theta = {name: value.double() for name, value in algorithm.theta.items()}
     # Exactly the policies that collected the rollouts, so that the divergence and its gradient are zero.
     start = expand(algorithm.theta, 3)
-    for step, params in enumerate(algorithm.inner_steps(start, tasks, algorithm.num_steps, None, False)):
+    for step, params in enumerate(algorithm.inner_steps(start, tasks, algorithm.adaptation_steps, None, False)):
         with torch.no_grad():
             tasks[f"step_{step}.outputs"] = algorithm.model(params, tasks[f"step_{step}.observations"])
     return algorithm, tasks

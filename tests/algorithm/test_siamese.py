@@ -64,6 +64,13 @@ def test_pairs_that_tie_are_not_told_right(tiny_images: TinyRuns) -> None:
     assert metrics["accuracy"].tolist() == [0.0, 0.0]
 
 
+def test_pairs_without_a_number_are_no_answer(tiny_images: TinyRuns) -> None:
+    algorithm, params = built(tiny_images)
+    images = torch.full((2, 1, 3, 4), torch.nan)
+    _, metrics = algorithm.loss(params, images, images.flatten(1, 2), torch.arange(3).expand(2, 3))
+    assert metrics["accuracy"].isnan().all()
+
+
 def test_neighbours_are_found_by_both_similarities_and_both_rules(tiny_images: TinyRuns) -> None:
     algorithm, comparison = built(tiny_images)
     tasks = algorithm.domain.sample_tasks(2, Stream(7), "test", 3, 4)

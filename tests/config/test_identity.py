@@ -172,4 +172,6 @@ def test_subclass_has_runs_of_its_own(tiny: TinyRuns) -> None:
     ours, neighbor = (tiny.config(f"algorithm={name}") for name in ("finetune", "nearest_neighbor"))
     own = replace(ours, algorithm={"_target_": f"{__name__}.OwnFineTune"})
     assert training_config(ours) == training_config(neighbor) != training_config(own)
+    chosen = [replace(each, validate_every=5) for each in (ours, neighbor)]
+    assert training_config(chosen[0]) != training_config(chosen[1]), "each keeps a best theta of its own"
     assert "algorithm._target_" in evaluation_config(ours) and "algorithm._target_" not in evaluation_config(own)

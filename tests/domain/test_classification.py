@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maml.data.cache import ImageSet
 from maml.domain.base import Role
-from maml.domain.classification import FewShotClassification, Splits, ways_of
+from maml.domain.classification import FewShotClassification, Splits, accuracy, ways_of
 from maml.errors import MamlError
 from maml.model.base import Model
 from maml.seeding import Stream
@@ -198,6 +198,12 @@ def test_accuracies_differ_in_which_images_give_the_statistics() -> None:
     measured = marked_domain(num_ways=2).measure(Centred(), {}, support, query, step=1)
     assert measured["accuracy_inductive"].tolist() == [1.0], "above the support images' mean of 2 are 3, 5 and 7"
     assert measured["accuracy_transductive"].tolist() == [0.75], "above the query images' mean of 4 are 5 and 7"
+
+
+def test_outputs_that_are_not_numbers_are_no_answer() -> None:
+    outputs = torch.tensor([[[2.0, 1.0], [-torch.inf, 0.0]], [[torch.nan, 1.0], [0.0, 1.0]]])
+    found = accuracy(outputs, torch.tensor([[0, 0], [0, 1]]))
+    torch.testing.assert_close(found, torch.tensor([0.5, torch.nan]), equal_nan=True)
 
 
 @pytest.mark.parametrize("num_ways", [2, 3])

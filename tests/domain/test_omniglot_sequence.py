@@ -21,7 +21,7 @@ from maml.config.compose import compose
 from maml.config.schema import build, build_without_data
 from maml.data.omniglot import load_omniglot, vinyals_split
 from maml.domain.omniglot_sequence import OmniglotSequence, by_showing, moved, num_earlier
-from maml.errors import Interrupted, MamlError
+from maml.errors import Diverged, Interrupted, MamlError
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.model.lstm import LSTM
@@ -230,6 +230,15 @@ def test_loss_and_accuracy_are_means_over_steps(make: Make) -> None:
         torch.testing.assert_close(
             metrics["accuracy"][task], (outputs[task, 0].argmax(1) == data.y[task, 0]).float().mean()
         )
+
+
+def test_outputs_that_are_not_numbers_are_refused_in_meta_test(make: Make) -> None:
+    domain = make()
+    model = LSTM(domain.in_shape, domain.out_dim, hidden_size=4)
+    params = {name: value[None] * torch.nan for name, value in model.init(Stream(0)).items()}
+    data = domain.data(domain.sample_tasks(1, Stream(0), "test"), "support")
+    with pytest.raises(Diverged, match="not finite"):
+        domain.measure(model, params, data, data, 0)
 
 
 def test_fewer_ways_in_the_test_keep_the_outputs_of_the_network(make: Make) -> None:

@@ -156,6 +156,22 @@ def test_score_of_an_algorithm_that_does_not_adapt_in_training_is_that_of_theta(
     assert without == with_steps
 
 
+@pytest.mark.parametrize("name", ["pretrain", "oracle", "multitask_average"])
+def test_score_of_a_network_that_trains_without_adaptation_is_that_of_theta(name: str, tiny: TinyRuns) -> None:
+    own = (f"algorithm={name}", "inner.step_size=10", "validate_every=2")
+    without, with_steps = (
+        validation_score(build_algorithm(tiny.config(*own, steps), Hardware("cpu")), 6, task_chunk=None)
+        for steps in ("inner.num_steps=0", "inner.num_steps=3")
+    )
+    assert without == with_steps
+
+
+def test_fine_tuning_has_no_best_theta(tiny_images: TinyRuns) -> None:
+    with pytest.raises(MamlError, match=r"draws a new last layer for every task.*; set validate_every=null"):
+        tiny_images.run("algorithm=finetune", *EVERY)
+    assert not tiny_images.runs_dir.exists()
+
+
 def test_best_theta_is_evaluated_with_its_own_running_statistics(
     tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
