@@ -184,7 +184,7 @@ def draw_maps(stream: Stream, shape: tuple[int, ...], size: int) -> Tensor:
     # A point of the drawing is scaled, sheared, turned, and then moved. A pixel comes from where the inverse leads.
     forward = matrix(cos, -sin, sin, cos) @ matrix(one, shear_x, shear_y, one)
     forward = forward @ matrix(scale_x, torch.zeros_like(one), torch.zeros_like(one), scale_y)
-    back = torch.linalg.inv(forward)
+    back = torch.linalg.inv_ex(forward).inverse  # `inv` waits for the GPU, which a CUDA graph cannot
     return torch.cat([back, -back @ torch.stack([right, down], -1).unsqueeze(-1)], -1)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -23,6 +25,11 @@ from maml.types import Count
 # Compiling takes up to a minute. It pays off for small networks, whose time is mostly the overhead of the operations,
 # and for the kernels on a GPU: 404 instead of 301 iterations per second of Omniglot 5-way 1-shot on an H100.
 _MIN_ITERATIONS_TO_COMPILE = 5000
+# What a container may use of its cores: microseconds in each period of so many microseconds, in one file or two.
+_CONTAINER_QUOTAS: tuple[tuple[str, ...], ...] = (
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
 # The choices of runs whose checkpoints are older than these settings: when resumed, they compute the same bits.
 _BEFORE: Mapping[str, Any] = MappingProxyType({"kernels": False, "onednn": True, "thread_chunks": False})
 
@@ -143,8 +150,7 @@ class Hardware:
         """
         self.check(workload)
         on_cpu = self.device.type == "cpu"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores = max(1, cores // distributed.local_world_size())
+        cores = max(1, usable_cores() // distributed.local_world_size())
         compiling_pays = on_cpu and not workload.measure_chunk and num_iterations >= _MIN_ITERATIONS_TO_COMPILE
         automatic = {
             "num_threads": 1 if workload.threads == "nothing" else cores,
@@ -156,6 +162,8 @@ class Hardware:
         }
         is_same_device = earlier.get("device", self.device.type) == self.device.type
         kept = {**_BEFORE, **earlier} if earlier and is_same_device else {}
+        if kept.get("num_threads") and kept["num_threads"] > cores:  # fewer cores, or more processes on them
+            kept = {name: value for name, value in kept.items() if name != "num_threads"}
         divides_tasks = workload.threads == "tasks" and on_cpu
         if divides_tasks and (kept.get("thread_chunks") or kept.get("num_threads") == 1):
             # Threads that divide the tasks compute the bits of one thread, so their number may change.
@@ -223,6 +231,17 @@ class Hardware:
         if distributed.world_size() > 1:
             described["processes"] = distributed.world_size()
         return described
+
+
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use: its machine's, or its container's if that has fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for limits in _CONTAINER_QUOTAS:
+        with suppress(OSError, ValueError):  # no such file, or no limit ("max", or -1)
+            quota, period = (int(text) for name in limits for text in Path(name).read_text().split())
+            if quota > 0:
+                cores = min(cores, -(-quota // period))
+    return cores
 
 
 def _cpu_name() -> str:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maml.errors import Disconnected, MamlError
+from maml.hardware.memory import is_capturing, is_out_of_memory
 from maml.types import Tasks, num_tasks, take
 
 Result = TypeVar("Result")
@@ -39,6 +40,11 @@ def launched_processes() -> int:
         if not os.environ.get("MASTER_ADDR"):
             raise _wrong_environment("MASTER_ADDR is not set")
     return count
+
+
+def is_one_of_several() -> bool:
+    """Returns whether torchrun has started several processes; without, what its other variables say is left over."""
+    return _variable("WORLD_SIZE", least=1, default=1) > 1
 
 
 def launched_rank() -> int:
@@ -113,12 +119,14 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Returns this process's number on this machine, which is also the number of its GPU."""
-    return _variable("LOCAL_RANK", least=0, default=0)
+    number = _variable("LOCAL_RANK", least=0, default=0)
+    return number if is_one_of_several() else 0
 
 
 def local_world_size() -> int:
     """Returns the number of processes on this machine."""
-    return _variable("LOCAL_WORLD_SIZE", least=1, default=1)
+    number = _variable("LOCAL_WORLD_SIZE", least=1, default=1)
+    return number if is_one_of_several() else 1
 
 
 def shard(tasks: Tasks) -> Tasks:
@@ -208,6 +216,8 @@ def _explain_lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_capturing() or is_out_of_memory(error):
+            raise  # the capture of a CUDA graph, which allows less, or the memory is at fault, and no process
         raise Disconnected(
             "another process of this run has ended or cannot be reached. Its own message says why, unless it was "
             "killed, for example because memory ran out. The last checkpoint is intact: the same command resumes, on "

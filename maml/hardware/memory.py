@@ -16,7 +16,7 @@ import torch
 
 from maml.errors import MamlError, TooLarge, first_line
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h of glibc
 _NEVER = 2**31 - 1
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -86,8 +86,8 @@ def halve_chunk_on_oom(compute: Callable[[int], Computed], chunk: int) -> tuple[
     while True:
         try:
             return compute(chunk), chunk
-        except torch.OutOfMemoryError as error:
-            if is_capturing():
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or is_capturing():
                 raise
             reason = first_line(error)
         release_failed_memory()
@@ -98,6 +98,11 @@ def halve_chunk_on_oom(compute: Callable[[int], Computed], chunk: int) -> tuple[
             )
         chunk //= 2
         _log.warning("out of memory (%s): continuing with hardware.task_chunk=%d", reason, chunk)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Returns whether memory ran out, on a GPU or a CPU, for which torch has no class of errors."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def release_failed_memory() -> None:
@@ -124,5 +129,6 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc, or the C library cannot be opened
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _NEVER)
+        if not mallopt(_M_MMAP_THRESHOLD, _NEVER):  # an older glibc allows at most 32 MiB
+            mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _NEVER)

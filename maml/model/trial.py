@@ -24,7 +24,8 @@ _TOLERANCE_OF_CALLS, _TOLERANCE_OF_COPIES = 1e-5, 1e-3
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators of torch, NumPy and Python, and restores their states at the end."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # Without `devices`, the generators of all GPUs are read, which initialises CUDA also for a run on the CPU.
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed % 2**64)  # it takes a negative seed for the positive one

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from maml.config.identity import digest, training_config
 from maml.config.schema import Settings
 from maml.errors import MamlError
 from maml.hardware.base import Execution, Hardware
-from maml.hardware.memory import release_failed_memory
+from maml.hardware.memory import is_out_of_memory, release_failed_memory
 from maml.hardware.threads import use_threads
 from maml.record.atomic import write_json_atomically
 from maml.record.provenance import versions
@@ -80,9 +80,10 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
             use_threads(execution.num_threads, thread_chunks=True)
             measured[DIVIDED] = measure_seconds_per_task(iterate, execution.num_threads)
             use_threads(execution.num_threads, execution.thread_chunks)
-        with suppress(OSError, MamlError):  # without a cache file, the next run only measures again
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json_atomically(path, {"seconds_per_task": measured, "settings": measured_for})
+        if _is_measured(measured):
+            with suppress(OSError, MamlError):  # without a cache file, the next run only measures again
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json_atomically(path, {"seconds_per_task": measured, "settings": measured_for})
         for way, seconds in measured.items():
             table = ", ".join(f"{size}: {1e3 * value:.3g} ms" for size, value in seconds.items())
             threads = f", {way}" * (len(measured) > 1)
@@ -132,7 +133,9 @@ def measure_seconds_per_task(iterate: Iteration, num_threads: int = 1) -> dict[i
     for size in sizes:
         try:
             times = _times(computation(size), on_gpu, can_capture)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             times = []
         if not times:
             release_failed_memory()
@@ -187,6 +190,12 @@ def _time(compute: Callable[[], object], count: int, on_gpu: bool = False) -> li
 def _read_cache(path: Path) -> dict[str, dict[int, float]] | None:
     try:
         measured = (read_json(path) or {})["seconds_per_task"]
-        return {way: {int(size): float(value) for size, value in measured[way].items()} for way in measured}
+        known = {way: {int(size): float(value) for size, value in measured[way].items()} for way in measured}
+        return known if _is_measured(known) else None
     except (AttributeError, KeyError, ValueError, MamlError):  # missing or damaged: measure again
         return None
+
+
+def _is_measured(measured: Mapping[str, Mapping[int, float]]) -> bool:
+    """Returns whether every measurement has times: with another process in the memory, no chunk may have fitted."""
+    return all(min(seconds.values()) > 0 for seconds in measured.values())

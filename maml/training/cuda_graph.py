@@ -94,6 +94,13 @@ class CudaGraphIteration:
             return self.iterate(number)
         return self._capture_and_compare(number)
 
+    def release(self) -> None:
+        """Gives up the graph; what it has computed stays.
+
+        With several GPUs, leaving them at the end of the program waits until no graph uses the connection any more.
+        """
+        self.replay, self.metrics = None, []
+
     def _capture_and_compare(self, number: int) -> list[dict[str, Tensor]]:
         announce("capturing the iteration as a CUDA graph, a few seconds")
         before = self._state()
@@ -123,7 +130,7 @@ class CudaGraphIteration:
         A graph has memory of its own. If that runs out, smaller chunks of tasks are tried.
         """
         planned = self.iterate.execution.task_chunk
-        chunk = planned or self.iterate.meta_batch_size
+        chunk = planned or -(-self.iterate.meta_batch_size // distributed.world_size())
         while True:
             try:
                 return *capture(lambda: self.iterate(self.number)), ""
@@ -180,6 +187,12 @@ class CudaGraphIteration:
             for group, values in algorithm.state_dict().items()
             if group != "best"
         }
+
+
+def release_graph(iterate: Iteration | CudaGraphIteration | None) -> None:
+    """Gives up the graph of an iteration, if it has one."""
+    if isinstance(iterate, CudaGraphIteration):
+        iterate.release()
 
 
 def with_cuda_graph(iterate: Iteration) -> Iteration | CudaGraphIteration:

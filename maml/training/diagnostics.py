@@ -64,7 +64,7 @@ class Diagnostics:
                 numbers["learnt_step_size"] = torch.cat([value.flatten() for value in learnt]).mean()
             if now > then:
                 speed = (number - done) / (now - then)
-                numbers["iterations_per_second"] = numbers["step_norm"].new_tensor(speed)
+                numbers["iterations_per_second"] = numbers["step_norm"].new_full((), speed)
             measured.append(numbers)
         self._before = []
         return measured

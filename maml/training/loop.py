@@ -6,7 +6,7 @@ import math
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ from maml.hardware.base import Execution
 from maml.hardware.compile import is_compiling
 from maml.record import checkpoint
 from maml.record.heartbeat import report_iteration
-from maml.training.cuda_graph import with_cuda_graph
+from maml.training.cuda_graph import CudaGraphIteration, release_graph, with_cuda_graph
 from maml.training.diagnostics import Diagnostics
 from maml.training.iteration import Iteration
 from maml.training.learner import Learner
@@ -68,7 +68,13 @@ def train(
     console = Console(quiet=True) if distributed.rank() else None
     title = learners[0].title if len(learners) == 1 else f"{learners[0].folder.experiment}, {len(learners)} seeds"
     boundaries = _boundaries(learners, num_iterations)
-    with Progress(title, num_iterations, boundaries[0], console) as progress, _stop_signals() as stopped:
+    iterate: Iteration | CudaGraphIteration | None = None
+    with (
+        ExitStack() as at_end,
+        Progress(title, num_iterations, boundaries[0], console) as progress,
+        _stop_signals() as stopped,
+    ):
+        at_end.callback(lambda: release_graph(iterate))  # also if training fails: an error keeps all that it saw
         for start, end in pairwise(boundaries):
             active = [learner for learner in learners if learner.start <= start]
             algorithms, streams = [each.algorithm for each in active], [each.stream for each in active]

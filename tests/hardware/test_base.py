@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import Interrupted, MamlError
 from maml.hardware import base
-from maml.hardware.base import Execution, Hardware
+from maml.hardware.base import Execution, Hardware, usable_cores
 from maml.record import checkpoint
 from tests.hardware.test_distributed import metrics
 from tests.runs import TinyRuns, before_iteration, checkpoint_tensors
@@ -121,10 +122,39 @@ def test_iterations_on_a_gpu_are_launched_as_graphs_but_for_rl(monkeypatch: pyte
 def test_processes_of_a_machine_share_its_cores_and_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
+    monkeypatch.setattr(base, "_CONTAINER_QUOTAS", ())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     assert Hardware(device="cpu").choose(images(5, 1).workload, 60_000, {}).num_threads == 2
     assert Hardware().device == torch.device("cuda", 3)
+    monkeypatch.delenv("WORLD_SIZE")  # then the others were left over
+    assert Hardware(device="cpu").choose(images(5, 1).workload, 60_000, {}).num_threads == 9
+    assert Hardware().device == torch.device("cuda", 0)
+
+
+def test_cores_are_those_of_the_container_if_it_has_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    one, quota, period = (tmp_path / name for name in ("cpu.max", "quota", "period"))
+    monkeypatch.setattr(base, "_CONTAINER_QUOTAS", ((str(one),), (str(quota), str(period))))
+    assert usable_cores() == 64
+    for text, cores in (("max 100000", 64), ("200000 100000\n", 2), ("150000 100000", 2), ("10000 100000", 1)):
+        one.write_text(text)
+        assert usable_cores() == cores
+    one.unlink()
+    period.write_text("100000\n")
+    for text, cores in (("-1\n", 64), ("300000\n", 3)):
+        quota.write_text(text)
+        assert usable_cores() == cores
+
+
+def test_resumed_run_has_no_more_threads_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "usable_cores", lambda: 8)
+    earlier = Hardware(device="cpu").choose(images(5, 1).workload, 60_000, {}).as_dict()
+    assert earlier["num_threads"] == 8
+    for cores, expected in ((64, 8), (8, 8), (2, 2)):
+        monkeypatch.setattr(base, "usable_cores", lambda cores=cores: cores)
+        assert Hardware(device="cpu").choose(images(5, 1).workload, 60_000, earlier).num_threads == expected
 
 
 def test_recomputing_is_as_the_user_says_also_of_a_resumed_run() -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from maml.config.schema import Settings
-from maml.errors import Interrupted, MamlError
+from maml.errors import Disconnected, Interrupted, MamlError
 from maml.experiment import run_experiment
 from maml.hardware import distributed
 from maml.record import checkpoint
@@ -241,3 +241,19 @@ def test_rank_that_was_left_over_does_not_count(monkeypatch: pytest.MonkeyPatch)
     assert (distributed.launched_rank(), distributed.launched_processes()) == (0, 1)
     use_environment(monkeypatch, WHOLE)
     assert (distributed.launched_rank(), distributed.launched_processes()) == (1, 2)
+
+
+def test_error_is_that_of_another_process_only_if_it_is_not_memory_or_a_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(error: RuntimeError) -> None:
+        with distributed._explain_lost_process():
+            raise error
+
+    with pytest.raises(Disconnected, match="another process of this run has ended"):
+        fail(RuntimeError("Connection closed by peer"))
+    with pytest.raises(torch.OutOfMemoryError):
+        fail(torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(distributed, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        fail(RuntimeError("operation not permitted when stream is capturing"))

@@ -42,15 +42,30 @@ def small_memory(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     return given
 
 
-def test_chunk_is_halved_until_it_fits_and_stays_so(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:132] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_chunk_is_halved_until_it_fits_and_stays_so(error: RuntimeError, caplog: pytest.LogCaptureFixture) -> None:
     def compute(chunk: int) -> str:
         if chunk > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return "done"
 
     with caplog.at_level(logging.WARNING):
         assert halve_chunk_on_oom(compute, 25) == ("done", 3)
     assert [record.getMessage().split("=")[-1] for record in caplog.records] == ["12", "6", "3"]
+
+
+def test_other_errors_are_raised_at_once() -> None:
+    def compute(chunk: int) -> str:
+        raise RuntimeError(f"shapes do not fit at {chunk}")
+
+    with pytest.raises(RuntimeError, match="at 25"):
+        halve_chunk_on_oom(compute, 25)
 
 
 def _no_memory(chunk: int) -> None:
@@ -121,9 +136,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+_OLD_GLIBC = """import ctypes
+from types import SimpleNamespace
+mallopt = ctypes.CDLL(None).mallopt
+refuse = lambda option, value: 0 if (option, value > 2**25) == (-3, True) else mallopt(option, value)
+ctypes.CDLL = lambda name: SimpleNamespace(mallopt=refuse)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_freed_memory_is_reused() -> None:
-    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("before", ["", _OLD_GLIBC])
+def test_freed_memory_is_reused(before: str) -> None:
+    program = _FAULTS.replace("torch.set_num_threads(1)\n", f"torch.set_num_threads(1)\n{before}")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 5 * 2**24 * 4 / resource.getpagesize()  # without it, the pages of ten tensors
 
 

@@ -224,3 +224,17 @@ def test_what_will_run_as_a_graph_is_measured_as_a_graph(
     calls_per_size = {None: (2, 4), RuntimeError: (5, 0), torch.OutOfMemoryError: (1, 0)}[failure]
     assert (len(plain), len(replayed)) == tuple(2 * calls for calls in calls_per_size)
     assert set(seconds) == ({1} if failure is torch.OutOfMemoryError else {1, 2})
+
+
+def test_measurement_in_which_nothing_fitted_is_not_remembered(
+    monkeypatch: pytest.MonkeyPatch, cache_dir: Path, tmp_path: Path
+) -> None:
+    iterate = iteration("omniglot_5way_1shot", 2, cache_dir, torch.device("cpu"))
+    config, _ = compose(["+experiment=omniglot_5way_1shot", "hardware=cpu", f"cache_dir={tmp_path}"])
+    hardware, execution = Hardware("cpu", compile=False), Execution(1, 2, False)
+    monkeypatch.setattr(autotune, "measure_seconds_per_task", lambda iterate: {1: 0.0})
+    assert tune_execution(iterate, execution, hardware, config).task_chunk == 1
+    monkeypatch.setattr(autotune, "measure_seconds_per_task", lambda iterate: {1: 2.0, 2: 1.0})
+    assert tune_execution(iterate, execution, hardware, config).task_chunk == 2
+    monkeypatch.setattr(autotune, "measure_seconds_per_task", lambda iterate: pytest.fail("measured again"))
+    assert tune_execution(iterate, execution, hardware, config).task_chunk == 2

@@ -12,14 +12,17 @@ from torch import Tensor
 
 from maml.algorithm.maml import MAML
 from maml.domain.sinusoid import Sinusoid
+from maml.errors import MamlError
 from maml.hardware.base import Execution
 from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
 from maml.seeding import Stream
-from maml.training import cuda_graph
+from maml.training import cuda_graph, loop
 from maml.training.cuda_graph import CudaGraphIteration
 from maml.training.iteration import Iteration
+from maml.training.learner import Learner
 from tests.algorithms import build_from
+from tests.runs import TinyRuns
 
 
 def iteration() -> Iteration:
@@ -153,3 +156,23 @@ def test_graph_without_memory_is_tried_with_smaller_chunks(
         assert captured(number)[0]["loss"].item() == pytest.approx(plain(number)[0]["loss"].item())
     assert captured.execution.task_chunk == expected
     assert captured.execution.cuda_graph == (expected is not None)
+
+
+def test_graph_is_given_up_when_training_ends_with_an_error(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[CudaGraphIteration] = []
+
+    def with_graph(iterate: Iteration) -> CudaGraphIteration:
+        monkeypatch.setattr(cuda_graph, "capture", fake_capture(iterate))
+        graphs.append(CudaGraphIteration(iterate))
+        return graphs[-1]
+
+    def fail(learner: Learner, *_: object) -> None:
+        assert graphs[0].replay is not None
+        raise MamlError("the disk is full")
+
+    monkeypatch.setattr(loop, "with_cuda_graph", with_graph)
+    monkeypatch.setattr(loop, "_save_checkpoint", fail)
+    with pytest.raises(MamlError, match="the disk is full") as caught:
+        tiny.run("num_iterations=8")
+    assert caught.tb is not None, "the error keeps everything that it saw"
+    assert graphs[0].replay is None
