@@ -60,3 +60,8 @@ class Interrupted(KeyboardInterrupt):
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error, or its name if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def cause(error: BaseException) -> str:
+    """Returns an error's class and the first line of its message."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

@@ -233,8 +233,11 @@ def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Ju
     report = distributed.on_rank_zero(folder.finished_report)
     assert report is not None
     if not missing:
-        _print_on_rank_zero(f"already finished: {folder.path} (delete the folder to run it again)")
-        learner.send_finished(report, lambda: _texts(judge(folder.experiment, learner.settings, report)))
+        judgements = judge(folder.experiment, learner.settings, report)
+        _print_on_rank_zero(f"already finished: {folder.path} (another run_dir=, or deleting it, trains anew)")
+        if distributed.rank() == 0:
+            print_report(report, learner.algorithm.name, list(judgements.values()))
+        learner.send_finished(report, lambda: _texts(judgements))
         return report["headline"]
     if missing == {"report.png"}:  # the run is finished, so its logger has the report
         learner.logger = Logger()

@@ -18,7 +18,7 @@ from maml.config.paths import RESULTS, ROOT
 from maml.errors import MamlError
 from maml.paper.cells import load_tables
 from maml.paper.evidence import find_evidence
-from maml.paper.tables import Comparison, printed_value, reading_text
+from maml.paper.tables import Comparison, printed_value, reading_text, verdict_markdown
 from maml.record.atomic import write_text_atomically
 from maml.record.index import find_runs
 
@@ -68,7 +68,7 @@ def results_table() -> str:
     if problems:
         raise MamlError("\n".join(problems))
     cells = {cell.name: cell for table in load_tables(RESULTS) for cell in table.cells}
-    lines = ["| | paper | ours | runs | command |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| | paper | ours | verdict | runs | command |", "| --- | --- | --- | --- | --- | --- |"]
     for name, words in SHOWN.items():
         source = cells[name].source if name in cells else None
         comparison = Comparison(cells[name], find_evidence(source, runs)) if source else None
@@ -79,7 +79,7 @@ def results_table() -> str:
 
 
 def _row(comparison: Comparison) -> list[str]:
-    """Returns the paper's number, our mean over runs with its interval, the runs, and the command."""
+    """Returns the paper's number, our mean over runs with its interval, the verdict, the runs, and the command."""
     cell, evidence = comparison.cell, comparison.evidence
     assert cell.source is not None
     assert comparison.ours is not None
@@ -87,7 +87,9 @@ def _row(comparison: Comparison) -> list[str]:
     if evidence.progress:
         runs += f", stopped at {evidence.progress}"
     command = f"`{cell.source.command([])}`"
-    return [printed_value(cell), reading_text(*comparison.ours, cell.decimals), runs, command]
+    ours = reading_text(*comparison.ours, cell.decimals)
+    judged = verdict_markdown(comparison.verdict, comparison.reason, "results/notes.md")
+    return [printed_value(cell), ours, judged, runs, command]
 
 
 if __name__ == "__main__":

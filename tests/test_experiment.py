@@ -224,7 +224,8 @@ def test_same_command_after_the_end_trains_nothing_and_gives_the_same_number(
     assert report is not None
     with training_forbidden(monkeypatch):
         assert run_experiment(tiny.config(), "custom") == report["headline"]
-    assert f"already finished: {tiny.folder()}" in capsys.readouterr().out
+    _, _, said = capsys.readouterr().out.partition(f"already finished: {tiny.folder()}")
+    assert "mse, K=10" in said and f"{report['headline']:.4f}" in said
     assert file_contents(tiny.folder()) == before
 
 
@@ -260,6 +261,7 @@ def test_training_command_with_another_evaluation_only_evaluates(
 def test_same_evaluation_again_writes_the_same_report(tiny: TinyRuns, uninterrupted: Reference) -> None:
     shutil.copytree(uninterrupted(tiny), tiny.folder())
     tiny.run("mode=eval")
+    tiny.run("mode=eval", f"checkpoint={tiny.folder()}")  # the folder of a run, or its file
     tiny.run("mode=eval", f"checkpoint={tiny.folder() / 'checkpoint.pt'}")
     assert_same_run(tiny.folder(), uninterrupted(tiny))
     (again,) = (tiny.folder() / "evaluations").iterdir()

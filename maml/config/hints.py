@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from maml.config.paths import CONF, EXTRAS
+
+# Hydra's options that are followed by a word of their own.
+_TAKE_A_WORD = {
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--package",
+    "-p",
+    "--info",
+    "-i",
+}
 
 
 def near_miss(name: str, allowed: Sequence[str], prefix: str = "") -> str:
@@ -57,6 +73,8 @@ def _override_errors(arguments: Sequence[str]) -> list[str]:
     experiments = {path.stem for path in CONF.glob("experiment/*.yaml")}
     lines = [f"{word}: did you mean +experiment={word}?" for word in arguments if word in experiments]
     folders = [CONF, *split_config_dirs(arguments)[0]]
+    if unreadable := _unreadable(arguments):
+        return [*lines, *unreadable]
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     known = _known_keys([override for override in overrides if _is_group(override)], folders)
     for override in overrides:
@@ -67,6 +85,29 @@ def _override_errors(arguments: Sequence[str]) -> list[str]:
             lines += _option_errors(override, folders)
         elif known is not None:
             lines += _key_errors(name, known)
+    return lines
+
+
+def _unreadable(arguments: Sequence[str]) -> list[str]:
+    """Says how to write words that Hydra cannot read."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    lines = []
+    for before, word in pairwise(["", *arguments]):
+        if word.startswith("-") or before in _TAKE_A_WORD or (CONF / "experiment" / f"{word}.yaml").is_file():
+            continue
+        try:
+            OverridesParser.create().parse_override(word)
+        except HydraException:
+            key, is_setting, value = word.partition("=")
+            if not is_setting:
+                advice = "a setting is KEY=VALUE, without spaces around ="
+            else:
+                example = shlex.quote(f'{key}="{value.strip()}"')
+                advice = f"a value with spaces or one of ( ) [ ] {{ }} , : ~ needs quotes within quotes: {example}"
+                advice += " (~ is not your home folder then: write $HOME)" * ("~" in value)
+            lines.append(f"{word}: {advice}")
     return lines
 
 
@@ -132,6 +173,10 @@ def _key_errors(name: str, known: DictConfig) -> list[str]:
     node = OmegaConf.select(known, ".".join(parents)) if parents else known
     if not isinstance(node, DictConfig) or last in list(node):  # `in node` is False for keys without a value
         return []
+    # A key of another group: `inner.num_tasks` for `evaluation.num_tasks`.
+    parts = [str(part) for part in known if isinstance(known[part], DictConfig)]
+    if elsewhere := [f"{part}.{last}" for part in parts if last in list(known[part])]:
+        return [f"{name} is not a key: did you mean {' or '.join(elsewhere)}?"]
     keys = [str(key) for key in node if not str(key).startswith("_")]
     return [f"{name} is not a key{near_miss(last, keys, ''.join(p + '.' for p in parents))}"]
 

@@ -54,11 +54,15 @@ def cached_tensor(cache_dir: Path, name: str, sources: str, build: Callable[[], 
         build: returns a contiguous uint8 tensor ``(classes, images per class, ...)`` and the class names.
 
     Raises:
-        MamlError: if the cache cannot be written.
+        MamlError: if the cache cannot be read or written.
     """
+    path = _path(cache_dir, name)
+    if path.exists() and not os.access(path, os.R_OK):
+        raise MamlError(
+            f"the image cache {path} belongs to another user and cannot be read; ask for chmod a+r, or set cache_dir="
+        )
     if (cached := load_cache(cache_dir, name, sources)) is not None:
         return cached
-    path = _path(cache_dir, name)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with _writing(path):  # before the build, which can take minutes
         cache_dir.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_from_files, load_cache
-from maml.data.files import File, file_on_disk, list_files, unpickle
+from maml.data.files import NEEDS_TORCHVISION, File, file_on_disk, list_files, unpickle
 from maml.data.photos import NUM_IMAGES, Photos, cached_photos, check_classes, stack
 from maml.data.pictures import opaque
-from maml.errors import MamlError, Unavailable
+from maml.errors import MamlError, Unavailable, cause
 from maml.status import announce
 
 IMAGE_SIZE = 32
@@ -162,7 +162,9 @@ def _prepare(image: Image.Image) -> Image.Image:
 def _download(data_dir: Path) -> None:
     try:
         from torchvision.datasets import CIFAR100  # here, because it cannot be imported with every build of torch
-
+    except Exception as error:
+        raise Unavailable(f"{_how_to_provide(data_dir)}. {NEEDS_TORCHVISION} ({cause(error)})") from error
+    try:
         folder = data_dir / "cifar-fs"
         folder.mkdir(parents=True, exist_ok=True)
         announce(f"downloading CIFAR-100 (170 MB), once, to {folder}")
@@ -171,8 +173,7 @@ def _download(data_dir: Path) -> None:
             CIFAR100(scratch, download=True)
             os.replace(Path(scratch) / _PUBLISHED, folder / _PUBLISHED)
     except Exception as error:  # torchvision, the network and the disk raise many kinds of errors
-        cause = f"{type(error).__name__}: {error}"
-        raise Unavailable(f"{_how_to_provide(data_dir)}. The download failed with {cause}") from error
+        raise Unavailable(f"{_how_to_provide(data_dir)}. The download failed with {cause(error)}") from error
 
 
 def _advice(source: Path) -> str:

@@ -11,6 +11,11 @@ from zipfile import BadZipFile, ZipFile
 
 from maml.errors import MamlError
 
+NEEDS_TORCHVISION = (
+    "Downloading needs torchvision, which cannot be imported; install the one that belongs to your torch, from where "
+    "torch comes"
+)
+
 # The classes and functions in the pickle of a numpy array or number, in every protocol.
 _ARRAYS = {
     ("_codecs", "encode"),

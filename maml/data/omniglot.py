@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_from_files, load_cache
-from maml.data.files import File, file_on_disk, first_ten, list_files, reader
+from maml.data.files import NEEDS_TORCHVISION, File, file_on_disk, first_ten, list_files, reader
 from maml.data.pictures import grey_ink, opaque, warn_of_blank
-from maml.errors import MamlError, Unavailable
+from maml.errors import MamlError, Unavailable, cause
 from maml.status import about, announce
 from maml.types import Split
 
@@ -240,7 +240,9 @@ def _drawing(png: bytes) -> Image.Image:
 def _download(data_dir: Path, halves: list[str]) -> None:
     try:
         from torchvision.datasets import Omniglot  # here, because it cannot be imported with every build of torch
-
+    except Exception as error:
+        raise Unavailable(f"{_how_to_provide(data_dir, halves)}. {NEEDS_TORCHVISION} ({cause(error)})") from error
+    try:
         folder = data_dir / "omniglot"
         folder.mkdir(parents=True, exist_ok=True)
         announce(f"downloading Omniglot, once, to {folder}")
@@ -250,8 +252,7 @@ def _download(data_dir: Path, halves: list[str]) -> None:
                 dataset = Omniglot(scratch, background=half == "images_background", download=True)
                 os.replace(Path(dataset.root) / f"{half}.zip", folder / f"{half}.zip")
     except Exception as error:  # torchvision, the network and the disk raise many kinds of errors
-        cause = f"{type(error).__name__}: {error}"
-        raise Unavailable(f"{_how_to_provide(data_dir, halves)}. The download failed with {cause}") from error
+        raise Unavailable(f"{_how_to_provide(data_dir, halves)}. The download failed with {cause(error)}") from error
 
 
 def _how_to_provide(data_dir: Path, halves: list[str]) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, ClassVar
 
+from maml.errors import cause
+
 LOG = logging.getLogger(__name__)
 
 
@@ -223,11 +225,6 @@ class Mirror(Logger, ABC):
 
     @abstractmethod
     def _finish(self, status: str) -> None: ...
-
-
-def cause(error: BaseException) -> str:
-    """Returns an error's class and the first line of its message."""
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def curve_name(curve: Mapping[str, Any]) -> str:

@@ -9,7 +9,8 @@ from threading import Lock
 from typing import Any, Literal
 
 from maml.config.paths import IN_CLONE, ROOT
-from maml.logger.base import Mirror, cause, curve_name
+from maml.errors import cause
+from maml.logger.base import Mirror, curve_name
 from maml.logger.wandb_service import SERVICE
 from maml.types import FIRST_STEP, MeasuredBy, Text
 

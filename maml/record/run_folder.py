@@ -26,7 +26,7 @@ from maml.pictures import Picture
 from maml.record import checkpoint, lock
 from maml.record.atomic import remove_leftovers, write_bytes_atomically, write_json_atomically, write_text_atomically
 from maml.record.classes import TABLES
-from maml.record.contents import Report, RunRecord
+from maml.record.contents import Report, RunRecord, Segment
 from maml.record.gallery import draw_pictures
 from maml.record.provenance import changed_since, commit, versions
 from maml.record.run_files import (
@@ -37,6 +37,7 @@ from maml.record.run_files import (
     refuse_folders,
     report_paths,
 )
+from maml.status import announce
 
 LOG = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ class RunFolder:
         self.run_id = digest(self.training_config)
         self.path = self._find(settings.run_dir, Path(settings.runs_dir))
         self.checkpoint_path = self.path / "checkpoint.pt"
-        self._given_checkpoint = Path(settings.checkpoint) if settings.checkpoint else None
+        given = Path(settings.checkpoint) if settings.checkpoint else None
+        self._given_checkpoint = given / "checkpoint.pt" if given and given.is_dir() else given
         self.trained_in = self._given_checkpoint.parent if self._given_checkpoint else self.path
         self._lock: BaseFileLock | None = None
         self._metrics: IO[str] | None = None
@@ -168,6 +170,10 @@ class RunFolder:
             "training": self.training_config,
         }
         self._record["segments"].append(self._new_segment(iteration, hardware))
+        if saved:
+            before, now = (Segment.model_validate(part).commit_name for part in self._record["segments"][-2:])
+            if before != now:
+                announce(f"goes on from iteration {iteration:,}, trained at commit {before}; the code is now at {now}")
         self._write_record()
         if metrics is not None:  # without the lines after the checkpoint: training computes and logs them again
             write_bytes_atomically(self.path / "metrics.jsonl", metrics)

@@ -343,3 +343,13 @@ def test_cache_of_sizes_alone_is_built_once_more(tmp_path: Path, reads: list[str
         found = cached_from_files(tmp_path / "cache", "set", partial(write, tmp_path, a=b"1"), build)
         assert found.digest == before.digest
     assert build.calls == 1
+
+
+def test_cache_of_another_user_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> tuple[Tensor, list[str]]:
+        return torch.zeros((1, 1, 2), dtype=torch.uint8), ["a"]
+
+    cached_tensor(tmp_path, "name", "files", build)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)
+    with pytest.raises(MamlError, match=r"name\.safetensors belongs to another user and cannot be read; ask"):
+        cached_tensor(tmp_path, "name", "files", build)

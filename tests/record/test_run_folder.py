@@ -148,6 +148,27 @@ def test_resumed_run_gets_its_checkpoint_and_drops_later_metrics(run: RunFolder,
     assert lines == [{"iteration": 3, "loss": 1 / 3}, {"iteration": 6, "loss": 1 / 6}, {"iteration": 9, "loss": 0.25}]
 
 
+@pytest.mark.parametrize(("now", "is_said"), [("b" * 40, True), ("a" * 40, False)])
+def test_resumed_run_says_that_the_code_is_of_another_commit(
+    now: str,
+    is_said: bool,
+    run: RunFolder,
+    tiny: TinyRuns,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("maml.record.run_folder.commit", lambda: {"commit": "a" * 40, "dirty": False})
+    run.open(HARDWARE, "", "MAML")
+    saved(run, 7)
+    run.close("interrupted")
+    monkeypatch.setattr("maml.record.run_folder.commit", lambda: {"commit": now, "dirty": False})
+    again = RunFolder(tiny.config(), "custom")
+    again.open(HARDWARE, "", "MAML")
+    again.close("interrupted")
+    line = "goes on from iteration 7, trained at commit aaaaaaa; the code is now at bbbbbbb"
+    assert (line in "".join(capsys.readouterr())) == is_said
+
+
 def test_half_written_checkpoints_of_killed_processes_are_removed(run: RunFolder) -> None:
     (run.path / "evaluations" / "1f").mkdir(parents=True)
     for name in (".checkpoint.new.pt.12345", ".run.json.7", "evaluations/1f/.tasks.csv.12345"):
