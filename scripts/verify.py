@@ -104,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except MamlError as error:
             good, text = False, str(error)
         failed += not good
-        print(f"{'VERIFIED' if good else 'FAILED'}  {name}: {text}{_budget(index.files[entry.file])}", flush=True)
+        file = index.files[entry.file]
+        origin = f"; run {file.run_id}, seed {file.seed}{_budget(file)}"  # tables have the mean over runs
+        print(f"{'VERIFIED' if good else 'FAILED'}  {name}: {text}{origin}", flush=True)
     if len(names) > 1:
         print(f"{len(names) - failed} of {len(names)} verified")
     return 1 if failed else 0
