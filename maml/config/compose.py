@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from maml.errors import MamlError, UnknownKeys
 from maml.status import announce
 
 _COMPARED = (*TRAINING_PARTS, "evaluation")  # the parts that decide what a number means
+_one_at_a_time = threading.Lock()  # a process has one Hydra
 
 
 def to_plain_config(cfg: DictConfig) -> dict[str, Any]:
@@ -70,14 +72,15 @@ def compose(overrides: Sequence[str], config_dir: Path = CONF) -> tuple[Settings
     from hydra.core.global_hydra import GlobalHydra
 
     check_order(overrides)
-    # Inside train.py, Hydra is already running: it composes a second config to compare the numbers with the paper.
-    running = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
-            cfg = hydra_compose("config", list(overrides), return_hydra_config=True)
-    finally:
-        GlobalHydra.instance().hydra = running
+    with _one_at_a_time:
+        # Inside train.py, Hydra is already running: it composes a second config to compare the numbers with the paper.
+        running = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
+                cfg = hydra_compose("config", list(overrides), return_hydra_config=True)
+        finally:
+            GlobalHydra.instance().hydra = running
     return settings_of(cfg), experiment_name(cfg.hydra.runtime.choices)
 
 

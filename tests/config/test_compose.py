@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hydra.errors import HydraException
@@ -40,6 +41,12 @@ def test_debug_before_experiment_is_refused() -> None:
 def test_experiment_is_a_folder_name() -> None:
     assert compose([f"+experiment={EXPERIMENTS[0]}"])[1] == EXPERIMENTS[0]
     assert compose([])[1] == "custom"
+
+
+def test_threads_compose_each_its_own_config() -> None:
+    with ThreadPoolExecutor(4) as threads:
+        composed = list(threads.map(lambda seed: compose([f"seed={seed}"])[0].seed, range(8)))
+    assert composed == list(range(8))
 
 
 def test_fomaml_is_first_order_in_whatever_order_it_is_asked_for() -> None:
