@@ -21,10 +21,10 @@ from maml.errors import MamlError, first_line
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
-from maml.hardware.precision import use_dtype
 from maml.network import Inputs as Inputs
 from maml.network import Network as Network
 from maml.network import Predictor as Predictor
+from maml.network import undisturbed
 from maml.record import checkpoint
 from maml.record.contents import Report
 from maml.record.exported import State, compose_entry, read_index, read_parameters, restore
@@ -154,7 +154,7 @@ def _build_network(
             f"the parameters belong to run {run_id}, but the settings of {experiment} have changed since that run; use "
             "the version of the project that trained it"
         )
-    with use_dtype(settings.precision):
+    with undisturbed(settings.precision):
         algorithm = build_algorithm(settings, hardware, build_without_data(settings.domain))
         restore(algorithm, state)
     evaluation: Evaluation = build(settings.evaluation)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -28,6 +30,18 @@ from maml.model.base import Model
 from maml.types import Examples, Params, Tasks
 
 Inputs = ArrayLike | Tensor
+
+_one_at_a_time = threading.RLock()
+
+
+@contextmanager
+def undisturbed(precision: Precision) -> Iterator[None]:
+    """Computes in the precision of a network, whatever other threads compute.
+
+    The precision is a state of the process, so threads wait for each other.
+    """
+    with _one_at_a_time, use_dtype(precision):
+        yield
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,7 +122,7 @@ class Network:
             raise MamlError(
                 f"{self.experiment} takes inputs of shape {self.in_shape}, which are no images; give `adapt` numbers"
             )
-        with use_dtype(self.precision):
+        with undisturbed(self.precision):
             read = [self._read(picture, number) for number, picture in enumerate(pictures)]
         if not read:
             raise MamlError("there are no pictures to read; is the folder right that they come from?")
@@ -157,7 +171,7 @@ class Network:
             MamlError: if shapes or labels do not fit the network, or if it is a policy, which learns from rollouts.
             Diverged: if the adapted parameters are not finite.
         """
-        with torch.no_grad(), use_dtype(self.precision):
+        with undisturbed(self.precision), torch.no_grad():
             return self._adapt(x, y, num_steps)
 
     def _adapt(self, x: Inputs, y: Any, num_steps: int | None) -> Predictor:
@@ -388,7 +402,7 @@ class Predictor:
         Raises:
             MamlError: if x does not fit the network.
         """
-        with torch.no_grad(), use_dtype(self.network.precision):
+        with undisturbed(self.network.precision), torch.no_grad():
             return self._outputs(x, transductive)
 
     def _outputs(self, x: Inputs, transductive: bool) -> Tensor:

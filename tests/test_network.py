@@ -6,6 +6,8 @@ import io
 import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
-from maml.hardware.precision import Precision, use_precision
-from maml.network import Network
+from maml.hardware.precision import Precision, use_dtype, use_precision
+from maml.network import Inputs, Network
 from maml.seeding import Stream
 from maml.types import Params, num_tasks, take
 from tests.runs import ROOT, TinyRuns
@@ -144,6 +146,26 @@ def test_network_computes_in_the_precision_of_its_run(precision: Precision, tiny
     assert same(predictor.params, expected["params"])
     assert torch.equal(predictor(query.x[0]), outputs)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_networks_of_different_precision_do_not_disturb_each_other_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = maml.load(SINUSOID)
+    networks = [network, replace(network, precision="bf16")]
+    prepare = Network.prepare
+
+    def prepare_slowly(self: Network, x: Inputs) -> Tensor:
+        time.sleep(0.02)  # the other thread starts
+        return prepare(self, x)
+
+    def predict(network: Network) -> float:
+        return network.adapt([[0.0], [1.0]], [[0.5], [1.0]])([[0.3]]).item()
+
+    alone = [predict(network) for network in networks]
+    assert alone[0] != alone[1]
+    monkeypatch.setattr(Network, "prepare", prepare_slowly)
+    with use_dtype("float64"), ThreadPoolExecutor() as threads:
+        assert [*threads.map(predict, networks)] == alone
+        assert torch.get_default_dtype() == torch.float64
 
 
 def test_network_works_in_a_program_that_sets_tf32_its_own_way() -> None:
