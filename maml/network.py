@@ -36,11 +36,12 @@ _one_at_a_time = threading.RLock()
 
 @contextmanager
 def undisturbed(precision: Precision) -> Iterator[None]:
-    """Computes in the precision of a network, whatever other threads compute.
+    """Computes in the precision of a network, whatever other threads compute and whichever mode of torch is set.
 
-    The precision is a state of the process, so threads wait for each other.
+    The precision is a state of the process, so threads wait for each other. Adaptation needs gradients, which
+    `torch.inference_mode` would refuse.
     """
-    with _one_at_a_time, use_dtype(precision):
+    with _one_at_a_time, torch.inference_mode(False), use_dtype(precision):
         yield
 
 
@@ -283,7 +284,7 @@ class _GivenExamples:
 def _tensor(values: Any, name: str) -> Tensor:
     """Returns the values as a tensor, and refuses what is not an array of numbers."""
     if isinstance(values, Tensor):
-        return values
+        return values.clone() if values.is_inference() else values  # the clone can be used for gradients
     try:
         return torch.as_tensor(np.ascontiguousarray(values))
     except (TypeError, ValueError) as error:

@@ -168,6 +168,17 @@ def test_networks_of_different_precision_do_not_disturb_each_other_in_threads(mo
         assert torch.get_default_dtype() == torch.float64
 
 
+def test_network_works_in_inference_mode() -> None:
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5], [1.0]])
+    network = maml.load(SINUSOID)
+    expected = network.adapt(x, y)(x)
+    with torch.inference_mode():
+        loaded, made = maml.load(SINUSOID), (x.clone(), y.clone())
+        assert torch.equal(network.adapt(x, y)(x), expected)
+    assert torch.equal(loaded.adapt(x, y)(x), expected)
+    assert torch.equal(network.adapt(*made)(made[0]), expected)
+
+
 def test_network_works_in_a_program_that_sets_tf32_its_own_way() -> None:
     script = "import maml, torch; torch.backends.fp32_precision = 'tf32'; network = maml.load('sinusoid_10shot'); "
     script += "network.adapt([[0.0]], [[0.0]])([[0.5]]); assert torch.backends.fp32_precision == 'tf32'"
