@@ -154,7 +154,7 @@ def _build_network(
             f"the parameters belong to run {run_id}, but the settings of {experiment} have changed since that run; use "
             "the version of the project that trained it"
         )
-    with undisturbed(settings.precision):
+    with undisturbed(settings.precision, hardware.device):
         algorithm = build_algorithm(settings, hardware, build_without_data(settings.domain))
         restore(algorithm, state)
     evaluation: Evaluation = build(settings.evaluation)

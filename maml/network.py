@@ -35,13 +35,18 @@ _one_at_a_time = threading.RLock()
 
 
 @contextmanager
-def undisturbed(precision: Precision) -> Iterator[None]:
+def undisturbed(precision: Precision, device: torch.device) -> Iterator[None]:
     """Computes in the precision of a network, whatever other threads compute and whichever mode of torch is set.
 
     The precision is a state of the process, so threads wait for each other. Adaptation needs gradients, which
     `torch.inference_mode` would refuse.
     """
-    with _one_at_a_time, torch.inference_mode(False), use_dtype(precision):
+    with (
+        _one_at_a_time,
+        torch.inference_mode(False),
+        torch.autocast(device.type, enabled=False),
+        use_dtype(precision),
+    ):
         yield
 
 
@@ -123,7 +128,7 @@ class Network:
             raise MamlError(
                 f"{self.experiment} takes inputs of shape {self.in_shape}, which are no images; give `adapt` numbers"
             )
-        with undisturbed(self.precision):
+        with undisturbed(self.precision, self.device):
             read = [self._read(picture, number) for number, picture in enumerate(pictures)]
         if not read:
             raise MamlError("there are no pictures to read; is the folder right that they come from?")
@@ -172,7 +177,7 @@ class Network:
             MamlError: if shapes or labels do not fit the network, or if it is a policy, which learns from rollouts.
             Diverged: if the adapted parameters are not finite.
         """
-        with undisturbed(self.precision), torch.no_grad():
+        with undisturbed(self.precision, self.device), torch.no_grad():
             return self._adapt(x, y, num_steps)
 
     def _adapt(self, x: Inputs, y: Any, num_steps: int | None) -> Predictor:
@@ -403,7 +408,7 @@ class Predictor:
         Raises:
             MamlError: if x does not fit the network.
         """
-        with undisturbed(self.network.precision), torch.no_grad():
+        with undisturbed(self.network.precision, self.network.device), torch.no_grad():
             return self._outputs(x, transductive)
 
     def _outputs(self, x: Inputs, transductive: bool) -> Tensor:

@@ -179,6 +179,18 @@ def test_network_works_in_inference_mode() -> None:
     assert torch.equal(network.adapt(*made)(made[0]), expected)
 
 
+@may_be_unfinished
+@pytest.mark.parametrize("experiment", [SINUSOID, OMNIGLOT])
+def test_network_keeps_its_precision_under_autocast(experiment: str) -> None:
+    network = maml.load(experiment)
+    x, y = Stream(0).uniform((2, *network.in_shape)), [[0.0], [1.0]] if experiment == SINUSOID else [0, 1]
+    predictor = network.adapt(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(network.adapt(x, y).params, predictor.params)
+        outputs = predictor.outputs(x)
+    assert torch.equal(outputs, predictor.outputs(x))
+
+
 def test_network_works_in_a_program_that_sets_tf32_its_own_way() -> None:
     script = "import maml, torch; torch.backends.fp32_precision = 'tf32'; network = maml.load('sinusoid_10shot'); "
     script += "network.adapt([[0.0]], [[0.0]])([[0.5]]); assert torch.backends.fp32_precision == 'tf32'"
