@@ -154,7 +154,8 @@ def _build_network(
             f"the parameters belong to run {run_id}, but the settings of {experiment} have changed since that run; use "
             "the version of the project that trained it"
         )
-    with undisturbed(settings.precision, hardware.device):
+    # Tensors that name no device are made on the CPU, as in training, whatever the caller's default device.
+    with undisturbed(settings.precision, hardware.device), torch.device("cpu"):
         algorithm = build_algorithm(settings, hardware, build_without_data(settings.domain))
         restore(algorithm, state)
     evaluation: Evaluation = build(settings.evaluation)

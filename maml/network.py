@@ -194,12 +194,11 @@ class Network:
             return self._read_sequence(inputs, y, num_steps)
         if isinstance(domain, FewShotClassification):
             most = domain.out_dim if self.algorithm.fixes_ways else None
-            classes, targets, order = _in_blocks(y, len(inputs), most)
-            targets = targets.to(self.device)
+            classes, targets, order = _in_blocks(y, len(inputs), most, self.device)
             inputs, num_shots = inputs[order], len(inputs) // len(classes)
         elif isinstance(domain, Table) and domain.classes is not None:
             classes, num_shots = [*domain.classes], len(inputs)
-            targets = _class_numbers(y, num_shots, classes).to(self.device)
+            targets = _class_numbers(y, num_shots, classes, self.device)
         else:
             targets, num_shots = _floats(_tensor(y, "y"), "y", self.device), len(inputs)
             expected = (len(inputs), domain.out_dim)
@@ -291,7 +290,7 @@ def _tensor(values: Any, name: str) -> Tensor:
     if isinstance(values, Tensor):
         return values.clone() if values.is_inference() else values  # the clone can be used for gradients
     try:
-        return torch.as_tensor(np.ascontiguousarray(values))
+        return torch.as_tensor(np.ascontiguousarray(values), device="cpu")
     except (TypeError, ValueError) as error:
         raise MamlError(f"{name} is no array of numbers ({first_line(error)})") from error
 
@@ -314,7 +313,9 @@ def _floats(values: Tensor, name: str, device: torch.device) -> Tensor:
     return floats
 
 
-def _in_blocks(labels: Any, count: int, most: int | None) -> tuple[list[Hashable], Tensor, Tensor]:
+def _in_blocks(
+    labels: Any, count: int, most: int | None, device: torch.device
+) -> tuple[list[Hashable], Tensor, Tensor]:
     """Sorts examples into K blocks with one example of each of N classes, as in a drawn task.
 
     Examples that are sorted already keep their order.
@@ -323,6 +324,7 @@ def _in_blocks(labels: Any, count: int, most: int | None) -> tuple[list[Hashable
         labels: one label per example.
         count: number of examples.
         most: the largest N; None is any.
+        device: where the tensors are made.
 
     Returns:
         The classes, in the order of their first example; the class number of each sorted example, ``(S,)``; and the
@@ -339,8 +341,8 @@ def _in_blocks(labels: Any, count: int, most: int | None) -> tuple[list[Hashable
     if len({len(positions) for positions in examples.values()}) > 1:
         counts = ", ".join(f"{len(positions)} of {label!r}" for label, positions in examples.items())
         raise MamlError(f"every class needs the same number of examples, but there are {counts}")
-    order = torch.tensor(list(examples.values())).T.flatten()
-    return list(examples), torch.arange(num_ways).repeat(count // num_ways), order
+    order = torch.tensor(list(examples.values()), device=device).T.flatten()
+    return list(examples), torch.arange(num_ways, device=device).repeat(count // num_ways), order
 
 
 def _check_classes(num_ways: int, most: int | None) -> None:
@@ -351,12 +353,12 @@ def _check_classes(num_ways: int, most: int | None) -> None:
         raise MamlError(f"there is nothing to tell apart: the labels have {num_ways} class; give two or more")
 
 
-def _class_numbers(labels: Any, count: int, classes: list[Hashable]) -> Tensor:
+def _class_numbers(labels: Any, count: int, classes: list[Hashable], device: torch.device) -> Tensor:
     """Returns the number of each label among classes that are the same in every task, ``(S,)``."""
     labels = _labels(labels, count)
     if unknown := [label for label in labels if label not in classes]:
         raise MamlError(f"{unknown[0]!r} is none of the classes that the network was trained on, {classes}")
-    return torch.tensor([classes.index(label) for label in labels])
+    return torch.tensor([classes.index(label) for label in labels], device=device)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -191,6 +191,19 @@ def test_network_keeps_its_precision_under_autocast(experiment: str) -> None:
     assert torch.equal(outputs, predictor.outputs(x))
 
 
+@may_be_unfinished
+def test_network_computes_on_its_own_device_whatever_the_default_device() -> None:
+    points = maml.load(SINUSOID)
+    expected = points.adapt([[0.0], [1.0]], [[0.5], [1.0]])([[0.3]])
+    pictures = [Image.linear_gradient("L").rotate(turn) for turn in (0, 90)]
+    with torch.device("meta"):
+        for network in (points, maml.load(SINUSOID)):
+            assert torch.equal(network.adapt([[0.0], [1.0]], [[0.5], [1.0]])([[0.3]]), expected)
+        drawings = maml.load(OMNIGLOT)
+        images = drawings.read(pictures)
+        assert drawings.adapt(images, ["up", "left"])(images.numpy()) == ["up", "left"]
+
+
 def test_network_works_in_a_program_that_sets_tf32_its_own_way() -> None:
     script = "import maml, torch; torch.backends.fp32_precision = 'tf32'; network = maml.load('sinusoid_10shot'); "
     script += "network.adapt([[0.0]], [[0.0]])([[0.5]]); assert torch.backends.fp32_precision == 'tf32'"
