@@ -76,6 +76,12 @@ class Network:
     def __repr__(self) -> str:
         return f"<{self.experiment}, iteration {self.iteration:,} of {self.num_iterations:,}>"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # torch.load may have moved the parameters to another device; it moves tensors only.
+        for value in self.theta.values():
+            self.algorithm.stream.device = value.device
+
     @property
     def complete(self) -> bool:
         """Whether it was trained to the end. Only then its accuracy can be compared with the paper's."""
@@ -378,6 +384,11 @@ class Predictor:
     support: Tensor
     classes: list[Hashable] | None
     labels: Tensor | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # As in Network, which has no parameters if it compares pixels.
+        self.network.algorithm.stream.device = self.support.device
 
     def __call__(self, x: Inputs, transductive: bool = False) -> Any:
         """Returns the label of each input, as a list; in regression, the values, a tensor ``(Q, D)``.

@@ -421,6 +421,28 @@ def test_predictor_can_be_saved_and_predicts_the_same() -> None:
         assert torch.equal(copied([[0.3], [4.0]]), predictor([[0.3], [4.0]]))
 
 
+@pytest.mark.parametrize("experiment", [SINUSOID, "omniglot_5way_1shot_pixels"])
+def test_saved_predictor_computes_where_torch_load_puts_it(experiment: str) -> None:
+    network = maml.load(experiment)
+    x, y = Stream(0).uniform((2, *network.in_shape)), [[0.0], [1.0]] if experiment == SINUSOID else [0, 1]
+    predictor = network.adapt(x, y)
+    expected = predictor.outputs(x)
+    network.algorithm.stream.device = torch.device("cuda")  # as if its tensors were there, too
+    file = io.BytesIO()
+    torch.save(predictor, file)
+    file.seek(0)
+    moved = torch.load(file, weights_only=False, map_location="cpu")
+    assert moved.network.device == torch.device("cpu")
+    assert torch.equal(moved.outputs(x), expected)
+    assert torch.equal(moved.network.adapt(x, y).outputs(x), expected)
+
+
+def test_saved_network_computes_where_its_parameters_are() -> None:
+    network = maml.load(SINUSOID)
+    network.algorithm.stream.device = torch.device("cuda")
+    assert pickle.loads(pickle.dumps(network)).device == torch.device("cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_network_on_a_gpu_predicts_as_on_the_cpu() -> None:
