@@ -15,7 +15,7 @@ usage: maml COMMAND ...
   maml train ARGS...      train (or resume) and evaluate; ARGS as in `maml train +experiment=sinusoid_10shot seed=1`
   maml eval ARGS...       evaluate the newest checkpoint of the run with these ARGS
   maml list [TEXT]        list the experiments whose name or description contains TEXT
-  maml describe [KEY]     describe a key (inner.step_size), a config group (domain) or an option (model=conv4)
+  maml describe [KEY]     describe a key (inner.step_size), group (domain), option (model=conv4) or experiment
                           both also take --config-dir DIR, for options and experiments of your own
   maml --version
 """
@@ -42,13 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(_USAGE, end="")
     elif command in ("list", "describe"):
         from maml.cli import show
+        from maml.cli.rendering import end_without_reader
         from maml.config.hints import split_config_dirs
 
         try:
             own, words = split_config_dirs(rest)
             if len(words) > 1:
                 raise MamlError(f"maml {command} takes one word, but there are {len(words)}: {' '.join(words)}")
-            print((show.experiments if command == "list" else show.description)("".join(words), own))
+            print((show.experiments if command == "list" else show.description)("".join(words), own), flush=True)
+        except BrokenPipeError:
+            end_without_reader()
         except MamlError as error:
             sys.exit(str(error))
     elif command == "--version":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -66,13 +67,23 @@ def print_problems(left_out: Sequence[str], notes: Iterable[str] = ()) -> int:
     return int(bool(left_out))
 
 
+def end_without_reader() -> NoReturn:
+    """Ends a program whose reader, such as ``head``, has enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+    sys.exit(1)
+
+
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script and ends the process with its status; a known error is one message and status 1.
 
     Known are each `MamlError`, and each `OSError` that names a file.
     """
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:
+        end_without_reader()
     except MamlError as error:
         sys.exit(str(error))
     except OSError as error:

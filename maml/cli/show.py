@@ -41,10 +41,10 @@ def _experiments(folder: Path) -> list[Path]:
 
 
 def description(name: str = "", own: tuple[Path, ...] = ()) -> str:
-    """Describes a key, a config group or an option; without a name, all groups and the keys of the root.
+    """Describes a key, a config group, an option or an experiment; without a name, all groups and keys of the root.
 
     Args:
-        name: the key, group or option.
+        name: the key, group, option or experiment.
         own: folders with a user's options, which are described too.
 
     Raises:
@@ -63,6 +63,9 @@ def description(name: str = "", own: tuple[Path, ...] = ()) -> str:
     pairs = [(option, key) for group in (root, *groups) for option in group.options for key in option.keys]
     if matches := [(option, key) for option, key in pairs if key.name == choice]:
         return _key(choice, matches)
+    experiments = next(group for group in groups if group.name == "experiment")
+    if known := [option for option in experiments.options if option.name == name]:
+        return _option(known[-1])
     raise _unknown_name_error(choice, [root, *groups])
 
 

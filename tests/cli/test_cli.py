@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
+
 import pytest
 
 import maml
@@ -58,3 +62,10 @@ def test_recorded_command_is_what_one_would_type(
     monkeypatch.setattr("maml.hardware.distributed.world_size", lambda: processes)
     monkeypatch.setattr("maml.hardware.distributed.local_world_size", lambda: processes)
     assert command_line() == command
+
+
+def test_reader_that_has_enough_ends_a_command_quietly() -> None:
+    program = "import time; from maml.cli import main; time.sleep(0.5); main(['list'])"  # the reader is gone by then
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} | true"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == ""

@@ -64,7 +64,7 @@ def test_error_of_a_file_is_its_name_and_reason(tmp_path: Path) -> None:
 
 def test_error_of_the_system_without_a_file_keeps_its_traceback() -> None:
     def main() -> int:
-        raise BrokenPipeError(32, "Broken pipe")
+        raise ConnectionResetError(104, "Connection reset by peer")
 
-    with pytest.raises(BrokenPipeError):
+    with pytest.raises(ConnectionResetError):
         exit_with(main)

@@ -59,6 +59,7 @@ def test_describe_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "describe", "model=conv4")
     assert "maml.model.conv4.Conv4" in text
     assert "model.num_filters=64" in text
+    assert "Table 2" in printed(capsys, "describe", "sinusoid_10shot").partition("\n")[0]
     assert "inner.order=1" in printed(capsys, "describe", "algorithm=fomaml")
     assert "Config groups" in printed(capsys, "describe")
     assert "num_iterations" in printed(capsys, "describe", "+experiment=sinusoid_10shot")
