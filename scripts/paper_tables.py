@@ -22,6 +22,8 @@ from maml.paper.methods import methods_markdown
 from maml.paper.readings import readings_markdown
 from maml.paper.tables import (
     CONFLICT,
+    REDUCED_BUDGET,
+    TRANSDUCTIVE,
     VERDICTS,
     Comparison,
     compare,
@@ -38,7 +40,8 @@ from maml.record.statistics import MIN_RUNS
 RUNS_NOTE = (
     "A number is the mean over runs; the interval covers test tasks and, if there are at least "
     f"{MIN_RUNS} runs, trainings. *Runs* gives their number, the range of their means and, in brackets, the interval "
-    "over test tasks alone. The paper's number is from one training."
+    "over test tasks alone. The paper's number is from one training.\n\n"
+    f"{TRANSDUCTIVE}. [Both accuracies of each run](notes.md#{REDUCED_BUDGET})."
 )
 
 

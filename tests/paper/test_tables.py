@@ -1,6 +1,7 @@
 """Verdicts, and the rendered tables with and without runs."""
 
 import csv
+import json
 import math
 import re
 import runpy
@@ -17,6 +18,7 @@ from maml.paper.tables import (
     CONFLICT,
     NO_REASON,
     SYMBOLS,
+    TRANSDUCTIVE,
     Comparison,
     bold_cells,
     compare,
@@ -35,6 +37,15 @@ from tests.paper.fake_runs import SINUSOID, make_run
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 main = runpy.run_path(str(ROOT / "scripts" / "paper_tables.py"))["main"]
+
+
+def test_legend_has_the_accuracies_of_the_committed_run() -> None:
+    (path,) = (RESULTS / "runs" / "omniglot_5way_1shot").glob("264f020e4f39/report.json")
+    ends = {curve["metric"]: curve["steps"][-1] for curve in json.loads(path.read_text())["curves"]}
+    readme = (ROOT / "README.md").read_text()
+    for metric in ("accuracy_inductive", "accuracy_transductive"):
+        assert f"{100 * ends[metric]['mean']:.2f} ± {100 * ends[metric]['ci95']:.2f}" in TRANSDUCTIVE
+        assert f"{100 * ends[metric]['mean']:.2f}" in readme
 
 
 def table_of(*comparisons: Comparison) -> Table:
@@ -120,7 +131,7 @@ def test_several_runs_show_their_mean_range_and_both_intervals(tmp_path: Path) -
     comparison = compared(tmp_path)
     tasks = 1.96 * np.linspace(-1, 1, 600).std() / math.sqrt(600)  # all runs differ from task to task in the same way
     both = math.sqrt(tasks**2 + 4.303**2 * np.var(means, ddof=1) / 3)
-    runs = f"3: 0.610 to 0.750 (± {tasks:.3f}); the paper's is better than 2 of them; seeds 0, 1, 2"
+    runs = f"3: 0.610 to 0.750 (± {tasks:.3f}); the paper's value is better than 2 of them; seeds 0, 1, 2"
     assert f"| 0.687 ± {both:.3f} | reproduced | {runs} | 2 |" in rendered(comparison)
     (row,) = table_rows([comparison])
     assert (row["ours"], row["ours_ci95"], row["tasks_ci95"]) == pytest.approx((np.mean(means), both, tasks), rel=1e-4)
@@ -132,7 +143,7 @@ def test_several_runs_show_their_mean_range_and_both_intervals(tmp_path: Path) -
 def test_place_of_the_papers_number_is_said_in_words(tmp_path: Path, means: tuple[float, float], place: str) -> None:
     for seed, mean in enumerate(means):
         make_run(tmp_path, mean=mean, seed=seed)
-    assert compared(tmp_path).place_text == f"the paper's is better than {place} of them"
+    assert compared(tmp_path).place_text == f"the paper's value is better than {place} of them"
 
 
 def test_the_same_seed_on_another_machine_is_one_more_run(tmp_path: Path) -> None:
