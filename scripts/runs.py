@@ -9,6 +9,7 @@ TensorBoard) write anything. Only `prune --yes` deletes anything.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -16,14 +17,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
-from math import isnan, nan
+from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -99,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one line per group of completely trained runs that differ in seed or hardware only, with the mean over "
         "runs; superseded runs are left out",
+    )
+    list_parser.add_argument(
+        "--sort",
+        choices=["headline"],
+        help="best number first, of each metric; what diverged or was not evaluated comes last (default: by "
+        "experiment, then seed)",
     )
     list_parser.add_argument("--csv", action="store_true", help="as CSV, with more columns and in full precision")
 
@@ -194,11 +203,19 @@ def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         and options.finished in (None, run.iteration == run.num_iterations)
         and all(setting(run.record.training, key) == value for key, value in wanted)
     ]
-    frame = _frame_by_seed(chosen) if options.by_seed else run_frame(chosen)
+    texts = dict(zip((run.path for run in chosen), settings_texts(chosen), strict=True))
+    if options.by_seed:
+        frame = _frame_by_seed(chosen, texts, options.sort == "headline")
+    else:
+        if options.sort == "headline":
+            chosen.sort(key=lambda run: _rank(run, run.headline[1].mean if run.headline else None))
+        frame = run_frame(chosen)
+        frame["settings"] = [texts[run.path] for run in chosen]
     if options.csv:
         frame.to_csv(sys.stdout, index=False)
         return
-    print_table([(_group_text if options.by_seed else _row_text)(row) for row in frame.to_dict("records")])
+    to_text = _group_text if options.by_seed else _row_text
+    print_table([to_text(row) | {"settings": row["settings"]} for row in frame.to_dict("records")])
     for run in chosen:
         if run.superseded and not options.by_seed:
             print(f"left out, {run.superseded}: {run.path}")
@@ -218,6 +235,45 @@ def _parse_setting(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
     except MamlError as error:
         raise MamlError(f"--set {text}: {error}") from error
     return key, override.value()
+
+
+def settings_texts(runs: Sequence[Run]) -> list[str]:
+    """Returns for each run in what it differs from its experiment, ``key=value key=value``, the seed left out.
+
+    These are the settings of its training and of the evaluation that `Run.report` returns. The text is ``?`` if the
+    experiment is unknown here.
+    """
+    known = {}
+    for experiment in {run.experiment for run in runs}:  # each is composed once, which takes 0.1 s
+        try:
+            known[experiment] = _settings_of(experiment)
+        except (MamlError, HydraException, OmegaConfBaseException, yaml.YAMLError):  # its file is no longer valid
+            known[experiment] = {}, {}
+    return [_settings_text(run, *known[run.experiment]) for run in runs]
+
+
+def _settings_text(run: Run, training: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    if not training:
+        return "?"
+    own, experiment = run.record.training, training
+    if run.report:
+        own, experiment = own | run.report.evaluation, {**training, **evaluation}
+    parts = []
+    for key in differing_keys(own, experiment):
+        value, target = setting(own, key), f"{key.rpartition('.')[0]}._target_"
+        if value is UNKNOWN and own.get(target) == experiment.get(target):
+            parts.append(f"{key}=default")  # of a class of the user, whose defaults are not looked up
+        elif value is not UNKNOWN and key != "seed":
+            parts.append(f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}")
+    return " ".join(parts)
+
+
+def _rank(run: Run, mean: float | None) -> tuple[bool, str, float]:
+    """Returns the key by which runs are sorted, the best first, if the headline number of one is ``mean``."""
+    if run.report is None:
+        return True, "", 0.0
+    sign = -1 if run.report.larger_is_better else 1
+    return False, run.report.headline_metric, inf if mean is None or isnan(mean) else sign * mean
 
 
 def _run_row(run: Run) -> dict[str, Any]:
@@ -264,15 +320,24 @@ def _mean_text(mean: float | None, ci95: float | None, num_tasks: int | None = N
     return "diverged" if mean is None or ci95 is None else f"{mean:.4g} ± {ci95:.2g}"
 
 
-def _frame_by_seed(runs: Sequence[Run]) -> pd.DataFrame:
-    """Returns one row per group of complete runs that differ in seed or hardware only, with their statistics."""
+def _frame_by_seed(runs: Sequence[Run], texts: Mapping[Path, str], best_first: bool = False) -> pd.DataFrame:
+    """Returns one row per group of complete runs that differ in seed or hardware only, with their statistics.
+
+    Args:
+        runs: the runs.
+        texts: what `settings_texts` returns, by folder.
+        best_first: whether the best mean comes first.
+    """
     complete = [run for run in runs if run.report and run.report.complete and not run.superseded]
     keys = [settings_but_seed(run, run.report) for run in complete if run.report]
     groups = pd.Series(complete, dtype=object).groupby(keys, sort=False)
-    return pd.DataFrame([_group_row(list(group)) for _, group in groups], dtype=object)
+    rows = [(group.iloc[0], _group_row(list(group), texts)) for _, group in groups]
+    if best_first:
+        rows.sort(key=lambda row: _rank(row[0], row[1]["mean"]))
+    return pd.DataFrame([row for _, row in rows], dtype=object)
 
 
-def _group_row(runs: Sequence[Run]) -> dict[str, Any]:
+def _group_row(runs: Sequence[Run], texts: Mapping[Path, str]) -> dict[str, Any]:
     evidence = Evidence(tuple(samples((run, run.report) for run in runs if run.report)))
     run, report = evidence.evaluated[0]
     row = run_frame([run]).iloc[0]
@@ -292,6 +357,7 @@ def _group_row(runs: Sequence[Run]) -> dict[str, Any]:
         "sd": means.std(ddof=1) if len(means) > 1 else nan,
         "lowest_run": found.lowest,
         "highest_run": found.highest,
+        "settings": texts[run.path],
     }
 
 
@@ -409,8 +475,14 @@ def _artifacts_using(run: Run, runs: Sequence[Run]) -> list[str]:
 
 def print_differences(a: Mapping[str, Any], b: Mapping[str, Any], a_name: str, b_name: str) -> None:
     """Prints the settings that differ, with their defaults where they are not recorded."""
-    keys = [key for key in sorted(a.keys() | b.keys()) if setting(a, key) != setting(b, key)]
-    print_table([{"setting": key, a_name: _value_text(a, key), b_name: _value_text(b, key)} for key in keys])
+    print_table(
+        [{"setting": key, a_name: _value_text(a, key), b_name: _value_text(b, key)} for key in differing_keys(a, b)]
+    )
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Returns the keys of the settings that differ; what is not recorded has its default."""
+    return [key for key in sorted(a.keys() | b.keys()) if setting(a, key) != setting(b, key)]
 
 
 def _value_text(settings: Mapping[str, Any], key: str) -> str:

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from maml.errors import MamlError
 from maml.record.index import SUPERSEDED
-from tests.paper.fake_runs import SINUSOID, edit, make_run
+from tests.paper.fake_runs import POINT, SINUSOID, edit, make_run
 from tests.runs import ROOT, TinyRuns, file_contents
 from tests.sweep.fake_sweep import write_beat, write_job, write_report
 
@@ -144,11 +145,11 @@ def test_by_seed_shows_the_mean_over_runs_with_both_intervals(tmp_path: Path, ru
     make_run(tmp_path, mean=9.0, seed=4, name="wrong")
     run("supersede", str(tmp_path / SINUSOID.experiment / "wrong"), "--reason", "wrong")
     make_run(tmp_path, mean=0.3, seed=5, **OTHER)
-    _, three, alone = sorted(run("list", "--by-seed"), key=len, reverse=True)
+    three, alone = sorted(run("list", "--by-seed")[1:], key=lambda line: "seeds" in line, reverse=True)
     assert re.split("  +", three)[2:] == [
         "mse (K=5, step 10, n=600)", "0.6867 ± 0.18", "± 0.046", "3: seeds 0 1 2", "0.61 to 0.75",
     ]  # fmt: skip
-    assert re.split("  +", alone)[-3:] == ["0.3 ± 0.1", "± 0.1", "1: seed 5"]
+    assert re.split("  +", alone)[-4:] == ["0.3 ± 0.1", "± 0.1", "1: seed 5", "inner.step_size=0.01"]
     rows = {row["seeds"]: row for row in table(run("list", "--by-seed", "--csv"))}
     assert float(rows["0 1 2"]["mean"]) == pytest.approx(np.mean(means))
     assert float(rows["0 1 2"]["sd"]) == pytest.approx(np.std(means, ddof=1))
@@ -159,6 +160,74 @@ def test_by_seed_of_a_seed_that_diverged_has_no_mean_over_runs(tmp_path: Path, r
     make_run(tmp_path, mean=0.5)
     make_run(tmp_path, mean=None, seed=1)
     assert re.split("  +", run("list", "--by-seed")[1])[-2:] == ["diverged", "2: seeds 0 1"]
+
+
+def test_list_shows_in_what_a_run_differs_from_its_experiment(tmp_path: Path, run: Lines) -> None:
+    make_run(tmp_path, name="a", seed=1)
+    make_run(tmp_path, name="b", **OTHER | {"outer.clip": 10.0, "domain.oracle": False, "model.widths": [8, 8]})
+    make_run(tmp_path, name="c", evaluated=False)
+    tested = make_run(tmp_path, name="d", **OTHER) / "report.json"
+    edit(tested, evaluation=json.loads(tested.read_text())["evaluation"] | {"evaluation.num_tasks": 60})
+    custom = make_run(tmp_path / "elsewhere", **OTHER)
+    (tmp_path / "custom").mkdir()
+    custom.rename(tmp_path / "custom" / "e")
+    other = "inner.step_size=0.01 model.widths=[8,8] outer.clip=10.0"
+    found = {Path(row["folder"]).name: row["settings"] for row in table(run("list", "--csv"))}
+    assert found == {"a": "", "b": other, "c": "", "d": "evaluation.num_tasks=60 inner.step_size=0.01", "e": "?"}
+    lines = run("list")
+    assert [line.endswith(f"CPU, Abacus  {other}") for line in lines].count(True) == 1
+    assert lines[1].endswith("CPU, Abacus  ?")
+    assert sorted(row["settings"] for row in table(run("list", "--by-seed", "--csv"))) == sorted(
+        ["", other, found["d"], "?"]
+    )
+    assert any(line.endswith(other) for line in run("list", "--by-seed"))
+
+
+def test_settings_of_an_experiment_that_is_no_longer_valid_are_unknown(
+    tmp_path: Path, run: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path)
+    conf = tmp_path / "conf"
+    (conf / "experiment").mkdir(parents=True)
+    (conf / "experiment" / "sinusoid_10shot.yaml").touch()
+    monkeypatch.setitem(main.__globals__, "CONF", conf)
+
+    def refuse(experiment: str) -> None:
+        raise MamlError(f"{experiment} has a key that does not exist")
+
+    monkeypatch.setitem(main.__globals__, "compose_experiment", refuse)
+    assert [row["settings"] for row in table(run("list", "--csv"))] == ["?"]
+
+
+def test_list_composes_an_experiment_once(tmp_path: Path, run: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(20):
+        make_run(tmp_path, seed=seed, evaluated=False)
+    asked = []
+
+    def settings_of(experiment: str) -> Any:
+        asked.append(experiment)
+        return SCRIPT["_settings_of"](experiment)
+
+    monkeypatch.setitem(main.__globals__, "_settings_of", settings_of)
+    assert len(run("list")) == 21
+    assert asked == ["sinusoid_10shot"]
+
+
+def test_list_sorts_by_the_headline_in_the_direction_of_the_report(tmp_path: Path, run: Lines) -> None:
+    def changed(seed: int) -> dict[str, Any]:
+        return {"seed": seed, "inner.step_size": 0.01 * seed}
+
+    make_run(tmp_path, name="unevaluated", evaluated=False)
+    for name, mean, seed in (("good", 0.5, 1), ("diverged", None, 2), ("bad", 0.75, 3)):
+        make_run(tmp_path, name=name, mean=mean, **changed(seed))
+    for name, mean, seed in (("low", -9.0, 0), ("high", -3.0, 1)):
+        make_run(tmp_path, name=name, mean=mean, source=POINT, **changed(seed))
+    best_first = ["good", "bad", "diverged", "high", "low", "unevaluated"]
+    assert ids(run("list", "--csv", "--sort", "headline")) == best_first
+    experiments = [line.split()[1] for line in run("list", "--sort", "headline")[1:]]
+    assert experiments == 3 * ["sinusoid_10shot"] + 2 * ["point_navigation_maml"] + ["sinusoid_10shot"]
+    means = [row["mean"] for row in table(run("list", "--by-seed", "--csv", "--sort", "headline"))]
+    assert means == ["0.5", "0.75", "", "-3.0", "-9.0"]
 
 
 def test_list_draws_lines_on_a_terminal(
