@@ -45,7 +45,7 @@ from maml.record import checkpoint
 from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval, settings_but_seed
 from maml.record.contents import CurveRecord, Report, StepRecord
 from maml.record.frame import UNKNOWN, check_key, run_frame, setting
-from maml.record.index import SUPERSEDED, Run, conflicts_among, read_run, read_runs, supersede
+from maml.record.index import SUPERSEDED, Run, conflicts_among, number_label, read_run, read_runs, supersede
 from maml.record.lock import acquire
 from maml.record.run_files import read_json
 from maml.record.style import step_label
@@ -284,7 +284,7 @@ def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
     headline = ""
     if row["metric"]:
         reading = _mean_text(row["mean"], row["ci95"], row["num_tasks"])
-        headline = f"{row['metric']} {reading} ({_where(row)}, n={row['num_tasks']})"
+        headline = f"{row['metric']} {reading}{_label(row).removeprefix(row['metric'])}"
         if row["evaluated_at"] != row["iteration"]:
             headline += f" at {row['evaluated_at']:,}"
     return {
@@ -300,8 +300,8 @@ def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _where(row: Mapping[str, Any]) -> str:
-    return f"K={row['num_shots']}, {step_label(row['step'], row['measured_by'])}"
+def _label(row: Mapping[str, Any]) -> str:
+    return number_label(*(row[name] for name in ("metric", "num_shots", "step", "measured_by", "num_tasks")))
 
 
 def _number(step: int, report: Report) -> str:
@@ -367,7 +367,7 @@ def _group_text(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "experiment": row["experiment"],
         "first run": row["first_run"],
-        "headline": f"{row['metric']} ({_where(row)}, n={row['num_tasks']})",
+        "headline": _label(row),
         "mean over runs ± 95 %": _mean_text(None if diverged else row["mean"], row["ci95"]),
         "over tasks alone": "" if diverged else f"± {row['tasks_ci95']:.2g}",
         "runs": f"{row['num_runs']}: seeds {row['seeds']}" if several else f"1: seed {row['seeds']}",

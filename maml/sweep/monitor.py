@@ -89,4 +89,4 @@ def _news(job: Job, keys: list[str]) -> str:
     if not job.report:
         return f"failed: {describe(job, keys)}: {' '.join(job.problem.split())}"  # one line
     mean, ci95 = job.headline
-    return f"finished: {describe(job, keys)}: {job.report['headline_metric']} {mean:.4g} +- {ci95:.2g}"
+    return f"finished: {describe(job, keys)}: {job.headline_label} {mean:.4g} +- {ci95:.2g}"

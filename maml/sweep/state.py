@@ -13,7 +13,7 @@ from typing import Any
 from maml.config.identity import digest
 from maml.errors import MamlError
 from maml.record.heartbeat import looks_dead
-from maml.record.index import read_run
+from maml.record.index import number_label, read_run
 from maml.record.run_files import find_report, read_json
 from maml.training.progress import duration
 
@@ -77,6 +77,14 @@ class Job:
         """Mean and half-width of the 95 % interval over test tasks; nan if adaptation diverged."""
         last = self.headline_curve["steps"][-1]
         return (math.nan, math.nan) if last["ci95"] is None else (last["mean"], last["ci95"])
+
+    @property
+    def headline_label(self) -> str:
+        """The name of the headline number: ``mse (K=10, step 10, n=600)``."""
+        assert self.report
+        curve = self.headline_curve
+        last, measured_by = curve["steps"][-1], self.report.get("measured_by", "gradient step")
+        return number_label(curve["metric"], curve["num_shots"], last["step"], measured_by, last["num_tasks"])
 
     @property
     def headline_curve(self) -> Mapping[str, Any]:

@@ -25,9 +25,9 @@ _NUMBERS = ("mean", "ci95", "lowest", "highest")
 def tabulate(jobs: Sequence[Job]) -> pd.DataFrame:
     """Returns one row per combination of the values that differ between jobs, other than the seed; best row first.
 
-    Columns: the axes; ``metric``; ``mean`` over seeds and ``ci95``, the half-width of its 95 % interval (see
-    `maml.record.statistics.combine`); ``lowest`` and ``highest`` mean of a seed; ``seeds``, as in ``2 of 3``. Numbers
-    are nan if adaptation diverged or no seed is finished.
+    Columns: the axes; ``metric``, as in ``mse (K=10, step 10, n=600)``; ``mean`` over seeds and ``ci95``, the
+    half-width of its 95 % interval (see `maml.record.statistics.combine`); ``lowest`` and ``highest`` mean of a seed;
+    ``seeds``, as in ``2 of 3``. Numbers are nan if adaptation diverged or no seed is finished.
     """
     import pandas as pd  # takes a third of a second
 
@@ -43,21 +43,29 @@ def tabulate(jobs: Sequence[Job]) -> pd.DataFrame:
         for point, group in frame.groupby(keys, sort=False)
     ]
     columns = ["metric", *_NUMBERS, "seeds"]
-    table = pd.DataFrame(rows, columns=[*names, *columns, "unfinished", "badness"])
-    table = table.sort_values(["unfinished", "metric", "badness"], na_position="last", ignore_index=True)
+    table = pd.DataFrame(rows, columns=[*names, *columns, "unfinished", "kind", "badness"])
+    table = table.sort_values(["unfinished", "kind", "badness"], na_position="last", ignore_index=True)
     return table[[*names, *columns]].set_axis([*axes, *columns], axis=1)
 
 
 def _row(finished: Sequence[Job], num_jobs: int) -> dict[str, Any]:
     """Returns the row of jobs that differ in seed only."""
-    row = {"metric": "", "seeds": f"{len(finished)} of {num_jobs}", "unfinished": not finished, "badness": math.nan}
+    row = {
+        "metric": "",
+        "seeds": f"{len(finished)} of {num_jobs}",
+        "unfinished": not finished,
+        "kind": "",
+        "badness": math.nan,
+    }
     if not finished:
         return row
     first = finished[0].report
     assert first
     found = combine([job.headline for job in finished], _values(finished))
+    named = next((job for job in finished if job.report and job.report["headline"] is not None), finished[0])
     return row | {
-        "metric": first["headline_metric"],
+        "metric": named.headline_label,  # where adaptation diverged, all curves may end alike
+        "kind": first["headline_metric"],
         **{name: getattr(found, name) for name in _NUMBERS},
         "badness": -found.mean if first["larger_is_better"] else found.mean,
     }

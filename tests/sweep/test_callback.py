@@ -64,7 +64,7 @@ def test_sweep_lists_what_failed_and_goes_on_with_that(tiny: TinyRuns) -> None:
     with open(folder / "summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["inner.step_size"], row["metric"], row["seeds"]) for row in rows] == [
-        ("0.02", "mse", "1 of 1"),
+        ("0.02", "mse (K=10, step 2, n=5)", "1 of 1"),
         ("-1", "", "0 of 1"),
     ]
 

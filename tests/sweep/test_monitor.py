@@ -32,7 +32,7 @@ def test_jobs_that_end_are_whole_lines_and_one_line_is_about_all(tmp_path: Path)
     monitor.stop()
     lines = output.getvalue().splitlines()
     assert lines[0] == f"the output of each job is in {sweep / 'jobs'}/*.log"
-    assert "finished: a=1: mse 2 +- 0.5" in lines
+    assert "finished: a=1: mse (K=5, step 1, n=2) 2 +- 0.5" in lines
     assert not [line for line in lines if line.startswith("finished: a=0")], "it was finished before"
     assert lines[-1] == "2 of 3 finished, 1 failed", "the last line is up to date"
 
