@@ -631,7 +631,11 @@ def prune_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         outcome = "would delete" if not options.yes else "deleted" if _delete(run) else "kept, a process is using it:"
         print(f"{outcome} {run.path} ({reason})")
     if not unneeded:
-        print("nothing to delete")
+        young = 0 if options.days <= 0 else sum(bool(_prune_reason(run, 0)) for run in runs)
+        what = f"{young} failed runs are" if young > 1 else "1 failed run is"
+        print(
+            f"nothing to delete; {what} younger than {options.days:g} days (--days 0)" if young else "nothing to delete"
+        )
     elif not options.yes:
         print("nothing is deleted without --yes")
 

@@ -431,7 +431,12 @@ def test_prune_deletes_superseded_runs_and_old_failed_ones_with_nothing_saved(
     left = {path.parent for path in tmp_path.rglob("run.json")}
     assert left == {*kept, committed}
     assert not list(tmp_path.glob(".deleted*"))
-    assert run("prune", "--yes") == ["nothing to delete"]
+    assert run("prune", "--yes") == ["nothing to delete; 1 failed run is younger than 7 days (--days 0)"]
+    failed("yesterday", 9, days=0.5, status="running")
+    assert run("prune", "--days", "6.5") == ["nothing to delete; 2 failed runs are younger than 6.5 days (--days 0)"]
+    assert len(run("prune", "--days", "0")) == 3
+    run("prune", "--days", "0", "--yes")
+    assert run("prune") == ["nothing to delete"]
 
 
 def test_prune_leaves_a_run_that_a_process_is_in(tmp_path: Path, run: Lines) -> None:
