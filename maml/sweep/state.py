@@ -68,6 +68,11 @@ class Job:
         return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in self.overrides)}
 
     @property
+    def diverged(self) -> bool:
+        """Whether its training diverged, as it would again."""
+        return self.state == "failed" and "training has diverged" in self.problem
+
+    @property
     def time_left(self) -> float | None:
         """Seconds until its training is finished, at the speed that it has now; None if unknown."""
         return (self.num_iterations - self.iteration) / self.speed if self.speed else None

@@ -112,7 +112,13 @@ def summarise(folder: Path) -> None:
     for job in missing:
         log = folder / "jobs" / f"{job.name}.log"
         lines.append(f"- {describe(job, named)}: {job.problem}{f' (its output: {log})' if log.exists() else ''}")
-    lines += ["", f"Run the same command again to continue with these: `{command_line()}`"] if missing else []
+    diverged = sum(job.diverged for job in missing)
+    if diverged:
+        who = "These" if diverged == len(missing) else f"{diverged} of these"
+        lines += ["", f"{who} diverged in training and would diverge again: change their settings, or leave them out"]
+    if diverged < len(missing):
+        which = "the others" if diverged else "these"
+        lines += ["", f"Run the same command again to continue with {which}: `{command_line()}`"]
     if any(folder.parent.glob(".submitit/*")):
         lines.append(f"What SLURM says about the jobs is in {folder.parent / '.submitit'}")
     text = "\n".join(lines).strip() + "\n"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,7 @@ from maml.errors import MamlError
 from maml.record.statistics import combine
 from maml.sweep.state import Job
 from maml.sweep.summary import summarise, tabulate
+from maml.training.loop import _check_finite
 from tests.sweep.fake_sweep import job, write_job, write_report
 
 
@@ -104,6 +107,23 @@ def test_summary_names_missing_jobs_and_their_output(tmp_path: Path, capsys: pyt
     assert "0 of 2 jobs are finished" in text
     assert f"- a=1: why (its output: {path.with_suffix('.log')})" in text
     assert "- a=2: not started" in text
+
+
+def test_summary_does_not_ask_to_run_again_what_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweeps" / "one"
+    learner = SimpleNamespace(folder=SimpleNamespace(path=sweep), logger=SimpleNamespace(alert=lambda *_: None))
+    with pytest.raises(MamlError) as raised:
+        _check_finite({"loss": math.nan}, 7, cast(Any, learner))
+    write_job(sweep, "a=1", error=f"MamlError: {raised.value}")
+    summarise(sweep)
+    advice = "diverged in training and would diverge again: change their settings, or leave them out"
+    text = capsys.readouterr().out
+    assert f"\n\nThese {advice}\n" in text
+    assert "Run the same command again" not in text
+    write_job(sweep, "a=2")
+    summarise(sweep)
+    text = capsys.readouterr().out
+    assert f"\n\n1 of these {advice}\n\nRun the same command again to continue with the others: `" in text
 
 
 def test_summary_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
