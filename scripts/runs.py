@@ -210,17 +210,36 @@ def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         if options.sort == "headline":
             chosen.sort(key=lambda run: _rank(run, run.headline[1].mean if run.headline else None))
         frame = run_frame(chosen)
-        frame["settings"] = [texts[run.path] for run in chosen]
+        if chosen:
+            frame["settings"] = [texts[run.path] for run in chosen]
     if options.csv:
         frame.to_csv(sys.stdout, index=False)
         return
+    if frame.empty:
+        print(_why_none(options, runs, len(chosen)))
     to_text = _group_text if options.by_seed else _row_text
-    print_table([to_text(row) | {"settings": row["settings"]} for row in frame.to_dict("records")])
+    if not frame.empty:
+        print_table([to_text(row) | {"settings": row["settings"]} for row in frame.to_dict("records")])
     for run in chosen:
         if run.superseded and not options.by_seed:
             print(f"left out, {run.superseded}: {run.path}")
     for conflict in conflicts_among(chosen):
         print(f"conflict: {conflict}")
+
+
+def _why_none(options: argparse.Namespace, runs: Sequence[Run], num_chosen: int) -> str:
+    """Returns why no run is listed: where there is none, or which filter left all out."""
+    pattern, where = options.experiment, ", ".join(map(str, options.runs_dir))
+    found = sum(fnmatch(run.experiment, pattern) for run in runs)
+    what = "" if pattern == "*" else f" of {pattern!r}"
+    if found:
+        why = "is completely trained, evaluated and not superseded" if num_chosen else "fits the other options"
+        count = num_chosen or found
+        return f"none: of {count} run{'s' * (count > 1)}{what} in {where}, none {why}"
+    hint = ""
+    if any(fnmatch(run.experiment, f"{pattern}*") for run in runs):
+        hint = f"; experiments begin with it: '{pattern}*'"
+    return f"none: there is no run{what} in {where}{hint}"
 
 
 def _parse_setting(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
@@ -381,7 +400,12 @@ def _group_text(row: Mapping[str, Any]) -> dict[str, str]:
 def show_sweep(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Prints the state of each job of a sweep, or one line per sweep."""
     if options.sweep is None:
-        print_table(sweep_rows(find_sweeps(*options.runs_dir)))
+        rows = sweep_rows(find_sweeps(*options.runs_dir))
+        if not rows:
+            where = ", ".join(map(str, options.runs_dir))
+            print(f"none: there is no sweep in {where}; --runs-dir names another folder, the runs_dir of train.py")
+            return
+        print_table(rows)
         return
     folder = find_sweep(options.sweep, *options.runs_dir)
     jobs = SweepReader(folder).jobs()

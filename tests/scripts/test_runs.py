@@ -242,9 +242,25 @@ def test_list_draws_lines_on_a_terminal(
     assert any(folder.name in line and "│" in line for line in lines)
 
 
-def test_without_runs_every_list_is_empty(run: Lines) -> None:
-    assert run("list") == run("list", "--by-seed") == run("list", "--set", "inner.step_size=1") == ["none"]
+def test_without_runs_every_list_is_empty(tmp_path: Path, run: Lines) -> None:
+    none = [f"none: there is no run in {tmp_path}"]
+    assert run("list") == run("list", "--by-seed") == run("list", "--set", "inner.step_size=1") == none
+    assert run("list", "sinusoid") == [f"none: there is no run of 'sinusoid' in {tmp_path}"]
+    (line,) = run("sweep")
+    assert line.startswith(f"none: there is no sweep in {tmp_path}; --runs-dir names another folder")
     assert run("prune") == ["nothing to delete"]
+
+
+def test_list_without_a_match_says_why(tmp_path: Path, run: Lines) -> None:
+    make_run(tmp_path, done=500, status="interrupted")
+    make_run(tmp_path, evaluated=False, seed=1)
+    for arguments, why in [
+        (["sinusoid"], f"there is no run of 'sinusoid' in {tmp_path}; experiments begin with it: 'sinusoid*'"),
+        (["omniglot*"], f"there is no run of 'omniglot*' in {tmp_path}"),
+        (["sinusoid*", "--seed", "7"], f"of 2 runs of 'sinusoid*' in {tmp_path}, none fits the other options"),
+        (["--by-seed"], f"of 2 runs in {tmp_path}, none is completely trained, evaluated and not superseded"),
+    ]:
+        assert run("list", *arguments) == [f"none: {why}"], arguments
 
 
 def test_show_has_settings_segments_evaluations_and_cells(tmp_path: Path, run: Lines) -> None:
@@ -465,7 +481,7 @@ def test_a_deletion_cut_short_leaves_no_run(tmp_path: Path, run: Lines, monkeypa
     monkeypatch.setattr(main.__globals__["shutil"], "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         run("prune", "--yes")
-    assert run("list") == ["none"]
+    assert run("list") == [f"none: there is no run in {tmp_path}"]
 
 
 def test_committed_runs_are_all_listed_and_none_is_damaged(capsys: pytest.CaptureFixture[str]) -> None:
