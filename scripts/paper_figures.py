@@ -85,7 +85,7 @@ def _draw_figure(
     _write_csv(path, [row for curve, evidence, _ in curves for row in figure_rows(curve, evidence)])
     compared = [CurveComparison(curve, evidence) for curve, evidence, _ in curves]
     texts = {item.curve.label: (item.verdict, item.text, item.curve.source, item.evidence) for item in compared}
-    return _section(figure, path, texts), compared
+    return _section(figure, path, "verdict", texts), compared
 
 
 def _draw_picture(picture: Picture, runs: Sequence[Run], path: Path, damaged: list[str]) -> list[str]:
@@ -103,7 +103,7 @@ def _draw_picture(picture: Picture, runs: Sequence[Run], path: Path, damaged: li
     kind.plot_picture(picture, panels, path.with_suffix(".png"))
     _write_csv(path, [row for _, _, rows in panels for row in rows])
     texts = {panel.label: (evidence.state, evidence.state, panel.source, evidence) for panel, evidence, _ in panels}
-    return _section(picture, path, texts)
+    return _section(picture, path, "state", texts)
 
 
 def _path(out: Path, name: str) -> Path:
@@ -117,24 +117,27 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_text_atomically(path.with_suffix(".csv"), pd.DataFrame(rows, dtype=object).to_csv(index=False))
 
 
-def _section(figure: Figure | Picture, path: Path, items: Mapping[str, tuple[str, str, Source, Evidence]]) -> list[str]:
-    """Prints the verdict on each curve or panel of a figure; returns its section in Markdown, with the provenance.
+def _section(
+    figure: Figure | Picture, path: Path, kind: str, items: Mapping[str, tuple[str, str, Source, Evidence]]
+) -> list[str]:
+    """Prints the verdict on each curve, or the state of each panel; returns a section in Markdown with the provenance.
 
     Args:
         figure: the figure, with its title and note.
         path: path of its files, without the suffix.
-        items: verdict, verdict in Markdown, source and runs of each curve or panel, by label.
+        kind: what is said of each: its ``verdict`` or its ``state``.
+        items: verdict or state, the same in Markdown, source and runs of each curve or panel, by label.
     """
     picture = f"{path.parent.name}/{path.name}"
     lines = [f"## {figure.title}", "", f"![{figure.title}]({picture}.png)", ""]
     lines += [f"[PDF]({picture}.pdf), [SVG]({picture}.svg), [all numbers]({picture}.csv)", ""]
     lines += [figure.note, ""] if figure.note else []
     rows = []
-    for label, (verdict, text, source, evidence) in items.items():
-        print(f"{figure.title}, {label}: {verdict}")
+    for label, (said, text, source, evidence) in items.items():
+        print(f"{figure.title}, {label}: {said}")
         origin = provenance(source, evidence)
         rows.append([label, text, origin["seeds"], origin["commit"], origin["hardware"], f"`{origin['command']}`"])
-    return [*lines, *markdown_table(("drawn", "verdict", "seeds", "commit", "hardware", "command"), rows), ""]
+    return [*lines, *markdown_table(("drawn", kind, "seeds", "commit", "hardware", "command"), rows), ""]
 
 
 if __name__ == "__main__":
