@@ -162,7 +162,8 @@ class Hardware:
         }
         is_same_device = earlier.get("device", self.device.type) == self.device.type
         kept = {**_BEFORE, **earlier} if earlier and is_same_device else {}
-        if kept.get("num_threads") and kept["num_threads"] > cores:  # fewer cores, or more processes on them
+        # More processes than before share the cores. The bits change with their number anyway.
+        if distributed.local_world_size() > 1 and (kept.get("num_threads") or 0) > cores:
             kept = {name: value for name, value in kept.items() if name != "num_threads"}
         divides_tasks = workload.threads == "tasks" and on_cpu
         if divides_tasks and (kept.get("thread_chunks") or kept.get("num_threads") == 1):

@@ -148,12 +148,16 @@ def test_cores_are_those_of_the_container_if_it_has_fewer(tmp_path: Path, monkey
         assert usable_cores() == cores
 
 
-def test_resumed_run_has_no_more_threads_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_a_resumed_run_share_the_cores_and_one_alone_keeps_its_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(base, "usable_cores", lambda: 8)
     earlier = Hardware(device="cpu").choose(images(5, 1).workload, 60_000, {}).as_dict()
     assert earlier["num_threads"] == 8
-    for cores, expected in ((64, 8), (8, 8), (2, 2)):
-        monkeypatch.setattr(base, "usable_cores", lambda cores=cores: cores)
+    monkeypatch.setattr(base, "usable_cores", lambda: 4)
+    for processes, expected in (("1", 8), ("2", 2), ("4", 1)):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert Hardware(device="cpu").choose(images(5, 1).workload, 60_000, earlier).num_threads == expected
 
 
