@@ -81,7 +81,7 @@ def test_device_that_cannot_be_used_is_refused(device: str, reason: str) -> None
 def test_unknown_sources_say_what_there_is(tmp_path: Path) -> None:
     for source, message in {
         "omniglot_5way_1shto": "did you mean omniglot_5way_1shot",
-        "ant_velocity_oracle": "has no committed checkpoint: train it",
+        "mini_imagenet_5way_1shot": "has no committed checkpoint: train it",
         str(tmp_path): "is no run folder",
         str(tmp_path / "a.safetensors"): "has no entry for a.safetensors",
     }.items():
