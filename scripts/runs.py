@@ -217,8 +217,8 @@ def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         return
     if frame.empty:
         print(_why_none(options, runs, len(chosen)))
-    to_text = _group_text if options.by_seed else _row_text
-    if not frame.empty:
+    else:
+        to_text = _group_text if options.by_seed else _row_text
         print_table([to_text(row) | {"settings": row["settings"]} for row in frame.to_dict("records")])
     for run in chosen:
         if run.superseded and not options.by_seed:
@@ -281,7 +281,7 @@ def _settings_text(run: Run, training: Mapping[str, Any], evaluation: Mapping[st
     for key in differing_keys(own, experiment):
         value, target = setting(own, key), f"{key.rpartition('.')[0]}._target_"
         if value is UNKNOWN and own.get(target) == experiment.get(target):
-            parts.append(f"{key}=default")  # of a class of the user, whose defaults are not looked up
+            parts.append(f"{key}=default")  # the defaults of a user's class are not looked up
         elif value is not UNKNOWN and key != "seed":
             parts.append(f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}")
     return " ".join(parts)

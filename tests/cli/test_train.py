@@ -128,6 +128,18 @@ def test_unknown_key_of_the_experiment_is_told_from_those_of_the_command(
         assert "mini-ImageNet not found" in said(*shlex.split(advice.partition(" add ")[2].partition(" to leave")[0]))
 
 
+def give_own_experiment(monkeypatch: pytest.MonkeyPatch, folder: Path, words: list[str], more: str = "") -> None:
+    """Gives the command an experiment of the user, on photos that are missing, and further words."""
+    monkeypatch.setattr("sys.path", list(sys.path))
+    places = [f"data_dir={folder}", f"cache_dir={folder}", f"runs_dir={folder / 'runs'}"]
+    (folder / "conf" / "experiment").mkdir(parents=True)
+    (folder / "conf" / "experiment" / "mine.yaml").write_text(
+        f"# @package _global_\ndefaults: [mini_imagenet_5way_1shot]\ninner: {{step_size: 0.4, num_steps: 1}}\n{more}"
+    )
+    settings = ["--config-dir", str(folder / "conf"), *places, "+experiment=mine"]
+    monkeypatch.setattr("sys.argv", ["/v/bin/maml", "train", *settings, *words])
+
+
 @pytest.mark.parametrize(
     ("words", "kept"),
     [
@@ -145,14 +157,7 @@ def test_values_of_the_experiment_for_another_option_are_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.path", list(sys.path))
-    places = [f"data_dir={tmp_path}", f"cache_dir={tmp_path}", f"runs_dir={tmp_path / 'runs'}"]
-    (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
-        "# @package _global_\ndefaults: [mini_imagenet_5way_1shot]\ninner: {step_size: 0.4, num_steps: 1}\n"
-    )
-    settings = ["--config-dir", str(tmp_path / "conf"), *places, "+experiment=mine"]
-    monkeypatch.setattr("sys.argv", ["/v/bin/maml", "train", *settings, *words])
+    give_own_experiment(monkeypatch, tmp_path, words)
     with pytest.raises(SystemExit):  # the photos are missing
         main()
     *lines, missing = capsys.readouterr().err.splitlines()
@@ -189,15 +194,7 @@ def test_option_and_experiment_that_ask_for_different_values_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.path", list(sys.path))
-    places = [f"data_dir={tmp_path}", f"cache_dir={tmp_path}", f"runs_dir={tmp_path / 'runs'}"]
-    (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
-        "# @package _global_\ndefaults: [mini_imagenet_5way_1shot]\ninner: {step_size: 0.4, num_steps: 1}\n"
-        "evaluation: {num_steps: 5}\n"
-    )
-    settings = ["--config-dir", str(tmp_path / "conf"), *places, "+experiment=mine"]
-    monkeypatch.setattr("sys.argv", ["/v/bin/maml", "train", *settings, *words])
+    give_own_experiment(monkeypatch, tmp_path, words, "evaluation: {num_steps: 5}\n")
     with pytest.raises(SystemExit):  # the photos are missing
         main()
     line = capsys.readouterr().err.splitlines()[-1]
