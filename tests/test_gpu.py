@@ -152,5 +152,9 @@ def test_choices_of_a_policy_are_the_same_on_both_devices() -> None:
     outputs, distribution = Stream(0).normal((1000, 5)), Categorical(5)
     noise = distribution.noise(Stream(1), 1000)
     choices = distribution.sample(outputs, noise)
-    assert torch.equal(distribution.sample(outputs.cuda(), noise.cuda()).cpu(), choices)
+    torch.use_deterministic_algorithms(True)  # it refuses operations without a deterministic version
+    try:
+        assert torch.equal(distribution.sample(outputs.cuda(), noise.cuda()).cpu(), choices)
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert len(choices.unique()) == 5

@@ -127,7 +127,10 @@ class Categorical(Distribution):
         return stream.uniform((horizon, 1), dtype=torch.float64)
 
     def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
-        cumulative = outputs.double().softmax(-1).cumsum(-1)
+        probabilities = outputs.double().softmax(-1)
+        # Not `cumsum`: on a GPU it has no deterministic version for such numbers.
+        up_to = torch.ones(self.num_outputs, self.num_outputs, dtype=torch.float64, device=outputs.device).tril()
+        cumulative = (probabilities.unsqueeze(-2) * up_to).sum(-1)
         # The last sum is 1 up to rounding; it is left out, so that no number beyond the last is drawn.
         number = (cumulative[..., :-1] <= noise).sum(-1, keepdim=True).to(outputs.dtype)
         return number.where(cumulative[..., -1:].isfinite(), torch.nan)
