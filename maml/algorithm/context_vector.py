@@ -24,6 +24,8 @@ class ContextVector(MAML):
     The meta-update trains the initial value of z and all weights. With ``algorithm=context_vector``, only z adapts.
     z is appended to every input of a task: as further channels of an image, or as further entries of a vector.
 
+    Paper text: the authors' RL code trains z alone.
+
     Args:
         parts: the domain, model, optimizers and stream.
         num_channels: size of z: number of channels (images) or entries (vectors).

@@ -72,7 +72,6 @@ class Matching(Embedding):
         shots = support.shape[1:3]
         support = support.flatten(1, 2)
         if self._has_context:
-            # Paper text: Ravi and Larochelle's code applies the two to the respective other images.
             support = _read_in_both_directions(params, support)
             query = self._attend(params, support, query)
         similarity = self._similarity(query, support) / self._temperature(params, len(query))

@@ -18,6 +18,7 @@ from maml.errors import MamlError
 from maml.status import about, announce
 from maml.types import Split
 
+# Departure: the paper has 64, 12 and 24; the lists of Ravi and Larochelle, which its code reads, have these.
 NUM_CLASSES: dict[Split, int] = {"train": 64, "val": 16, "test": 20}
 NUM_IMAGES = 600
 # Time to read, decode and resize a photo, measured.

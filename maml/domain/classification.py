@@ -264,7 +264,10 @@ class FewShotClassification(SupervisedDomain):
         return Examples(x, y, num_shots=tasks["support_images"].shape[-1])
 
     def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:
-        """The cross-entropy, summed and divided by K (docs/protocol.md#classification-loss), and the accuracy."""
+        """The cross-entropy, summed and divided by K, and the accuracy.
+
+        Departure: the paper has the sum (docs/protocol.md#classification-loss).
+        """
         return cross_entropies(outputs, data.y).sum(1) / data.num_shots, {"accuracy": accuracy(outputs, data.y)}
 
     def measure(self, model: Model, params: Params, support: Examples, query: Examples, step: int) -> Metrics:

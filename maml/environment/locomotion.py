@@ -199,6 +199,7 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
             if self.physics == "paper"
             else (data.qpos[..., 0] - start) / self.duration
         )
+        # Departure: the paper names neither this cost nor, in `_bonus`, those of contact and the reward of survival.
         cost = self.control_weight[self.physics] * np.square(control).sum(-1)
         reward = self.progress(velocity, goal) - cost + self._bonus(data)
         # A NaN fails the comparison.
