@@ -233,6 +233,6 @@ def overview(folder: Path) -> str:
     rows: dict[str, dict[str, str]] = {}
     for path, conditions in pages.items():
         row = rows.setdefault(path.parent.name, {"folder": path.parent.name} | dict.fromkeys(names, ""))
-        commit, *dirty = conditions["commit"].split("-")
-        row[path.stem] = f"[{'-'.join([commit[:7], *dirty])}]({path.parent.name}/{path.name})"
+        short, *dirty = conditions["commit"].split("-")
+        row[path.stem] = f"[{'-'.join([short[:7], *dirty])}]({path.parent.name}/{path.name})"
     return "\n".join([OVERVIEW, *markdown_table([*rows.values()])])

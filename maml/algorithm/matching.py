@@ -96,10 +96,11 @@ class Matching(Embedding):
         hidden = cell if self._reads_as_input else query
         read = support.mean(1, keepdim=True).expand_as(query) if self._reads_as_input else _read(hidden, support)
         for _ in range(self.num_context_steps):
-            given, state = (
-                (torch.cat([query, read], 2), hidden) if self._reads_as_input else (query, torch.cat([hidden, read], 2))
-            )
-            hidden, cell = lstm_cell(_gates(params, "attention", given, state), cell)
+            if self._reads_as_input:
+                gates = _gates(params, "attention", torch.cat([query, read], 2), hidden)
+            else:
+                gates = _gates(params, "attention", query, torch.cat([hidden, read], 2))
+            hidden, cell = lstm_cell(gates, cell)
             hidden = hidden + query
             read = _read(hidden, support)
         return hidden

@@ -63,8 +63,8 @@ def description(name: str = "", own: tuple[Path, ...] = ()) -> str:
     pairs = [(option, key) for group in (root, *groups) for option in group.options for key in option.keys]
     if matches := [(option, key) for option, key in pairs if key.name == choice]:
         return _key(choice, matches)
-    experiments = next(group for group in groups if group.name == "experiment")
-    if known := [option for option in experiments.options if option.name == name]:
+    (of_experiments,) = (group.options for group in groups if group.name == "experiment")
+    if known := [option for option in of_experiments if option.name == name]:
         return _option(known[-1])
     raise _unknown_name_error(choice, [root, *groups])
 

@@ -144,8 +144,8 @@ def _load_published(source: Path, classes: Mapping[str, str], split: dict[str, F
                     photo = pixels.reshape(3, IMAGE_SIZE, IMAGE_SIZE).transpose(1, 2, 0)
                     named_photos[classes[labels[number]]].append((file, photo))
             except (AttributeError, LookupError, TypeError, ValueError) as error:
-                cause = f"{type(error).__name__}: {error}"
-                raise MamlError(f"{source / half} does not hold CIFAR-100 ({cause}); {advice}") from error
+                reason = f"{type(error).__name__}: {error}"
+                raise MamlError(f"{source / half} does not hold CIFAR-100 ({reason}); {advice}") from error
         check_classes({name: len(photos) for name, photos in named_photos.items()}, advice)
         photos = {name: sorted(photos, key=itemgetter(0)) for name, photos in named_photos.items()}
         return stack(photos, itemgetter(1))

@@ -20,10 +20,7 @@ class Adam(Inner):
 
     Args:
         step_size: Adam's step size.
-        num_steps: number of gradient steps in training (evaluation has its own number).
         order: 1 treats the inner gradients as constants; nothing else is possible.
-        adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
-            opens with ``!`` excludes names again.
         betas: decay rates of the running means of the gradient and of its square.
         eps: added to the root of the mean square, so that nothing is divided by zero.
     """

@@ -43,8 +43,8 @@ class Inner(ABC):
         order: 2 differentiates through the steps; 1 treats the inner gradients as constants (FOMAML).
         adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
             opens with ``!`` excludes names again.
-        second_order_from: the first iteration of second order; those before it are of first order. None: all have
-            ``order``.
+        second_order_from: the first iteration of second order; those before it are of first order, which is cheaper
+            (derivative-order annealing, Antoniou et al. 2019). None: all have ``order``.
 
     Attributes:
         present_order: the order of the present iterations, which `begin` sets.
@@ -209,13 +209,17 @@ class Inner(ABC):
         # In first order, only an optimizer with parameters of its own makes a graph that takes memory.
         has_graph = create_graph or any(name.startswith(_LEARNED_PREFIX) for name in params)
         for step in range(num_steps):
-            if not params[names[0]].requires_grad:  # evaluation: there is no meta-gradient
+            if not all(params[name].requires_grad for name in names):  # evaluation: there is no meta-gradient
                 params = params | {name: params[name].detach().requires_grad_() for name in names}
             if has_graph and recompute_enabled():
                 adapted, state = _recompute_in_backward(partial(take_step, step=step), params, state, create_graph)
             else:
                 adapted, state = take_step(params, state, step, create_graph)
-            params = params | adapted
+            moved = params | adapted
+            # A value that the step left as it is gets a node of its own. Other values depend on the old node, and the
+            # next gradient must not be taken through them.
+            same = {name: value.view_as(value) for name, value in moved.items() if value is params[name]}
+            params = moved | {name: same[name] for name in names if name in same}
             yield params, state
 
 

@@ -20,12 +20,6 @@ class LearnedSGD(Inner):
 
     Args:
         step_size: initial value of every step size.
-        num_steps: number of gradient steps in training (evaluation has its own number).
-        order: 2 differentiates through the steps; 1 treats the inner gradients as constants.
-        adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
-            opens with ``!`` excludes names again.
-        second_order_from: the first iteration of second order; those before it are of first order, which is cheaper
-            (derivative-order annealing, Antoniou et al. 2019). None: all have ``order``.
     """
 
     def __init__(

@@ -33,8 +33,6 @@ class MetaLSTM(Inner):
         num_steps: number of steps in training (evaluation has its own number).
         order: 1 treats the loss and the gradient that the LSTM reads as constants, as in the source, and differentiates
             through the LSTM and its gates; 2 differentiates through all.
-        adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
-            opens with ``!`` excludes names again.
         hidden_size: number of units of the first layer.
         loss_scale: factor of the domain's loss. The source has the mean over the support examples; the loss of
             classification is N times that.
@@ -136,7 +134,7 @@ def preprocess(values: Tensor) -> Tensor:
 
 def _join(params: Params) -> Tensor:
     """Returns all numbers of each task, ``(T, P)``."""
-    return torch.cat([value.flatten(1) for value in params.values()], 1)
+    return torch.cat([value.reshape(len(value), -1) for value in params.values()], 1)
 
 
 def _split(joined: Tensor, like: Params) -> Params:

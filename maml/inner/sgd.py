@@ -16,12 +16,6 @@ class SGD(Inner):
 
     Args:
         step_size: step size of every step, the paper's alpha.
-        num_steps: number of gradient steps in training (evaluation has its own number).
-        order: 2 differentiates through the steps; 1 treats the inner gradients as constants (FOMAML).
-        adapt: which parameters adapt: patterns of parameter names. ``head.*`` is the last layer; a pattern that
-            opens with ``!`` excludes names again.
-        second_order_from: the first iteration of second order; those before it are of first order, which is cheaper
-            (derivative-order annealing, Antoniou et al. 2019). None: all have ``order``.
     """
 
     is_plain_sgd = True

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from maml.errors import MamlError, first_line
 from maml.hardware.precision import autocast
@@ -73,6 +74,11 @@ class ModuleModel(Model):
         trial.check_equal_constructions(self.net, twin)
         self._places = trial.places(self.net)
         self._trained = [name for name, _ in _trained(self.net)]
+        if found := [name for name, value in _trained(self.net) if value.is_complex()]:
+            raise MamlError(
+                f"model.module has the complex parameter {found[0]}, but the optimizers here are for real ones; let "
+                "the layer have a real one and use torch.view_as_complex"
+            )
         self._changed_buffers: Params = {}
         self._is_recurrent = any(isinstance(layer, nn.RNNBase) for layer in self.net.modules())
         if taken := [name for name in self._trained if name.startswith("inner.")]:
@@ -111,6 +117,14 @@ class ModuleModel(Model):
             if isinstance(layer, _BatchNorm):
                 if not name:
                     raise MamlError("model.module is itself a batch normalisation layer; wrap it in a network")
+                is_plain = type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+                hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)
+                if not is_plain or any(hooks) or is_parametrized(layer):
+                    raise MamlError(
+                        f"model.module has a batch normalisation layer ({name}, {type(layer).__name__}) with a "
+                        "forward, hooks or parametrizations of its own. They would be lost, because these layers are "
+                        "replaced by ours; do that in a layer after it"
+                    )
                 if layer not in replaced:
                     replaced[layer] = _BatchStatistics(layer)
                 net.set_submodule(name, replaced[layer])
@@ -125,14 +139,24 @@ class ModuleModel(Model):
             return self._outputs(self.net, tasks[task], x[task])
 
         buffers = trial.BufferValues(self.net)
-        with torch.no_grad(), self._naming_failure():
+        with torch.no_grad(), self._naming_failure(), trial.refusing_changes({"its inputs": x, **theta}):
             first = trial.check_draws(self.net, lambda: call(0))
             trial.check_outputs(first, x.shape[1], out_dim)
             second, again = call(1), call(0)
             trial.check_independence(first, again, buffers)
             trial.check_parameters_are_registered(second, twin, tasks[1], lambda: self._outputs(twin, {}, x[1]))
             self._changed_buffers = {name: value for name, value in buffers.changed().items() if name in self._places}
-            buffers.restore()
+        with self._naming_failure():
+            own = {name: value.detach().requires_grad_() for name, value in tasks[1].items()}
+            trial.check_gradient(
+                (self._outputs(self.net, own, x[1].clone()), own),
+                (self._outputs(twin, {}, x[1].clone()), dict(_trained(twin))),
+            )
+        buffers.restore()
+        if any(isinstance(layer, _BatchStatistics) for layer in self.net.modules()):
+            more = torch.cat([self._example, Stream(1).uniform(self._example[:, :1].shape)], 1)
+            with torch.no_grad(), self._naming_failure():
+                trial.check_reference(self(theta, more, num_reference=2)[:, :2], self(theta, self._example))
         with self._naming_failure():
             unused = trial.check_derivative(self(*self._first_task(theta)), theta)
         if unused:
@@ -147,6 +171,7 @@ class ModuleModel(Model):
                 # Where vmap lacks a rule for an operation, it computes that one task by task, and warns in each call.
                 warnings.filterwarnings("error", _SLOW_RULE)
                 self(theta, self._example)
+                self(self._first_task(theta)[0], self._example)  # as weights that tasks share
         except Exception as error:
             reason = first_line(error).partition(". ")[0]
             _announce_once(
@@ -243,7 +268,7 @@ class ModuleModel(Model):
     ) -> Tensor:
         for layer in self.net.modules():
             if isinstance(layer, _BatchStatistics):
-                layer.num_reference = num_reference
+                layer.share = None if num_reference is None else (num_reference, x.shape[1])
         self.net.to(x.device)
         inputs, count = self._inputs(x), x.shape[0]
         params = {name: params[name] for name in self._trained if name in params}  # no inner optimizer's own
@@ -348,16 +373,16 @@ class _BatchStatistics(nn.Module):
     def __init__(self, layer: _BatchNorm) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
-        self.num_reference: int | None = None
+        self.share: tuple[int, int] | None = None  # reference examples of all
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float() if x.dtype == torch.bfloat16 else x
         dims = (0, *range(2, x.dim()))
-        reference = x[: self.num_reference]
+        # A layer may see several rows of each example, one example after the other.
+        reference = x if self.share is None else x[: len(x) * self.share[0] // self.share[1]]
         mean = reference.mean(dims, keepdim=True)
         variance = (reference - mean).square().mean(dims, keepdim=True)
         x = (x - mean) * torch.rsqrt(variance + self.eps)
-        if self.weight is None:
-            return x
         shape = (1, -1, *[1] * (x.dim() - 2))
-        return x * self.weight.reshape(shape) + self.bias.reshape(shape)
+        x = x if self.weight is None else x * self.weight.reshape(shape)
+        return x if self.bias is None else x + self.bias.reshape(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -162,6 +162,43 @@ class BufferValues:
             setattr(layer, name, value)
 
 
+@contextmanager
+def refusing_changes(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Refuses a module that changes inputs or parameters in place, also if it writes the values that were there.
+
+    Args:
+        tensors: what the module gets while the context lasts, by name.
+
+    Raises:
+        MamlError: names what is changed.
+    """
+    versions = {name: value._version for name, value in tensors.items()}
+    yield
+    for name, value in tensors.items():
+        if value._version != versions[name]:
+            raise MamlError(
+                f"model.module changes {name} in place in forward, as nn.ReLU(inplace=True) does as the first layer, "
+                "or nn.Embedding with max_norm; they belong to the run, so let it change a copy"
+            )
+
+
+def check_reference(outputs: Tensor, expected: Tensor) -> None:
+    """Refuses a module whose batch normalisation cannot take its statistics from the first examples alone.
+
+    Args:
+        outputs: of some examples, of a batch with others behind them, with the statistics of these examples.
+        expected: the outputs of a batch that has these examples only.
+
+    Raises:
+        MamlError: if the two differ.
+    """
+    if not _equal(outputs, expected, _TOLERANCE_OF_COPIES):
+        raise MamlError(
+            "model.module has batch normalisation that sees the rows of several examples in turns, so their statistics "
+            "cannot be told apart; let each example's rows follow one another, (S * L, D) and not (L * S, D)"
+        )
+
+
 def check_independence(before: Tensor, after: Tensor, buffers: BufferValues) -> None:
     """Refuses a module whose outputs depend on its earlier calls, which would mix tasks.
 
@@ -199,7 +236,7 @@ def check_parameters_are_registered(
     with torch.no_grad():
         for name, value in twin.named_parameters():
             if name in params:
-                value.copy_(params[name])
+                value.data = params[name].clone()  # not in place: the module may share the tensor with its maker
         expected = call_twin()
     if not _equal(outputs, expected, _TOLERANCE_OF_COPIES):
         raise MamlError(
@@ -233,6 +270,27 @@ def check_derivative(outputs: Tensor, params: Params) -> list[str]:
     except RuntimeError as error:
         raise MamlError(f"model.module cannot be differentiated: {first_line(error)}") from error
     return [name for name, gradient in zip(params, gradients, strict=True) if gradient is None]
+
+
+def check_gradient(found: tuple[Tensor, Params], expected: tuple[Tensor, Params]) -> None:
+    """Refuses a module whose gradient is not the one that it has by itself at the same values.
+
+    Args:
+        found: outputs that were computed from given parameters, and these.
+        expected: outputs of a copy that holds the same values, and its parameters.
+    """
+    if not found[0].requires_grad:  # `check_derivative` says why
+        return
+    one, other = (
+        torch.autograd.grad(outputs.square().sum(), [params[name] for name in found[1]], materialize_grads=True)
+        for outputs, params in (found, expected)
+    )
+    for name, own, plain in zip(found[1], one, other, strict=True):
+        if not _equal(own, plain, _TOLERANCE_OF_COPIES):
+            raise MamlError(
+                f"model.module has a wrong gradient of {name} here: its backward pass computes parts of forward again "
+                "(torch.utils.checkpoint), or a hook of a parameter changes gradients; leave that out"
+            )
 
 
 def check_second_derivative(outputs: Tensor, params: Params) -> None:

@@ -19,12 +19,8 @@ class Adam(FirstOrder):
 
     Args:
         step_size: Adam's step size, the paper's beta.
-        clip: as in `FirstOrder`.
         betas: decay rates of the running means of the gradient and of its square.
         eps: added to the root of the mean square, so that nothing is divided by zero.
-        clip_norm: as in `FirstOrder`.
-        weight_decay: as in `FirstOrder`.
-        schedule: as in `FirstOrder`.
     """
 
     def __init__(

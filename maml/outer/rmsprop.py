@@ -19,10 +19,6 @@ class RMSProp(FirstOrder):
         decay: decay rate of the running mean.
         eps: added to the root, so that nothing is divided by zero.
         momentum: factor of the earlier updates; 0 has none.
-        clip: as in `FirstOrder`.
-        clip_norm: as in `FirstOrder`.
-        weight_decay: as in `FirstOrder`.
-        schedule: as in `FirstOrder`.
     """
 
     def __init__(

@@ -80,7 +80,7 @@ class RunFolder:
         self._lock: BaseFileLock | None = None
         self._metrics: IO[str] | None = None
         self._record: dict[str, Any] = {}
-        self._report_folder = self.path
+        self.report_folder = self.path  # of the report that was found when the run was opened, or saved since then
         self._ended: float | None = None
         self.tables = ("tasks.csv", *(TABLES if settings.evaluation.get("per_class") else ()))
         self.is_trained = False
@@ -144,7 +144,7 @@ class RunFolder:
         iteration = saved["iteration"] if saved else 0
         found = self._find_report()
         if found is not None:
-            self._report_folder = found[1]
+            self.report_folder = found[1]
         is_evaluated = found is not None and not self._missing_tables(found[1])
         self.is_trained = bool(earlier) and (
             is_evaluated or (bool(saved) and iteration >= self.settings.num_iterations)
@@ -380,8 +380,8 @@ class RunFolder:
             self._metrics = None
         if self._lock is not None:
             try:
-                if status == "finished" and self._report_folder != self.path:
-                    self._write_config(self._report_folder)
+                if status == "finished" and self.report_folder != self.path:
+                    self._write_config(self.report_folder)
                 if not self.is_trained:
                     self._update_record(self._record["segments"][-1]["last_iteration"], status)
                 elif self._record["status"] != "finished":
@@ -431,7 +431,7 @@ class RunFolder:
         if parent is not None:
             remove_leftovers(folder)
             self._write_config(folder)
-        self._report_folder = folder
+        self.report_folder = folder
         for name, rows in {**(more or {}), "tasks.csv": tasks}.items():
             _write_table(folder / name, rows)
         draw_pictures(pictures, folder)
@@ -446,11 +446,6 @@ class RunFolder:
         """
         found = self._find_report()
         return found[0] if found else None
-
-    @property
-    def report_folder(self) -> Path:
-        """The folder of the report that was found when the run was opened, or saved since then."""
-        return self._report_folder
 
     def _find_report(self) -> tuple[dict[str, Any], Path] | None:
         found = find_report(self.path, self.run_id, evaluation_config(self.settings))

@@ -165,12 +165,12 @@ def _times(compute: Callable[[], object], on_gpu: bool, captured: bool) -> list[
     """
     if captured:
         compute()  # libraries choose algorithms in their first calls, which cannot be captured
-        is_out_of_memory, reason = False, ""
+        ran_out, reason = False, ""
         try:
             _, compute = capture(compute)
         except RuntimeError as error:  # if memory is not the reason, the computation is timed without a graph
-            reason, is_out_of_memory = cause_of(error)
-        if is_out_of_memory:  # a new error, because the first one keeps the failed computation's tensors alive
+            reason, ran_out = cause_of(error)
+        if ran_out:  # a new error, because the first one keeps the failed computation's tensors alive
             raise torch.OutOfMemoryError(reason)
     return _time(compute, 1 + _REPETITIONS, on_gpu)
 

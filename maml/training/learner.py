@@ -94,10 +94,10 @@ class Learner:
         Yields:
             The checkpoint to resume from; None if there is none.
         """
-        described, command = hardware.describe(), command_line()
+        machine, command = hardware.describe(), command_line()
         if num_seeds > 1:
-            described["seeds"] = num_seeds
-        saved = distributed.on_rank_zero(lambda: self.folder.open(described, command, self.algorithm.name))
+            machine["seeds"] = num_seeds
+        saved = distributed.on_rank_zero(lambda: self.folder.open(machine, command, self.algorithm.name))
         status = "failed"
         try:
             self._start_logger(self.folder.path, resumed=saved is not None or self.folder.is_trained)

@@ -26,7 +26,7 @@ from maml.training.diagnostics import Diagnostics
 from maml.training.iteration import Iteration
 from maml.training.learner import Learner
 from maml.training.progress import Progress
-from maml.training.validation import keep_best_of_validation
+from maml.training.validation import update_best_on_validation
 from maml.types import Params
 
 
@@ -91,19 +91,14 @@ def train(
                 if distributed.rank() == 0:  # the display reads metrics from the device, which blocks for a moment
                     progress.update(number, lambda metrics=metrics: _to_floats(metrics[0]))  # type: ignore[misc]
                 if validate_every and (number % validate_every == 0 or number == num_iterations):
-                    for learner in active:
-                        _validate(learner, number, iterate.execution)
-                last = number == end or bool(signal_number)
+                    _validate(active, number, iterate.execution)
                 if is_logged:
                     pending.add(number, metrics, diagnostics.after(number))
-                if number % checkpoint_every == 0 or last:
+                if number % checkpoint_every == 0 or number == end or signal_number:
                     pending.write()
-                    for learner, seed_metrics in zip(active, metrics, strict=True):
-                        _save_checkpoint(learner, number, seed_metrics, iterate.execution)
+                    _save_checkpoint(active, number, metrics, iterate.execution)
                     if not signal_number:
-                        for learner, numbers in zip(active, diagnostics.validate(), strict=True):
-                            if numbers:
-                                learner.logger.log(numbers, number)
+                        _log_validation(active, number, diagnostics.validate())
                 pending.write(if_ready=True)
                 if signal_number:
                     raise _interrupted(signal_number, number, num_iterations, active)
@@ -129,18 +124,28 @@ def _interrupted(signal_number: int, number: int, num_iterations: int, active: S
     )
 
 
-def _validate(learner: Learner, number: int, execution: Execution) -> None:
+def _validate(active: Sequence[Learner], number: int, execution: Execution) -> None:
     """Measures theta on validation tasks, keeps it if it is the best, and logs the measurement."""
-    score = keep_best_of_validation(learner.algorithm, execution.task_chunk)
-    learner.logger.log({f"validated_{learner.algorithm.domain.headline}": score}, number)
+    for learner in active:
+        score = update_best_on_validation(learner.algorithm, execution.task_chunk)
+        learner.logger.log({f"validated_{learner.algorithm.domain.headline}": score}, number)
 
 
-def _save_checkpoint(learner: Learner, number: int, metrics: Mapping[str, Tensor], execution: Execution) -> None:
-    """Saves the state after iteration ``number``, unless it is not finite."""
-    state = learner.algorithm.state_dict()
-    # The loss belongs to theta before this update. If this update made theta diverge, only the state shows it.
-    _check_finite(_to_floats({**metrics, **_largest_entries(state)}), number, learner)
-    learner.folder.save_checkpoint(number, state, execution.as_dict())
+def _save_checkpoint(
+    active: Sequence[Learner], number: int, metrics: Sequence[Mapping[str, Tensor]], execution: Execution
+) -> None:
+    """Saves the states after iteration ``number``, unless one is not finite."""
+    for learner, seed_metrics in zip(active, metrics, strict=True):
+        state = learner.algorithm.state_dict()
+        # The loss belongs to theta before this update. If this update made theta diverge, only the state shows it.
+        _check_finite(_to_floats({**seed_metrics, **_largest_entries(state)}), number, learner)
+        learner.folder.save_checkpoint(number, state, execution.as_dict())
+
+
+def _log_validation(active: Sequence[Learner], number: int, measured: Sequence[Mapping[str, float]]) -> None:
+    for learner, numbers in zip(active, measured, strict=True):
+        if numbers:
+            learner.logger.log(numbers, number)
 
 
 class PendingMetrics:
@@ -208,9 +213,9 @@ def _largest_entries(state: Mapping[str, Params]) -> dict[str, Tensor]:
     The record of the best theta is left out: it is a copy, and its score is -inf before the first measurement.
     """
     return {
-        group: torch.stack([value.abs().max().double() for value in tensors.values()]).max()
+        group: torch.stack([value.abs().max().double() for value in tensors.values() if value.numel()]).max()
         for group, tensors in state.items()
-        if tensors and group != "best"
+        if any(value.numel() for value in tensors.values()) and group != "best"
     }
 
 

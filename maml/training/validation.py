@@ -40,7 +40,7 @@ def validation_score(algorithm: Algorithm, count: int, task_chunk: int | None) -
     return summed / count
 
 
-def keep_best_of_validation(algorithm: Algorithm, task_chunk: int | None) -> float:
+def update_best_on_validation(algorithm: Algorithm, task_chunk: int | None) -> float:
     """Measures theta on validation tasks and keeps it if it is the best so far; returns the headline metric.
 
     Args:

@@ -206,3 +206,32 @@ def test_update_that_returns_something_else_is_refused(other: Callable[[Params, 
                 lambda params, step: (params["a"] * params["b"]).sum(1), params, 1, create_graph=True
             )
         )
+
+
+class InTurns(SGD):
+    """Moves b in even steps and a in odd ones, and returns the other one as it is."""
+
+    def update(
+        self, params: Params, losses: Tensor, gradients: Params, state: Params, step: int, step_size: Any
+    ) -> tuple[Params, Params]:
+        moved = super().update(params, losses, gradients, state, step, step_size)[0]
+        return {name: moved[name] if name == "ba"[step % 2] else params[name] for name in gradients}, state
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_is_partial_where_a_step_leaves_a_parameter_as_it_is(
+    training: bool, order: Literal[1, 2], recompute: bool
+) -> None:
+    params = {name: torch.ones(2, 1, requires_grad=training) for name in "ab"}
+    inner = InTurns(step_size=0.1, num_steps=2, order=order, adapt=["*"])
+
+    def loss(params: Params, step: int) -> Tensor:
+        return ((params["a"] * params["b"]).sum(1) - 3) ** 2
+
+    with torch.set_grad_enabled(training), recompute_inner_steps(recompute):
+        *_, (adapted, _) = inner.adapt(loss, params, 2, create_graph=training and order == 2)
+    b = 1 - 0.1 * 2 * (1 - 3)
+    a = 1 - 0.1 * 2 * (b - 3) * b
+    torch.testing.assert_close(torch.stack([adapted["a"], adapted["b"]])[:, 0, 0], torch.tensor([a, b]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from maml.algorithm.maml import MAML
 from maml.api import load
 from maml.errors import MamlError
-from maml.inner.meta_lstm import MetaLSTM, preprocess
+from maml.inner.meta_lstm import MetaLSTM, _join, _split, preprocess
 from maml.model.mlp import MLP
 from maml.pictures import Lines
 from maml.record.gallery import drawn_pictures
@@ -296,3 +296,10 @@ def test_wrong_settings_are_named_before_anything_is_written(
     with pytest.raises(MamlError, match=reason):
         tiny.run("inner=meta_lstm", *overrides)
     assert not tiny.runs_dir.exists()
+
+
+def test_single_numbers_adapt_as_well() -> None:
+    params = {"scale": torch.tensor([1.0, 2.0]), "weight": torch.arange(6.0).view(2, 3)}
+    joined = _join(params)
+    assert joined.tolist() == [[1, 0, 1, 2], [2, 3, 4, 5]]
+    assert all(torch.equal(value, params[name]) for name, value in _split(joined, params).items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 
 from maml.algorithm.maml import MAML
 from maml.config.schema import _check_part, build
@@ -542,3 +544,71 @@ def test_head_may_get_feature_maps(vectorize: bool) -> None:
 def test_module_without_a_head_that_is_called_once_has_no_features() -> None:
     assert ModuleModel((6,), 3, partial(Headed, num_calls=2)).num_features == 0
     assert ModuleModel((6,), 3, partial(nn.Linear, 6, 3)).num_features == 0
+
+
+class WithRows(nn.Module):
+    """Normalises several rows of each example, which follow one another, or come in turns with those of the others."""
+
+    def __init__(self, in_turns: bool, norm: Callable[[], nn.Module] = lambda: nn.BatchNorm1d(4)) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head, self.in_turns = nn.Linear(1, 4), norm(), nn.Linear(4, 1), in_turns
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.tanh(self.embed(x.unsqueeze(-1)))  # (S, L, 4)
+        rows = rows.transpose(0, 1) if self.in_turns else rows
+        normalised = self.norm(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+        return self.head(normalised.mean(0 if self.in_turns else 1))
+
+
+def test_reference_statistics_are_those_of_all_rows_of_the_reference_examples() -> None:
+    model = ModuleModel((6,), 1, lambda: WithRows(in_turns=False))
+    params, x = stacked(model, 1), Stream(5).normal((1, 8, 6))
+    torch.testing.assert_close(model(params, x, num_reference=4)[:, :4], model(params, x[:, :4]))
+    with pytest.raises(MamlError, match="sees the rows of several examples in turns"):
+        ModuleModel((6,), 1, lambda: WithRows(in_turns=True))
+
+
+class WithReLU(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+def with_hook() -> nn.Module:
+    layer = nn.BatchNorm1d(4)
+    layer.register_forward_hook(lambda layer, inputs, outputs: torch.relu(outputs))
+    return layer
+
+
+def with_parametrization() -> nn.Module:
+    return parametrize.register_parametrization(nn.BatchNorm1d(4), "weight", nn.Softplus())
+
+
+@pytest.mark.parametrize("norm", [lambda: WithReLU(4), with_hook, with_parametrization])
+def test_batch_normalisation_that_does_more_is_refused_by_its_name(norm: Callable[[], nn.Module]) -> None:
+    with pytest.raises(MamlError, match=r"batch normalisation layer \(norm, \w+\) with a forward, hooks"):
+        ModuleModel((6,), 1, lambda: WithRows(False, norm))
+
+
+@pytest.mark.skipif(
+    "bias" not in inspect.signature(nn.BatchNorm1d.__init__).parameters, reason="this torch has no such layer"
+)
+def test_batch_normalisation_without_a_shift_is_normalised() -> None:
+    model = ModuleModel((6,), 1, lambda: WithRows(False, lambda: nn.BatchNorm1d(4, bias=False)))
+    assert "norm.bias" not in model.init(Stream(0))
+
+
+def test_module_that_cannot_be_vectorized_with_shared_weights_runs_one_task_at_a_time() -> None:
+    class Repeating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.head = nn.Parameter(torch.ones(1, 3)), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = self.start.repeat(len(x), 1)
+            state += x
+            return self.head(state)
+
+    model = ModuleModel((3,), 1, Repeating)
+    params, x = model.init(Stream(0)), Stream(5).normal((2, 6, 3))
+    shared = model({name: value.unsqueeze(0) for name, value in params.items()}, x)
+    torch.testing.assert_close(shared, (1 + x) @ params["head.weight"].T + params["head.bias"])

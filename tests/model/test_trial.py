@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from maml.errors import MamlError
 from maml.model import trial
@@ -228,3 +229,75 @@ def test_refused_network_leaves_no_file(tiny: TinyRuns) -> None:
             tiny.run(*network)
         assert not tiny.runs_dir.exists()
     assert (tiny.run(*network, "inner.order=1") / "report.json").exists()
+
+
+class Kept(nn.Module):
+    """A network around a given function, with one parameter of a given value."""
+
+    def __init__(self, weight: Tensor, function: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.weight, self.head, self.function = nn.Parameter(weight), nn.Linear(4, 1), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(x @ self.weight))
+
+
+def test_tensor_that_a_parameter_is_made_around_stays_as_it_is() -> None:
+    kept = Stream(0).normal((3, 4))
+    before = kept.clone()
+    model = ModuleModel((3,), 1, lambda: Kept(kept))
+    assert torch.equal(kept, before)
+    assert torch.equal(model.init(Stream(1))["weight"], before)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_gradient_that_is_computed_with_other_parameters_is_refused(vectorize: bool) -> None:
+    class Checkpointed(Kept):
+        def __init__(self) -> None:
+            super().__init__(torch.ones(3, 4), lambda x: checkpoint(self.compute, x, use_reentrant=False))
+            self.second = nn.Linear(4, 4)
+
+        def compute(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.second(x))
+
+    with pytest.raises(MamlError, match=r"wrong gradient of \S+ here.*torch\.utils\.checkpoint"):
+        ModuleModel((3,), 1, Checkpointed, vectorize)
+
+
+def test_hook_that_changes_the_gradient_of_a_parameter_is_refused() -> None:
+    class Hooked(Kept):
+        def __init__(self) -> None:
+            super().__init__(torch.ones(3, 4))
+            self.weight.register_hook(lambda gradient: 0 * gradient)
+
+    with pytest.raises(MamlError, match=r"wrong gradient of weight here.*or a hook of a parameter"):
+        ModuleModel((3,), 1, Hooked)
+
+
+def test_forward_that_changes_inputs_or_parameters_is_refused() -> None:
+    with pytest.raises(MamlError, match="changes its inputs in place in forward"):
+        ModuleModel((3,), 1, lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 1)))
+
+    class Bounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(5, 4, max_norm=0.1), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.table(x.sum(1).long().clamp(0, 4)))
+
+    with pytest.raises(MamlError, match=r"changes table\.weight in place in forward"):
+        ModuleModel((3,), 1, Bounded)
+
+
+def test_complex_parameters_are_refused() -> None:
+    class Complex(Kept):
+        def __init__(self) -> None:
+            super().__init__(torch.ones(3, 4))
+            self.phase = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.phase.real.sum()
+
+    with pytest.raises(MamlError, match=r"complex parameter phase.*view_as_complex"):
+        ModuleModel((3,), 1, Complex)

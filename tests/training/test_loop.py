@@ -26,7 +26,7 @@ from maml.record.run_folder import RunFolder
 from maml.seeding import Stream
 from maml.training.iteration import Iteration
 from maml.training.learner import Learner
-from maml.training.loop import train
+from maml.training.loop import _largest_entries, train
 from maml.types import Params
 from tests.runs import TinyRuns, checkpoint_tensors
 
@@ -358,3 +358,8 @@ def test_progress_names_the_run(tiny: TinyRuns, capsys: pytest.CaptureFixture[st
     name = f"custom {RunFolder(tiny.config(), 'custom').run_id[:6]}, Counting"
     assert lines[0] == f"{name} 1/5  loss 1  accuracy 0.5"
     assert lines[-1].startswith(f"{name} 5/5  loss 5  accuracy 0.5")
+
+
+def test_largest_entries_leave_out_parameters_without_any() -> None:
+    state = {"theta": {"weight": torch.tensor([1.0, -3.0]), "none": torch.empty(0)}, "outer": {"none": torch.empty(0)}}
+    assert _largest_entries(state) == {"theta": 3.0}

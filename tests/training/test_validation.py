@@ -15,7 +15,7 @@ from maml.errors import Interrupted, MamlError
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.seeding import Stream
-from maml.training.validation import NUM_TASKS, keep_best_of_validation, validation_score
+from maml.training.validation import NUM_TASKS, update_best_on_validation, validation_score
 from tests.runs import TinyRuns, assert_same_run, before_iteration, checkpoint_tensors
 
 EVERY = ("validate_every=2", "evaluation.theta=best", "num_iterations=7")
@@ -142,8 +142,8 @@ def test_policies_keep_their_best_theta_in_their_own_way(tiny: TinyRuns) -> None
 def test_record_is_changed_only_by_a_better_score(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm = build_algorithm(tiny.config("validate_every=2"), Hardware("cpu"))
     scores(monkeypatch, [2.0, 3.0])
-    assert keep_best_of_validation(algorithm, None) == 2.0
-    assert keep_best_of_validation(algorithm, None) == 3.0
+    assert update_best_on_validation(algorithm, None) == 2.0
+    assert update_best_on_validation(algorithm, None) == 3.0
     assert algorithm.best["score"].item() == -2.0
 
 
