@@ -37,6 +37,10 @@ class TooLarge(MamlError):
     """Something would take more memory than this machine has."""
 
 
+class EnvironmentFailed(MamlError):
+    """A user's environment raised an error in an episode."""
+
+
 class Disconnected(MamlError):
     """Another process of the run has ended or cannot be reached; this process itself has not failed."""
 

@@ -147,7 +147,7 @@ class Evaluation:
         num_query: Count | None = None,
         step_size: PositiveFloat | list[PositiveFloat] | dict[int, PositiveFloat] | None = None,
         search: StepSizeSearch | None = None,
-        split: Split = "test",
+        split: Literal["test", "val"] = "test",
         bank_seed: Seed = 0,
         theta: Literal["last", "best"] = "last",
         bank: Literal["seeded", "authors"] = "seeded",

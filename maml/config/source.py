@@ -43,23 +43,32 @@ def code_hashes(settings: Settings) -> dict[str, str]:
     hashes = {}
     for key, name, _ in named_modules(config):
         is_class = key.endswith("_target_")
-        module = inspect.getmodule(locate_callable(name)) if is_class else _module_of_environment(name)
-        if module is not None and module.__name__.partition(".")[0] not in _RECORDED:
-            parts = sorted(set(_parsed(module)))
-            if parts:
-                hashes[name] = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+        modules = {name: inspect.getmodule(locate_callable(name))} if is_class else _modules_of_environment(name)
+        for label, module in modules.items():
+            if module is not None and module.__name__.partition(".")[0] not in _RECORDED:
+                parts = sorted(set(_parsed(module)))
+                if parts:
+                    hashes[label] = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
     return hashes
 
 
-def _module_of_environment(env_id: str) -> ModuleType | None:
-    """Returns the module of the class behind ``module:Name-v0``; it may differ from the one that registers it."""
+def _modules_of_environment(env_id: str) -> dict[str, ModuleType | None]:
+    """Returns the module of the class behind ``module:Name-v0`` and, if that is another one, the registering module.
+
+    The registration has arguments and wrappers of the environment.
+    """
     registering, _, name = env_id.partition(":")
+    with suppress(ImportError):
+        importlib.import_module(registering)
+    registration = sys.modules.get(registering)
     spec = gymnasium.registry.get(name)
     entry: Any = spec.entry_point if spec else None
+    module = inspect.getmodule(entry) if entry is not None and not isinstance(entry, str) else None
     if isinstance(entry, str):
         with suppress(ImportError):
-            return importlib.import_module(entry.partition(":")[0])
-    return (inspect.getmodule(entry) if entry is not None else None) or sys.modules.get(registering)
+            module = importlib.import_module(entry.partition(":")[0])
+    module = module or registration
+    return {env_id: module} | ({} if module is registration else {f"{env_id} (registration)": registration})
 
 
 def _parsed(module: ModuleType, seen: set[str] | None = None) -> Iterator[str]:

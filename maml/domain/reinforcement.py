@@ -22,6 +22,7 @@ from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.model.linearized import Linearized
 from maml.seeding import Stream
+from maml.status import announce
 from maml.types import Count, Discount, MatrixVectorProduct, Params, Split, Tasks, expand
 
 # Number of timesteps in a chunk of tasks on a CPU: the values of a hidden layer then stay in its cache.
@@ -71,7 +72,8 @@ class Reinforcement(Domain[Rollouts]):
         oracle: whether the policy is told the goal, at the end of each observation.
         pooled: whether, in training, all tasks of a meta-batch share one baseline and one standardisation. Each task
             then needs few rollouts only.
-        num_goals: number of goals to train on, drawn once; None draws new goals for every meta-batch.
+        num_goals: number of goals to train on, drawn once, the same for all seeds; None draws new goals for every
+            meta-batch.
         goal_per: how long a goal lasts in training (docs/protocol.md#rollouts). ``task``: until its task has
             K * horizon timesteps. ``episode``: for one episode, and the timesteps of all episodes of a meta-batch are
             counted together. This needs ``pooled`` and an algorithm that does not adapt in training.
@@ -299,6 +301,11 @@ class Reinforcement(Domain[Rollouts]):
 
     def measure(self, model: Model, params: Params, support: Rollouts, query: Rollouts, step: int) -> Metrics:
         """The mean undiscounted return."""
+        if count := int(query.num_unstable.sum()):
+            announce(
+                f"{count} episodes after {step} gradient steps blew up or gave numbers that are not finite; they end "
+                "early, so the return cannot be compared with others"
+            )
         return {"return": query.returns}
 
     def inner_hessian(self, model: Model, params: Params, data: Rollouts) -> MatrixVectorProduct:

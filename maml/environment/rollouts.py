@@ -191,14 +191,16 @@ def _collect_wave(
                 "environments: adaptation or the meta-update has diverged. Lower inner.step_size, in meta-test "
                 "evaluation.step_size, or else outer.step_size or outer.max_kl"
             )
-        step = environments.step(action, living)
+        # Recorded before the step, because environments may change their observations and the actions in place.
         observations[living, time], actions[living, time], outputs[living, time] = current, action, output
+        step = environments.step(action, living)
         rewards[living, time] = step.rewards
-        over = step.terminated | step.unstable
+        blown_up = step.unstable.bool()  # as a mask: numbers 0 and 1 would be indices
+        over = step.terminated.bool() | blown_up
         current = step.observations
         if bool(over.any()):
             lengths[living[over]] = time + 1
-            unstable[living[step.unstable]] = True
+            unstable[living[blown_up]] = True
             living, current = living[~over], current[~over]
             if len(living) == 0:
                 break

@@ -22,7 +22,7 @@ from torch import Tensor
 from maml.environment.base import Environments, Transition
 from maml.environment.distribution import Distribution
 from maml.environment.spaces import distribution_of, is_vector, with_vectors
-from maml.errors import MamlError
+from maml.errors import EnvironmentFailed, MamlError
 from maml.seeding import Stream
 
 _log = logging.getLogger(__name__)
@@ -208,11 +208,11 @@ class VectorizedEnvironments(Environments):
         except MamlError as error:
             raise MamlError(f"{self._name} has {error}") from error
 
-    def _named(self, index: int, error: Exception) -> MamlError:
+    def _named(self, index: int, error: Exception) -> EnvironmentFailed:
         """Returns an error that names the environment, its task and the step in which its code has failed."""
         goal, time = self._under_way[index][0], self._times[index]
         where = f"step {time} of an episode" if time else "reset"
-        return MamlError(
+        return EnvironmentFailed(
             f"{self._name} with {self._keywords(goal)} fails in {where}: {type(error).__name__}: {_one_line(error)} "
             f"({_place(error)}). Mend the environment, or leave out such tasks"
         )

@@ -67,6 +67,10 @@ class Logger:
     def finish(self, status: str) -> None:
         """Closes the mirror; ``status`` is ``finished``, ``interrupted`` or ``failed``."""
 
+    def has_part(self, files_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any]) -> bool:
+        """Returns whether an earlier part of a run was given to the service from this machine."""
+        return True
+
     def has(
         self, files_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], report: Mapping[str, Any]
     ) -> bool:
@@ -161,6 +165,10 @@ class Mirror(Logger, ABC):
         if thread.is_alive() and not self.abandoned:
             self._warn(f"{self.name} did not finish within {self.patience:.0f} seconds and was abandoned")
             self._abandon()
+
+    def has_part(self, files_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any]) -> bool:
+        """Returns whether the mirror has files of the run."""
+        return self.folder is None or (files_dir / self.folder).is_dir()
 
     def has(
         self, files_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], report: Mapping[str, Any]

@@ -21,10 +21,22 @@ class TensorBoard(Mirror):
 
         self._writer = SummaryWriter(self.files_dir / self.folder)
         self._writer.add_text("config", indent(json.dumps(config, indent=2), " " * 4))
+        self._follows_earlier_part = resumed
 
     def _log(self, metrics: dict[str, float], iteration: int) -> None:
+        if self._follows_earlier_part:
+            self._replace_from(iteration)
         for key, value in metrics.items():
             self._writer.add_scalar(key, value, iteration)
+
+    def _replace_from(self, iteration: int) -> None:
+        """Tells TensorBoard that what an earlier part of the run has logged from this iteration on is replaced."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        writer = self._writer.file_writer
+        assert writer is not None  # it is, until it is closed
+        writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), iteration)
+        self._follows_earlier_part = False
 
     def _report(self, report: dict[str, Any], pictures: dict[str, Path]) -> None:
         import numpy as np

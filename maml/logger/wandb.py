@@ -117,6 +117,9 @@ class WandB(Mirror):
             SERVICE.watch()
             return init(mode="offline")
 
+    def has_part(self, files_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any]) -> bool:
+        return any((files_dir / self.folder).glob(f"*run-*-{self._id(files_dir, experiment, run_id, config)}"))
+
     def _id(self, files_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any]) -> str:
         if os.environ.get("WANDB_SWEEP_ID") and (given := os.environ.get("WANDB_RUN_ID")):
             return given  # by an agent, which waits for the result of the run with this id

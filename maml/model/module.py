@@ -278,7 +278,10 @@ class ModuleModel(Model):
             for name, value in self._changed_buffers.items()
         }
         if self.vectorize:
-            if count > 1 and all(value.shape[0] == 1 for value in params.values()):
+            has_one_set = all(value.shape[0] == 1 for value in params.values())
+            if has_one_set:
+                inputs = inputs.contiguous()  # nn.GroupNorm has no rule for the other strides of colour images
+            if has_one_set and count > 1:
                 # Weights that all tasks share stay without a task axis: a layer then sees one large batch.
                 shared = {name: value[0] for name, value in params.items()}
                 return vmap(run, in_dims=(None, 0, 0))(shared, inputs, buffers)

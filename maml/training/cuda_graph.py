@@ -71,6 +71,8 @@ class CudaGraphIteration:
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         self.metrics: list[dict[str, Tensor]] = []
         self.replay: Callable[[], None] | None = None
+        # Ends of the last two replays, by parity of the iteration.
+        self._ends = [torch.cuda.Event(), torch.cuda.Event()] if device.type == "cuda" else []
         self.num_calls = 0
         self.has_failed = False
 
@@ -86,8 +88,13 @@ class CudaGraphIteration:
             The mean metrics of each seed, 0-dim tensors. The next replay overwrites them.
         """
         if self.replay is not None:
+            end = self._ends[number % 2] if self._ends else None
+            if end is not None:
+                end.synchronize()  # at most two replays are under way, so a signal stops the run within two iterations
             self.number.fill_(number)
             self.replay()
+            if end is not None:
+                end.record()
             return self.metrics
         self.num_calls += 1
         if self.has_failed or self.num_calls <= _NUM_WARM_UP:

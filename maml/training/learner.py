@@ -16,6 +16,7 @@ from maml.logger.base import Logger
 from maml.logger.mirror import described, replay
 from maml.record.gallery import report_pictures
 from maml.record.provenance import command_line
+from maml.record.run_files import read_metrics
 from maml.record.run_folder import NonWritingRunFolder, RunFolder
 from maml.seeding import Stream
 
@@ -59,13 +60,22 @@ class Learner:
     def finish(self, report: dict[str, Any], plot: Path) -> None:
         """Takes the report of the run's own evaluation, and sends it to the logger with its plot."""
         self.folder.stop_clock()
+        if self.folder.is_trained:  # another evaluation is a run of its own, as `mirror` sends it
+            is_own = plot.parent == self.folder.path
+            self._start_logger(plot.parent, resumed=is_own, mode=self.settings.mode if is_own else "eval")
         self.logger.report(report, report_pictures(plot.parent))
         self.report = report
 
-    def _start_logger(self, run_dir: Path, resumed: bool) -> None:
-        folder = self.folder
-        config = described(self.settings.as_dict(), folder.training_config, self.algorithm.name)
+    def _start_logger(self, run_dir: Path, resumed: bool, mode: str | None = None) -> None:
+        """Starts the logger; if it has no earlier part of a resumed run, it gets the metrics of that part first."""
+        folder, settings = self.folder, self.settings.as_dict() | {"mode": mode or self.settings.mode}
+        config = described(settings, folder.training_config, self.algorithm.name)
+        earlier: list[dict[str, Any]] = []
+        if resumed and not self.logger.has_part(run_dir, folder.experiment, folder.run_id, config):
+            resumed, earlier = False, read_metrics(folder.path / "metrics.jsonl")
         self.logger.start(run_dir, folder.experiment, folder.run_id, config, resumed)
+        for line in earlier:
+            self.logger.log({key: value for key, value in line.items() if key != "iteration"}, line["iteration"])
 
     def send_evaluation(self, report: dict[str, Any], plot: Path) -> None:
         """Sends an evaluation of a saved state to the logger, as a run of its own with its files beside the plot."""
@@ -100,7 +110,8 @@ class Learner:
         saved = distributed.on_rank_zero(lambda: self.folder.open(machine, command, self.algorithm.name))
         status = "failed"
         try:
-            self._start_logger(self.folder.path, resumed=saved is not None or self.folder.is_trained)
+            if not self.folder.is_trained:
+                self._start_logger(self.folder.path, resumed=saved is not None)
             yield saved
         except (KeyboardInterrupt, SystemExit, Disconnected):  # a launcher that requeues raises SystemExit
             status = "interrupted"

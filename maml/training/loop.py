@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from maml.errors import Interrupted, MamlError
+from maml.errors import EnvironmentFailed, Interrupted, MamlError
 from maml.hardware import distributed
 from maml.hardware.base import Execution
 from maml.hardware.compile import is_compiling
@@ -85,7 +85,13 @@ def train(
                 is_logged = number % log_every == 0 or number == num_iterations
                 if is_logged:
                     diagnostics.before()
-                metrics = iterate(number)
+                try:
+                    metrics = iterate(number)
+                except EnvironmentFailed:  # in a rollout, before the state of the last iteration has changed
+                    if number > start + 1:
+                        pending.write()
+                        _save_checkpoint(active, number - 1, metrics, iterate.execution)
+                    raise
                 report_iteration(number, num_iterations)
                 signal_number = distributed.all_reduce_max(stopped[0] if stopped else 0)
                 if distributed.rank() == 0:  # the display reads metrics from the device, which blocks for a moment
@@ -99,7 +105,9 @@ def train(
                     _save_checkpoint(active, number, metrics, iterate.execution)
                     if not signal_number:
                         _log_validation(active, number, diagnostics.validate())
-                pending.write(if_ready=True)
+                # The others check at checkpoints: which process finds an error must not depend on who is ready first.
+                if distributed.rank() == 0:
+                    pending.write(if_ready=True)
                 if signal_number:
                     raise _interrupted(signal_number, number, num_iterations, active)
             execution = iterate.execution

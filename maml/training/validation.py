@@ -6,6 +6,7 @@ import torch
 
 from maml.algorithm.base import Algorithm
 from maml.algorithm.best import update_best
+from maml.hardware import distributed
 from maml.hardware.memory import halve_chunk_on_oom
 from maml.seeding import Stream
 from maml.types import num_tasks, take
@@ -47,7 +48,8 @@ def update_best_on_validation(algorithm: Algorithm, task_chunk: int | None) -> f
         algorithm: the algorithm, after `Algorithm.keep_best_of_validation`; its record of the best theta is changed.
         task_chunk: as in `validation_score`.
     """
-    score = validation_score(algorithm, NUM_TASKS, task_chunk)
+    # On rank 0 only, so that rounding cannot make the processes keep different thetas.
+    score = distributed.on_rank_zero(lambda: validation_score(algorithm, NUM_TASKS, task_chunk))
     sign = 1.0 if algorithm.domain.larger_is_better else -1.0
     recorded = next(iter(algorithm.best.values()))
     update_best(algorithm.best, algorithm.theta | algorithm.buffers, recorded.new_tensor(sign * score))

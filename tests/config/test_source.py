@@ -128,17 +128,21 @@ def test_environment_is_hashed_where_its_class_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: TinyRuns
 ) -> None:
     (tmp_path / "own_env.py").write_text("from gymnasium.envs.classic_control.pendulum import PendulumEnv as Own\n")
-    (tmp_path / "own_registry.py").write_text("import gymnasium\ngymnasium.register('own/Env-v0', 'own_env:Own')\n")
+    registration = "import gymnasium\ngymnasium.register('own/Env-v0', 'own_env:Own')\n"
+    (tmp_path / "own_registry.py").write_text(registration)
     monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("own_registry")
     settings = tiny.config(
         "domain=gymnasium_env", "domain.env_id=own_registry:own/Env-v0", "+domain.goals={g: [1.0, 2.0]}"
     )
     first = code_hashes(settings)
-    assert list(first) == ["own_registry:own/Env-v0"]
+    name = "own_registry:own/Env-v0"
+    assert list(first) == [name, f"{name} (registration)"]
     (tmp_path / "own_env.py").write_text("class Own: pass\n")
     os.utime(tmp_path / "own_env.py", ns=(0, 10**9))
-    assert code_hashes(settings) != first
+    assert changed_code(first, code_hashes(settings)) == [name]
+    (tmp_path / "own_registry.py").write_text(registration.replace("Own'", "Own', kwargs={'g': 5.0}"))
+    os.utime(tmp_path / "own_registry.py", ns=(0, 10**9))
+    assert changed_code(first, code_hashes(settings)) == [name, f"{name} (registration)"]
     del gymnasium.registry["own/Env-v0"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -420,6 +421,19 @@ def test_log_counts_the_blow_ups(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
     assert sum(line["num_unstable"] for line in lines) == blow_ups[0] > 0
+
+
+def test_meta_test_says_that_episodes_blew_up(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = PointEnvironments.step
+
+    def step_with_blow_ups(self: PointEnvironments, actions: Tensor, living: Tensor) -> Transition:
+        return step(self, actions, living)._replace(unstable=actions[:, 0] > 1.5)
+
+    monkeypatch.setattr(PointEnvironments, "step", step_with_blow_ups)
+    tiny.run(*TINY, "num_iterations=0", "evaluation.theta=last")
+    assert re.search(r"\d+ episodes after 1 gradient steps blew up .* cannot be compared", capsys.readouterr().err)
 
 
 def test_checkpoint_of_other_observations_is_refused(tiny: TinyRuns) -> None:

@@ -300,3 +300,34 @@ def test_processes_share_the_single_episodes_of_one(size: int, monkeypatch: pyte
         found |= dict(zip(numbers, own.total_reward, strict=True))
     assert sorted(found) == list(range(len(alone.lengths)))
     assert torch.equal(torch.stack([found[number] for number in sorted(found)]), alone.total_reward)
+
+
+class InPlace(PointEnvironments):
+    """Moves and clips in place, and marks ends with the numbers 0 and 1."""
+
+    def reset(self, goals: Tensor, stream: Stream) -> Tensor:
+        self.seen = super().reset(goals, stream).clone()
+        return self.seen
+
+    def step(self, actions: Tensor, living: Tensor) -> Transition:
+        step = super().step(actions, living)
+        actions.clamp_(-0.1, 0.1)
+        observations = self.seen.copy_(step.observations) if len(living) == len(self.seen) else step.observations
+        return step._replace(
+            observations=observations, terminated=step.terminated.long(), unstable=step.unstable.to(torch.uint8)
+        )
+
+
+def test_environments_may_work_in_place_and_mark_ends_with_numbers() -> None:
+    goals = 0.05 * Stream(2).normal((3, 2))
+
+    def policy(observations: Tensor) -> Tensor:
+        means = 10 * (goals.unsqueeze(1) - observations)
+        return torch.cat([means, torch.full_like(means, -4.0)], -1)
+
+    expected, found = (
+        collect_episodes(environments, policy, goals, streams(3), 4, 12, DISCOUNT)
+        for environments in (PointEnvironments(), InPlace())
+    )
+    assert (expected.num_episodes > 4).any(), "some episodes have to end early"
+    assert all(torch.equal(value, same) for value, same in zip(expected, found, strict=True))

@@ -70,6 +70,19 @@ def test_diverged_evaluation_leaves_out_its_numbers_and_keeps_the_others(
     assert not caplog.records
 
 
+def test_resumed_run_replaces_what_was_logged_after_its_checkpoint(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for resumed, iterations in ((False, (10, 20, 30)), (True, (20, 30, 40))):
+        logger = TensorBoard()
+        logger.start(tmp_path, "omniglot_5way_1shot", "1f2e3d", {}, resumed)
+        for iteration in iterations:
+            logger.log({"loss": 1.0}, iteration)
+        logger.finish("interrupted")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [10, 20, 30, 40]
+
+
 def test_missing_tensorboard_gives_one_warning_and_no_exception(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

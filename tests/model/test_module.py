@@ -612,3 +612,15 @@ def test_module_that_cannot_be_vectorized_with_shared_weights_runs_one_task_at_a
     params, x = model.init(Stream(0)), Stream(5).normal((2, 6, 3))
     shared = model({name: value.unsqueeze(0) for name, value in params.items()}, x)
     torch.testing.assert_close(shared, (1 + x) @ params["head.weight"].T + params["head.bias"])
+
+
+def test_one_task_of_colour_images_passes_group_normalisation() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+
+    model = ModuleModel((8, 8, 3), 2, make)
+    assert model.vectorize
+    model.check_second_derivative()
+    params, x = stacked(model, 1), Stream(5).normal((1, 5, 8, 8, 3))
+    expected = functional_call(model.net, {name: value[0] for name, value in params.items()}, x[0].permute(0, 3, 1, 2))
+    torch.testing.assert_close(model(params, x)[0], expected)

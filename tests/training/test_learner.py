@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +103,54 @@ def test_opened_again_it_gives_the_checkpoint_and_takes_it_over(tiny: TinyRuns) 
         second.finish({}, Path("plot.png"))
     assert second.start == 7
     assert all(torch.equal(value, second.algorithm.theta[name]) for name, value in first.algorithm.theta.items())
+
+
+class Listening(Closing):
+    """A logger that notes which parts of which runs it gets."""
+
+    heard: list[Any] = []
+    knows = False
+
+    def start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None:
+        super().start(run_dir)
+        self.heard.append((run_dir.name, config["mode"], resumed))
+
+    def log(self, metrics: Mapping[str, float], iteration: int) -> None:
+        self.heard.append(iteration)
+
+    def finish(self, status: str) -> None:
+        self.heard.append(status)
+
+    def has_part(self, *_: Any) -> bool:
+        return self.knows
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_logger_that_lacks_the_beginning_of_a_run_gets_it(
+    tiny: TinyRuns, knows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (f"logger._target_={__name__}.Listening", "num_iterations=4", "log_every=1", "checkpoint_every=2")
+    monkeypatch.setattr(Listening, "knows", knows)
+    monkeypatch.setattr("maml.training.loop.report_iteration", lambda number, _: interrupt(number == 2))
+    Listening.heard.clear()
+    with pytest.raises(Interrupted):
+        tiny.run(*words)
+    monkeypatch.undo()
+    monkeypatch.setattr(Listening, "knows", knows)
+    folder = tiny.run(*words)
+    first = [(folder.name, "train", False), 1, 2, "interrupted"]
+    assert Listening.heard == [*first, (folder.name, "train", knows), *([] if knows else [1, 2]), 3, 4, "finished"]
+
+
+def interrupt(now: bool) -> None:
+    if now:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_another_evaluation_of_a_finished_run_is_a_run_of_its_own(tiny: TinyRuns) -> None:
+    words = (f"logger._target_={__name__}.Listening", "num_iterations=2")
+    folder = tiny.run(*words)
+    Listening.heard.clear()
+    tiny.run(*words, "evaluation.num_steps=1")
+    (evaluation,) = (folder / "evaluations").iterdir()
+    assert Listening.heard == [(evaluation.name, "eval", False), "finished"]
