@@ -404,3 +404,9 @@ def test_search_of_a_config_is_recorded(tiny: TinyRuns) -> None:
     assert set(report["step_sizes"]) == {"5", "10"}
     assert all(sizes in ([0.001] * 2, [0.01] * 2) for sizes in report["step_sizes"].values())
     assert report["evaluation"]["evaluation.search.step_sizes"] == [0.001, 0.01]
+
+
+def test_training_tasks_are_no_meta_test(tiny: TinyRuns) -> None:
+    with pytest.raises(MamlError, match=r"evaluation\.split.*'test'.*'val'"):
+        tiny.run("evaluation.split=train")
+    assert not tiny.runs_dir.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import signal
@@ -281,6 +282,31 @@ def test_failing_step_ends_the_run_with_one_clear_error(tiny: TinyRuns) -> None:
     with pytest.raises(MamlError, match=message) as caught:
         tiny.run(*LINE, goals)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_failing_step_costs_no_earlier_iteration(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (*ON_LINE, "num_iterations=5", "checkpoint_every=100", "log_every=1")
+    expected = tiny.run(*words, f"run_dir={tiny.runs_dir / 'whole'}")
+    step, now = Line.step, [0]
+
+    def hot_in_iteration_4(self: Line, action: int) -> Any:
+        if now[0] == 3:
+            raise RuntimeError("the motor is hot")
+        return step(self, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Line, "step", hot_in_iteration_4)
+        patch.setattr("maml.training.loop.report_iteration", lambda number, _: now.__setitem__(0, number))
+        with pytest.raises(MamlError, match="the motor is hot"):
+            tiny.run(*words)
+    folder = tiny.run(*words)
+    lines = [json.loads(line)["iteration"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    record = json.loads((folder / "run.json").read_text())
+    assert lines == [1, 2, 3, 4, 5]
+    assert [segment["last_iteration"] for segment in record["segments"]] == [3, 5]
+    assert all(
+        torch.equal(value, checkpoint_tensors(expected)[name]) for name, value in checkpoint_tensors(folder).items()
+    )
 
 
 @pytest.mark.parametrize(
