@@ -82,11 +82,11 @@ def collect_episodes(
     filled = _no_episodes(environments, goals, wanted + horizon - 1)
     while True:
         missing = (wanted - filled.lengths).clamp(min=0)
-        needed = -(-missing // horizon)
-        width = int(needed.max())
-        if width == 0:
+        if not bool(missing.any()):
             return _cut_padding(filled)
-        _collect_wave(environments, policy, goals, stream, needed, width, horizon, discount, filled)
+        needed = -(-missing // horizon)
+        wave = _run_wave(environments, policy, goals, stream, filled.num_episodes, needed, horizon)
+        _append(filled, wave, needed, discount)
 
 
 @torch.no_grad()
@@ -121,7 +121,8 @@ def collect_single_episodes(
         part = _no_episodes(environments, goals, horizon)
         if begin < end:
             one_each = torch.ones(end - begin, dtype=torch.int64, device=goals.device)
-            _collect_wave(environments, policy, goals, stream, one_each, 1, horizon, discount, part)
+            wave = _run_wave(environments, policy, goals, stream, part.num_episodes, one_each, horizon)
+            _append(part, wave, one_each, discount)
         (collected,) = distributed.all_reduce_sum([part.lengths.sum()])
         parts.append(part)
         started, missing = started + count, missing - int(collected)
@@ -150,33 +151,54 @@ def _cut_padding(filled: Episodes) -> Episodes:
     return Episodes(*(value[:, :longest] if value.dim() > 1 else value for value in filled))
 
 
-def _collect_wave(
+class _Wave(NamedTuple):
+    """M episodes that ran side by side, sorted by task, each with space for H timesteps; what is not filled is zero.
+
+    Attributes:
+        task: the number of each episode's task, ``(M,)``.
+        observations: as in `Episodes`, ``(M, H, O)``.
+        actions: ``(M, H, A)``.
+        outputs: ``(M, H, D)``.
+        rewards: ``(M, H)``.
+        lengths: number of timesteps, ``(M,)``.
+        unstable: whether the simulation became unstable, ``(M,)``.
+    """
+
+    task: Tensor
+    observations: Tensor
+    actions: Tensor
+    outputs: Tensor
+    rewards: Tensor
+    lengths: Tensor
+    unstable: Tensor
+
+
+def _run_wave(
     environments: Environments,
     policy: Policy,
     goals: Tensor,
     stream: Stream,
+    started: Tensor,
     needed: Tensor,
-    width: int,
     horizon: int,
-    discount: float,
-    filled: Episodes,
-) -> None:
-    """Collects ``needed`` more episodes of each task, ``(T,)``, at most ``width``, and adds them to ``filled``."""
+) -> _Wave:
+    """Runs ``needed`` episodes of each task, ``(T,)``, of which ``started`` have run before."""
     device, distribution = goals.device, environments.distribution
+    width = int(needed.max())
     slots = torch.arange(width, device=device)
     task, slot = (slots < needed.unsqueeze(1)).nonzero(as_tuple=True)  # M entries, sorted by task
     count = len(task)
-    episode = filled.num_episodes[task] + slot
-    own = Stream(stream.key[task]).child(episode)
+    own = Stream(stream.key[task]).child(started[task] + slot)
     noise = distribution.noise(own.child("actions"), horizon)
-
-    observations = torch.zeros(count, horizon, environments.observation_dim, device=device)
-    actions = torch.zeros(count, horizon, distribution.action_dim, device=device)
-    outputs = torch.zeros(count, horizon, distribution.num_outputs, device=device)
-    rewards = torch.zeros(count, horizon, device=device)
-    lengths = torch.full((count,), horizon, device=device)
-    unstable = torch.zeros(count, dtype=torch.bool, device=device)
-
+    wave = _Wave(
+        task=task,
+        observations=torch.zeros(count, horizon, environments.observation_dim, device=device),
+        actions=torch.zeros(count, horizon, distribution.action_dim, device=device),
+        outputs=torch.zeros(count, horizon, distribution.num_outputs, device=device),
+        rewards=torch.zeros(count, horizon, device=device),
+        lengths=torch.full((count,), horizon, device=device),
+        unstable=torch.zeros(count, dtype=torch.bool, device=device),
+    )
     seen = torch.zeros(len(goals), width, environments.observation_dim, device=device)
     places = task * width + slot
     living = torch.arange(count, device=device)
@@ -192,39 +214,45 @@ def _collect_wave(
                 "evaluation.step_size, or else outer.step_size or outer.max_kl"
             )
         # Recorded before the step, because environments may change their observations and the actions in place.
-        observations[living, time], actions[living, time], outputs[living, time] = current, action, output
+        wave.observations[living, time], wave.actions[living, time] = current, action
+        wave.outputs[living, time] = output
         step = environments.step(action, living)
-        rewards[living, time] = step.rewards
+        wave.rewards[living, time] = step.rewards
         blown_up = step.unstable.bool()  # as a mask: numbers 0 and 1 would be indices
         over = step.terminated.bool() | blown_up
         current = step.observations
         if bool(over.any()):
-            lengths[living[over]] = time + 1
-            unstable[living[blown_up]] = True
+            wave.lengths[living[over]] = time + 1
+            wave.unstable[living[blown_up]] = True
             living, current = living[~over], current[~over]
             if len(living) == 0:
                 break
+    return wave
 
-    returns = rewards.clone()
+
+def _append(filled: Episodes, wave: _Wave, needed: Tensor, discount: float) -> None:
+    """Puts a wave's episodes, ``needed`` of each task, behind the timesteps that each task has."""
+    horizon, task, lengths, device = wave.rewards.shape[1], wave.task, wave.lengths, wave.rewards.device
+    returns = wave.rewards.clone()
     for time in range(horizon - 2, -1, -1):
         returns[:, time] += discount * returns[:, time + 1]
 
-    times = torch.arange(horizon, device=device).expand(count, -1)
+    times = torch.arange(horizon, device=device).expand(len(task), -1)
     taken = times < lengths.unsqueeze(1)  # (M, H)
     # An episode is put after the task's timesteps so far, and after the task's earlier episodes of this wave.
     before = lengths.cumsum(0) - lengths
-    first = torch.searchsorted(task, torch.arange(len(goals), device=device)).clamp(max=count - 1)
+    first = torch.searchsorted(task, torch.arange(len(needed), device=device)).clamp(max=len(task) - 1)
     begin = filled.lengths[task] + before - before[first][task]
     rows, columns = task.unsqueeze(1).expand_as(times)[taken], (begin.unsqueeze(1) + times)[taken]
     for name, value in {
-        "observations": observations,
-        "actions": actions,
-        "outputs": outputs,
+        "observations": wave.observations,
+        "actions": wave.actions,
+        "outputs": wave.outputs,
         "returns_to_go": returns,
         "times": times,
     }.items():
         getattr(filled, name)[rows, columns] = value[taken]
     filled.lengths.index_add_(0, task, lengths)
-    filled.total_reward.index_add_(0, task, rewards.sum(1))
+    filled.total_reward.index_add_(0, task, wave.rewards.sum(1))
     filled.num_episodes.add_(needed)
-    filled.num_unstable.index_add_(0, task, unstable.to(torch.int64))
+    filled.num_unstable.index_add_(0, task, wave.unstable.to(torch.int64))
