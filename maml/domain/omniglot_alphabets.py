@@ -127,7 +127,7 @@ class OmniglotAlphabets(Omniglot):
         if not large:
             raise MamlError(
                 f"num_ways={self.num_ways}, but the largest alphabet of the {split} split has {max(_sizes(part))} "
-                "characters; lower evaluation.num_ways, or domain.num_ways"
+                "characters; lower domain.num_ways, or for meta-test evaluation.num_ways"
             )
         starts, sizes = torch.tensor(large, device=stream.device).unbind(1)
         which = stream.child("alphabets").integers((num_tasks,), len(large))
