@@ -161,5 +161,6 @@ def test_mirror_notes_which_report_it_got(tmp_path: Path, monkeypatch: pytest.Mo
         assert logger.has(*where, report) == logger.is_complete == is_complete
     assert not logger.has(*where, report | {"iteration": 4})
     assert not logger.has(*where, report | {"evaluation": {"num_tasks": 6}})
+    assert not logger.has(*where, report | {"headline": 0.6})
     assert not logger.has(tmp_path, "another experiment", "1f2e3d", {"mode": "train"}, report)
     assert Logger().has(*where, report), "a logger that sends nothing lacks nothing"

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_of_unfinished_runs_the_furthest_counts_and_is_reduced_budget(tmp_path: 
     found = evidence(tmp_path)
     assert (readings(found), found.state) == ([30_000], "reduced budget")
     assert found.progress == "30,000 of 70,000 iterations"
+
+
+def test_newest_evaluation_of_a_run_counts(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, mean=0.5)
+    early = folder / "evaluations" / "0b"
+    early.mkdir(parents=True)
+    for name in ("report.json", "tasks.csv"):
+        shutil.copy(folder / name, early)
+    edit(early / "report.json", iteration=500)
+    found = evidence(tmp_path)
+    assert [report.iteration for _, report in found.evaluated] == [70_000]
+    assert found.state == "finished"
 
 
 def test_seeds_are_gathered_lowest_first_and_equal_ones_counted_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import maml
@@ -15,6 +16,11 @@ from tests.runs import ROOT
 RESULTS = ROOT / "results"
 
 
+@pytest.fixture(scope="module")
+def committed() -> pd.DataFrame:
+    return maml.results(RESULTS / "runs")
+
+
 def test_each_number_says_which_cells_it_counts_for_and_what_the_paper_has(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.5)
     frame = maml.results(tmp_path)
@@ -23,6 +29,13 @@ def test_each_number_says_which_cells_it_counts_for_and_what_the_paper_has(tmp_p
     (row,) = frame[frame["cell"] == "table2_multitask/MAML/K5_gradsteps_5"].to_dict("records")
     assert (row["metric"], row["num_shots"], row["step"], row["mean"], row["paper"]) == ("mse", 5, 5, 0.5, 0.38)
     assert frame[frame["cell"] == ""]["paper"].isna().all()
+
+
+def test_published_numbers_are_in_our_unit(committed: pd.DataFrame) -> None:
+    published = committed[committed["metric"].str.startswith("accuracy") & committed["paper"].notna()]
+    assert len(published) and published["paper_ci95"].notna().any()
+    assert (published["paper"] < 1).all(), "the paper has percent"
+    assert (published["paper_ci95"].dropna() < 0.1).all()
 
 
 def test_per_task_rows_pair_runs_task_by_task(tmp_path: Path) -> None:
@@ -58,9 +71,8 @@ def test_wrong_folders_and_settings_are_refused(tmp_path: Path) -> None:
         maml.results(tmp_path, settings=["inner.step_sise"])
 
 
-def test_means_over_runs_are_those_of_the_tables() -> None:
-    frame = maml.results(RESULTS / "runs")
-    means = frame[frame["cell"] != ""].assign(cell=lambda rows: rows["cell"].str.split(", ")).explode("cell")
+def test_means_over_runs_are_those_of_the_tables(committed: pd.DataFrame) -> None:
+    means = committed[committed["cell"] != ""].assign(cell=lambda rows: rows["cell"].str.split(", ")).explode("cell")
     means = means.groupby("cell")["mean"].mean()
     runs, _ = find_runs(RESULTS / "runs")
     cells = [cell for table in load_tables(RESULTS) for cell in table.cells if cell.source]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from maml.record.comparison import groups_on_the_same_tasks, method_rows, paired_interval
 from maml.record.contents import Source
 from maml.record.index import find_runs
-from tests.paper.fake_runs import edit, make_run
+from tests.paper.fake_runs import POINT, edit, make_run
 
 PRETRAIN = Source("sinusoid_pretrain", "mse", 5)
 
@@ -40,6 +42,39 @@ def test_methods_on_equal_banks_are_a_group_with_the_best_first(tmp_path: Path) 
     first, second = method_rows(found[0])
     assert "7 of 70,000 iterations" in first["method"] and first["- best"] == ""
     assert second["- best"] == "+0.35" and second["95 % interval"] == "+0.35 to +0.35"
+
+
+def test_best_return_is_the_largest(tmp_path: Path) -> None:
+    make_run(tmp_path, mean=5.0, source=POINT)
+    make_run(tmp_path, mean=9.0, source=replace(POINT, experiment="point_navigation_pretrain"))
+    assert [[round(each.mean) for each in group] for group in groups(tmp_path)] == [[9, 5]]
+
+
+def test_newest_evaluation_of_a_run_is_compared(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, mean=0.5)
+    early = folder / "evaluations" / "0b"
+    early.mkdir(parents=True)
+    for name in ("report.json", "tasks.csv"):
+        shutil.copy(folder / name, early)
+    edit(early / "report.json", iteration=500)
+    make_run(tmp_path, mean=0.25, source=PRETRAIN)
+    found = groups(tmp_path)
+    assert [len(group) for group in found] == [2, 2, 2]
+    assert all(each.is_complete for group in found for each in group)
+
+
+def test_runs_of_other_lengths_are_other_methods(tmp_path: Path) -> None:
+    make_run(tmp_path, mean=0.5)
+    make_run(tmp_path, mean=0.7, seed=1, done=500, status="interrupted")
+    assert [len(group) for group in groups(tmp_path)] == [2, 2, 2]
+
+
+def test_method_is_complete_only_if_all_runs_are(tmp_path: Path) -> None:
+    make_run(tmp_path, mean=0.5)
+    make_run(tmp_path, mean=0.7, seed=1, done=500, status="interrupted")
+    complete, unfinished = groups(tmp_path)[0]
+    assert (complete.is_complete, unfinished.is_complete) == (True, False)
+    assert not replace(complete, runs=[*complete.runs, *unfinished.runs]).is_complete
 
 
 def test_ways_are_those_of_meta_test(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from maml.errors import MamlError
 from maml.record.contents import Report, RunRecord, SavedTraining, Segment
+from maml.record.index import read_run
 from maml.record.run_files import read, read_json, validated
-from tests.paper.fake_runs import edit, make_run
+from tests.paper.fake_runs import SINUSOID, edit, make_run
 from tests.runs import ROOT
 
 
@@ -57,6 +59,17 @@ def test_a_checkpoint_without_its_state_is_refused() -> None:
     content = {"experiment": "a", "training": {}, "iteration": 3, "execution": {}, "run_id": "0a"}
     with pytest.raises(MamlError, match=r"c\.pt is damaged \(state is missing\)"):
         validated(Path("c.pt"), content, SavedTraining)
+
+
+def test_tasks_that_are_slightly_off_the_mean_of_the_report_are_refused(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    tasks = pd.read_csv(folder / "tasks.csv")
+    tasks.loc[:, "step_0":] += 1e-3
+    tasks.to_csv(folder / "tasks.csv", index=False)
+    run = read_run(folder)
+    assert run
+    with pytest.raises(MamlError, match=r"tasks\.csv does not belong to the report\.json"):
+        run.reports[0].per_task(SINUSOID, 1)
 
 
 def test_the_machine_of_a_segment_counts_its_processes(tmp_path: Path) -> None:

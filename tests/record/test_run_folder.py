@@ -90,6 +90,7 @@ def test_record_holds_what_a_reader_needs(run: RunFolder) -> None:
 
     saved(run, 7)
     assert record(run)["iteration"] == 7
+    assert record(run)["segments"][0]["execution"] == {"num_threads": 1}
     run.close("interrupted")
     assert record(run)["status"] == "interrupted"
     assert record(run)["segments"][0]["last_iteration"] == 7

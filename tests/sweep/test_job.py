@@ -117,6 +117,22 @@ def test_run_folder_of_another_disk_comes_back(tiny: TinyRuns) -> None:
     assert "already finished" in (tiny.runs_dir / "sweeps" / "one" / "jobs" / f"{again.name}.log").read_text()
 
 
+def test_heartbeat_sends_no_file_again_that_has_not_changed(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "Heartbeat", lambda send: heartbeat.Heartbeat(send, seconds=1000.0))
+    near, far = tiny.in_folder("near"), FarDisk(tiny.runs_dir)
+    running = RunningJob(near.runs_dir / "sweeps" / "one", config(near), post=far)
+    near.run()
+    written = []
+    for _ in range(2):
+        far.written.clear()
+        running._beat({"time": 0.0, "host": "near", "pid": 1})
+        written.append({Path(name).name for name in far.written})
+    running.end(None)
+    first, second = written
+    assert "report.json" in first
+    assert second == {f"{running.name}.heartbeat"}
+
+
 def test_killed_job_goes_on_on_another_machine(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "Heartbeat", lambda send: heartbeat.Heartbeat(send, seconds=1000.0))
     undisturbed = tiny.in_folder("undisturbed").run()

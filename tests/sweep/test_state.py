@@ -78,6 +78,8 @@ def test_job_that_was_interrupted_is_not_called_killed(sweep: Path) -> None:
     write_beat(record, age=DEAD_AFTER + 1, host="elsewhere", iteration=500)
     job = only(sweep)
     assert (job.state, job.problem) == ("stopped", "interrupted at iteration 500")
+    write_beat(record)
+    assert only(sweep).state == "running", "it was resumed, and its record does not say so yet"
 
 
 def test_silent_job_of_another_machine_looks_dead(sweep: Path) -> None:

@@ -17,6 +17,7 @@ from maml.record.statistics import combine
 from maml.sweep.state import Job
 from maml.sweep.summary import summarise, tabulate
 from maml.training.loop import _check_finite
+from tests.paper.fake_runs import edit
 from tests.sweep.fake_sweep import job, write_job, write_report
 
 
@@ -92,6 +93,18 @@ def test_interval_covers_trainings_and_knows_that_runs_share_their_tasks(
     lost.unlink()
     summarise(sweep)
     assert f"{lost} is missing or damaged" in caplog.text
+    (row,) = pd.read_csv(sweep / "summary.csv").to_dict("records")
+    assert row["ci95"] == pytest.approx(combine([(mean, 0.5) for mean in values.mean(1)]).ci95)
+
+
+def test_runs_on_different_banks_are_not_paired(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweeps" / "one"
+    values = np.random.default_rng(0).normal(size=(3, 20)).round(4) + np.array([[0.0], [1.0], [2.0]])
+    for seed, row in enumerate(values.tolist()):
+        write_report(tmp_path, f"run{seed}", row)
+        write_job(sweep, f"seed={seed}", run_id=f"run{seed}")
+    edit(tmp_path / "sinusoid" / "run1" / "report.json", banks={"5": "another"})
+    summarise(sweep)
     (row,) = pd.read_csv(sweep / "summary.csv").to_dict("records")
     assert row["ci95"] == pytest.approx(combine([(mean, 0.5) for mean in values.mean(1)]).ci95)
 
