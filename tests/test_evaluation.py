@@ -61,6 +61,11 @@ def test_bank_follows_its_settings(change: dict[str, object]) -> None:
     assert bank_hash(first.bank(domain, 10)) != bank_hash(other.bank(domain, shots))
 
 
+def test_bank_has_k_query_points_whatever_training_has() -> None:
+    bank = Evaluation(num_tasks=2, num_steps=0).bank(Sinusoid(num_query=3), 5)
+    assert bank["query_x"].shape == (2, 5, 1)
+
+
 def test_authors_bank_is_the_domains_and_frozen() -> None:
     evaluation = Evaluation(num_tasks=600, num_steps=0, num_shots=[5], bank="authors")
     domain = Sinusoid()
@@ -372,6 +377,12 @@ def test_search_never_takes_a_step_size_that_diverged() -> None:
     every = Evaluation(num_tasks=3, num_steps=3, search=StepSizeSearch([1e30, 1e20], num_tasks=3))
     with pytest.raises(MamlError, match=r"K=10 diverged with every step size .*=\[1e\+30, 1e\+20\]; add smaller ones"):
         every(algorithm)
+
+
+def test_search_takes_the_first_of_equal_step_sizes() -> None:
+    search = StepSizeSearch([1e-30, 1e-29], num_tasks=2)  # too small to change theta
+    _, _, chosen = Evaluation(num_tasks=2, num_steps=1, search=search)(sinusoid())
+    assert chosen == {"10": [1e-30]}
 
 
 def test_display_reaches_its_total_with_the_search_and_steps_that_diverge(monkeypatch: pytest.MonkeyPatch) -> None:

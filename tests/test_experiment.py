@@ -331,6 +331,19 @@ def test_evaluation_tries_no_outer_optimizer(tiny: TinyRuns, monkeypatch: pytest
         tiny.run(*SHORT)
 
 
+def test_evaluation_of_an_unfinished_training_says_how_far_it_was(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        before_iteration(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.run(*SHORT)
+    folder = tiny.run(*SHORT, "mode=eval")
+    (evaluation,) = folder.glob("evaluations/*/report.json")
+    report = read_json(evaluation)
+    assert report is not None
+    assert (report["iteration"], report["num_iterations"]) == (5, 10)
+
+
 def test_evaluation_of_nothing_trained_says_what_to_do(tiny: TinyRuns) -> None:
     with pytest.raises(MamlError, match=r"there is nothing to evaluate in .*: train first"):
         tiny.run("mode=eval")

@@ -363,3 +363,7 @@ def test_progress_names_the_run(tiny: TinyRuns, capsys: pytest.CaptureFixture[st
 def test_largest_entries_leave_out_parameters_without_any() -> None:
     state = {"theta": {"weight": torch.tensor([1.0, -3.0]), "none": torch.empty(0)}, "outer": {"none": torch.empty(0)}}
     assert _largest_entries(state) == {"theta": 3.0}
+
+
+def test_largest_entry_of_parameters_with_minus_infinity_is_infinite() -> None:
+    assert _largest_entries({"theta": {"weight": torch.tensor([1.0, -torch.inf])}}) == {"theta": torch.inf}
