@@ -28,7 +28,7 @@ from typing import IO
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from maml.cli.rendering import exit_with
+from maml.cli.scripts import exit_with
 from maml.config.paths import ROOT
 from maml.errors import MamlError
 from maml.record.atomic import write_atomically

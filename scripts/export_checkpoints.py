@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from maml.cli.rendering import existing_folder, exit_with, print_problems
+from maml.cli.scripts import existing_folder, exit_with, print_problems
 from maml.config.paths import CHECKPOINTS, RESULTS
 from maml.errors import MamlError
 from maml.paper.cells import Source, named_sources

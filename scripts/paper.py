@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from maml.cli.rendering import exit_with, print_problems
+from maml.cli.scripts import exit_with, print_problems
 from maml.config.paths import RESULTS, ROOT
 from maml.errors import MamlError
 from maml.paper.plan import (

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from maml.cli.rendering import exit_with, print_problems, rendering_parser
+from maml.cli.scripts import exit_with, print_problems, rendering_parser
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures

@@ -13,7 +13,7 @@ from functools import cache
 
 import pandas as pd
 
-from maml.cli.rendering import exit_with, print_problems, rendering_parser
+from maml.cli.scripts import exit_with, print_problems, rendering_parser
 from maml.paper.cells import Table, load_tables
 from maml.paper.evidence import find_evidence
 from maml.paper.latex import document, table_latex

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from maml.cli.rendering import exit_with
+from maml.cli.scripts import exit_with
 from maml.config.paths import RESULTS, ROOT
 from maml.errors import MamlError
 from maml.paper.cells import load_tables

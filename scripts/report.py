@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from maml.cli.rendering import exit_with, print_problems, rendering_parser
+from maml.cli.scripts import exit_with, print_problems, rendering_parser
 from maml.config.paths import RESULTS
 from maml.paper.report import render
 from maml.record.atomic import write_text_atomically

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from maml.cli.rendering import add_runs_dir
+from maml.cli.scripts import add_runs_dir
 from maml.config.compose import compose, compose_experiment
 from maml.config.identity import evaluation_config, training_config
 from maml.config.paths import CONF, RESULTS

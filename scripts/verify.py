@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from maml.algorithm.base import Algorithm
-from maml.cli.rendering import exit_with
+from maml.cli.scripts import exit_with
 from maml.config.identity import differences, digest, evaluation_config, training_config
 from maml.config.paths import CHECKPOINTS, RESULTS
 from maml.config.schema import Settings, build

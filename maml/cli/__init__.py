@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(_USAGE, end="")
     elif command in ("list", "describe"):
         from maml.cli import show
-        from maml.cli.rendering import end_without_reader
+        from maml.cli.scripts import end_without_reader
         from maml.config.hints import split_config_dirs
 
         try:

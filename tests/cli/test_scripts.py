@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from maml.cli.rendering import exit_with, print_problems, rendering_parser
+from maml.cli.scripts import exit_with, print_problems, rendering_parser
 from maml.config.paths import RESULTS
 from maml.errors import MamlError
 
