@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from maml.config.hints import near_miss
-from maml.config.identity import digest, training_config
+from maml.config.identity import training_config
 from maml.config.paths import CHECKPOINTS, CONF, TRAIN
 from maml.config.schema import Settings, build, build_without_data, check
+from maml.digest import digest
 from maml.errors import MamlError, first_line
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm

@@ -23,10 +23,11 @@ import torch
 
 from maml.algorithm.base import Algorithm
 from maml.cli.scripts import exit_with
-from maml.config.identity import differences, digest, evaluation_config, training_config
+from maml.config.identity import differences, evaluation_config, training_config
 from maml.config.paths import CHECKPOINTS, RESULTS
 from maml.config.schema import Settings, build
 from maml.curve import Curve
+from maml.digest import digest
 from maml.domain.classification import FewShotClassification
 from maml.errors import MamlError
 from maml.evaluation import Evaluation, bank_hash

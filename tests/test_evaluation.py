@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from maml.algorithm.maml import MAML
-from maml.config.identity import digest, evaluation_config
+from maml.config.identity import evaluation_config
 from maml.config.schema import build
 from maml.curve import per_task_rows
+from maml.digest import digest
 from maml.domain.base import Domain, Metrics
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid

@@ -22,8 +22,9 @@ from maml.algorithm.pretrain import Pretrain
 from maml.algorithm.random_init import RandomInit
 from maml.algorithm.reptile import Reptile
 from maml.config.compose import compose, compose_experiment
-from maml.config.identity import digest, training_config
+from maml.config.identity import training_config
 from maml.config.schema import Settings, build
+from maml.digest import digest
 from maml.domain.classification import FewShotClassification
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.reinforcement import Reinforcement

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -86,12 +85,6 @@ def _cast_to_annotation(value: Any, annotation: Any) -> Any:
         return TypeAdapter(annotation).validate_json(json.dumps(value))
     except PydanticUserError:
         return value  # a user's annotation that pydantic cannot check
-
-
-def digest(settings: Mapping[str, Any]) -> str:
-    """Returns a hash of settings, 12 hexadecimal digits; equal settings have equal hashes."""
-    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
-from maml.config.identity import digest
 from maml.data.cache import ImageSet
 from maml.data.files import first_ten
+from maml.digest import digest
 from maml.domain.base import Metrics, Predictions, Role, SupervisedDomain, reads_data
 from maml.domain.draw import choice_of_each
 from maml.errors import MamlError

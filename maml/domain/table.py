@@ -14,9 +14,9 @@ import torch
 from annotated_types import MinLen
 from torch import Tensor
 
-from maml.config.identity import digest
 from maml.data.files import first_ten
 from maml.data.splits import SPLITS, share_out
+from maml.digest import digest
 from maml.domain.base import Metrics, Predictions, Role, SupervisedDomain, reads_data
 from maml.domain.classification import accuracy, cross_entropies
 from maml.domain.draw import choice_of_each

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from maml.config.identity import digest, without_keys
+from maml.config.identity import without_keys
+from maml.digest import digest
 from maml.errors import MamlError
 from maml.logger.base import Logger
 from maml.record.contents import Report, RunRecord

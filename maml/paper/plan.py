@@ -14,8 +14,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from maml.config.compose import compose_experiment
-from maml.config.identity import digest, evaluation_config, training_config, without_keys
+from maml.config.identity import evaluation_config, training_config, without_keys
 from maml.config.schema import Settings, build, build_without_data
+from maml.digest import digest
 from maml.errors import MamlError, Unavailable
 from maml.paper.cells import Source, load_figures, load_pictures, load_tables
 from maml.record import checkpoint

@@ -8,7 +8,8 @@ from functools import cache
 
 import numpy as np
 
-from maml.config.identity import digest, without_keys
+from maml.config.identity import without_keys
+from maml.digest import digest
 from maml.errors import MamlError
 from maml.record.contents import Report, Source
 from maml.record.index import Run, samples

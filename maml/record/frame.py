@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 
 from maml.config.hints import near_miss
-from maml.config.identity import digest
 from maml.config.names import locate
 from maml.config.schema import Settings
+from maml.digest import digest
 from maml.errors import MamlError
 from maml.record.contents import Report
 from maml.record.index import Run

@@ -18,9 +18,10 @@ from filelock import BaseFileLock
 from omegaconf import OmegaConf
 
 import maml
-from maml.config.identity import differences, digest, evaluation_config, training_config
+from maml.config.identity import differences, evaluation_config, training_config
 from maml.config.schema import Settings
 from maml.config.source import code_hashes
+from maml.digest import digest
 from maml.errors import MamlError
 from maml.pictures import Picture
 from maml.record import checkpoint, lock

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from maml.config.identity import digest
+from maml.digest import digest
 from maml.errors import MamlError
 from maml.record import checkpoint
 from maml.record.atomic import is_temporary

@@ -26,8 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from maml.config.compose import plain_overrides, settings_of, to_plain_config
-from maml.config.identity import digest
 from maml.config.schema import build_without_data
+from maml.digest import digest
 from maml.errors import Interrupted, MamlError
 from maml.hardware.distributed import launched_processes
 from maml.record.atomic import remove_leftovers, write_json_atomically

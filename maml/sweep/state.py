@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from maml.config.identity import digest
+from maml.digest import digest
 from maml.errors import MamlError
 from maml.record.heartbeat import looks_dead
 from maml.record.index import number_label, read_run

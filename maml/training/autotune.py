@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from maml.config.identity import digest, training_config
+from maml.config.identity import training_config
 from maml.config.schema import Settings
+from maml.digest import digest
 from maml.errors import MamlError
 from maml.hardware.base import Execution, Hardware
 from maml.hardware.memory import is_out_of_memory, release_failed_memory

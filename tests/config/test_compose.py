@@ -9,8 +9,9 @@ import pytest
 from hydra.errors import HydraException
 
 from maml.config.compose import compose, compose_experiment
-from maml.config.identity import digest, training_config
+from maml.config.identity import training_config
 from maml.config.schema import build
+from maml.digest import digest
 from maml.errors import MamlError
 from tests.runs import ROOT, TinyRuns
 

@@ -10,8 +10,9 @@ from hydra.utils import get_class
 
 from maml.algorithm.maml import MAML
 from maml.config import names
-from maml.config.identity import digest, training_config
+from maml.config.identity import training_config
 from maml.config.schema import build, check
+from maml.digest import digest
 from maml.errors import MamlError
 from maml.model import mlp
 from tests.config.test_schema import changed

@@ -17,7 +17,8 @@ from PIL import Image
 
 import maml
 from maml.config.compose import compose
-from maml.config.identity import digest, training_config
+from maml.config.identity import training_config
+from maml.digest import digest
 from maml.domain.gymnasium_env import GymnasiumEnv
 from maml.domain.reinforcement import Reinforcement
 from maml.environment.distribution import Gaussian

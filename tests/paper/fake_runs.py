@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from maml.config.compose import compose_experiment
-from maml.config.identity import digest, evaluation_config, training_config
+from maml.config.identity import evaluation_config, training_config
+from maml.digest import digest
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.paper.cells import Source

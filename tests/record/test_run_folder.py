@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from maml.algorithm.classifier import Classifier
-from maml.config.identity import digest, evaluation_config
+from maml.config.identity import evaluation_config
+from maml.digest import digest
 from maml.errors import MamlError
 from maml.experiment import run_experiment
 from maml.record import checkpoint

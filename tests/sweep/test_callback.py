@@ -26,7 +26,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from maml.config.compose import compose
 from maml.config.hints import explain_override_error
-from maml.config.identity import digest, training_config
+from maml.config.identity import training_config
+from maml.digest import digest
 from maml.errors import Interrupted
 from maml.experiment import run_experiment
 from maml.record.run_files import read_json
