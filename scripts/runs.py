@@ -45,10 +45,10 @@ from maml.record import checkpoint
 from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval, settings_but_seed
 from maml.record.contents import CurveRecord, Report, StepRecord
 from maml.record.frame import UNKNOWN, check_key, run_frame, setting
-from maml.record.index import SUPERSEDED, Run, conflicts_among, number_label, read_run, read_runs, supersede
+from maml.record.index import SUPERSEDED, Run, conflicts_among, read_run, read_runs, supersede
+from maml.record.labels import number_label, step_label
 from maml.record.lock import acquire
 from maml.record.run_files import read_json
-from maml.record.style import step_label
 from maml.record.transfer import import_runs
 from maml.sweep.state import SWEEP, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows
 

@@ -46,8 +46,8 @@ from maml.record.exported import (
     read_parameters,
     restore,
 )
+from maml.record.labels import step_label
 from maml.record.provenance import versions
-from maml.record.style import step_label
 from maml.types import MeasuredBy
 
 _RELATIVE = 1e-4  # relative tolerance of a mean squared error on another machine

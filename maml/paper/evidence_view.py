@@ -20,9 +20,9 @@ from maml.paper.tables import CONFLICT, reading_text
 from maml.paper.widgets import command, fact_list, scroll_box
 from maml.record.gallery import drawn_pictures
 from maml.record.index import Run
+from maml.record.labels import AXIS, metric_label, step_label
 from maml.record.plot import training_curve
 from maml.record.run_files import read_metrics
-from maml.record.style import AXIS, metric_label, step_label
 from maml.types import FIRST_STEP
 
 

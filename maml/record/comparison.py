@@ -13,7 +13,7 @@ from maml.digest import digest
 from maml.errors import MamlError
 from maml.record.contents import Report, Source
 from maml.record.index import Run, samples
-from maml.record.style import step_label
+from maml.record.labels import step_label
 
 RESAMPLES = 10_000
 

@@ -18,7 +18,7 @@ from annotated_types import MinLen
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from maml.errors import MamlError
-from maml.record.style import step_label
+from maml.record.labels import step_label
 from maml.types import MeasuredBy
 
 if TYPE_CHECKING:

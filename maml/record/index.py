@@ -14,8 +14,6 @@ from maml.record.atomic import write_text_atomically
 from maml.record.contents import Content, CurveRecord, Report, RunRecord, StepRecord
 from maml.record.lock import is_held
 from maml.record.run_files import read, report_paths
-from maml.record.style import step_label
-from maml.types import MeasuredBy
 
 SUPERSEDED = "superseded.json"  # the file in a run's folder that marks the run as superseded
 
@@ -122,19 +120,6 @@ def samples(evaluated: Iterable[tuple[Run, Report]]) -> list[tuple[Run, Report]]
         if all(report.difference(other) for _, other in same_seed):
             same_seed.append((run, report))
     return [pair for seed in sorted(by_seed) for pair in by_seed[seed]]
-
-
-def number_label(metric: str, num_shots: int, step: int, measured_by: MeasuredBy, num_tasks: int) -> str:
-    """Returns the name of a number, with all that its meaning depends on: ``mse (K=10, step 10, n=600)``.
-
-    Args:
-        metric: its metric.
-        num_shots: K, the number of examples in adaptation.
-        step: its step in the report, from 0.
-        measured_by: what the curve is over.
-        num_tasks: the number of test tasks.
-    """
-    return f"{metric} (K={num_shots}, {step_label(step, measured_by)}, n={num_tasks})"
 
 
 def find_runs(*roots: Path) -> tuple[list[Run], list[str]]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maml.record.style import COMPLETE, REDUCED, count_steps, log_ticks, metric_label, save, style
+from maml.record.labels import metric_label
+from maml.record.style import COMPLETE, REDUCED, count_steps, log_ticks, save, style
 from maml.types import FIRST_STEP
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maml.record.style import step_label
+from maml.record.labels import step_label
 
 
 @dataclass(frozen=True)

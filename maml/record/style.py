@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maml.record.atomic import write_bytes_atomically
-from maml.types import FIRST_STEP, MeasuredBy
+from maml.record.labels import AXIS
+from maml.types import MeasuredBy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +23,6 @@ GRAY = "#808080"  # readable on white and on black
 # Line styles of a complete training and of one with a reduced budget.
 COMPLETE: dict[str, Any] = {"ls": "-", "marker": "o"}
 REDUCED: dict[str, Any] = {"ls": (0, (4, 2)), "marker": "o", "markerfacecolor": "none"}
-AXIS: dict[MeasuredBy, str] = {"gradient step": "gradient steps", "showing": "showing of a class"}
-_METRICS = {"mse": "mean squared error", "return": "average return"}
 _NO_DATE = {  # without a date, so that equal numbers give equal bytes
     "png": {"Software": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -67,22 +66,6 @@ def themed(svg: str) -> str:
     if rules:  # for all elements of the page; the same is inherited from the root
         svg = svg.replace(rules[0], "").replace("<svg ", f'<svg style="{rules[1]}" ', 1)
     return re.sub(r'(<g) id="[^"]*"', r"\1", svg)
-
-
-def metric_label(metric: str) -> str:
-    """Returns the name of a metric of meta-test for the reader."""
-    return _METRICS.get(metric, metric.replace("_", " "))
-
-
-def step_label(step: int, measured_by: MeasuredBy, width: int = 1) -> str:
-    """Returns the name of a step of a curve for the reader: ``step 1``; by showing, ``showing 2``.
-
-    Args:
-        step: its number in a report, from 0.
-        measured_by: what the curve is over.
-        width: least number of characters of the number.
-    """
-    return f"{measured_by.split()[-1]} {FIRST_STEP[measured_by] + step:{width}d}"
 
 
 def count_steps(axes: Axes, measured_by: MeasuredBy = "gradient step") -> None:

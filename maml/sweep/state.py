@@ -13,7 +13,8 @@ from typing import Any
 from maml.digest import digest
 from maml.errors import MamlError
 from maml.record.heartbeat import looks_dead
-from maml.record.index import number_label, read_run
+from maml.record.index import read_run
+from maml.record.labels import number_label
 from maml.record.run_files import find_report, read_json
 from maml.training.progress import duration
 

@@ -15,7 +15,8 @@ from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.figures import CurveComparison, DrawnCurve, bootstrap_interval, plot_figure, prepare_curve
 from maml.paper.plan import WATERMARK
 from maml.record.index import find_runs
-from maml.record.style import AXIS, style
+from maml.record.labels import AXIS
+from maml.record.style import style
 from tests.paper.fake_runs import POINT, SINUSOID, make_run, make_run_with_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from maml.record.style import count_steps, log_ticks, metric_label, save, step_label, style, themed
+from maml.record.style import count_steps, log_ticks, save, style, themed
 
 
 @style()
@@ -71,16 +71,7 @@ def test_logarithmic_axis_has_numbers_between_powers_of_ten() -> None:
         assert {f"{tick:g}" for tick in expected} <= labels
 
 
-def test_metrics_have_names_for_readers() -> None:
-    assert metric_label("mse") == "mean squared error"
-    assert metric_label("accuracy_transductive") == "accuracy transductive"
-
-
-def test_showings_count_from_one_and_gradient_steps_from_zero() -> None:
-    assert [step_label(step, "showing") for step in (0, 4)] == ["showing 1", "showing 5"]
-    assert [step_label(step, "gradient step") for step in (0, 4)] == ["step 0", "step 4"]
-    assert step_label(8, "showing", width=2) == "showing  9"
-    with style():
-        axes = Figure().subplots()
-        count_steps(axes, "showing")
-        assert axes.get_xlabel() == "showing of a class"
+def test_axis_of_showings_is_labelled_as_such() -> None:
+    axes = Figure().subplots()
+    count_steps(axes, "showing")
+    assert axes.get_xlabel() == "showing of a class"
