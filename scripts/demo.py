@@ -17,12 +17,12 @@ from maml.config.compose import compose
 from maml.config.paths import RESULTS
 from maml.errors import Interrupted, MamlError
 from maml.experiment import run_experiment
-from maml.paper.cells import Source, load_figures, load_tables
+from maml.paper.cells import load_figures, load_tables
 from maml.paper.figures import DrawnCurve, plot_figure
 from maml.paper.markdown import markdown_table
 from maml.paper.tables import judge, reading_text
 from maml.record.atomic import write_text_atomically
-from maml.record.contents import Report
+from maml.record.contents import Report, Source
 from maml.record.run_folder import RunFolder
 
 EXPERIMENT = "sinusoid_10shot"

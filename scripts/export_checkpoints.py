@@ -20,11 +20,11 @@ from pathlib import Path
 from maml.cli.scripts import existing_folder, exit_with, print_problems
 from maml.config.paths import CHECKPOINTS, RESULTS
 from maml.errors import MamlError
-from maml.paper.cells import Source, named_sources
+from maml.paper.cells import named_sources
 from maml.paper.evidence import Evidence, find_evidence
 from maml.record import checkpoint
 from maml.record.atomic import write_bytes_atomically
-from maml.record.contents import Report
+from maml.record.contents import Report, Source
 from maml.record.exported import (
     Entry,
     ExportedFile,

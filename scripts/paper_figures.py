@@ -16,12 +16,13 @@ import pandas as pd
 from maml.cli.scripts import exit_with, print_problems, rendering_parser
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
-from maml.paper.cells import Figure, Picture, Source, load_figures, load_pictures
+from maml.paper.cells import Figure, Picture, load_figures, load_pictures
 from maml.paper.evidence import Evidence, find_evidence, provenance
 from maml.paper.figures import CurveComparison, figure_rows, plot_figure, prepare_curve
 from maml.paper.markdown import markdown_table
 from maml.paper.tables import CONFLICT, summary
 from maml.record.atomic import write_text_atomically
+from maml.record.contents import Source
 from maml.record.index import Run, conflicts_among, find_runs
 from maml.record.statistics import MIN_RUNS
 

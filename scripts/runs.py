@@ -39,11 +39,11 @@ from maml.config.schema import build
 from maml.errors import MamlError
 from maml.logger.base import Mirror
 from maml.logger.mirror import mirror
-from maml.paper.cells import Source, load_figures, load_pictures, load_tables
+from maml.paper.cells import load_figures, load_pictures, load_tables
 from maml.paper.evidence import Evidence, find_evidence, samples
 from maml.record import checkpoint
 from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval, settings_but_seed
-from maml.record.contents import CurveRecord, Report, StepRecord
+from maml.record.contents import CurveRecord, Report, Source, StepRecord
 from maml.record.frame import UNKNOWN, check_key, run_frame, setting
 from maml.record.index import SUPERSEDED, Run, conflicts_among, read_run, read_runs, supersede
 from maml.record.labels import number_label, step_label

@@ -14,10 +14,11 @@ from maml.config.compose import compose_experiment
 from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
-from maml.paper.cells import Panel, Picture, Source
+from maml.paper.cells import Panel, Picture
 from maml.paper.evidence import Evidence
 from maml.paper.figures import save_figure
 from maml.record import checkpoint
+from maml.record.contents import Source
 from maml.record.style import GRAY, PAGE, style
 from maml.seeding import Stream
 

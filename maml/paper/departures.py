@@ -8,11 +8,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from maml.paper.cells import Source
 from maml.paper.evidence import Evidence
 from maml.paper.markup import Content, Markup, element
 from maml.paper.tables import reading_text
 from maml.paper.widgets import chip, sort_button
+from maml.record.contents import Source
 
 
 def load_departures(results: Path) -> list[dict[str, Any]]:

@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 from maml.config.compose import compose_experiment
 from maml.config.identity import evaluation_config, training_config
 from maml.errors import MamlError
-from maml.paper.cells import Source
 from maml.paper.charts import histogram, line_chart
 from maml.paper.evidence import Evidence, measured_by, provenance
 from maml.paper.markup import Content, Markup, element
 from maml.paper.tables import CONFLICT, reading_text
 from maml.paper.widgets import command, fact_list, scroll_box
+from maml.record.contents import Source
 from maml.record.gallery import drawn_pictures
 from maml.record.index import Run
 from maml.record.labels import AXIS, metric_label, step_label

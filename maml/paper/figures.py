@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maml.paper.cells import METHODS, Curve, Figure, Source
+from maml.paper.cells import METHODS, Curve, Figure
 from maml.paper.evidence import Evidence, measured_by, provenance
 from maml.paper.plan import WATERMARK
 from maml.paper.tables import Comparison, judge, reason_for, verdict_markdown
+from maml.record.contents import Source
 from maml.record.statistics import Statistics
 from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_steps, save, style
 from maml.types import FIRST_STEP

@@ -18,10 +18,10 @@ from maml.config.identity import evaluation_config, training_config, without_key
 from maml.config.schema import Settings, build, build_without_data
 from maml.digest import digest
 from maml.errors import MamlError, Unavailable
-from maml.paper.cells import Source, load_figures, load_pictures, load_tables
+from maml.paper.cells import load_figures, load_pictures, load_tables
 from maml.record import checkpoint
 from maml.record.atomic import is_temporary, write_text_atomically
-from maml.record.contents import HardwareRecord
+from maml.record.contents import HardwareRecord, Source
 from maml.record.index import SUPERSEDED, Run, read_run
 from maml.record.lock import is_held
 from maml.record.run_folder import RunFolder

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maml.paper.cells import Cell, Reading, Source, Table
+from maml.paper.cells import Cell, Reading, Table
 from maml.paper.evidence import Evidence
 from maml.paper.markdown import markdown_table
+from maml.record.contents import Source
 from maml.record.statistics import Statistics
 
 OWN = "the table's own"

@@ -11,7 +11,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from maml.errors import MamlError
-from maml.paper.cells import Figure, Panel, Picture, Source, Table, load_figures, load_pictures, load_tables
+from maml.paper.cells import Figure, Panel, Picture, Table, load_figures, load_pictures, load_tables
 from maml.paper.departures import departures_table
 from maml.paper.evidence import Evidence, find_evidence, measured_by
 from maml.paper.evidence_view import EvidenceView
@@ -40,6 +40,7 @@ from maml.paper.widgets import (
     sort_button,
 )
 from maml.record.comparison import groups_on_the_same_tasks
+from maml.record.contents import Source
 from maml.record.exported import read_index
 from maml.record.index import Run
 from maml.record.statistics import MIN_RUNS

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 from hydra.utils import get_class
 
 from maml.config.compose import compose_experiment
-from maml.paper.cells import Cell, Source, Table
+from maml.paper.cells import Cell, Table
 from maml.paper.evidence import Evidence, provenance
 from maml.paper.markdown import markdown_table
+from maml.record.contents import Source
 from maml.record.statistics import MIN_RUNS, Statistics
 
 VERDICTS = ("reproduced", "better", "worse", "measured", "reduced budget", "quoted", "running", "not run")

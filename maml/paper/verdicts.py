@@ -10,9 +10,9 @@ from maml.config.compose import compose_experiment
 from maml.config.identity import evaluation_config, training_config
 from maml.config.paths import RESULTS
 from maml.config.schema import Settings
-from maml.paper.cells import Source, load_tables
+from maml.paper.cells import load_tables
 from maml.paper.tables import judge, reading_text
-from maml.record.contents import Report
+from maml.record.contents import Report, Source
 from maml.record.report import Judgement
 
 

@@ -12,8 +12,8 @@ from maml.config.identity import evaluation_config, training_config
 from maml.digest import digest
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
-from maml.paper.cells import Source
 from maml.record import checkpoint
+from maml.record.contents import Source
 
 SINUSOID = Source("sinusoid_10shot", "mse", 5)
 POINT = Source("point_navigation_maml", "return", 40)

@@ -13,9 +13,10 @@ from matplotlib.gridspec import SubplotSpec
 
 from maml.errors import MamlError
 from maml.paper.adaptation import panel_rows, plot_picture
-from maml.paper.cells import Panel, Picture, Source
+from maml.paper.cells import Panel, Picture
 from maml.paper.evidence import Evidence, find_evidence
 from maml.record import checkpoint
+from maml.record.contents import Source
 from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, edit, make_run_with_checkpoint
 from tests.paper.test_figures import evidence

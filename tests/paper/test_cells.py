@@ -9,8 +9,9 @@ from maml.config.compose import compose_experiment
 from maml.config.schema import build, build_without_data
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
-from maml.paper.cells import Cell, Curve, Source, load_figures, load_levels, load_pictures, load_tables
+from maml.paper.cells import Cell, Curve, load_figures, load_levels, load_pictures, load_tables
 from maml.paper.evidence import measured_by
+from maml.record.contents import Source
 
 RESULTS = Path(__file__).parents[2] / "results"
 TABLES = load_tables(RESULTS)

@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from maml.errors import MamlError
-from maml.paper.cells import Curve, Figure, Panel, Picture, Source, load_figures
+from maml.paper.cells import Curve, Figure, Panel, Picture, load_figures
 from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.figures import CurveComparison, DrawnCurve, bootstrap_interval, plot_figure, prepare_curve
 from maml.paper.plan import WATERMARK
+from maml.record.contents import Source
 from maml.record.index import find_runs
 from maml.record.labels import AXIS
 from maml.record.style import style

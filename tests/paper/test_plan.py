@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 
 from maml.errors import MamlError
 from maml.paper import plan as plan_module
-from maml.paper.cells import Source
 from maml.paper.plan import (
     SMOKE,
     WATERMARK,
@@ -27,6 +26,7 @@ from maml.paper.plan import (
     select,
     write_smoke_cells,
 )
+from maml.record.contents import Source
 from maml.record.index import find_runs
 from maml.record.lock import acquire
 from tests.paper.fake_runs import SINUSOID, edit, make_run, make_run_with_checkpoint

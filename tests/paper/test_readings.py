@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from maml.errors import MamlError
-from maml.paper.cells import Cell, Layout, Reading, Source, Table, load_tables
+from maml.paper.cells import Cell, Layout, Reading, Table, load_tables
 from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.readings import OWN, measured_readings, readings_markdown
+from maml.record.contents import Source
 from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, make_run
 

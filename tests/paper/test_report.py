@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure as Canvas
 
-from maml.paper.cells import Source, load_tables
+from maml.paper.cells import load_tables
 from maml.paper.report import drawing, render
+from maml.record.contents import Source
 from maml.record.index import find_runs
 from maml.record.style import PAGE, save, style
 from tests.browser import Browser, find_browser
