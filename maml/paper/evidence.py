@@ -116,6 +116,15 @@ class Evidence:
             return None
         return np.stack([report.per_task(source, step) for _, report in self.evaluated])
 
+    def per_task_or_first(self, source: Source, step: int) -> np.ndarray:
+        """Returns the same as `per_task`; of runs on different tasks, the first alone stands for all.
+
+        Raises:
+            MamlError: if the values of a run are missing or damaged.
+        """
+        values = self.per_task(source, step)
+        return self.evaluated[0][1].per_task(source, step)[None] if values is None else values
+
 
 def find_evidence(source: Source, runs: Sequence[Run]) -> Evidence:
     """Returns the runs of one source: those with its evaluation settings and, except for the seed, its training."""

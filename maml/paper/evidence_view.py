@@ -99,9 +99,7 @@ class EvidenceView:
         """Returns a histogram of each test task's mean over runs; empty if the values cannot be read."""
         num_runs = len(evidence.evaluated)
         try:
-            of_runs = evidence.per_task(source, step)
-            if of_runs is None:  # on different tasks: the first run stands for all
-                of_runs = evidence.evaluated[0][1].per_task(source, step)[None]
+            of_runs = evidence.per_task_or_first(source, step)
         except MamlError as error:
             self.problems.append(str(error))
             return ""

@@ -14,7 +14,6 @@ from maml.paper.cells import METHODS, Curve, Figure
 from maml.paper.evidence import Evidence, measured_by, provenance
 from maml.paper.plan import WATERMARK
 from maml.paper.tables import Comparison, judge, reason_for, verdict_markdown
-from maml.record.contents import Source
 from maml.record.statistics import Statistics
 from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_steps, save, style
 from maml.types import FIRST_STEP
@@ -123,7 +122,9 @@ def prepare_curve(curve: Curve, evidence: Evidence) -> DrawnCurve:
     if not evidence.evaluated:
         return DrawnCurve(curve, [], missing=evidence.state)
     found = curve_statistics(curve, evidence)
-    intervals = [bootstrap_interval(_mean_per_task(curve.source, cell.step, evidence)) for cell in curve.cells]
+    intervals = [
+        bootstrap_interval(evidence.per_task_or_first(curve.source, cell.step).mean(0)) for cell in curve.cells
+    ]
     readings = [(each.mean, each.ci95) for each in found]
     return DrawnCurve(curve, readings, intervals, found[0].num_runs, evidence.progress)
 
@@ -132,18 +133,6 @@ def curve_statistics(curve: Curve, evidence: Evidence) -> list[Statistics]:
     """Returns our mean over runs and its intervals at each gradient step; empty if nothing was evaluated."""
     every = (evidence.statistics(curve.source, step) for step in range(curve.num_steps + 1))
     return [found for found in every if found is not None]
-
-
-def _mean_per_task(source: Source, step: int, evidence: Evidence) -> np.ndarray:
-    """Returns the mean over runs of each task's value, ``(tasks,)``.
-
-    Raises:
-        MamlError: if the values of a run are missing or damaged.
-    """
-    values = evidence.per_task(source, step)
-    if values is None:  # on different tasks: the first run stands for all
-        return evidence.evaluated[0][1].per_task(source, step)
-    return values.mean(0)
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:

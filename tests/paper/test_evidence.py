@@ -110,6 +110,18 @@ def test_statistics_use_common_tasks_only(tmp_path: Path) -> None:
     assert Evidence().statistics(SINUSOID, 1) is None
 
 
+def test_of_runs_on_different_tasks_the_first_stands_for_all(tmp_path: Path) -> None:
+    _, folder = (make_run(tmp_path, mean=mean, seed=seed) for seed, mean in enumerate((0.5, 0.6)))
+    together = evidence(tmp_path)
+    np.testing.assert_array_equal(together.per_task_or_first(SINUSOID, 1), together.per_task(SINUSOID, 1))
+    banks = json.loads((folder / "report.json").read_text())["banks"]
+    edit(folder / "report.json", banks=banks | {"5": "another"})
+    apart = evidence(tmp_path)
+    assert apart.per_task(SINUSOID, 1) is None
+    first = apart.evaluated[0][1].per_task(SINUSOID, 1)
+    np.testing.assert_array_equal(apart.per_task_or_first(SINUSOID, 1), [first])
+
+
 def test_a_superseded_run_is_no_evidence_and_in_no_conflict(tmp_path: Path) -> None:
     wrong, right = make_run(tmp_path, mean=0.9, name="a"), make_run(tmp_path, mean=0.5, name="b")
     before = file_contents(wrong)
