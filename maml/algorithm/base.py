@@ -214,7 +214,7 @@ class Algorithm(ABC):
         Raises:
             MamlError: if the algorithm has no such policy.
         """
-        raise MamlError(f"{type(self).__name__} does not know how far a policy moves; choose outer=adam")
+        raise self._no_policy()
 
     def kl_gradients(self, params: Params, tasks: Tasks) -> Params:
         """Returns the gradient of each task's KL divergence from the policy that collected its rollouts.
@@ -229,7 +229,10 @@ class Algorithm(ABC):
         Raises:
             MamlError: if the algorithm has no such policy.
         """
-        raise MamlError(f"{type(self).__name__} does not know how far a policy moves; choose outer=adam")
+        raise self._no_policy()
+
+    def _no_policy(self) -> MamlError:
+        return MamlError(f"{type(self).__name__} does not know how far a policy moves; choose outer=adam")
 
     def meta_update(self, objective: Objective, tasks: Tasks) -> dict[str, Tensor]:
         """Updates theta, the buffers and the outer optimizer's state in place.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -58,10 +58,15 @@ class MAML(Algorithm):
 
         return self.inner.pictures(steps())
 
+    @property
+    def _analytic_domain(self) -> Reinforcement | None:
+        """The domain, if the derivatives of adaptation in it have a closed form; else None."""
+        return self.domain if self.inner.is_plain_sgd and isinstance(self.domain, Reinforcement) else None
+
     def curvature(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
-        if not (self.inner.is_plain_sgd and isinstance(self.domain, Reinforcement)):
+        domain, model, theta = self._analytic_domain, self.model, self.theta_of(params)
+        if domain is None:
             return self._curvature_by_autograd(params, tasks)
-        domain, model, theta = self.domain, self.model, self.theta_of(params)
         path = [
             {name: value.detach() for name, value in adapted.items()}
             for adapted in self.inner_steps(params, tasks, self.adaptation_steps, None, create_graph=False)
@@ -85,17 +90,13 @@ class MAML(Algorithm):
             for hessian in hessians:
                 curved = hessian(v)
                 v = v | {name: v[name] - alpha * curved[name] for name in names}
-            v = fisher(v)
-            for hessian in reversed(hessians):
-                curved = hessian(v | fixed)
-                v = {name: value - alpha * curved[name] for name, value in v.items()}
-            return v
+            return self._pull_back(fisher(v), hessians, fixed)
 
         return product
 
     def kl_gradients(self, params: Params, tasks: Tasks) -> Params:
-        data = self.domain.data(tasks, self.role, self.adaptation_steps)
-        if not (self.inner.is_plain_sgd and isinstance(self.domain, Reinforcement)):
+        domain = self._analytic_domain
+        if domain is None:
             theta, kl = self._kl(params, tasks)
             gradients = torch.autograd.grad(kl, list(theta.values()), materialize_grads=True)
             return dict(zip(theta, gradients, strict=True))
@@ -103,14 +104,24 @@ class MAML(Algorithm):
         alpha, names = self.inner.step_size, self.inner.adapted_names(list(v))
         hessians = []
         for step in range(self.adaptation_steps):
-            gradient, hessian = self.domain.inner_derivatives(self.model, v, self.domain.data(tasks, "support", step))
+            gradient, hessian = domain.inner_derivatives(self.model, v, domain.data(tasks, "support", step))
             v = v | {name: v[name] - alpha * gradient[name] for name in names}
             hessians.append(hessian)
         fixed = {name: torch.zeros_like(v[name]) for name in v if name not in names}
-        v = self.domain.kl_gradient(self.model, v, data)
-        for hessian in reversed(hessians) if self.inner.present_order == 2 else []:
+        v = domain.kl_gradient(self.model, v, domain.data(tasks, self.role, self.adaptation_steps))
+        return self._pull_back(v, hessians if self.inner.present_order == 2 else [], fixed)
+
+    def _pull_back(self, v: Params, hessians: Sequence[MatrixVectorProduct], fixed: Params) -> Params:
+        """Returns J^T v, from the last step to the first: a gradient at theta'_i becomes one at theta.
+
+        Args:
+            v: name -> ``(T, ...)``.
+            hessians: the Hessian of the inner loss at each step that J counts.
+            fixed: zeros for the parameters that do not adapt.
+        """
+        for hessian in reversed(hessians):
             curved = hessian(v | fixed)
-            v = {name: value - alpha * curved[name] for name, value in v.items()}
+            v = {name: value - self.inner.step_size * curved[name] for name, value in v.items()}
         return v
 
     def _curvature_by_autograd(self, params: Params, tasks: Tasks) -> MatrixVectorProduct:
