@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from maml.config.paths import RESULTS
+from maml.config.paths import DEFAULT_RUNS, NO_RUNS, RESULTS
 from maml.errors import MamlError
 
 
@@ -19,7 +19,7 @@ def add_runs_dir(parser: argparse.ArgumentParser) -> None:
         "--runs-dir",
         type=existing_folder,
         nargs="+",
-        default=[Path("runs"), RESULTS / "runs"],
+        default=[*DEFAULT_RUNS],
         help="folders of run folders; the first of several equal runs is used (default: runs, then results/runs)",
     )
 
@@ -48,7 +48,7 @@ def existing_folder(text: str) -> Path:
         ArgumentTypeError: if there is no such folder.
     """
     if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {text}; name the folder that holds EXPERIMENT/RUN")
+        raise argparse.ArgumentTypeError(NO_RUNS.format(text))
     return Path(text)
 
 

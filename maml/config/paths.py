@@ -11,8 +11,12 @@ ROOT = _PACKAGE.parent if IN_CLONE else _PACKAGE
 CONF = ROOT / "conf"
 RESULTS = ROOT / "results"
 CHECKPOINTS = RESULTS / "checkpoints"
+DEFAULT_RUNS = (Path("runs"), RESULTS / "runs")
+"""Where run folders are read by default: the user's, then the committed ones."""
 
 TRAIN = "python train.py" if IN_CLONE else "maml train"
 """The command that starts a run, for messages."""
 EXTRAS = "pip install -e '.[{}]'" if IN_CLONE else "pip install 'maml[{}]'"
 """The command that installs an optional dependency, for messages."""
+NO_RUNS = "there is no folder {}; name the folder that holds EXPERIMENT/RUN"
+"""The message if a folder of run folders does not exist."""

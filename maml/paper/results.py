@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from maml.config.paths import RESULTS
+from maml.config.paths import DEFAULT_RUNS, NO_RUNS, RESULTS
 from maml.errors import MamlError
 from maml.paper.cells import load_tables
 from maml.paper.evidence import find_evidence
@@ -46,12 +46,12 @@ def results(
             if a ``tasks.csv`` is missing or damaged.
     """
     if runs_dir is None:
-        folders = [Path("runs"), RESULTS / "runs"]
+        folders = [*DEFAULT_RUNS]
     else:
         folders = [Path(folder) for folder in ([runs_dir] if isinstance(runs_dir, str | Path) else runs_dir)]
         for folder in folders:
             if not folder.is_dir():
-                raise MamlError(f"there is no folder {folder}; name the folder that holds EXPERIMENT/RUN")
+                raise MamlError(NO_RUNS.format(folder))
     runs, problems = find_runs(*folders)
     for problem in problems:
         warnings.warn(f"left out: {problem}", stacklevel=2)
