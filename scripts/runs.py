@@ -83,33 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(act=act)
         return added
 
-    list_parser = command("list", list_runs, "one line per run")
-    list_parser.add_argument("experiment", nargs="?", default="*", help="only these experiments, as in 'sinusoid_*'")
-    list_parser.add_argument(
-        "--status", help="only this status: finished, running, interrupted, failed, killed, superseded or conflict"
-    )
-    list_parser.add_argument("--seed", type=int, help="only this seed")
-    list_parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="only runs that were trained with it"
-    )
-    list_group = list_parser.add_mutually_exclusive_group()
-    list_group.add_argument("--finished", action="store_true", default=None, help="only completely trained runs")
-    list_group.add_argument(
-        "--unfinished", dest="finished", action="store_false", default=None, help="only incompletely trained runs"
-    )
-    list_parser.add_argument(
-        "--by-seed",
-        action="store_true",
-        help="one line per group of completely trained runs that differ in seed or hardware only, with the mean over "
-        "runs; superseded runs are left out",
-    )
-    list_parser.add_argument(
-        "--sort",
-        choices=["headline"],
-        help="best number first, of each metric; what diverged or was not evaluated comes last (default: by "
-        "experiment, then seed)",
-    )
-    list_parser.add_argument("--csv", action="store_true", help="as CSV, with more columns and in full precision")
+    _add_list_options(command("list", list_runs, "one line per run"))
 
     show_parser = command("show", show_run, "a run's settings, segments and evaluations, and the cells that use it")
     show_parser.add_argument("run", help="its folder, or the beginning of its id")
@@ -148,6 +122,35 @@ def _parser() -> argparse.ArgumentParser:
     prune_parser.add_argument("--days", type=float, default=7, help="least age of a failed run in days (default: 7)")
     prune_parser.add_argument("--yes", action="store_true", help="delete the runs instead of only listing them")
     return parser
+
+
+def _add_list_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", nargs="?", default="*", help="only these experiments, as in 'sinusoid_*'")
+    parser.add_argument(
+        "--status", help="only this status: finished, running, interrupted, failed, killed, superseded or conflict"
+    )
+    parser.add_argument("--seed", type=int, help="only this seed")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="only runs that were trained with it"
+    )
+    finished = parser.add_mutually_exclusive_group()
+    finished.add_argument("--finished", action="store_true", default=None, help="only completely trained runs")
+    finished.add_argument(
+        "--unfinished", dest="finished", action="store_false", default=None, help="only incompletely trained runs"
+    )
+    parser.add_argument(
+        "--by-seed",
+        action="store_true",
+        help="one line per group of completely trained runs that differ in seed or hardware only, with the mean over "
+        "runs; superseded runs are left out",
+    )
+    parser.add_argument(
+        "--sort",
+        choices=["headline"],
+        help="best number first, of each metric; what diverged or was not evaluated comes last (default: by "
+        "experiment, then seed)",
+    )
+    parser.add_argument("--csv", action="store_true", help="as CSV, with more columns and in full precision")
 
 
 def find(name: str, runs: Sequence[Run]) -> Run:
