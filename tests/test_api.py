@@ -245,7 +245,7 @@ def test_what_is_no_part_cannot_be_called_though_its_module_is_allowed(address: 
         ("evaluation._target_", "maml.api.Path", "maml.api.Path needs the module pathlib"),  # defined elsewhere
         ("evaluation._target_", "maml.record.checkpoint.save", "it is a function, not a class"),
         ("evaluation._target_", "maml.domain.sinusoid.Sinusoid", "has to inherit from maml.evaluation.Evaluation"),
-        ("domain._target_", "maml.domain.sinusoid.Sinusoid.without_data", "no such class"),
+        ("domain._target_", "maml.domain.sinusoid.Sinusoid.sample_tasks", "no such class"),
         ("domain._target_", "maml.domain.base.Domain", "lacks data, draw_tasks"),
         ("domain._target_", "maml.load", "it is a function, not a class"),
         ("domain._target_", "maml.api.__class__", "needs the module builtins"),

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,13 +42,17 @@ _reads_data = ContextVar("reads_data", default=True)
 
 
 def reads_data() -> bool:
-    """Returns whether a domain under construction reads its data set: not within `Domain.without_data`."""
+    """Returns whether a domain under construction reads its data set: not within `without_data`."""
     return _reads_data.get()
 
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Domains that are built within this context read no data set, as those of `Domain.without_data`."""
+    """Domains that are built within this context read no data set.
+
+    They have the shapes and the `Domain.workload` of the full domain, and algorithms can adapt to data that a caller
+    gives. They cannot draw tasks. The constructor of a domain with a data set asks `reads_data` before it reads.
+    """
     before = _reads_data.set(False)
     try:
         yield
@@ -96,21 +100,8 @@ class Domain(ABC, Generic[Data]):
     selected_by: str | None = None
     data_digest: str | None = None
 
-    @classmethod
-    def without_data(cls, **options: Any) -> Self:
-        """Builds the domain as its constructor does, but reads no data set.
-
-        It has the shapes and the `workload` of the full domain, and algorithms can adapt to data that a caller gives.
-        It cannot draw tasks. The constructor of a domain with a data set asks `reads_data` before it reads.
-
-        Args:
-            options: arguments of the constructor.
-        """
-        with without_data():
-            return cls(**options)
-
     def check_available(self) -> None:
-        """Checks that the data set's files exist, without reading or downloading them. `without_data` can do this too.
+        """Checks that the data set's files exist, without reading or downloading them, also within `without_data`.
 
         Raises:
             Unavailable: if files are missing and cannot be downloaded.

@@ -124,7 +124,7 @@ class FewShotClassification(SupervisedDomain):
         """
 
     def _blank(self) -> tuple[ImageSet, Splits]:
-        """Returns blank images and only a training split, for `Domain.without_data`."""
+        """Returns blank images and only a training split, for `without_data`."""
         blank = torch.zeros((), dtype=torch.uint8)
         images = blank.expand(1, self.num_shots + (self.num_query or self.num_shots), *self.in_shape)
         return ImageSet(images, [], ""), {"train": torch.arange(self.num_train_classes)}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from maml.domain.base import without_data
 from maml.domain.omniglot import Omniglot
 from maml.errors import MamlError
 from maml.model.conv4 import Conv4
@@ -144,14 +146,16 @@ def test_more_images_than_there_are_drawings_is_refused(make: Callable[..., Omni
 def test_split_and_rotations_give_the_number_of_classes(
     make: Callable[..., Omniglot], split: str, rotations: str, expected: dict[str, int]
 ) -> None:
-    domain = make(split=split, rotations=rotations)
+    options: Any = {"split": split, "rotations": rotations}
+    domain = make(**options)
     assert {name: len(classes) for name, classes in domain.splits.items()} == expected
     assert domain.num_train_classes == expected["train"]
     assert domain.has_validation == ("val" in expected)
     everything = torch.cat(list(domain.splits.values()))
     assert len(everything.unique()) == len(everything)
     assert ("rotations" in domain.sample_tasks(1, Stream(0))) == (rotations == "task")
-    bare = Omniglot.without_data(num_ways=5, num_shots=1, data_dir="", cache_dir="", split=split, rotations=rotations)
+    with without_data():
+        bare = Omniglot(num_ways=5, num_shots=1, data_dir="", cache_dir="", **options)
     assert len(bare.splits["train"]) == expected["train"]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from maml.domain.base import without_data
 from maml.domain.cifar_fs import CifarFS
 from maml.domain.classification import FewShotClassification
 from maml.domain.mini_imagenet import MiniImagenet
@@ -28,7 +29,8 @@ VECTORS = Sinusoid()
 
 
 def images(num_ways: int, num_shots: int, kind: type[FewShotClassification] = Omniglot, **options: Any) -> Any:
-    return kind.without_data(num_ways=num_ways, num_shots=num_shots, data_dir="", cache_dir="", **options)
+    with without_data():
+        return kind(num_ways=num_ways, num_shots=num_shots, data_dir="", cache_dir="", **options)
 
 
 @pytest.fixture(autouse=True)

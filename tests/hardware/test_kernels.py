@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from maml.domain.base import without_data
 from maml.domain.omniglot import Omniglot
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import Unavailable
@@ -19,7 +20,8 @@ from maml.hardware import base, kernels
 from maml.hardware.base import Execution, Hardware
 
 HAS_COMPILER = shutil.which("c++") is not None
-IMAGES = Omniglot.without_data(num_ways=5, num_shots=1, data_dir="", cache_dir="").workload
+with without_data():
+    IMAGES = Omniglot(num_ways=5, num_shots=1, data_dir="", cache_dir="").workload
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maml.config.compose import compose
+from maml.domain.base import without_data
 from maml.domain.omniglot import Omniglot
 from maml.experiment import build_algorithm
 from maml.hardware.base import Execution, Hardware
@@ -118,7 +119,8 @@ def test_resumed_simulation_may_have_another_number_of_threads() -> None:
         chosen = Hardware("cpu", num_threads=7).choose(workload, 100, earlier)
         assert (chosen.num_threads, chosen.thread_chunks) == (7, True)
     assert chosen.for_meta_test(workload) == chosen, "simulators divide the tasks there, too"
-    images = Omniglot.without_data(num_ways=5, num_shots=1, data_dir="", cache_dir="").workload
+    with without_data():
+        images = Omniglot(num_ways=5, num_shots=1, data_dir="", cache_dir="").workload
     divided = replace(chosen, num_threads=3, thread_chunks=True)
     assert not divided.for_meta_test(images).thread_chunks
     kept = Hardware("cpu").choose(images, 100, divided.as_dict())
