@@ -33,7 +33,7 @@ from rich.text import Text
 
 from maml.cli.scripts import add_runs_dir
 from maml.config.compose import compose, compose_experiment
-from maml.config.identity import evaluation_config, training_config
+from maml.config.identity import evaluation_config, training_config, with_own_defaults
 from maml.config.paths import CONF, RESULTS
 from maml.config.schema import build
 from maml.errors import MamlError
@@ -204,7 +204,7 @@ def list_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         and options.status in (None, run.status)
         and options.seed in (None, run.record.seed)
         and options.finished in (None, run.iteration == run.num_iterations)
-        and all(setting(run.record.training, key) == value for key, value in wanted)
+        and all(setting(run.training, key) == value for key, value in wanted)
     ]
     texts = dict(zip((run.path for run in chosen), settings_texts(chosen), strict=True))
     if options.by_seed:
@@ -277,14 +277,14 @@ def settings_texts(runs: Sequence[Run]) -> list[str]:
 def _settings_text(run: Run, training: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     if not training:
         return "?"
-    own, experiment = run.record.training, training
+    own, experiment = run.training, training
     if run.report:
         own, experiment = own | run.report.evaluation, {**training, **evaluation}
     parts = []
     for key in differing_keys(own, experiment):
         value, target = setting(own, key), f"{key.rpartition('.')[0]}._target_"
         if value is UNKNOWN and own.get(target) == experiment.get(target):
-            parts.append(f"{key}=default")  # the defaults of a user's class are not looked up
+            parts.append(f"{key}=default")  # of a user's class, in a run without a config.yaml
         elif value is not UNKNOWN and key != "seed":
             parts.append(f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}")
     return " ".join(parts)
@@ -430,7 +430,7 @@ def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         print(f"conflict: {run.conflict}")
     training, evaluation = _settings_of(run.experiment)
     print("\nTraining settings that differ from the experiment's:" if training else "\nTraining settings:")
-    print_differences(run.record.training, training, "run", "experiment")
+    print_differences(run.training, training, "run", "experiment")
     print("\nSegments:")
     print_table(
         [
@@ -474,7 +474,7 @@ def _settings_of(experiment: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not (CONF / "experiment" / f"{experiment}.yaml").is_file():
         return {}, {}
     settings = compose_experiment(experiment)
-    return training_config(settings), evaluation_config(settings)
+    return with_own_defaults(training_config(settings), settings.as_dict()), evaluation_config(settings)
 
 
 def _artifacts_using(run: Run, runs: Sequence[Run]) -> list[str]:
@@ -527,7 +527,7 @@ def compare_runs(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     print_table([{"": name, "A": rows[0][name], "B": rows[1][name]} for name in rows[0]])
     print("\nSettings that differ:")
     evaluations = [run.report.evaluation if run.report else {} for run in (a, b)]
-    print_differences(a.record.training | evaluations[0], b.record.training | evaluations[1], "A", "B")
+    print_differences(a.training | evaluations[0], b.training | evaluations[1], "A", "B")
     if a.report is None or b.report is None:
         raise MamlError(f"{(a if a.report is None else b).path} has no evaluation, so no numbers can be compared")
     direction = "larger" if a.report.larger_is_better else "smaller"

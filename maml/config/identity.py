@@ -38,6 +38,33 @@ def without_keys(training: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in training.items() if key not in keys}
 
 
+def with_own_defaults(training: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds to the result of `training_config` the arguments at their default of classes outside this package.
+
+    They are read from the run's config, because a look at the constructor would import a module that may come from
+    anybody. An argument that the config omits stays unknown.
+
+    Args:
+        training: the recorded settings.
+        config: the config of the same run, with the keys of the yaml files.
+    """
+    added: dict[str, Any] = {}
+    for path in own_parts(training):
+        part: Any = config
+        for name in path.split("."):
+            part = part.get(name) if isinstance(part, Mapping) else None
+        if isinstance(part, Mapping) and part.get("_target_") == training[f"{path}._target_"]:
+            arguments = {name: value for name, value in part.items() if name not in _LOCATION_KEYS}
+            added |= {f"{path}.{name}": value for name, value in arguments.items() if not _is_part(value)}
+    return {**added, **training}
+
+
+def own_parts(training: Mapping[str, Any]) -> list[str]:
+    """Returns the dotted paths of the parts in recorded settings whose class is outside this package."""
+    targets = {key.removesuffix("._target_"): value for key, value in training.items() if key.endswith("._target_")}
+    return [path for path, target in targets.items() if not str(target).startswith("maml.")]
+
+
 def evaluation_config(settings: Settings) -> dict[str, Any]:
     """Returns the settings on which an evaluation of trained parameters depends, in the form of `training_config`."""
     flat = _differences_from_defaults("evaluation", settings.evaluation)
@@ -67,16 +94,20 @@ def _differences_from_defaults(path: str, value: Mapping[str, Any]) -> dict[str,
             flat[f"{path}._target_"] = stable_name(item)
             continue
         default = parameters[name].default if name in parameters else inspect.Parameter.empty
-        if name in hints and not (isinstance(item, Mapping) and "_target_" in item):
+        if name in hints and not _is_part(item):
             item = _cast_to_annotation(item, hints[name])
         if name in _LOCATION_KEYS or (default is not inspect.Parameter.empty and item == default):
             continue
-        if isinstance(item, Mapping) and "_target_" in item:
+        if _is_part(item):
             flat |= _differences_from_defaults(f"{path}.{name}", item)
         else:
             # Through JSON, so that it equals what is read back: tuples become lists, mapping keys become strings.
             flat[f"{path}.{name}"] = json.loads(json.dumps(item))
     return flat
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
 
 
 def _cast_to_annotation(value: Any, annotation: Any) -> Any:

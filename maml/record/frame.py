@@ -45,7 +45,7 @@ def number_frame(runs: Sequence[Run], settings: Sequence[str] = ()) -> pd.DataFr
     for run in runs:
         about: dict[str, Any] = {"experiment": run.experiment, "run": run.record.run_id, "seed": run.record.seed}
         about |= {"status": run.status}
-        about |= {key: _or_none(setting(run.record.training, key)) for key in settings}
+        about |= {key: _or_none(setting(run.training, key)) for key in settings}
         origin = {"seconds": run.record.seconds, "commit": run.commits, "hardware": run.hardware}
         for report in run.reports:
             about |= {"iteration": report.iteration, "num_iterations": report.num_iterations}
@@ -121,8 +121,8 @@ def check_key(runs: Sequence[Run], key: str) -> None:
     Raises:
         MamlError: if no run was trained with it. The message names a key that is nearly the same.
     """
-    if runs and all(setting(run.record.training, key) is UNKNOWN for run in runs):
-        known = sorted({name for run in runs for name in run.record.training})
+    if runs and all(setting(run.training, key) is UNKNOWN for run in runs):
+        known = sorted({name for run in runs for name in run.training})
         raise MamlError(f"no run was trained with {key}{near_miss(key, known)}")
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+from maml.config.identity import own_parts, with_own_defaults
 from maml.config.paths import ROOT
 from maml.errors import MamlError
 from maml.record.atomic import write_text_atomically
 from maml.record.contents import Content, CurveRecord, Report, RunRecord, StepRecord
 from maml.record.lock import is_held
-from maml.record.run_files import read, report_paths
+from maml.record.run_files import read, read_config, report_paths
 
 SUPERSEDED = "superseded.json"  # the file in a run's folder that marks the run as superseded
 
@@ -73,6 +76,18 @@ class Run:
     def num_iterations(self) -> int:
         """The number of iterations of the complete training."""
         return self.record.training["num_iterations"]
+
+    @cached_property
+    def training(self) -> dict[str, Any]:
+        """The recorded training settings, and the arguments of a user's own classes that have their default.
+
+        The latter come from ``config.yaml``; they are left out if it is missing or damaged.
+        """
+        config: dict[str, Any] = {}
+        if own_parts(self.record.training):  # reading a config takes some milliseconds
+            with suppress(MamlError):
+                config = read_config(self.path / "config.yaml")
+        return with_own_defaults(self.record.training, config)
 
     @property
     def report(self) -> Report | None:

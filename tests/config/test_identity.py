@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from maml.algorithm.finetune import FineTune
 from maml.config.compose import compose_experiment
-from maml.config.identity import differences, evaluation_config, training_config
+from maml.config.identity import differences, evaluation_config, training_config, with_own_defaults
 from maml.config.schema import check
 from maml.digest import digest
 from tests.config.test_schema import changed
@@ -168,3 +168,18 @@ def test_subclass_has_runs_of_its_own(tiny: TinyRuns) -> None:
     chosen = [replace(each, validate_every=5) for each in (ours, neighbor)]
     assert training_config(chosen[0]) != training_config(chosen[1]), "each keeps a best theta of its own"
     assert "algorithm._target_" in evaluation_config(ours) and "algorithm._target_" not in evaluation_config(own)
+
+
+def test_arguments_of_own_classes_at_their_default_come_from_the_config() -> None:
+    recorded = {"algorithm._target_": "mine.Own", "algorithm.scale": 2.0, "model.module._target_": "mine.Net"}
+    recorded |= {"inner._target_": "mine.Inner", "outer._target_": "maml.outer.adam.Adam", "domain._target_": "mine.D"}
+    config = {
+        "algorithm": {"_target_": "mine.Own", "scale": 3.0, "strength": 0.01, "part": {"_target_": "mine.Part"}},
+        "model": {"module": {"_target_": "mine.Net", "width": 8}, "vectorize": True},
+        "inner": {"_target_": "mine.Another", "step_size": 0.1},
+        "outer": {"_target_": "maml.outer.adam.Adam", "clip": 1.0},
+        "domain": {"_target_": "mine.D", "data_dir": "here"},
+    }
+    found = with_own_defaults(recorded, config)
+    assert found == recorded | {"algorithm.strength": 0.01, "model.module.width": 8}
+    assert with_own_defaults(recorded, {"model": None, "algorithm": "mine.Own"}) == recorded

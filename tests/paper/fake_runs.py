@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from maml.config.compose import compose_experiment
 from maml.config.identity import evaluation_config, training_config
@@ -98,3 +99,18 @@ def write(path: Path, content: Any) -> None:
 def edit(path: Path, **changes: Any) -> None:
     """Changes keys of a JSON file."""
     write(path, json.loads(path.read_text()) | changes)
+
+
+def make_run_with_own_classes(root: Path, **training: Any) -> Path:
+    """Makes a run whose algorithm and network are a user's, in a module that cannot be imported.
+
+    Their arguments ``strength`` and ``width`` have the values in ``config.yaml``, and are recorded if in ``training``.
+    """
+    own = {"algorithm._target_": "away.Own", "model._target_": "maml.model.module.ModuleModel"}
+    folder = make_run(root, **own | {"model.module._target_": "away.Net"} | training)
+    config = compose_experiment(SINUSOID.experiment).as_dict()
+    config["algorithm"] = {"_target_": "away.Own", "strength": training.get("algorithm.strength", 0.01)}
+    module = {"_target_": "away.Net", "_partial_": True, "width": training.get("model.module.width", 8)}
+    config["model"] = {"_target_": "maml.model.module.ModuleModel", "module": module}
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    return folder

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from maml.errors import MamlError
-from maml.record.frame import NUMBER, UNKNOWN, number_frame, run_frame, setting, task_frame
+from maml.record.frame import NUMBER, UNKNOWN, check_key, number_frame, run_frame, setting, task_frame
 from maml.record.index import find_runs, read_runs
-from tests.paper.fake_runs import make_run
+from tests.paper.fake_runs import make_run, make_run_with_own_classes
 
 
 def test_run_frame_has_a_row_per_run_evaluated_or_not(tmp_path: Path) -> None:
@@ -31,6 +31,27 @@ def test_number_frame_has_every_number_once_and_the_settings_that_are_asked_for(
     assert set(frame["model.activation"]) == {"relu"}  # a default, which runs do not record
     assert frame["no.such"].isna().all()
     assert frame[frame["seed"] == 1]["mean"].isna().all()
+
+
+def test_default_of_an_own_class_is_that_of_the_config(tmp_path: Path) -> None:
+    folder = make_run_with_own_classes(tmp_path)
+    other: dict[str, Any] = {"algorithm.strength": 0.5, "model.module.width": 4}
+    make_run_with_own_classes(tmp_path, seed=1, **other)
+    make_run(tmp_path, seed=2)
+    keys = list(other)
+    runs, _ = find_runs(tmp_path)
+    frame = number_frame(runs, [*keys, "algorithm.omitted"]).drop_duplicates("seed").set_index("seed")
+    assert frame.loc[[0, 1], keys].to_numpy().tolist() == [[0.01, 8.0], [0.5, 4.0]]
+    assert frame.loc[2, keys].isna().all()
+    assert frame["algorithm.omitted"].isna().all()
+    for key in keys:
+        check_key([run for run in runs if run.path == folder], key)
+    with pytest.raises(MamlError, match=r"did you mean algorithm\.strength\?"):
+        check_key(runs, "algorithm.strenght")
+    for damage in (lambda file: file.write_text("{"), Path.unlink):
+        damage(folder / "config.yaml")
+        (run,) = [run for run in find_runs(tmp_path)[0] if run.path == folder]
+        assert run.training == run.record.training
 
 
 def test_task_frame_means_are_the_numbers(tmp_path: Path) -> None:

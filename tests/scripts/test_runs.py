@@ -20,7 +20,7 @@ from rich.console import Console
 
 from maml.errors import MamlError
 from maml.record.index import SUPERSEDED
-from tests.paper.fake_runs import POINT, SINUSOID, edit, make_run
+from tests.paper.fake_runs import POINT, SINUSOID, edit, make_run, make_run_with_own_classes
 from tests.runs import ROOT, TinyRuns, file_contents
 from tests.sweep.fake_sweep import write_beat, write_job, write_report
 
@@ -341,6 +341,19 @@ def test_setting_that_one_run_records_and_the_other_has_by_default_does_not_diff
     assert "domain.oracle" not in "\n".join(run("compare", str(a), str(b)))
     edit(b / "run.json", training=recorded | {"domain.oracle": True})
     assert "domain.oracle    False  True" in "\n".join(run("compare", str(a), str(b)))
+
+
+def test_arguments_of_own_classes_at_their_default_are_found_and_shown(tmp_path: Path, run: Lines) -> None:
+    other: dict[str, Any] = {"algorithm.strength": 0.5}
+    a, b = make_run_with_own_classes(tmp_path), make_run_with_own_classes(tmp_path, **other)
+    assert ids(run("list", "--csv", "--set", "algorithm.strength=0.01")) == [a.name]
+    assert sorted(ids(run("list", "--csv", "--set", "model.module.width=8"))) == sorted([a.name, b.name])
+    settings = {Path(row["folder"]).name: row["settings"] for row in table(run("list", "--csv"))}
+    assert "algorithm.strength=0.01" in settings[a.name].split()
+    differing = [line.split() for line in run("compare", str(a), str(b))]
+    assert ["algorithm.strength", "0.01", "0.5"] in differing
+    assert "model.module.width" not in [line[0] for line in differing if line]
+    assert ["algorithm.strength", "0.01"] in [line.split() for line in run("show", str(a))]
 
 
 def test_compare_says_why_it_cannot_pair(tmp_path: Path, run: Lines) -> None:
