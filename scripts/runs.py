@@ -583,6 +583,7 @@ def show_methods(options: argparse.Namespace, runs: Sequence[Run]) -> None:
             f"no two methods of {options.experiment!r} were tested on the same tasks. mode=eval with equal evaluation "
             "settings (num_tasks, num_query, split) tests finished runs of one domain on the same ones"
         )
+    print("all intervals are over test tasks alone, without the luck of training (list --by-seed has both)")
     for group in groups:
         best = group[0]
         print(f"\n{best.tasks}; - best: paired over tasks, 95 % bootstrap")

@@ -377,6 +377,7 @@ def test_methods_shows_those_on_the_same_tasks(tmp_path: Path, run: Lines) -> No
     assert "no two methods of 'sinusoid_*' were tested on the same tasks" in run("methods", "sinusoid_*", status=1)[-1]
     make_run(tmp_path, mean=0.75, **OTHER)
     lines = run("methods")
+    assert lines[0].startswith("all intervals are over test tasks alone, without the luck of training")
     assert [line for line in lines if line.startswith("K=")] == [
         f"K={k}, 600 tasks; - best: paired over tasks, 95 % bootstrap" for k in (5, 10, 20)
     ]
