@@ -60,12 +60,14 @@ class Sweep(Callback):
 
     Args:
         needs_shared_disk: whether the jobs run on other machines, which have to see ``runs_dir``.
+        jobs_outlive_command: whether SLURM still runs or queues the jobs after the sweep's command has ended.
     """
 
     return_checkpoints = False
 
-    def __init__(self, needs_shared_disk: bool = False) -> None:
+    def __init__(self, needs_shared_disk: bool = False, jobs_outlive_command: bool = False) -> None:
         self.needs_shared_disk = needs_shared_disk
+        self.jobs_outlive_command = jobs_outlive_command
         self.folder: Path | None = None  # the sweep's folder; None for a single run
         self.arguments: list[str] = []
         self.post: Post | None = None  # the way to the sweep's folder from a machine that does not see it
@@ -109,7 +111,11 @@ class Sweep(Callback):
                 f"Unless {host} shares it, choose a folder on a shared disk with runs_dir=",
                 file=sys.stderr,
             )
-        signal.signal(signal.SIGTERM, _stop)  # an exception, as from Ctrl-C, lets a launcher stop its processes too
+        signal.signal(
+            signal.SIGTERM, self._stop
+        )  # an exception, as from Ctrl-C, lets a launcher stop its processes too
+        if self.jobs_outlive_command:  # what a Ctrl-C prints would ask to run the command again at once
+            signal.signal(signal.SIGINT, self._stop)
         # Not an attribute, because Hydra pickles this object for the processes of the jobs.
         monitor = Monitor(self.folder, num_jobs) if self._in_file else None
         atexit.register(self._end, monitor)
@@ -121,7 +127,12 @@ class Sweep(Callback):
             self._job.stop()
         if monitor is not None:
             monitor.stop()
-        summarise(self.folder)
+        summarise(self.folder, self.jobs_outlive_command)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        # The summary says when jobs that go on can be continued.
+        again = "" if self.jobs_outlive_command else "; run the same command again to continue from the checkpoints"
+        raise Interrupted(f"stopped by {signal.Signals(number).name}{again}", number)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not self.folder:
@@ -232,7 +243,3 @@ def _sweep_id(config: DictConfig) -> str:
     settings: dict[str, Any] = {"overrides": job_overrides(_swept(config))}
     name = config.hydra.job.config_name
     return digest(settings if name == "config" else settings | {"config": name})
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Interrupted("stopped by SIGTERM; run the same command again to continue from the checkpoints", number)

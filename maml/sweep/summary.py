@@ -97,11 +97,12 @@ def _values(jobs: Sequence[Job]) -> np.ndarray | None:
     return np.array(values) if len({len(each) for each in values}) == 1 else None
 
 
-def summarise(folder: Path) -> None:
+def summarise(folder: Path, jobs_outlive_command: bool = False) -> None:
     """Prints the table of a sweep and its unfinished jobs, and writes ``summary.md`` and ``summary.csv``.
 
     Args:
         folder: folder of the sweep.
+        jobs_outlive_command: whether SLURM may still run or queue the jobs that have not failed.
     """
     jobs = SweepReader(folder).jobs()
     table = tabulate(jobs)
@@ -112,14 +113,21 @@ def summarise(folder: Path) -> None:
     for job in missing:
         log = folder / "jobs" / f"{job.name}.log"
         lines.append(f"- {describe(job, named)}: {job.problem}{f' (its output: {log})' if log.exists() else ''}")
+    submitted = any(folder.parent.glob(".submitit/*"))
     diverged = sum(job.diverged for job in missing)
     if diverged:
         who = "These" if diverged == len(missing) else f"{diverged} of these"
         lines += ["", f"{who} diverged in training and would diverge again: change their settings, or leave them out"]
     if diverged < len(missing):
         which = "the others" if diverged else "these"
-        lines += ["", f"Run the same command again to continue with {which}: `{command_line()}`"]
-    if any(folder.parent.glob(".submitit/*")):
+        wait, run = "", "Run"
+        may_run = sum(job.state != "failed" for job in missing) if jobs_outlive_command and submitted else 0
+        if may_run:
+            who = "these jobs" if may_run == len(missing) else "those jobs that have not failed"
+            wait = f"SLURM still runs or queues {who} unless you cancelled them. When squeue shows none of them, "
+            run = "run"
+        lines += ["", f"{wait}{run} the same command again to continue with {which}: `{command_line()}`"]
+    if submitted:
         lines.append(f"What SLURM says about the jobs is in {folder.parent / '.submitit'}")
     text = "\n".join(lines).strip() + "\n"
     print(f"\n{text}", end="", flush=True)  # first, because writing may fail, on a full disk for example

@@ -21,6 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
@@ -172,6 +173,18 @@ def test_start_says_that_slurm_needs_a_shared_disk(
         assert len(lines) == (disk is not None)
     assert f"have to see {tmp_path}" in lines[0]
     assert "runs_dir=" in lines[0]
+
+
+@pytest.mark.usefixtures("_clear_hydra")
+@pytest.mark.parametrize(("launcher", "goes_on"), [("slurm", True), ("joblib", False)])
+def test_stopped_sweep_asks_to_run_it_again_unless_its_jobs_go_on(
+    launcher: str, goes_on: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skip_without_plugin(f"launcher={launcher}", capsys)
+    callback = instantiate(multirun_config(f"launcher={launcher}", "seed=0,1").hydra.callbacks.sweep)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM") as stop:
+        callback._stop(signal.SIGTERM, None)
+    assert ("run the same command again" in str(stop.value)) is not goes_on
 
 
 @pytest.mark.usefixtures("_clear_hydra")

@@ -139,6 +139,28 @@ def test_summary_does_not_ask_to_run_again_what_diverged(tmp_path: Path, capsys:
     assert f"\n\n1 of these {advice}\n\nRun the same command again to continue with the others: `" in text
 
 
+def test_summary_says_that_the_jobs_of_slurm_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweeps" / "one"
+    failed = write_job(sweep, "a=1", error="why")
+    summarise(sweep, jobs_outlive_command=True)
+    assert "\n\nRun the same command again to continue with these: `" in capsys.readouterr().out
+    write_job(sweep, "a=2")
+    summarise(sweep, jobs_outlive_command=True)
+    assert "SLURM" not in capsys.readouterr().out, "nothing was submitted"
+    (tmp_path / "sweeps" / ".submitit" / "1_0").mkdir(parents=True)
+    for who in ("those jobs that have not failed", "these jobs"):
+        summarise(sweep, jobs_outlive_command=True)
+        text = capsys.readouterr().out
+        assert (
+            f"\n\nSLURM still runs or queues {who} unless you cancelled them. When squeue shows none of them, run "
+            in text
+        )
+        assert "Run the same command again" not in text
+        failed.unlink(missing_ok=True)
+    summarise(sweep)
+    assert "SLURM still runs" not in capsys.readouterr().out
+
+
 def test_summary_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = tmp_path / "sweeps" / "one"
     write_job(sweep, "a=1", error="why")
