@@ -168,7 +168,7 @@ def _check_part(path: str, value: Any, annotation: Any, allow: Sequence[str] | N
     except MamlError as error:
         return [f"{path}: {error}"]
     except Exception as error:
-        return [f"{named}: no such class ({error})"]
+        return [f"{named}: no such class ({error}){_where_to_put(value['_target_'], error)}"]
     accepted = list(_accepted(annotation))
     bases = [base for base, takes_callable in accepted if takes_callable in (is_partial, None)]
     if not accepted:
@@ -186,6 +186,15 @@ def _check_part(path: str, value: Any, annotation: Any, allow: Sequence[str] | N
         return [f"{named}: the class lacks {', '.join(sorted(lacking))}, which its base class asks for"]
     arguments = {key: item for key, item in value.items() if key not in ("_target_", "_partial_")}
     return _check_arguments(path, target, arguments, SUPPLIED.get(path, set()), allow)
+
+
+def _where_to_put(target: Any, error: Exception) -> str:
+    """Returns what makes Python find the module of a user's class; empty if something else is wrong."""
+    top, _, rest = str(target).partition(".")
+    if not isinstance(error, ModuleNotFoundError) or error.name != top:
+        return ""
+    module = f"{top}/" if "." in rest else f"{top}.py"
+    return f"; put the folder that holds {module} on PYTHONPATH, or start `maml train` there"
 
 
 def _unfit_function(target: Callable[..., Any], bases: Sequence[type], names: str, allow: Sequence[str] | None) -> str:

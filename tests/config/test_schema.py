@@ -175,6 +175,25 @@ def test_wrong_value_for_images_is_refused_by_name(tiny_images: TinyRuns, key: s
     assert reason in refusal(changed(tiny_images.config(), key, value))
 
 
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("mine.nets.Net", "; put the folder that holds mine/ on PYTHONPATH, or start `maml train` there"),
+        ("mine.Net", "; put the folder that holds mine.py on PYTHONPATH, or start `maml train` there"),
+        ("found_net.nets.Net", ""),
+        ("found_net.Net", ""),
+    ],
+)
+def test_own_class_that_is_not_found_says_where_python_looks(
+    tiny: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, hint: str
+) -> None:
+    (tmp_path / "found_net.py").write_text("import not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = refusal(changed(tiny.config(), "model._target_", target))
+    assert "no such class (No module named " in message
+    assert message.partition("no such class (")[2].partition(")")[2] == hint
+
+
 def test_all_mistakes_are_named_at_once(tiny: TinyRuns) -> None:
     config = changed(changed(changed(tiny.config(), "inner.step_size", -1), "zzz", 1), "model.hidden_sizes", "x")
     message = refusal(config)
