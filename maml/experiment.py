@@ -154,6 +154,7 @@ def _build_learners(
                 if settings.mode == "train":
                     check_step(algorithm.outer, algorithm.theta)
         learner = Learner(seed_settings, experiment, algorithm)
+        distributed.on_rank_zero(partial(learner.logger.check_seeds, settings.seeds))
         evaluation.check(domain)
         evaluation.check_algorithm(algorithm)
         distributed.on_rank_zero(learner.folder.check_sources)

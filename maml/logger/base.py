@@ -32,6 +32,13 @@ class Logger:
     wants_diagnostics: ClassVar[bool] = False
     is_complete = True
 
+    def check_seeds(self, num_seeds: int) -> None:
+        """Checks, before anything is written, that the service can take the runs of all seeds of this process.
+
+        Raises:
+            MamlError: if it cannot.
+        """
+
     def replay_into(self, files_dir: Path) -> None:
         """Says, before `start`, that the run has ended already and is replayed from its folder (`maml.logger.mirror`).
 

@@ -9,7 +9,7 @@ from threading import Lock
 from typing import Any, Literal
 
 from maml.config.paths import IN_CLONE, ROOT
-from maml.errors import cause
+from maml.errors import MamlError, cause
 from maml.logger.base import Mirror, curve_name
 from maml.logger.wandb_service import SERVICE
 from maml.types import FIRST_STEP, MeasuredBy, Text
@@ -56,6 +56,14 @@ class WandB(Mirror):
         mode: Literal["auto", "online", "offline"] = "auto",
     ) -> None:
         self.project, self.entity, self.group, self.tags, self.mode = project, entity, group, tags, mode
+
+    def check_seeds(self, num_seeds: int) -> None:
+        """Refuses several seeds under an agent of a W&B sweep, which gives one id and waits for one result."""
+        if num_seeds > 1 and _id_from_agent():
+            raise MamlError(
+                f"seeds={num_seeds} makes several runs, but a trial of a W&B sweep is one run; set seeds=1, and list "
+                "the values of seed in the sweep's parameters"
+            )
 
     def _start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None:
         import wandb  # takes most of a second, and may be missing
@@ -121,8 +129,8 @@ class WandB(Mirror):
         return any((files_dir / self.folder).glob(f"*run-*-{self._id(files_dir, experiment, run_id, config)}"))
 
     def _id(self, files_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any]) -> str:
-        if os.environ.get("WANDB_SWEEP_ID") and (given := os.environ.get("WANDB_RUN_ID")):
-            return given  # by an agent, which waits for the result of the run with this id
+        if given := _id_from_agent():
+            return given
         return re.sub(r"[^A-Za-z0-9_-]", "-", super()._id(files_dir, experiment, run_id, config))
 
     def _log(self, metrics: dict[str, float], iteration: int) -> None:
@@ -181,6 +189,11 @@ class WandB(Mirror):
             self._warn(
                 f"W&B did not receive all of this run in {self.finish_timeout:.0f} seconds, `{command}` sends the rest"
             )
+
+
+def _id_from_agent() -> str | None:
+    """Returns the id that an agent of a W&B sweep gives, which waits for the result of the run with this id."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 def _parts(config: Mapping[str, Any]) -> list[str]:

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from maml.errors import MamlError
+from maml.experiment import run_experiment
 from maml.logger.wandb import WandB
 from maml.logger.wandb_service import Service
+from tests.runs import TinyRuns
 
 CONFIG = {
     "inner": {"step_size": 0.01, "num_steps": 1},
@@ -235,6 +238,17 @@ def test_agent_of_a_sweep_gets_the_headline_under_its_own_id(
         "second": 0.5,
     }
     assert not warned(caplog)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_agent_of_a_sweep_gets_no_two_seeds(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    WandB().check_seeds(2)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "given")
+    WandB().check_seeds(1)
+    with pytest.raises(MamlError, match="seeds=2 makes several runs, but a trial of a W&B sweep is one run"):
+        run_experiment(tiny.config("logger=wandb", "seeds=2", f"mode={mode}"), "custom")
+    assert not tiny.runs_dir.exists()
 
 
 def test_resumed_run_continues_the_same_wandb_run(wandb: Any, tmp_path: Path) -> None:
