@@ -26,8 +26,9 @@ class WandB(Mirror):
 
     Started by an agent of a W&B sweep, the run has the id and the project that the agent gives. Every run has the tags
     of its domain and algorithm, the job type ``train`` or ``eval``, and in its config ``settings_hash``, which is equal
-    for runs that differ in the seed only. The summary has the smallest loss and the largest accuracy and return. W&B
-    saves the commit and the uncommitted changes of the clone, unless WANDB_DISABLE_CODE or WANDB_DISABLE_GIT is set.
+    for runs that differ in the seed only. The summary has the smallest loss and the largest accuracy and return,
+    of a resumed run only those since the last resume. W&B saves the commit and the uncommitted changes of the clone,
+    unless WANDB_DISABLE_CODE or WANDB_DISABLE_GIT is set.
 
     Args:
         project: name of the W&B project.
