@@ -111,9 +111,8 @@ class Sweep(Callback):
                 f"Unless {host} shares it, choose a folder on a shared disk with runs_dir=",
                 file=sys.stderr,
             )
-        signal.signal(
-            signal.SIGTERM, self._stop
-        )  # an exception, as from Ctrl-C, lets a launcher stop its processes too
+        # An exception, as from Ctrl-C, lets a launcher stop its processes too.
+        signal.signal(signal.SIGTERM, self._stop)
         if self.jobs_outlive_command:  # what a Ctrl-C prints would ask to run the command again at once
             signal.signal(signal.SIGINT, self._stop)
         # Not an attribute, because Hydra pickles this object for the processes of the jobs.
