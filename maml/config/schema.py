@@ -372,7 +372,7 @@ def build(part: Part, **supplied: Any) -> Any:
 
 
 def build_without_data(domain: Part) -> Domain[Any]:
-    """Builds a domain, and domains among its arguments, without reading a data set (`maml.domain.base.without_data`)."""
+    """Builds a domain, and domains among its arguments, within `maml.domain.base.without_data`: no data set is read."""
     with without_data():
         built: Domain[Any] = build(domain)
     return built

@@ -169,8 +169,11 @@ def _remember(cache_dir: Path, known: Mapping[str, str]) -> None:
     newest = dict([*known.items()][-_NUM_REMEMBERED:])
     temporary = cache_dir / f".{_MEMORY}.{uuid.uuid4().hex}"
     with suppress(OSError):
-        temporary.write_text(json.dumps(newest, indent=1))
-        os.replace(temporary, cache_dir / _MEMORY)
+        try:
+            temporary.write_text(json.dumps(newest, indent=1))
+            os.replace(temporary, cache_dir / _MEMORY)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _path(cache_dir: Path, name: str) -> Path:

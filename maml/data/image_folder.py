@@ -127,7 +127,7 @@ def _read_split(root: Path, split: str, classes: Classes) -> dict[Split, list[st
             rows = csv.DictReader(file)
             if not {"class", "split"} <= {*(rows.fieldnames or [])}:
                 raise ValueError("it does not start with the line class,split")
-            assigned = [(row["class"], row["split"]) for row in rows]
+            assigned = [*dict.fromkeys((row["class"], row["split"]) for row in rows)]  # a line may come twice
     except (OSError, ValueError, csv.Error) as error:
         raise MamlError(
             f"domain.split: {path} cannot be read as a csv file with the columns class and split ({error})"

@@ -91,6 +91,10 @@ class OmniglotAlphabets(Omniglot):
         self.smallest = {split: part.num_drawers for split, part in _PARTS.items() if split in self.splits}
         self._check_images("train", *images_asked_for(num_shots, num_query or num_shots))
 
+    def _blank(self) -> tuple[ImageSet, Splits]:
+        self.num_train_classes = sum(_sizes(_PARTS["train"]))
+        return super()._blank()
+
     def load(self, data_dir: Path, cache_dir: Path) -> tuple[ImageSet, Splits]:
         data = load_omniglot(data_dir, cache_dir, size=self.in_shape[0])
         # The characters of an alphabet follow each other.

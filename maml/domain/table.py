@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,14 +89,16 @@ class Table(SupervisedDomain):
 
     def _read(self, task: str, inputs: Sequence[str], targets: Sequence[str], split: str | Sequence[float]) -> None:
         self.check_available()
-        table = _load(self.path)
+        table = _load(self.path, task)
         wanted = [task, *inputs, *targets, *([split] if isinstance(split, str) else [])]
         if missing := [name for name in wanted if name not in table]:
             raise MamlError(
                 f"{self.path} has no column {' and no column '.join(missing)}; it has {first_ten([*map(str, table)])}"
             )
-        if table[task].isna().any():
-            raise MamlError(f"{self.path}, row {_row(table[task].isna())}: the column {task!r} is empty")
+        if table.empty:
+            raise MamlError(f"{self.path} has no rows")
+        if (empty := table[task].isna() | (table[task] == "")).any():
+            raise MamlError(f"{self.path}, row {_row(empty)}: the column {task!r} is empty")
         table = table.assign(**{task: table[task].astype(str)}).sort_values(task, kind="stable")
         counts = table.groupby(task).size()
         self.tasks, self.counts = [*counts.index], counts.tolist()
@@ -120,6 +123,8 @@ class Table(SupervisedDomain):
         self.data_digest = digest({"content": content, "counts": self.counts, "splits": members})
 
     def _numbers(self, table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+        if dates := [name for name in columns if table[name].dtype.kind in "mM"]:
+            raise MamlError(f"{self.path}: {dates[0]!r} holds dates or durations; bring them to numbers first")
         numbers = [pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64) for name in columns]
         for name, values in zip(columns, numbers, strict=True):
             wrong = ~np.isfinite(values)
@@ -132,6 +137,11 @@ class Table(SupervisedDomain):
         return np.stack(numbers, axis=1)
 
     def _class_numbers(self, column: pd.Series) -> np.ndarray:
+        if column.isna().any():
+            raise MamlError(
+                f"{self.path}, row {_row(column.isna())}: {column.name!r} is empty (None, NA and nan count as empty); "
+                "fill it, or remove the row"
+            )
         found = column.astype(str).map({str(value): index for index, value in enumerate(self.classes or [])})
         if found.isna().any():
             value = column[found.isna()].iloc[0]
@@ -220,11 +230,16 @@ class Table(SupervisedDomain):
         return Predictions(classes, model(params, query.x).argmax(-1), choices)
 
 
-def _load(path: Path) -> pd.DataFrame:
+def _load(path: Path, task: str) -> pd.DataFrame:
+    """Reads a file; of a csv, the names of tasks are kept as they are written: 1.1 is not 1.10, and 007 is not 7."""
     try:
         if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_csv(path)
+            table = pd.read_parquet(path)
+            return table.reset_index(drop=not any(table.index.names))
+        with warnings.catch_warnings():
+            # Some rows have more fields than the header. Fields beyond it are left out only if all of them are empty.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(path, index_col=False, converters={task: str}, low_memory=False)
     except ImportError as error:
         raise Unavailable(f"{path}: Parquet files need a package; pip install pyarrow, or save it as csv") from error
     except Exception as error:  # pandas raises many kinds of errors

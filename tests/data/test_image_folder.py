@@ -93,6 +93,12 @@ def test_wrong_split_file_says_what_is_wrong(tmp_path: Path, text: str, message:
         list_splits(tmp_path, "split.csv")
 
 
+def test_line_of_a_split_file_may_come_twice(tmp_path: Path) -> None:
+    make(tmp_path, COUNTS)
+    (tmp_path / "split.csv").write_text("class,split\nant,train\nant,train\nbee,test\ncat,test\n")
+    assert list_splits(tmp_path, "split.csv")["train"].keys() == {"ant"}
+
+
 def test_layout_that_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match=r"there is no folder .*set domain\.folder="):
         list_splits(tmp_path / "gone", None)

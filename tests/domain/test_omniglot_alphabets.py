@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maml.data.omniglot import ALPHABETS
+from maml.domain.base import without_data
 from maml.domain.omniglot_alphabets import OmniglotAlphabets, draw_maps, warp
 from maml.errors import MamlError
 from maml.seeding import Stream
@@ -37,6 +38,11 @@ def test_splits_have_whole_alphabets_of_their_own(domain: OmniglotAlphabets) -> 
     assert found["val"] | found["test"] == set(ALPHABETS["images_evaluation"])
     assert len(found["val"]) == len(found["test"]) == 10 and not found["val"] & found["test"]
     assert max(found["val"]) < min(found["test"])
+
+
+def test_number_of_training_classes_is_known_without_data() -> None:
+    with without_data():
+        assert OmniglotAlphabets(20, 1, "nowhere", "nowhere").num_train_classes == 964
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +330,72 @@ def test_changed_table_is_refused_before_a_run_goes_on_or_is_evaluated(
     assert f"have changed since {folder} was trained; changed_sources=accept uses it" in caplog.text
     with pytest.raises(MamlError, match=r"belongs to another run .*:\n  domain\.num_query: 1 here, its default there"):
         runs.run(*overrides, "mode=eval", f"checkpoint={folder / 'checkpoint.pt'}", "domain.num_query=1")
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "own.csv").write_text(text)
+    return tmp_path
+
+
+def rows_of(names: Sequence[str], count: int = 4) -> str:
+    return "".join(f"{name},{row},0,1,train\n{name},{row},0,1,train\n" for name in names for row in range(count // 2))
+
+
+def test_tasks_are_told_apart_as_they_are_written(tmp_path: Path) -> None:
+    names = ["1.1", "1.10", "01", "1", "1e5", "100000"]
+    text = "task,x,z,y,part\n" + rows_of(names) + rows_of(["t"]).replace("train", "test")
+    assert table_of(written(tmp_path, text), targets=["y"]).tasks == sorted([*names, "t"])
+
+
+def test_empty_fields_behind_the_last_column_are_no_column(tmp_path: Path) -> None:
+    rows = [f"{name},{row},7,{row / 4},{part}" for name, part in (("1", "train"), ("2", "test")) for row in range(4)]
+    domain = table_of(written(tmp_path, "task,x,z,y,part\n" + "".join(f"{row},\n" for row in rows)))
+    assert domain.tasks == ["1", "2"]
+    assert domain.inputs[:, 1].tolist() == [7] * 8
+    with pytest.raises(MamlError, match=r"cannot be read as a table \(ParserWarning"):
+        table_of(written(tmp_path, "task,x,z,y,part\n" + "".join(f"0,{row}\n" for row in rows)))
+
+
+def test_table_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MamlError, match=r"own\.csv has no rows"):
+        table_of(written(tmp_path, "task,x,z,y,part\n"))
+
+
+def test_empty_class_is_named_by_its_row(data_dir: Path) -> None:
+    table = frame().reset_index(drop=True)
+    table["odd"] = table["odd"].astype("Int64").mask(table.index == 3)
+    table.to_csv(data_dir / "own.csv", index=False)
+    with pytest.raises(MamlError, match=r"row 4: 'odd' is empty"):
+        table_of(data_dir, targets=["odd"], classes=[0, 1])
+
+
+@pytest.fixture
+def as_parquet(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[pd.DataFrame], dict[str, Any]]:
+    """Returns a function that stands for a Parquet file, which needs a further package, and gives its options."""
+
+    def put(table: pd.DataFrame) -> dict[str, Any]:
+        monkeypatch.setattr(pd, "read_parquet", lambda path: table.copy())
+        (data_dir / "own.parquet").touch()
+        return {"file": "own.parquet"}
+
+    return put
+
+
+def test_dates_are_no_numbers(data_dir: Path, as_parquet: Callable[[pd.DataFrame], dict[str, Any]]) -> None:
+    with pytest.raises(MamlError, match="'x' holds dates or durations"):
+        table_of(data_dir, **as_parquet(frame().assign(x=pd.Timestamp("2024-01-01"))))
+
+
+def test_index_of_a_parquet_file_is_a_column_or_nothing(
+    data_dir: Path, as_parquet: Callable[[pd.DataFrame], dict[str, Any]]
+) -> None:
+    expected = table_of(data_dir)
+    named, texts = frame().set_index("task"), frame().set_axis([*map(str, range(len(frame())))])
+    for table in (named, texts):
+        found = table_of(data_dir, **as_parquet(table))
+        assert found.tasks == expected.tasks
+        assert torch.equal(found.inputs.sort(0)[0], expected.inputs.sort(0)[0])
+    lacking = frame().set_axis(range(100, 100 + len(frame())))
+    lacking.loc[102, "x"] = math.nan
+    with pytest.raises(MamlError, match="row 3: 'x' is 'nan'"):
+        table_of(data_dir, **as_parquet(lacking))
