@@ -76,7 +76,7 @@ def _hardware(device: str | torch.device) -> Hardware:
         torch.empty(0, device=device)
         chosen = torch.device(device)
         hardware = Hardware("cuda" if chosen.type == "cuda" else "cpu")
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch was built without CUDA
         raise MamlError(f"device={device} cannot be used ({first_line(error)}); cpu always can") from error
     if chosen.type not in ("cpu", "cuda"):
         raise MamlError(f"device={device} is not supported; allowed: cpu, cuda, cuda:0, ...")
@@ -86,7 +86,7 @@ def _hardware(device: str | torch.device) -> Hardware:
 
 def _load(source: str | Path, allow: Sequence[str], hardware: Hardware) -> Network:
     experiments, path = available(), Path(source)
-    if source in experiments:
+    if str(source) in experiments:
         return _load_exported(CHECKPOINTS, allow, hardware, experiment=str(source))
     if path.suffix == ".safetensors":
         return _load_exported(path.parent, allow, hardware, file=path.name)

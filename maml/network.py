@@ -114,7 +114,7 @@ class Network:
         elements = domain.element_domain if isinstance(domain, SupervisedDomain) else None
         return elements or domain
 
-    def read(self, pictures: Iterable[str | Path | Image.Image]) -> Tensor:
+    def read(self, pictures: Iterable[str | Path | Image.Image] | str | Path | Image.Image) -> Tensor:
         """Converts pictures to inputs like the training images.
 
         Drawings become black and white, with dark pixels 1. They should be dark on light, with strokes of about 1/35 of
@@ -122,7 +122,7 @@ class Network:
         to 1, as in training. Transparent paper is white. Pictures of 16 bits are scaled by their own range.
 
         Args:
-            pictures: paths, or images opened with Pillow. They are resized to ``in_shape``.
+            pictures: paths, or images opened with Pillow, or one of them. They are resized to ``in_shape``.
 
         Returns:
             The images, ``(S, H, W, C)``.
@@ -134,6 +134,7 @@ class Network:
             raise MamlError(
                 f"{self.experiment} takes inputs of shape {self.in_shape}, which are no images; give `adapt` numbers"
             )
+        pictures = [pictures] if isinstance(pictures, str | Path | Image.Image) else pictures
         with undisturbed(self.precision, self.device):
             read = [self._read(picture, number) for number, picture in enumerate(pictures)]
         if not read:
@@ -221,7 +222,8 @@ class Network:
         params = {name: value.detach() for name, value in params.items()}
         if not all(value.isfinite().all() for value in params.values()):
             raise Diverged(f"{num_steps} gradient steps on these examples diverge; take fewer")
-        return Predictor(self, params, inputs, classes)
+        # Of its own, because the caller may put other examples into the same memory.
+        return Predictor(self, params, inputs.clone(), classes)
 
     def _read_sequence(self, inputs: Tensor, y: Any, num_steps: int | None) -> Predictor:
         """Returns the predictor of a network that reads labelled elements and adapts by its state."""
@@ -235,7 +237,7 @@ class Network:
         _check_classes(len(classes), self.algorithm.domain.out_dim)
         params = self.algorithm.params_per_task(1, self.evaluation.choose_theta(self.algorithm))
         numbers = torch.tensor([classes.index(label) for label in labels], device=self.device)
-        return Predictor(self, params, inputs, classes, numbers)
+        return Predictor(self, params, inputs.clone(), classes, numbers)
 
     def _step_sizes(self, num_shots: int, num_steps: int) -> list[float] | None:
         """Returns one step size per step. Steps beyond those of meta-test use its last step size."""
@@ -303,12 +305,22 @@ def _tensor(values: Any, name: str) -> Tensor:
 
 def _labels(values: Any, count: int) -> list[Hashable]:
     """Returns the labels as a list, and refuses any other number of them than that of the inputs."""
+    if isinstance(values, Tensor | np.ndarray) and values.ndim != 1:
+        raise MamlError(
+            f"y has shape {tuple(values.shape)}, but each of the {count} inputs needs a label: y.flatten() of a "
+            "column, y.argmax(1) of one-hot rows"
+        )
     if not isinstance(values, Iterable):
         raise MamlError(f"y is {values!r}, but each of the {count} inputs needs a label")
-    labels = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
-    if len(labels) != count:
-        raise MamlError(f"there are {count} inputs, but {len(labels)} labels")
-    return labels
+    # A tensor is equal to itself only, so a list of tensors would have as many classes as examples.
+    given: list[Any] = [
+        label.tolist() if isinstance(label, Tensor | np.ndarray | np.generic) else label for label in values
+    ]
+    if wrong := [label for label in given if not isinstance(label, Hashable)]:
+        raise MamlError(f"y has the label {wrong[0]!r}; give one label for each input, such as a number or a text")
+    if len(given) != count:
+        raise MamlError(f"there are {count} inputs, but {len(given)} labels")
+    return given
 
 
 def _floats(values: Tensor, name: str, device: torch.device) -> Tensor:

@@ -391,3 +391,12 @@ def test_index_with_an_override_that_does_more_than_set_a_number_is_refused(sent
                 entry["overrides"] = overrides
         (sent / "index.json").write_text(json.dumps(index))
         assert reason in refusal(sent / file)
+
+
+def test_committed_network_may_be_named_by_a_path() -> None:
+    assert maml.load(Path("sinusoid_10shot")).experiment == "sinusoid_10shot"
+
+
+def test_no_device_is_refused_in_a_line() -> None:
+    with pytest.raises(MamlError, match="device=None cannot be used"):
+        maml.load("sinusoid_10shot", device=None)  # type: ignore[arg-type]

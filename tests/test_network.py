@@ -328,6 +328,28 @@ def test_network_that_compares_images_takes_more_classes_than_in_training(tiny_i
 
 
 @may_be_unfinished
+def test_labels_may_be_a_list_of_single_tensors() -> None:
+    network = maml.load("omniglot_5way_1shot_prototypical")
+    images, labels = torch.rand(10, 28, 28, 1), torch.arange(10) % 5
+    for given in (list(labels), list(labels.numpy()), tuple(labels.tolist())):
+        predictor = network.adapt(images, given)
+        assert predictor.classes == [0, 1, 2, 3, 4]
+        assert predictor.probabilities(images).shape == (10, 5)
+    with pytest.raises(MamlError, match=r"y has shape \(10, 1\), but each of the 10 inputs needs a label.*argmax"):
+        network.adapt(images, labels.unsqueeze(1))
+    with pytest.raises(MamlError, match=r"y has the label \[0\]; give one label for each input"):
+        network.adapt(images, labels.unsqueeze(1).tolist())
+
+
+def test_predictor_does_not_follow_later_changes_of_the_examples(tiny: TinyRuns) -> None:
+    network = maml.load(tiny.run("model.normalization=batch"))
+    examples = torch.linspace(-1, 1, 10).unsqueeze(1)
+    predictor = network.adapt(examples, examples.sin())
+    before = predictor([[0.5]])
+    examples.fill_(7)
+    assert torch.equal(predictor([[0.5]]), before)
+
+
 def test_wrong_data_is_refused_with_what_to_give() -> None:
     network = maml.load(OMNIGLOT)
     images = np.zeros((5, 28, 28), np.uint8)

@@ -21,7 +21,7 @@ def results(
     *,
     per_task: bool = False,
     cells: bool = True,
-    settings: Sequence[str] = (),
+    settings: str | Sequence[str] = (),
 ) -> pd.DataFrame:
     """Returns the numbers of all runs as a tidy DataFrame: one row per run, metric, K and gradient step.
 
@@ -55,6 +55,7 @@ def results(
     runs, problems = find_runs(*folders)
     for problem in problems:
         warnings.warn(f"left out: {problem}", stacklevel=2)
+    settings = [settings] if isinstance(settings, str) else settings
     for key in settings:
         check_key(runs, key)
     numbers = number_frame(runs, settings)
@@ -79,4 +80,5 @@ def _cells(runs: Sequence[Run]) -> pd.DataFrame:
             row["paper_ci95"] = float(interval) / source.scale if interval else None
             rows.append(row)
     found = pd.DataFrame(rows, columns=[*NUMBER, "cell", "paper", "paper_ci95"])
+    found = found.astype({"paper": float, "paper_ci95": float})  # also if there are none
     return found.groupby(NUMBER, as_index=False).agg({"cell": ", ".join, "paper": "first", "paper_ci95": "first"})

@@ -45,7 +45,7 @@ def number_frame(runs: Sequence[Run], settings: Sequence[str] = ()) -> pd.DataFr
     for run in runs:
         about: dict[str, Any] = {"experiment": run.experiment, "run": run.record.run_id, "seed": run.record.seed}
         about |= {"status": run.status}
-        about |= {key: _or_none(setting(run.training, key)) for key in settings}
+        about |= {key: _groupable(setting(run.training, key)) for key in settings}
         origin = {"seconds": run.record.seconds, "commit": run.commits, "hardware": run.hardware}
         for report in run.reports:
             about |= {"iteration": report.iteration, "num_iterations": report.num_iterations}
@@ -137,5 +137,8 @@ def _default(target: str, name: str) -> Any:
     return parameter.default if parameter else UNKNOWN
 
 
-def _or_none(value: Any) -> Any:
+def _groupable(value: Any) -> Any:
+    """Returns a setting in a form by which pandas can group: a list as a tuple, an unknown value as None."""
+    if isinstance(value, list):
+        return tuple(map(_groupable, value))
     return None if value is UNKNOWN else value

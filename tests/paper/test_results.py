@@ -1,6 +1,7 @@
 """``maml.results()``: its rows, its cells, and that it agrees with the tables."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -82,3 +83,11 @@ def test_means_over_runs_are_those_of_the_tables(committed: pd.DataFrame) -> Non
         if cell.source and (statistics := find_evidence(cell.source, runs).statistics(cell.source, cell.step))
     }
     assert means.to_dict() == pytest.approx(found)
+
+
+def test_settings_may_be_one_name_and_lists_can_be_grouped(tmp_path: Path) -> None:
+    heads_adapt: dict[str, Any] = {"inner.adapt": ["head.*"]}
+    make_run(tmp_path, mean=0.5, **heads_adapt)
+    frame = maml.results(tmp_path, settings="inner.adapt", cells=False)
+    assert [*frame.groupby("inner.adapt").groups] == [("head.*",)]
+    assert maml.results(tmp_path, settings=["inner.adapt"])["paper"].dtype == float
