@@ -81,7 +81,7 @@ def refusal(config: Config | Settings) -> str:
         ("evaluation.num_shots", [5, 5], "evaluation.num_shots=[5, 5] names a K twice"),
         ("evaluation.step_size", [0.1], "evaluation.step_size lists 1 sizes for evaluation.num_steps=2; give one per"),
         ("evaluation.step_size", [0.1, -0.1], "evaluation.step_size=[0.1, -0.1]: "),
-        ("evaluation.split", "tst", "evaluation.split='tst': input should be 'train', 'val' or 'test'"),
+        ("evaluation.split", "tst", "evaluation.split='tst': input should be 'test' or 'val'"),
         ("seed", -1, "seed=-1: input should be greater than or equal to 0"),
         ("seed", 1.0, "seed=1.0: input should be a valid integer"),
         ("seed", 2**64, "seed=18446744073709551616: an integer is below 2^63"),

@@ -18,7 +18,7 @@ RUNS = {
     "draws": "input_noise",
     "evaluation": "worst_class",
     "module": "SmallNet",
-    "environment": "Pendulum",
+    "environment": "own_environment",
     "discrete": "Corridor",
 }
 
