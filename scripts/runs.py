@@ -9,7 +9,6 @@ TensorBoard) write anything. Only `prune --yes` deletes anything.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -23,17 +22,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from maml.cli.scripts import add_runs_dir
-from maml.config.compose import compose, compose_experiment
-from maml.config.identity import evaluation_config, training_config, with_own_defaults
+from maml.config.compose import compose
 from maml.config.paths import CONF, RESULTS
 from maml.config.schema import build
 from maml.errors import MamlError
@@ -49,6 +45,7 @@ from maml.record.index import SUPERSEDED, Run, conflicts_among, read_run, read_r
 from maml.record.labels import number_label, step_label
 from maml.record.lock import acquire
 from maml.record.run_files import read_json
+from maml.record.settings import differing_keys, experiment_settings, setting_texts
 from maml.record.transfer import import_runs
 from maml.sweep.state import SWEEP, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows
 
@@ -265,29 +262,16 @@ def settings_texts(runs: Sequence[Run]) -> list[str]:
     These are the settings of its training and of the evaluation that `Run.report` returns. The text is ``?`` if the
     experiment is unknown here.
     """
-    known = {}
-    for experiment in {run.experiment for run in runs}:  # each is composed once, which takes 0.1 s
-        try:
-            known[experiment] = _settings_of(experiment)
-        except (MamlError, HydraException, OmegaConfBaseException, yaml.YAMLError):  # its file is no longer valid
-            known[experiment] = {}, {}
+    known = {name: experiment_settings(name) for name in {run.experiment for run in runs}}  # 0.1 s for each
     return [_settings_text(run, *known[run.experiment]) for run in runs]
 
 
 def _settings_text(run: Run, training: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     if not training:
         return "?"
-    own, experiment = run.training, training
-    if run.report:
-        own, experiment = own | run.report.evaluation, {**training, **evaluation}
-    parts = []
-    for key in differing_keys(own, experiment):
-        value, target = setting(own, key), f"{key.rpartition('.')[0]}._target_"
-        if value is UNKNOWN and own.get(target) == experiment.get(target):
-            parts.append(f"{key}=default")  # of a user's class, in a run without a config.yaml
-        elif value is not UNKNOWN and key != "seed":
-            parts.append(f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}")
-    return " ".join(parts)
+    if run.report is None:
+        return " ".join(setting_texts(run.training, training))
+    return " ".join(setting_texts(run.training | run.report.evaluation, {**training, **evaluation}))
 
 
 def _rank(run: Run, mean: float | None) -> tuple[bool, str, float]:
@@ -428,7 +412,7 @@ def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
         print(f"left out of tables and figures: {run.superseded}")
     if run.conflict:
         print(f"conflict: {run.conflict}")
-    training, evaluation = _settings_of(run.experiment)
+    training, evaluation = experiment_settings(run.experiment)
     print("\nTraining settings that differ from the experiment's:" if training else "\nTraining settings:")
     print_differences(run.training, training, "run", "experiment")
     print("\nSegments:")
@@ -469,14 +453,6 @@ def show_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     print("\n".join(_artifacts_using(run, [other for other in runs if not other.superseded])) or "none")
 
 
-def _settings_of(experiment: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the training and evaluation settings of an experiment; both are empty if it no longer exists."""
-    if not (CONF / "experiment" / f"{experiment}.yaml").is_file():
-        return {}, {}
-    settings = compose_experiment(experiment)
-    return with_own_defaults(training_config(settings), settings.as_dict()), evaluation_config(settings)
-
-
 def _artifacts_using(run: Run, runs: Sequence[Run]) -> list[str]:
     """Returns every cell, curve and panel that shows the run."""
     measured = {(curve.metric, curve.num_shots) for report in run.reports for curve in report.curves}
@@ -505,11 +481,6 @@ def print_differences(a: Mapping[str, Any], b: Mapping[str, Any], a_name: str, b
     print_table(
         [{"setting": key, a_name: _value_text(a, key), b_name: _value_text(b, key)} for key in differing_keys(a, b)]
     )
-
-
-def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Returns the keys of the settings that differ; what is not recorded has its default."""
-    return [key for key in sorted(a.keys() | b.keys()) if setting(a, key) != setting(b, key)]
 
 
 def _value_text(settings: Mapping[str, Any], key: str) -> str:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from maml.errors import MamlError
 from maml.record.index import SUPERSEDED
+from maml.record.settings import experiment_settings
 from tests.paper.fake_runs import POINT, SINUSOID, edit, make_run, make_run_with_own_classes
 from tests.runs import ROOT, TinyRuns, file_contents
 from tests.sweep.fake_sweep import write_beat, write_job, write_report
@@ -190,12 +191,12 @@ def test_settings_of_an_experiment_that_is_no_longer_valid_are_unknown(
     conf = tmp_path / "conf"
     (conf / "experiment").mkdir(parents=True)
     (conf / "experiment" / "sinusoid_10shot.yaml").touch()
-    monkeypatch.setitem(main.__globals__, "CONF", conf)
+    monkeypatch.setattr("maml.record.settings.CONF", conf)
 
     def refuse(experiment: str) -> None:
         raise MamlError(f"{experiment} has a key that does not exist")
 
-    monkeypatch.setitem(main.__globals__, "compose_experiment", refuse)
+    monkeypatch.setattr("maml.record.settings.compose_experiment", refuse)
     assert [row["settings"] for row in table(run("list", "--csv"))] == ["?"]
 
 
@@ -206,9 +207,9 @@ def test_list_composes_an_experiment_once(tmp_path: Path, run: Lines, monkeypatc
 
     def settings_of(experiment: str) -> Any:
         asked.append(experiment)
-        return SCRIPT["_settings_of"](experiment)
+        return experiment_settings(experiment)
 
-    monkeypatch.setitem(main.__globals__, "_settings_of", settings_of)
+    monkeypatch.setitem(main.__globals__, "experiment_settings", settings_of)
     assert len(run("list")) == 21
     assert asked == ["sinusoid_10shot"]
 
