@@ -557,7 +557,7 @@ def show_methods(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     print("all intervals are over test tasks alone, without the luck of training (list --by-seed has both)")
     for group in groups:
         best = group[0]
-        print(f"\n{best.tasks}; - best: paired over tasks, 95 % bootstrap")
+        print(f"\n{best.tasks}; minus best: paired over tasks, 95 % bootstrap")
         print_table(method_rows(group))
 
 

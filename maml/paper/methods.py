@@ -13,8 +13,9 @@ _INTRODUCTION = (
     "Each table holds the methods of this repository that were tested on the same frozen tasks, the best one first. A "
     "difference from the best is paired over tasks, so its interval is narrower than those of the two means. All "
     "intervals are over tasks; of several runs that differ in the seed only, each task's mean counts. A method is "
-    "judged by its own headline metric after its last gradient step. A run with part of its iterations says so; its "
-    "place in a table is no result."
+    "judged by its own headline metric after its last gradient step, tested as its experiment asks, or else in its "
+    "newest test on these tasks. Methods of one experiment name the settings in which they differ. A run with part of "
+    "its iterations says so; its place in a table is no result."
 )
 _OWN = "`python scripts/runs.py methods` makes the same tables from your own runs."
 

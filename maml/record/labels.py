@@ -13,6 +13,11 @@ def metric_label(metric: str) -> str:
     return _METRICS.get(metric, metric.replace("_", " "))
 
 
+def in_percent(metric: str) -> bool:
+    """Returns whether the metric is a share, which the paper and our pages print in percent."""
+    return metric.startswith("accuracy")
+
+
 def step_label(step: int, measured_by: MeasuredBy, width: int = 1) -> str:
     """Returns the name of a step of a curve for the reader: ``step 1``; by showing, ``showing 2``.
 

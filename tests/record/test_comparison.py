@@ -40,8 +40,8 @@ def test_methods_on_equal_banks_are_a_group_with_the_best_first(tmp_path: Path) 
     assert other.ci95 == pytest.approx(1.96 * values.std() / 600**0.5, rel=1e-6)
     assert other.difference(best) == pytest.approx((0.35, 0.35, 0.35), rel=1e-5), "all tasks differ by the same"
     first, second = method_rows(found[0])
-    assert "7 of 70,000 iterations" in first["method"] and first["- best"] == ""
-    assert second["- best"] == "+0.35" and second["95 % interval"] == "+0.35 to +0.35"
+    assert "7 of 70,000 iterations" in first["method"] and first["minus best"] == ""
+    assert second["minus best"] == "+0.35" and second["95 % interval"] == "+0.35 to +0.35"
 
 
 def test_best_return_is_the_largest(tmp_path: Path) -> None:
@@ -61,6 +61,52 @@ def test_newest_evaluation_of_a_run_is_compared(tmp_path: Path) -> None:
     found = groups(tmp_path)
     assert [len(group) for group in found] == [2, 2, 2]
     assert all(each.is_complete for group in found for each in group)
+
+
+def test_evaluation_that_the_experiment_asks_for_goes_before_others(tmp_path: Path) -> None:
+    authors: dict[str, Any] = {"evaluation.num_steps": 10, "evaluation.step_size": [0.02]}
+    for seed, mean in ((0, 0.5), (1, 0.75)):
+        folder = make_run(tmp_path, mean=mean, seed=seed)
+        other = folder / "evaluations" / "0b"
+        other.mkdir(parents=True)
+        for name in ("report.json", "tasks.csv"):
+            shutil.copy(folder / name, other)
+        edit((folder, other)[seed] / "report.json", evaluation=authors)  # the run's own report of seed 0 is another
+    make_run(tmp_path, mean=0.25, source=PRETRAIN)
+    assert [len(each.runs) for each in groups(tmp_path)[0]] == [1, 2], "the two seeds are one method"
+    third = make_run(tmp_path, mean=1.0, seed=2)
+    edit(third / "report.json", evaluation=authors)
+    assert [len(each.runs) for each in groups(tmp_path)[0]] == [1, 2, 1], "another protocol is another method"
+    _, asked, otherwise = method_rows(groups(tmp_path)[0])
+    assert asked["method"].endswith(")") and "evaluation.step_size=[0.02]" in otherwise["method"].split()
+
+
+def test_methods_of_one_experiment_name_the_settings_in_which_they_differ(tmp_path: Path) -> None:
+    both: dict[str, Any] = {"outer.clip": 10.0}
+    larger: dict[str, Any] = {"inner.step_size": 0.01}
+    make_run(tmp_path, mean=0.25, source=PRETRAIN, **both)
+    make_run(tmp_path, mean=0.5, **both)
+    make_run(tmp_path, mean=0.75, **both, **larger)
+    names = [row["method"] for row in method_rows(groups(tmp_path)[0])]
+    assert [name.partition(") ")[2] for name in names] == ["", "", "inner.step_size=0.01"]
+
+
+def test_methods_of_an_unknown_experiment_name_all_settings_in_which_they_differ(tmp_path: Path) -> None:
+    changes: list[tuple[float, dict[str, Any]]] = [(0.5, {"inner.step_size": 0.01}), (0.75, {"inner.step_size": 0.02})]
+    for mean, training in changes:
+        make_run(tmp_path, mean=mean, **training)
+    (tmp_path / "sinusoid_10shot").rename(tmp_path / "custom")
+    names = [row["method"] for row in method_rows(groups(tmp_path)[0])]
+    assert [name.partition(") ")[2] for name in names] == ["inner.step_size=0.01", "inner.step_size=0.02"]
+
+
+def test_accuracies_are_in_percent(tmp_path: Path) -> None:
+    for name, mean in (("sinusoid_10shot", 0.75), ("sinusoid_pretrain", 0.5)):
+        folder = make_run(tmp_path, mean=mean, source=Source(name, "accuracy_transductive", 5))
+        edit(folder / "report.json", larger_is_better=True)
+    best, other = method_rows(groups(tmp_path)[0])
+    assert best["mean in percent ± 95 %"].startswith("75 ± ")
+    assert (other["minus best"], other["95 % interval"]) == ("-25", "-25 to -25")
 
 
 def test_runs_of_other_lengths_are_other_methods(tmp_path: Path) -> None:

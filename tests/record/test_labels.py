@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from maml.record.labels import metric_label, number_label, step_label
+from maml.record.labels import in_percent, metric_label, number_label, step_label
 
 
 def test_metrics_have_names_for_readers() -> None:
     assert metric_label("mse") == "mean squared error"
     assert metric_label("accuracy_transductive") == "accuracy transductive"
+
+
+def test_shares_are_printed_in_percent() -> None:
+    assert all(map(in_percent, ("accuracy", "accuracy_transductive")))
+    assert not any(map(in_percent, ("mse", "return")))
 
 
 def test_showings_count_from_one_and_gradient_steps_from_zero() -> None:

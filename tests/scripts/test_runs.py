@@ -380,7 +380,7 @@ def test_methods_shows_those_on_the_same_tasks(tmp_path: Path, run: Lines) -> No
     lines = run("methods")
     assert lines[0].startswith("all intervals are over test tasks alone, without the luck of training")
     assert [line for line in lines if line.startswith("K=")] == [
-        f"K={k}, 600 tasks; - best: paired over tasks, 95 % bootstrap" for k in (5, 10, 20)
+        f"K={k}, 600 tasks; minus best: paired over tasks, 95 % bootstrap" for k in (5, 10, 20)
     ]
     assert sum("+0.25" in line for line in lines) == 3
 
