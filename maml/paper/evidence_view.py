@@ -89,10 +89,12 @@ class EvidenceView:
                 continue
             metric, points = training_curve(records, source.metric)
             if len(points) > 1:
-                curves[_run_name(run, curves)] = points
+                scale = 1 if metric == "loss" else source.scale
+                curves[_run_name(run, curves)] = [(iteration, value * scale) for iteration, value in points]
         if not curves:
             return ""
-        chart = line_chart(curves, "iterations", metric, log=metric == "loss")
+        label = metric if metric == "loss" else _with_unit(metric, source)
+        chart = line_chart(curves, "iterations", label, log=metric == "loss")
         return element("figure", chart, element("figcaption", f"Training: {metric} of the meta-batch. ", _keys(curves)))
 
     def _tasks(self, source: Source, evidence: Evidence, step: int, published: str) -> Content:
@@ -116,7 +118,8 @@ class EvidenceView:
         marks = {} if num_diverged else {"ours": float(finite.mean())}
         marks |= {"paper": float(published)} if published else {}
         keys = [element("span", name, class_=f"key {name}") for name in marks]
-        return element("figure", histogram(finite, marks, metric), element("figcaption", f"{caption} ", keys))
+        chart = histogram(finite, marks, _with_unit(metric, source))
+        return element("figure", chart, element("figcaption", f"{caption} ", keys))
 
 
 def _adaptation(source: Source, evidence: Evidence) -> Content:
@@ -132,7 +135,8 @@ def _adaptation(source: Source, evidence: Evidence) -> Content:
             curves[_run_name(run, curves)] = points
     if not curves:
         return ""
-    chart = line_chart(curves, AXIS[measured_by(source)], metric_label(source.metric), log=False)
+    label = _with_unit(metric_label(source.metric), source)
+    chart = line_chart(curves, AXIS[measured_by(source)], label, log=False)
     return element("figure", chart, element("figcaption", "Adaptation at meta-test. ", _keys(curves)))
 
 
@@ -190,6 +194,10 @@ def _settings(source: Source, evidence: Evidence) -> list[Markup]:
         ),
         element("details", element("summary", "config.yaml"), element("pre", whole, tabindex="0")),
     ]
+
+
+def _with_unit(label: str, source: Source) -> str:
+    return f"{label} (%)" if source.scale == 100 else label
 
 
 def _run_name(run: Run, taken: Iterable[str]) -> str:

@@ -50,7 +50,8 @@ def make_run(
     write(folder / "run.json", record)
     if evaluated:
         evaluation = config.evaluation
-        num_steps, num_tasks, every_k = evaluation["num_steps"], evaluation["num_tasks"], evaluation["num_shots"]
+        num_steps, num_tasks = evaluation["num_steps"], evaluation["num_tasks"]
+        every_k = evaluation["num_shots"] or [source.num_shots]
         steps = [{"step": step, "mean": mean, "ci95": ci95, "num_tasks": num_tasks} for step in range(num_steps + 1)]
         report = {
             "experiment": source.experiment,

@@ -8,6 +8,7 @@ from pathlib import Path
 from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.evidence_view import EvidenceView
 from maml.pictures import Lines
+from maml.record.contents import Source
 from maml.record.gallery import draw
 from maml.record.index import find_runs
 from tests.paper.fake_runs import SINUSOID, make_run
@@ -39,6 +40,28 @@ def test_curves_of_adaptation_and_training_have_a_line_for_each_run(tmp_path: Pa
     assert "mean over 3 of 3 runs" in tasks
     assert "make verify CELL=a/b/c" in shown
     assert view.problems == []
+
+
+def test_accuracies_of_all_charts_are_in_percent_where_the_paper_prints_percent(tmp_path: Path) -> None:
+    source = Source("omniglot_5way_1shot", "accuracy_transductive", 1, scale=100.0)
+    folder = make_run(tmp_path, mean=0.9, source=source)
+    lines = [json.dumps({"iteration": i, "loss": 1.0, "accuracy": i / 4}) + "\n" for i in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    shown = EvidenceView(set()).show("a/b/c", source, find_evidence(source, find_runs(tmp_path)[0]), 1, "98.7")
+    adaptation, training, tasks = shown.split("<figure>")[1:]
+    assert "accuracy transductive (%)</text>" in adaptation
+    assert "accuracy (%)</text>" in training and ">60</text>" in training and ">0.6</text>" not in training
+    assert "accuracy transductive (%)</text>" in tasks
+
+
+def test_a_training_loss_is_not_in_percent(tmp_path: Path) -> None:
+    source = Source("omniglot_5way_1shot", "accuracy_transductive", 1, scale=100.0)
+    folder = make_run(tmp_path, mean=0.9, source=source)
+    lines = [json.dumps({"iteration": i, "loss": 1.0 / i}) + "\n" for i in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    shown = EvidenceView(set()).show("a/b/c", source, find_evidence(source, find_runs(tmp_path)[0]), 1, "98.7")
+    (training,) = (part for part in shown.split("<figure>") if "Training:" in part)
+    assert "loss (log axis)</text>" in training and ">0.5</text>" in training
 
 
 def test_pictures_of_the_algorithm_are_part_of_the_page(tmp_path: Path) -> None:
