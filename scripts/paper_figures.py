@@ -18,20 +18,14 @@ from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
 from maml.paper.cells import Figure, Picture, load_figures, load_pictures
 from maml.paper.evidence import Evidence, find_evidence, provenance
-from maml.paper.figures import CurveComparison, figure_rows, plot_figure, prepare_curve
+from maml.paper.figures import NOTE, CurveComparison, figure_rows, plot_figure, prepare_curve
 from maml.paper.markdown import markdown_table
 from maml.paper.tables import CONFLICT, summary
 from maml.record.atomic import write_text_atomically
 from maml.record.contents import Source
 from maml.record.index import Run, conflicts_among, find_runs
-from maml.record.statistics import MIN_RUNS
 
-NOTE = (
-    "Curves are means over runs. Bands are 95 % intervals unless stated otherwise; they cover test tasks and, if there "
-    f"are at least {MIN_RUNS} runs, trainings. Figures 2, 4 (bottom) and 7 show single tasks after the first training. "
-    "A curve is reproduced if all steps with a published value are; otherwise it has the verdict of the last step that "
-    "is not. The CSV beside each picture has all numbers and the verdict of each step. Made by `make paper-figures`."
-)
+_FILES_NOTE = "The CSV beside each picture has all numbers and the verdict of each step. Made by `make paper-figures`."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,11 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sections[picture.name] = _draw_picture(picture, runs, _path(options.out, picture.name), damaged)
     damaged = list(dict.fromkeys(damaged))  # several panels may share a run
     counted = summary(judged, "curves")
-    overview = ["# The paper's figures", "", f"{counted}.", ""]
+    head = f"{counted}. The verdicts are those of the {len(judged)} curves that the paper draws."
+    overview = ["# The paper's figures", "", head, ""]
     overview += [f"**ERROR, left out:** {message}\n" for message in damaged]
     overview += [line for name in sorted(sections) for line in sections[name]]
     overview += [f"**{CONFLICT}** {message}\n" for message in conflicts]
-    write_text_atomically(options.out / "figures.md", "\n".join([*overview, NOTE, ""]))
+    write_text_atomically(options.out / "figures.md", "\n".join([*overview, f"{NOTE} {_FILES_NOTE}", ""]))
     status = print_problems(damaged, conflicts)
     print(f"{counted}\nwritten to {options.out / 'figures.md'}")
     return status

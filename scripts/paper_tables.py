@@ -22,8 +22,10 @@ from maml.paper.methods import methods_markdown
 from maml.paper.readings import readings_markdown
 from maml.paper.tables import (
     CONFLICT,
+    COUNTED_TWICE,
     REDUCED_BUDGET,
     TRANSDUCTIVE,
+    UNPRINTED,
     VERDICTS,
     Comparison,
     compare,
@@ -40,7 +42,7 @@ from maml.record.statistics import MIN_RUNS
 RUNS_NOTE = (
     "A number is the mean over runs; the interval covers test tasks and, if there are at least "
     f"{MIN_RUNS} runs, trainings. *Runs* gives their number, the range of their means and, in brackets, the interval "
-    "over test tasks alone. The paper's number is from one training.\n\n"
+    f"over test tasks alone. {COUNTED_TWICE} The paper's number is from one training. {UNPRINTED}\n\n"
     f"{TRANSDUCTIVE}. [Both accuracies of each run](notes.md#{REDUCED_BUDGET})."
 )
 

@@ -14,7 +14,7 @@ from maml.paper.cells import METHODS, Curve, Figure
 from maml.paper.evidence import Evidence, measured_by, provenance
 from maml.paper.plan import WATERMARK
 from maml.paper.tables import Comparison, judge, reason_for, verdict_markdown
-from maml.record.statistics import Statistics
+from maml.record.statistics import MIN_RUNS, Statistics
 from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_steps, save, style
 from maml.types import FIRST_STEP
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
+
+NOTE = (
+    "Curves are means over runs. Bands are 95 % intervals unless stated otherwise; they cover test tasks and, if there "
+    f"are at least {MIN_RUNS} runs, trainings. Figures 2, 4 (bottom) and 7 show single tasks after the first training. "
+    "A curve is reproduced if all steps with a published value are; otherwise it has the verdict of the last step that "
+    "is not."
+)
 
 _SUFFIXES = (".png", ".pdf", ".svg")  # each picture is written as each of these
 _RESAMPLES = 5000  # the number in the authors' plots

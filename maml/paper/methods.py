@@ -43,7 +43,7 @@ def methods_section(groups: Sequence[Sequence[Tested]]) -> list[Markup]:
             )
             for name, *numbers in (row.values() for row in rows)
         ]
-        table = element("table", head, element("tbody", lines), class_="numbers")
+        table = element("table", head, element("tbody", lines), class_="methods")
         parts.append(element("article", element("h3", title), scroll_box(table, title)))
     return parts
 

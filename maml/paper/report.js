@@ -74,7 +74,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 // The search field and the verdicts choose what is shown: rows of tables, curves of figures, departures and notes. What
 // has to match is an item with the title above it, and the commands, runs and commits in the panels that it opens.
 const items = [
-  ...document.querySelectorAll("table.numbers tbody tr, .openers > button, .departures tbody tr, #notes details"),
+  ...document.querySelectorAll("table:is(.numbers, .methods) tbody tr, .openers > button, .departures tbody tr, #notes details"),
 ];
 const texts = new Map();
 const search = document.getElementById("search");
@@ -103,6 +103,13 @@ function matches(item, words, verdict) {
     && (!words.length || words.every((word) => searchable(item).includes(word)));
 }
 
+// A row has numbers of several verdicts, so the numbers are counted and not the rows.
+function judgedText(verdict) {
+  const judged = openers.filter((opener) => opener.dataset.verdict === verdict && !opener.closest("[hidden]"));
+  const things = judged.length === 1 ? "number or curve" : "numbers and curves";
+  return `${judged.length} ${things}, also of figures and later papers`;
+}
+
 function filter() {
   const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
   const verdict = tiles.find((tile) => tile.getAttribute("aria-pressed") === "true")?.dataset.filter;
@@ -119,7 +126,7 @@ function filter() {
       part.hidden = isFiltered && !items.some((item) => !item.hidden && part.contains(item));
     }
   }
-  found.textContent = isFiltered ? `${count} of ${items.length} entries` : "";
+  found.textContent = isFiltered ? (verdict ? judgedText(verdict) : `${count} of ${items.length} entries`) : "";
   showAll.hidden = !isFiltered;
 }
 

@@ -15,16 +15,22 @@ from maml.paper.cells import Figure, Panel, Picture, Table, load_figures, load_p
 from maml.paper.departures import departures_table
 from maml.paper.evidence import Evidence, find_evidence, measured_by
 from maml.paper.evidence_view import EvidenceView
-from maml.paper.figures import CurveComparison
+from maml.paper.figures import NOTE, CurveComparison
 from maml.paper.markup import Content, Markup, element
 from maml.paper.methods import methods_section
 from maml.paper.plan import WATERMARK
 from maml.paper.tables import (
+    BOLD,
     NO_REASON,
+    QUOTED,
+    SYMBOLS,
+    TRANSDUCTIVE,
+    UNPRINTED,
     VERDICTS,
     Comparison,
     bold_cells,
     compare,
+    judged_value,
     printed_value,
     reading_text,
     summary,
@@ -70,7 +76,7 @@ def render(results: Path, runs: Sequence[Run], problems: Sequence[str]) -> tuple
     figures |= {picture.name: page.picture(picture) for picture in load_pictures(results)}
     sections = {
         "Tables": [page.table(table, compared[table.name]) for table in tables if table.in_paper],
-        "Figures": [figures[name] for name in sorted(figures)],
+        "Figures": [element("p", NOTE, class_="muted"), *(figures[name] for name in sorted(figures))],
         "Same tasks": methods_section(groups_on_the_same_tasks(runs)),
         "Not in the paper": [page.table(table, compared[table.name]) for table in tables if not table.in_paper],
         "Paper and code": [departures_table(results, page.find)],
@@ -120,7 +126,7 @@ def _header(of_paper: Sequence[Comparison], origin: str, problems: Sequence[str]
             ),
         )
         for verdict in VERDICTS
-        if counts[verdict] or verdict not in ("measured", "running")
+        if counts[verdict] or verdict not in ("measured", "quoted", "running")
     ]
     bar = [
         element("span", class_=slug(name), style=f"flex-grow: {counts[name]}", title=f"{counts[name]} {name}")
@@ -139,10 +145,11 @@ def _header(of_paper: Sequence[Comparison], origin: str, problems: Sequence[str]
         element(
             "p",
             "Each number of ours is the mean over runs ± the half-width of its 95 % interval, which covers test tasks "
-            f"and, if there are at least {MIN_RUNS} runs, trainings. Below it is the range of the runs' means. Select "
-            "a number to see its evidence, a verdict above to see its numbers alone, or the head of a column to sort "
-            "the rows.",
+            f"and, if there are at least {MIN_RUNS} runs, trainings. Below it is the range of the runs' means; its "
+            "evidence also has, in brackets, the interval over test tasks alone. Select a number to see its evidence, "
+            "a verdict above to see its numbers alone, or the head of a column to sort the rows.",
         ),
+        element("p", f"{BOLD}. {TRANSDUCTIVE}."),
         element("section", element("h2", "Left out"), element("ul", errors), class_="problems") if errors else "",
     )
 
@@ -214,6 +221,7 @@ class _Page:
     def table(self, table: Table, comparisons: Sequence[Comparison]) -> Markup:
         """Returns a table in the paper's layout, and a panel for each of its cells."""
         layout, bold = table.layout, bold_cells(table)
+        quoted = {item.cell.row for item in comparisons if item.cell.quoted}
         by_cell = {(item.cell.row, item.cell.column): item for item in comparisons}
         heads = [element("th", sort_button(layout.corner), rowspan="2", scope="col", aria_sort="none")]
         heads += [
@@ -230,7 +238,8 @@ class _Page:
         rows, panels = [], []
         for group in layout.groups:
             for row, name in group.items():
-                cells = [element("th", name, scope="row", data_sort=name, class_="own" if row in layout.own else None)]
+                label = f"{name} {SYMBOLS['quoted']}" if row in quoted else name
+                cells = [element("th", label, scope="row", data_sort=name, class_="own" if row in layout.own else None)]
                 for column, words in layout.columns.items():
                     item = by_cell.get((row, column))
                     cells += self._numbers(item, (row, column) in bold)
@@ -243,7 +252,7 @@ class _Page:
         return element(
             "article",
             element("h3", table.title),
-            element("p", summary(comparisons), ".", class_="muted"),
+            element("p", summary(comparisons), f". {QUOTED}." if quoted else ".", class_="muted"),
             scroll_box(element("table", head, element("tbody", rows), class_="sortable numbers"), table.title),
             panels,
             id=table.name,
@@ -267,7 +276,7 @@ class _Page:
 
     def _cell_panel(self, table: Table, item: Comparison, name: str) -> Markup:
         cell = item.cell
-        facts = {"paper": printed_value(cell) or "not published", "ours": "—", "verdict": chip(item.verdict)}
+        facts = {"paper": judged_value(cell) or "not published", "ours": "—", "verdict": chip(item.verdict)}
         if cell.quoted:
             facts["from"] = "other authors, whom the paper quotes"
         if item.ours:
@@ -277,6 +286,8 @@ class _Page:
         if item.place_text:
             facts["paper among our runs"] = item.place_text
         content: list[Content] = [fact_list(facts), element("p", VERDICT_MEANINGS[item.verdict][1], class_="muted")]
+        if not cell.ci_is_printed:
+            content.append(element("p", UNPRINTED, class_="muted"))
         if cell.source:
             content.append(self._reason(item.reason))
             content.append(self.view.show(item.cell.name, cell.source, item.evidence, cell.step, cell.value))
@@ -299,12 +310,12 @@ class _Page:
             curve = item.curve
             name, published = figure.name_of(curve), curve.cells[-1].value if curve.cells else ""
             evidence = self.view.show(name, curve.source, item.evidence, curve.num_steps, published)
-            openers.append(open_button(name, element("span", curve.label), item.verdict))
+            note = "" if curve.is_plotted else "not drawn in the paper"
+            openers.append(open_button(name, element("span", curve.label), item.verdict, note))
             content = [_steps(item), self._reason(item.reason), evidence]
             panels.append(dialog(name, curve.label, figure.title, content))
-        return self._figure_article(
-            figure, element("p", summary(items, "curves"), ".", class_="muted"), openers, panels
-        )
+        counted = summary([item for item in items if item.curve.is_plotted], "curves")
+        return self._figure_article(figure, element("p", counted, ".", class_="muted"), openers, panels)
 
     def picture(self, picture: Picture) -> Markup:
         """Returns a figure of single tasks and a panel for each method in it."""

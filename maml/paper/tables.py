@@ -32,15 +32,24 @@ TRANSDUCTIVE = (
     "Inductive ones use the statistics of the support images alone and are lower, such as 95.33 ± 0.75 instead of "
     "99.13 ± 0.35 for Omniglot 5-way 1-shot"
 )
+BOLD = (
+    "Bold as in the paper: numbers of its own method, if no number between the same two lines is better by more than "
+    "the interval printed beside it"
+)
+QUOTED = f"{SYMBOLS['quoted']} quoted by the paper from other authors"
+UNPRINTED = (
+    "MAML's intervals in Tables 4 and 5 are not printed; they are computed from the authors' files of Figures 4 and 5 "
+    "and count for the verdict."
+)
+COUNTED_TWICE = "A seed that ran on two processors counts twice."
 LEGEND = (
     "Below each row of the paper is ours: the mean over our runs ± the half-width of its 95 % interval. The interval "
     f"covers test tasks and, if there are at least {MIN_RUNS} runs, trainings. If there are several runs, the row "
     "below gives their number, the range of their means and, in brackets, the interval over test tasks alone. "
     "= reproduced: the paper's value lies in our interval or ours in the paper's; △ better; ▽ worse; ○ reduced budget: "
-    "training is not complete, so this is not a reproduction; † quoted by the paper from other authors; "
-    f"{CONFLICT} equal runs on equal hardware gave different numbers, and all are counted. Bold as in the "
-    "paper: numbers of its own method, if no number between the same two lines is better by more than the interval "
-    f"printed beside it. {TRANSDUCTIVE} (results/notes.md)."
+    f"training is not complete, so this is not a reproduction; {QUOTED}; "
+    f"{CONFLICT} equal runs on equal hardware gave different numbers, and all are counted. {BOLD}. {TRANSDUCTIVE} "
+    "(results/notes.md)."
 )
 
 _HEADER = ("row", "column", "paper", "ours", "verdict", "runs", "inner order", "commit", "hardware", "command")
@@ -48,6 +57,8 @@ _NOTES = (
     "*measured*: no number is published to compare with. A verdict that is a link leads to the reason, as far as it is",
     "known. `+` after a commit: with uncommitted changes. The CSV beside this file has all numbers in full precision,",
     "the runs and their task banks.",
+    COUNTED_TWICE,
+    UNPRINTED,
 )
 
 
@@ -282,6 +293,13 @@ def printed_value(cell: Cell) -> str:
     return f"{cell.value} ± {cell.ci}" if cell.ci and cell.ci_is_printed else cell.value
 
 
+def judged_value(cell: Cell) -> str:
+    """Returns the value with the interval that counts for the verdict, whether the paper prints the interval or not."""
+    if not cell.ci or cell.ci_is_printed:
+        return printed_value(cell)
+    return f"{cell.value} ± {float(cell.ci):.{cell.decimals - 1}f}"
+
+
 def our_value(comparison: Comparison) -> str:
     """Returns our mean and interval with the symbol of the verdict, or the verdict alone if there is no number."""
     if comparison.ours is None:
@@ -339,7 +357,7 @@ def _markdown_row(comparison: Comparison, notes: str) -> list[str]:
     return [
         cell.row,
         cell.column,
-        f"{cell.value} ± {cell.ci}" if cell.ci else cell.value,
+        judged_value(cell),
         ours,
         verdict_markdown(comparison.verdict, comparison.reason, notes),
         runs,

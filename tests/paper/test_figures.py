@@ -105,7 +105,8 @@ def test_a_finished_run_is_drawn_and_the_same_run_gives_the_same_bytes(unrun: Pa
     # Figures 2 and 7 have no verdict, Figure 6 has.
     assert overview.count("| MAML, K=5 | finished | 0 | 0123456+ | CPU, Abacus | `python train.py +experiment=") == 2
     assert "| MAML, K=5 | better, no reason known yet (2 of 3 steps reproduced) | 0 | 0123456+ |" in overview
-    assert "\n0 of 30 curves reproduced, 1 better, 2 worse, 1 measured, 0 reduced budget, 26 not run.\n" in overview
+    assert "\n0 of 30 curves reproduced, 1 better, 2 worse, 1 measured, 0 reduced budget, 26 not run. " in overview
+    assert "The verdicts are those of the 30 curves that the paper draws.\n" in overview
 
 
 def test_figure_6_has_the_steps_0_to_9_at_every_k(tmp_path: Path) -> None:

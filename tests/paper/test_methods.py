@@ -26,7 +26,7 @@ def test_section_of_the_report_has_the_same_tables(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.5)
     make_run(tmp_path, mean=0.75, source=Source("sinusoid_pretrain", "mse", 5))
     shown = "".join(methods_section(groups_on_the_same_tasks(find_runs(tmp_path)[0])))
-    assert shown.count("<table") == 3
+    assert shown.count('<table class="methods">') == shown.count("<table") == 3
     assert shown.index("sinusoid_10shot (") < shown.index("sinusoid_pretrain (")
     assert "<td>+0.25</td><td>+0.25 to +0.25</td>" in shown
 

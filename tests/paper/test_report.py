@@ -1,6 +1,7 @@
 """The report: the content of the page, the list of runs left out, and its behaviour in a browser."""
 
 import json
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,11 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure as Canvas
 
-from maml.paper.cells import load_tables
+from maml.paper.cells import load_figures, load_tables
+from maml.paper.figures import NOTE
+from maml.paper.markup import join
 from maml.paper.report import drawing, render
+from maml.paper.tables import BOLD, QUOTED, TRANSDUCTIVE, UNPRINTED
 from maml.record.contents import Source
 from maml.record.index import find_runs
 from maml.record.style import PAGE, save, style
@@ -80,6 +84,37 @@ def test_every_cell_has_a_button_and_a_panel_with_its_command(tmp_path: Path) ->
             assert ("quoted" if cell.quoted and not cell.source else "not run") in content
             assert not cell.source or cell.source.command([]) in content
     assert "0 of 71 cells reproduced" in page
+
+
+def test_a_figure_counts_the_curves_that_the_paper_draws(page: Path) -> None:
+    text = page.read_text()
+    for figure in load_figures(RESULTS):
+        article = text.partition(f'<article id="{figure.name}">')[2].partition("</article>")[0]
+        drawn = [curve for curve in figure.curves if curve.is_plotted]
+        assert f" of {len(drawn)} curves reproduced" in article
+        assert article.count("not drawn in the paper") == len(figure.curves) - len(drawn)
+    assert text.count("not drawn in the paper") == 2
+
+
+def test_page_explains_marks_brackets_bands_and_transductive(page: Path) -> None:
+    text = page.read_text()
+    for explanation in (BOLD, TRANSDUCTIVE, NOTE, "in brackets, the interval over test tasks alone"):
+        assert text.count(join(explanation)) == 1
+    for table in load_tables(RESULTS):
+        article = text.partition(f'<article id="{table.name}">')[2].partition("</article>")[0]
+        quoted = {cell.row for cell in table.cells if cell.quoted}
+        assert article.count(" †</th>") == len(quoted)
+        assert (QUOTED in article) == bool(quoted)
+
+
+def test_an_interval_that_is_not_printed_stands_in_the_panel_with_its_origin(page: Path) -> None:
+    content = panel(page.read_text(), "table4_pointmass/MAML/gradsteps_0")
+    assert "-40.41 ± 4.06" in content and join(UNPRINTED) in content
+
+
+def test_verdicts_of_no_cell_have_no_tile_unless_they_judge(page: Path) -> None:
+    text = page.read_text()
+    assert re.findall('data-filter="(.*?)"', text) == ["reproduced", "better", "worse", "reduced-budget", "not-run"]
 
 
 def test_panel_holds_the_evidence(page: Path) -> None:
@@ -298,10 +333,50 @@ def test_verdict_shows_its_numbers_alone_and_a_second_click_all(browser: Browser
         "table2_multitask"
     ]
     type_in(browser, "")
-    browser.click('[data-filter="quoted"]')
-    assert all(" quoted" in text for text in shown(browser))
-    browser.click('[data-filter="quoted"]')
+    browser.click('[data-filter="not-run"]')
+    assert all(" not run" in text for text in shown(browser))
+    browser.click('[data-filter="not-run"]')
     assert len(shown(browser)) == everything
+
+
+def test_verdict_says_how_many_numbers_and_curves_are_shown(browser: Browser, page: Path) -> None:
+    browser.load(page, 1280, 900)
+    text = "document.getElementById('found').textContent"
+    browser.click('[data-filter="worse"]')
+    visible = "[...document.querySelectorAll('main [data-opens]')].filter(e => e.offsetParent && !e.matches('.faded'))"
+    count = browser.run(f"{visible}.length")
+    assert browser.run(text) == f"{count} numbers and curves, also of figures and later papers"
+    type_in(browser, "table2_multitask/MAML/K5_gradsteps_5")
+    assert (
+        browser.run(text) == f"{browser.run(f'{visible}.length')} numbers and curves, also of figures and later papers"
+    )
+
+
+def test_methods_keep_their_colours_words_and_distance(browser: Browser, tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", mean=0.5)
+    make_run(tmp_path / "runs", mean=0.75, source=Source("sinusoid_pretrain", "mse", 5))
+    (tmp_path / "report.html").write_text(report(tmp_path / "runs"))
+    section = "document.getElementById('same-tasks')"
+    edges = f"[{section}.querySelector('p'), {section}.querySelector('article')].map(e => e.getBoundingClientRect())"
+    colours = f"[...{section}.querySelectorAll('tbody td')].map(cell => getComputedStyle(cell).color)"
+    for width, height in ((390, 844), (1280, 900)):
+        browser.load(tmp_path / "report.html", width, height)
+        assert browser.run(f"(([p, card]) => card.top - p.bottom)({edges})") >= 12
+        assert len(set(browser.run(colours))) == 1
+        # A name is at least as wide as its longest word.
+        assert browser.run(
+            f"[...{section}.querySelectorAll('tbody th')].every(cell => {{"
+            "  const wanted = document.createElement('span');"
+            "  wanted.textContent = cell.textContent;"
+            "  wanted.style.cssText = 'position: absolute; width: min-content; overflow-wrap: normal';"
+            "  cell.append(wanted);"
+            "  const width = wanted.getBoundingClientRect().width;"
+            "  wanted.remove();"
+            "  return cell.getBoundingClientRect().width >= width;"
+            "})"
+        )
+    type_in(browser, "sinusoid_pretrain (")
+    assert browser.run(f"{section}.querySelectorAll('tbody tr:not([hidden])').length") == 3
 
 
 def test_link_to_what_is_filtered_away_shows_it(browser: Browser, page: Path) -> None:

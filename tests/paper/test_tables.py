@@ -16,9 +16,11 @@ from maml.paper.evidence import Evidence, find_evidence
 from maml.paper.figures import CurveComparison
 from maml.paper.tables import (
     CONFLICT,
+    COUNTED_TWICE,
     NO_REASON,
     SYMBOLS,
     TRANSDUCTIVE,
+    UNPRINTED,
     Comparison,
     bold_cells,
     compare,
@@ -222,6 +224,7 @@ def test_script_renders_runs_and_names_a_corrupt_one(tmp_path: Path, capsys: pyt
         "0 of 52 cells reproduced, 0 better, 0 worse, 0 reduced budget, 52 not run"
     )
     assert f"{counted}.\n\n{beside}." in overview
+    assert COUNTED_TWICE in overview and UNPRINTED in overview
     with open(out / "table2_multitask" / "table2_multitask.csv", newline="") as file:
         rows = {row["column"]: row for row in csv.DictReader(file) if row["row"] == "MAML"}
     assert [(row["ours"], row["verdict"]) for row in rows.values()] == [
@@ -299,7 +302,8 @@ def test_an_interval_that_only_the_figure_has_is_not_printed_in_the_layout() -> 
     (table,) = (table for table in load_tables(RESULTS) if table.name == "table4_pointmass")
     text = table_markdown(table, compare([table], lambda source: Evidence())[table.name])
     assert "| **MAML** | **-40.41** | **-11.68** | **-3.33** | -3.23 |" in text
-    assert "| MAML | gradsteps_0 | -40.41 ± 4.0564 |" in text
+    assert "| MAML | gradsteps_0 | -40.41 ± 4.06 |" in text
+    assert UNPRINTED in text
 
 
 def test_a_miss_has_its_note_or_says_that_no_reason_is_known() -> None:
