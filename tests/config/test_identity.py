@@ -37,6 +37,7 @@ ADDED = {
     ("cheetah_direction_maml", "bcf6212fd215"): ("outer.curvature=finite_difference",),
     ("cheetah_direction_maml", "c45bcfe057a6"): ("outer.backtrack=0.95", "outer.num_tries=60"),
     ("omniglot_5way_1shot_matching", "6c5acb40eb9b"): ("algorithm.temperature=1",),
+    ("omniglot_5way_1shot_matching", "c2f041cc3c9d"): ("algorithm.temperature=0.1",),
     ("omniglot_5way_1shot_pixels", "d03577b35a91"): ("domain.split=shuffled", "domain.rotations=task"),
     ("omniglot_5way_5shot_pixels", "4c3c7b2e3fa1"): ("domain.split=shuffled", "domain.rotations=task"),
 }
