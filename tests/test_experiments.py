@@ -304,7 +304,7 @@ def test_embedding_methods_are_those_of_the_protocol(name: str) -> None:
     assert (config.meta_batch_size, config.num_iterations, config.inner["num_steps"]) == (1, num_iterations, 0)
     follows_ravi = method == "matching" and not name.startswith("omniglot")
     if method == "matching":
-        assert config.algorithm["temperature"] == (1 if follows_ravi else 0.1)
+        assert config.algorithm["temperature"] == (1 if follows_ravi else 0.03)
     assert outer["step_size"] == (1e-4 if follows_ravi else 1e-3)
     assert (outer["schedule"] or {}).get("every") == (None if follows_ravi else 2000)
     assert config.model["dropout"] == (0.1 if follows_ravi else 0)

@@ -56,7 +56,7 @@ def test_committed_cell_and_curve_are_landed_on(committed: Path, capsys: pytest.
     first, second, curve, count = capsys.readouterr().out.splitlines()
     assert first.startswith(f"VERIFIED  {CELL}: 0.65334")
     assert "after 10 gradient steps" in second
-    assert "11 gradient steps, with the largest difference at" in curve
+    assert "10 gradient steps, with the largest difference at" in curve
     assert count == "3 of 3 verified"
 
 
@@ -190,7 +190,7 @@ def test_export_takes_the_lowest_seed_and_gives_equal_bytes(tmp_path: Path) -> N
     about, cell = index.files[file], index.cells[CELL]
     assert (about.seed, about.iteration, about.hardware["cpu"]) == (0, 70_000, "Abacus")
     assert (cell.file, cell.bank, cell.readings) == (file, "5a", {1: Reading(mean=1.0, ci95=0.1)})
-    assert sorted(index.cells["figure6/MAML/K5"].readings) == list(range(11))
+    assert sorted(index.cells["figure6/MAML/K5"].readings) == list(range(10))
     saved = checkpoint.load(runs / "sinusoid_10shot" / about.run_id / "checkpoint.pt")["state"]
     state = unpack(tmp_path / "exported" / file, about.sha256)
     assert list(state) == ["theta"]
