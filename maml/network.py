@@ -222,7 +222,7 @@ class Network:
         params = {name: value.detach() for name, value in params.items()}
         if not all(value.isfinite().all() for value in params.values()):
             raise Diverged(f"{num_steps} gradient steps on these examples diverge; take fewer")
-        # Of its own, because the caller may put other examples into the same memory.
+        # The predictor has a copy, because the caller may put other examples into the same memory.
         return Predictor(self, params, inputs.clone(), classes)
 
     def _read_sequence(self, inputs: Tensor, y: Any, num_steps: int | None) -> Predictor:

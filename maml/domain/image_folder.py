@@ -84,7 +84,7 @@ class ImageFolder(FewShotClassification):
     def _blank(self) -> tuple[ImageSet, Splits]:
         # Some baselines have an output for each training class, whose number only the folder tells.
         self.num_train_classes = self.num_ways
-        with suppress(MamlError, KeyError):  # of a split without training classes
+        with suppress(MamlError, KeyError):  # no class can train: the error comes later
             self.num_train_classes = len(list_splits(self.root, self.split)["train"])
         return super()._blank()
 

@@ -81,7 +81,7 @@ class RunFolder:
         self._lock: BaseFileLock | None = None
         self._metrics: IO[str] | None = None
         self._record: dict[str, Any] = {}
-        self.report_folder = self.path  # of the report that was found when the run was opened, or saved since then
+        self.report_folder = self.path  # where the report is that was found at opening, or saved since then
         self._ended: float | None = None
         self.tables = ("tasks.csv", *(TABLES if settings.evaluation.get("per_class") else ()))
         self.is_trained = False

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from maml.errors import MamlError
 from maml.paper.evidence import Evidence, find_evidence, provenance
 from maml.record.index import SUPERSEDED, find_runs, read_runs, supersede
-from tests.paper.fake_runs import SINUSOID, edit, make_run
+from tests.paper.fake_runs import SINUSOID, add_evaluation, edit, make_run
 from tests.runs import file_contents
 
 
@@ -49,12 +48,7 @@ def test_of_unfinished_runs_the_furthest_counts_and_is_reduced_budget(tmp_path: 
 
 
 def test_newest_evaluation_of_a_run_counts(tmp_path: Path) -> None:
-    folder = make_run(tmp_path, mean=0.5)
-    early = folder / "evaluations" / "0b"
-    early.mkdir(parents=True)
-    for name in ("report.json", "tasks.csv"):
-        shutil.copy(folder / name, early)
-    edit(early / "report.json", iteration=500)
+    add_evaluation(make_run(tmp_path, mean=0.5), iteration=500)
     found = evidence(tmp_path)
     assert [report.iteration for _, report in found.evaluated] == [70_000]
     assert found.state == "finished"

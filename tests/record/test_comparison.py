@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from maml.record.comparison import groups_on_the_same_tasks, method_rows, paired_interval
 from maml.record.contents import Source
 from maml.record.index import find_runs
-from tests.paper.fake_runs import POINT, edit, make_run
+from tests.paper.fake_runs import POINT, add_evaluation, edit, make_run
 
 PRETRAIN = Source("sinusoid_pretrain", "mse", 5)
 
@@ -51,12 +50,7 @@ def test_best_return_is_the_largest(tmp_path: Path) -> None:
 
 
 def test_newest_evaluation_of_a_run_is_compared(tmp_path: Path) -> None:
-    folder = make_run(tmp_path, mean=0.5)
-    early = folder / "evaluations" / "0b"
-    early.mkdir(parents=True)
-    for name in ("report.json", "tasks.csv"):
-        shutil.copy(folder / name, early)
-    edit(early / "report.json", iteration=500)
+    add_evaluation(make_run(tmp_path, mean=0.5), iteration=500)
     make_run(tmp_path, mean=0.25, source=PRETRAIN)
     found = groups(tmp_path)
     assert [len(group) for group in found] == [2, 2, 2]
@@ -67,10 +61,7 @@ def test_evaluation_that_the_experiment_asks_for_goes_before_others(tmp_path: Pa
     authors: dict[str, Any] = {"evaluation.num_steps": 10, "evaluation.step_size": [0.02]}
     for seed, mean in ((0, 0.5), (1, 0.75)):
         folder = make_run(tmp_path, mean=mean, seed=seed)
-        other = folder / "evaluations" / "0b"
-        other.mkdir(parents=True)
-        for name in ("report.json", "tasks.csv"):
-            shutil.copy(folder / name, other)
+        other = add_evaluation(folder)
         edit((folder, other)[seed] / "report.json", evaluation=authors)  # the run's own report of seed 0 is another
     make_run(tmp_path, mean=0.25, source=PRETRAIN)
     assert [len(each.runs) for each in groups(tmp_path)[0]] == [1, 2], "the two seeds are one method"
