@@ -147,9 +147,11 @@ class Mirror(Logger, ABC):
         self._submit(partial(self._log, dict(metrics), iteration))
 
     def report(self, report: dict[str, Any], pictures: Mapping[str, Path]) -> None:
-        """Queues an evaluation."""
+        """Queues an evaluation, unless the service has it: the process was killed after that, before the run's end."""
         if self._thread is not None:
             self._marker = self._marker_of(report)
+            if self._marker is not None and self._marker.exists():
+                return
         self._submit(partial(self._report, report, dict(pictures)))
 
     def alert(self, title: str, text: str) -> None:

@@ -19,9 +19,10 @@ class TensorBoard(Mirror):
     def _start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and may be missing
 
+        # Without a checkpoint, or if the run is replayed, the part before is not a resumed one.
+        self._follows_earlier_part = any((self.files_dir / self.folder).glob("events.out.*"))
         self._writer = SummaryWriter(self.files_dir / self.folder)
         self._writer.add_text("config", indent(json.dumps(config, indent=2), " " * 4))
-        self._follows_earlier_part = resumed
 
     def _log(self, metrics: dict[str, float], iteration: int) -> None:
         if self._follows_earlier_part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +21,7 @@ from maml.record.run_files import read_checkpoint, read_json, read_metrics
 from maml.record.run_folder import RunFolder
 
 _STAGING = ".extending"  # in the folder of all runs, one level deeper than run folders
+_ABANDONED = 86_400  # seconds
 
 
 def extend_finished_run(folder: RunFolder) -> Path | None:
@@ -42,6 +44,10 @@ def extend_finished_run(folder: RunFolder) -> Path | None:
         return None
     donor, record, saved, lines = max(found, key=lambda each: each[2]["iteration"])
     staging = runs_dir / _STAGING / path.parent.name / f"{path.name}_{uuid.uuid4().hex}"  # of this process alone
+    for left in staging.parent.glob("*"):  # by a process that was killed while it copied
+        with suppress(OSError):  # another process removes it, too
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left)
     try:
         staging.mkdir(parents=True)
         # The last iteration of a run is logged in any case; this one would not have been.

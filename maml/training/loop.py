@@ -111,6 +111,9 @@ def train(
                 if signal_number:
                     raise _interrupted(signal_number, number, num_iterations, active)
             execution = iterate.execution
+        # It may have come while the last theta was validated or saved.
+        if signal_number := distributed.all_reduce_max(stopped[0] if stopped else 0):
+            raise _interrupted(signal_number, num_iterations, num_iterations, learners)
     return execution
 
 

@@ -159,6 +159,11 @@ def test_mirror_notes_which_report_it_got(tmp_path: Path, monkeypatch: pytest.Mo
         logger.report(report, {})
         logger.finish("finished")
         assert logger.has(*where, report) == logger.is_complete == is_complete
+    killed_before_the_end_of_the_run = Noting()
+    killed_before_the_end_of_the_run.start(*where, True)
+    killed_before_the_end_of_the_run.report(report, {})
+    killed_before_the_end_of_the_run.finish("finished")
+    assert [name for name, *_ in killed_before_the_end_of_the_run.calls] == ["start", "finish"]
     assert not logger.has(*where, report | {"iteration": 4})
     assert not logger.has(*where, report | {"evaluation": {"num_tasks": 6}})
     assert not logger.has(*where, report | {"headline": 0.6})

@@ -72,7 +72,8 @@ def test_diverged_evaluation_leaves_out_its_numbers_and_keeps_the_others(
 
 def test_resumed_run_replaces_what_was_logged_after_its_checkpoint(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for resumed, iterations in ((False, (10, 20, 30)), (True, (20, 30, 40))):
+    # Without a checkpoint, a run that was killed begins again, and is not resumed.
+    for resumed, iterations in ((False, (10, 20)), (False, (10, 20, 30)), (True, (20, 30, 40))):
         logger = TensorBoard()
         logger.start(tmp_path, "omniglot_5way_1shot", "1f2e3d", {}, resumed)
         for iteration in iterations:

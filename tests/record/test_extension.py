@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,9 @@ def test_copy_of_another_process_is_left_alone(tiny: TinyRuns) -> None:
     other.write_text("{}")
     assert first_iterations(tiny.run("num_iterations=6")) == [0, 4]
     assert other.exists()
+    os.utime(other.parent, (0, 0))  # left by a process that was killed
+    tiny.run("num_iterations=8")
+    assert not other.exists()
 
 
 def test_several_seeds_go_on_together(tiny: TinyRuns) -> None:

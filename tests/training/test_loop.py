@@ -344,6 +344,20 @@ def test_second_sigterm_changes_nothing(tiny: TinyRuns) -> None:
     assert loop.saved["iteration"] == 1
 
 
+def test_signal_after_the_last_iteration_stops_the_run(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(tiny, 10)
+    save = loop.run.save_checkpoint
+
+    def told_while_saving(*arguments: Any) -> None:
+        save(*arguments)
+        if arguments[0] == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.run, "save_checkpoint", told_while_saving)
+    with pytest.raises(Interrupted, match="after iteration 10 of 10"):
+        loop()
+
+
 def test_loop_runs_outside_the_main_thread(tiny: TinyRuns) -> None:
     loop = Loop(tiny, 5)
     thread = threading.Thread(target=loop)
