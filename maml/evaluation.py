@@ -145,7 +145,7 @@ class Evaluation:
         num_steps: NonNegativeInt,
         num_shots: Annotated[list[Count], MinLen(1)] | None = None,
         num_query: Count | None = None,
-        step_size: PositiveFloat | list[PositiveFloat] | dict[int, PositiveFloat] | None = None,
+        step_size: PositiveFloat | list[PositiveFloat] | Annotated[dict[int, PositiveFloat], MinLen(1)] | None = None,
         search: StepSizeSearch | None = None,
         split: Literal["test", "val"] = "test",
         bank_seed: Seed = 0,

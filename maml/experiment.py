@@ -140,7 +140,8 @@ def _build_learners(
     settings: Settings, experiment: str, hardware: Hardware, evaluation: Evaluation
 ) -> Iterator[Learner]:
     """Yields the learner of each seed, all on one domain. Checks everything that can be checked before training."""
-    domain = build_domain(settings, hardware)
+    with naming_the_largest_setting(settings, "domain"):
+        domain = build_domain(settings, hardware)
     hardware.check(domain.workload)
     check_tasks_fit(settings, domain, evaluation)
     for seed in range(settings.seed, settings.seed + settings.seeds):
@@ -313,10 +314,11 @@ def _evaluate(
     written_to = folder.save_report(report, per_task_rows(curves), report_dir, class_tables(counted), pictures)
     plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
     judgements = judge(folder.experiment, settings, report)
-    print_report(report, algorithm.name, list(judgements.values()))
-    for each in counted:
-        print(f"  classes, {each.summary()}")
-    print(f"written to {written_to}")
+    with suppress(BrokenPipeError):  # a reader such as `head` has enough; the run does not end because of it
+        print_report(report, algorithm.name, list(judgements.values()))
+        for each in counted:
+            print(f"  classes, {each.summary()}")
+        print(f"written to {written_to}")
     return report | {"cells": _texts(judgements)}, plot
 
 

@@ -43,7 +43,8 @@ class Embedding(Algorithm):
         parts: the domain, model, optimizers and stream.
 
     Raises:
-        MamlError: if the domain has no classes with support images, or the model has no features.
+        MamlError: if the domain has no classes with support images, or the model has no features; or training
+            has gradient steps.
     """
 
     shares_weights = True
@@ -56,6 +57,11 @@ class Embedding(Algorithm):
             raise MamlError(
                 f"{type(self).__name__} compares images with those of other classes: choose domain=omniglot, cifar_fs, "
                 "mini_imagenet or image_folder"
+            )
+        if self.inner.num_steps:
+            raise MamlError(
+                f"inner.num_steps={self.inner.num_steps}, but {type(self).__name__} adapts nothing in training; set it "
+                "to 0. The gradient steps of meta-test are evaluation.num_steps"
             )
         self.network = self.model
         self.network.check_features()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from maml.algorithm.base import Algorithm, Parts
 from maml.domain.base import Metrics
+from maml.errors import MamlError
 from maml.seeding import Stream
 from maml.types import Count, Examples, Params, Tasks, expand, num_tasks
 
@@ -28,12 +29,17 @@ class Reptile(Algorithm):
         num_test_examples: number of support examples per mini-batch in meta-test; a smaller support set is used whole.
 
     Raises:
-        MamlError: if nothing in the domain adapts by gradient steps.
+        MamlError: if nothing in the domain adapts by gradient steps, or training takes none.
     """
 
     def __init__(self, parts: Parts, num_examples: Count, num_test_examples: Count) -> None:
         super().__init__(parts)
         self.domain.check_adaptation(self.name)
+        if not self.inner.num_steps:
+            raise MamlError(
+                "algorithm=reptile moves theta to where inner steps lead, and inner.num_steps=0 takes none; set a "
+                "number of steps"
+            )
         self.num_examples, self.num_test_examples = num_examples, num_test_examples
         adapted = {name: self.theta[name] for name in self.inner.adapted_names(list(self.theta))}
         state = self.inner.init_state(expand(adapted, 1))

@@ -140,6 +140,18 @@ def _text(error: Exception) -> str:
         return explain_config_error(error)
     elif not isinstance(error, HydraException):
         return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+    if (form := re.match(r"Error merging override \+*([^=]+)=(.*)", text)) and "Cannot merge" in str(cause):
+        key, value = form.groups()
+        return (
+            f"{key}={value}: a mapping {{...}} does not replace a list [...], nor the other way round; write '~{key}' "
+            f"'+{key}={value}'"
+        )
+    if (entries := re.match(r"Could not override '(.+)'\.", text)) and (value := re.search(r"=(\{.*\})", text)):
+        key = entries[1]
+        return (
+            f"{key}={value[1]} can only change entries that are there. '++{key}={value[1]}' adds to them; '~{key}' "
+            f"'+{key}={value[1]}' replaces them all"
+        )
     if sweep := re.search(r"does not support sweep type : (\w+)_SWEEP", text):
         return (
             f"{sweep[1].lower()}(...) draws values, which needs a sweeper that can: add sweeper=optuna, or list the "

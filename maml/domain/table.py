@@ -65,10 +65,11 @@ class Table(SupervisedDomain):
             raise MamlError(
                 f"domain.targets={[*targets]}, domain.classes={[*classes]}: classes are different values of one column"
             )
-        if repeated := [name for name, count in Counter([task, *inputs, *targets]).items() if count > 1]:
+        named = [task, *inputs, *targets, *([split] if isinstance(split, str) else [])]
+        if repeated := [name for name, count in Counter(named).items() if count > 1]:
             raise MamlError(
                 f"domain.inputs={[*inputs]}, domain.targets={[*targets]}: the column {repeated[0]!r} is named twice; "
-                "name each column once, as the task, an input or a target"
+                "name each column once, as the task, an input, a target or the split"
             )
         self.in_shape = (len(inputs),)
         self.classes = None if classes is None else list(classes)

@@ -25,6 +25,8 @@ from maml.environment.spaces import distribution_of, is_vector, with_vectors
 from maml.errors import EnvironmentFailed, MamlError
 from maml.seeding import Stream
 
+_CHECKED_STEPS = 1000  # of an episode, before a run
+
 _log = logging.getLogger(__name__)
 
 Goal = tuple[float, ...]
@@ -93,7 +95,7 @@ class VectorizedEnvironments(Environments):
                 f"{self._name} has the observation space {example.observation_space}, which holds no number, but a "
                 "policy acts on observations; give it one at least, such as a constant 1"
             )
-        self._check_episode(goal, horizon or 1)
+        self._check_episode(goal, min(horizon or 1, _CHECKED_STEPS))
         if not is_vector(example.observation_space):
             _log.warning(
                 "%s: its observations, a %s, are flattened to vectors of %d numbers",
@@ -239,7 +241,7 @@ class VectorizedEnvironments(Environments):
             raise self._unrepeatable(goal)
 
     def _check_episode(self, goal: Goal, num_steps: int) -> None:
-        """Goes through an episode with random actions, twice; later errors and random draws of its own show then."""
+        """Goes through an episode's first steps with random actions, twice: some errors and random draws come late."""
         first, again = (self._episode(goal, num_steps) for _ in range(2))
         if first[0].unstable.any():
             raise MamlError(

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from maml.errors import MamlError
 from maml.types import Count, Decay, NonNegativeInt
 
 
@@ -30,13 +31,21 @@ class Cosine(Schedule):
         num_iterations: number of updates until it has fallen.
         final: the last factor.
         warm_up: number of updates in which the factor first rises linearly, 1 / warm_up at the first update.
+
+    Raises:
+        MamlError: if the rise is as long as all updates.
     """
 
-    def __init__(self, num_iterations: Count, final: Decay = 0.0, warm_up: NonNegativeInt = 0) -> None:
+    def __init__(self, num_iterations: NonNegativeInt, final: Decay = 0.0, warm_up: NonNegativeInt = 0) -> None:
+        if warm_up and warm_up >= num_iterations:
+            raise MamlError(
+                f"outer.schedule.warm_up={warm_up}: the step size would rise during all {num_iterations} updates; set "
+                "fewer"
+            )
         self.num_iterations, self.final, self.warm_up = num_iterations, final, warm_up
 
     def factor(self, done: Tensor) -> Tensor:
-        share = (done / self.num_iterations).clamp(max=1)
+        share = (done / max(1, self.num_iterations)).clamp(max=1)
         factor = self.final + (1 - self.final) * (1 + torch.cos(math.pi * share)) / 2
         return factor * ((done + 1) / self.warm_up).clamp(max=1) if self.warm_up else factor
 

@@ -9,7 +9,7 @@ from maml.errors import MamlError
 from maml.outer.base import OuterState, flatten
 from maml.outer.first_order import FirstOrder
 from maml.outer.schedule import Schedule
-from maml.types import Count, Decay, NonNegativeFloat, Params, PositiveFloat
+from maml.types import Decay, NonNegativeFloat, NonNegativeInt, Params, PositiveFloat
 
 
 class SGD(FirstOrder):
@@ -29,7 +29,7 @@ class SGD(FirstOrder):
     def __init__(
         self,
         step_size: PositiveFloat,
-        num_iterations: Count,
+        num_iterations: NonNegativeInt,
         final_step_size: NonNegativeFloat | None = None,
         momentum: Decay = 0.0,
         clip: PositiveFloat | None = None,
@@ -59,7 +59,8 @@ class SGD(FirstOrder):
         """Returns the step size after ``done`` updates, a 0-dim tensor."""
         if self.schedule is not None:
             return super().rate(done)
-        return self.step_size + (self.final_step_size - self.step_size) * (done / self.num_iterations).clamp(max=1)
+        share = (done / max(1, self.num_iterations)).clamp(max=1)
+        return self.step_size + (self.final_step_size - self.step_size) * share
 
     def update(self, gradient: Tensor, state: OuterState, rate: Tensor | float) -> Tensor:
         direction = state["velocity"].mul_(self.momentum).add_(gradient) if self.momentum else gradient

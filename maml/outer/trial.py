@@ -73,6 +73,6 @@ def check_step(outer: Outer, theta: Params) -> None:
         )
     if all(torch.equal(tried[key], value) for key, value in theta.items()):
         raise MamlError(
-            f"{name}.step leaves theta as it is, so nothing would be trained; change its values in place, as in "
-            "theta[name].sub_(...)"
+            f"with these settings of outer, {name}.step leaves theta as it is, so nothing would be trained; choose "
+            "others. A step of your own changes theta's values in place, as in theta[name].sub_(...)"
         )

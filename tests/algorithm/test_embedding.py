@@ -275,6 +275,10 @@ def test_parts_that_do_not_fit_are_refused(tiny: TinyRuns, tiny_images: TinyRuns
             "does not differentiate through adaptation",
         ),
         (
+            tiny_images.config("algorithm=siamese", "inner.num_steps=1"),
+            r"inner\.num_steps=1, but Siamese adapts nothing in training; set it to 0",
+        ),
+        (
             tiny_images.config("algorithm=context_vector", "model.dropout=0.1"),
             r"model\.dropout=0\.1, but ContextVector drops no values .* set it to 0, or",
         ),

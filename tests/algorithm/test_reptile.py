@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maml.algorithm.reptile import Reptile
 from maml.domain.base import Role
+from maml.errors import MamlError
 from maml.hardware.base import Execution
 from maml.inner.adam import Adam
 from maml.inner.base import Inner
@@ -73,6 +74,19 @@ def make(kind: Kind = "adam", num_test_examples: int = 3) -> tuple[Reptile, Watc
         num_test_examples=num_test_examples,
     )
     return algorithm, domain
+
+
+def test_without_inner_steps_nothing_would_be_trained() -> None:
+    with pytest.raises(MamlError, match=r"inner\.num_steps=0 takes none; set a number of steps"):
+        build_from(
+            Reptile,
+            Watched(),
+            Float64MLP((1,), 1, [6]),
+            SGD(STEP_SIZE, 0, order=1, adapt=["*"]),
+            OuterSGD(step_size=1.0, num_iterations=4),
+            num_examples=1,
+            num_test_examples=1,
+        )
 
 
 def plain_steps(

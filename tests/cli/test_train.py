@@ -65,6 +65,14 @@ def command(monkeypatch: pytest.MonkeyPatch, tiny: TinyRuns, *words: str) -> Non
         (["-m", "seed=0,1", "inner.step_size=-1"], ["+debug=smoke ", "  inner.step_size=-1: input should be greater"]),
         (["-m", "seed=0,1", "seeds=${nope}"], ["+debug=smoke "]),
         (
+            ["inner.adapt={head:1}"],
+            ["inner.adapt={head:1}: a mapping {...} does not replace a list [...], nor the other way round; write '~"],
+        ),
+        (
+            ["outer=adam_cosine", "outer.schedule={nope:1}"],
+            ["outer.schedule={nope:1} can only change entries that are there. '++outer.schedule={nope:1}' adds "],
+        ),
+        (
             ["-m", "inner.step_size=interval(0.1,1)"],
             ["interval(...) draws values, which needs a sweeper that can"],
         ),

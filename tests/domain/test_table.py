@@ -194,6 +194,7 @@ def test_facts_are_known_without_the_table(data_dir: Path) -> None:
         ({}, {"targets": ["odd"], "classes": [0, 0]}, "classes are different values of one column"),
         ({}, {"targets": ["x"]}, "the column 'x' is named twice"),
         ({}, {"inputs": ["x", "x"]}, "the column 'x' is named twice"),
+        ({}, {"split": "task"}, "the column 'task' is named twice; name each column once, as .* or the split"),
         ({}, {"split": [0.6, 0.2, 0.3]}, "three shares"),
         ({}, {"split": [1.0, 0.0, 0.0]}, "leaves no tasks for test"),
         ({}, {"num_shots": 3}, "num_shots=3 plus num_query=3 is 6, but task a has 4 rows, task c has 5 rows; lower"),

@@ -13,6 +13,7 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.spaces import Sequence as Words
 from torch import Tensor
 
+from maml.environment import vectorized
 from maml.environment.distribution import Categorical
 from maml.environment.vectorized import VectorizedEnvironments
 from maml.errors import MamlError
@@ -248,6 +249,11 @@ def test_episode_of_the_example_shows_what_its_first_step_does_not(draws: float,
     VectorizedEnvironments(LateDraw, ["draws"], [draws], horizon=2)
     with pytest.raises(MamlError, match=message):
         VectorizedEnvironments(LateDraw, ["draws"], [draws], horizon=3)
+
+
+def test_long_episode_is_not_gone_through_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectorized, "_CHECKED_STEPS", 2)
+    VectorizedEnvironments(LateDraw, ["draws"], [0.0], horizon=10**9)
 
 
 @pytest.mark.parametrize("broken", [1.0, 2.0])

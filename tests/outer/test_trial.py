@@ -94,6 +94,12 @@ def test_optimizer_that_would_train_nothing_is_refused(outer: Outer, said: str, 
         check_step(outer, theta)
 
 
+def test_settings_that_would_train_nothing_are_refused_by_their_part(theta: Params) -> None:
+    outer = build(compose_option(CONF, "outer", "trpo", "outer.max_kl=1e9").outer)
+    with pytest.raises(MamlError, match=r"with these settings of outer, TRPO\.step leaves theta as it is"):
+        check_step(outer, theta)
+
+
 def test_optimizer_is_left_as_it_was_and_may_wait(theta: Params) -> None:
     outer = Waiting()
     check_step(outer, theta)
