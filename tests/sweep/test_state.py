@@ -13,8 +13,8 @@ import pytest
 from maml.errors import MamlError
 from maml.record.heartbeat import DEAD_AFTER
 from maml.sweep.state import SWEEP, Job, SweepReader, find_sweep, find_sweeps, job_rows, summary_line, sweep_rows
-from tests.paper.fake_runs import make_run
-from tests.sweep.fake_sweep import write_beat, write_job, write_report
+from tests.paper.fake_runs import edit, make_run
+from tests.sweep.fake_sweep import job, write_beat, write_job, write_report
 
 
 @pytest.fixture
@@ -41,6 +41,23 @@ def test_finished_job_has_its_report(sweep: Path) -> None:
     write_job(sweep, "a=1", run_id="run", seconds=5.0)
     job = only(sweep)
     assert (job.state, job.headline[0], job.seconds, job.problem) == ("finished", 2.0, 5.0, "")
+
+
+def test_headline_is_that_of_its_own_k() -> None:
+    found = job(2.0)
+    assert found.report
+    (curve,) = found.report["curves"]
+    found.report["curves"] = [{**curve, "num_shots": 1, "steps": curve["steps"][:1]}, curve]
+    assert (found.headline, found.headline_label) == ((2.0, 0.5), "mse (K=5, step 1, n=2)")
+
+
+def test_evaluation_of_an_unfinished_training_is_finished(sweep: Path) -> None:
+    write_report(sweep.parents[1], "run", [1.0, 3.0])
+    edit(sweep.parents[1] / "sinusoid" / "run" / "report.json", iteration=5)
+    record = write_job(sweep, "mode=eval", run_id="run")
+    for mode, state in (("train", "failed"), ("eval", "finished")):
+        edit(record, mode=mode)
+        assert only(sweep).state == state
 
 
 def test_report_with_other_settings_does_not_count(sweep: Path) -> None:
@@ -96,8 +113,11 @@ def test_seeds_side_by_side_are_jobs_of_their_own(sweep: Path) -> None:
     record["runs"].append(record["runs"][0] | {"seed": 1, "run_id": "second", "folder": "sinusoid/second"})
     path.write_text(json.dumps(record))
     write_report(sweep.parents[1], "second", [1.0])
-    states = [(job.settings["seed"], job.state) for job in SweepReader(sweep).jobs()]
+    reader = SweepReader(sweep)
+    states = [(job.settings["seed"], job.state) for job in reader.jobs()]
     assert states == [("0", "not started"), ("1", "finished")]
+    write_report(sweep.parents[1], "first", [1.0])
+    assert [job.state for job in reader.jobs()] == ["finished"] * 2, "it is read again until all seeds are finished"
 
 
 def test_seed_with_its_report_is_finished_although_another_failed(sweep: Path) -> None:

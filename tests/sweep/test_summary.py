@@ -109,6 +109,20 @@ def test_runs_on_different_banks_are_not_paired(tmp_path: Path) -> None:
     assert row["ci95"] == pytest.approx(combine([(mean, 0.5) for mean in values.mean(1)]).ci95)
 
 
+@pytest.mark.parametrize(("line", "measured_by"), [("10,mse,0,9,8", "gradient step"), ("5,mse,20,9,", "showing")])
+def test_interval_is_of_the_tasks_that_have_the_headline(tmp_path: Path, line: str, measured_by: str) -> None:
+    sweep, values = tmp_path / "sweeps" / "one", np.random.default_rng(0).normal(size=(3, 20)).round(4)
+    for seed, row in enumerate(values.tolist()):
+        write_report(tmp_path, f"run{seed}", row)
+        edit(tmp_path / "sinusoid" / f"run{seed}" / "report.json", measured_by=measured_by)
+        with open(tmp_path / "sinusoid" / f"run{seed}" / "tasks.csv", "a") as file:
+            file.write(f"{line}\n")  # at another K, or of a task that has no such showing
+        write_job(sweep, f"seed={seed}", run_id=f"run{seed}")
+    summarise(sweep)
+    (summary,) = pd.read_csv(sweep / "summary.csv").to_dict("records")
+    assert summary["ci95"] == pytest.approx(combine([(mean, 0.5) for mean in values.mean(1)], values).ci95)
+
+
 def test_summary_names_missing_jobs_and_their_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = tmp_path / "sweeps" / "one"
     path = write_job(sweep, "a=1", error="why")
