@@ -67,6 +67,6 @@ def test_dead_process_of_this_machine_is_seen_at_once() -> None:
 
 
 def test_process_of_another_machine_looks_dead_after_some_silence() -> None:
-    beat = {"time": 1000.0, "host": "another", "pid": os.getpid()}
+    beat = {"time": 1000.0, "host": "another", "pid": 2**30}  # which no process of this machine has
     assert looks_dead(beat, 1000.0 + heartbeat.SECONDS) == ""
     assert "no heartbeat from another" in looks_dead(beat, 1001.0 + DEAD_AFTER)

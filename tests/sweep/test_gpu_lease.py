@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.utils import JobReturn
+from omegaconf import DictConfig
 
 from maml.sweep import gpu_lease
-from maml.sweep.gpu_lease import lease_gpu
+from maml.sweep.gpu_lease import OneGpuPerJob, lease_gpu
 
 
 @pytest.fixture
@@ -65,6 +67,18 @@ def test_next_job_of_a_process_gets_the_gpu_that_it_had(machine: pytest.MonkeyPa
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7", "CUDA would not take notice of another"
     assert again
     again.release()
+
+
+def test_job_that_has_ended_gives_its_gpu_back(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine.setattr(gpu_lease.tempfile, "gettempdir", lambda: str(tmp_path))
+    callback, pool = OneGpuPerJob(), tmp_path / f"maml_gpus_{os.getuid()}"
+    callback.on_job_start(DictConfig({}))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+    callback.on_job_end(DictConfig({}), JobReturn())
+    machine.setenv("CUDA_VISIBLE_DEVICES", "4,7")  # another process
+    other = lease_gpu(pool)
+    assert other and os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+    other.release()
 
 
 def test_nothing_happens_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

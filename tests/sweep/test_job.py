@@ -133,6 +133,15 @@ def test_heartbeat_sends_no_file_again_that_has_not_changed(tiny: TinyRuns, monk
     assert second == {f"{running.name}.heartbeat"}
 
 
+def test_run_folder_that_this_machine_has_is_not_replaced(tiny: TinyRuns) -> None:
+    near, far = tiny.in_folder("near"), FarDisk(tiny.runs_dir)
+    for folder, content in ((near.folder(), "further"), (tiny.folder(), "sent a while ago")):
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(content)
+    RunningJob(near.runs_dir / "sweeps" / "one", config(near), post=far).stop()
+    assert (near.folder() / "metrics.jsonl").read_text() == "further"
+
+
 def test_killed_job_goes_on_on_another_machine(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "Heartbeat", lambda send: heartbeat.Heartbeat(send, seconds=1000.0))
     undisturbed = tiny.in_folder("undisturbed").run()
@@ -148,6 +157,8 @@ def test_killed_job_goes_on_on_another_machine(tiny: TinyRuns, monkeypatch: pyte
         with pytest.raises(OSError, match="gone"):
             near.run()
     running._heartbeat.stop()
+    names = [Path(name).name for name in far.written]
+    assert names.index("checkpoint.pt") < names.index("metrics.jsonl"), "read later, it has all lines before it"
 
     third = tiny.in_folder("third")
     again = RunningJob(third.runs_dir / "sweeps" / "one", config(third), post=far, with_checkpoints=True)
