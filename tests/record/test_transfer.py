@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from maml.errors import Interrupted, MamlError
+from maml.record.index import read_run
 from maml.record.lock import acquire
 from maml.record.transfer import import_runs
 from tests.kills import every_point, script_killed, start_process
-from tests.paper.fake_runs import edit, make_run
+from tests.paper.fake_runs import add_evaluation, edit, make_run, make_run_with_checkpoint
 from tests.runs import TinyRuns, before_iteration, file_contents
 
 STEPS = ("checkpoint_every=7", "num_iterations=20")
@@ -137,6 +138,40 @@ def test_both_evaluations_of_a_finished_run_are_kept(tiny: TinyRuns, tmp_path: P
         sorted(len(json.loads(path.read_text())["evaluation"]) for path in reports) == [len(record["evaluation"])] * 2
     )
     assert all((path.parent / "tasks.csv").exists() for path in reports)
+
+
+def evaluated_at(run: Path) -> list[int]:
+    found = read_run(run)
+    assert found
+    return sorted(report.iteration for report in found.reports)
+
+
+def test_evaluation_of_here_at_an_earlier_iteration_is_kept_whole(tmp_path: Path) -> None:
+    here = make_run(tmp_path / "here", done=500, status="interrupted")
+    (here / "evaluations" / "0a" / "classes.csv").touch()
+    make_run(tmp_path / "runs")
+    import_runs(archive_of(tmp_path / "runs", tmp_path / "runs.tar"), tmp_path / "here")
+    assert evaluated_at(here) == [500, 70_000]
+    assert list(here.glob("evaluations/*/classes.csv"))
+
+
+def test_evaluation_at_another_iteration_is_added_and_the_checkpoint_of_here_kept(tmp_path: Path) -> None:
+    here = make_run_with_checkpoint(tmp_path / "here")
+    checkpoint = (here / "checkpoint.pt").read_bytes()
+    add_evaluation(make_run(tmp_path / "runs"), iteration=500)
+    import_runs(archive_of(tmp_path / "runs", tmp_path / "runs.tar"), tmp_path / "here")
+    assert evaluated_at(here) == [500, 70_000]
+    assert (here / "checkpoint.pt").read_bytes() == checkpoint
+
+
+def test_run_that_left_an_earlier_iteration_has_another_history(tmp_path: Path) -> None:
+    make_run(tmp_path / "here", done=11, status="interrupted")
+    run = make_run(tmp_path / "runs", done=20, status="interrupted")
+    (segment,) = json.loads((run / "run.json").read_text())["segments"]
+    later = segment | {"started": "later", "first_iteration": 5}
+    edit(run / "run.json", segments=[segment | {"last_iteration": 5}, later])
+    (text,) = imported(archive_of(tmp_path / "runs", tmp_path / "runs.tar"), tmp_path / "here")
+    assert "which has another history" in text
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
