@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from maml.record import checkpoint
+from maml.record import checkpoint, extension
 from maml.record.index import SUPERSEDED, find_runs
 from tests.runs import TinyRuns, assert_same_run, file_contents
 
@@ -81,6 +81,13 @@ def test_run_that_is_not_whole_is_left_alone(damage: str, tiny: TinyRuns) -> Non
     else:
         (shorter / "run.json").write_text("[")
     assert first_iterations(tiny.run("num_iterations=6")) == [0]
+
+
+def test_run_whose_data_or_code_has_changed_starts_anew(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.run("num_iterations=4")
+    monkeypatch.setattr(extension, "changed_since", lambda *_: ["the data have changed"])
+    assert first_iterations(tiny.run("num_iterations=6")) == [0]
+    assert first_iterations(tiny.run("num_iterations=5", "changed_sources=accept")) == [0, 4]
 
 
 def test_lines_of_a_stretch_that_was_logged_more_often_are_kept(tiny: TinyRuns) -> None:

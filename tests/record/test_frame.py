@@ -1,5 +1,6 @@
 """Runs as DataFrames: what the rows say, and that a foreign run makes nothing be imported."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from maml.errors import MamlError
 from maml.record.frame import NUMBER, UNKNOWN, check_key, number_frame, run_frame, setting, task_frame
 from maml.record.index import find_runs, read_runs
-from tests.paper.fake_runs import make_run, make_run_with_own_classes
+from tests.paper.fake_runs import add_evaluation, edit, make_run, make_run_with_own_classes
 
 
 def test_run_frame_has_a_row_per_run_evaluated_or_not(tmp_path: Path) -> None:
@@ -31,6 +32,17 @@ def test_number_frame_has_every_number_once_and_the_settings_that_are_asked_for(
     assert set(frame["model.activation"]) == {"relu"}  # a default, which runs do not record
     assert frame["no.such"].isna().all()
     assert frame[frame["seed"] == 1]["mean"].isna().all()
+
+
+def test_iteration_of_a_number_is_that_of_its_evaluation(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, done=500, status="interrupted")
+    (segment,) = json.loads((folder / "run.json").read_text())["segments"]
+    edit(folder / "run.json", segments=[segment | {"last_iteration": 900}])
+    add_evaluation(make_run(tmp_path, seed=1), iteration=600)
+    runs, _ = find_runs(tmp_path)
+    (row,) = run_frame(runs).query("seed == 0").to_dict("records")
+    assert (row["iteration"], row["evaluated_at"]) == (900, 500)
+    assert sorted(number_frame(runs)["iteration"].unique()) == [500, 600, 70_000]
 
 
 def test_default_of_an_own_class_is_that_of_the_config(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from maml.errors import MamlError
 from maml.record.contents import RunRecord
-from maml.record.run_files import lines_until, read, read_config, read_json, read_metrics
+from maml.record.run_files import find_report, lines_until, read, read_config, read_json, read_metrics
+from tests.paper.fake_runs import add_evaluation, make_run
 
 
 def test_file_that_does_not_exist_is_none(tmp_path: Path) -> None:
@@ -32,3 +33,26 @@ def test_metrics_are_read_and_cut_at_a_checkpoint(tmp_path: Path) -> None:
     path.write_text("".join(lines) + '{"iteration": 12, "lo')
     assert [line["iteration"] for line in read_metrics(path)] == [3, 6, 9]
     assert lines_until(6, path, None, 20, warn=True) == "".join(lines[:2]).encode()
+
+
+def test_unfinished_training_has_the_report_of_its_latest_evaluation(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    report = read_json(folder / "report.json") or {}
+    add_evaluation(folder, iteration=500)
+    (folder / "evaluations" / "0b").rename(folder / "evaluations" / "0a")
+    add_evaluation(folder, iteration=400)
+    asked = folder, folder.name, report["evaluation"]
+    assert find_report(*asked, unfinished=True) == (report, folder)
+    (folder / "report.json").unlink()
+    assert find_report(*asked) is None
+    found = find_report(*asked, unfinished=True)
+    assert found and found[1].name == "0a"
+
+
+def test_lost_line_of_the_last_iteration_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 3}\n{"iteration": 6}\n')
+    record = {"segments": [{"first_iteration": 0, "log_every": 3}]}
+    lines_until(7, tmp_path / "metrics.jsonl", record, 8, warn=True)
+    assert caplog.text == ""
+    lines_until(7, tmp_path / "metrics.jsonl", record, 7, warn=True)
+    assert "lacks iterations 7 to 7, after line 2" in caplog.text

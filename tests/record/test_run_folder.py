@@ -20,6 +20,7 @@ from maml.experiment import run_experiment
 from maml.record import checkpoint
 from maml.record.run_files import read_json
 from maml.record.run_folder import RunFolder
+from tests.paper.fake_runs import edit
 from tests.runs import TinyRuns, file_contents
 
 HARDWARE = {"device": "cpu", "cpu": "Abacus"}
@@ -447,6 +448,17 @@ def test_report_of_the_whole_run_lies_in_its_folder(run: RunFolder) -> None:
         (row["metric"], row["task"], row["step_0"]) for row in ROWS
     ]
     run.close("finished")
+
+
+def test_data_of_a_given_checkpoint_are_those_of_its_own_training(tiny: TinyRuns) -> None:
+    folder = tiny.run("num_iterations=2")
+    (segment,) = (read_json(folder / "run.json") or {})["segments"]
+    edit(folder / "run.json", segments=[segment | {"data": "before"}])
+    overrides = ("num_iterations=2", "mode=eval", f"checkpoint={folder / 'checkpoint.pt'}")
+    settings = tiny.in_folder("elsewhere").config(*overrides)
+    with pytest.raises(MamlError, match=f"the data of .* have changed since {folder} was trained"):
+        RunFolder(settings, "custom", "now").check_sources()
+    RunFolder(settings, "custom", "before").check_sources()
 
 
 def test_no_report_overwrites_another(run: RunFolder) -> None:
