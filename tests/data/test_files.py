@@ -37,6 +37,12 @@ def test_zip_and_folder_have_the_same_checksums(source: Path) -> None:
     assert found == {path: zlib.crc32(content) for path, content in CONTENT.items()}
 
 
+def test_checksum_covers_all_of_a_large_file(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4097  # more than is read at once
+    (tmp_path / "large").write_bytes(content)
+    assert checksum(file_on_disk(tmp_path / "large")) == zlib.crc32(content)
+
+
 def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "gone.png"
     path.write_bytes(b"one")

@@ -74,6 +74,13 @@ def test_drawing_of_every_kind_is_ink_on_paper(name: str) -> None:
     np.testing.assert_array_equal(pixels[..., 0], ink())
 
 
+def test_drawing_with_levels_is_smooth_and_its_darkest_pixel_255() -> None:
+    pixels = to_pixels(DRAWINGS["L"](), (7, 11, 1), is_drawing=True, has_levels=True)
+    paper = np.asarray(Image.fromarray(grey(255, 0)).resize((11, 7), Image.Resampling.BILINEAR)).astype(float)
+    assert 255 > (255 - paper).max() > 0, "no pixel is all ink"
+    np.testing.assert_array_equal(pixels[..., 0], ((255 - paper) * 255 / (255 - paper).max()).round())
+
+
 @pytest.mark.parametrize("name", DRAWINGS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_photo_of_every_kind_is_dark_where_there_is_ink(name: str, channels: int) -> None:

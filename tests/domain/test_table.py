@@ -107,13 +107,14 @@ def test_shares_share_out_the_tasks(data_dir: Path) -> None:
     assert table_of(data_dir).has_validation
 
 
-def test_loss_is_the_mean_squared_error(data_dir: Path) -> None:
+@pytest.mark.parametrize("num_targets", [1, 2])
+def test_loss_is_the_mean_squared_error(data_dir: Path, num_targets: int) -> None:
     domain = table_of(data_dir)
-    outputs, y = Stream(1).uniform((2, 3, 1)), Stream(2).uniform((2, 3, 1))
+    outputs, y = (Stream(seed).uniform((2, 3, num_targets)) for seed in (1, 2))
     losses, _ = domain.loss(outputs, Examples(torch.empty(0), y, 2))
     for task in range(2):
-        squares = [(outputs[task, row, 0] - y[task, row, 0]) ** 2 for row in range(3)]
-        assert losses[task].item() == pytest.approx(float(sum(squares)) / 3)
+        squares = [(outputs[task, row, i] - y[task, row, i]) ** 2 for row in range(3) for i in range(num_targets)]
+        assert losses[task].item() == pytest.approx(float(sum(squares)) / (3 * num_targets))
 
 
 class Fixed(Model):
@@ -346,6 +347,16 @@ def test_tasks_are_told_apart_as_they_are_written(tmp_path: Path) -> None:
     names = ["1.1", "1.10", "01", "1", "1e5", "100000"]
     text = "task,x,z,y,part\n" + rows_of(names) + rows_of(["t"]).replace("train", "test")
     assert table_of(written(tmp_path, text), targets=["y"]).tasks == sorted([*names, "t"])
+
+
+def test_digest_tells_of_which_task_a_row_is(tmp_path: Path) -> None:
+    digests = set()
+    for border in (4, 5):
+        names = ["a"] * border + ["b"] * (9 - border)
+        rows = "".join(f"{name},{row},0,1,train\n" for row, name in enumerate(names))
+        text = "task,x,z,y,part\n" + rows + rows_of(["t"]).replace("train", "test")
+        digests.add(table_of(written(tmp_path, text)).data_digest)
+    assert len(digests) == 2
 
 
 def test_empty_fields_behind_the_last_column_are_no_column(tmp_path: Path) -> None:
