@@ -16,6 +16,7 @@ from maml.logger.base import Logger
 from maml.logger.mirror import described, mirror, replay
 from maml.record.lock import acquire
 from maml.record.run_files import read_json
+from tests.paper.fake_runs import edit
 from tests.runs import TinyRuns, file_contents
 
 SHORT = ("num_iterations=10", "evaluation.num_tasks=3")
@@ -81,8 +82,10 @@ def test_second_mirror_sends_nothing(tiny: TinyRuns) -> None:
 def test_evaluation_is_a_run_of_its_own(tiny: TinyRuns, tmp_path: Path) -> None:
     folder, logger = tiny.run(*SHORT), Noting()
     tiny.run(*SHORT, "mode=eval", "evaluation.num_steps=1")
+    edit(next(folder.glob("evaluations/*/report.json")), experiment="another")  # which shares the training
     assert mirror(folder, logger, tmp_path / "files") == 2
     (evaluation,) = folder.glob("evaluations/*")
+    assert [experiment for _, experiment, *_ in logger.of("start")] == ["custom", "another"]
     assert logger.of("replay_into") == [tmp_path / "files", tmp_path / "files" / "evaluations" / evaluation.name]
     assert [config["mode"] for _, _, _, config, _ in logger.of("start")] == ["train", "eval"]
     assert logger.of("report")[1][0]["evaluation"] == (read_json(evaluation / "report.json") or {})["evaluation"]
@@ -93,13 +96,15 @@ def test_evaluation_is_a_run_of_its_own(tiny: TinyRuns, tmp_path: Path) -> None:
 def test_run_that_was_killed_is_mirrored_as_interrupted_and_without_its_last_half_line(tiny: TinyRuns) -> None:
     folder, logger = tiny.run(*SHORT), Noting()
     record = read_json(folder / "run.json") or {}
-    (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    (segment,) = record["segments"]
+    edit(folder / "run.json", status="running", segments=[segment, segment | {"commit": "of the end"}])
     (folder / "report.json").unlink()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"iterat']))
     assert mirror(folder, logger) == 1
     assert len(logger.of("log")) == len(lines)
     assert (logger.of("report"), logger.of("finish")) == ([], ["interrupted"])
+    assert logger.of("start")[0][3]["record"]["commit"] == "of the end"
 
 
 def test_what_cannot_be_mirrored_is_refused_before_anything_is_sent(tiny: TinyRuns, tmp_path: Path) -> None:

@@ -70,6 +70,17 @@ def test_diverged_evaluation_leaves_out_its_numbers_and_keeps_the_others(
     assert not caplog.records
 
 
+def test_showings_are_counted_from_one(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = TensorBoard()
+    logger.start(tmp_path, "omniglot_sequence_mann", "1f2e3d", {}, False)
+    logger.report(REPORT | {"measured_by": "showing"}, {})
+    logger.finish("finished")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("evaluation/accuracy_1shot")] == [(1, 0.25), (2, 0.5)]
+
+
 def test_resumed_run_replaces_what_was_logged_after_its_checkpoint(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     # Without a checkpoint, a run that was killed begins again, and is not resumed.

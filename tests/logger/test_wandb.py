@@ -189,11 +189,14 @@ def test_steps_at_which_adaptation_diverged_are_left_out_of_the_line(wandb: Any,
     logger = WandB(mode="offline")
     mirror(logger, tmp_path / "run", range(1))
     steps = [*REPORT["curves"][0]["steps"], {"step": 2, "mean": None, "ci95": None, "num_tasks": 600}]  # type: ignore[index]
-    logger.report(REPORT | {"curves": [{"num_shots": 10, "metric": "mse", "steps": steps}]}, {})
+    for measured_by in ("gradient step", "showing"):
+        curves = [{"num_shots": 10, "metric": "mse", "steps": steps}]
+        logger.report(REPORT | {"measured_by": measured_by, "curves": curves}, {})
     logger.finish("finished")
     content = read_run(tmp_path / "run")
-    line = content["file"].parent / "files" / content["history"][-1]["adaptation/mse_10shot_table.path"]
-    assert json.loads(line.read_text())["data"] == [[0, 3.25], [1, 0.5]]
+    files, key = content["file"].parent / "files", "adaptation/mse_10shot_table.path"
+    over_steps, over_showings = (json.loads((files / row[key]).read_text())["data"] for row in content["history"][-2:])
+    assert (over_steps, over_showings) == ([[0, 3.25], [1, 0.5]], [[1, 3.25], [2, 0.5]])
 
 
 def test_uncommitted_changes_of_the_clone_are_saved_but_not_with_a_replayed_run(
