@@ -99,13 +99,15 @@ def test_statistics_use_common_tasks_only(tmp_path: Path) -> None:
     assert apart
     assert (apart.mean, apart.tasks_ci95) == (paired.mean, pytest.approx(0.1))  # that of the reports
     edit(folder / "report.json", banks=banks)
+    assert evidence(tmp_path).missing_values(SINUSOID, 1) == ""
     (folder / "tasks.csv").unlink()
     assert evidence(tmp_path).statistics(SINUSOID, 1) == apart
+    assert f"{folder / 'tasks.csv'} is missing" in evidence(tmp_path).missing_values(SINUSOID, 1)
     assert Evidence().statistics(SINUSOID, 1) is None
 
 
 def test_of_runs_on_different_tasks_the_first_stands_for_all(tmp_path: Path) -> None:
-    _, folder = (make_run(tmp_path, mean=mean, seed=seed) for seed, mean in enumerate((0.5, 0.6)))
+    other, folder = (make_run(tmp_path, mean=mean, seed=seed) for seed, mean in enumerate((0.5, 0.6)))
     together = evidence(tmp_path)
     np.testing.assert_array_equal(together.per_task_or_first(SINUSOID, 1), together.per_task(SINUSOID, 1))
     banks = json.loads((folder / "report.json").read_text())["banks"]
@@ -114,6 +116,8 @@ def test_of_runs_on_different_tasks_the_first_stands_for_all(tmp_path: Path) -> 
     assert apart.per_task(SINUSOID, 1) is None
     first = apart.evaluated[0][1].per_task(SINUSOID, 1)
     np.testing.assert_array_equal(apart.per_task_or_first(SINUSOID, 1), [first])
+    beside = provenance(SINUSOID, apart)
+    assert (beside["task_bank"], beside["run_id"]) == ("5a another", f"{other.name} {folder.name}")
 
 
 def test_a_superseded_run_is_no_evidence_and_in_no_conflict(tmp_path: Path) -> None:
@@ -156,6 +160,7 @@ def test_other_evaluation_settings_do_not_count(tmp_path: Path) -> None:
 
 def test_a_run_is_running_only_while_a_process_holds_its_lock(tmp_path: Path) -> None:
     folder = make_run(tmp_path, done=12_000, evaluated=False, status="running")
+    make_run(tmp_path, done=20_000, seed=1, evaluated=False, status="interrupted")
     assert evidence(tmp_path).state == "not run"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -128,6 +128,7 @@ def test_unfinished_run_is_continued_where_it_is(tmp_path: Path) -> None:
 
 
 def test_unfinished_committed_run_is_copied_whole_and_stays_as_it_is(tmp_path: Path) -> None:
+    make_run_with_checkpoint(tmp_path / "committed", done=20_000, status="interrupted", name="a shorter one")
     committed = make_run_with_checkpoint(tmp_path / "committed", done=30_000, status="interrupted")
     before = file_contents(committed)
     (job,) = jobs(tmp_path, SINUSOID)
@@ -251,7 +252,9 @@ def test_estimate_is_of_the_newest_run_on_this_machine_or_names_the_other(
     mine = make_run(tmp_path / "runs", seed=2)
     (segment,) = json.loads((mine / "run.json").read_text())["segments"]
     here = {"cpu": "Mine", "device": "cpu", "cores": 2}  # a record has more than the names
-    parts = [segment | {"hardware": here, "started": "2020", "first_iteration": at} for at in (0, 35_000)]
+    others = (segment["hardware"], here | {"processes": 2})  # whose times say nothing about this machine
+    parts = [segment | {"hardware": hardware, "seconds": 9000.0} for hardware in others]
+    parts += [segment | {"hardware": here, "started": "2020", "first_iteration": at} for at in (0, 35_000)]
     parts += [segment | {"hardware": here, "seconds": 0.0, "first_iteration": 70_000}]
     edit(mine / "run.json", segments=parts)
     make_run(tmp_path / "runs", seed=3, num_iterations=10)
