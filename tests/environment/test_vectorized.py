@@ -362,6 +362,17 @@ def test_tasks_whose_spaces_differ_are_refused() -> None:
         environments.reset(torch.tensor([[5.0], [7.0]]), streams(2))
 
 
+def test_tasks_whose_actions_are_of_another_kind_are_refused() -> None:
+    def build(choices: float) -> Counter:
+        environment = Counter(9.0)
+        environment.action_space = Discrete(2) if choices else Box(-1.0, 1.0, (1,), np.float64)  # both take 2 outputs
+        return environment
+
+    environments = VectorizedEnvironments(build, ["choices"], [0.0])
+    with pytest.raises(MamlError, match=r"build with {'choices': 1.0} .* actions Discrete\(2\), but with"):
+        environments.check([1.0])
+
+
 def test_observation_of_another_shape_than_its_space_is_named() -> None:
     class Grows(Counter):
         def step(self, action: np.ndarray) -> Any:

@@ -128,6 +128,9 @@ def test_the_first_of_equal_pixels_wins_and_a_nan_stays() -> None:
     )
     torch.testing.assert_close(found, expected)
     with torch.no_grad():
+        y, mean, factor = value(z, shift, scale, "max")
+        grad = torch.tensor([1.0, 0.0], dtype=torch.float64).view_as(y)
+        torch.testing.assert_close(gradient(grad, z, shift, scale, mean, factor, "max")[0], expected)
         z[0, 0, 0, 0] = torch.nan
     assert norm_relu(z, shift, scale, "max").isnan().all()
 
