@@ -9,7 +9,7 @@ from maml.config.compose import compose_experiment
 from maml.config.schema import build, build_without_data
 from maml.errors import MamlError
 from maml.paper import adaptation, trajectories
-from maml.paper.cells import Cell, Curve, load_figures, load_levels, load_pictures, load_tables
+from maml.paper.cells import Cell, Curve, load_figures, load_levels, load_pictures, load_tables, named_sources
 from maml.paper.evidence import measured_by
 from maml.record.contents import Source
 
@@ -165,6 +165,17 @@ def test_figure_3_has_the_rough_levels_of_the_image() -> None:
     )
     with pytest.raises(MamlError, match="no method sgd at K=5"):
         load_levels(RESULTS, "fig3_fig6_sinusoid_approx", "sgd", 5, num_steps=2)
+
+
+def test_figure_6_has_no_levels_where_those_of_the_image_are_not_credible() -> None:
+    (figure,) = (figure for figure in load_figures(RESULTS) if figure.name == "figure6")
+    assert {curve.source.num_shots for curve in figure.curves if curve.levels} == {5, 10}
+
+
+def test_named_sources_have_the_step_of_a_cell_and_every_step_of_a_curve() -> None:
+    steps = {name: [*steps] for name, (_, steps) in named_sources(RESULTS).items()}
+    assert steps["table1_omniglot/MAML_conv/5way_1shot"] == [3]
+    assert steps["figure4/MAML/fig4_point"] == [0, 1, 2, 3]
 
 
 CURVES = [curve for figure in load_figures(RESULTS) for curve in figure.curves if curve.cells]
