@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 from typing import IO
+from unittest.mock import Mock
 
 import pytest
 
@@ -45,6 +46,14 @@ def test_readers_see_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     write_atomically(path, write)
     assert path.read_bytes() == b"half"
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Mock(fsync=Mock(wraps=os.fsync), replace=Mock(wraps=os.replace))
+    monkeypatch.setattr(os, "fsync", calls.fsync)
+    monkeypatch.setattr(os, "replace", calls.replace)
+    write_atomically(tmp_path / "report.json", lambda file: file.write(b"new"))
+    assert [name for name, *_ in calls.mock_calls] == ["fsync", "replace"], "a power failure would leave an empty file"
 
 
 def test_write_that_is_interrupted_leaves_no_temporary_file(tmp_path: Path) -> None:

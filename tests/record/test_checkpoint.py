@@ -54,6 +54,14 @@ def test_saving_keeps_the_one_before_and_nothing_else(path: Path) -> None:
     assert checkpoint.load(checkpoint.previous_path(path))["iteration"] == 2
 
 
+def test_save_that_was_killed_between_its_renames_is_the_newest(path: Path) -> None:
+    for iteration in (1, 2):
+        checkpoint.save(path, content(iteration))
+    path.rename(path.with_name("checkpoint.new.pt"))
+    newest = checkpoint.newest(path)
+    assert newest and checkpoint.load(newest)["iteration"] == 2
+
+
 def test_newest_is_found_at_every_point_of_saving(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save is killed after each of its system calls in turn."""
 
