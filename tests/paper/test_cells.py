@@ -82,6 +82,12 @@ def test_every_reading_composes_and_evaluates_what_the_cell_asks_for() -> None:
             assert_evaluates(reading.source, reading.step)
 
 
+def test_readings_are_after_the_step_of_their_column() -> None:
+    steps = [(cell.column, reading.step) for cell in CELLS.values() for reading in cell.readings]
+    assert {step for column, step in steps if column.endswith("gradsteps_3")} == {3}
+    assert {step for column, step in steps if column.endswith("gradsteps_10")} == {10}
+
+
 def test_every_curve_and_panel_composes_and_evaluates_what_it_draws() -> None:
     for figure in load_figures(RESULTS):
         for curve in figure.curves:

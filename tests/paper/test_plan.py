@@ -261,6 +261,9 @@ def test_estimate_is_of_the_newest_run_on_this_machine_or_names_the_other(
     found = estimate(job, find_runs(tmp_path / "runs")[0])
     assert (found.hours, found.machine) == (pytest.approx(70_000 * 100 / 105_000 / 3600), "")
     assert estimate(replace(job, commands=()), []).hours == 0
+    for record in (tmp_path / "runs").glob("*/*/run.json"):
+        edit(record, segments=[segment | {"first_iteration": 70_000}])
+    assert estimate(job, find_runs(tmp_path / "runs")[0]).hours is None, "no iteration was timed"
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
