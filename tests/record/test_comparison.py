@@ -124,6 +124,13 @@ def test_ways_are_those_of_meta_test(tmp_path: Path) -> None:
     assert groups(tmp_path)[0][0].tasks == "5-way, K=5, 600 tasks"
 
 
+def test_equal_banks_of_other_data_are_other_tasks(tmp_path: Path) -> None:
+    other: dict[str, Any] = {"domain._target_": "maml.domain.fc100.FC100"}  # a bank may hold numbers of classes only
+    make_run(tmp_path, mean=0.5)
+    make_run(tmp_path, mean=0.6, source=PRETRAIN, **other)
+    assert groups(tmp_path) == []
+
+
 def test_other_tasks_and_what_has_no_values_are_left_out(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.5)
     other = make_run(tmp_path, mean=0.6, source=PRETRAIN)

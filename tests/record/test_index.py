@@ -51,6 +51,9 @@ def test_only_an_equal_environment_can_contradict(tmp_path: Path, change: str) -
     }
     edit(second / "run.json", segments=other[change])
     assert {run.status for run in find_runs(tmp_path)[0]} == {"finished"}
+    for folder in (first, second):
+        edit(folder / "run.json", segments=other["segments"])
+    assert {run.status for run in find_runs(tmp_path)[0]} == {"finished"}, "neither was trained in one environment"
 
 
 def test_other_task_banks_contradict_and_a_curve_that_only_one_has_does_not(tmp_path: Path) -> None:
