@@ -106,6 +106,7 @@ def test_functions_that_a_gpu_compiles_are_the_kernels(windows: Windows) -> None
     grad, u, w, v = torch.randn_like(y), torch.randn_like(z), torch.randn_like(shift), torch.randn_like(shift)
     leaves = [tensor.clone().requires_grad_() for tensor in (grad, z, shift, scale)]
     outputs = norm_relu(leaves[1], leaves[2], leaves[3], windows)
+    torch.testing.assert_close(y, outputs)
     first = torch.autograd.grad(outputs, leaves[1:], leaves[0], create_graph=True)
     then = torch.autograd.grad(first, [leaves[0], leaves[1], leaves[3]], [u, w, v])
     flat = windows == "none"
