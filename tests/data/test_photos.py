@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from maml.data import photos
-from maml.data.photos import NUM_CLASSES, NUM_IMAGES, check_classes, class_splits, stack
+from maml.data.files import file_on_disk
+from maml.data.photos import NUM_CLASSES, NUM_IMAGES, cached_photos, check_classes, class_splits, stack
 from maml.errors import MamlError
 
 WHOLE = {f"{split}/{split}{number}": NUM_IMAGES for split, count in NUM_CLASSES.items() for number in range(count)}
@@ -54,3 +58,12 @@ def test_photos_are_stacked_by_sorted_class_in_the_order_given(monkeypatch: pyte
     assert classes == ["train/a", "val/b"]
     assert images.shape == (2, 2, 4, 5, 3)
     assert images[:, :, 0, 0, 0].tolist() == [[2, 1], [3, 4]]
+
+
+def test_photos_of_a_class_are_sorted_by_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photos, "NUM_IMAGES", 2)
+    for name, level in (("2.png", 20), ("1.png", 10)):
+        Image.new("RGB", (3, 3), (level, level, level)).save(tmp_path / name)
+    listed = {"train/a": {name: file_on_disk(tmp_path / name) for name in ("2.png", "1.png")}}
+    data = cached_photos(tmp_path / "cache", "set", "a set", tmp_path, lambda: listed, lambda photo: photo, "mend it")
+    assert data.images[0, :, 0, 0, 0].tolist() == [10, 20]
