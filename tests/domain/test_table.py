@@ -101,6 +101,7 @@ def test_tasks_are_drawn_and_gathered_on_the_device(data_dir: Path) -> None:
 def test_shares_share_out_the_tasks(data_dir: Path) -> None:
     domain = table_of(data_dir, split=[0.5, 0.0, 0.5])
     assert {split: len(members) for split, members in domain.splits.items()} == {"train": 3, "test": 3}
+    assert all(members.equal(members.sort().values) for members in domain.splits.values()), "as tasks are drawn"
     assert not domain.has_validation
     with pytest.raises(MamlError, match="has no val tasks, only train and test"):
         domain.sample_tasks(1, Stream(0), "val")

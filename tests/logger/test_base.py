@@ -168,4 +168,5 @@ def test_mirror_notes_which_report_it_got(tmp_path: Path, monkeypatch: pytest.Mo
     assert not logger.has(*where, report | {"evaluation": {"num_tasks": 6}})
     assert not logger.has(*where, report | {"headline": 0.6})
     assert not logger.has(tmp_path, "another experiment", "1f2e3d", {"mode": "train"}, report)
+    assert not logger.has(tmp_path, "an experiment", "1f2e3d", {"mode": "eval"}, report), "it is a run of its own"
     assert Logger().has(*where, report), "a logger that sends nothing lacks nothing"

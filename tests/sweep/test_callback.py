@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import json
 import pickle
 import shutil
 import signal
@@ -33,6 +34,7 @@ from maml.errors import Interrupted
 from maml.experiment import run_experiment
 from maml.record.run_files import read_json
 from maml.sweep.callback import Sweep, _planned_jobs, _sweep_id
+from maml.sweep.state import SWEEP
 from tests.runs import ROOT, TinyRuns
 
 CONF = ROOT / "conf"
@@ -138,6 +140,14 @@ def test_id_is_that_of_the_settings_and_not_of_the_launcher() -> None:
     alone = _sweep_id(multirun_config("seed=0,1"))
     assert _sweep_id(multirun_config("launcher=joblib", "seed=0,1", "hydra.launcher.n_jobs=2")) == alone
     assert _sweep_id(multirun_config("seed=0,2")) != alone
+
+
+def test_folder_of_another_sweep_at_the_same_path_is_not_taken_for_its_own(tmp_path: Path) -> None:
+    sweep = Sweep()
+    sweep.folder, sweep._started = tmp_path, 1.0
+    for started, sees in ((1.0, True), (2.0, False)):
+        (tmp_path / SWEEP).write_text(json.dumps({"started": started}))
+        assert sweep._sees_folder() == sees
 
 
 def test_summary_of_a_glob_over_own_options(tiny: TinyRuns, tmp_path: Path) -> None:
