@@ -17,7 +17,8 @@ from PIL import Image
 from maml.config.schema import Settings
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import Interrupted, MamlError
-from maml.experiment import run_experiment
+from maml.experiment import build_algorithm, run_experiment
+from maml.hardware.base import Hardware
 from maml.logger.base import Logger
 from maml.record.index import read_run
 from maml.record.plot import plot_report
@@ -367,3 +368,9 @@ def test_headline_that_is_not_measured_is_named(tiny: TinyRuns) -> None:
     with pytest.raises(MamlError, match=r"Misnamed\.headline is error, but its measure returns mse only"):
         run_experiment(settings, "custom")
     assert list(tiny.runs_dir.glob("custom/*/checkpoint.pt")), "the training is saved"
+
+
+def test_seeds_begin_with_parameters_of_their_own(tiny: TinyRuns) -> None:
+    first, again, second = (build_algorithm(tiny.config(f"seed={seed}"), Hardware("cpu")).theta for seed in (0, 0, 1))
+    assert all(value.equal(again[name]) for name, value in first.items())
+    assert not all(value.equal(second[name]) for name, value in first.items())

@@ -165,6 +165,17 @@ def test_meta_gradient_equals_the_plain_loop(case: str, order: int, num_steps: i
         torch.testing.assert_close(gradient[name], value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_evaluation_without_a_gradient_has_the_same_metrics(chunk: int | None) -> None:
+    in_shape, classes, make_model, _ = CASES["mlp"]
+    algorithm, theta, tasks = make(in_shape, classes, make_model(), num_steps=1, order=2)
+    _, expected = algorithms.gradient(algorithm, theta, tasks)
+    found = algorithms.meta_gradient(algorithm, chunk).evaluate(theta, tasks)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_recomputed_steps_give_the_same_meta_gradient(case: str) -> None:
     in_shape, classes, make_model, _ = CASES[case]
