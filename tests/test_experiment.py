@@ -370,6 +370,15 @@ def test_headline_that_is_not_measured_is_named(tiny: TinyRuns) -> None:
     assert list(tiny.runs_dir.glob("custom/*/checkpoint.pt")), "the training is saved"
 
 
+def test_resumed_run_keeps_the_execution_of_its_checkpoint(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        before_iteration(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.run("num_iterations=6", "hardware.task_chunk=1")
+    folder = tiny.run("num_iterations=6")
+    first, second = (part["execution"] for part in (read_json(folder / "run.json") or {})["segments"])
+    assert first == second and first["task_chunk"] == 1
+
+
 def test_seeds_begin_with_parameters_of_their_own(tiny: TinyRuns) -> None:
     first, again, second = (build_algorithm(tiny.config(f"seed={seed}"), Hardware("cpu")).theta for seed in (0, 0, 1))
     assert all(value.equal(again[name]) for name, value in first.items())

@@ -47,6 +47,12 @@ def test_nothing_is_written_before_it_is_opened(tiny: TinyRuns) -> None:
     assert not tiny.runs_dir.exists()
 
 
+def test_meta_batches_are_those_of_the_seed(tiny: TinyRuns) -> None:
+    first, again, second = (learner(tiny, f"seed={seed}").stream for seed in (0, 0, 1))
+    assert first.uniform((3,)).equal(again.uniform((3,)))
+    assert not first.uniform((3,)).equal(second.uniform((3,)))
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
