@@ -43,6 +43,7 @@ def test_unfinished_training_has_the_report_of_its_latest_evaluation(tmp_path: P
     add_evaluation(folder, iteration=400)
     asked = folder, folder.name, report["evaluation"]
     assert find_report(*asked, unfinished=True) == (report, folder)
+    assert find_report(folder, "of another run", report["evaluation"], unfinished=True) is None
     (folder / "report.json").unlink()
     assert find_report(*asked) is None
     found = find_report(*asked, unfinished=True)
