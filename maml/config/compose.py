@@ -96,7 +96,9 @@ def settings_of(cfg: DictConfig) -> Settings:
 def check_job(cfg: DictConfig, overrides: Sequence[str]) -> Settings:
     """Checks the config of a running job of Hydra, and says which values the experiment set for another option.
 
-    An experiment is composed last, so that its values stand where an option that the command chose sets others.
+    An experiment is composed last, so that its values stand where an option that the command chose sets others. There
+    are three conflicts: a key that the chosen option does not have (an error), a key of another part that both set (an
+    error), and a value that was meant for the replaced option (said, and kept).
 
     Args:
         cfg: the config.

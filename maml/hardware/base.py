@@ -81,8 +81,8 @@ class Hardware:
             ``auto`` measures the fastest number for images, and on a CPU with several threads also whether each of
             them is to compute chunks of its own. It takes rollouts on a CPU in parts that fit its cache, and otherwise
             batches the whole meta-batch.
-        compile: whether to compile the meta-gradient. ``auto`` does so for long CPU runs; of images only for
-            those with one inner step and without kernels.
+        compile: whether to compile the meta-gradient. ``auto`` does so for long CPU runs, but not of images, whose
+            kernels save more.
         cuda_graph: whether to launch the whole meta-iteration, from drawing tasks to the outer optimizer, as one CUDA
             graph. ``auto`` does so on a GPU, except for reinforcement learning.
         recompute: whether the backward pass computes inner steps again instead of keeping them in memory. Training
@@ -138,6 +138,9 @@ class Hardware:
 
     def choose(self, workload: Workload, num_iterations: int, earlier: Mapping[str, Any]) -> Execution:
         """Decides every setting that is ``auto``.
+
+        The execution in a checkpoint goes before all rules. Without one, `maml.training.autotune` then replaces
+        ``task_chunk`` and ``thread_chunks`` by what it measures.
 
         Args:
             workload: what the domain's tasks ask of a machine.

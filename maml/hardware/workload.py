@@ -14,8 +14,8 @@ class Workload:
 
     Attributes:
         task_chunk: how many tasks a CPU batches at once; None is the whole meta-batch.
-        measure_chunk: whether training may measure which chunk is fastest, and whether compiling pays, instead of
-            going by a rule. It pays where a task takes milliseconds.
+        measure_chunk: whether training may measure which chunk is fastest, instead of going by a rule. It pays where a
+            task takes milliseconds.
         fixed_shapes: whether all tensors have the same shapes in every iteration. Only then can the meta-gradient be
             compiled, captured as a CUDA graph, or recomputed.
         threads: what several CPU threads can divide: the work of each operation (``operations``), only the ``tasks``,

@@ -20,7 +20,11 @@ TaskStep = Callable[["Objective", Params, OuterState, Tasks], None]
 
 
 class Objective(ABC):
-    """The meta-objective on one meta-batch as a function of theta; the data is fixed."""
+    """The meta-objective on one meta-batch as a function of theta; the data is fixed.
+
+    An outer optimizer asks it for gradients. In `maml.training.meta_gradient`, ``BatchObjective`` computes them when it
+    is asked, for one seed; ``PrecomputedGradient`` has one seed's part of a gradient that was computed for several.
+    """
 
     @abstractmethod
     def gradient(self, theta: Params) -> tuple[Params, dict[str, Tensor]]:

@@ -50,6 +50,10 @@ _EVALUATION_FILES = ("config.yaml", "report.json", "tasks.csv", "report.png", *T
 class RunFolder:
     """One run's folder. The run id is a hash of the training settings, so an equal run is found and not repeated.
 
+    A run has a state, and another file proves each: training (``run.json``), trained (a checkpoint of the last
+    iteration), evaluated (``report.json``), finished (the status in ``run.json``). Evaluations that another experiment
+    asks of a finished run are in ``evaluations/``; they never change ``run.json``.
+
     Nothing is written before `open`. At the end of a run, ``tasks.csv``, ``report.json`` and ``report.png`` are written
     in this order; the logger gets the report; and only then does `close` record that the run is finished. After a kill
     between them, `missing` says what is left to do.

@@ -1,4 +1,4 @@
-"""Measures which chunks of tasks and threads are fastest here and whether compiling pays off; results are cached."""
+"""Measures which chunks of tasks and threads are fastest here; results are cached."""
 
 from __future__ import annotations
 
@@ -34,9 +34,6 @@ _CONTENDERS = 2.5
 _SECONDS_IN_TURNS, _MOST_TURNS = 5.0, 20
 # The smallest size that takes up to this many times the best is chosen, because memory grows with the size.
 _AS_GOOD = 1.05
-# Least CPU training time for which compiling pays off, where there are no kernels: it takes minutes at each start, then
-# images are about 1.2 times faster. Kernels save more, and a compiled program does not use them.
-_MIN_SECONDS_TO_COMPILE = 3600
 # Measuring stops after two sizes in a row that are this many times slower than the best, on a GPU and on a CPU.
 _SLOWER_THAN_BEST, _SLOWER_THAN_BEST_ON_CPU = 1.1, 1.4
 # How threads divide the work, as `Execution.thread_chunks` says.
@@ -45,7 +42,7 @@ _UNRELATED_KEYS = ("outer.", "seed", "num_iterations")  # training settings that
 
 
 def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware, settings: Settings) -> Execution:
-    """Sets the fastest chunk of tasks, how CPU threads divide the work, and whether to compile, by measurement.
+    """Sets the fastest chunk of tasks and how CPU threads divide the work, by measurement.
 
     Measures only if the domain's `Workload` says ``measure_chunk``, the setting is ``auto``, and the run is long
     enough. Otherwise the choice of `Hardware` stays.
@@ -93,13 +90,7 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
     seconds = measured[way]
     best = min(seconds.values())
     chunk = min(size for size, value in seconds.items() if value <= _AS_GOOD * best)
-    training_seconds = best * num_tasks(tasks) * settings.num_iterations
-    # The program of several inner steps is too long to compile.
-    is_short = iterate.algorithms[0].inner.num_steps == 1
-    is_compilable = hardware.device.type == "cpu" and is_short and not execution.kernels
-    compiling_pays = hardware.compile == "auto" and is_compilable and training_seconds >= _MIN_SECONDS_TO_COMPILE
-    divided = way == DIVIDED and not compiling_pays
-    return replace(execution, task_chunk=chunk, compile=compiling_pays, thread_chunks=divided)
+    return replace(execution, task_chunk=chunk, thread_chunks=way == DIVIDED)
 
 
 def measure_seconds_per_task(iterate: Iteration, num_threads: int = 1) -> dict[int, float]:

@@ -184,25 +184,15 @@ def test_nothing_is_measured_where_it_does_not_pay_or_is_not_asked_for(
         tiny_images.run(*LONG, setting)
 
 
-@pytest.mark.parametrize(
-    ("experiment", "seconds", "compile"),
-    [
-        ("omniglot_5way_1shot", 0.1, True),  # times 60,000 iterations of 2 tasks
-        ("omniglot_5way_1shot", 0.001, False),
-        ("cifar_fs_5way_1shot", 0.1, False),  # five inner steps
-    ],
-)
-def test_long_runs_of_one_inner_step_are_compiled_where_there_are_no_kernels(
-    experiment: str, seconds: float, compile: bool, monkeypatch: pytest.MonkeyPatch, cache_dir: Path, tmp_path: Path
+@pytest.mark.parametrize("kernels", [False, True])
+def test_measurement_decides_the_chunk_alone(
+    kernels: bool, monkeypatch: pytest.MonkeyPatch, cache_dir: Path, tmp_path: Path
 ) -> None:
-    iterate = iteration(experiment, 2, cache_dir, torch.device("cpu"))
-    config, _ = compose([f"+experiment={experiment}", "hardware=cpu", f"cache_dir={tmp_path}"])
-    monkeypatch.setattr(autotune, "measure_seconds_per_task", lambda iterate: {1: seconds, 2: 2 * seconds})
-    execution = Execution(1, 2, False)
-    assert tune_execution(iterate, execution, Hardware("cpu"), config) == Execution(1, 1, compile)
-    assert tune_execution(iterate, execution, Hardware("cpu", compile=False), config) == Execution(1, 1, False)
-    with_kernels = Execution(1, 2, False, kernels=True)
-    assert tune_execution(iterate, with_kernels, Hardware("cpu"), config) == Execution(1, 1, False, kernels=True)
+    iterate = iteration("omniglot_5way_1shot", 2, cache_dir, torch.device("cpu"))
+    config, _ = compose(["+experiment=omniglot_5way_1shot", "hardware=cpu", f"cache_dir={tmp_path}"])
+    monkeypatch.setattr(autotune, "measure_seconds_per_task", lambda iterate: {1: 0.1, 2: 0.2})
+    tuned = tune_execution(iterate, Execution(1, 2, False, kernels=kernels), Hardware("cpu"), config)
+    assert tuned == Execution(1, 1, False, kernels=kernels)
 
 
 @pytest.mark.parametrize("failure", [None, RuntimeError, torch.OutOfMemoryError])
