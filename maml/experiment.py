@@ -132,7 +132,7 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge) -> float:
     if untrained:
         _train(untrained, settings, hardware, evaluation, judge)
         headlines += [learner.report["headline"] for learner in untrained if learner.report]
-    # The headline is None if adaptation diverged; a sweep needs a number.
+    # The headline of a report is None if adaptation diverged.
     return sum(math.nan if headline is None else headline for headline in headlines) / len(headlines)
 
 

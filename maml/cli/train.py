@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -37,8 +38,8 @@ _printed: list[str] = []  # errors of a sweep's jobs in this process
 _raised: list[Exception] = []  # errors of the code that runs, a user's or ours, which need a traceback
 
 
-def run(cfg: DictConfig) -> float:
-    """Runs one experiment and returns its headline number, which sweeps optimise.
+def run(cfg: DictConfig) -> float | None:
+    """Runs one experiment and returns its headline number, which sweeps optimise; None if adaptation diverged.
 
     Hydra calls this function, in this process or in a launcher's process.
     """
@@ -50,7 +51,8 @@ def run(cfg: DictConfig) -> float:
             raise MamlError(
                 "torchrun cannot start a sweep (-m); start the sweep with python, or each of its runs with torchrun"
             )
-        return run_experiment(check_job(cfg, overrides), experiment_name(job.runtime.choices), cell_verdicts)
+        headline = run_experiment(check_job(cfg, overrides), experiment_name(job.runtime.choices), cell_verdicts)
+        return None if math.isnan(headline) else headline  # Optuna ends at NaN, but counts None as a failed trial
     except Interrupted as stop:
         requeue = signal.getsignal(stop.signal_number)
         if stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):  # the launcher's handler

@@ -11,8 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from maml.cli import main
+from maml.cli.train import run
+from maml.config.paths import CONF
 from maml.record.run_files import read_json
 from tests.runs import ROOT, TinyRuns
 
@@ -293,3 +298,16 @@ def test_error_of_a_users_class_is_raised_without_a_hint(
     with pytest.raises(ValueError, match="classes of unequal size"):
         command(monkeypatch, tiny, f"--config-dir={tmp_path / 'conf'}", "domain=own")
     assert "no such file" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("diverges", [False, True])
+def test_adaptation_that_diverged_has_no_number_for_a_sweep(
+    diverges: bool, tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["num_iterations=3", *(["evaluation.step_size=1e30"] if diverges else [])]
+    words = [*tiny.base, f"runs_dir={tiny.runs_dir}", *more]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", words, return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
+    headline = run(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    assert (headline is None) is diverges, "Optuna counts None as a failed trial; NaN ends the search"
