@@ -219,6 +219,14 @@ def _hopeless(config: DictConfig, planned: list[list[str]] | None) -> str:
         number = OmegaConf.select(config, key)
         if isinstance(number, int) and number > 1:
             return f"{key}={number}: a job of a sweep is one process, as two cannot share a run folder; leave it at 1"
+    sweeper: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
+    if str(sweeper.get("direction")).startswith("${direction:"):  # which is that of the domain without swept overrides
+        for override in OverridesParser.create().parse_overrides(_swept(config)):
+            if override.is_sweep_override() and (key := override.key_or_group) in ("experiment", "domain"):
+                return (
+                    f"the search chooses {key}, so whether its number should go up or down is not known before; set "
+                    "hydra.sweeper.direction=maximize (accuracy and return) or minimize (error)"
+                )
     problem = ""
     for overrides in planned or ():
         try:

@@ -33,7 +33,7 @@ from maml.digest import digest
 from maml.errors import Interrupted
 from maml.experiment import run_experiment
 from maml.record.run_files import read_json
-from maml.sweep.callback import Sweep, _planned_jobs, _sweep_id
+from maml.sweep.callback import Sweep, _hopeless, _planned_jobs, _sweep_id
 from maml.sweep.state import SWEEP
 from tests.runs import ROOT, TinyRuns
 
@@ -252,6 +252,24 @@ def test_impossible_slurm_job_is_refused(
         Sweep().on_multirun_start(config)
     assert f"hydra.launcher.{setting}: it has to be {allowed}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_clear_hydra")
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        (["+experiment=omniglot_5way_1shot,omniglot_5way_1shot_fomaml"], True),
+        (["domain=omniglot,cifar_fs"], True),
+        (["+experiment=omniglot_5way_1shot,sinusoid_10shot", "hydra.sweeper.direction=maximize"], False),
+        (["+experiment=omniglot_5way_1shot", "seed=0,1"], False),
+    ],
+)
+def test_search_over_domains_needs_a_direction(overrides: list[str], refused: bool) -> None:
+    config = multirun_config(*(word for word in overrides if not word.startswith("hydra.")))
+    # As with sweeper=optuna, which may not be installed.
+    direction = "maximize" if "hydra.sweeper.direction=maximize" in overrides else "${direction:${domain}}"
+    config.hydra.sweeper = OmegaConf.create({"_target_": "Optuna", "direction": direction})
+    assert ("set hydra.sweeper.direction=maximize" in _hopeless(config, None)) is refused
 
 
 @pytest.mark.usefixtures("_clear_hydra")
