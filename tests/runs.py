@@ -90,11 +90,18 @@ class TinyRuns:
         run_experiment(self.config(*overrides), "custom")
         return self.folder(*overrides)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Starts train.py with the same settings as a separate process."""
+    def start(self, *arguments: str, process_group: int | None = None) -> subprocess.Popen[str]:
+        """Starts train.py with the same settings as a separate process, in the process group; 0 is a new one."""
         places = (f"runs_dir={self.runs_dir}", f"cache_dir={self.cache_dir}")
         command = [sys.executable, "train.py", *arguments, *self.base, *places]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=process_group,
+        )
 
 
 def run_in_child(config: Settings) -> None:

@@ -31,6 +31,7 @@ from maml.errors import Interrupted, MamlError, Unavailable
 from maml.experiment import run_experiment
 from maml.hardware import distributed
 from maml.paper.verdicts import cell_verdicts
+from maml.sweep.job import stop_process
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # the environment variable with which Hydra raises its errors
 _SWEEP, _SWEEP_GROUPS = ("-m", "--multirun"), ("launcher=", "sweeper=")  # words that start a sweep
@@ -57,6 +58,7 @@ def run(cfg: DictConfig) -> float | None:
         requeue = signal.getsignal(stop.signal_number)
         if stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2) and callable(requeue):  # the launcher's handler
             requeue(stop.signal_number, None)
+        stop_process()
         raise
     except MamlError as error:
         if job.mode is RunMode.MULTIRUN:  # Hydra itself reports only the first failed job, at the end of the sweep

@@ -31,13 +31,16 @@ from maml.digest import digest
 from maml.errors import Interrupted, MamlError
 from maml.hardware.distributed import launched_processes
 from maml.record.atomic import remove_leftovers, write_json_atomically
+from maml.record.lock import process_exists
 from maml.record.provenance import command_line
 from maml.sweep.disk import local_disk
 from maml.sweep.gpu_lease import visible_gpus
-from maml.sweep.job import Post, RunningJob
+from maml.sweep.job import Post, RunningJob, is_stopped, stop_jobs, stop_process
 from maml.sweep.monitor import Monitor
 from maml.sweep.state import SWEEP, SweepReader, describe, job_overrides, summary_line, varying_keys
 from maml.sweep.summary import summarise
+
+_SAVE_SECONDS = 60.0  # in which the jobs of a stopped sweep save
 
 
 def _direction(domain: DictConfig) -> str:
@@ -64,6 +67,7 @@ class Sweep(Callback):
     """
 
     return_checkpoints = False
+    launcher_stops_jobs = False  # whether it ends the jobs of a stopped command itself
 
     def __init__(self, needs_shared_disk: bool = False, jobs_outlive_command: bool = False) -> None:
         self.needs_shared_disk = needs_shared_disk
@@ -72,6 +76,9 @@ class Sweep(Callback):
         self.arguments: list[str] = []
         self.post: Post | None = None  # the way to the sweep's folder from a machine that does not see it
         self._in_file = False  # whether the output of a job goes to a file
+        self._command = 0  # the process of the sweep's command
+        self._stops_jobs = False  # whether the command, if it is stopped, asks its jobs to save and end
+        self._stopping = False
         self._started = 0.0  # by which a job knows the sweep's folder
         self._job: RunningJob | None = None  # the job that this process runs
         self._reader: SweepReader | None = None
@@ -101,6 +108,8 @@ class Sweep(Callback):
         self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
         self._in_file = not _is(config.hydra.launcher, BasicLauncher)  # several jobs at once
         self._started = time.time()
+        self._command = os.getpid()
+        self._stops_jobs = self._in_file and not self.jobs_outlive_command and not self.launcher_stops_jobs
         num_jobs = OmegaConf.select(config, "hydra.sweeper.n_trials") if planned is None else len(planned)
         content = {"command": command_line(), "started": self._started, "num_jobs": num_jobs, "planned": planned}
         write_json_atomically(self.folder / SWEEP, content)
@@ -113,10 +122,15 @@ class Sweep(Callback):
             )
         # An exception, as from Ctrl-C, lets a launcher stop its processes too.
         signal.signal(signal.SIGTERM, self._stop)
-        if self.jobs_outlive_command:  # what a Ctrl-C prints would ask to run the command again at once
+        # Otherwise, Ctrl-C asks to run the command again at once, or ends it before its jobs have saved.
+        if self.jobs_outlive_command or self._stops_jobs:
             signal.signal(signal.SIGINT, self._stop)
         # Not an attribute, because Hydra pickles this object for the processes of the jobs.
         monitor = Monitor(self.folder, num_jobs) if self._in_file else None
+        if self._stops_jobs:
+            # Ctrl-C goes to all processes of a terminal, and joblib kills its processes if an idle one of them dies.
+            # New processes inherit what this thread blocks. The command gets the signal through the monitor's thread.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         atexit.register(self._end, monitor)
 
     def _end(self, monitor: Monitor | None) -> None:
@@ -129,6 +143,12 @@ class Sweep(Callback):
         summarise(self.folder, self.jobs_outlive_command)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stops_jobs and not self._stopping:  # a second signal does not wait
+            assert self.folder
+            self._stopping = True
+            with suppress(OSError):  # not with `print`, which fails if the signal has interrupted another `print`
+                os.write(2, b"\nstopping: the jobs save and end; a second signal does not wait for them\n")
+            stop_jobs(self.folder, self._command, _SAVE_SECONDS)
         # The summary says when jobs that go on can be continued.
         again = "" if self.jobs_outlive_command else "; run the same command again to continue from the checkpoints"
         raise Interrupted(f"stopped by {signal.Signals(number).name}{again}", number)
@@ -136,6 +156,11 @@ class Sweep(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not self.folder:
             return
+        if self._stops_jobs and os.getpid() != self._command:
+            if is_stopped() or not process_exists(self._command):  # before this job started
+                raise Interrupted("the sweep has been stopped", signal.SIGTERM)
+            with suppress(ValueError):  # raised outside the main thread, which never gets signals
+                signal.signal(signal.SIGTERM, self._stop_job)
         sys.argv = self.arguments  # the sweep's command, for the run's record; a launcher's process has its own
         with suppress(OSError):  # on another machine, which may not have this folder
             os.chdir(config.hydra.runtime.cwd)  # a process on a cluster starts in another folder
@@ -148,7 +173,9 @@ class Sweep(Callback):
                     "on this machine; choose a runs_dir on a shared disk",
                     file=sys.stderr,
                 )
-        self._job = RunningJob(folder, config, self._in_file, post, self.return_checkpoints)
+        self._job = RunningJob(folder, config, self._in_file, post, self.return_checkpoints, self._command)
+        if is_stopped():  # while it was made
+            self._stop_job(signal.SIGTERM, None)
         if not self._in_file:
             self._announce(self._job.name)
 
@@ -162,6 +189,11 @@ class Sweep(Callback):
             error = str(reason) if known else f"{type(reason).__name__}: {reason}"
         self._job.end(error)
         self._job = None
+
+    def _stop_job(self, number: int, frame: FrameType | None) -> None:
+        """Handles the signal with which the command stops a job, where the run itself does not handle it."""
+        if stop_process():
+            raise Interrupted("stopped before training", number)
 
     def _sees_folder(self) -> bool:
         """Returns whether this process sees the folder of the sweep, and not another one at the same path."""

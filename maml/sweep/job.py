@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,11 +18,15 @@ from maml.config.compose import experiment_name, plain_overrides, settings_of
 from maml.config.identity import evaluation_config
 from maml.errors import MamlError
 from maml.record.atomic import write_bytes_atomically
-from maml.record.heartbeat import Heartbeat
-from maml.record.run_files import find_report
+from maml.record.heartbeat import Heartbeat, looks_dead
+from maml.record.run_files import find_report, read_json
 from maml.record.run_folder import RunFolder
 from maml.sweep.output import OutputFile
 from maml.sweep.state import job_name, job_overrides
+
+_POLL_SECONDS = 0.1
+_running: RunningJob | None = None  # the job that this process runs
+_stopped = False  # whether this process was asked to stop
 
 
 class Post(Protocol):
@@ -41,6 +48,7 @@ class RunningJob:
         to_file: whether the job's output goes to a file.
         post: the way to the disk of the process that started the sweep; None if this machine sees that disk.
         with_checkpoints: whether checkpoints are sent there too, so that the run can go on on another machine.
+        command: process id of the sweep's command.
     """
 
     def __init__(
@@ -50,7 +58,10 @@ class RunningJob:
         to_file: bool = False,
         post: Post | None = None,
         with_checkpoints: bool = False,
+        command: int = 0,
     ) -> None:
+        global _running
+        self._command = command
         self._jobs, self._post, self._with_checkpoints = folder / "jobs", post, with_checkpoints
         self._jobs.mkdir(parents=True, exist_ok=True)
         overrides = job_overrides(plain_overrides(config.hydra))
@@ -84,6 +95,7 @@ class RunningJob:
         self._write(".json", self._record)
         self._output = OutputFile(self._jobs / f"{self.name}.log") if to_file else None
         self._heartbeat = Heartbeat(self._beat)
+        _running = self
 
     def stop(self) -> None:
         """Ends the heartbeat: this process no longer works on the job."""
@@ -111,6 +123,8 @@ class RunningJob:
             self._send_runs()
         self._write(".json", self._record)
         self.stop()
+        global _running
+        _running = None
 
     @property
     def _place(self) -> str:
@@ -123,7 +137,7 @@ class RunningJob:
             self._post.write({f"{self._place}/{self.name}{suffix}": text})
 
     def _beat(self, beat: Mapping[str, Any]) -> None:
-        self._write(".heartbeat", beat)
+        self._write(".heartbeat", {**beat, "command": self._command})
         self._send_runs()
 
     def _fetch(self) -> None:
@@ -154,6 +168,54 @@ class RunningJob:
             if files:
                 self._post.write(files)
                 self._sent |= times
+
+
+def stop_process() -> bool:
+    """Notes that this process was asked to stop: its job has ended, and it takes no other one.
+
+    Returns:
+        Whether it runs a job.
+    """
+    global _stopped
+    _stopped = True
+    if _running is not None:
+        _running.stop()
+    return _running is not None
+
+
+def is_stopped() -> bool:
+    """Returns whether this process was asked to stop."""
+    return _stopped
+
+
+def stop_jobs(folder: Path, command: int, seconds: float) -> None:
+    """Asks the jobs of a command that run in other processes of this machine to save and end, and waits for that.
+
+    Args:
+        folder: folder of the sweep.
+        command: process id of the command.
+        seconds: how long to wait at most.
+    """
+    end = time.monotonic() + seconds
+    asked: set[tuple[Path, int]] = set()
+    while (jobs := _live_jobs(folder, command)) and time.monotonic() < end:
+        for _, process in jobs - asked:  # only once: a second signal could meet a job while it writes its last files
+            with suppress(OSError):
+                os.kill(process, signal.SIGTERM)
+        asked |= jobs
+        time.sleep(_POLL_SECONDS)
+
+
+def _live_jobs(folder: Path, command: int) -> set[tuple[Path, int]]:
+    """Returns the heartbeat and the process of each such job."""
+    found = set()
+    for path in (folder / "jobs").glob("*.heartbeat"):
+        with suppress(MamlError):
+            beat = read_json(path) or {}
+            mine = (beat.get("host"), beat.get("command")) == (platform.node(), command)
+            if mine and beat["pid"] != os.getpid() and not looks_dead(beat):
+                found.add((path, beat["pid"]))
+    return found
 
 
 def _is_finished(run: RunFolder) -> bool:

@@ -79,6 +79,8 @@ class RaySweep(Sweep):
             from the last one, instead of from the beginning.
     """
 
+    launcher_stops_jobs = True
+
     def __init__(self, return_checkpoints: bool = False) -> None:
         super().__init__()
         self.return_checkpoints = return_checkpoints

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from maml.config.identity import training_config
 from maml.digest import digest
 from maml.errors import Interrupted
 from maml.experiment import run_experiment
+from maml.record import checkpoint
 from maml.record.run_files import read_json
 from maml.sweep.callback import Sweep, _hopeless, _planned_jobs, _sweep_id
 from maml.sweep.state import SWEEP
@@ -83,6 +86,14 @@ def multirun_config(*overrides: str, config_dir: Path = CONF, config_name: str =
     initialize_config_dir(str(config_dir), version_base="1.3")
     loader = GlobalHydra.instance().config_loader()
     return loader.load_configuration(config_name, [*overrides], run_mode=RunMode.MULTIRUN)
+
+
+def leave_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a sweep start in the process of the tests, which it would change."""
+    monkeypatch.setattr("maml.sweep.callback.Monitor", lambda *_: None)
+    monkeypatch.setattr("maml.sweep.callback.atexit.register", lambda *_: None)
+    for name in ("signal", "pthread_sigmask"):
+        monkeypatch.setattr(f"maml.sweep.callback.signal.{name}", lambda *_: None)
 
 
 @pytest.fixture
@@ -172,9 +183,7 @@ def test_summary_of_a_glob_over_own_options(tiny: TinyRuns, tmp_path: Path) -> N
 def test_start_says_that_slurm_needs_a_shared_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("maml.sweep.callback.Monitor", lambda *_: None)
-    monkeypatch.setattr("maml.sweep.callback.atexit.register", lambda *_: None)
-    monkeypatch.setattr("maml.sweep.callback.signal.signal", lambda *_: None)
+    leave_process_alone(monkeypatch)
     config = multirun_config("launcher=slurm_local", "seed=0,1", f"runs_dir={tmp_path}")
     for disk in (None, "ext4"):
         monkeypatch.setattr("maml.sweep.callback.local_disk", lambda _, disk=disk: disk)
@@ -200,9 +209,7 @@ def test_stopped_sweep_asks_to_run_it_again_unless_its_jobs_go_on(
 @pytest.mark.usefixtures("_clear_hydra")
 def test_callback_is_pickled_while_its_job_runs(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     # SLURM's launcher does so to requeue a job.
-    monkeypatch.setattr("maml.sweep.callback.Monitor", lambda *_: None)
-    monkeypatch.setattr("maml.sweep.callback.atexit.register", lambda *_: None)
-    monkeypatch.setattr("maml.sweep.callback.signal.signal", lambda *_: None)
+    leave_process_alone(monkeypatch)
     monkeypatch.setattr(sys, "argv", sys.argv)  # a job sets it
     config = multirun_config("launcher=joblib", "seed=0,1", f"runs_dir={tiny.runs_dir}", *tiny.base)
     config.hydra.runtime.cwd = str(ROOT)
@@ -325,6 +332,55 @@ def test_launcher_runs_two_jobs(
         assert record
         assert record["status"] == "finished"
         assert record["command"].startswith(f"python train.py launcher={launcher} ")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "signal_number"),
+    [
+        ("joblib", signal.SIGTERM),
+        ("joblib", signal.SIGINT),
+        pytest.param("slurm_local", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_jobs_of_a_stopped_sweep_save(
+    launcher: str, signal_number: int, tiny: TinyRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skip_without_plugin(f"launcher={launcher}", capsys)
+    longer = replace(tiny, base=(*tiny.base, "num_iterations=1000000", "checkpoint_every=1000000"))
+    seeds, more = ("seed=0,1,2", ["hydra.launcher.n_jobs=2"]) if launcher == "joblib" else ("seed=0,1", [])
+    process = longer.start(f"launcher={launcher}", *more, seeds, process_group=0)
+    try:
+        while len(list(tiny.runs_dir.glob("*/*/metrics.jsonl"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        if signal_number == signal.SIGINT:
+            os.killpg(process.pid, signal_number)  # as a terminal does
+        else:
+            process.send_signal(signal_number)
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 128 + signal_number, stderr
+    assert f"stopped by {signal.Signals(signal_number).name}" in stderr
+    folders = [path.parent for path in tiny.runs_dir.glob("*/*/run.json")]
+    assert len(folders) == 2, "no other job has begun"
+    for folder in folders:
+        record = read_json(folder / "run.json")
+        assert record
+        assert record["status"] == "interrupted"
+        assert checkpoint.load(folder / "checkpoint.pt")["iteration"] == record["segments"][-1]["last_iteration"] > 0
+    assert stdout.count(": interrupted at iteration ") == 2
+    assert not list(tiny.runs_dir.rglob("*.heartbeat"))
+
+
+def test_job_does_not_start_if_its_command_has_ended(tmp_path: Path) -> None:
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    callback = Sweep()
+    callback.folder, callback._stops_jobs, callback._command = tmp_path, True, int(child.stdout)
+    with pytest.raises(Interrupted, match="the sweep has been stopped"):
+        callback.on_job_start(OmegaConf.create())
+    assert not list(tmp_path.iterdir())
 
 
 # A fake of submitit: the process that starts the job handles the signal and requeues the job.
