@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import platform
 import signal
@@ -13,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from uuid import uuid4
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -33,9 +33,10 @@ from maml.hardware.distributed import launched_processes
 from maml.record.atomic import remove_leftovers, write_json_atomically
 from maml.record.lock import process_exists
 from maml.record.provenance import command_line
+from maml.record.run_files import read_json
 from maml.sweep.disk import local_disk
 from maml.sweep.gpu_lease import visible_gpus
-from maml.sweep.job import Post, RunningJob, is_stopped, stop_jobs, stop_process
+from maml.sweep.job import Post, RunningJob, is_stopped, live_jobs, stop_jobs, stop_process
 from maml.sweep.monitor import Monitor
 from maml.sweep.state import SWEEP, SweepReader, describe, job_overrides, summary_line, varying_keys
 from maml.sweep.summary import summarise
@@ -79,7 +80,8 @@ class Sweep(Callback):
         self._command = 0  # the process of the sweep's command
         self._stops_jobs = False  # whether the command, if it is stopped, asks its jobs to save and end
         self._stopping = False
-        self._started = 0.0  # by which a job knows the sweep's folder
+        self._token = ""  # by which a job knows the sweep's folder
+        self._started = 0.0
         self._job: RunningJob | None = None  # the job that this process runs
         self._reader: SweepReader | None = None
 
@@ -107,12 +109,18 @@ class Sweep(Callback):
             remove_leftovers(folder)
         self.arguments = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
         self._in_file = not _is(config.hydra.launcher, BasicLauncher)  # several jobs at once
-        self._started = time.time()
+        earlier: dict[str, Any] = {}
+        with suppress(MamlError):  # it is damaged, and written anew
+            earlier = read_json(self.folder / SWEEP) or {}
+        self._token = earlier.get("token") or uuid4().hex
+        # While jobs of another command run, both commands are one start of the sweep: both show all jobs.
+        goes_on = "started" in earlier and live_jobs(self.folder)
+        self._started = earlier["started"] if goes_on else time.time()
         self._command = os.getpid()
         self._stops_jobs = self._in_file and not self.jobs_outlive_command and not self.launcher_stops_jobs
         num_jobs = OmegaConf.select(config, "hydra.sweeper.n_trials") if planned is None else len(planned)
         content = {"command": command_line(), "started": self._started, "num_jobs": num_jobs, "planned": planned}
-        write_json_atomically(self.folder / SWEEP, content)
+        write_json_atomically(self.folder / SWEEP, content | {"token": self._token})
         if self.needs_shared_disk and (disk := local_disk(self.folder)):
             runs_dir, host = self.folder.parents[1], platform.node()
             print(
@@ -164,8 +172,8 @@ class Sweep(Callback):
         sys.argv = self.arguments  # the sweep's command, for the run's record; a launcher's process has its own
         with suppress(OSError):  # on another machine, which may not have this folder
             os.chdir(config.hydra.runtime.cwd)  # a process on a cluster starts in another folder
-        folder, post = self.folder, None
-        if not self._sees_folder():
+        folder, post, sweep = self.folder, None, self._read_sweep()
+        if not sweep:
             folder, post = Path(config.runs_dir).resolve() / "sweeps" / folder.name, self.post
             if post is None:
                 print(
@@ -173,7 +181,9 @@ class Sweep(Callback):
                     "on this machine; choose a runs_dir on a shared disk",
                     file=sys.stderr,
                 )
-        self._job = RunningJob(folder, config, self._in_file, post, self.return_checkpoints, self._command)
+        # The command may have been given again since this job was submitted.
+        started = sweep.get("started", self._started)
+        self._job = RunningJob(folder, config, self._in_file, post, self.return_checkpoints, self._command, started)
         if is_stopped():  # while it was made
             self._stop_job(signal.SIGTERM, None)
         if not self._in_file:
@@ -195,13 +205,13 @@ class Sweep(Callback):
         if stop_process():
             raise Interrupted("stopped before training", number)
 
-    def _sees_folder(self) -> bool:
-        """Returns whether this process sees the folder of the sweep, and not another one at the same path."""
+    def _read_sweep(self) -> dict[str, Any]:
+        """Returns the content of `sweep.json`; empty if this process sees none, or another one at the same path."""
         assert self.folder
-        try:
-            return json.loads((self.folder / SWEEP).read_text())["started"] == self._started
-        except (OSError, ValueError, KeyError):
-            return False
+        with suppress(MamlError):
+            sweep = read_json(self.folder / SWEEP) or {}
+            return sweep if sweep.get("token") == self._token else {}
+        return {}
 
     def _announce(self, name: str) -> None:
         """Prints how far the sweep is, and which job begins."""

@@ -49,6 +49,7 @@ class RunningJob:
         post: the way to the disk of the process that started the sweep; None if this machine sees that disk.
         with_checkpoints: whether checkpoints are sent there too, so that the run can go on on another machine.
         command: process id of the sweep's command.
+        started: the start of the sweep that the job belongs to, as in `sweep.json`; None if it is not known.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class RunningJob:
         post: Post | None = None,
         with_checkpoints: bool = False,
         command: int = 0,
+        started: float | None = None,
     ) -> None:
         global _running
         self._command = command
@@ -67,6 +69,8 @@ class RunningJob:
         overrides = job_overrides(plain_overrides(config.hydra))
         self.name = job_name(overrides)
         self._record: dict[str, Any] = {"overrides": overrides, "error": None, "mode": "train", "seconds": None}
+        if started is not None:
+            self._record["started"] = started
         self._runs: dict[str, RunFolder] = {}  # by the path that the process that started the sweep knows
         self._sent: dict[Path, int] = {}  # when a file was changed that has been sent
         try:
@@ -198,7 +202,7 @@ def stop_jobs(folder: Path, command: int, seconds: float) -> None:
     """
     end = time.monotonic() + seconds
     asked: set[tuple[Path, int]] = set()
-    while (jobs := _live_jobs(folder, command)) and time.monotonic() < end:
+    while (jobs := _jobs_here(folder, command)) and time.monotonic() < end:
         for _, process in jobs - asked:  # only once: a second signal could meet a job while it writes its last files
             with suppress(OSError):
                 os.kill(process, signal.SIGTERM)
@@ -206,15 +210,23 @@ def stop_jobs(folder: Path, command: int, seconds: float) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _live_jobs(folder: Path, command: int) -> set[tuple[Path, int]]:
+def _jobs_here(folder: Path, command: int) -> set[tuple[Path, int]]:
     """Returns the heartbeat and the process of each such job."""
-    found = set()
+    return {
+        (path, beat["pid"])
+        for path, beat in live_jobs(folder).items()
+        if (beat["host"], beat.get("command")) == (platform.node(), command) and beat["pid"] != os.getpid()
+    }
+
+
+def live_jobs(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Returns the heartbeats of the jobs of a sweep that run."""
+    found = {}
     for path in (folder / "jobs").glob("*.heartbeat"):
         with suppress(MamlError):
-            beat = read_json(path) or {}
-            mine = (beat.get("host"), beat.get("command")) == (platform.node(), command)
-            if mine and beat["pid"] != os.getpid() and not looks_dead(beat):
-                found.add((path, beat["pid"]))
+            beat = read_json(path)
+            if beat is not None and not looks_dead(beat):
+                found[path] = beat
     return found
 
 

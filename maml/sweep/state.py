@@ -126,7 +126,9 @@ class SweepReader:
         self._finished: dict[str, list[Job]] = {}
 
     def jobs(self) -> list[Job]:
-        """Returns all jobs that were planned or started.
+        """Returns all jobs that were planned or started. What they did in an earlier start of the sweep does not count.
+
+        Settings in files may have changed since, and a job that was finished counts as soon as it starts again.
 
         Raises:
             MamlError: if a file of the sweep is damaged.
@@ -138,17 +140,19 @@ class SweepReader:
         for path in (self.folder / "jobs").glob("*.json"):
             if path.stem not in self._finished:
                 try:
-                    found = self._read(path)
+                    found = self._read(path, sweep.get("started"))
                 except (KeyError, TypeError, AttributeError) as error:
                     raise MamlError(f"{path} is damaged ({error!r}); delete it, and start the sweep again") from error
+                if not found:
+                    continue
                 if all(job.state == "finished" for job in found):
                     self._finished[path.stem] = found
                 jobs[path.stem] = found
         return sorted((job for each in (jobs | self._finished).values() for job in each), key=lambda job: job.overrides)
 
-    def _read(self, path: Path) -> list[Job]:
+    def _read(self, path: Path, started: float | None) -> list[Job]:
         record = read_json(path)
-        if record is None:
+        if record is None or record.get("started", started) != started:
             return []
         blank = Job(tuple(record["overrides"]), None, name=path.stem)
         if record["error"] is not None:

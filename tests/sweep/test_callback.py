@@ -227,6 +227,35 @@ def test_callback_is_pickled_while_its_job_runs(tiny: TinyRuns, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("_clear_hydra")
+@pytest.mark.parametrize("runs", [True, False])
+def test_job_belongs_to_the_sweep_although_its_command_was_given_again(
+    runs: bool, tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_process_alone(monkeypatch)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # a job sets it
+    config = multirun_config("launcher=joblib", "seed=0,1", f"runs_dir={tiny.runs_dir}", *tiny.base)
+    config.hydra.runtime.cwd = str(ROOT)
+    callback = Sweep()
+    callback.on_multirun_start(config)
+    folder = sweep_folder(tiny.runs_dir)
+    first = read_json(folder / SWEEP)
+    if runs:
+        (folder / "jobs" / "a.heartbeat").write_text(json.dumps({"time": time.time(), "host": "another", "pid": 1}))
+    Sweep().on_multirun_start(config)
+    second = read_json(folder / SWEEP)
+    assert first and second
+    assert (first["started"] == second["started"]) is runs, "jobs that run are not of an earlier start"
+    config.seed = 0
+    callback.on_job_start(config)
+    try:
+        (record,) = (folder / "jobs").glob("*.json")
+        assert json.loads(record.read_text())["started"] == second["started"]
+    finally:
+        callback.on_job_end(config, JobReturn(status=JobStatus.COMPLETED))
+    assert "does not see" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_clear_hydra")
 @pytest.mark.parametrize("key", ["nodes", "tasks_per_node"])
 def test_job_of_several_processes_is_refused(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     skip_without_plugin("launcher=slurm_local", capsys)

@@ -36,6 +36,17 @@ def test_planned_job_has_not_started(sweep: Path) -> None:
     assert states == {"1": ("failed", "ValueError: why"), "2": ("not started", "not started")}
 
 
+def test_job_of_an_earlier_start_waits(sweep: Path) -> None:
+    (sweep / SWEEP).write_text(json.dumps({"planned": [["a=1"], ["a=2"], ["a=3"]], "num_jobs": 3, "started": 7.5}))
+    for number, (started, error) in enumerate([(7.5, None), (2.0, None), (2.0, "why")], start=1):
+        write_report(sweep.parents[1], f"run{number}", [1.0])
+        path = write_job(sweep, f"a={number}", run_id=f"run{number}", error=error)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"started": started}))
+    jobs = SweepReader(sweep).jobs()
+    assert [job.state for job in jobs] == ["finished", "not started", "not started"], "settings may have changed since"
+    assert summary_line(jobs) == "1 of 3 finished"
+
+
 def test_finished_job_has_its_report(sweep: Path) -> None:
     write_report(sweep.parents[1], "run", [1.0, 3.0])
     write_job(sweep, "a=1", run_id="run", seconds=5.0)
