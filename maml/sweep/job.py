@@ -71,17 +71,30 @@ class RunningJob:
         self._record: dict[str, Any] = {"overrides": overrides, "error": None, "mode": "train", "seconds": None}
         if started is not None:
             self._record["started"] = started
+        self._config = config
         self._runs: dict[str, RunFolder] = {}  # by the path that the process that started the sweep knows
         self._sent: dict[Path, int] = {}  # when a file was changed that has been sent
+        self._find_runs()
+        self._fetch()
+        self._was_finished = bool(self._runs) and all(map(_is_finished, self._runs.values()))
+        self._started = time.monotonic()
+        self._write(".json", self._record)
+        self._output = OutputFile(self._jobs / f"{self.name}.log") if to_file else None
+        self._heartbeat = Heartbeat(self._beat)
+        _running = self
+
+    def _find_runs(self) -> None:
+        """Finds the folders of the job's runs, and records them."""
         try:
-            settings = settings_of(config)
+            settings = settings_of(self._config)
         except MamlError:
             pass  # the job itself reports it
         else:
-            experiment = experiment_name(config.hydra.runtime.choices)
-            for seed in range(settings.seed, settings.seed + settings.seeds):
-                run = RunFolder(settings.for_seed(seed), experiment)
-                self._runs[_address(run, config.hydra.runtime.cwd)] = run
+            hydra = self._config.hydra
+            experiment = experiment_name(hydra.runtime.choices)
+            seeds = range(settings.seed, settings.seed + settings.seeds)
+            runs = [RunFolder(settings.for_seed(seed), experiment) for seed in seeds]
+            self._runs = {_address(run, hydra.runtime.cwd): run for run in runs}
             self._record["mode"] = settings.mode
         self._record["runs"] = [
             {
@@ -93,13 +106,6 @@ class RunningJob:
             }
             for address, run in self._runs.items()
         ]
-        self._fetch()
-        self._was_finished = bool(self._runs) and all(map(_is_finished, self._runs.values()))
-        self._started = time.monotonic()
-        self._write(".json", self._record)
-        self._output = OutputFile(self._jobs / f"{self.name}.log") if to_file else None
-        self._heartbeat = Heartbeat(self._beat)
-        _running = self
 
     def stop(self) -> None:
         """Ends the heartbeat: this process no longer works on the job."""
@@ -118,6 +124,7 @@ class RunningJob:
         if error is None and not self._was_finished:
             self._record["seconds"] = time.monotonic() - self._started
         self._record["error"] = error
+        self._find_runs()  # again: another job may have made the run's folder since, under another experiment's name
         if self._output is not None:
             self._output.close()
         if self._post is not None:

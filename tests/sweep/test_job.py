@@ -60,6 +60,17 @@ def test_job_records_its_runs_and_leaves_no_heartbeat(tiny: TinyRuns) -> None:
     assert json.loads(record.read_text())["seconds"] is None, "nothing was done: the time says nothing about others"
 
 
+def test_run_that_another_experiment_has_made_meanwhile_is_found(tiny: TinyRuns) -> None:
+    sweep = tiny.runs_dir / "sweeps" / "one"
+    running = RunningJob(sweep, config(tiny))  # it waits for a GPU
+    run_experiment(tiny.config(), "another")
+    run_experiment(tiny.config(), "custom")
+    running.end(None)
+    (found,) = SweepReader(sweep).jobs()
+    assert found.state == "finished"
+    assert found.folder and found.folder.parent.name == "another"
+
+
 def test_failed_job_keeps_its_error_and_output(tiny: TinyRuns) -> None:
     sweep = tiny.runs_dir / "sweeps" / "one"
     running = RunningJob(sweep, config(tiny, "inner.step_size=-1"), to_file=True)
