@@ -39,7 +39,7 @@ from maml.sweep.gpu_lease import visible_gpus
 from maml.sweep.job import Post, RunningJob, is_stopped, live_jobs, stop_jobs, stop_process
 from maml.sweep.monitor import Monitor
 from maml.sweep.state import SWEEP, SweepReader, describe, job_overrides, summary_line, varying_keys
-from maml.sweep.summary import summarise
+from maml.sweep.summary import submitted_jobs, summarise
 
 _SAVE_SECONDS = 60.0  # in which the jobs of a stopped sweep save
 
@@ -139,16 +139,16 @@ class Sweep(Callback):
             # Ctrl-C goes to all processes of a terminal, and joblib kills its processes if an idle one of them dies.
             # New processes inherit what this thread blocks. The command gets the signal through the monitor's thread.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        atexit.register(self._end, monitor)
+        atexit.register(self._end, monitor, submitted_jobs(self.folder))
 
-    def _end(self, monitor: Monitor | None) -> None:
+    def _end(self, monitor: Monitor | None, earlier_jobs: set[Path]) -> None:
         assert self.folder
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cost the summary
         if self._job is not None:  # it was stopped
             self._job.stop()
         if monitor is not None:
             monitor.stop()
-        summarise(self.folder, self.jobs_outlive_command)
+        summarise(self.folder, self.jobs_outlive_command, earlier_jobs)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._stops_jobs and not self._stopping:  # a second signal does not wait

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,12 +97,18 @@ def _values(jobs: Sequence[Job]) -> np.ndarray | None:
     return np.array(values) if len({len(each) for each in values}) == 1 else None
 
 
-def summarise(folder: Path, jobs_outlive_command: bool = False) -> None:
+def submitted_jobs(folder: Path) -> set[Path]:
+    """Returns the files of the jobs that SLURM or its local form has accepted, from all sweeps beside this one."""
+    return set(folder.parent.glob(".submitit/*/*_submitted.pkl"))
+
+
+def summarise(folder: Path, jobs_outlive_command: bool = False, earlier_jobs: Set[Path] = frozenset()) -> None:
     """Prints the table of a sweep and its unfinished jobs, and writes ``summary.md`` and ``summary.csv``.
 
     Args:
         folder: folder of the sweep.
         jobs_outlive_command: whether SLURM may still run or queue the jobs that have not failed.
+        earlier_jobs: those of `submitted_jobs` before the sweep started.
     """
     jobs = SweepReader(folder).jobs()
     table = tabulate(jobs)
@@ -113,7 +119,7 @@ def summarise(folder: Path, jobs_outlive_command: bool = False) -> None:
     for job in missing:
         log = folder / "jobs" / f"{job.name}.log"
         lines.append(f"- {describe(job, named)}: {job.problem}{f' (its output: {log})' if log.exists() else ''}")
-    submitted = any(folder.parent.glob(".submitit/*"))
+    submitted = bool(submitted_jobs(folder) - earlier_jobs)
     diverged = sum(job.diverged for job in missing)
     if diverged:
         who = "These" if diverged == len(missing) else f"{diverged} of these"

@@ -15,7 +15,7 @@ import pytest
 from maml.errors import MamlError
 from maml.record.statistics import combine
 from maml.sweep.state import Job
-from maml.sweep.summary import summarise, tabulate
+from maml.sweep.summary import submitted_jobs, summarise, tabulate
 from maml.training.loop import _check_finite
 from tests.paper.fake_runs import edit
 from tests.sweep.fake_sweep import job, write_job, write_report
@@ -161,7 +161,14 @@ def test_summary_says_that_the_jobs_of_slurm_go_on(tmp_path: Path, capsys: pytes
     write_job(sweep, "a=2")
     summarise(sweep, jobs_outlive_command=True)
     assert "SLURM" not in capsys.readouterr().out, "nothing was submitted"
-    (tmp_path / "sweeps" / ".submitit" / "1_0").mkdir(parents=True)
+    submitit = tmp_path / "sweeps" / ".submitit"
+    (submitit / "1_0").mkdir(parents=True)
+    (submitit / "0123abcd.pkl").touch()
+    summarise(sweep, jobs_outlive_command=True)
+    assert "SLURM" not in capsys.readouterr().out, "sbatch refused it"
+    (submitit / "1_0" / "1_0_submitted.pkl").touch()
+    summarise(sweep, jobs_outlive_command=True, earlier_jobs=submitted_jobs(sweep))
+    assert "SLURM" not in capsys.readouterr().out, "it is of another sweep"
     for who in ("those jobs that have not failed", "these jobs"):
         summarise(sweep, jobs_outlive_command=True)
         text = capsys.readouterr().out
