@@ -77,6 +77,8 @@ class RunningJob:
         self._find_runs()
         self._fetch()
         self._was_finished = bool(self._runs) and all(map(_is_finished, self._runs.values()))
+        # The time of the rest of a training says nothing about that of others.
+        self._resumes = self._record["mode"] == "train" and any(map(_has_begun, self._runs.values()))
         self._started = time.monotonic()
         self._write(".json", self._record)
         self._output = OutputFile(self._jobs / f"{self.name}.log") if to_file else None
@@ -121,7 +123,7 @@ class RunningJob:
             error: why it failed; None if it did not.
         """
         self._heartbeat.stop()
-        if error is None and not self._was_finished:
+        if error is None and not (self._was_finished or self._resumes):
             self._record["seconds"] = time.monotonic() - self._started
         self._record["error"] = error
         self._find_runs()  # again: another job may have made the run's folder since, under another experiment's name
@@ -242,6 +244,10 @@ def _is_finished(run: RunFolder) -> bool:
         return find_report(run.path, run.run_id, evaluation_config(run.settings)) is not None
     except MamlError:
         return False  # a report is damaged; the job itself reports it
+
+
+def _has_begun(run: RunFolder) -> bool:
+    return (run.path / "run.json").exists()
 
 
 def run_files(folder: Path, with_checkpoints: bool) -> list[Path]:

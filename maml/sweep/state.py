@@ -47,7 +47,7 @@ class Job:
         speed: iterations per second; None if unknown.
         heartbeat: seconds since its last heartbeat; None if it has none.
         host: the machine that it runs on; empty if it does not run.
-        seconds: how long it took; None if it is not finished, or was finished before the sweep started.
+        seconds: how long it took; None if it is not finished, or had begun before the sweep started.
     """
 
     overrides: tuple[str, ...]

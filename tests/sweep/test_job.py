@@ -60,6 +60,22 @@ def test_job_records_its_runs_and_leaves_no_heartbeat(tiny: TinyRuns) -> None:
     assert json.loads(record.read_text())["seconds"] is None, "nothing was done: the time says nothing about others"
 
 
+def test_time_of_a_resumed_job_is_not_that_of_a_whole_one(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        before_iteration(patch, 50, fail)
+        with pytest.raises(OSError, match="gone"):
+            tiny.run()
+    sweep = tiny.runs_dir / "sweeps" / "one"
+    running = RunningJob(sweep, config(tiny))
+    tiny.run()
+    running.end(None)
+    (found,) = SweepReader(sweep).jobs()
+    assert (found.state, found.seconds) == ("finished", None)
+
+
 def test_run_that_another_experiment_has_made_meanwhile_is_found(tiny: TinyRuns) -> None:
     sweep = tiny.runs_dir / "sweeps" / "one"
     running = RunningJob(sweep, config(tiny))  # it waits for a GPU
