@@ -210,11 +210,13 @@ def summary_line(jobs: Sequence[Job], num_jobs: int | None = None) -> str:
 
     Args:
         jobs: the jobs that were planned or started.
-        num_jobs: number of all jobs, if it is known; others may then follow.
+        num_jobs: number of all jobs, if it is known. Above the number of ``jobs``, it is an upper bound: a sweeper that
+            chooses jobs one by one may choose the same one again.
     """
     total = max(len(jobs), num_jobs or 0)
     counts = {state: sum(job.state == state for job in jobs) for state in ("finished", "running", "failed", "stopped")}
-    parts = [f"{counts.pop('finished')} of {total} finished"]
+    bound = "at most " * (total > len(jobs))
+    parts = [f"{counts.pop('finished')} of {bound}{total} finished"]
     parts += [f"{count} {state}" for state, count in counts.items() if count]
     left = time_left(jobs, total)
     return ", ".join([*parts, *([f"ETA {duration(left)}"] if left is not None else [])])

@@ -399,7 +399,7 @@ def test_sweep_shows_each_job_and_without_an_id_all_sweeps(tmp_path: Path, run: 
         ["2", "running"],
         ["3", "failed"],
     ]
-    assert "1 of 4 finished, 1 running, 1 failed, ETA 0:00:08" in lines
+    assert "1 of at most 4 finished, 1 running, 1 failed, ETA 0:00:08" in lines
     assert run("sweep")[1].startswith("0123456789ab")
     assert "there is no sweep 7" in run("sweep", "7", status=1)[-1]
 

@@ -167,7 +167,7 @@ def test_line_about_all_jobs_counts_and_estimates() -> None:
 
     finished = Job(("a",), {}, state="finished", seconds=100.0)
     waiting, failed = Job(("a",), None), Job(("a",), None, state="failed")
-    assert summary_line([finished, waiting], 4) == "1 of 4 finished"
+    assert summary_line([finished, waiting], 4) == "1 of at most 4 finished", "equal trials are one job"
     # 50 s for each of the two that run, and 100 s for the two that wait, two at once.
     jobs = [finished, running(50, 1.0), running(50, 1.0), waiting, waiting, failed]
     assert summary_line(jobs) == "1 of 6 finished, 2 running, 1 failed, ETA 0:02:30"
@@ -198,7 +198,11 @@ def test_sweeps_are_listed_the_newest_last(sweep: Path) -> None:
     (sweep / SWEEP).write_text(json.dumps({"started": 0.0, "num_jobs": 3, "planned": None, "command": "train.py -m"}))
     first, second = sweep_rows(find_sweeps(sweep.parents[1]))
     assert (first["sweep"], first["state"]) == ("older", "0 of 0 finished")
-    assert (second["sweep"], second["state"], second["command"]) == (sweep.name, "0 of 3 finished", "train.py -m")
+    assert (second["sweep"], second["state"], second["command"]) == (
+        sweep.name,
+        "0 of at most 3 finished",
+        "train.py -m",
+    )
 
 
 def test_rows_show_settings_that_differ_and_why_a_job_has_no_report(sweep: Path) -> None:
