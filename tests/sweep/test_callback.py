@@ -155,10 +155,10 @@ def test_id_is_that_of_the_settings_and_not_of_the_launcher() -> None:
 
 def test_folder_of_another_sweep_at_the_same_path_is_not_taken_for_its_own(tmp_path: Path) -> None:
     sweep = Sweep()
-    sweep.folder, sweep._started = tmp_path, 1.0
-    for started, sees in ((1.0, True), (2.0, False)):
-        (tmp_path / SWEEP).write_text(json.dumps({"started": started}))
-        assert sweep._sees_folder() == sees
+    sweep.folder, sweep._token = tmp_path, "ours"
+    for token, sees in (("ours", True), ("another", False)):
+        (tmp_path / SWEEP).write_text(json.dumps({"token": token}))
+        assert bool(sweep._read_sweep()) == sees
 
 
 def test_summary_of_a_glob_over_own_options(tiny: TinyRuns, tmp_path: Path) -> None:
