@@ -38,29 +38,26 @@ def locate(name: str, allow: Sequence[str] | None = None) -> type:
         TypeError: if the address is that of something other than a class.
         Exception: any error of the import.
     """
-    found = _imported(name, allow)
-    if not isinstance(found, type):
-        raise TypeError(f"it is a {type(found).__name__}, not a class")
-    if allow is not None:  # a module also has the classes that it imports from others
-        check_allowed(found.__module__, name, allow)
+    found: type = _imported(name, allow, type)
     return found
 
 
 def locate_callable(name: str, allow: Sequence[str] | None = None) -> Callable[..., Any]:
     """Imports the class or function of a ``_target_``; the arguments and errors are those of `locate`."""
-    found = _imported(name, allow)
-    if not callable(found):
-        raise TypeError(f"it is a {type(found).__name__}, not a class")
-    if allow is not None:
-        check_allowed(found.__module__, name, allow)
+    found: Callable[..., Any] = _imported(name, allow, Callable)
     return found
 
 
-def _imported(name: str, allow: Sequence[str] | None) -> Any:
+def _imported(name: str, allow: Sequence[str] | None, kind: Any) -> Any:
     module, _, attribute = current_address(name).rpartition(".")
     if allow is not None:
         check_allowed(module, name, allow)
-    return getattr(importlib.import_module(module), attribute)
+    found = getattr(importlib.import_module(module), attribute)
+    if not isinstance(found, kind):
+        raise TypeError(f"it is a {type(found).__name__}, not a class")
+    if allow is not None:  # a module also has what it imports from others
+        check_allowed(found.__module__, name, allow)
+    return found
 
 
 def check_allowed(module: str, name: str, allow: Sequence[str]) -> None:
