@@ -31,6 +31,7 @@ from maml.paper.tables import (
     bold_cells,
     compare,
     judged_value,
+    layout_rows,
     printed_value,
     reading_text,
     summary,
@@ -221,8 +222,7 @@ class _Page:
     def table(self, table: Table, comparisons: Sequence[Comparison]) -> Markup:
         """Returns a table in the paper's layout, and a panel for each of its cells."""
         layout, bold = table.layout, bold_cells(table)
-        quoted = {item.cell.row for item in comparisons if item.cell.quoted}
-        by_cell = {(item.cell.row, item.cell.column): item for item in comparisons}
+        groups, has_quoted = layout_rows(table, comparisons), any(item.cell.quoted for item in comparisons)
         heads = [element("th", sort_button(layout.corner), rowspan="2", scope="col", aria_sort="none")]
         heads += [
             element(
@@ -236,23 +236,23 @@ class _Page:
             for whose in ("paper" if table.in_paper else "published", "ours")
         ]
         rows, panels = [], []
-        for group in layout.groups:
-            for row, name in group.items():
-                label = f"{name} {SYMBOLS['quoted']}" if row in quoted else name
-                cells = [element("th", label, scope="row", data_sort=name, class_="own" if row in layout.own else None)]
-                for column, words in layout.columns.items():
-                    item = by_cell.get((row, column))
-                    cells += self._numbers(item, (row, column) in bold)
+        for group in groups:
+            for row in group:
+                label = f"{row.name} {SYMBOLS['quoted']}" if row.quoted else row.name
+                own = "own" if row.row in layout.own else None
+                cells = [element("th", label, scope="row", data_sort=row.name, class_=own)]
+                for (column, words), item in zip(layout.columns.items(), row.items, strict=True):
+                    cells += self._numbers(item, (row.row, column) in bold)
                     if item:
                         setting = f"step {words[0]}" if words[0].isdigit() else ", ".join(words)
-                        panels.append(self._cell_panel(table, item, f"{name}, {setting}"))
-                first = row == next(iter(group)) and group is not layout.groups[0]
+                        panels.append(self._cell_panel(table, item, f"{row.name}, {setting}"))
+                first = row is group[0] and group is not groups[0]
                 rows.append(element("tr", cells, class_="new-group" if first else None))
         head = element("thead", element("tr", heads), element("tr", subheads))
         return element(
             "article",
             element("h3", table.title),
-            element("p", summary(comparisons), f". {QUOTED}." if quoted else ".", class_="muted"),
+            element("p", summary(comparisons), f". {QUOTED}." if has_quoted else ".", class_="muted"),
             scroll_box(element("table", head, element("tbody", rows), class_="sortable numbers"), table.title),
             panels,
             id=table.name,
