@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
@@ -64,8 +64,6 @@ class Algorithm(ABC):
         fixes_ways: whether each class of a training task has its own output, so that tasks of meta-test cannot have
             more classes. Algorithms that compare images with the support images have no such limit.
         draws_dropout: whether `sample_tasks` draws what the model drops. Only then the model can have dropout.
-        updates_seeds_together: whether `meta_updates` is defined. Only then, or if ``sums_over_tasks``, several seeds
-            can be trained as one computation.
 
     Attributes:
         theta: the meta-learnt parameters, those of the model and of the inner optimizer, without a task axis.
@@ -82,7 +80,6 @@ class Algorithm(ABC):
     sums_over_tasks = True
     fixes_ways = True
     draws_dropout = False
-    updates_seeds_together = False
 
     def __init__(self, parts: Parts) -> None:
         self.domain, self.inner, self.outer = parts.domain, parts.inner, parts.outer
@@ -249,9 +246,11 @@ class Algorithm(ABC):
             value.copy_(metrics.pop(name))
         return metrics
 
-    @classmethod
-    def meta_updates(cls, algorithms: Sequence[Self], objective: Objective, tasks: Tasks) -> list[dict[str, Tensor]]:
-        """Makes the `meta_update` of several seeds in one computation, if ``updates_seeds_together``.
+    @staticmethod
+    def meta_updates(algorithms: Sequence[Any], objective: Objective, tasks: Tasks) -> list[dict[str, Tensor]]:
+        """Makes the `meta_update` of several seeds in one computation, if not ``sums_over_tasks``.
+
+        Without an override, seeds of such an algorithm cannot be trained at once.
 
         Args:
             algorithms: S algorithms that differ in the seed only.

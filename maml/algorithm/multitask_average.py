@@ -62,7 +62,6 @@ class MultitaskAverage(Algorithm):
     """
 
     sums_over_tasks = False
-    updates_seeds_together = True
 
     def __init__(
         self,
@@ -132,9 +131,9 @@ class MultitaskAverage(Algorithm):
         """Trains one regressor per task and updates the mean."""
         return self.meta_updates([self], objective, tasks)[0]
 
-    @classmethod
+    @staticmethod
     def meta_updates(
-        cls, algorithms: Sequence[MultitaskAverage], objective: Objective, tasks: Tasks
+        algorithms: Sequence[MultitaskAverage], objective: Objective, tasks: Tasks
     ) -> list[dict[str, Tensor]]:
         """Trains one regressor per task of every seed, all in one batched computation, and updates the seeds' means."""
         count = num_tasks(tasks) // len(algorithms)

@@ -145,7 +145,7 @@ def check_parallelism(algorithm: Algorithm, num_seeds: int, meta_batch_size: int
             f"meta_batch_size={meta_batch_size} cannot be shared by {num_processes} processes; raise it, or start fewer"
         )
     has_rollouts = type(algorithm.domain).rollout_metrics is not Domain.rollout_metrics or algorithm.domain.on_policy
-    is_joint = algorithm.sums_over_tasks or algorithm.updates_seeds_together
+    is_joint = algorithm.sums_over_tasks or type(algorithm).meta_updates is not Algorithm.meta_updates
     if num_seeds > 1 and (has_rollouts or not is_joint):
         part = domain if has_rollouts else name
         raise MamlError(

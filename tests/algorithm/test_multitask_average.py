@@ -23,7 +23,7 @@ from maml.model.lstm import LSTM
 from maml.model.mlp import MLP
 from maml.outer.adam import Adam
 from maml.seeding import Stream
-from maml.training.iteration import Iteration
+from maml.training.iteration import Iteration, check_parallelism
 from maml.types import Params, Tasks, take
 from tests import algorithms, plain_adam, plain_maml
 from tests.algorithms import build_from
@@ -252,6 +252,7 @@ def test_seeds_side_by_side_equal_separate_runs(initial: str, batch: int) -> Non
             assert {name: value.item() for name, value in here.items()} == pytest.approx(
                 {name: value.item() for name, value in there.items()}
             )
+    check_parallelism(together[0], len(together), batch)
     for joined, separate in zip(together, apart, strict=True):
         assert_equal(joined.theta, separate.theta)
         assert_equal(joined.buffers, separate.buffers)
