@@ -9,13 +9,12 @@ shows its results at once if it has already finished.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from maml.cli.scripts import exit_with
 from maml.config.compose import compose
 from maml.config.paths import RESULTS
-from maml.errors import Interrupted, MamlError
 from maml.experiment import run_experiment
 from maml.paper.cells import load_figures, load_tables
 from maml.paper.figures import DrawnCurve, plot_figure
@@ -100,10 +99,4 @@ def draw_figure(report: Report, smoke: bool, path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(128 + stop.signal_number)
-    except MamlError as error:
-        sys.exit(str(error))
+    exit_with(main)

@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
+from maml.cli.scripts import exit_with
 from maml.config.compose import compose
 from maml.config.hints import explain_override_error
 from maml.config.paths import CONF
@@ -96,7 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     overrides = [word for word in words if "=" in word and not word.startswith("-")]  # at any position
     options = parser.parse_args([word for word in words if word not in overrides])
-    settings, experiment = compose(overrides, CONF)
+    try:
+        settings, experiment = compose(overrides, CONF)
+    except HydraException as error:
+        explain_override_error(overrides)
+        raise MamlError(str(error)) from error
     with use_precision(settings.precision):
         animate(settings, experiment, options)
 
@@ -331,10 +336,4 @@ def mirror(settings: Settings, algorithm: str, run: RunFolder, path: Path) -> No
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MamlError as error:
-        sys.exit(str(error))
-    except HydraException as error:
-        explain_override_error(sys.argv[1:])
-        sys.exit(str(error))
+    exit_with(main)

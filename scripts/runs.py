@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from maml.cli.scripts import add_runs_dir
+from maml.cli.scripts import add_runs_dir, exit_with
 from maml.config.compose import compose
 from maml.config.paths import CONF, RESULTS
 from maml.config.schema import build
@@ -667,5 +666,4 @@ def _delete(run: Run) -> bool:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` is not an error
-    sys.exit(main())
+    exit_with(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from maml.config.paths import DEFAULT_RUNS, NO_RUNS, RESULTS
-from maml.errors import MamlError
+from maml.errors import Interrupted, MamlError
 
 
 def add_runs_dir(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,8 @@ def end_without_reader() -> NoReturn:
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script and ends the process with its status; a known error is one message and status 1.
 
-    Known are each `MamlError`, and each `OSError` that names a file.
+    Known are each `MamlError`, and each `OSError` that names a file. After `Interrupted`, the status is 128 + the
+    signal's number.
     """
     try:
         status = main()
@@ -84,6 +85,9 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(status)
     except BrokenPipeError:
         end_without_reader()
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signal_number)
     except MamlError as error:
         sys.exit(str(error))
     except OSError as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from maml.cli.scripts import exit_with, print_problems, rendering_parser
 from maml.config.paths import RESULTS
-from maml.errors import MamlError
+from maml.errors import Interrupted, MamlError
 
 
 def test_runs_of_the_user_come_before_the_committed_ones() -> None:
@@ -53,6 +54,16 @@ def test_error_of_a_script_is_its_message() -> None:
     with pytest.raises(SystemExit) as exit_:
         exit_with(main)
     assert exit_.value.code == "results/ cannot be written"
+
+
+def test_signal_is_its_message_and_the_status_of_the_signal(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise Interrupted("stopped; the same command resumes", signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as exit_:
+        exit_with(main)
+    assert exit_.value.code == 128 + 15
+    assert capsys.readouterr().err == "stopped; the same command resumes\n"
 
 
 def test_error_of_a_file_is_its_name_and_reason(tmp_path: Path) -> None:

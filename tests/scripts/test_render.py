@@ -186,6 +186,12 @@ def test_environment_that_says_no_speed_has_a_picture_for_each_step() -> None:
     assert SCRIPT["_steps_per_frame"](Silent()) == 1
 
 
+def test_misspelt_key_is_named_with_its_likely_spelling(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(MamlError, match=r"Could not override 'domain\.horison'"):
+        show("+experiment=point_navigation_maml", "domain.horison=9", "--goal", "1")
+    assert "did you mean domain.horizon?" in capsys.readouterr().err
+
+
 def test_what_cannot_be_shown_is_said(tmp_path: Path) -> None:
     point = ["+experiment=point_navigation_maml", f"runs_dir={tmp_path}"]
     for arguments, message in {

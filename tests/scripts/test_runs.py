@@ -9,6 +9,8 @@ import json
 import os
 import re
 import runpy
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +75,15 @@ def test_list_has_one_line_per_run_with_its_headline(tmp_path: Path, run: Lines)
         [later.name, "sinusoid_10shot", "1", "500 of 70,000", "interrupted", "50", "0123456+", "CPU, Abacus"],
     ]
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "scripts" / "runs.py"), "list", "--runs-dir", str(tmp_path)]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")  # as after each script that ends with `exit_with`
 
 
 def test_list_says_at_which_iteration_a_run_was_evaluated_that_has_gone_on(tmp_path: Path, run: Lines) -> None:
