@@ -39,7 +39,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 		sys.exit(lacking and "this Python lacks " + ", ".join(lacking) + ", which the bundle leaves out; make PYTHON=... with one \
 that has them, not in a virtual environment, or make the bundle without --without")'
 	@echo "setup 1 of 2: $(VENV) with $$($(PYTHON) --version)"
-	@test -x $(RUN) || $(PYTHON) -m venv $(SITE) $(VENV)
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(SITE) $(VENV)
 	@echo "setup 2 of 2: PyTorch and the other packages of constraints.txt into $(VENV), once." \
 		"$(SOURCE). This takes one to ten minutes"
 	@set -o pipefail; $(RUN) -m pip install --disable-pip-version-check --progress-bar off \

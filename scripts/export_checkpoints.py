@@ -5,8 +5,8 @@
 Parameters above 1.5 MB are not exported: their index entry names the run folder in results/runs that has them. A cell
 or curve has the parameters of one of its runs: the complete run with the lowest seed, or, if there is none, the
 run with the most iterations; the index contains the iteration. Equal runs give equal bytes. If a run's checkpoint.pt no
-longer exists, its exported file is kept, and so is that of a run that is damaged or in none of the folders. Files that
-no number needs are deleted.
+longer exists, its exported file is kept, and so is that of a run that is damaged, not evaluated yet or in none of the
+folders; not that of a superseded run. Exported files that no number needs are deleted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from maml.record.exported import (
     title,
     write_index,
 )
-from maml.record.index import Run, find_runs
+from maml.record.index import Run, read_runs
 
 MAX_BYTES = 1_500_000  # largest exported file, because all files are committed
 
@@ -55,9 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=CHECKPOINTS, help="where to write (default: results/checkpoints)")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    runs, problems = find_runs(*options.runs_dir)
+    everything, problems = read_runs(*options.runs_dir)
+    runs = [run for run in everything if not run.superseded]
     before, index = read_index(options.out), Index()
-    seen = {run.record.run_id for run in runs}
+    decided = {run.record.run_id for run in everything if run.reports or run.superseded}
 
     @cache
     def find(source: Source) -> Evidence:
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         evidence = find(source)
         if not evidence.evaluated:
             kept = before.cells.get(name)
-            if kept and before.files[kept.file].run_id not in seen:  # its run is damaged, or in another folder
+            if kept and before.files[kept.file].run_id not in decided:
                 index.cells[name], index.files[kept.file] = kept, before.files[kept.file]
             continue
         run, report = evidence.evaluated[0]
@@ -81,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             index.cells[name] = cell
     write_index(options.out, index)
-    for path in options.out.glob("*.safetensors"):
-        if path.name not in index.files or index.files[path.name].run:
-            path.unlink()
+    for file in before.files:
+        if file not in index.files or index.files[file].run:
+            (options.out / file).unlink(missing_ok=True)
     status = print_problems(problems)
     size = sum(path.stat().st_size for path in options.out.glob("*.safetensors"))
     print(f"{len(index.cells)} cells and curves of {len(index.files)} runs, {size / 1e6:.1f} MB, in {options.out}")

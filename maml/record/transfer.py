@@ -60,6 +60,8 @@ def import_runs(archive: Path, into: Path) -> list[Outcome]:
     Raises:
         MamlError: if the archive cannot be read or holds no run, or another process is importing.
     """
+    if not archive.is_file():
+        raise MamlError(f"there is no file {archive}")
     with _staging(into) as staging:
         content = staging / "content"
         _extract(archive, content)
@@ -200,9 +202,11 @@ def _continues(run: Run, earlier: Run) -> bool:
 
 
 def _adds_to(run: Run, other: Run) -> bool:
-    """Returns whether a run is further than another, or as far with evaluations that the other lacks."""
+    """Returns whether a run is further than another, or as far with an evaluation or a checkpoint that it lacks."""
     if _iteration(run) != _iteration(other):
         return _iteration(run) > _iteration(other)
+    if checkpoint.newest(run.path / "checkpoint.pt") and not checkpoint.newest(other.path / "checkpoint.pt"):
+        return True
     known = [(report.evaluation, report.iteration) for report in other.reports]
     return any((report.evaluation, report.iteration) not in known for report in run.reports)
 

@@ -27,7 +27,7 @@ from maml.paper.cells import named_sources
 from maml.paper.evidence import find_evidence
 from maml.record import checkpoint
 from maml.record.exported import Reading, read_index, read_parameters, unpack
-from maml.record.index import find_runs
+from maml.record.index import SUPERSEDED, find_runs
 from tests.paper.fake_runs import make_run, make_run_with_checkpoint
 from tests.runs import ROOT
 
@@ -195,8 +195,9 @@ def test_export_takes_the_lowest_seed_and_gives_equal_bytes(tmp_path: Path) -> N
     state = unpack(tmp_path / "exported" / file, about.sha256)
     assert list(state) == ["theta"]
     assert all(torch.equal(value, saved["theta"][name]) for name, value in state["theta"].items())
-    (tmp_path / "exported" / "old.safetensors").touch()
     assert export(tmp_path, runs) == first
+    (tmp_path / "exported" / "of_the_user.safetensors").touch()
+    assert export(tmp_path, runs) == first | {"of_the_user.safetensors": b""}
 
 
 def test_export_keeps_what_has_no_checkpoint_any_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,6 +235,16 @@ def test_export_keeps_what_it_does_not_see(tmp_path: Path) -> None:
     (record,) = (tmp_path / "runs").glob("*/*/run.json")
     record.write_text("{")
     assert export(tmp_path, tmp_path / "runs", status=1) == first
+
+
+def test_export_keeps_a_number_whose_run_is_trained_again_and_drops_a_superseded_one(tmp_path: Path) -> None:
+    run = make_run_with_checkpoint(tmp_path / "runs")
+    add_execution(run)
+    first = export(tmp_path, tmp_path / "runs")
+    make_run(tmp_path / "training", evaluated=False, status="running")
+    assert export(tmp_path, tmp_path / "training") == first
+    (run / SUPERSEDED).write_text(json.dumps({"by": "", "reason": "a mistake"}))
+    assert list(export(tmp_path, tmp_path / "runs")) == ["index.json"]
 
 
 def test_parameters_that_are_too_large_stay_in_their_run_folder(
