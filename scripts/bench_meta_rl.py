@@ -79,9 +79,11 @@ class Shape:
         """Builds what training would build."""
         sizes = f"domain.num_shots={self.num_rollouts}", f"domain.horizon={self.horizon}"
         settings, _ = compose([f"+experiment={self.experiment}", *sizes])
-        hardware = Hardware("cpu")
+        hardware = Hardware("cpu", num_threads=NUM_THREADS)
         algorithm = build_algorithm(settings, hardware)
-        return MetaGradient(algorithm, hardware.choose(algorithm.domain.workload, num_iterations=1, earlier={}))
+        execution = hardware.choose(algorithm.domain.workload, num_iterations=1, earlier={})
+        hardware.apply(execution)  # switches of the process, such as oneDNN
+        return MetaGradient(algorithm, execution)
 
     def sizes(self) -> str:
         """Returns the sizes as text: tasks x rollouts x steps."""

@@ -69,7 +69,9 @@ def build_meta_gradient(experiment: str, algorithm: str) -> tuple[MetaGradient, 
     def make_model(in_shape: Sequence[int], out_dim: int) -> Model:
         return build(settings.model, in_shape=in_shape, out_dim=out_dim)
 
-    execution = Hardware("cpu").choose(domain.workload, num_iterations=1, earlier={})
+    hardware = Hardware("cpu", num_threads=NUM_THREADS)
+    execution = hardware.choose(domain.workload, num_iterations=1, earlier={})
+    hardware.apply(execution)  # switches of the process, such as our kernels
     parts = Parts(domain, make_model, build(settings.inner), build(settings.outer), Stream(0))
     return MetaGradient(build(settings.algorithm, parts=parts), execution), settings.meta_batch_size
 

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from maml.hardware import base, products
 from tests.runs import ROOT
 
 pytest.importorskip("mujoco")
 
 PHASES = ("sampling", "advantages and adaptation", "gradient", "curvature", "conjugate gradient", "line search", "rest")
+
+
+def test_measured_meta_iteration_has_the_switches_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(base, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "_use_onednn", False)
+    module = importlib.import_module("bench_meta_rl")
+    meta_gradient = replace(module.SHAPES["point"], num_tasks=2, num_rollouts=2, horizon=10).build()
+    assert meta_gradient.execution.onednn and products._use_onednn
+    assert meta_gradient.execution.num_threads == torch.get_num_threads() == 1
 
 
 def test_quick_run_writes_all_it_measures(tmp_path: Path) -> None:

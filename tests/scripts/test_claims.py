@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from maml.hardware.base import Hardware
+from maml.hardware.kernels import kernels_apply, use_kernels
 from tests.runs import ROOT
 
 MINI, OMNIGLOT = ("mini_imagenet_5way_1shot", (84, 84, 3)), ("omniglot_5way_1shot", (28, 28, 1))
@@ -68,6 +70,20 @@ def test_maml_has_the_classifiers_parameters_and_no_more(
     if experiment == MINI:  # on Omniglot the embedding alone is as large
         assert all(int(other.replace(",", "")) > published for other in others)
         assert others == ["113,088", "71,812,288", "34,947"]
+
+
+def test_measured_meta_gradient_has_the_kernels_of_training(
+    main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        for trained_with in (False, True):
+            use_kernels(False)
+            monkeypatch.setattr(Hardware, "_can_compile_kernels", lambda _, can=trained_with: can)
+            meta_gradient, _ = main.__globals__["build_meta_gradient"](OMNIGLOT[0], "maml")
+            assert meta_gradient.execution.kernels == kernels_apply(torch.zeros(1)) == trained_with
+            assert torch.get_num_threads() == 1
+    finally:
+        use_kernels(False)
 
 
 @pytest.mark.slow  # it measures for twenty seconds
