@@ -112,6 +112,8 @@ def measure(
         "ours": lambda: evaluate_batched(problem, evaluation, bank),
         "loop": lambda: evaluate_in_loop(problem, evaluation, bank),
     }
+    for run in runs.values():  # a warm-up; the check was in float64
+        run()
     seconds = time_in_turns(runs, rounds, choose_clock(device, torch.get_num_threads())[0], title=experiment)
     shown, rows = [], []
     for name in runs:

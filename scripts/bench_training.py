@@ -30,6 +30,7 @@ from benchmark import (
     verdict,
     write_results,
 )
+from clocks import WARM_UP
 from floor import NOTES, Cost, Rates, kernels, slowest_operations
 from implementations import Implementation, Problem, prepare
 from previous import PREVIOUS, PREVIOUS_BAR, PREVIOUS_TEXT, Previous, add_previous_option
@@ -47,7 +48,6 @@ BARS = {  # required iterations per second
 LOOP_BARS = {"omniglot_5way_1shot": 20.0}  # required ratio to the loop on the same GPU
 BUSY_BARS = {"omniglot_5way_1shot": 80.0}  # required share of the time in which the GPU computes, in percent
 OURS = "ours as trained"
-WARM_UP = 6  # calls: a graph is captured at the fourth, and its first launch is slow
 VARIANTS = (
     "ours without graph",
     "ours without kernels",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 MIN_TURN_SECONDS = 0.2  # shortest duration of a turn, which repeats the computation
+WARM_UP = 6  # training iterations before the timing: a graph is captured at the fourth, and its first launch is slow
 
 Clock = Callable[[], float]
 

@@ -82,6 +82,7 @@ def build_as_trained(settings: Settings) -> tuple[Algorithm, Iteration | CudaGra
     Returns:
         The algorithm, and a function that makes one training iteration.
     """
+    torch.backends.cudnn.allow_tf32 = False  # as in training with precision=float32
     hardware: Hardware = build(settings.hardware)
     algorithm = build_algorithm(settings, hardware)
     execution = hardware.choose(algorithm.domain.workload, settings.num_iterations, {})
@@ -611,7 +612,6 @@ def prepare(
     Raises:
         RuntimeError: if an implementation computes another gradient.
     """
-    torch.backends.cudnn.allow_tf32 = False  # as in training with precision=float32
     with default_dtype(torch.float64):
         exact = Problem(experiment, overrides, device, torch.float64)
 

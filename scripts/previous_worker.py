@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clocks import choose_clock, seconds_per_call
+from clocks import WARM_UP, choose_clock, seconds_per_call
 
 
 def main() -> None:
@@ -30,6 +30,7 @@ def main() -> None:
     os.dup2(2, 1)
     folder, device, threads, experiment, name, method, *overrides = sys.argv[1:]
     torch.set_num_threads(int(threads))
+    torch.backends.cudnn.allow_tf32 = False  # as in training; older revisions do not set it for themselves
     # From here on, imports find the revision. The clock is today's, because a ratio needs the same clock on both sides.
     sys.path[0] = str(Path(folder) / "scripts")
     sys.path.insert(1, folder)
@@ -48,7 +49,8 @@ def main() -> None:
         return implementation.iterate(problem, next(iterations))
 
     clock, _ = choose_clock(torch.device(device), int(threads))
-    run()  # a warm-up
+    for _ in range(WARM_UP if method == "iterate" else 1):
+        run()
     print("ready", file=answers, flush=True)
     for _ in sys.stdin:
         print(seconds_per_call(run, clock), file=answers, flush=True)

@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,6 +216,47 @@ def test_previous_revision_times_its_own_code_in_turns(script: Callable[[str], A
     assert len(str(previous)) == 40 and all(0 < value < 1 for value in seconds)
 
 
+STUB = """
+import maml
+import torch
+
+class Problem:
+    def __init__(self, *_):
+        self.tasks = None
+
+class Recorded:
+    def __init__(self, problem): pass
+
+    def gradient(self, tasks):
+        print("call, TF32:", torch.backends.cudnn.allow_tf32)
+
+    def iterate(self, problem, number):
+        self.gradient(problem.tasks)
+
+IMPLEMENTATIONS = {"ours": Recorded}
+"""
+
+
+@pytest.mark.parametrize(("method", "calls"), [("gradient", 1), ("iterate", 6)])
+def test_previous_revision_warms_up_as_the_present_one_and_without_tf32(
+    tmp_path: Path, method: str, calls: int
+) -> None:
+    for name, text in {"scripts/implementations.py": STUB, "maml/__init__.py": ""}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    worker = [sys.executable, str(ROOT / "scripts" / "previous_worker.py"), str(tmp_path)]
+    done = subprocess.run(
+        [*worker, "cpu", "1", "sinusoid_10shot", "ours", method], input="", capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "ready\n" and done.stderr.splitlines() == ["call, TF32: False"] * calls
+
+
+def test_problem_is_computed_without_tf32(implementations: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    implementations.Problem(*SINUSOID)
+    assert not torch.backends.cudnn.allow_tf32
+
+
 @needs_clone
 def test_previous_revision_that_cannot_be_measured_says_why(script: Callable[[str], Any]) -> None:
     module = script("previous")
@@ -406,6 +448,22 @@ def test_training_shows_who_is_missing(
     assert notes.pop("previous").startswith("unavailable: this clone has no revision no-such-tag; ")
     assert notes == {"ours as trained": "", "loop": "", "jax": "not installed"}
     assert "| jax | not installed |" in written(tmp_path, "training.md").read_text()
+
+
+def test_evaluation_warms_both_up_before_the_timing(
+    script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, calls = script("bench_evaluation"), []
+    monkeypatch.setattr(module, "check", lambda *_: None)
+    monkeypatch.setattr(module, "evaluate_batched", lambda *_: calls.append("ours"))
+    monkeypatch.setattr(module, "evaluate_in_loop", lambda *_: calls.append("loop"))
+
+    def time_in_turns(runs: Any, *_: Any, **__: Any) -> dict[str, list[float]]:
+        assert calls == [*runs] == ["ours", "loop"]
+        return {name: [1.0] for name in runs}
+
+    monkeypatch.setattr(module, "time_in_turns", time_in_turns)
+    module.measure("sinusoid_10shot", 2, 1, torch.device("cpu"))
 
 
 @pytest.mark.slow  # the loop takes twenty seconds
