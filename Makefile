@@ -100,10 +100,11 @@ claims: setup  ## measure two claims of section 5.2: FOMAML's speed-up, the numb
 
 bench: setup  ## run all benchmarks (an hour or more on one CPU core) into results/benchmarks; DEVICE=cuda PREVIOUS=REVISION
 	@echo "bench: 6 benchmarks, together an hour or more on one CPU core. Numbers are printed as they are measured, and" \
-		"each table is written again after each of its parts, so it can be stopped at any time"
+		"each table is written again after each of its parts, so it can be stopped at any time." \
+		"Only the last one needs data (Omniglot)"
 	$(RUN) scripts/bench_meta_gradient.py $(BENCH) $(COMPARED)
 	$(RUN) scripts/bench_training.py $(BENCH) $(COMPARED)
 	$(RUN) scripts/bench_scaling.py $(BENCH)
 	$(RUN) scripts/bench_evaluation.py $(BENCH)
-	$(RUN) scripts/bench_time_to_accuracy.py $(BENCH)
 	$(RUN) scripts/bench_meta_rl.py
+	$(RUN) scripts/bench_time_to_accuracy.py $(BENCH)

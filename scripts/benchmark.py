@@ -226,6 +226,12 @@ def read_conditions(page: str) -> dict[str, str]:
     return dict(line[2:].split(": ", 1) for line in page.splitlines() if re.match(r"- \w+: ", line))
 
 
+def short_commit(conditions: Mapping[str, str]) -> str:
+    """Returns the first seven digits of the measured commit, with ``-dirty`` if it has that."""
+    digits, *dirty = conditions["commit"].split("-")
+    return "-".join([digits[:7], *dirty])
+
+
 def overview(folder: Path) -> str:
     """Returns a page with one table: which processor has which benchmark, and at which commit."""
     pages = {path: read_conditions(path.read_text()) for path in sorted(folder.glob("*/*.md"))}
@@ -233,6 +239,5 @@ def overview(folder: Path) -> str:
     rows: dict[str, dict[str, str]] = {}
     for path, conditions in pages.items():
         row = rows.setdefault(path.parent.name, {"folder": path.parent.name} | dict.fromkeys(names, ""))
-        short, *dirty = conditions["commit"].split("-")
-        row[path.stem] = f"[{'-'.join([short[:7], *dirty])}]({path.parent.name}/{path.name})"
+        row[path.stem] = f"[{short_commit(conditions)}]({path.parent.name}/{path.name})"
     return "\n".join([OVERVIEW, *markdown_table([*rows.values()])])

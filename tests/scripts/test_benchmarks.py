@@ -474,6 +474,22 @@ def test_evaluation_of_the_loop_agrees(script: Callable[[str], Any], tmp_path: P
     assert [row["implementation"] for row in rows(tmp_path, "evaluation")] == ["ours", "loop"] * 2
 
 
+def test_time_to_accuracy_has_a_state_for_each_processor_and_commit(
+    script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("bench_time_to_accuracy")
+    monkeypatch.setattr(module, "hardware_folder", lambda device: f"some_{device}")
+    found = [
+        module.default_state(device, {"commit": commit}).name
+        for device, commit in (("cpu", "0123456789"), ("cpu", "0123456789-dirty"), ("cuda", "abcdefghij"))
+    ]
+    assert found == [
+        "time_to_accuracy_some_cpu_0123456.pt",
+        "time_to_accuracy_some_cpu_0123456-dirty.pt",
+        "time_to_accuracy_some_cuda_abcdefg.pt",
+    ]
+
+
 def test_time_to_accuracy_goes_on_from_its_state(script: Callable[[str], Any], tmp_path: Path) -> None:
     module = script("bench_time_to_accuracy")
     state = tmp_path / "state.pt"
