@@ -1,8 +1,8 @@
 """The same meta-gradient and training step in several implementations: ours, a plain loop, and other libraries.
 
-A library that cannot be imported is reported as missing. `pip install -e '.[bench]'` installs all of them except
-learn2learn 0.2.0, which no longer builds. Its pure-Python part is enough: the folders ``algorithms``, ``nn``, ``optim``
-and ``utils``, with an ``__init__.py`` that imports only those.
+A library that cannot be imported, or fails, is reported as missing. `pip install -e '.[bench]'` installs all of them
+except learn2learn 0.2.0, which no longer builds. Its pure-Python part is enough: the folders ``algorithms``, ``nn``,
+``optim`` and ``utils``, with an ``__init__.py`` that imports only those.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmark import Unavailable
+from benchmark import PEERS, Unavailable
 from torch import Tensor, nn
 
 from maml.algorithm.base import Algorithm
@@ -31,6 +31,7 @@ from maml.config.names import locate
 from maml.config.schema import Settings, build
 from maml.data.cache import ImageSet
 from maml.domain.classification import FewShotClassification, Splits
+from maml.errors import first_line
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
 from maml.hardware.kernels import use_kernels
@@ -538,8 +539,9 @@ class Jax(Implementation):
 def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise Unavailable("not installed" if error.name == name else f"not importable ({error})") from error
+    except ImportError as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        raise Unavailable("not installed" if is_missing else f"not importable ({first_line(error)})") from error
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Problem], Implementation]] = {
@@ -607,10 +609,10 @@ def prepare(
 
     Returns:
         The problem, the implementations, their relative errors in float64 and float32, and the reasons why other
-        implementations are missing.
+        implementations are missing. A library that fails is among them, because its version may be another one.
 
     Raises:
-        RuntimeError: if an implementation computes another gradient.
+        RuntimeError: if an implementation of ours computes another gradient.
     """
     with default_dtype(torch.float64):
         exact = Problem(experiment, overrides, device, torch.float64)
@@ -623,27 +625,35 @@ def prepare(
     def select_tasks(problem: Problem, indices: Sequence[int]) -> Tasks:
         return {name: value[[*indices]] for name, value in problem.tasks.items()}
 
-    errors: dict[str, list[float]] = {}
+    def smallest_error(name: str, problem: Problem, implementation: Implementation) -> float:
+        smallest, allowed = math.inf, _TOLERANCE[problem.dtype]
+        for indices in _checked_meta_batches(problem):
+            gradient = implementation.gradient(select_tasks(problem, indices))
+            smallest = min(smallest, relative_error(gradient, reference(*indices)))
+            if smallest <= allowed:
+                return smallest
+        raise RuntimeError(
+            f"{name} computes another meta-gradient than the loop: relative error {smallest:.1e} in "
+            f"{problem.dtype}, allowed {allowed:.0e}; its time would mean nothing, so correct it first"
+        )
+
+    errors: dict[str, list[float]] = {name: [] for name in names}
     missing: dict[str, str] = {}
     for problem in (exact, Problem(experiment, overrides, device)):
         ready: dict[str, Implementation] = {}
         with default_dtype(problem.dtype):
             for name in names:
+                if name in missing:  # already in float64
+                    continue
                 try:
-                    ready[name] = IMPLEMENTATIONS[name](problem)
+                    implementation = IMPLEMENTATIONS[name](problem)
+                    errors[name].append(smallest_error(name, problem, implementation))
                 except Unavailable as reason:
                     missing[name] = str(reason)
-                    continue
-                smallest, allowed = math.inf, _TOLERANCE[problem.dtype]
-                for indices in _checked_meta_batches(problem):
-                    gradient = ready[name].gradient(select_tasks(problem, indices))
-                    smallest = min(smallest, relative_error(gradient, reference(*indices)))
-                    if smallest <= allowed:
-                        break
+                except Exception as error:
+                    if name not in PEERS:
+                        raise
+                    missing[name] = f"fails here ({first_line(error)})"
                 else:
-                    raise RuntimeError(
-                        f"{name} computes another meta-gradient than the loop: relative error {smallest:.1e} in "
-                        f"{problem.dtype}, allowed {allowed:.0e}; its time would mean nothing, so correct it first"
-                    )
-                errors.setdefault(name, []).append(smallest)
-    return problem, ready, errors, missing
+                    ready[name] = implementation
+    return problem, ready, {name: errors[name] for name in ready}, missing

@@ -70,8 +70,38 @@ def test_peer_has_the_loops_gradient_or_is_not_installed(
     _, ready, errors, missing = implementations.prepare([peer], *case)
     assert ready.keys() ^ missing.keys() == {peer}
     if missing:
+        assert not missing[peer].startswith("fails here")
         pytest.skip(f"{peer}: {missing[peer]}")
     assert errors[peer][0] < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_peer_that_fails_in_one_precision_is_missing(
+    implementations: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    class Changed(implementations.Ours):  # type: ignore[name-defined]
+        def __init__(self, problem: Any) -> None:
+            super().__init__(problem)
+            self.fails = problem.dtype == dtype
+
+        def gradient(self, tasks: Any) -> Any:
+            if self.fails:
+                raise AttributeError("no such function\nin this version")
+            return super().gradient(tasks)
+
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "jax", Changed)
+    _, ready, errors, missing = implementations.prepare(["loop", "jax"], *SINUSOID)
+    assert missing == {"jax": "fails here (no such function)"}
+    assert [*ready] == [*errors] == ["loop"]
+
+
+def test_library_that_cannot_be_imported_says_why(
+    implementations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old_library.py").write_text("from math import no_such_name")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(implementations.Unavailable, match=r"not importable .*no_such_name"):
+        implementations._library("old_library")
 
 
 def test_another_gradient_is_refused(implementations: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,11 +363,18 @@ def test_meta_gradient_shows_ratios_to_others_with_their_bars(
     def process(*_: Any) -> Iterator[Callable[[], float]]:
         yield lambda: 1e-9  # far faster than the present code
 
+    def fails_in_float32(problem: Any) -> Any:
+        if problem.dtype == torch.float32:
+            raise TypeError("no such dtype")
+        return script("implementations").Ours(problem)
+
     monkeypatch.setattr(previous.Previous, "process", process)
-    options = ["--experiments", "sinusoid_10shot", "--peers", "--compile", "--rounds", "1", "--previous", "HEAD"]
+    monkeypatch.setitem(script("implementations").IMPLEMENTATIONS, "jax", fails_in_float32)
+    options = ["--experiments", "sinusoid_10shot", "--peers", "jax", "--compile", "--rounds", "1", "--previous", "HEAD"]
     module.main([*options, "--out", str(tmp_path)])
     found = {row["implementation"]: row for row in rows(tmp_path, "meta_gradient")}
-    assert [*found] == ["ours", "loop", "loop, fused norm", "previous"]
+    assert [*found] == ["ours", "loop", "loop, fused norm", "jax", "previous"]
+    assert found["jax"]["note"] == "fails here (no such dtype)"
     assert 0 < float(found["ours"]["times_previous"]) < 0.95 and float(found["previous"]["times_previous"]) == 1
     page = written(tmp_path, "meta_gradient.md").read_text()
     (ours,) = (line for line in page.splitlines() if line.startswith("| ours |"))
