@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmark import (
+    REPLACES,
     Spread,
     argument_parser,
     choose_clock,
@@ -130,7 +131,7 @@ def measure(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures all experiments; the files are written after each one, so that an interrupted run keeps its results."""
     options = argument_parser(__doc__, "evaluation", rounds=2)
-    options.add_argument("--experiments", nargs="+", default=list(EXPERIMENTS))
+    options.add_argument("--experiments", nargs="+", default=list(EXPERIMENTS), help=REPLACES)
     options.add_argument("--tasks", type=int, default=600, help="tasks in the bank (default %(default)s)")
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from benchmark import (
     PEERS,
+    REPLACES,
     Spread,
     argument_parser,
     csv_cells,
@@ -141,7 +142,7 @@ def measure(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures all experiments; the files are written after each one, so that an interrupted run keeps its results."""
     options = argument_parser(__doc__, "meta_gradient", rounds=10)
-    options.add_argument("--experiments", nargs="+", default=list(BARS))
+    options.add_argument("--experiments", nargs="+", default=list(BARS), help=REPLACES)
     options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries besides the loop")
     compiled = ["sinusoid_10shot"]  # the other experiments take minutes to compile, and training does not compile them
     options.add_argument("--compile", nargs="*", default=compiled, help="experiments to time compiled as well")

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from benchmark import (
+    REPLACES,
     Spread,
     argument_parser,
     choose_clock,
@@ -351,7 +352,7 @@ def meta_iteration_row(result: Result, with_bars: bool) -> dict[str, object]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures all shapes; the files are written after each one, so that an interrupted run keeps its results."""
     parser = argument_parser(__doc__, "meta_rl", rounds=10, only_one_core=True)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help=REPLACES)
     parser.add_argument("--iterations", type=int, default=5, help="meta-iterations (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for tests; the numbers mean nothing")
     options = parser.parse_args(arguments)

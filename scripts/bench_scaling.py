@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from benchmark import (
+    REPLACES,
     Spread,
     argument_parser,
     choose_clock,
@@ -120,10 +121,12 @@ def measured(path: Path) -> dict[tuple[str, str], dict[str, list[tuple[int, floa
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures all sweeps; the files are written after each one, so that an interrupted run keeps its results."""
     options = argument_parser(__doc__, "scaling", rounds=3)
-    options.add_argument("--experiments", nargs="+", choices=SWEEPS, default=list(SWEEPS))
+    options.add_argument("--experiments", nargs="+", choices=SWEEPS, default=list(SWEEPS), help=REPLACES)
     options.add_argument("--values", nargs="+", type=int, help="values of every sweep, instead of the default ones")
     options.add_argument("--redraw", action="store_true", help="measure nothing: draw the plots from the CSVs again")
     args = options.parse_args(arguments)
+    if args.values is not None and len(set(args.values)) < 2:
+        options.error("--values needs two different values or more, because an exponent is a slope between them")
     if args.redraw:
         for path in args.out.glob(f"*/{args.name}.csv"):
             plot(measured(path), path.with_suffix(".png"))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from benchmark import (
     PEERS,
+    REPLACES,
     Spread,
     argument_parser,
     csv_cells,
@@ -129,7 +130,7 @@ def compared(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures all experiments; the files are written after each one, so that an interrupted run keeps its results."""
     options = argument_parser(__doc__, "training", rounds=5)
-    options.add_argument("--experiments", nargs="+", default=list(BARS))
+    options.add_argument("--experiments", nargs="+", default=list(BARS), help=REPLACES)
     options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries besides the loop")
     options.add_argument(
         "--variants", nargs="*", choices=VARIANTS, help="on a GPU, besides ours (default: the first two)"

@@ -26,6 +26,8 @@ from maml.record.provenance import commit, versions
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("learn2learn", "higher", "torchopt", "jax")
 RESULTS = "results/benchmarks"
+# Help of the options that select experiments.
+REPLACES = "the new table has only these, so give a trial another --out (default: all)"
 OVERVIEW = """
 # Benchmarks
 

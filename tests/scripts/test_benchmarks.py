@@ -446,6 +446,15 @@ def test_scaling_writes_table_and_plot(
     assert path.read_bytes() == drawn
 
 
+@pytest.mark.parametrize("values", [["5"], ["5", "5"]])
+def test_scaling_of_one_value_is_refused(
+    script: Callable[[str], Any], capsys: pytest.CaptureFixture[str], values: list[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script("bench_scaling").main(["--values", *values])
+    assert "--values needs two different values" in capsys.readouterr().err
+
+
 def test_scaling_plot_has_logarithmic_axes_with_numbers_and_one_legend(
     script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
