@@ -25,7 +25,7 @@ from maml.environment.spaces import distribution_of, is_vector, with_vectors
 from maml.errors import EnvironmentFailed, MamlError
 from maml.seeding import Stream
 
-_CHECKED_STEPS = 1000  # of an episode, before a run
+_CHECKED_STEPS = 1000  # a longer episode is not gone through to its end before a run
 
 _log = logging.getLogger(__name__)
 

@@ -202,7 +202,7 @@ def _continues(run: Run, earlier: Run) -> bool:
 
 
 def _adds_to(run: Run, other: Run) -> bool:
-    """Returns whether a run is further than another, or as far with an evaluation or a checkpoint that it lacks."""
+    """Returns whether a run is further than another, or as far and has an evaluation or checkpoint more."""
     if _iteration(run) != _iteration(other):
         return _iteration(run) > _iteration(other)
     if checkpoint.newest(run.path / "checkpoint.pt") and not checkpoint.newest(other.path / "checkpoint.pt"):

@@ -206,15 +206,21 @@ def test_stopped_sweep_asks_to_run_it_again_unless_its_jobs_go_on(
     assert ("run the same command again" in str(stop.value)) is not goes_on
 
 
-@pytest.mark.usefixtures("_clear_hydra")
-def test_callback_is_pickled_while_its_job_runs(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
-    # SLURM's launcher does so to requeue a job.
+def started_sweep(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> tuple[Sweep, DictConfig]:
+    """Starts a sweep of two jobs in this process, and returns it with the config of its jobs."""
     leave_process_alone(monkeypatch)
     monkeypatch.setattr(sys, "argv", sys.argv)  # a job sets it
     config = multirun_config("launcher=joblib", "seed=0,1", f"runs_dir={tiny.runs_dir}", *tiny.base)
     config.hydra.runtime.cwd = str(ROOT)
     callback = Sweep()
     callback.on_multirun_start(config)
+    return callback, config
+
+
+@pytest.mark.usefixtures("_clear_hydra")
+def test_callback_is_pickled_while_its_job_runs(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    # SLURM's launcher does so to requeue a job.
+    callback, config = started_sweep(tiny, monkeypatch)
     for _ in range(2):  # the second time in the process of the requeued job
         config.seed = 0
         callback.on_job_start(config)
@@ -231,12 +237,7 @@ def test_callback_is_pickled_while_its_job_runs(tiny: TinyRuns, monkeypatch: pyt
 def test_job_belongs_to_the_sweep_although_its_command_was_given_again(
     runs: bool, tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    leave_process_alone(monkeypatch)
-    monkeypatch.setattr(sys, "argv", sys.argv)  # a job sets it
-    config = multirun_config("launcher=joblib", "seed=0,1", f"runs_dir={tiny.runs_dir}", *tiny.base)
-    config.hydra.runtime.cwd = str(ROOT)
-    callback = Sweep()
-    callback.on_multirun_start(config)
+    callback, config = started_sweep(tiny, monkeypatch)
     folder = sweep_folder(tiny.runs_dir)
     first = read_json(folder / SWEEP)
     if runs:
