@@ -249,11 +249,16 @@ def usable_cores() -> int:
 
 
 def _cpu_name() -> str:
-    """Returns the processor's model name."""
+    """Returns the processor's name, with its family and model: in a virtual machine the name alone is that of many."""
     try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    if "model name" not in facts:
         import platform
 
         return platform.processor() or platform.machine()
+    if "cpu family" not in facts:
+        return facts["model name"]
+    return f"{facts['model name']} (family {facts['cpu family']}, model {facts.get('model')})"

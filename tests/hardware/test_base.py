@@ -187,6 +187,24 @@ def test_description_names_the_machine() -> None:
     assert described["cores"] >= 1
 
 
+CPUINFO = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (2 * CPUINFO, "AMD EPYC (family 26, model 2)"),  # two processors with one name are of different speed
+        ("model name : Cortex: A76\n", "Cortex: A76"),
+        ("CPU implementer : 0x41\n", "aarch64"),
+    ],
+)
+def test_processor_is_named_with_family_and_model(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert Hardware(device="cpu").describe()["cpu"] == expected
+
+
 @pytest.mark.parametrize(
     "setting", ["hardware.task_chunk=1", "hardware.task_chunk=2", "hardware.num_threads=2", "hardware.recompute=true"]
 )
