@@ -29,8 +29,10 @@ from benchmark import (
 )
 from implementations import build_as_trained
 
+from maml.cli.scripts import exit_with
 from maml.config.compose import compose
 from maml.config.schema import build
+from maml.errors import MamlError
 from maml.evaluation import Evaluation
 from maml.record import checkpoint
 
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Resumes training and evaluates; the files are written after each evaluation.
 
     Raises:
-        RuntimeError: if the saved state is from another commit, machine or target, so that its seconds do not count.
+        MamlError: if the saved state is from another commit, machine or target, so that its seconds do not count.
     """
     options = argument_parser(__doc__, "time_to_accuracy", rounds=1)
     options.add_argument("--experiment", default="omniglot_5way_1shot")
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.state.exists():
         saved = checkpoint.load(args.state)
         if saved["same"] != same:
-            raise RuntimeError(f"{args.state} was made with {saved['same']}, not {same}; move it away to start again")
+            raise MamlError(f"{args.state} was made with {saved['same']}, not {same}; move it away to start again")
         points = saved["points"]
         algorithm.load_state_dict(saved["state"])
 
@@ -131,4 +133,4 @@ def _text(points: Sequence[dict[str, Any]], args: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

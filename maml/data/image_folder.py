@@ -73,6 +73,7 @@ def _list_classes(folder: Path) -> dict[str, dict[str, File]]:
     classes = {}
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for cls in _visible(folder):
+        _check_link(cls)
         if not cls.is_dir():
             continue
         if not _is_text(cls.name):
@@ -81,6 +82,8 @@ def _list_classes(folder: Path) -> dict[str, dict[str, File]]:
                 "rename the folder"
             )
         files = _visible(cls)
+        for file in files:
+            _check_link(file)
         if deeper := [file.path for file in files if file.is_dir()]:
             raise MamlError(
                 f"{deeper[0]} is a folder, but {cls.path} should hold the pictures of one class; is {folder} the right "
@@ -93,6 +96,11 @@ def _list_classes(folder: Path) -> dict[str, dict[str, File]]:
     if not classes:
         raise MamlError(f"{folder} has no folders; put the pictures of each class into a folder of its own there")
     return classes
+
+
+def _check_link(entry: os.DirEntry[str]) -> None:
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        raise MamlError(f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there; mend or delete it")
 
 
 def _is_text(name: str) -> bool:

@@ -130,6 +130,14 @@ def test_class_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
     assert len(list_splits(tmp_path, (0.5, 0.0, 0.5))) == 2
 
 
+@pytest.mark.parametrize("name", ["dog", "cat/7.png"])
+def test_link_that_leads_nowhere_is_refused_because_a_class_would_be_missing(tmp_path: Path, name: str) -> None:
+    make(tmp_path, COUNTS)
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(MamlError, match=f"{name} is a link to .*elsewhere, which is not there; mend or delete it"):
+        names(tmp_path, (1.0, 0.0, 0.0))
+
+
 def test_classes_of_unequal_size_lie_one_after_the_other(tmp_path: Path) -> None:
     make(tmp_path / "own", COUNTS)
     data = load(tmp_path / "own", tmp_path / "cache")

@@ -22,6 +22,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure as Canvas
 
+from maml.errors import MamlError
 from tests.runs import ROOT
 
 SINUSOID = ("sinusoid_10shot", ["meta_batch_size=3", "inner.num_steps=2"])
@@ -550,7 +551,7 @@ def test_time_to_accuracy_goes_on_from_its_state(script: Callable[[str], Any], t
     assert [int(row["iteration"]) for row in both] == [2 * (index + 1) for index in range(len(both))]
     seconds = [float(row["seconds"]) for row in both]
     assert seconds == sorted(seconds) and seconds[0] > 0
-    with pytest.raises(RuntimeError, match="move it away to start again"):
+    with pytest.raises(MamlError, match="move it away to start again"):
         module.main([*call, "--accuracy", "0.001"])
     state.unlink()
     module.main([*call, "--accuracy", "0.001"])  # reached, because the metric is a squared error
