@@ -100,6 +100,11 @@ def run_experiment(settings: Settings, experiment: str, judge: Judge | None = No
     """
     if settings.checkpoint is not None and settings.mode == "train":
         raise MamlError("checkpoint= is for mode=eval; training resumes from its own run folder by itself")
+    if settings.validate_every and not settings.num_iterations:
+        raise MamlError(
+            f"validate_every={settings.validate_every} measures theta during training, but num_iterations=0 trains "
+            "nothing; set validate_every=null"
+        )
     if settings.seed + settings.seeds > 2**63:
         raise MamlError(
             f"seeds={settings.seeds} from seed={settings.seed} on end above 2^63 - 1, the largest seed; lower one"

@@ -81,8 +81,8 @@ class MemoryModule(Embedding):
         if parts.outer.changes_step_size:
             raise MamlError(
                 "algorithm=memory_module makes an update after every image of an episode, and a step size that changes "
-                "with the number of updates would reach its end after a few iterations; choose outer=adam or rmsprop, "
-                "or set outer.final_step_size=null"
+                "with the number of updates would reach its end after a few iterations; set outer.schedule=null, and "
+                "with outer=sgd also outer.final_step_size=null"
             )
         self.num_slots, self.num_neighbors, self.margin = num_slots, num_neighbors, margin
         self.dropout, self.age_noise, self.clear = dropout, age_noise, clear

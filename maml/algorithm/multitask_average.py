@@ -90,8 +90,8 @@ class MultitaskAverage(Algorithm):
         if self.outer.changes_step_size:
             raise MamlError(
                 "algorithm=multitask_average trains each regressor anew, in algorithm.num_steps steps, and a step size "
-                "that changes with the number of iterations says nothing about them; choose outer=adam or rmsprop, or "
-                "set outer.final_step_size=null"
+                "that changes with the number of iterations says nothing about them; set outer.schedule=null, "
+                "and with outer=sgd also outer.final_step_size=null"
             )
         if pull == "mean" and not weight:
             raise MamlError(

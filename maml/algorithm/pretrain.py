@@ -5,6 +5,7 @@ from __future__ import annotations
 from maml.algorithm.base import Parts
 from maml.algorithm.maml import MAML
 from maml.domain.base import Role
+from maml.errors import MamlError
 
 
 class Pretrain(MAML):
@@ -21,6 +22,11 @@ class Pretrain(MAML):
         super().__init__(parts)
         # Where nothing adapts in meta-test either, as with recurrent networks, tasks need no copies of the weights.
         self.shares_weights = parts.domain.measured_by == "showing"
+        if self.shares_weights and self.inner.num_steps:
+            raise MamlError(
+                f"inner.num_steps={self.inner.num_steps}, but {type(parts.domain).__name__} measures by showing, and "
+                "nothing adapts by gradient steps; set inner.num_steps=0"
+            )
 
     @property
     def name(self) -> str:

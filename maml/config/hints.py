@@ -32,6 +32,8 @@ _TAKE_A_WORD = {
 
 def near_miss(name: str, allowed: Sequence[str], prefix: str = "") -> str:
     """Returns a hint for an unknown name: the allowed names that are similar, if any, and all allowed names."""
+    if not allowed:
+        return "; there are none"
     similar = _similar(name, allowed, prefix)
     return f"{f': {similar}' if similar else ';'} allowed: {', '.join(allowed)}"
 

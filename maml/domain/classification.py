@@ -150,8 +150,7 @@ class FewShotClassification(SupervisedDomain):
         count = len(self._classes(split))
         if self.num_ways > count:
             raise MamlError(
-                f"num_ways={self.num_ways}, but the {split} split has {count} classes; lower domain.num_ways, or for "
-                "meta-test alone evaluation.num_ways"
+                f"num_ways={self.num_ways}, but the {split} split has {count} classes; {ways_remedy(split)}"
             )
 
     def _check_images(self, split: Split, needed: int, asked: str, remedy: str = "lower either") -> None:
@@ -293,6 +292,13 @@ class FewShotClassification(SupervisedDomain):
         query, choices = self.data(tasks, "query"), tasks["classes"]
         best = model(params, query.x)[..., : choices.shape[1]].argmax(-1)
         return Predictions(choices.gather(1, query.y), choices.gather(1, best), choices)
+
+
+def ways_remedy(split: Split) -> str:
+    """Returns which key to lower if a split has too few classes for a task."""
+    if split == "train":
+        return "lower domain.num_ways"
+    return "in meta-test lower evaluation.num_ways if it is set, otherwise domain.num_ways"
 
 
 def images_asked_for(num_shots: int, num_query: int) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from maml.data.cache import ImageSet
 from maml.data.omniglot import ALPHABETS, load_omniglot
 from maml.domain.base import Role
-from maml.domain.classification import Splits, images_asked_for
+from maml.domain.classification import Splits, images_asked_for, ways_remedy
 from maml.domain.draw import choice_of_each
 from maml.domain.omniglot import Omniglot
 from maml.errors import MamlError
@@ -131,7 +131,7 @@ class OmniglotAlphabets(Omniglot):
         if not large:
             raise MamlError(
                 f"num_ways={self.num_ways}, but the largest alphabet of the {split} split has {max(_sizes(part))} "
-                "characters; lower domain.num_ways, or for meta-test evaluation.num_ways"
+                f"characters; {ways_remedy(split)}"
             )
         starts, sizes = torch.tensor(large, device=stream.device).unbind(1)
         which = stream.child("alphabets").integers((num_tasks,), len(large))

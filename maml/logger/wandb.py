@@ -6,13 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
 
 from maml.config.paths import IN_CLONE, ROOT
 from maml.errors import MamlError, cause
 from maml.logger.base import Mirror, curve_name
 from maml.logger.wandb_service import SERVICE
 from maml.types import FIRST_STEP, MeasuredBy, Text
+
+
+def _project_name(name: str) -> str:
+    r"""Without / \ # ? % and :."""
+    if wrong := sorted({*name} & {*"/\\#?%:"}):
+        raise ValueError(f"the name of a W&B project has no {' '.join(wrong)}")
+    return name
+
 
 # One start at a time: the first run that finds the server unreachable switches the whole process to offline.
 _STARTING = Lock()
@@ -50,7 +60,7 @@ class WandB(Mirror):
 
     def __init__(
         self,
-        project: Text = "maml",
+        project: Annotated[Text, AfterValidator(_project_name)] = "maml",
         entity: Text | None = None,
         group: Text | None = None,
         tags: Sequence[str] = (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -10,6 +11,7 @@ from maml.config.compose import compose
 from maml.config.schema import build
 from maml.domain.sinusoid import Sinusoid
 from maml.domain.sinusoid_sequence import SinusoidSequence
+from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.inner.sgd import SGD
 from maml.model.lstm import LSTM
@@ -99,3 +101,6 @@ def test_where_nothing_adapts_tasks_share_weights_and_have_the_same_gradient() -
     one, other = (algorithms.gradient(algorithm, theta, tasks)[0] for algorithm in (shared, copied))
     for name in theta:
         torch.testing.assert_close(one[name], other[name], rtol=1e-12, atol=1e-14)
+    inner.num_steps = 1
+    with pytest.raises(MamlError, match=r"inner\.num_steps=1, but ByShowing measures by showing"):
+        build_from(Pretrain, ByShowing(num_shots=3), LSTM(shared.domain.in_shape, 1, 4), inner)

@@ -400,6 +400,11 @@ def test_hanging_wandb_is_left_behind(
     assert len(warned(caplog)) == 1
 
 
+def test_project_with_a_name_that_wandb_refuses_is_refused_before_training(tiny: TinyRuns) -> None:
+    with pytest.raises(MamlError, match=r"logger\.project='a/b': the name of a W&B project has no /"):
+        tiny.config("logger=wandb", "logger.project=a/b")
+
+
 def test_importing_the_logger_does_not_import_wandb() -> None:
     command = (
         "import sys, maml.logger.wandb, maml.logger.tensorboard; assert not {'wandb', 'tensorboard'} & {*sys.modules}"
