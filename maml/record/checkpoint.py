@@ -42,7 +42,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
     def write(file: IO[bytes]) -> None:
         try:
             torch.save({"format": _FORMAT, **content}, file)
-        except RuntimeError as error:  # torch raises this when writing to the file fails
+        except RuntimeError as error:  # torch raises this when writing to the file fails, after the error that says why
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
             raise OSError(first_line(error)) from error
 
     write_atomically(fresh, write)
@@ -111,7 +113,7 @@ def rename_groups(state: Mapping[str, Any]) -> dict[str, Any]:
 def newest(path: Path) -> Path | None:
     """Returns the newest checkpoint file, or None.
 
-    It has another name than ``path`` if the process was killed between the two renames of `save`.
+    It has another name than ``path`` if the process was killed before one of the two renames of `save`.
     """
-    candidates = (path, _fresh_path(path), previous_path(path))
+    candidates = (_fresh_path(path), path, previous_path(path))
     return next((candidate for candidate in candidates if candidate.exists()), None)

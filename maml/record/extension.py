@@ -37,17 +37,18 @@ def extend_finished_run(folder: RunFolder) -> Path | None:
         The folder of the finished run; None if there is none.
     """
     runs_dir, path = Path(folder.settings.runs_dir), folder.path
+    copies = runs_dir / _STAGING / path.parent.name
+    for left in copies.glob("*"):  # by a process that was killed while it copied
+        with suppress(OSError):  # another process removes it, too
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left)
     if path.exists() or folder.settings.run_dir is not None:
         return None
     found = [other for run in sorted(runs_dir.glob("*/*/run.json")) if (other := _finished_part(run.parent, folder))]
     if not found:
         return None
     donor, record, saved, lines = max(found, key=lambda each: each[2]["iteration"])
-    staging = runs_dir / _STAGING / path.parent.name / f"{path.name}_{uuid.uuid4().hex}"  # of this process alone
-    for left in staging.parent.glob("*"):  # by a process that was killed while it copied
-        with suppress(OSError):  # another process removes it, too
-            if time.time() - left.stat().st_mtime > _ABANDONED:
-                shutil.rmtree(left)
+    staging = copies / f"{path.name}_{uuid.uuid4().hex}"  # of this process alone
     try:
         staging.mkdir(parents=True)
         # The last iteration of a run is logged in any case; this one would not have been.

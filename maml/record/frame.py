@@ -78,7 +78,9 @@ def _tasks(report: Report) -> pd.DataFrame:
         long["step"] = long["step"].str.removeprefix("step_").astype(int)
     except (OSError, KeyError, ValueError) as error:
         path = report.folder / "tasks.csv"
-        raise MamlError(f"{path} is missing or damaged ({error}); the run's command makes it again") from error
+        raise MamlError(
+            f"{path} is missing or damaged ({error}); without it, the run's command makes it again"
+        ) from error
     long["folder"] = str(report.folder)
     return long[[*NUMBER, "task", "value"]]
 

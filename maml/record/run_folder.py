@@ -28,7 +28,7 @@ from maml.record import checkpoint, lock
 from maml.record.atomic import remove_leftovers, write_bytes_atomically, write_json_atomically, write_text_atomically
 from maml.record.classes import TABLES
 from maml.record.contents import Report, RunRecord, Segment
-from maml.record.gallery import draw_pictures
+from maml.record.gallery import draw_pictures, report_pictures
 from maml.record.provenance import changed_since, commit, versions
 from maml.record.run_files import (
     find_report,
@@ -100,8 +100,11 @@ class RunFolder:
         default_path = runs_dir / self.experiment / self.run_id
         if run_dir:
             return Path(run_dir)
+        if checkpoint.newest(default_path / "checkpoint.pt") or (default_path / "run.json").exists():
+            return default_path
+        # Also if the default folder is there: a run that was killed at its very start leaves one without a state.
         others = (path.parent for path in sorted(runs_dir.glob(f"*/{self.run_id}/run.json")))
-        return default_path if default_path.exists() else next(others, default_path)
+        return next(others, default_path)
 
     def open(self, hardware: Mapping[str, Any], command: str, algorithm: str) -> dict[str, Any] | None:
         """Creates or reopens the folder for training and returns the checkpoint to resume from, if there is one.
@@ -158,7 +161,16 @@ class RunFolder:
             _catch_up(earlier, saved)
         if self.is_trained:  # only an evaluation follows, perhaps of another experiment: the record must not change
             self._record = earlier or {}
+            if not (self.path / "config.yaml").exists():
+                self._write_config(self.path)
             return
+        recorded = earlier.get("iteration", 0) if earlier else iteration
+        if recorded > iteration:
+            LOG.warning(
+                "%s says that iteration %s was saved, but the newest checkpoint there is of iteration %s: a file is "
+                "missing; the iterations after it are computed again",
+                *(self.path / "run.json", f"{recorded:,}", f"{iteration:,}"),
+            )
         self._write_config(self.path)
         self._record = earlier or {
             "experiment": self.experiment,
@@ -175,7 +187,12 @@ class RunFolder:
             "training": self.training_config,
         }
         self._record["segments"].append(self._new_segment(iteration, hardware))
-        if saved:
+        if saved and not earlier:
+            LOG.warning(
+                "%s is missing: from here on nothing says when and where iterations 1 to %s were computed",
+                *(self.path / "run.json", f"{iteration:,}"),
+            )
+        elif saved:
             before, now = (Segment.model_validate(part).commit_name for part in self._record["segments"][-2:])
             if before != now:
                 announce(f"goes on from iteration {iteration:,}, trained at commit {before}; the code is now at {now}")
@@ -257,8 +274,7 @@ class RunFolder:
         if found is None:
             return {"report.json"}
         _, folder = found
-        # Another evaluation's config.yaml is written last.
-        files = {*self.tables, "report.png"} | ({"config.yaml"} if folder != self.path else set())
+        files = ("config.yaml", *self.tables, "report.png")
         missing = {name for name in files if not (folder / name).exists()}
         return missing | ({"status"} if record is None or record["status"] != "finished" else set())
 
@@ -437,6 +453,10 @@ class RunFolder:
             remove_leftovers(folder)
             self._write_config(folder)
         self.report_folder = folder
+        if folder == self.path and first is None:  # of another evaluation, if it was killed before its report
+            tables = (folder / name for name in ("tasks.csv", *TABLES))
+            for path in (*tables, *report_pictures(folder).values()):
+                path.unlink(missing_ok=True)
         for name, rows in {**(more or {}), "tasks.csv": tasks}.items():
             _write_table(folder / name, rows)
         draw_pictures(pictures, folder)

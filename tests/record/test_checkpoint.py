@@ -60,6 +60,9 @@ def test_save_that_was_killed_between_its_renames_is_the_newest(path: Path) -> N
     path.rename(path.with_name("checkpoint.new.pt"))
     newest = checkpoint.newest(path)
     assert newest and checkpoint.load(newest)["iteration"] == 2
+    checkpoint.previous_path(path).rename(path)  # killed before the first one
+    newest = checkpoint.newest(path)
+    assert newest and checkpoint.load(newest)["iteration"] == 2
 
 
 def test_newest_is_found_at_every_point_of_saving(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,13 +195,14 @@ def test_file_that_would_run_code_is_not_run(path: Path) -> None:
     assert not path.with_name("made").exists()
 
 
-def test_full_disk_while_saving_leaves_both_checkpoints(path: Path) -> None:
+@pytest.mark.parametrize("size", [1, 300_000])  # torch hides the cause if it has written a part
+def test_full_disk_while_saving_leaves_both_checkpoints(size: int, path: Path) -> None:
     checkpoint.save(path, content(1))
     checkpoint.save(path, content(2))
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     path.with_name(f".checkpoint.new.pt.{os.getpid()}").symlink_to("/dev/full")
-    with pytest.raises(MamlError, match=r"could not be written \(.*No space left on device.*\); what was saved before"):
-        checkpoint.save(path, content(3))
+    with pytest.raises(MamlError, match=r"could not be written \(No space left on device\).* Free some disk space"):
+        checkpoint.save(path, content(3) | {"more": torch.ones(size)})
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
     checkpoint.save(path, content(3))
     assert checkpoint.load(path)["iteration"] == 3

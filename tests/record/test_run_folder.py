@@ -390,6 +390,54 @@ def test_record_that_is_behind_its_checkpoint_catches_up(run: RunFolder, tiny: T
     assert (first["last_iteration"], second["first_iteration"], record(run)["iteration"]) == (14, 14, 14)
 
 
+def test_run_whose_record_is_lost_goes_on_from_its_checkpoint_with_a_warning(
+    run: RunFolder, tiny: TinyRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.open(HARDWARE, "", "MAML")
+    saved(run, 7)
+    run.close("interrupted")
+    (run.path / "run.json").unlink()
+    again = RunFolder(tiny.config(), "custom")
+    found = again.open(HARDWARE, "", "MAML")
+    again.close("interrupted")
+    assert found is not None and found["iteration"] == 7
+    assert (
+        "run.json is missing: from here on nothing says when and where iterations 1 to 7 were computed" in caplog.text
+    )
+    (segment,) = record(run)["segments"]
+    assert (segment["first_iteration"], record(run)["iteration"]) == (7, 7)
+
+
+@pytest.mark.parametrize(("kept", "iteration"), [([], 0), (["checkpoint.previous.pt"], 7)])
+def test_lost_checkpoints_are_named_and_their_iterations_computed_again(
+    kept: list[str], iteration: int, run: RunFolder, tiny: TinyRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.open(HARDWARE, "", "MAML")
+    for at in (7, 14):
+        saved(run, at)
+    run.close("interrupted")
+    for path in run.path.glob("*.pt"):
+        if path.name not in kept:
+            path.unlink()
+    again = RunFolder(tiny.config(), "custom")
+    again.open(HARDWARE, "", "MAML")
+    again.close("interrupted")
+    said = f"iteration 14 was saved, but the newest checkpoint there is of iteration {iteration}: a file is missing"
+    assert said in caplog.text
+
+
+def test_evaluation_that_was_killed_leaves_nothing_to_the_next_one(run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    left = ("classes.csv", "confusion.csv", "tasks.csv", "report.png", "picture_memory.png")
+    for name in left:
+        (run.path / name).touch()
+    assert run.save_report(report(run), ROWS) == run.path
+    assert [name for name in left if (run.path / name).exists()] == ["tasks.csv"]
+    (run.path / "classes.csv").touch()
+    run.save_report(report(run), ROWS)
+    assert (run.path / "classes.csv").exists(), "of the same evaluation"
+
+
 def test_what_is_missing_is_said_until_the_status_is_recorded(tiny: TinyRuns) -> None:
     run = RunFolder(tiny.config("evaluation.num_shots=[5]"), "custom")
     assert run.missing() == {"report.json"}
@@ -403,6 +451,11 @@ def test_what_is_missing_is_said_until_the_status_is_recorded(tiny: TinyRuns) ->
     run.close("finished")
     assert run.missing() == set()
     (run.path / "tasks.csv").unlink()
+    (run.path / "config.yaml").unlink()
+    assert run.missing() == {"tasks.csv", "config.yaml"}
+    again = RunFolder(run.settings, "custom")
+    again.open(HARDWARE, "", "MAML")
+    again.close("finished")
     assert run.missing() == {"tasks.csv"}
 
 
@@ -503,7 +556,12 @@ def test_own_folder_comes_before_that_of_another_experiment(run: RunFolder, tiny
     own.mkdir(parents=True)
     run.open(HARDWARE, "", "MAML")
     run.close("finished")
-    assert RunFolder(tiny.config(), "second").path == own
+    (own / "lock").touch()
+    assert RunFolder(tiny.config(), "second").path == run.path, "its own was killed before anything was written"
+    for name in ("run.json", "checkpoint.previous.pt"):
+        (own / name).touch()
+        assert RunFolder(tiny.config(), "second").path == own
+        (own / name).unlink()
 
 
 def test_baselines_that_part_in_meta_test_share_one_training(
