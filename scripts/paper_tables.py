@@ -91,10 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def counts_of(tables: Sequence[Table], comparisons: Mapping[str, Sequence[Comparison]]) -> list[str]:
-    """Returns the summary of the paper's cells, and a separate one of later papers' cells."""
+    """Returns the summary of the paper's cells, and a separate one of all other cells."""
     of_paper, of_others = (
-        [c for table in tables if table.in_paper == in_paper for c in comparisons[table.name]]
-        for in_paper in (True, False)
+        [c for table in tables for c in comparisons[table.name] if c.cell.is_of_paper == wanted]
+        for wanted in (True, False)
     )
     return [summary(of_paper), f"Not in the paper, counted separately: {summary(of_others)}"]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from maml.config.paths import CONF
 from maml.errors import MamlError
 from maml.record.contents import Source
 from maml.types import MeasuredBy
@@ -95,6 +96,11 @@ class Cell:
         return f"{self.table}/{self.row}/{self.column}"
 
     @property
+    def is_of_paper(self) -> bool:
+        """Whether the paper prints it; others are from later papers, or rows that a reader of this project added."""
+        return is_in_paper(self.table) and bool(self.value)
+
+    @property
     def decimals(self) -> int:
         """The number of decimals shown of ours: one more than printed, so that a reader can check the verdict."""
         return len(self.value.partition(".")[2]) + 1
@@ -128,8 +134,13 @@ class Table:
 
     @property
     def in_paper(self) -> bool:
-        """Whether the table is in the paper; other tables are from later papers and have those papers' names."""
-        return self.name.startswith("table")
+        """Whether the table is in the paper; other tables are from later papers."""
+        return is_in_paper(self.name)
+
+
+def is_in_paper(table: str) -> bool:
+    """Returns whether a table of this name is in the paper; other tables have the names of their papers."""
+    return table.startswith("table")
 
 
 @dataclass(frozen=True)
@@ -308,11 +319,12 @@ def _entries(results: Path) -> dict[str, Any]:
 
 
 def _table(results: Path, name: str, entry: Mapping[str, Any]) -> Table:
-    published = _read(results, name)
+    runs, added = dict(_lines_by_cell(entry, "runs")), entry.get("added", ())
+    own = [{"method": row, "setting": column, "value": "", "ci": ""} for row, column in runs if row in added]
+    published = [*_read(results, name), *own]
     quoted = set(entry.get("quoted", ()))
     intervals = {row: _read(results, file) for row, file in entry.get("intervals", {}).items()}
     columns = entry.get("columns", {})
-    runs = dict(_lines_by_cell(entry, "runs"))
     readings: dict[tuple[str, str], list[Reading]] = {}
     for place, fields in _lines_by_cell(entry, "readings"):
         reading = Reading(fields["name"], _source(fields), fields.get("step", 0), fields.get("note", ""))
@@ -350,7 +362,7 @@ def _refuse_unknown(
     if unknown:
         raise MamlError(
             f"results/cells.yaml, {name}: results/paper/{name}.csv has no {', '.join(sorted(unknown))}; "
-            "a row must be a `method` in that file, a column a `setting`"
+            "a row must be a `method` in that file or listed under `added`, a column a `setting`"
         )
 
 
@@ -425,6 +437,9 @@ def _picture(results: Path, name: str, entry: Mapping[str, Any]) -> Picture:
 
 
 def _source(fields: Mapping[str, Any]) -> Source:
+    file = CONF / "experiment" / f"{fields['experiment']}.yaml"
+    if not file.exists():
+        raise MamlError(f"results/cells.yaml names the experiment {fields['experiment']}, but there is no {file}")
     kept = {name: value for name, value in fields.items() if name not in _NON_SOURCE_KEYS}
     return Source(**{**kept, "overrides": tuple(fields.get("overrides", ()))})
 

@@ -144,7 +144,7 @@ def _is_vacant(folder: Path) -> bool:
 def list_needs(results: Path) -> list[Need]:
     """Lists every cell, curve and panel in ``results/cells.yaml``."""
     cells = [
-        Need(table.name, cell.row, cell.column, cell.source, table.in_paper)
+        Need(table.name, cell.row, cell.column, cell.source, cell.is_of_paper)
         for table in load_tables(results)
         for cell in table.cells
     ]

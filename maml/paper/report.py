@@ -72,7 +72,7 @@ def render(results: Path, runs: Sequence[Run], problems: Sequence[str]) -> tuple
     page = _Page(results, runs)
     tables = load_tables(results)
     compared = compare(tables, page.find)
-    of_paper = [item for table in tables if table.in_paper for item in compared[table.name]]
+    of_paper = [item for group in compared.values() for item in group if item.cell.is_of_paper]
     figures: dict[str, Markup] = {figure.name: page.figure(figure) for figure in load_figures(results)}
     figures |= {picture.name: page.picture(picture) for picture in load_pictures(results)}
     sections = {

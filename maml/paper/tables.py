@@ -238,7 +238,7 @@ def bold_cells(table: Table) -> set[tuple[str, str]]:
     for group in table.layout.groups:
         for cell in table.cells:
             if cell.row in group and cell.row in table.layout.own:
-                rivals = [o for o in table.cells if o.row in group and o.column == cell.column]
+                rivals = [o for o in table.cells if o.row in group and o.column == cell.column and o.value]
                 ahead = max(sign * (float(rival.value) - float(cell.value)) for rival in rivals)
                 if ahead <= (float(cell.ci or 0) if cell.ci_is_printed else 0):
                     bold.add((cell.row, cell.column))

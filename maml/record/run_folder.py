@@ -291,6 +291,8 @@ class RunFolder:
         record = read_json(folder / "run.json", RunRecord)
         if record is not None and record["training"] != self.training_config:
             return
+        if checkpoint.newest(folder / "checkpoint.pt") is None and not any(map(Path.exists, report_paths(folder))):
+            return  # it failed before anything was trained
         changes = " and ".join(changed_since(folder, self.settings, self.data_digest))
         if not changes:
             return

@@ -233,9 +233,10 @@ def _largest_entries(state: Mapping[str, Params]) -> dict[str, Tensor]:
 def _check_finite(values: dict[str, float], iteration: int, learner: Learner) -> None:
     not_finite = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
     if not_finite:
+        last = checkpoint.newest(learner.folder.checkpoint_path)
         problem = (
-            f"{', '.join(not_finite)} at iteration {iteration}: training has diverged. "
-            f"The diverged state was not saved; the last checkpoint in {learner.folder.path} is from before. "
+            f"{', '.join(not_finite)} at iteration {iteration}: training has diverged. The diverged state was not saved"
+            f"{f'; the last checkpoint in {learner.folder.path} is from before' if last else ''}. "
             "Lower inner.step_size or outer.step_size, or clip the meta-gradient (outer.clip)"
         )
         learner.logger.alert("Training diverged", problem)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ RUNS = {
     "module": "SmallNet",
     "environment": "own_environment",
     "discrete": "Corridor",
+    "logger": "csv_log",
 }
 
 
@@ -46,6 +49,17 @@ def test_example_runs_as_printed(kind: str, extended: Path) -> None:
     few_rollouts = ["domain.num_shots=2", "evaluation.num_shots=[2]"] if kind in ("environment", "discrete") else []
     run_in_order(extended, [[*words, *few_rollouts]])
     assert list(extended.glob("runs/*/*/report.json"))
+
+
+def test_check_of_the_gradient_agrees_with_finite_differences(extended: Path) -> None:
+    command = next(line for _, text in blocks(PAGE, "sh") for line in text.splitlines() if "check_gradient.py" in line)
+    command = command.replace(" python ", f" {sys.executable} ")
+    printed = subprocess.run(["bash", "-c", command], cwd=extended, capture_output=True, text=True, check=True).stdout
+    found = re.fullmatch(r"gradient (\S+), finite differences (\S+)\n", printed)
+    assert found, printed
+    gradient, differences = found.groups()
+    assert abs(float(gradient)) > 0.1
+    assert float(gradient) == pytest.approx(float(differences), rel=1e-7)
 
 
 def test_sweep_over_an_own_option_is_summed_up(extended: Path) -> None:

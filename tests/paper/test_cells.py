@@ -249,6 +249,29 @@ def test_a_row_that_the_paper_does_not_have_is_named(right: str, wrong: str, nam
         load_tables(tmp_path)
 
 
+def test_row_that_a_reader_added_is_a_cell_without_a_printed_number(tmp_path: Path) -> None:
+    text = (RESULTS / "cells.yaml").read_text()
+    group, line = "          MAML: MAML\n      own: [MAML]\n", "      - {row: MAML, experiment: sinusoid_10shot"
+    assert text.count(group) == 1 and line in text
+    mine = "      - {row: mine, column: K5_gradsteps_1, experiment: sinusoid_reptile}\n"
+    text = text.replace(group, f"          mine: Mine\n{group}    added: [mine]\n").replace(line, mine + line, 1)
+    (tmp_path / "cells.yaml").write_text(text)
+    (tmp_path / "paper").symlink_to(RESULTS / "paper")
+    table = next(table for table in load_tables(tmp_path) if table.name == "table2_multitask")
+    (cell,) = table.cells[15:]
+    assert (cell.row, cell.column, cell.value, cell.step, cell.is_of_paper) == ("mine", "K5_gradsteps_1", "", 1, False)
+    assert all(cell.is_of_paper for cell in table.cells[:15])
+    assert not any(cell.is_of_paper for table in TABLES if not table.in_paper for cell in table.cells)
+
+
+def test_experiment_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    text = (RESULTS / "cells.yaml").read_text()
+    (tmp_path / "cells.yaml").write_text(text.replace("experiment: sinusoid_10shot,", "experiment: mine,", 1))
+    (tmp_path / "paper").symlink_to(RESULTS / "paper")
+    with pytest.raises(MamlError, match=r"names the experiment mine, but there is no .*conf/experiment/mine\.yaml"):
+        load_tables(tmp_path)
+
+
 def test_a_curve_that_the_paper_does_not_have_is_named(tmp_path: Path) -> None:
     text = (RESULTS / "cells.yaml").read_text()
     right, wrong = "panel: fig4_point, row: random", "panel: fig4_point, row: aimless"

@@ -515,6 +515,20 @@ def test_data_of_a_given_checkpoint_are_those_of_its_own_training(tiny: TinyRuns
     RunFolder(settings, "custom", "before").check_sources()
 
 
+def test_sources_may_change_until_something_is_trained(run: RunFolder, tiny: TinyRuns) -> None:
+    run.data_digest = "before"
+    run.open(HARDWARE, "", "MAML")
+    RunFolder(tiny.config(), "custom", "now").check_sources()
+    saved(run, 7)
+    run.close("interrupted")
+    with pytest.raises(MamlError, match=r"the data of .* have changed"):
+        RunFolder(tiny.config(), "custom", "now").check_sources()
+    (run.path / "checkpoint.pt").unlink()
+    run.save_report(report(run), ROWS)
+    with pytest.raises(MamlError, match=r"the data of .* have changed"):
+        RunFolder(tiny.config(), "custom", "now").check_sources()
+
+
 def test_no_report_overwrites_another(run: RunFolder) -> None:
     run.path.mkdir(parents=True)
     assert run.save_report(report(run), ROWS) == run.path

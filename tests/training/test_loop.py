@@ -271,6 +271,7 @@ def test_loss_that_is_not_finite_stops_the_run_where_it_is_looked_at(tiny: TinyR
     with pytest.raises(MamlError, match=rf"loss={value} at iteration 10: training has diverged") as caught:
         loop()
     assert "Lower inner.step_size or outer.step_size, or clip the meta-gradient (outer.clip)" in str(caught.value)
+    assert ("the last checkpoint in" in str(caught.value)) == (period == "checkpoint_every"), "there is no other"
     assert [line["iteration"] for line in loop.lines] == ([5] if period == "log_every" else [])
     assert loop.run.checkpoint_path.exists() == (period == "checkpoint_every")
     if period == "checkpoint_every":
