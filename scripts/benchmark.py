@@ -65,11 +65,11 @@ def argument_parser(
 
 
 def hardware_slug(name: str) -> str:
-    """Returns the name of a processor or GPU as the name of a folder, such as ``amd_epyc_7763``.
+    """Returns the name of a processor or GPU as the name of a folder, such as ``amd_epyc_family_26_model_2``.
 
     It leaves out what the same processor may have or not: trademarks, the number of cores and the clock rate.
     """
-    short = re.sub(r"\((R|TM)\)|@.*|\b(CPU|Processor|\d+-Core)\b", " ", name, flags=re.IGNORECASE)
+    short = re.sub(r"\((R|TM)\)|@[^(]*|\b(CPU|Processor|\d+-Core)\b", " ", name, flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "_", short.lower()).strip("_") or "unknown"
 
 

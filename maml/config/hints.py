@@ -32,8 +32,6 @@ _TAKE_A_WORD = {
 
 def near_miss(name: str, allowed: Sequence[str], prefix: str = "") -> str:
     """Returns a hint for an unknown name: the allowed names that are similar, if any, and all allowed names."""
-    if not allowed:
-        return "; there are none"
     similar = _similar(name, allowed, prefix)
     return f"{f': {similar}' if similar else ';'} allowed: {', '.join(allowed)}"
 
@@ -180,6 +178,8 @@ def _key_errors(name: str, known: DictConfig) -> list[str]:
     if elsewhere := [f"{part}.{last}" for part in parts if last in list(known[part])]:
         return [f"{name} is not a key: did you mean {' or '.join(elsewhere)}?"]
     keys = [str(key) for key in node if not str(key).startswith("_")]
+    if not keys:
+        return [f"{name} is not a key: {'.'.join(parents)} has none"]
     return [f"{name} is not a key{near_miss(last, keys, ''.join(p + '.' for p in parents))}"]
 
 

@@ -296,9 +296,9 @@ class FewShotClassification(SupervisedDomain):
 
 def ways_remedy(split: Split) -> str:
     """Returns which key to lower if a split has too few classes for a task."""
-    if split == "train":
-        return "lower domain.num_ways"
-    return "in meta-test lower evaluation.num_ways if it is set, otherwise domain.num_ways"
+    if split == "test":
+        return "lower evaluation.num_ways if it is set, otherwise domain.num_ways"
+    return "lower domain.num_ways" + (", or in meta-test evaluation.num_ways" if split == "val" else "")
 
 
 def images_asked_for(num_shots: int, num_query: int) -> tuple[int, str]:

@@ -76,6 +76,7 @@ class Cell:
         ci_is_printed: whether the paper prints the interval beside the value.
         note: anchor of the section in ``results/notes.md`` that explains why our number differs; may be empty.
         readings: other readings of the paper that give a number for this cell.
+        pattern: a printed number of the same column, whose decimals a cell without a printed number has.
     """
 
     table: str
@@ -89,6 +90,7 @@ class Cell:
     ci_is_printed: bool = True
     note: str = ""
     readings: tuple[Reading, ...] = ()
+    pattern: str = ""
 
     @property
     def name(self) -> str:
@@ -103,7 +105,7 @@ class Cell:
     @property
     def decimals(self) -> int:
         """The number of decimals shown of ours: one more than printed, so that a reader can check the verdict."""
-        return len(self.value.partition(".")[2]) + 1
+        return len((self.value or self.pattern).partition(".")[2]) + 1
 
 
 @dataclass(frozen=True)
@@ -319,9 +321,13 @@ def _entries(results: Path) -> dict[str, Any]:
 
 
 def _table(results: Path, name: str, entry: Mapping[str, Any]) -> Table:
-    runs, added = dict(_lines_by_cell(entry, "runs")), entry.get("added", ())
-    own = [{"method": row, "setting": column, "value": "", "ci": ""} for row, column in runs if row in added]
-    published = [*_read(results, name), *own]
+    runs, added, published = dict(_lines_by_cell(entry, "runs")), entry.get("added", []), _read(results, name)
+    _refuse_wrong_rows(name, entry, added, {line["method"] for line in published}, {row for row, _ in runs})
+    patterns = {line["setting"]: line["value"] for line in published if line["value"]}
+    for column in patterns:
+        published += [
+            {"method": row, "setting": column, "value": "", "ci": ""} for row in added if (row, column) in runs
+        ]
     quoted = set(entry.get("quoted", ()))
     intervals = {row: _read(results, file) for row, file in entry.get("intervals", {}).items()}
     columns = entry.get("columns", {})
@@ -340,7 +346,10 @@ def _table(results: Path, name: str, entry: Mapping[str, Any]) -> Table:
         source, step, note = _source(run) if run else None, run.get("step", 0), run.get("note", "")
         others = tuple(readings.get((row, column), ()))
         cells.append(
-            Cell(name, row, column, line["value"], ci, row in quoted, source, step, ci == line["ci"], note, others)
+            Cell(
+                *(name, row, column, line["value"], ci, row in quoted, source, step, ci == line["ci"], note, others),
+                patterns.get(column, ""),
+            )
         )
     return Table(name, entry["title"], tuple(cells), layout)
 
@@ -351,6 +360,16 @@ def _lines_by_cell(entry: Mapping[str, Any], key: str) -> Iterator[tuple[tuple[s
     for line in entry.get(key, ()):
         for column in [line["column"]] if "column" in line else columns:
             yield (line["row"], column), entry.get("defaults", {}) | columns.get(column, {}) | line
+
+
+def _refuse_wrong_rows(name: str, entry: Mapping[str, Any], added: Any, printed: set[str], filled: set[str]) -> None:
+    """Refuses rows of a reader's own that are not in the layout or have no experiment, or that the paper has."""
+    shown = {row for group in entry["layout"]["groups"] for row in group} - {*entry["layout"].get("own", ())}
+    if not isinstance(added, list) or not {*added} <= (shown & filled) - printed:
+        raise MamlError(
+            f"results/cells.yaml, {name}: added: {added} has to be a list of rows; each has a name in a group of the "
+            f"layout, which is not in results/paper/{name}.csv nor in own:, and at least one line under runs:"
+        )
 
 
 def _refuse_unknown(

@@ -39,7 +39,7 @@ class Need:
     row: str
     column: str
     source: Source | None
-    in_paper: bool = True
+    is_of_paper: bool = True
 
     @property
     def path(self) -> tuple[str, str, str]:
@@ -265,7 +265,7 @@ def _job(group: Sequence[_Command], runs: Sequence[Run], wandb: bool) -> Job:
         if evaluation not in evaluated or (folder.exists() and _lacks_its_end(command)):
             evaluated.append(evaluation)
             missing.append(command.arguments(wandb))
-            num_needs += sum(need.in_paper for need in command.needs)
+            num_needs += sum(need.is_of_paper for need in command.needs)
     resumable = [run for run in trained if checkpoint.newest(run.path / "checkpoint.pt")]
     here = next((run for run in resumable if run.path == folder), None)
     committed = None

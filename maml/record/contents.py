@@ -163,7 +163,7 @@ class Report(Content):
                     matches = math.isclose(values.mean(), mean, rel_tol=0, abs_tol=1e-5 * np.abs(values).max())
         except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
             raise MamlError(
-                f"{path} is missing or damaged ({error}); without it, the run's command makes it again"
+                f"{path} is missing or damaged ({error}); delete it, and the run's command makes it again"
             ) from error
         if not matches:
             raise MamlError(f"{path} does not belong to the report.json beside it; restore it")

@@ -36,13 +36,15 @@ def extend_finished_run(folder: RunFolder) -> Path | None:
     Returns:
         The folder of the finished run; None if there is none.
     """
+    if folder.settings.run_dir is not None:
+        return None
     runs_dir, path = Path(folder.settings.runs_dir), folder.path
     copies = runs_dir / _STAGING / path.parent.name
     for left in copies.glob("*"):  # by a process that was killed while it copied
         with suppress(OSError):  # another process removes it, too
             if time.time() - left.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(left)
-    if path.exists() or folder.settings.run_dir is not None:
+    if path.exists():
         return None
     found = [other for run in sorted(runs_dir.glob("*/*/run.json")) if (other := _finished_part(run.parent, folder))]
     if not found:

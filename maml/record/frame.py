@@ -79,7 +79,7 @@ def _tasks(report: Report) -> pd.DataFrame:
     except (OSError, KeyError, ValueError) as error:
         path = report.folder / "tasks.csv"
         raise MamlError(
-            f"{path} is missing or damaged ({error}); without it, the run's command makes it again"
+            f"{path} is missing or damaged ({error}); delete it, and the run's command makes it again"
         ) from error
     long["folder"] = str(report.folder)
     return long[[*NUMBER, "task", "value"]]

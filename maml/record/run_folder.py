@@ -161,15 +161,16 @@ class RunFolder:
             _catch_up(earlier, saved)
         if self.is_trained:  # only an evaluation follows, perhaps of another experiment: the record must not change
             self._record = earlier or {}
-            if not (self.path / "config.yaml").exists():
+            is_own = found[1] == self.path if found else not (self.path / "report.json").exists()
+            if is_own and not (self.path / "config.yaml").exists():
                 self._write_config(self.path)
             return
         recorded = earlier.get("iteration", 0) if earlier else iteration
         if recorded > iteration:
             LOG.warning(
-                "%s says that iteration %s was saved, but the newest checkpoint there is of iteration %s: a file is "
-                "missing; the iterations after it are computed again",
-                *(self.path / "run.json", f"{recorded:,}", f"{iteration:,}"),
+                "%s says that iteration %s was saved, but %s: a file is missing, and what it had is computed again",
+                *(self.path / "run.json", f"{recorded:,}"),
+                f"the newest checkpoint is of iteration {iteration:,}" if saved else "there is no checkpoint",
             )
         self._write_config(self.path)
         self._record = earlier or {
@@ -263,8 +264,9 @@ class RunFolder:
         """Returns what is left to do until the run is finished with these evaluation settings.
 
         Returns:
-            Files of the evaluation that do not exist, and ``status`` if the run is not recorded as finished; empty if
-            nothing is left to do. ``report.json`` alone, if training or the evaluation is not complete.
+            Files of the evaluation that do not exist, and ``status`` if the run, or its other evaluation, was killed
+            before its end; empty if nothing is left to do. ``report.json`` alone, if training or the evaluation is not
+            complete.
 
         Raises:
             MamlError: if a file is damaged.
@@ -276,7 +278,10 @@ class RunFolder:
         _, folder = found
         files = ("config.yaml", *self.tables, "report.png")
         missing = {name for name in files if not (folder / name).exists()}
-        return missing | ({"status"} if record is None or record["status"] != "finished" else set())
+        # Another evaluation's config.yaml is written at its end.
+        is_ended = record is not None and record["status"] == "finished"
+        is_ended &= folder == self.path or "config.yaml" not in missing
+        return missing | (set() if is_ended else {"status"})
 
     def check_sources(self) -> None:
         """Checks that data and the code of the user's own classes are those of the training. Writes nothing.
@@ -291,7 +296,8 @@ class RunFolder:
         record = read_json(folder / "run.json", RunRecord)
         if record is not None and record["training"] != self.training_config:
             return
-        if checkpoint.newest(folder / "checkpoint.pt") is None and not any(map(Path.exists, report_paths(folder))):
+        saved = self._given_checkpoint or checkpoint.newest(folder / "checkpoint.pt")
+        if saved is None and not any(map(Path.exists, report_paths(folder))):
             return  # it failed before anything was trained
         changes = " and ".join(changed_since(folder, self.settings, self.data_digest))
         if not changes:

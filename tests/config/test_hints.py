@@ -34,7 +34,7 @@ EXPERIMENT = "sinusoid_10shot"
         (["+experiment=zzz"], "+experiment=zzz: no such file in conf/experiment/; `maml list` says what each"),
         ([EXPERIMENT], f"{EXPERIMENT}: did you mean +experiment={EXPERIMENT}?"),
         (["model=conv4", "model.num_filter=3"], "did you mean model.num_filters?"),
-        (["logger.mode=offline"], "logger.mode is not a key; there are none"),
+        (["logger.mode=offline"], "logger.mode is not a key: logger has none"),
         (["inner.num_tasks=9"], "inner.num_tasks is not a key: did you mean evaluation.num_tasks?"),
         (["step_size=0.1"], "step_size is not a key: did you mean inner.step_size or outer.step_size or"),
         (["inner.step_size=", "0.01"], "0.01: a setting is KEY=VALUE, without spaces around ="),

@@ -163,7 +163,11 @@ def test_empty_folder_of_runs_is_refused(tiny: TinyRuns) -> None:
         ("evaluation.num_query", 25, "evaluation at K=1, num_query=25: num_shots=1 plus num_query=25 is 26"),
         ("domain.num_ways", 1, "domain.num_ways=1: input should be greater than or equal to 2"),
         ("domain.cache_dir", "", "domain.cache_dir='': a path cannot be empty"),
-        ("domain.num_ways", 500, "423 classes; in meta-test lower evaluation.num_ways if it is set, otherwise domain"),
+        (
+            "domain.num_ways",
+            500,
+            "num_ways=500, but the test split has 423 classes; lower evaluation.num_ways if it is set",
+        ),
         ("domain.num_ways", 1200, "num_ways=1200, but the train split has 1100 classes; lower domain.num_ways"),
         ("evaluation.num_ways", 1, "evaluation.num_ways=1: input should be greater than or equal to 2"),
         ("evaluation.num_ways", 6, "evaluation.num_ways=6, but the network has an output for each of the 5 classes"),

@@ -260,6 +260,22 @@ def test_row_that_a_reader_added_is_a_cell_without_a_printed_number(tmp_path: Pa
     table = next(table for table in load_tables(tmp_path) if table.name == "table2_multitask")
     (cell,) = table.cells[15:]
     assert (cell.row, cell.column, cell.value, cell.step, cell.is_of_paper) == ("mine", "K5_gradsteps_1", "", 1, False)
+    assert cell.decimals == 3, "as the printed numbers beside it"
+    for right, wrong in (
+        ("added: [mine]", "added: mine"),
+        ("added: [mine]", "added: [mine, MAML]"),
+        ("added: [mine]", "added: [mine, other]"),
+        ("own: [MAML]\n    added", "own: [MAML, mine]\n    added"),
+        ("          mine: Mine\n", ""),
+        ("{row: mine,", "{row: MAML,"),
+    ):
+        assert right in text
+        (tmp_path / "cells.yaml").write_text(text.replace(right, wrong))
+        with pytest.raises(MamlError, match=r"table2_multitask: added: .* has to be a list of rows"):
+            load_tables(tmp_path)
+    (tmp_path / "cells.yaml").write_text(text.replace("{row: mine, column: K5_grad", "{row: mine, column: K5_glad"))
+    with pytest.raises(MamlError, match=r"has no .*mine/K5_gladsteps_1"):
+        load_tables(tmp_path)
     assert all(cell.is_of_paper for cell in table.cells[:15])
     assert not any(cell.is_of_paper for table in TABLES if not table.in_paper for cell in table.cells)
 

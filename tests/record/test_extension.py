@@ -110,6 +110,17 @@ def test_copy_of_another_process_is_left_alone(tiny: TinyRuns) -> None:
     assert not other.exists()
 
 
+def test_folder_of_ones_own_deletes_nothing_elsewhere(tiny: TinyRuns, tmp_path: Path) -> None:
+    folder = tiny.run("num_iterations=4")
+    (tiny.runs_dir / ".extending" / "custom" / "left").mkdir(parents=True)
+    for path in (folder.parent, tiny.runs_dir / ".extending" / "custom"):
+        os.utime(path, (0, 0))
+    before = file_contents(tiny.runs_dir)
+    for run_dir in (tmp_path / "x" / ".." / "mine", Path(os.path.relpath(tmp_path)) / ".." / "mine"):
+        tiny.run(f"run_dir={run_dir}", "num_iterations=2")
+    assert file_contents(tiny.runs_dir) == before
+
+
 def test_several_seeds_go_on_together(tiny: TinyRuns) -> None:
     tiny.run("num_iterations=4", "seeds=2")
     tiny.run("num_iterations=6", "seeds=3")

@@ -408,9 +408,12 @@ def test_run_whose_record_is_lost_goes_on_from_its_checkpoint_with_a_warning(
     assert (segment["first_iteration"], record(run)["iteration"]) == (7, 7)
 
 
-@pytest.mark.parametrize(("kept", "iteration"), [([], 0), (["checkpoint.previous.pt"], 7)])
+@pytest.mark.parametrize(
+    ("kept", "what"),
+    [([], "there is no checkpoint"), (["checkpoint.previous.pt"], "the newest checkpoint is of iteration 7")],
+)
 def test_lost_checkpoints_are_named_and_their_iterations_computed_again(
-    kept: list[str], iteration: int, run: RunFolder, tiny: TinyRuns, caplog: pytest.LogCaptureFixture
+    kept: list[str], what: str, run: RunFolder, tiny: TinyRuns, caplog: pytest.LogCaptureFixture
 ) -> None:
     run.open(HARDWARE, "", "MAML")
     for at in (7, 14):
@@ -422,8 +425,7 @@ def test_lost_checkpoints_are_named_and_their_iterations_computed_again(
     again = RunFolder(tiny.config(), "custom")
     again.open(HARDWARE, "", "MAML")
     again.close("interrupted")
-    said = f"iteration 14 was saved, but the newest checkpoint there is of iteration {iteration}: a file is missing"
-    assert said in caplog.text
+    assert f"iteration 14 was saved, but {what}: a file is missing, and what it had is computed again" in caplog.text
 
 
 def test_evaluation_that_was_killed_leaves_nothing_to_the_next_one(run: RunFolder) -> None:
@@ -453,10 +455,18 @@ def test_what_is_missing_is_said_until_the_status_is_recorded(tiny: TinyRuns) ->
     (run.path / "tasks.csv").unlink()
     (run.path / "config.yaml").unlink()
     assert run.missing() == {"tasks.csv", "config.yaml"}
+    other = RunFolder(tiny.config("evaluation.num_shots=[3]"), "second")
+    other.open(HARDWARE, "", "MAML")
+    other.close("finished")
+    assert run.missing() == {"tasks.csv", "config.yaml"}, "not that of another evaluation"
     again = RunFolder(run.settings, "custom")
     again.open(HARDWARE, "", "MAML")
     again.close("finished")
     assert run.missing() == {"tasks.csv"}
+    third = report(run, num_shots=3) | {"evaluation": evaluation_config(other.settings)}
+    folder = run.save_report(third, ROWS)
+    (folder / "report.png").touch()
+    assert other.missing() == {"config.yaml", "status"}, "it is written at the end of another evaluation"
 
 
 def test_tasks_that_cannot_be_made_again_are_named(run: RunFolder, tiny: TinyRuns) -> None:
@@ -523,7 +533,10 @@ def test_sources_may_change_until_something_is_trained(run: RunFolder, tiny: Tin
     run.close("interrupted")
     with pytest.raises(MamlError, match=r"the data of .* have changed"):
         RunFolder(tiny.config(), "custom", "now").check_sources()
-    (run.path / "checkpoint.pt").unlink()
+    (run.path / "checkpoint.pt").rename(run.path / "best.pt")
+    given = tiny.config("mode=eval", f"checkpoint={run.path / 'best.pt'}")
+    with pytest.raises(MamlError, match=r"the data of .* have changed"):
+        RunFolder(given, "custom", "now").check_sources()
     run.save_report(report(run), ROWS)
     with pytest.raises(MamlError, match=r"the data of .* have changed"):
         RunFolder(tiny.config(), "custom", "now").check_sources()

@@ -187,6 +187,8 @@ def test_every_round_is_printed_when_it_is_measured(
     [
         ("AMD EPYC 7763 64-Core Processor", "amd_epyc_7763"),
         ("AMD EPYC", "amd_epyc"),
+        ("AMD EPYC (family 26, model 2)", "amd_epyc_family_26_model_2"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 85)", "intel_xeon_family_6_model_85"),
         ("Intel(R) Xeon(R) Processor", "intel_xeon"),
         ("Intel(R) Xeon(R) CPU @ 2.20GHz", "intel_xeon"),
         ("Intel(R) Core(TM) i7-8700K CPU @ 3.70GHz", "intel_core_i7_8700k"),
