@@ -102,7 +102,7 @@ def test_evaluations_and_marks_of_here_are_kept(stages: dict[str, Path], tmp_pat
     into = tmp_path / "here"
     (outcome,) = import_runs(stages["late"], into)
     (outcome.folder / "superseded.json").write_text(json.dumps({"by": "", "reason": "why"}))
-    (outcome.folder / "checkpoint.new.pt").write_bytes(b"of a kill in an earlier save")
+    shutil.copy(outcome.folder / "checkpoint.pt", outcome.folder / "checkpoint.new.pt")  # a kill before its renames
     import_runs(stages["finished"], into)
     assert (outcome.folder / "superseded.json").exists()
     assert not (outcome.folder / "checkpoint.new.pt").exists(), "it would replace the checkpoint that is further"
