@@ -246,7 +246,7 @@ def _complete(learner: Learner, hardware: Hardware, missing: set[str], judge: Ju
             print_report(report, learner.algorithm.name, list(judgements.values()))
         learner.send_finished(report, lambda: _texts(judgements))
         return report["headline"]
-    if "status" not in missing:  # the run is finished, so its logger has the report
+    if missing == {"report.png"}:  # the run is finished, so its logger has the report
         learner.logger = Logger()
     with learner.open(hardware, num_seeds=1):
         plot = folder.report_folder / "report.png"

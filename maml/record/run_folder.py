@@ -161,9 +161,6 @@ class RunFolder:
             _catch_up(earlier, saved)
         if self.is_trained:  # only an evaluation follows, perhaps of another experiment: the record must not change
             self._record = earlier or {}
-            is_own = found[1] == self.path if found else not (self.path / "report.json").exists()
-            if is_own and not (self.path / "config.yaml").exists():
-                self._write_config(self.path)
             return
         recorded = earlier.get("iteration", 0) if earlier else iteration
         if recorded > iteration:
@@ -264,9 +261,8 @@ class RunFolder:
         """Returns what is left to do until the run is finished with these evaluation settings.
 
         Returns:
-            Files of the evaluation that do not exist, and ``status`` if the run, or its other evaluation, was killed
-            before its end; empty if nothing is left to do. ``report.json`` alone, if training or the evaluation is not
-            complete.
+            Files of the evaluation that do not exist, and ``status`` if the run is not recorded as finished; empty if
+            nothing is left to do. ``report.json`` alone, if training or the evaluation is not complete.
 
         Raises:
             MamlError: if a file is damaged.
@@ -276,12 +272,10 @@ class RunFolder:
         if found is None:
             return {"report.json"}
         _, folder = found
-        files = ("config.yaml", *self.tables, "report.png")
+        # Another evaluation's config.yaml is written last.
+        files = {*self.tables, "report.png"} | ({"config.yaml"} if folder != self.path else set())
         missing = {name for name in files if not (folder / name).exists()}
-        # Another evaluation's config.yaml is written at its end.
-        is_ended = record is not None and record["status"] == "finished"
-        is_ended &= folder == self.path or "config.yaml" not in missing
-        return missing | (set() if is_ended else {"status"})
+        return missing | ({"status"} if record is None or record["status"] != "finished" else set())
 
     def check_sources(self) -> None:
         """Checks that data and the code of the user's own classes are those of the training. Writes nothing.

@@ -98,12 +98,12 @@ tables:
     layout: {corner: "", columns: {x: [x], y: [y]}, groups: [{A: A}]}
     defaults: {metric: mse, num_shots: 5}
     columns: {x: {step: 1}, y: {step: 5}}
-    runs: [{row: A, experiment: first}]
-    readings: [{row: ROW, name: another, experiment: second, overrides: [seed=1]}]
+    runs: [{row: A, experiment: sinusoid_10shot}]
+    readings: [{row: ROW, name: another, experiment: sinusoid_pretrain, overrides: [seed=1]}]
 """
     (tmp_path / "cells.yaml").write_text(text.replace("ROW", "A"))
     (table,) = load_tables(tmp_path)
-    source = Source("second", "mse", 5, overrides=("seed=1",))
+    source = Source("sinusoid_pretrain", "mse", 5, overrides=("seed=1",))
     assert [cell.readings for cell in table.cells] == [(Reading("another", source, step),) for step in (1, 5)]
     (tmp_path / "cells.yaml").write_text(text.replace("ROW", "B"))
     with pytest.raises(MamlError, match="has no B"):

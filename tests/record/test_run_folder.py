@@ -453,20 +453,7 @@ def test_what_is_missing_is_said_until_the_status_is_recorded(tiny: TinyRuns) ->
     run.close("finished")
     assert run.missing() == set()
     (run.path / "tasks.csv").unlink()
-    (run.path / "config.yaml").unlink()
-    assert run.missing() == {"tasks.csv", "config.yaml"}
-    other = RunFolder(tiny.config("evaluation.num_shots=[3]"), "second")
-    other.open(HARDWARE, "", "MAML")
-    other.close("finished")
-    assert run.missing() == {"tasks.csv", "config.yaml"}, "not that of another evaluation"
-    again = RunFolder(run.settings, "custom")
-    again.open(HARDWARE, "", "MAML")
-    again.close("finished")
     assert run.missing() == {"tasks.csv"}
-    third = report(run, num_shots=3) | {"evaluation": evaluation_config(other.settings)}
-    folder = run.save_report(third, ROWS)
-    (folder / "report.png").touch()
-    assert other.missing() == {"config.yaml", "status"}, "it is written at the end of another evaluation"
 
 
 def test_tasks_that_cannot_be_made_again_are_named(run: RunFolder, tiny: TinyRuns) -> None:

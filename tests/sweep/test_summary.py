@@ -138,7 +138,8 @@ def test_summary_names_missing_jobs_and_their_output(tmp_path: Path, capsys: pyt
 
 def test_summary_does_not_ask_to_run_again_what_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = tmp_path / "sweeps" / "one"
-    learner = SimpleNamespace(folder=SimpleNamespace(path=sweep), logger=SimpleNamespace(alert=lambda *_: None))
+    folder = SimpleNamespace(path=sweep, checkpoint_path=sweep / "checkpoint.pt")
+    learner = SimpleNamespace(folder=folder, logger=SimpleNamespace(alert=lambda *_: None))
     with pytest.raises(MamlError) as raised:
         _check_finite({"loss": math.nan}, 7, cast(Any, learner))
     write_job(sweep, "a=1", error=f"MamlError: {raised.value}")
