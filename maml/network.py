@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
-from maml.data.pictures import to_pixels, warn_of_blank
+from maml.data.pictures import to_pixels, warn_of_blank_or_inverted
 from maml.domain.base import Domain, Role, SupervisedDomain
 from maml.domain.classification import FewShotClassification
 from maml.domain.omniglot import Omniglot
@@ -118,8 +118,8 @@ class Network:
         """Converts pictures to inputs like the training images.
 
         Drawings become black and white, with dark pixels 1. They should be dark on light, with strokes of about 1/35 of
-        the width, as in Omniglot; one that is all ink or all paper causes a warning. Photos become RGB or grey, from 0
-        to 1, as in training. Transparent paper is white. Pictures of 16 bits are scaled by their own range.
+        the width, as in Omniglot; one that is all paper or mostly ink causes a warning. Photos become RGB or grey,
+        from 0 to 1, as in training. Transparent paper is white. Pictures of 16 bits are scaled by their own range.
 
         Args:
             pictures: paths, or images opened with Pillow, or one of them. They are resized to ``in_shape``.
@@ -159,7 +159,7 @@ class Network:
         except Exception as error:  # broken files raise a dozen types in Pillow
             raise MamlError(f"{name} cannot be read as a picture ({error})") from error
         if is_drawing:
-            warn_of_blank([(name, pixels)])
+            warn_of_blank_or_inverted([(name, pixels)])
         return torch.from_numpy(pixels / (255 if has_levels or not is_drawing else 1)).to(torch.get_default_dtype())
 
     def adapt(self, x: Inputs, y: Sequence[Hashable] | Inputs, num_steps: int | None = None) -> Predictor:

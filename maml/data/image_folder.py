@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_from_files
 from maml.data.files import File, file_on_disk, first_ten
-from maml.data.pictures import to_pixels, warn_of_blank
+from maml.data.pictures import to_pixels, warn_of_blank_or_inverted
 from maml.data.splits import SPLITS, share_out
 from maml.errors import MamlError, Unavailable
 from maml.status import about, announce
@@ -196,7 +196,9 @@ def load_image_folder(
                 "them"
             )
         if is_drawing:
-            warn_of_blank((files[name].path, image) for name, image in zip(files, images[:, 0], strict=True))
+            warn_of_blank_or_inverted(
+                (files[name].path, image) for name, image in zip(files, images[:, 0], strict=True)
+            )
         return torch.from_numpy(images), [name for name, pictures in classes.items() for _ in pictures]
 
     height, width, channels = in_shape

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_from_files, load_cache
 from maml.data.files import NEEDS_TORCHVISION, File, file_on_disk, first_ten, list_files, reader
-from maml.data.pictures import grey_ink, opaque, warn_of_blank
+from maml.data.pictures import grey_ink, opaque, warn_of_blank_or_inverted
 from maml.errors import MamlError, Unavailable, cause
 from maml.status import about, announce
 from maml.types import Split
@@ -217,7 +217,7 @@ def _read(
                         f"{name} in {sources[half]} cannot be decoded ({error}); "
                         f"put the original file back, for example from {_HOMEPAGE}"
                     ) from error
-                warn_of_blank([(f"{name} in {sources[half]}", ink)])
+                warn_of_blank_or_inverted([(f"{name} in {sources[half]}", ink)])
     return torch.from_numpy(images), classes
 
 

@@ -86,16 +86,21 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.where(visible, levels, 255).astype(np.uint8))
 
 
-def warn_of_blank(drawings: Iterable[tuple[str | Path, np.ndarray]]) -> None:
-    """Warns of drawings that are all ink or all paper, from which nothing can be learnt.
+_SAID = {0.0: "all paper", 1.0: "all ink"}
+
+
+def warn_of_blank_or_inverted(drawings: Iterable[tuple[str | Path, np.ndarray]]) -> None:
+    """Warns of drawings that are all paper, from which nothing can be learnt, or mostly ink, as if they were inverted.
 
     Args:
-        drawings: names and pixels; pixels are 1 where there is ink.
+        drawings: names and pixels; paper is 0, and the darkest pixel the largest number.
     """
-    blank = [(name, pixels) for name, pixels in drawings if pixels.min() == pixels.max()]
-    if blank:
-        height, width = blank[0][1].shape[:2]
-        named = first_ten([f"{name} is all {'ink' if pixels.max() else 'paper'}" for name, pixels in blank])
+    # No drawing of Omniglot has more than 22 % of its pixels in ink.
+    shares = [(name, pixels.mean() / max(pixels.max(), 1), pixels.shape) for name, pixels in drawings]
+    odd = [(name, share, shape) for name, share, shape in shares if share == 0 or share > 0.5]
+    if odd:
+        height, width = odd[0][2][:2]
+        named = first_ten([f"{name} is {_SAID.get(share, f'{share:.0%} ink')}" for name, share, _ in odd])
         warnings.warn(
             f"{named} at {width}x{height} pixels: a drawing is dark on light, with strokes of about 1/35 of its width",
             stacklevel=3,

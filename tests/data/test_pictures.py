@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maml.data.pictures import opaque, to_pixels, warn_of_blank
+from maml.data.pictures import opaque, to_pixels, warn_of_blank_or_inverted
 
 SIZE = (20, 30)  # height, width
 SHAPE = (*SIZE, 1)
@@ -134,5 +134,14 @@ def test_picture_is_turned_as_its_camera_was_held() -> None:
 @pytest.mark.parametrize(("value", "said"), [(0, "all paper"), (1, "all ink")])
 def test_blank_drawing_causes_a_warning_that_names_it(value: int, said: str) -> None:
     with pytest.warns(UserWarning, match=rf"a/b\.png is {said} at 30x20 pixels"):
-        warn_of_blank([("a/b.png", np.full(SHAPE, value, np.uint8)), ("c.png", ink())])
-    warn_of_blank([("c.png", ink())])  # warnings are errors here
+        warn_of_blank_or_inverted([("a/b.png", np.full(SHAPE, value, np.uint8)), ("c.png", ink())])
+    warn_of_blank_or_inverted([("c.png", ink())])  # warnings are errors here
+
+
+@pytest.mark.parametrize("levels", [1, 255])
+def test_inverted_drawing_causes_a_warning_that_says_how_much_is_ink(levels: int) -> None:
+    drawing = np.zeros(SHAPE, np.uint8)
+    drawing[:5] = levels  # a quarter of 20 rows
+    warn_of_blank_or_inverted([("a.png", drawing)])  # warnings are errors here
+    with pytest.warns(UserWarning, match=r"a\.png is 75% ink at 30x20 pixels: a drawing is dark on light"):
+        warn_of_blank_or_inverted([("a.png", levels - drawing)])
