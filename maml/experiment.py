@@ -158,7 +158,7 @@ def _build_learners(
                     algorithm.check_validation()
                 check_training_fits(settings, algorithm, hardware)
                 if settings.mode == "train":
-                    check_step(algorithm.outer, algorithm.theta)
+                    check_step(algorithm.outer, algorithm.theta, settings.num_iterations)
         learner = Learner(seed_settings, experiment, algorithm)
         distributed.on_rank_zero(partial(learner.logger.check_seeds, settings.seeds))
         evaluation.check(domain)

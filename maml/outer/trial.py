@@ -9,6 +9,7 @@ from torch import Tensor
 
 from maml.errors import MamlError
 from maml.outer.base import Objective, Outer
+from maml.outer.first_order import FirstOrder
 from maml.types import MatrixVectorProduct, Params
 
 
@@ -37,7 +38,7 @@ class _Paraboloid(Objective):
 
 
 @torch.no_grad()
-def check_step(outer: Outer, theta: Params) -> None:
+def check_step(outer: Outer, theta: Params, num_iterations: int) -> None:
     """Checks on a made-up objective that an outer optimizer changes theta, and in place.
 
     There are two steps, because the first may be zero, as with a schedule that rises from zero. An optimizer that asks
@@ -46,12 +47,15 @@ def check_step(outer: Outer, theta: Params) -> None:
     Args:
         outer: the optimizer; it stays as it is.
         theta: the parameters that it will train, without a task axis; they stay as they are.
+        num_iterations: of the training.
 
     Raises:
-        MamlError: if theta does not change or gets new tensors, or the step returns no metrics.
+        MamlError: if theta does not change or gets new tensors, the step returns no metrics, or the step size has
+            fallen to zero before the last iteration.
     """
     if not theta:  # an algorithm may have nothing to train
         return
+    _check_last_rate(outer, num_iterations)
     name, outer = type(outer).__name__, copy.deepcopy(outer)
     tried = {key: value.clone() for key, value in theta.items()}
     tensors, objective = dict(tried), _Paraboloid(theta)
@@ -76,3 +80,13 @@ def check_step(outer: Outer, theta: Params) -> None:
             f"with these settings of outer, {name}.step leaves theta as it is, so nothing would be trained; choose "
             "others. A step of your own changes theta's values in place, as in theta[name].sub_(...)"
         )
+
+
+def _check_last_rate(outer: Outer, num_iterations: int) -> None:
+    if isinstance(outer, FirstOrder) and num_iterations:
+        last = torch.tensor(num_iterations - 1.0, dtype=torch.float64)
+        if not float(outer.rate(last)):
+            raise MamlError(
+                f"the outer step size has fallen to 0 before the last of num_iterations={num_iterations}, so the rest "
+                "would train nothing; let the schedule last as long as the training, or end above 0"
+            )

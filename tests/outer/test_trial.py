@@ -9,7 +9,10 @@ from torch import Tensor
 from maml.config.paths import CONF
 from maml.config.schema import build
 from maml.errors import MamlError
+from maml.outer.adam import Adam
 from maml.outer.base import Objective, Outer, OuterState
+from maml.outer.schedule import Cosine, Steps
+from maml.outer.sgd import SGD
 from maml.outer.trial import check_step
 from maml.types import Params
 from tests.contract.test_options import compose_option, for_every_option_of
@@ -77,7 +80,7 @@ def theta() -> Params:
 @for_every_option_of("outer")
 def test_every_outer_optimizer_passes(option: str, theta: Params) -> None:
     before = {name: value.clone() for name, value in theta.items()}
-    check_step(build(compose_option(CONF, "outer", option).outer), theta)
+    check_step(build(compose_option(CONF, "outer", option).outer), theta, 10)
     assert all(torch.equal(theta[name], value) for name, value in before.items())
 
 
@@ -91,27 +94,45 @@ def test_every_outer_optimizer_passes(option: str, theta: Params) -> None:
 )
 def test_optimizer_that_would_train_nothing_is_refused(outer: Outer, said: str, theta: Params) -> None:
     with pytest.raises(MamlError, match=said):
-        check_step(outer, theta)
+        check_step(outer, theta, 10)
 
 
 def test_settings_that_would_train_nothing_are_refused_by_their_part(theta: Params) -> None:
     outer = build(compose_option(CONF, "outer", "trpo", "outer.max_kl=1e9").outer)
     with pytest.raises(MamlError, match=r"with these settings of outer, TRPO\.step leaves theta as it is"):
-        check_step(outer, theta)
+        check_step(outer, theta, 10)
 
 
 def test_optimizer_is_left_as_it_was_and_may_wait(theta: Params) -> None:
     outer = Waiting()
-    check_step(outer, theta)
+    check_step(outer, theta, 10)
     assert outer.steps == 0
 
 
+@pytest.mark.parametrize(
+    "outer",
+    [
+        Adam(0.1, schedule=Cosine(9)),
+        Adam(0.1, schedule=Steps(9, 0.0)),
+        SGD(0.1, num_iterations=9, final_step_size=0.0),
+    ],
+)
+def test_step_size_that_falls_to_zero_too_early_is_refused(outer: Outer, theta: Params) -> None:
+    check_step(outer, theta, 9)
+    with pytest.raises(MamlError, match=r"fallen to 0 before the last of num_iterations=10, so the rest"):
+        check_step(outer, theta, 10)
+
+
+def test_step_size_may_stay_at_a_final_value(theta: Params) -> None:
+    check_step(Adam(0.1, schedule=Cosine(5, final=0.1)), theta, 10)
+
+
 def test_without_parameters_there_is_nothing_to_check() -> None:
-    check_step(Rebinding(), {})
+    check_step(Rebinding(), {}, 10)
 
 
 def test_optimizer_that_asks_for_more_is_not_checked(theta: Params) -> None:
-    check_step(Demanding(), theta)
+    check_step(Demanding(), theta, 10)
 
 
 def test_run_is_refused_before_its_folder_is_made(tiny: TinyRuns) -> None:
