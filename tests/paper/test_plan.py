@@ -30,10 +30,11 @@ from maml.record.contents import Source
 from maml.record.index import find_runs
 from maml.record.lock import acquire
 from tests.paper.fake_runs import SINUSOID, edit, make_run, make_run_with_checkpoint
+from tests.paper.printed import printed_needs
 from tests.runs import file_contents
 
 RESULTS = Path(__file__).parents[2] / "results"
-NEEDS = list_needs(RESULTS)
+NEEDS = printed_needs()
 NOWHERE = ("data_dir=/nowhere", "cache_dir=/nowhere")
 
 
@@ -294,7 +295,7 @@ def test_most_valuable_jobs_come_first(has_gpu: bool, tmp_path: Path, monkeypatc
 def test_smoke_cells_are_smoke_tests_and_say_so(tmp_path: Path) -> None:
     write_smoke_cells(RESULTS, tmp_path)
     write_smoke_cells(RESULTS, tmp_path)
-    real, smoke = NEEDS, list_needs(tmp_path)
+    real, smoke = list_needs(RESULTS), list_needs(tmp_path)
     assert [need.path for need in smoke] == [need.path for need in real]
     for need, one in zip(real, smoke, strict=True):
         assert (need.source is None) == (one.source is None)
