@@ -42,7 +42,8 @@ from maml.record.statistics import MIN_RUNS
 RUNS_NOTE = (
     "A number is the mean over runs; the interval covers test tasks and, if there are at least "
     f"{MIN_RUNS} runs, trainings. *Runs* gives their number, the range of their means and, in brackets, the interval "
-    f"over test tasks alone. {COUNTED_TWICE} The paper's number is from one training. {UNPRINTED}\n\n"
+    f"over test tasks alone. {COUNTED_TWICE} The paper's number is from one training, as far as is known. "
+    f"{UNPRINTED}\n\n"
     f"{TRANSDUCTIVE}. [Both accuracies](notes.md#{REDUCED_BUDGET})."
 )
 

@@ -17,11 +17,11 @@ from maml.record.statistics import Statistics
 OWN = "the table's own"
 _HEADER = ("row", "column", "paper", "reading", "runs", "median", "range over runs", "the paper's number", "command")
 _INTRODUCTION = (
-    "The paper prints one training of each number. Trainings differ by chance, so this page shows, for each number "
-    "that we have run, the median and the range of our runs, and whether the paper's number lies inside that range. "
-    "That needs at least two runs. Where the paper can be read in several ways, each reading has its own line, and the "
-    "table's verdicts belong to the first. A range grows with the number of runs; it is no interval, and no run is "
-    "picked from it."
+    "The paper prints one number each, from one training as far as is known. Trainings differ by chance, so this page "
+    "shows, for each number that we have run, the median and the range of our runs, and whether the paper's number "
+    "lies inside that range. That needs at least two runs. Where the paper can be read in several ways, each reading "
+    "has its own line, and the table's verdicts belong to the first. A range grows with the number of runs; it is no "
+    "interval, and no run is picked from it."
 )
 
 
