@@ -66,6 +66,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def first_ten(faults: Sequence[str]) -> str:
+    """Joins the first ten faults to one line, and says how many more there are."""
+    more = f", and {len(faults) - 10} more" if len(faults) > 10 else ""
+    return f"{', '.join(faults[:10])}{more}"
+
+
 def cause(error: BaseException) -> str:
     """Returns an error's class and the first line of its message."""
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

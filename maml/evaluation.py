@@ -13,6 +13,7 @@ from annotated_types import Ge, MinLen
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
+from maml.algorithm.best import SCORE
 from maml.curve import Curve
 from maml.domain.base import Domain, Metrics, Predictions
 from maml.errors import Diverged, MamlError
@@ -77,7 +78,7 @@ class StepSizeSearch:
     ) -> list[float]:
         """Returns the chosen step sizes at one K, one per step.
 
-        Step sizes with which adaptation diverged are never chosen. Of equally good ones, the first is.
+        Step sizes with which adaptation diverged are never chosen. The first of equally good ones wins.
 
         Args:
             evaluation: draws the validation tasks and measures.
@@ -348,7 +349,7 @@ class Evaluation:
         """
         if self.theta == "last":
             return algorithm.theta
-        if not algorithm.domain.selected_by and algorithm.best["score"].isneginf():
+        if not algorithm.domain.selected_by and algorithm.best[SCORE].isneginf():
             raise MamlError(
                 "evaluation.theta=best, but theta has not been measured on validation tasks yet, or never with a "
                 "number; train for validate_every iterations, or choose evaluation.theta=last"

@@ -115,7 +115,7 @@ def run_experiment(settings: Settings, experiment: str, judge: Judge | None = No
             "command"
         )
     with ExitStack() as stack:
-        with suppress(ValueError):  # raised outside the main thread, which never gets signals
+        with suppress(ValueError):  # outside the main thread, no handler can be set
             # For the time before and after the training loop, which has its own handler.
             stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop_at_once))
         distributed.start(torch.cuda.is_available() and settings.hardware.get("device") != "cpu")
@@ -130,7 +130,9 @@ def _run_seeds(settings: Settings, experiment: str, judge: Judge) -> float:
     for learner in _build_learners(settings, experiment, hardware, evaluation):
         if settings.mode == "eval":
             headlines.append(_evaluate_saved(learner, hardware, evaluation, judge))
-        elif (missing := distributed.on_rank_zero(learner.folder.missing)) & {"report.json", *learner.folder.tables}:
+            continue
+        missing = distributed.on_rank_zero(learner.folder.missing)
+        if missing & {"report.json", *learner.folder.tables}:
             untrained.append(learner)
         else:
             headlines.append(_complete(learner, hardware, missing, judge))
@@ -273,7 +275,7 @@ def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation
     execution = hardware.choose(workload, settings.num_iterations, saved["execution"])
     hardware.apply(execution.for_meta_test(workload))
     learner.restore(saved)
-    report, plot = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, folder.trained_in)
+    report, plot = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, apart=True)
     learner.send_evaluation(report, plot)
     return report["headline"]
 
@@ -289,7 +291,7 @@ def _evaluate(
     iteration: int,
     task_chunk: int | None,
     judge: Judge,
-    report_dir: Path | None = None,
+    apart: bool = False,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluates one run; writes the report, the values per task and the plot; and prints the report.
 
@@ -299,8 +301,7 @@ def _evaluate(
         iteration: number of iterations that the evaluated state was trained for.
         task_chunk: number of tasks that are adapted at once; None uses a default.
         judge: see `run_experiment`.
-        report_dir: with ``mode=eval``, the folder below which the report gets its own folder; None writes the run's
-            own report.
+        apart: see `RunFolder.save_report`.
 
     Returns:
         The report, with the judge's texts under ``cells``, and the path of the plot.
@@ -316,7 +317,7 @@ def _evaluate(
         if curve.predictions
     ]
     pictures = partial(evaluation.pictures, algorithm)
-    written_to = folder.save_report(report, per_task_rows(curves), report_dir, class_tables(counted), pictures)
+    written_to = folder.save_report(report, per_task_rows(curves), apart, class_tables(counted), pictures)
     plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
     judgements = judge(folder.experiment, settings, report)
     with suppress(BrokenPipeError):  # a reader such as `head` has enough; the run does not end because of it

@@ -364,7 +364,7 @@ def _in_blocks(
 
 
 def _check_classes(num_ways: int, most: int | None) -> None:
-    """Refuses classes that are too many, or one."""
+    """Refuses more classes than the network tells apart, and a single class."""
     if most is not None and num_ways > most:
         raise MamlError(f"this network tells {most} classes apart, the labels have {num_ways}")
     if num_ways < 2:

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clock = choose_clock(device, args.threads)[0] if device.type == "cuda" else time.perf_counter
     hardware = (f"hardware.device={args.device}", f"hardware.num_threads={args.threads}")
     bank_settings = ("evaluation.split=val", "evaluation.search=null", f"evaluation.num_tasks={args.tasks}")
-    settings, _ = compose([f"+experiment={args.experiment}", *hardware, *bank_settings, *args.overrides], ROOT / "conf")
+    settings, _ = compose([f"+experiment={args.experiment}", *hardware, *bank_settings, *args.overrides])
     algorithm, iterate = build_as_trained(settings)
     evaluation: Evaluation = build(settings.evaluation)
     domain = algorithm.domain

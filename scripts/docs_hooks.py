@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from maml.config.paths import RESULTS
 from maml.config.reference import Option, reference
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "results"
 PAGES = ("*.md", "table*/*.md", "*_published/*.md", "figure*/*.*", "report.html")
 
 _HOW_TO_READ = (
@@ -26,7 +24,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the results and the generated pages to the site."""
     for path in (path for pattern in PAGES for path in sorted(RESULTS.glob(pattern))):
         if path.name != "README.md":
-            files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
+            files.append(File.generated(config, str(path.relative_to(RESULTS.parent)), abs_src_path=str(path)))
     for name, content in reference_pages().items():
         files.append(File.generated(config, name, content=content))
     return files

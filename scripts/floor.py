@@ -67,12 +67,10 @@ class Cost:
     Attributes:
         operations: number of multiplications and additions.
         bytes: total size of operands and results, in bytes.
-        calls: number of matrix products and convolutions.
     """
 
     operations: int = 0
     bytes: int = 0
-    calls: int = 0
 
     @classmethod
     def of(cls, run: Callable[[], object]) -> Cost:
@@ -108,7 +106,6 @@ class _CostCounter(TorchDispatchMode):
             tensors = [value for value in tree_leaves((args, result)) if isinstance(value, Tensor)]
             self.cost.operations += formula(*args, **(kwargs or {}), out_val=result)
             self.cost.bytes += sum(value.numel() * value.element_size() for value in tensors)
-            self.cost.calls += 1
         return result
 
 

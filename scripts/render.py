@@ -30,7 +30,6 @@ from maml.algorithm.base import Algorithm
 from maml.cli.scripts import exit_with
 from maml.config.compose import compose
 from maml.config.hints import explain_override_error
-from maml.config.paths import CONF
 from maml.config.schema import Settings, build
 from maml.domain.reinforcement import Reinforcement
 from maml.environment.distribution import Distribution
@@ -98,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides = [word for word in words if "=" in word and not word.startswith("-")]  # at any position
     options = parser.parse_args([word for word in words if word not in overrides])
     try:
-        settings, experiment = compose(overrides, CONF)
+        settings, experiment = compose(overrides)
     except HydraException as error:
         explain_override_error(overrides)
         raise MamlError(str(error)) from error

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from maml.errors import Disconnected, Diverged, Interrupted, MamlError, Unavailable
+from maml.errors import Disconnected, Diverged, Interrupted, MamlError, Unavailable, first_ten
 
 
 @pytest.mark.parametrize("kind", [Unavailable, Diverged, Disconnected])
@@ -24,3 +24,9 @@ def test_interruption_keeps_its_signal_and_its_message_in_another_process() -> N
 
 def test_interruption_is_no_error_that_a_handler_of_errors_swallows() -> None:
     assert not issubclass(Interrupted, Exception)
+
+
+def test_more_than_ten_faults_are_counted() -> None:
+    names = [f"f{number}" for number in range(12)]
+    assert first_ten(names[:10]) == "f0, f1, f2, f3, f4, f5, f6, f7, f8, f9"
+    assert first_ten(names) == "f0, f1, f2, f3, f4, f5, f6, f7, f8, f9, and 2 more"

@@ -8,7 +8,7 @@ from torch import Tensor
 from maml.types import Params
 
 # The record holds the best theta's parameters and buffers and, under these names, its score and recent values.
-_SCORE, _RECENT = "score", "recent"
+SCORE, _RECENT = "score", "recent"
 # The return of a single iteration is too noisy: it depends more on the few goals that were drawn than on theta.
 NUM_RECENT_RETURNS = 10
 
@@ -22,7 +22,7 @@ def init_best(theta: Params, num_recent: int) -> Params:
     """
     lowest = next(iter(theta.values())).new_full((num_recent,), -torch.inf)
     copies = {name: value.clone() for name, value in theta.items()}
-    return copies | {_SCORE: lowest[0].clone(), _RECENT: lowest}
+    return copies | {SCORE: lowest[0].clone(), _RECENT: lowest}
 
 
 def update_best(best: Params, theta: Params, value: Tensor) -> None:
@@ -36,7 +36,7 @@ def update_best(best: Params, theta: Params, value: Tensor) -> None:
     recent = best[_RECENT]
     recent.copy_(torch.where(recent.isneginf(), value, torch.cat([recent[1:], value.reshape(1)])))
     score = recent.mean()
-    if score > best[_SCORE]:
-        best[_SCORE].copy_(score)
+    if score > best[SCORE]:
+        best[SCORE].copy_(score)
         for name, parameter in theta.items():
             best[name].copy_(parameter)

@@ -19,12 +19,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from maml.config.compose import (
-    check_job,
     check_order,
     experiment_name,
     explain_config_error,
     plain_overrides,
 )
+from maml.config.conflicts import check_job
 from maml.config.hints import explain_override_error
 from maml.config.paths import CONF
 from maml.errors import Interrupted, MamlError, Unavailable

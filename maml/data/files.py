@@ -135,9 +135,3 @@ class _ArrayUnpickler(pickle.Unpickler):
         if (module, name) not in _ARRAYS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which arrays do not need and could do harm")
         return super().find_class(module, name)
-
-
-def first_ten(faults: Sequence[str]) -> str:
-    """Joins what is wrong to one line, of which a user wants to see the start."""
-    more = f", and {len(faults) - 10} more" if len(faults) > 10 else ""
-    return f"{', '.join(faults[:10])}{more}"

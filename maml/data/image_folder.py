@@ -16,14 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_from_files
-from maml.data.files import File, file_on_disk, first_ten
-from maml.data.pictures import to_pixels, warn_of_blank_or_inverted
+from maml.data.files import File, file_on_disk
+from maml.data.pictures import seconds_to_read, to_pixels, warn_of_blank_or_inverted
 from maml.data.splits import SPLITS, share_out
-from maml.errors import MamlError, Unavailable
+from maml.errors import MamlError, Unavailable, first_ten
 from maml.status import about, announce
 from maml.types import Split
 
-_SECONDS_PER_PICTURE, _SECONDS_PER_BYTE = 3e-4, 5e-8  # measured on photos
 _MAX_THREADS = 8
 _NO_PICTURES = {"Thumbs.db", "desktop.ini"}  # added by a system
 
@@ -175,8 +174,7 @@ def load_image_folder(
     files = {f"{name}/{file}": info for name, pictures in classes.items() for file, info in pictures.items()}
 
     def build() -> tuple[Tensor, list[str]]:
-        seconds = _SECONDS_PER_PICTURE * len(files) + _SECONDS_PER_BYTE * sum(file.size for file in files.values())
-        if seconds > 1:
+        if (seconds := seconds_to_read(files.values())) > 1:
             announce(f"reading {root}, once: {about(seconds)}")
         images = np.empty((len(files), 1, *in_shape), np.uint8)
         faults = {}

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_from_files, load_cache
-from maml.data.files import NEEDS_TORCHVISION, File, file_on_disk, first_ten, list_files, reader
+from maml.data.files import NEEDS_TORCHVISION, File, file_on_disk, list_files, reader
 from maml.data.pictures import grey_ink, opaque, warn_of_blank_or_inverted
-from maml.errors import MamlError, Unavailable, cause
+from maml.errors import MamlError, Unavailable, cause, first_ten
 from maml.status import about, announce
 from maml.types import Split
 

@@ -13,16 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from maml.data.cache import ImageSet, cached_from_files
-from maml.data.files import File, first_ten, reader
-from maml.errors import MamlError
+from maml.data.files import File, reader
+from maml.data.pictures import seconds_to_read
+from maml.errors import MamlError, first_ten
 from maml.status import about, announce
 from maml.types import Split
 
 # Departure: the paper has 64, 12 and 24; the lists of Ravi and Larochelle, which its code reads, have these.
 NUM_CLASSES: dict[Split, int] = {"train": 64, "val": 16, "test": 20}
 NUM_IMAGES = 600
-# Time to read, decode and resize a photo, measured.
-_SECONDS_PER_PHOTO, _SECONDS_PER_BYTE = 3e-4, 5e-8
 
 Photo = TypeVar("Photo")
 Photos = Mapping[str, Mapping[str, File]]
@@ -102,9 +101,7 @@ def cached_photos(
         return {f"{cls}/{path}": file for cls, files in listed().items() for path, file in files.items()}
 
     def build() -> tuple[Tensor, list[str]]:
-        file_sizes = [file.size for file in files().values()]
-        seconds = _SECONDS_PER_PHOTO * len(file_sizes) + _SECONDS_PER_BYTE * sum(file_sizes)
-        announce(f"reading {label}, once: {about(seconds)}")
+        announce(f"reading {label}, once: {about(seconds_to_read(files().values()))}")
         with reader(source) as read:
 
             def decode(path: str) -> np.ndarray:

@@ -1,16 +1,23 @@
 """Pictures of any kind: made opaque and upright, resized, and turned into the pixels that a network takes."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from maml.data.files import first_ten
+from maml.data.files import File
+from maml.errors import first_ten
 
 # Modes that Pillow turns into black and white itself; others go through RGB.
 _DIRECT = {"1", "L", "P", "RGB"}
+_SECONDS_PER_PICTURE, _SECONDS_PER_BYTE = 3e-4, 5e-8  # measured on photos
+
+
+def seconds_to_read(files: Collection[File]) -> float:
+    """Returns about how long it takes to read, decode and resize pictures."""
+    return _SECONDS_PER_PICTURE * len(files) + _SECONDS_PER_BYTE * sum(file.size for file in files)
 
 
 def to_pixels(

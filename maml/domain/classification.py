@@ -15,11 +15,10 @@ from annotated_types import Ge
 from torch import Tensor
 
 from maml.data.cache import ImageSet
-from maml.data.files import first_ten
 from maml.digest import digest
 from maml.domain.base import Metrics, Predictions, Role, SupervisedDomain, reads_data
 from maml.domain.draw import choice_of_each
-from maml.errors import MamlError
+from maml.errors import MamlError, first_ten
 from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.seeding import Stream

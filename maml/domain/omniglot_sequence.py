@@ -40,9 +40,9 @@ class OmniglotSequence(SupervisedDomain):
     label of drawing t. Characters have new labels in every sequence, so the network has to keep drawings and labels in
     its state. Turned by 90, 180 and 270 degrees, a character is another class.
 
-    Accuracy is measured by showing: at the 1st, 2nd, ..., K-th drawing of a character in the sequence. That at the 2nd
-    is after one labelled drawing, that at the 5th after four. That at the 1st can be above 1 / N, because labels that
-    were seen already can be ruled out.
+    Accuracy is measured by showing: at the 1st, 2nd, ..., K-th drawing of a character in the sequence. The
+    network has then seen 0, 1, ..., K - 1 labelled drawings of it. Accuracy at the 1st can be above 1 / N, because
+    labels that were seen already can be ruled out.
 
     Departure: which characters Santoro et al. trained on is not published, only that they were 1200. Here the split is
     that of Vinyals et al.

@@ -15,13 +15,12 @@ import torch
 from annotated_types import MinLen
 from torch import Tensor
 
-from maml.data.files import first_ten
 from maml.data.splits import SPLITS, share_out
 from maml.digest import digest
 from maml.domain.base import Metrics, Predictions, Role, SupervisedDomain, reads_data
 from maml.domain.classification import accuracy, cross_entropies
 from maml.domain.draw import choice_of_each
-from maml.errors import MamlError, Unavailable
+from maml.errors import MamlError, Unavailable, first_ten
 from maml.model.base import Model
 from maml.seeding import Stream
 from maml.types import Count, Examples, NonNegativeFloat, Params, Split, Tasks

@@ -25,7 +25,7 @@ from maml.types import Count
 # Compiling takes up to a minute. It pays off for small networks, whose time is mostly the overhead of the operations,
 # and for the kernels on a GPU: 404 instead of 301 iterations per second of Omniglot 5-way 1-shot on an H100.
 _MIN_ITERATIONS_TO_COMPILE = 5000
-# What a container may use of its cores: microseconds in each period of so many microseconds, in one file or two.
+# Files with a container's CPU limit: microseconds of computing per period, and the period, in one file or two.
 _CONTAINER_QUOTAS: tuple[tuple[str, ...], ...] = (
     ("/sys/fs/cgroup/cpu.max",),
     ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),

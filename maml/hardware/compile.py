@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,7 @@ def _compile(function: ChunkGradient, params: Params, tasks: Tasks) -> ChunkGrad
     output_names: list[list[str]] = []
 
     def flat_function(*values: Tensor) -> list[Tensor]:
-        outputs = function(
-            dict(zip(names, values[: len(names)], strict=True)),
-            dict(zip(task_names, values[len(names) :], strict=True)),
-        )
+        outputs = function(*with_names(values, names, task_names))
         output_names[:] = [list(group) for group in outputs]
         return [value for group in outputs for value in group.values()]
 
@@ -105,12 +102,17 @@ def _compile(function: ChunkGradient, params: Params, tasks: Tasks) -> ChunkGrad
     def run(params: Params, tasks: Tasks) -> tuple[Params, Params]:
         with torch.no_grad():
             values = program(*params.values(), *(value.contiguous() for value in tasks.values()))
-        return (
-            dict(zip(gradients, values[: len(gradients)], strict=True)),
-            dict(zip(metrics, values[len(gradients) :], strict=True)),
-        )
+        return with_names(values, gradients, metrics)
 
     return run
+
+
+def with_names(values: Sequence[Tensor], first: Collection[str], second: Collection[str]) -> tuple[Params, Params]:
+    """Gives tensors in a row their names: those of a first group, then those of a second one."""
+    return (
+        dict(zip(first, values[: len(first)], strict=True)),
+        dict(zip(second, values[len(first) :], strict=True)),
+    )
 
 
 @contextmanager

@@ -21,9 +21,7 @@ from maml.hardware.memory import is_capturing, is_out_of_memory
 from maml.types import Tasks, num_tasks, take
 
 Result = TypeVar("Result")
-
-
-_MOST_PORTS = 65535
+_LARGEST_PORT = 65535
 
 
 def launched_processes() -> int:
@@ -36,14 +34,14 @@ def launched_processes() -> int:
     local_rank(), local_world_size()
     if count > 1:
         _variable("RANK", least=0, most=count - 1)
-        _variable("MASTER_PORT", least=1, most=_MOST_PORTS)
+        _variable("MASTER_PORT", least=1, most=_LARGEST_PORT)
         if not os.environ.get("MASTER_ADDR"):
             raise _wrong_environment("MASTER_ADDR is not set")
     return count
 
 
 def is_one_of_several() -> bool:
-    """Returns whether torchrun has started several processes; without, what its other variables say is left over."""
+    """Returns whether torchrun has started several processes. If not, its other variables are left over."""
     return _variable("WORLD_SIZE", least=1, default=1) > 1
 
 

@@ -1,4 +1,4 @@
-"""What a domain's tasks ask of a machine: the facts by which hardware settings are chosen."""
+"""The demands of a domain's tasks on a machine: facts by which hardware settings are chosen."""
 
 from __future__ import annotations
 

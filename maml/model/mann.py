@@ -22,7 +22,7 @@ _EPS = 1e-8  # added to the product of lengths in a cosine: an empty slot has no
 
 
 class _State(NamedTuple):
-    """What is carried from one element to the next, for P sequences of each of G copies of the weights.
+    """The state after an element, for P sequences of each of G copies of the weights.
 
     Attributes:
         hidden: hidden state of the LSTM, ``(G, P, hidden_size)``.
@@ -58,7 +58,7 @@ class MANN(Recurrent):
         writes: what is written: the ``key`` itself that is then looked for, as in the paper, or a ``vector`` of its
             own, as in two known re-implementations.
         reads: the memory in which a key is looked for: that ``after_write``, as in the paper, or that
-            ``before_write``, as in one re-implementation. What is read is always the content after the write.
+            ``before_write``, as in one re-implementation. Reads always return the content after the write.
 
     Raises:
         MamlError: if there are more heads than slots.

@@ -101,7 +101,7 @@ def check_draws(net: nn.Module, call: Callable[[], Any]) -> Any:
         call: calls the module.
 
     Returns:
-        What the call gave.
+        The call's result.
 
     Raises:
         MamlError: names the layer that draws.

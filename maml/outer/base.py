@@ -80,7 +80,7 @@ class Objective(ABC):
             tasks: T tasks.
 
         Returns:
-            The parameters and the state after the step. Those before it may be overwritten.
+            The parameters and the state after the step. The step may overwrite its arguments.
         """
         raise _missing("steps on single tasks")
 

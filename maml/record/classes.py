@@ -1,4 +1,4 @@
-"""Which class of the data set was taken for which: the accuracy of each class, and the confusion of pairs."""
+"""The accuracy of each class of a data set, and how often one class was taken for another."""
 
 from __future__ import annotations
 

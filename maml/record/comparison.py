@@ -90,9 +90,9 @@ def groups_on_the_same_tasks(runs: Iterable[Run]) -> list[list[Tested]]:
     """Returns the groups of two or more methods that were tested on the same tasks, each with the best method first.
 
     The tasks are the same if the domain, K and the hash of the bank are. A method is compared by the headline metric
-    after the last step of a run's evaluation on them: one as the run's experiment asks for goes before others, then the
-    newest one, then that in the run's own folder. Runs that were evaluated in different ways are different methods.
-    What has no values per task, or diverged, is left out.
+    after the last step. Of several evaluations of a run on these tasks, one with its experiment's settings comes first,
+    then the one of the latest iteration, then the one in the run's own folder. Runs that were evaluated in different
+    ways are different methods. Methods that diverged or have no values per task are left out.
 
     Args:
         runs: the runs.

@@ -1,4 +1,4 @@
-"""What ``run.json``, ``report.json`` and a checkpoint hold: the one schema by which a run resumes and tables are made.
+"""The contents of ``run.json``, ``report.json`` and checkpoints: the one schema for resumed runs and for tables.
 
 Only the entries that are used are named; others are allowed.
 """
@@ -162,9 +162,7 @@ class Report(Content):
                 else:
                     matches = math.isclose(values.mean(), mean, rel_tol=0, abs_tol=1e-5 * np.abs(values).max())
         except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise MamlError(
-                f"{path} is missing or damaged ({error}); delete it, and the run's command makes it again"
-            ) from error
+            raise damaged_tasks(path, error) from error
         if not matches:
             raise MamlError(f"{path} does not belong to the report.json beside it; restore it")
         return values
@@ -202,6 +200,11 @@ class Report(Content):
                     place = step_label(step.step, self.measured_by)
                     return f"{curve.metric} at K={curve.num_shots}, {place}, is {', not '.join(values)}"
         return ""
+
+
+def damaged_tasks(path: Path, error: Exception) -> MamlError:
+    """Returns the error about a ``tasks.csv`` that cannot be read."""
+    return MamlError(f"{path} is missing or damaged ({error}); delete it, and the run's command makes it again")
 
 
 class HardwareRecord(Content):

@@ -14,7 +14,7 @@ from maml.config.names import locate
 from maml.config.schema import Settings
 from maml.digest import digest
 from maml.errors import MamlError
-from maml.record.contents import Report
+from maml.record.contents import Report, damaged_tasks
 from maml.record.index import Run
 
 UNKNOWN = Parameter.empty
@@ -77,10 +77,7 @@ def _tasks(report: Report) -> pd.DataFrame:
         long = report.task_table.melt(["num_shots", "metric", "task"], var_name="step", value_name="value")
         long["step"] = long["step"].str.removeprefix("step_").astype(int)
     except (OSError, KeyError, ValueError) as error:
-        path = report.folder / "tasks.csv"
-        raise MamlError(
-            f"{path} is missing or damaged ({error}); delete it, and the run's command makes it again"
-        ) from error
+        raise damaged_tasks(report.folder / "tasks.csv", error) from error
     long["folder"] = str(report.folder)
     return long[[*NUMBER, "task", "value"]]
 

@@ -17,24 +17,24 @@ SECONDS = 10.0  # between two beats
 DEAD_AFTER = 60.0  # seconds; some beats may come late, because a network file system or a machine is busy
 _WINDOW = 6  # beats over which the speed is measured
 
-# The last iteration that this process has trained, and the number of all iterations; None before the training loop.
-_reached: tuple[int, int] | None = None
+# The last iteration that this process has trained; None before the training loop.
+_reached: int | None = None
 
 
-def report_iteration(iteration: int, num_iterations: int) -> None:
+def report_iteration(iteration: int) -> None:
     """Notes how far the training of this process is. The training loop calls this after each iteration."""
     global _reached
-    _reached = iteration, num_iterations
+    _reached = iteration
 
 
 class Heartbeat:
     """A thread that beats at once and then every few seconds until it is stopped.
 
-    A beat is a dict: ``time`` (seconds since 1970), ``host``, ``pid``, and, once training has begun, ``iteration``,
-    ``num_iterations`` and ``speed`` in iterations per second (None at first).
+    A beat is a dict: ``time`` (seconds since 1970), ``host``, ``pid``, and, once training has begun, ``iteration``
+    and ``speed`` in iterations per second (None at first).
 
     Args:
-        send: takes a beat. What it raises is ignored, because a full disk or a lost network must not end training.
+        send: takes a beat. Its errors are ignored, because a full disk or a lost network must not end training.
         seconds: time between two beats.
     """
 
@@ -65,11 +65,11 @@ class Heartbeat:
         beat: dict[str, Any] = {"time": time.time(), "host": platform.node(), "pid": os.getpid()}
         if _reached is None:
             return beat
-        iteration, num_iterations = _reached
+        iteration = _reached
         self._samples.append((time.monotonic(), iteration))
         (then, before), (now, _) = self._samples[0], self._samples[-1]
         speed = (iteration - before) / (now - then) if iteration > before else None
-        return beat | {"iteration": iteration, "num_iterations": num_iterations, "speed": speed}
+        return beat | {"iteration": iteration, "speed": speed}
 
 
 def looks_dead(beat: Mapping[str, Any], now: float | None = None) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from maml.digest import digest
 from maml.errors import MamlError
 from maml.record import checkpoint
 from maml.record.contents import Report, SavedTraining
@@ -76,6 +77,17 @@ def read_config(path: Path) -> dict[str, Any]:
 def report_paths(folder: Path) -> list[Path]:
     """Returns where a run's reports are: first its own, which may not exist, then those in ``evaluations/``."""
     return [folder / "report.json", *sorted(folder.glob("evaluations/*/report.json"))]
+
+
+def evaluation_folder(folder: Path, iteration: int, evaluation: Mapping[str, Any]) -> Path:
+    """Returns the own folder of one of a run's evaluations, named by a hash of its settings.
+
+    Args:
+        folder: the run's folder.
+        iteration: number of iterations that the evaluated state was trained for.
+        evaluation: settings of the evaluation, see `evaluation_config`.
+    """
+    return folder / "evaluations" / digest({"iteration": iteration, **evaluation})
 
 
 def find_report(

@@ -31,6 +31,7 @@ from maml.record.contents import Report, RunRecord, Segment
 from maml.record.gallery import draw_pictures, report_pictures
 from maml.record.provenance import changed_since, commit, versions
 from maml.record.run_files import (
+    evaluation_folder,
     find_report,
     lines_until,
     read_checkpoint,
@@ -50,7 +51,7 @@ _EVALUATION_FILES = ("config.yaml", "report.json", "tasks.csv", "report.png", *T
 class RunFolder:
     """One run's folder. The run id is a hash of the training settings, so an equal run is found and not repeated.
 
-    A run has a state, and another file proves each: training (``run.json``), trained (a checkpoint of the last
+    A run is in one of four states, each proved by a file: training (``run.json``), trained (a checkpoint of the last
     iteration), evaluated (``report.json``), finished (the status in ``run.json``). Evaluations that another experiment
     asks of a finished run are in ``evaluations/``; they never change ``run.json``.
 
@@ -280,8 +281,7 @@ class RunFolder:
     def check_sources(self) -> None:
         """Checks that data and the code of the user's own classes are those of the training. Writes nothing.
 
-        Runs that were recorded without hashes of them pass, and those of other settings, which are refused where their
-        checkpoint is read.
+        A run that was recorded without hashes passes. So does a run of other settings: `load_checkpoint` refuses it.
 
         Raises:
             MamlError: if one has changed and ``changed_sources`` is ``refuse``; with ``accept`` this is a warning.
@@ -418,7 +418,7 @@ class RunFolder:
         self,
         report: Mapping[str, Any],
         tasks: list[dict[str, Any]],
-        parent: Path | None = None,
+        apart: bool = False,
         more: Mapping[str, list[dict[str, Any]]] | None = None,
         pictures: Callable[[], Mapping[str, Picture]] = dict,
     ) -> Path:
@@ -431,16 +431,15 @@ class RunFolder:
         Args:
             report: the report of an evaluation.
             tasks: its rows of ``tasks.csv``, one per task and curve.
-            parent: folder of ``evaluations/``, for an evaluation of a checkpoint file; None is the run's folder.
+            apart: whether the evaluation gets a folder of its own even if it is the first one, as with ``mode=eval``.
             more: rows of other csv files, by name.
             pictures: returns the algorithm's pictures, by name.
         """
-        settings = {"iteration": report["iteration"], **report["evaluation"]}
-        first = None if parent is not None else read_json(self.path / "report.json", Report)
+        first = None if apart else read_json(self.path / "report.json", Report)
         folder = self.path
         unfinished = report["iteration"] < report["num_iterations"]
-        if parent is not None or unfinished or (first and first["evaluation"] != report["evaluation"]):
-            folder = (parent or self.path) / "evaluations" / digest(settings)
+        if apart or unfinished or (first and first["evaluation"] != report["evaluation"]):
+            folder = evaluation_folder(self.trained_in, report["iteration"], report["evaluation"])
         refuse_folders(folder, _EVALUATION_FILES)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -451,11 +450,11 @@ class RunFolder:
                 else "make the folder above it writable, or evaluate a copy of the run with runs_dir="
             )
             raise MamlError(f"the folder {folder} cannot be created ({error.strerror}); {remedy}") from error
-        if parent is not None:
+        if apart:
             remove_leftovers(folder)
             self._write_config(folder)
         self.report_folder = folder
-        if folder == self.path and first is None:  # of another evaluation, if it was killed before its report
+        if folder == self.path and first is None:  # left by an evaluation that was killed before its report
             tables = (folder / name for name in ("tasks.csv", *TABLES))
             for path in (*tables, *report_pictures(folder).values()):
                 path.unlink(missing_ok=True)

@@ -56,7 +56,7 @@ def themed(svg: str) -> str:
     """Returns Matplotlib's SVG with text and axes in the colour of the text around it.
 
     It may stand on a page beside others: its rules apply to itself only, and names of groups, which others have too,
-    are left out. What keeps its name are definitions; equal names there have equal contents.
+    are left out. Definitions keep their names, because definitions of equal names have equal contents.
     """
     import matplotlib
 

@@ -18,7 +18,7 @@ from maml.record.classes import TABLES
 from maml.record.gallery import report_pictures
 from maml.record.index import SUPERSEDED, Run, read_run
 from maml.record.lock import acquire, advice, holder
-from maml.record.run_files import read_checkpoint, read_metrics
+from maml.record.run_files import evaluation_folder, read_checkpoint, read_metrics
 
 _STAGING = ".importing"  # in the folder that takes the runs, so that moving them is a rename
 
@@ -30,7 +30,7 @@ def is_portable(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run of the archive.
+    """The outcome of importing one run of the archive.
 
     Attributes:
         folder: the run's folder: here, or in the archive if it was refused.
@@ -217,7 +217,7 @@ def _keep_files(here: Run, run: Run) -> None:
         if any((other.evaluation, other.iteration) == (report.evaluation, report.iteration) for other in run.reports):
             continue
         # As in RunFolder.save_report: one evaluation of the whole training has its place in the run's own folder.
-        target = run.path / "evaluations" / digest({"iteration": report.iteration, **report.evaluation})
+        target = evaluation_folder(run.path, report.iteration, report.evaluation)
         if report.folder == here.path and not (run.path / "report.json").exists():
             target = run.path
         target.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ class Sweep(Callback):
         self._command = 0  # the process of the sweep's command
         self._stops_jobs = False  # whether the command, if it is stopped, asks its jobs to save and end
         self._stopping = False
-        self._token = ""  # by which a job knows the sweep's folder
+        self._token = ""  # random; by it a job recognises the sweep's folder
         self._started = 0.0
         self._job: RunningJob | None = None  # the job that this process runs
         self._reader: SweepReader | None = None
@@ -167,7 +167,7 @@ class Sweep(Callback):
         if self._stops_jobs and os.getpid() != self._command:
             if is_stopped() or not process_exists(self._command):  # before this job started
                 raise Interrupted("the sweep has been stopped", signal.SIGTERM)
-            with suppress(ValueError):  # raised outside the main thread, which never gets signals
+            with suppress(ValueError):  # outside the main thread, no handler can be set
                 signal.signal(signal.SIGTERM, self._stop_job)
         sys.argv = self.arguments  # the sweep's command, for the run's record; a launcher's process has its own
         with suppress(OSError):  # on another machine, which may not have this folder
@@ -245,6 +245,22 @@ def _hopeless(config: DictConfig, planned: list[list[str]] | None) -> str:
 
     Jobs are checked until one is valid, so a sweep in which some fail still runs and lists them.
     """
+    if problem := _wrong_number(config) or _undirected_search(config):
+        return problem
+    for overrides in planned or ():
+        try:
+            settings_of(GlobalHydra.instance().config_loader().load_sweep_config(config, overrides))
+        except MamlError as error:
+            problem = problem or f"{' '.join(overrides)}: {error}"
+        except (HydraException, OmegaConfBaseException):
+            return ""  # Hydra itself reports it
+        else:
+            return ""
+    return problem
+
+
+def _wrong_number(config: DictConfig) -> str:
+    """Returns which number of the launcher or the sweeper is out of range; empty if none is."""
     for key in ("hydra.launcher.n_jobs", "hydra.sweeper.n_jobs", "hydra.sweeper.n_trials"):
         number = OmegaConf.select(config, key)
         if number == 0 or (isinstance(number, int) and number < 0 and key != "hydra.launcher.n_jobs"):
@@ -261,6 +277,11 @@ def _hopeless(config: DictConfig, planned: list[list[str]] | None) -> str:
         number = OmegaConf.select(config, key)
         if isinstance(number, int) and number > 1:
             return f"{key}={number}: a job of a sweep is one process, as two cannot share a run folder; leave it at 1"
+    return ""
+
+
+def _undirected_search(config: DictConfig) -> str:
+    """Returns why it is not known whether a search has to raise or lower its number; empty if it is known."""
     sweeper: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
     if str(sweeper.get("direction")).startswith("${direction:"):  # which is that of the domain without swept overrides
         for override in OverridesParser.create().parse_overrides(_swept(config)):
@@ -269,17 +290,7 @@ def _hopeless(config: DictConfig, planned: list[list[str]] | None) -> str:
                     f"the search chooses {key}, so whether its number should go up or down is not known before; set "
                     "hydra.sweeper.direction=maximize (accuracy and return) or minimize (error)"
                 )
-    problem = ""
-    for overrides in planned or ():
-        try:
-            settings_of(GlobalHydra.instance().config_loader().load_sweep_config(config, overrides))
-        except MamlError as error:
-            problem = problem or f"{' '.join(overrides)}: {error}"
-        except (HydraException, OmegaConfBaseException):
-            return ""  # Hydra itself reports it
-        else:
-            return ""
-    return problem
+    return ""
 
 
 def _swept(config: DictConfig) -> list[str]:

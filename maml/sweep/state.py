@@ -126,7 +126,7 @@ class SweepReader:
         self._finished: dict[str, list[Job]] = {}
 
     def jobs(self) -> list[Job]:
-        """Returns all jobs that were planned or started. What they did in an earlier start of the sweep does not count.
+        """Returns all jobs that were planned or started. Work of an earlier start of the sweep does not count.
 
         Settings in files may have changed since, and a job that was finished counts as soon as it starts again.
 

@@ -1,4 +1,4 @@
-"""The outer training loop, the same for all domains and algorithms; only this module logs and saves checkpoints."""
+"""The outer training loop, the same for all domains and algorithms; it logs metrics and saves checkpoints."""
 
 from __future__ import annotations
 
@@ -81,18 +81,13 @@ def train(
             iteration = Iteration(algorithms, streams, meta_batch_size, execution, start + 1)
             iterate = with_cuda_graph(iteration)
             pending, diagnostics = PendingMetrics(active), Diagnostics(active, iteration, start)
+            metrics: list[dict[str, Tensor]] = []
             for number in range(start + 1, end + 1):
                 is_logged = number % log_every == 0 or number == num_iterations
                 if is_logged:
                     diagnostics.before()
-                try:
-                    metrics = iterate(number)
-                except EnvironmentFailed:  # in a rollout, before the state of the last iteration has changed
-                    if number > start + 1:
-                        pending.write()
-                        _save_checkpoint(active, number - 1, metrics, iterate.execution)
-                    raise
-                report_iteration(number, num_iterations)
+                metrics = _make_iteration(iterate, number, metrics, pending, active)
+                report_iteration(number)
                 signal_number = distributed.all_reduce_max(stopped[0] if stopped else 0)
                 if distributed.rank() == 0:  # the display reads metrics from the device, which blocks for a moment
                     progress.update(number, lambda metrics=metrics: _to_floats(metrics[0]))  # type: ignore[misc]
@@ -124,6 +119,26 @@ def _boundaries(learners: Sequence[Learner], num_iterations: int) -> list[int]:
     if min(boundaries) < switch < num_iterations:
         boundaries.add(switch)
     return sorted(boundaries)
+
+
+def _make_iteration(
+    iterate: Iteration | CudaGraphIteration,
+    number: int,
+    before: list[dict[str, Tensor]],
+    pending: PendingMetrics,
+    active: Sequence[Learner],
+) -> list[dict[str, Tensor]]:
+    """Makes an iteration. If an environment fails, saves the state after the iteration before.
+
+    ``before`` has the metrics of the iteration before; it is empty if ``number`` is the first since the start.
+    """
+    try:
+        return iterate(number)
+    except EnvironmentFailed:  # in a rollout, before the state of the last iteration has changed
+        if before:
+            pending.write()
+            _save_checkpoint(active, number - 1, before, iterate.execution)
+        raise
 
 
 def _interrupted(signal_number: int, number: int, num_iterations: int, active: Sequence[Learner]) -> Interrupted:

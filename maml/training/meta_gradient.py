@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -15,7 +15,7 @@ from maml.domain.base import Metrics
 from maml.errors import MamlError
 from maml.hardware import distributed
 from maml.hardware.base import Execution
-from maml.hardware.compile import CompiledFunction
+from maml.hardware.compile import CompiledFunction, with_names
 from maml.hardware.memory import halve_chunk_on_oom, recompute_inner_steps
 from maml.hardware.threads import map_chunks
 from maml.outer.base import Objective, OuterState, TaskStep
@@ -75,7 +75,7 @@ class MetaGradient:
         """
         gradients, metrics = self._in_chunks(lambda chunk: self.sums(params, tasks, chunk), self._tasks_per_seed(tasks))
         means = distributed.all_reduce_mean([*gradients.values(), *metrics.values()], self._tasks_per_seed(tasks))
-        self.latest, metrics = _split(means, gradients, metrics)
+        self.latest, metrics = with_names(means, gradients, metrics)
         return self.latest, metrics
 
     def kl_gradient(self, params: Params, tasks: Tasks, every: int = 1) -> Params:
@@ -109,7 +109,7 @@ class MetaGradient:
             for gradients, metrics in self._map(partial(self._compute_sums, params), self._chunks(tasks, task_chunk)):
                 part = [*gradients.values(), *metrics.values()]
                 total = list(torch._foreach_add(total, part)) if total else part
-        return _split(total, gradients, metrics)
+        return with_names(total, gradients, metrics)
 
     def task_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
         """Returns the gradient of each task's loss with respect to the task's own parameters, and its metrics.
@@ -205,11 +205,29 @@ class MetaGradient:
 
     def _chunk_sums(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
         """Returns `sums` of one chunk."""
+        gradients, metrics = self._differentiate(params, tasks, lambda theta: self.per_task(theta, num_tasks(tasks)))
+        return gradients, self._sum_over_tasks(metrics)
+
+    def _chunk_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
+        """Returns `task_gradients` of one chunk."""
+        gradients, metrics = self._differentiate(params, tasks, lambda theta: theta)
+        return gradients, {name: value.detach() for name, value in metrics.items()}
+
+    def _differentiate(
+        self, params: Params, tasks: Tasks, spread: Callable[[Params], Params]
+    ) -> tuple[Params, Metrics]:
+        """Returns the gradient of the sum of the task losses with respect to ``params``, the losses and the metrics.
+
+        Args:
+            params: parameters as they are given, with or without a task axis.
+            tasks: one chunk.
+            spread: gives them a task axis.
+        """
         theta = {name: params[name].detach().requires_grad_() for name in self.algorithm.theta}
         with torch.enable_grad():
-            losses, metrics = self._task_losses(self.per_task(params | theta, num_tasks(tasks)), tasks)
+            losses, metrics = self._task_losses(spread(params | theta), tasks)
             gradients = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
-        return dict(zip(theta, gradients, strict=True)), self._sum_over_tasks({"loss": losses} | metrics)
+        return dict(zip(theta, gradients, strict=True)), {"loss": losses} | metrics
 
     def _task_losses(self, params: Params, tasks: Tasks) -> tuple[Tensor, Metrics]:
         """Returns `Algorithm.task_losses`; refuses losses of another shape than ``(T,)``, whose mean would be wrong."""
@@ -233,15 +251,6 @@ class MetaGradient:
                 f"the loss that {type(algorithm.outer).__name__} lowers; give it another name"
             )
         return losses, metrics
-
-    def _chunk_gradients(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
-        """Returns `task_gradients` of one chunk."""
-        theta = {name: params[name].detach().requires_grad_() for name in self.algorithm.theta}
-        with torch.enable_grad():
-            losses, metrics = self._task_losses(params | theta, tasks)
-            gradients = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
-        metrics = {name: value.detach() for name, value in ({"loss": losses} | metrics).items()}
-        return dict(zip(theta, gradients, strict=True)), metrics
 
     def _in_chunks(self, compute: Callable[[int], Computed], count: int) -> Computed:
         """Calls ``compute`` with the chunk size for ``count`` tasks.
@@ -318,14 +327,6 @@ def _added(parts: Iterable[Params]) -> Params:
     for part in parts:
         total = {name: total[name] + value for name, value in part.items()} if total else part
     return total
-
-
-def _split(values: Sequence[Tensor], gradients: Params, metrics: Metrics) -> tuple[Params, Metrics]:
-    """Gives values the names of the gradients and then of the metrics."""
-    return (
-        dict(zip(gradients, values[: len(gradients)], strict=True)),
-        dict(zip(metrics, values[len(gradients) :], strict=True)),
-    )
 
 
 class BatchObjective(Objective):

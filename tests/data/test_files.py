@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maml.data.files import checksum, file_on_disk, first_ten, list_files, reader, unpickle
+from maml.data.files import checksum, file_on_disk, list_files, reader, unpickle
 from maml.errors import MamlError
 
 CONTENT = {"set/a/1.png": b"one", "set/a/2.png": b"two!", "set/b/deep/3.png": b""}
@@ -80,9 +80,3 @@ def test_pickle_that_asks_for_more_than_arrays_is_refused(tmp_path: Path) -> Non
     path.write_bytes(pickle.dumps({"data": Path("a")}))
     with pytest.raises(MamlError, match=r"asks for pathlib.*, which arrays do not need and could do harm"):
         unpickle(path, ["data"], "mend it")
-
-
-def test_more_than_ten_faults_are_counted() -> None:
-    names = [f"f{number}" for number in range(12)]
-    assert first_ten(names[:10]) == "f0, f1, f2, f3, f4, f5, f6, f7, f8, f9"
-    assert first_ten(names) == "f0, f1, f2, f3, f4, f5, f6, f7, f8, f9, and 2 more"

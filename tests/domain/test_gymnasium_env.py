@@ -297,7 +297,7 @@ def test_failing_step_costs_no_earlier_iteration(tiny: TinyRuns, monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setattr(Line, "step", hot_in_iteration_4)
-        patch.setattr("maml.training.loop.report_iteration", lambda number, _: now.__setitem__(0, number))
+        patch.setattr("maml.training.loop.report_iteration", lambda number: now.__setitem__(0, number))
         with pytest.raises(MamlError, match="the motor is hot"):
             tiny.run(*words)
     folder = tiny.run(*words)

@@ -533,7 +533,7 @@ def test_no_report_overwrites_another(run: RunFolder) -> None:
     run.path.mkdir(parents=True)
     assert run.save_report(report(run), ROWS) == run.path
     others = (report(run, num_shots=3), report(run, iteration=20), report(run, 20, 3), report(run))
-    folders = [run.save_report(each, ROWS, parent=run.path) for each in others]
+    folders = [run.save_report(each, ROWS, apart=True) for each in others]
     assert len(set(folders)) == 4
     assert all(folder.parent == run.path / "evaluations" for folder in folders)
     assert run.save_report(report(run, num_shots=3), ROWS) == folders[0], "trained before, evaluated anew"

@@ -412,7 +412,7 @@ def test_floor_counts_products_and_covers_intervals(script: Callable[[str], Any]
     floor = script("floor")
     a, b = torch.ones(3, 4), torch.ones(4, 5)
     cost = floor.Cost.of(lambda: (a @ b).relu() + 1)
-    assert (cost.operations, cost.bytes, cost.calls) == (2 * 3 * 4 * 5, 4 * (12 + 20 + 15), 1)
+    assert (cost.operations, cost.bytes) == (2 * 3 * 4 * 5, 4 * (12 + 20 + 15))
     assert cost.seconds(floor.Rates(operations=1.0, bytes=1e9)) == 120
     assert cost.seconds(floor.Rates(operations=1e9, bytes=1.0)) == 188
     assert floor.union_length([(3.0, 4.0), (0.0, 2.0), (1.0, 2.5), (1.2, 1.4)]) == pytest.approx(3.5)

@@ -82,7 +82,7 @@ def test_report_with_other_settings_does_not_count(sweep: Path) -> None:
 
 def test_running_job_says_how_far_it_is(sweep: Path) -> None:
     record = write_job(sweep, "a=1", run_id="run")
-    write_beat(record, iteration=3, num_iterations=9, speed=2.0)
+    write_beat(record, iteration=3, speed=2.0)
     job = only(sweep)
     assert (job.state, job.iteration, job.time_left) == ("running", 3, 3.0)
     assert job.problem.startswith("running, at iteration 3 of 9, on ")

@@ -137,7 +137,7 @@ def test_logger_that_lacks_the_beginning_of_a_run_gets_it(
 ) -> None:
     words = (f"logger._target_={__name__}.Listening", "num_iterations=4", "log_every=1", "checkpoint_every=2")
     monkeypatch.setattr(Listening, "knows", knows)
-    monkeypatch.setattr("maml.training.loop.report_iteration", lambda number, _: interrupt(number == 2))
+    monkeypatch.setattr("maml.training.loop.report_iteration", lambda number: interrupt(number == 2))
     Listening.heard.clear()
     with pytest.raises(Interrupted):
         tiny.run(*words)
