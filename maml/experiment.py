@@ -369,6 +369,7 @@ def _make_report(
         "larger_is_better": domain.larger_is_better,
         **({} if domain.measured_by == "gradient step" else {"measured_by": domain.measured_by}),
         "headline": headline_curve["steps"][-1]["mean"],
+        "headline_num_shots": headline_curve["num_shots"],
         "curves": summaries,
     }
 

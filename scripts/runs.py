@@ -122,9 +122,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_list_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", nargs="?", default="*", help="only these experiments, as in 'sinusoid_*'")
-    parser.add_argument(
-        "--status", help="only this status: finished, running, interrupted, failed, killed, superseded or conflict"
-    )
+    statuses = ["finished", "running", "interrupted", "failed", "killed", "superseded", "conflict"]
+    parser.add_argument("--status", choices=statuses, help="only runs with this status")
     parser.add_argument("--seed", type=int, help="only this seed")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="only runs that were trained with it"

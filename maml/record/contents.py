@@ -108,6 +108,7 @@ class Report(Content):
     step_sizes: dict[ShotsKey, list[float] | None] = {}  # the oldest reports have no step sizes, which means None
     headline_metric: str
     headline: FiniteFloat | None
+    headline_num_shots: int | None = None  # earlier reports do not say it
     larger_is_better: bool
     measured_by: MeasuredBy = "gradient step"  # only reports by showing say it
     curves: Annotated[list[CurveRecord], MinLen(1)]

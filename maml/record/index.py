@@ -104,7 +104,9 @@ class Run:
         if report is None:
             return None
         ends = [(curve, curve.steps[-1]) for curve in report.curves if curve.metric == report.headline_metric]
-        return next((end for end in ends if end[1].mean == report.headline), None)
+        equal = [end for end in ends if end[1].mean == report.headline]
+        chosen = [end for end in equal if end[0].num_shots == report.headline_num_shots]
+        return next(iter([*chosen, *equal]), None)
 
     @property
     def commits(self) -> str:

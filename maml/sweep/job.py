@@ -96,7 +96,8 @@ class RunningJob:
             experiment = experiment_name(hydra.runtime.choices)
             seeds = range(settings.seed, settings.seed + settings.seeds)
             runs = [RunFolder(settings.for_seed(seed), experiment) for seed in seeds]
-            self._runs = {_address(run, hydra.runtime.cwd): run for run in runs}
+            runs_dir = self._jobs.parents[2]
+            self._runs = {_address(run, hydra.runtime.cwd, runs_dir): run for run in runs}
             self._record["mode"] = settings.mode
         self._record["runs"] = [
             {
@@ -263,9 +264,9 @@ def run_files(folder: Path, with_checkpoints: bool) -> list[Path]:
     )
 
 
-def _address(run: RunFolder, cwd: str) -> str:
-    """Returns the folder that the run's report is in: relative to runs_dir, or absolute if it is somewhere else."""
+def _address(run: RunFolder, cwd: str, runs_dir: Path) -> str:
+    """Returns the folder that the run's report is in: relative to the sweep's runs_dir, or absolute if not in it."""
     settings = run.settings
-    if settings.checkpoint or settings.run_dir:
+    if settings.checkpoint or settings.run_dir or Path(cwd, settings.runs_dir).resolve() != runs_dir.resolve():
         return os.path.join(cwd, run.trained_in)
     return run.path.relative_to(settings.runs_dir).as_posix()

@@ -69,9 +69,10 @@ class Job:
         return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in self.overrides)}
 
     @property
-    def diverged(self) -> bool:
-        """Whether its training diverged, as it would again."""
-        return self.state == "failed" and "training has diverged" in self.problem
+    def is_hopeless(self) -> bool:
+        """Whether it would fail again: its training diverged, or its settings are not valid."""
+        reasons = ("training has diverged", "the config is not valid")
+        return self.state == "failed" and any(reason in self.problem for reason in reasons)
 
     @property
     def time_left(self) -> float | None:
@@ -96,11 +97,10 @@ class Job:
     def headline_curve(self) -> Mapping[str, Any]:
         """The curve of the report whose last step is the headline number."""
         assert self.report
-        for curve in self.report["curves"]:
-            ends_at = curve["metric"], curve["steps"][-1]["mean"]
-            if ends_at == (self.report["headline_metric"], self.report["headline"]):
-                return curve
-        raise AssertionError("the headline must be the last step of a curve")
+        curves = [curve for curve in self.report["curves"] if curve["metric"] == self.report["headline_metric"]]
+        num_shots = self.report.get("headline_num_shots")  # earlier reports do not say it
+        equal = [curve for curve in curves if curve["steps"][-1]["mean"] == self.report["headline"]]
+        return next((curve for curve in equal if curve["num_shots"] == num_shots), equal[0])
 
 
 def varying_keys(jobs: Sequence[Job]) -> list[str]:
@@ -152,7 +152,7 @@ class SweepReader:
 
     def _read(self, path: Path, started: float | None) -> list[Job]:
         record = read_json(path)
-        if record is None or record.get("started", started) != started:
+        if record is None or (started is not None and record.get("started", started) != started):
             return []
         blank = Job(tuple(record["overrides"]), None, name=path.stem)
         if record["error"] is not None:
@@ -263,11 +263,16 @@ def sweep_rows(folders: Sequence[Path]) -> list[dict[str, str]]:
     """Returns one row of text for each sweep: its id, when it was started last, its state and its command."""
     rows = []
     for folder in folders:
-        sweep = read_json(folder / SWEEP) or {}
-        started = sweep.get("started")
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(started)) if started else ""
-        state = summary_line(SweepReader(folder).jobs(), sweep.get("num_jobs"))
-        rows.append({"sweep": folder.name, "started": when, "state": state, "command": sweep.get("command", "")})
+        when, command = "", ""
+        try:
+            sweep = read_json(folder / SWEEP) or {}
+            if started := sweep.get("started"):
+                when = time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
+            command = sweep.get("command", "")
+            state = summary_line(SweepReader(folder).jobs(), sweep.get("num_jobs"))
+        except MamlError as error:
+            state = f"damaged: {error}"
+        rows.append({"sweep": folder.name, "started": when, "state": state, "command": command})
     return rows
 
 

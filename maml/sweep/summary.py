@@ -38,21 +38,29 @@ def tabulate(jobs: Sequence[Job]) -> pd.DataFrame:
         columns=[*names, "job", "finished"],
     )
     keys = [frame[name] for name in names] or [pd.Series("", index=frame.index)]  # without axes, all are one group
-    rows = [
-        dict(zip(names, point, strict=False)) | _row(group["job"][group["finished"]].tolist(), len(group))
-        for point, group in frame.groupby(keys, sort=False)
-    ]
+    rows = []
+    for point, group in frame.groupby(keys, sort=False):
+        by_seed = {
+            job.settings.get("seed"): job for job in group.sort_values("finished", kind="stable")["job"]
+        }  # a seed counts once
+        finished = [job for job in by_seed.values() if job.report]
+        rows.append(dict(zip(names, point, strict=False)) | _row(finished, len(by_seed)))
     columns = ["metric", *_NUMBERS, "seeds"]
     table = pd.DataFrame(rows, columns=[*names, *columns, "unfinished", "kind", "badness"])
     table = table.sort_values(["unfinished", "kind", "badness"], na_position="last", ignore_index=True)
     return table[[*names, *columns]].set_axis([*axes, *columns], axis=1)
 
 
-def _row(finished: Sequence[Job], num_jobs: int) -> dict[str, Any]:
-    """Returns the row of jobs that differ in seed only."""
+def _row(finished: Sequence[Job], num_seeds: int) -> dict[str, Any]:
+    """Returns the row of jobs that differ in seed only.
+
+    Args:
+        finished: the finished jobs, one for each seed.
+        num_seeds: number of the seeds of all jobs.
+    """
     row = {
         "metric": "",
-        "seeds": f"{len(finished)} of {num_jobs}",
+        "seeds": f"{len(finished)} of {num_seeds}",
         "unfinished": not finished,
         "kind": "",
         "badness": math.nan,
@@ -120,12 +128,12 @@ def summarise(folder: Path, jobs_outlive_command: bool = False, earlier_jobs: Se
         log = folder / "jobs" / f"{job.name}.log"
         lines.append(f"- {describe(job, named)}: {job.problem}{f' (its output: {log})' if log.exists() else ''}")
     submitted = bool(submitted_jobs(folder) - earlier_jobs)
-    diverged = sum(job.diverged for job in missing)
-    if diverged:
-        who = "These" if diverged == len(missing) else f"{diverged} of these"
-        lines += ["", f"{who} diverged in training and would diverge again: change their settings, or leave them out"]
-    if diverged < len(missing):
-        which = "the others" if diverged else "these"
+    hopeless = sum(job.is_hopeless for job in missing)
+    if hopeless:
+        who = "These" if hopeless == len(missing) else f"{hopeless} of these"
+        lines += ["", f"{who} would fail again in the same way: change their settings, or leave them out"]
+    if hopeless < len(missing):
+        which = "the others" if hopeless else "these"
         wait, run = "", "Run"
         may_run = sum(job.state != "failed" for job in missing) if jobs_outlive_command and submitted else 0
         if may_run:

@@ -98,6 +98,16 @@ def test_headline_is_the_end_of_the_curve_at_the_k_of_training() -> None:
     assert end.mean == json.loads((folder / "report.json").read_text())["headline"]
 
 
+def test_headline_of_curves_that_end_alike_is_that_of_the_recorded_k(tmp_path: Path) -> None:
+    path = make_run(tmp_path, mean=1.0) / "report.json"
+    content = json.loads(path.read_text())
+    for curve in content["curves"]:
+        write(path, content | {"headline_num_shots": curve["num_shots"]})
+        run = read_run(path.parent)
+        assert run and run.headline
+        assert run.headline[0].num_shots == curve["num_shots"]
+
+
 def test_report_of_the_furthest_iteration_stands_for_a_run(tmp_path: Path) -> None:
     folder = make_run(tmp_path, mean=0.5, done=500, status="interrupted")
     write(

@@ -87,6 +87,15 @@ def test_run_that_another_experiment_has_made_meanwhile_is_found(tiny: TinyRuns)
     assert found.folder and found.folder.parent.name == "another"
 
 
+def test_job_with_a_runs_dir_of_its_own_is_found_there(tiny: TinyRuns) -> None:
+    other, sweep = tiny.in_folder("other"), tiny.runs_dir / "sweeps" / "one"
+    running = RunningJob(sweep, config(tiny, f"runs_dir={other.runs_dir}"))
+    folder = other.run()
+    running.end(None)
+    (found,) = SweepReader(sweep).jobs()
+    assert (found.state, found.folder) == ("finished", folder)
+
+
 def test_failed_job_keeps_its_error_and_output(tiny: TinyRuns) -> None:
     sweep = tiny.runs_dir / "sweeps" / "one"
     running = RunningJob(sweep, config(tiny, "inner.step_size=-1"), to_file=True)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def test_headline_is_that_of_its_own_k() -> None:
     (curve,) = found.report["curves"]
     found.report["curves"] = [{**curve, "num_shots": 1, "steps": curve["steps"][:1]}, curve]
     assert (found.headline, found.headline_label) == ((2.0, 0.5), "mse (K=5, step 1, n=2)")
+
+
+def test_headline_of_curves_that_end_alike_is_that_of_the_recorded_k() -> None:
+    for mean in (None, 1.0):
+        finished = job(mean)
+        assert finished.report
+        (curve,) = finished.report["curves"]
+        report = {**finished.report, "curves": [curve, curve | {"num_shots": 10}]}
+        for num_shots in (5, 10):
+            found = replace(finished, report=report | {"headline_num_shots": num_shots})
+            assert found.headline_label == f"mse (K={num_shots}, step 1, n=2)"
 
 
 def test_evaluation_of_an_unfinished_training_is_finished(sweep: Path) -> None:
@@ -212,3 +224,17 @@ def test_rows_show_settings_that_differ_and_why_a_job_has_no_report(sweep: Path)
     assert list(running)[:2] == ["a", "state"]
     assert [running[name] for name in ("iteration", "it/s", "ETA", "why")] == ["3 of 9", "2", "0:00:03", ""]
     assert (failed["state"], failed["why"]) == ("failed", "the config is not valid")
+
+
+def test_damaged_sweep_does_not_hide_others_and_its_jobs_are_kept(sweep: Path) -> None:
+    record = write_job(sweep, "a=1", run_id="0a")
+    write_report(sweep.parents[1], "0a", [1.0, 2.0])
+    edit(record, started=5.0)
+    other = sweep.with_name("other")
+    write_job(other, "a=1")
+    (sweep / SWEEP).write_text("{")
+    states = {row["sweep"]: row["state"] for row in sweep_rows(find_sweeps(sweep.parents[1]))}
+    assert states["other"].startswith("0 of 1 finished")
+    assert states[sweep.name].startswith(f"damaged: {sweep / SWEEP} is damaged")
+    (sweep / SWEEP).unlink()  # as the message advises
+    assert [job.state for job in SweepReader(sweep).jobs()] == ["finished"]

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from maml.config.compose import compose
 from maml.errors import MamlError
 from maml.record.statistics import combine
 from maml.sweep.state import Job
@@ -144,7 +145,7 @@ def test_summary_does_not_ask_to_run_again_what_diverged(tmp_path: Path, capsys:
         _check_finite({"loss": math.nan}, 7, cast(Any, learner))
     write_job(sweep, "a=1", error=f"MamlError: {raised.value}")
     summarise(sweep)
-    advice = "diverged in training and would diverge again: change their settings, or leave them out"
+    advice = "would fail again in the same way: change their settings, or leave them out"
     text = capsys.readouterr().out
     assert f"\n\nThese {advice}\n" in text
     assert "Run the same command again" not in text
@@ -152,6 +153,24 @@ def test_summary_does_not_ask_to_run_again_what_diverged(tmp_path: Path, capsys:
     summarise(sweep)
     text = capsys.readouterr().out
     assert f"\n\n1 of these {advice}\n\nRun the same command again to continue with the others: `" in text
+
+
+def test_summary_does_not_ask_to_run_again_what_is_not_valid(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweeps" / "one"
+    with pytest.raises(MamlError) as raised:
+        compose(["+experiment=sinusoid_10shot", "inner.num_steps=-1"])
+    write_job(sweep, "inner.num_steps=-1", error=f"MamlError: {raised.value}")
+    summarise(sweep)
+    text = (sweep / "summary.md").read_text()
+    assert "These would fail again in the same way" in text
+    assert "the same command again" not in text
+
+
+def test_seed_of_two_jobs_counts_once() -> None:
+    jobs = [job(1.0, "a=1", "seed=0"), job(3.0, "a=1", "seed=1"), job(3.0, "a=1", "seed=1"), job(2.0, "a=1", "seed=2")]
+    missing = [Job(("a=1", "seed=2"), None, "failed", "x"), Job(("a=1", "seed=3"), None, "failed", "y")]
+    (row,) = tabulate([*jobs, *missing]).to_dict("records")
+    assert (row["seeds"], row["mean"]) == ("3 of 4", 2.0)
 
 
 def test_summary_says_that_the_jobs_of_slurm_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
