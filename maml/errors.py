@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class MamlError(ValueError):
@@ -64,6 +66,12 @@ class Interrupted(KeyboardInterrupt):
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error, or its name if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def place(error: BaseException) -> str:
+    """Returns the file and the line that raised an error."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}, line {last.lineno}"
 
 
 def first_ten(faults: Sequence[str]) -> str:

@@ -266,14 +266,20 @@ class Evaluation:
         """Checks, before any training, that the evaluation is possible on a domain.
 
         Raises:
-            MamlError: if the domain has too little data at some K, or lacks the authors' bank or classes; if some K has
-                no step size; or if there are gradient steps in a domain that measures by showing.
+            MamlError: if the domain has too little data at some K, or lacks the authors' bank, classes or query
+                examples; if some K has no step size; or if there are gradient steps in a domain that measures by
+                showing.
         """
         if domain.measured_by == "showing" and self.num_steps:
             raise MamlError(
                 f"evaluation.num_steps={self.num_steps}, but {type(domain).__name__} measures by showing, after 0, 1, "
                 "2, ... labelled examples of a class, and nothing adapts by gradient steps; set evaluation.num_steps=0 "
                 "(evaluation=accuracy_by_showing)"
+            )
+        if self.num_query is not None and (domain.on_policy or domain.measured_by == "showing"):
+            raise MamlError(
+                f"evaluation.num_query={self.num_query}, but {type(domain).__name__} has no query examples apart from "
+                "the K of a task; set evaluation.num_query=null"
             )
         if self.num_ways is not None:
             domain.with_ways(self.num_ways)  # refuses domains whose tasks do not draw classes

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
+from maml.config.compose import CUSTOM
 from maml.data.pictures import to_pixels, warn_of_blank_or_inverted
 from maml.domain.base import Domain, Role, SupervisedDomain
 from maml.domain.classification import FewShotClassification
@@ -190,9 +191,11 @@ class Network:
     def _adapt(self, x: Inputs, y: Any, num_steps: int | None) -> Predictor:
         domain = self.algorithm.domain
         if not isinstance(domain, SupervisedDomain):
+            own = self.experiment == CUSTOM  # without a file in conf/experiment/
+            words = "with the overrides of its training" if own else f"+experiment={self.experiment}"
             raise MamlError(
                 f"{self.experiment} is a policy, which adapts to rollouts and not to examples; to watch it, run "
-                f"python scripts/render.py +experiment={self.experiment}"
+                f"python scripts/render.py {words}"
             )
         if num_steps is not None and (not isinstance(num_steps, Integral) or num_steps < 0):
             raise MamlError(f"num_steps={num_steps!r} is no number of gradient steps; give an integer of at least 0")

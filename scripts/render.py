@@ -14,13 +14,15 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
+import numpy as np
 import torch
 from hydra.errors import HydraException
 from PIL import Image, ImageDraw, ImageFont
@@ -33,7 +35,8 @@ from maml.config.hints import explain_override_error
 from maml.config.schema import Settings, build
 from maml.domain.reinforcement import Reinforcement
 from maml.environment.distribution import Distribution
-from maml.errors import MamlError
+from maml.environment.locomotion import Locomotion
+from maml.errors import EnvironmentFailed, MamlError, cause, place
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
@@ -220,17 +223,21 @@ def run_episode(
 
     Raises:
         MamlError: if OpenGL cannot start.
+        EnvironmentFailed: if the environment raises an error.
     """
-    observation, _ = environment.reset(seed=0)
+    with naming("reset", environment):
+        observation, _ = environment.reset(seed=0)
     frames, total, every = [Frame(first_picture(environment), 0, 0.0)], 0.0, _steps_per_frame(environment)
     for time, noise in enumerate(distribution.noise(Stream(0).child("render"), horizon), start=1):
         policy_input = torch.cat([torch.as_tensor(observation, dtype=oracle_goal.dtype), oracle_goal])
         action = distribution.sample(model(params, policy_input.view(1, 1, -1)).flatten(), noise)
-        observation, reward, terminated, truncated, _ = environment.step(action.numpy())
+        with naming(f"step {time} of an episode", environment):
+            observation, reward, terminated, truncated, _ = environment.step(action.numpy())
         total += float(reward)
         over = terminated or truncated
         if over or time % every == 0:
-            frames.append(Frame(_picture(environment), time, total))
+            with naming(f"render, after step {time} of an episode", environment):
+                frames.append(Frame(_picture(environment), time, total))
         if over:
             break
     return frames
@@ -241,12 +248,15 @@ def first_picture(environment: gymnasium.Env) -> Image.Image:
 
     Raises:
         MamlError: if OpenGL cannot start, or a package is missing.
+        EnvironmentFailed: if an environment that is not MuJoCo's raises an error.
     """
     try:
         return _picture(environment)
     except gymnasium.error.DependencyNotInstalled as error:  # it says which package is missing
         raise MamlError(f"{type(environment.unwrapped).__name__} cannot be drawn: {error}") from error
     except Exception as error:  # each OpenGL backend raises other exceptions
+        if not _is_mujocos(environment):
+            raise _failed("render", environment, error) from error
         raise MamlError(
             f"{type(environment.unwrapped).__name__} cannot be drawn, because OpenGL does not start with "
             f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({type(error).__name__}: {error}). Without a display, "
@@ -254,9 +264,36 @@ def first_picture(environment: gymnasium.Env) -> Image.Image:
         ) from error
 
 
+def _is_mujocos(environment: gymnasium.Env) -> bool:
+    """Returns whether MuJoCo draws the environment; by name, because Gymnasium's class needs an extra package."""
+    classes = type(environment.unwrapped).__mro__
+    return Locomotion in classes or any(each.__module__.startswith("gymnasium.envs.mujoco") for each in classes)
+
+
 def _picture(environment: gymnasium.Env) -> Image.Image:
     pixels: Any = environment.render()
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        what = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+        raise TypeError(f"it returns {what} instead of a picture, uint8 (height, width, 3)")
     return Image.fromarray(pixels)
+
+
+@contextmanager
+def naming(where: str, environment: gymnasium.Env) -> Iterator[None]:
+    """Names the environment and the place of an error that it raises.
+
+    Raises:
+        EnvironmentFailed: if it raises one.
+    """
+    try:
+        yield
+    except Exception as error:  # a user's environment may raise anything
+        raise _failed(where, environment, error) from error
+
+
+def _failed(where: str, environment: gymnasium.Env, error: Exception) -> EnvironmentFailed:
+    name = type(environment.unwrapped).__name__
+    return EnvironmentFailed(f"{name} fails in {where}: {cause(error)} ({place(error)}); mend it")
 
 
 def _steps_per_frame(environment: gymnasium.Env) -> int:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 import maml
-from maml.config.compose import compose_experiment
+from maml.config.compose import CUSTOM, compose_experiment
 from maml.config.schema import Settings, build, build_without_data
 from maml.data.omniglot import load_omniglot
 from maml.domain.sinusoid import Sinusoid
@@ -431,6 +431,9 @@ def test_policy_is_shown_and_not_adapted_to_examples(tmp_path: Path) -> None:
     network = maml.load(path.parent)
     assert same(network.theta, {name: network.algorithm.best[name] for name in network.theta})
     with pytest.raises(MamlError, match=r"scripts/render.py \+experiment=point_navigation_maml"):
+        network.adapt([[0.0, 0.0]], [0])
+    network = replace(network, experiment=CUSTOM)
+    with pytest.raises(MamlError, match=r"run python scripts/render.py with the overrides of its training"):
         network.adapt([[0.0, 0.0]], [0])
 
 

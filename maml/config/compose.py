@@ -107,9 +107,13 @@ def check_order(overrides: Sequence[str]) -> None:
         raise MamlError("+debug= must come after +experiment=, which would otherwise override it; swap the two")
 
 
+CUSTOM = "custom"
+"""The experiment's name of a run without ``+experiment=``."""
+
+
 def experiment_name(choices: Mapping[str, str]) -> str:
     """Returns the name of the experiment chosen on the command line, or ``custom``."""
-    return choices.get("experiment") or "custom"
+    return choices.get("experiment") or CUSTOM
 
 
 @cache

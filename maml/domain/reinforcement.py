@@ -154,7 +154,7 @@ class Reinforcement(Domain[Rollouts]):
             raise MamlError(
                 f"what {type(model).__name__} gives for an observation depends on the others beside it, as with batch "
                 "normalisation, so an action has no probability of its own; choose a model without it "
-                "(model.normalization=none)"
+                "(model.normalization=none; with model=module, take the layer out of the module)"
             )
 
     @abstractmethod

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import gymnasium
@@ -22,7 +20,7 @@ from torch import Tensor
 from maml.environment.base import Environments, Transition
 from maml.environment.distribution import Distribution
 from maml.environment.spaces import distribution_of, is_vector, with_vectors
-from maml.errors import EnvironmentFailed, MamlError
+from maml.errors import EnvironmentFailed, MamlError, place
 from maml.seeding import Stream
 
 _CHECKED_STEPS = 1000  # a longer episode is not gone through to its end before a run
@@ -216,7 +214,7 @@ class VectorizedEnvironments(Environments):
         where = f"step {time} of an episode" if time else "reset"
         return EnvironmentFailed(
             f"{self._name} with {self._keywords(goal)} fails in {where}: {type(error).__name__}: {_one_line(error)} "
-            f"({_place(error)}). Mend the environment, or leave out such tasks"
+            f"({place(error)}). Mend the environment, or leave out such tasks"
         )
 
     def _check_interface(self, environment: gymnasium.Env, goal: Goal) -> None:
@@ -294,9 +292,3 @@ def _one_line(message: object) -> str:
     """Returns a message without line breaks, colours of a terminal and the mark of Gymnasium's log."""
     plain = re.sub(r"\x1b\[\d*m", "", str(message) or type(message).__name__)
     return " ".join(plain.split()).removeprefix("WARN: ").rstrip(".")
-
-
-def _place(error: BaseException) -> str:
-    """Returns the file and the line that raised an error."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{Path(last.filename).name}, line {last.lineno}"

@@ -330,7 +330,7 @@ def test_failing_step_costs_no_earlier_iteration(tiny: TinyRuns, monkeypatch: py
             "tests/Line-v0",
             "goal: {values: [1]}",
             "model.normalization=batch",
-            r"depends on the others beside it.* \(model.normalization=none\)",
+            r"depends on the others beside it.* \(model.normalization=none; with model=module",
         ),
     ],
 )

@@ -17,11 +17,14 @@ from maml.config.compose import compose
 from maml.config.schema import build
 from maml.domain.reinforcement import Reinforcement
 from maml.environment.base import TellGoal
+from maml.environment.distribution import Gaussian
+from maml.environment.locomotion import Locomotion
 from maml.environment.mujoco_batch import MujocoEnvironments
-from maml.errors import MamlError
+from maml.errors import EnvironmentFailed, MamlError
 from maml.experiment import build_algorithm, run_experiment
 from maml.hardware.base import Hardware
 from maml.logger.wandb import WandB
+from maml.model.gaussian_policy import GaussianPolicy
 from maml.seeding import Stream
 from maml.types import num_tasks, take
 from tests.runs import ROOT
@@ -157,8 +160,9 @@ def test_cheetah_is_drawn_in_real_time_where_opengl_starts(tmp_path: Path) -> No
 
 
 def test_opengl_that_does_not_start_names_variable_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        unwrapped = None
+    class Broken(Locomotion):
+        def __init__(self) -> None:
+            """Needs no simulation."""
 
         def render(self) -> None:
             raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
@@ -168,10 +172,50 @@ def test_opengl_that_does_not_start_names_variable_and_packages(monkeypatch: pyt
         SCRIPT["first_picture"](Broken())
 
 
-def test_missing_package_of_a_picture_is_named() -> None:
-    class Broken:
-        unwrapped = None
+class Drawn(gymnasium.Env[np.ndarray, np.ndarray]):
+    """Draws what it is given, without OpenGL, and ends after three steps."""
 
+    def __init__(self, *pictures: Any) -> None:
+        self.pictures, self.time, self.metadata = pictures, 0, {"render_fps": 1}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        return np.zeros(2), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.time += 1
+        if self.time > len(self.pictures):
+            raise KeyError("late")
+        return np.zeros(2), 0.0, False, False, {}
+
+    def render(self) -> Any:
+        picture = self.pictures[min(self.time, len(self.pictures) - 1)]
+        return picture() if callable(picture) else picture
+
+
+PICTURE = np.zeros((4, 5, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "said"),
+    [
+        ([PICTURE / 1], r"fails in render: TypeError: it returns float64 \(4, 5, 3\) instead of a picture, uint8"),
+        ([None], r"fails in render: TypeError: it returns NoneType instead of a picture"),
+        (
+            [PICTURE, lambda: 1 / 0],
+            r"fails in render, after step 1 of an episode: ZeroDivisionError: .*render",
+        ),
+        ([PICTURE], r"fails in step 2 of an episode: KeyError: 'late' \(test_render\.py, line \d+\); mend it"),
+    ],
+)
+def test_environment_that_fails_while_it_is_shown_is_named_with_the_place(pictures: list[Any], said: str) -> None:
+    policy = GaussianPolicy(in_shape=(2,), out_dim=4, hidden_sizes=[3])
+    params = {name: value.unsqueeze(0) for name, value in policy.init(Stream(0)).items()}
+    with pytest.raises(EnvironmentFailed, match=rf"^Drawn {said}"):
+        SCRIPT["run_episode"](Drawn(*pictures), Gaussian(2), policy, params, torch.zeros(0), 3)
+
+
+def test_missing_package_of_a_picture_is_named() -> None:
+    class Broken(gymnasium.Env[Any, Any]):
         def render(self) -> None:
             raise gymnasium.error.DependencyNotInstalled("pygame is not installed, run `pip install pygame`")
 
