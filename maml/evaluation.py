@@ -291,14 +291,18 @@ class Evaluation:
         for num_shots in self.num_shots or [domain.num_shots]:
             self.step_sizes(num_shots)
             try:
-                # One task shows whether there is enough data. The authors' bank also has a limited number of tasks.
-                self.bank(domain, num_shots, num_tasks=None if self.uses_authors_bank else 1)
+                # One task shows whether there is enough data. The authors' bank also has a limited number of tasks, and
+                # of those of RL, which are only goals, each may be impossible.
+                banks = [self.bank(domain, num_shots, None if self.uses_authors_bank or domain.on_policy else 1)]
                 if self.search:
-                    self.bank(domain, num_shots, num_tasks=1, split="val")
+                    count = self.search.num_tasks if domain.on_policy else 1
+                    banks.append(self.bank(domain, num_shots, count, split="val"))
             except MamlError as error:
                 raise MamlError(
                     f"evaluation at K={num_shots}, num_query={self.num_query or num_shots}: {error}"
                 ) from error
+            for bank in banks:
+                domain.check_tasks(bank)
 
     def __call__(
         self, algorithm: Algorithm, task_chunk: int | None = None

@@ -188,6 +188,16 @@ class Domain(ABC, Generic[Data]):
             num_query = (self.num_query if num_shots is None else num_shots) or self.num_shots
         return self.draw_tasks(num_tasks, stream.child(split), split, num_shots or self.num_shots, num_query)
 
+    def check_tasks(self, tasks: Tasks) -> None:
+        """Checks, before any training, that the evaluation can measure its tasks; a subclass may say how.
+
+        Args:
+            tasks: the T tasks of reinforcement learning; in other domains, one task.
+
+        Raises:
+            MamlError: if one of them is impossible.
+        """
+
     @abstractmethod
     def draw_tasks(self, num_tasks: int, stream: Stream, split: Split, num_shots: int, num_query: int) -> Tasks:
         """Draws tasks for `sample_tasks`, which fills in the defaults.

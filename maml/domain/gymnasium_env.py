@@ -18,7 +18,7 @@ from maml.environment.spaces import with_vectors
 from maml.environment.vectorized import VectorizedEnvironments
 from maml.errors import MamlError
 from maml.seeding import Stream
-from maml.types import Text
+from maml.types import Tasks, Text
 
 _FORMS = "[low, high], {integers: [low, high]} or {values: [a, b, ...]}"
 _LARGEST_INTEGER = 2**24  # goals are float32, which holds all integers up to this one
@@ -151,9 +151,21 @@ class GymnasiumEnv(Reinforcement):
             for column, numbers in enumerate(tried):  # each keyword may change the spaces, or be refused
                 for number in numbers[1:]:
                     made.check([*first[:column], number, *first[column + 1 :]])
-            return made
         except ValueError as error:
-            raise MamlError(f"domain.env_id={self.env_id!r}, domain.goals={dict(self.goals)}: {error}") from error
+            raise self._failed(error) from error
+        self._made = made
+        return made
+
+    def check_tasks(self, tasks: Tasks) -> None:
+        """Builds and resets the environment of each goal, because one inside a range may be refused too."""
+        try:
+            for goal in tasks["goals"].unique(dim=0).tolist():
+                self._made.check(goal)
+        except ValueError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: ValueError) -> MamlError:
+        return MamlError(f"domain.env_id={self.env_id!r}, domain.goals={dict(self.goals)}: {error}")
 
     def keywords(self, goal: Sequence[float]) -> dict[str, Any]:
         """Returns the constructor's keywords for a goal, ``(G,)``."""

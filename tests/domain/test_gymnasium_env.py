@@ -18,6 +18,7 @@ from PIL import Image
 import maml
 from maml.config.compose import compose
 from maml.config.identity import training_config
+from maml.config.schema import build
 from maml.digest import digest
 from maml.domain.gymnasium_env import GymnasiumEnv
 from maml.domain.reinforcement import Reinforcement
@@ -237,6 +238,23 @@ def test_ranges_of_integers_and_numbers_have_one_run_id() -> None:
 def test_value_that_the_environment_refuses_stops_the_run_before_it_starts(tiny: TinyRuns) -> None:
     with pytest.raises(MamlError, match=r"domain\.goals=.* cannot be made with {'reward': 'speed'}"):
         tiny.run(*LINE, "domain.goals={reward: {values: [distance, speed]}}")
+    assert not tiny.runs_dir.exists()
+
+
+def test_goal_of_meta_test_that_the_environment_refuses_stops_the_run_before_it_starts(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goals = build(tiny.config(*LINE, "domain.goals={noise: [0.0, 0.9]}").domain).test_goals(2)
+    made = Line.__init__
+
+    def refuse_large_noise(self: Line, noise: float = 0.0, **more: Any) -> None:
+        if noise >= goals.max().item():
+            raise ValueError("too loud")
+        made(self, noise=noise, **more)
+
+    monkeypatch.setattr(Line, "__init__", refuse_large_noise)
+    with pytest.raises(MamlError, match=r"^domain\.env_id=.* cannot be made with {'noise': 0\.\d+} \(too loud\)"):
+        tiny.run(*LINE, "domain.goals={noise: [0.0, 0.9]}")
     assert not tiny.runs_dir.exists()
 
 
