@@ -205,6 +205,10 @@ class Hardware:
                 )
             if self.recompute:
                 raise MamlError("hardware.recompute=true is for supervised domains; leave it at false")
+        if self.onednn is True and (workload.fixed_shapes or self.device.type != "cpu"):
+            raise MamlError(
+                "hardware.onednn=true is for reinforcement learning on a CPU; nothing else uses it, so leave it to auto"
+            )
         if self.kernels is True and not self._can_compile_kernels():
             raise Unavailable(
                 "hardware.kernels=true, but they cannot be compiled here (the warning above says why); install a "

@@ -226,6 +226,12 @@ def test_compiling_changes_no_result(tiny: TinyRuns) -> None:
     assert checkpoint.load(theirs / "checkpoint.pt")["execution"]["compile"], "it did not fall back"
 
 
+def test_onednn_is_for_reinforcement_learning() -> None:
+    with pytest.raises(MamlError, match=r"hardware\.onednn=true is for reinforcement learning on a CPU"):
+        Hardware(device="cpu", onednn=True).check(Sinusoid(num_shots=5).workload)
+    Hardware(device="cpu", onednn=True).check(PointNavigation(num_shots=5, horizon=20).workload)
+
+
 def test_recomputing_is_for_supervised_domains() -> None:
     with pytest.raises(MamlError, match="recompute=true is for supervised domains"):
         Hardware(device="cpu", recompute=True).choose(PointNavigation(num_shots=5, horizon=20).workload, 100, {})
