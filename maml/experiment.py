@@ -159,9 +159,10 @@ def _build_learners(
                 if settings.validate_every:
                     algorithm.check_validation()
                 check_training_fits(settings, algorithm, hardware)
-                if settings.mode == "train":
-                    check_step(algorithm.outer, algorithm.theta, settings.num_iterations)
         learner = Learner(seed_settings, experiment, algorithm)
+        if seed == settings.seed and settings.mode == "train":
+            begun = distributed.on_rank_zero(learner.folder.has_begun)
+            check_step(algorithm.outer, algorithm.theta, 0 if begun else settings.num_iterations)
         distributed.on_rank_zero(partial(learner.logger.check_seeds, settings.seeds))
         evaluation.check(domain)
         evaluation.check_algorithm(algorithm)

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +37,6 @@ from maml.config.hints import explain_override_error
 from maml.config.schema import Settings, build
 from maml.domain.reinforcement import Reinforcement
 from maml.environment.distribution import Distribution
-from maml.environment.locomotion import Locomotion
 from maml.errors import EnvironmentFailed, MamlError, cause, place
 from maml.evaluation import Evaluation
 from maml.experiment import build_algorithm
@@ -237,7 +238,8 @@ def run_episode(
         over = terminated or truncated
         if over or time % every == 0:
             with naming(f"render, after step {time} of an episode", environment):
-                frames.append(Frame(_picture(environment), time, total))
+                pixels = environment.render()
+            frames.append(Frame(as_picture(pixels, environment), time, total))
         if over:
             break
     return frames
@@ -247,35 +249,43 @@ def first_picture(environment: gymnasium.Env) -> Image.Image:
     """Takes the first picture, which starts OpenGL if the environment needs it.
 
     Raises:
-        MamlError: if OpenGL cannot start, or a package is missing.
-        EnvironmentFailed: if an environment that is not MuJoCo's raises an error.
+        MamlError: if OpenGL cannot start, a package is missing, or the environment returns no picture.
+        EnvironmentFailed: if the environment itself raises an error.
     """
     try:
-        return _picture(environment)
+        pixels = environment.render()
     except gymnasium.error.DependencyNotInstalled as error:  # it says which package is missing
-        raise MamlError(f"{type(environment.unwrapped).__name__} cannot be drawn: {error}") from error
+        raise MamlError(f"{_name(environment)} cannot be drawn: {error}") from error
     except Exception as error:  # each OpenGL backend raises other exceptions
-        if not _is_mujocos(environment):
+        if not _is_of_opengl(error):
             raise _failed("render", environment, error) from error
         raise MamlError(
-            f"{type(environment.unwrapped).__name__} cannot be drawn, because OpenGL does not start with "
+            f"{_name(environment)} cannot be drawn, because OpenGL does not start with "
             f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({type(error).__name__}: {error}). Without a display, "
             "MUJOCO_GL=egl works with Debian's packages libegl1 and libgl1-mesa-dri, MUJOCO_GL=osmesa with libosmesa6"
         ) from error
+    return as_picture(pixels, environment)
 
 
-def _is_mujocos(environment: gymnasium.Env) -> bool:
-    """Returns whether MuJoCo draws the environment; by name, because Gymnasium's class needs an extra package."""
-    classes = type(environment.unwrapped).__mro__
-    return Locomotion in classes or any(each.__module__.startswith("gymnasium.envs.mujoco") for each in classes)
+def _is_of_opengl(error: Exception) -> bool:
+    """Returns whether an error comes from a package that draws with OpenGL."""
+    modules = {str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return any(re.match(r"(mujoco|OpenGL|glfw|gymnasium\.envs\.mujoco)\b", module) for module in modules)
 
 
-def _picture(environment: gymnasium.Env) -> Image.Image:
-    pixels: Any = environment.render()
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        what = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
-        raise TypeError(f"it returns {what} instead of a picture, uint8 (height, width, 3)")
-    return Image.fromarray(pixels)
+def as_picture(pixels: Any, environment: gymnasium.Env) -> Image.Image:
+    """Converts what `render` returns.
+
+    Raises:
+        MamlError: if it is no picture.
+    """
+    is_array = isinstance(pixels, np.ndarray)
+    if not is_array or pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,), (4,)) or pixels.ndim < 2:
+        what = f"{pixels.dtype} {pixels.shape}" if is_array else type(pixels).__name__
+        raise MamlError(
+            f"{_name(environment)}.render returns {what} instead of a picture, uint8 (height, width, 3); mend it"
+        )
+    return Image.fromarray(pixels).convert("RGB")
 
 
 @contextmanager
@@ -292,8 +302,11 @@ def naming(where: str, environment: gymnasium.Env) -> Iterator[None]:
 
 
 def _failed(where: str, environment: gymnasium.Env, error: Exception) -> EnvironmentFailed:
-    name = type(environment.unwrapped).__name__
-    return EnvironmentFailed(f"{name} fails in {where}: {cause(error)} ({place(error)}); mend it")
+    return EnvironmentFailed(f"{_name(environment)} fails in {where}: {cause(error)} ({place(error)}); mend it")
+
+
+def _name(environment: gymnasium.Env) -> str:
+    return type(environment.unwrapped).__name__
 
 
 def _steps_per_frame(environment: gymnasium.Env) -> int:

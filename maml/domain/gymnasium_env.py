@@ -153,14 +153,15 @@ class GymnasiumEnv(Reinforcement):
                     made.check([*first[:column], number, *first[column + 1 :]])
         except ValueError as error:
             raise self._failed(error) from error
-        self._made = made
+        self._made, self._passed = made, set[tuple[float, ...]]()
         return made
 
     def check_tasks(self, tasks: Tasks) -> None:
         """Builds and resets the environment of each goal, because one inside a range may be refused too."""
         try:
-            for goal in tasks["goals"].unique(dim=0).tolist():
+            for goal in sorted(set(map(tuple, tasks["goals"].tolist())) - self._passed):
                 self._made.check(goal)
+                self._passed.add(goal)
         except ValueError as error:
             raise self._failed(error) from error
 

@@ -84,9 +84,10 @@ def check_step(outer: Outer, theta: Params, num_iterations: int) -> None:
 
 def _check_last_rate(outer: Outer, num_iterations: int) -> None:
     if isinstance(outer, FirstOrder) and num_iterations:
-        last = torch.tensor(num_iterations - 1.0, dtype=torch.float64)
-        if not float(outer.rate(last)):
+        # A schedule may reach 0 at the very last iteration.
+        last = torch.arange(max(0, num_iterations - 2), num_iterations, dtype=torch.float64)
+        if not any(float(outer.rate(done)) for done in last):
             raise MamlError(
-                f"the outer step size has fallen to 0 before the last of num_iterations={num_iterations}, so the rest "
-                "would train nothing; let the schedule last as long as the training, or end above 0"
+                f"the outer step size is 0 before the last of num_iterations={num_iterations}, so the rest would train "
+                "nothing; let the schedule last as long as the training, or end above 0"
             )

@@ -258,6 +258,10 @@ class RunFolder:
     def _missing_tables(self, folder: Path) -> list[str]:
         return [name for name in self.tables if not (folder / name).exists()]
 
+    def has_begun(self) -> bool:
+        """Returns whether its training was started at some time."""
+        return (self.path / "run.json").exists() or self.checkpoint_path.exists()
+
     def missing(self) -> set[str]:
         """Returns what is left to do until the run is finished with these evaluation settings.
 

@@ -78,7 +78,7 @@ class RunningJob:
         self._fetch()
         self._was_finished = bool(self._runs) and all(map(_is_finished, self._runs.values()))
         # The time of the rest of a training says nothing about that of others.
-        self._resumes = self._record["mode"] == "train" and any(map(_has_begun, self._runs.values()))
+        self._resumes = self._record["mode"] == "train" and any(run.has_begun() for run in self._runs.values())
         self._started = time.monotonic()
         self._write(".json", self._record)
         self._output = OutputFile(self._jobs / f"{self.name}.log") if to_file else None
@@ -245,10 +245,6 @@ def _is_finished(run: RunFolder) -> bool:
         return find_report(run.path, run.run_id, evaluation_config(run.settings)) is not None
     except MamlError:
         return False  # a report is damaged; the job itself reports it
-
-
-def _has_begun(run: RunFolder) -> bool:
-    return (run.path / "run.json").exists()
 
 
 def run_files(folder: Path, with_checkpoints: bool) -> list[Path]:

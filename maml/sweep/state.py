@@ -71,8 +71,9 @@ class Job:
     @property
     def is_hopeless(self) -> bool:
         """Whether it would fail again: its training diverged, or its settings are not valid."""
-        reasons = ("training has diverged", "the config is not valid")
-        return self.state == "failed" and any(reason in self.problem for reason in reasons)
+        # A class that is not found may be there next time.
+        is_invalid = "the config is not valid" in self.problem and "no such class" not in self.problem
+        return self.state == "failed" and (is_invalid or "training has diverged" in self.problem)
 
     @property
     def time_left(self) -> float | None:
@@ -270,7 +271,7 @@ def sweep_rows(folders: Sequence[Path]) -> list[dict[str, str]]:
                 when = time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
             command = sweep.get("command", "")
             state = summary_line(SweepReader(folder).jobs(), sweep.get("num_jobs"))
-        except MamlError as error:
+        except (TypeError, ValueError, AttributeError) as error:
             state = f"damaged: {error}"
         rows.append({"sweep": folder.name, "started": when, "state": state, "command": command})
     return rows

@@ -118,9 +118,22 @@ def test_optimizer_is_left_as_it_was_and_may_wait(theta: Params) -> None:
     ],
 )
 def test_step_size_that_falls_to_zero_too_early_is_refused(outer: Outer, theta: Params) -> None:
-    check_step(outer, theta, 9)
-    with pytest.raises(MamlError, match=r"fallen to 0 before the last of num_iterations=10, so the rest"):
-        check_step(outer, theta, 10)
+    check_step(outer, theta, 10)
+    with pytest.raises(MamlError, match=r"is 0 before the last of num_iterations=11, so the rest would train nothing"):
+        check_step(outer, theta, 11)
+
+
+def test_run_that_was_trained_with_such_a_step_size_is_still_found(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("outer=adam_cosine", "outer.schedule.num_iterations=2", "num_iterations=5")
+    with pytest.raises(MamlError, match="is 0 before the last"):
+        tiny.run(*words)
+    with monkeypatch.context() as patch:  # as before this was refused
+        patch.setattr("maml.outer.trial._check_last_rate", lambda *_: None)
+        tiny.run(*words)
+    tiny.run(*words)
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_step_size_may_stay_at_a_final_value(theta: Params) -> None:

@@ -18,7 +18,6 @@ from maml.config.schema import build
 from maml.domain.reinforcement import Reinforcement
 from maml.environment.base import TellGoal
 from maml.environment.distribution import Gaussian
-from maml.environment.locomotion import Locomotion
 from maml.environment.mujoco_batch import MujocoEnvironments
 from maml.errors import EnvironmentFailed, MamlError
 from maml.experiment import build_algorithm, run_experiment
@@ -160,12 +159,12 @@ def test_cheetah_is_drawn_in_real_time_where_opengl_starts(tmp_path: Path) -> No
 
 
 def test_opengl_that_does_not_start_names_variable_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(Locomotion):
-        def __init__(self) -> None:
-            """Needs no simulation."""
+    package = {"__name__": "mujoco.egl"}
+    exec("def start(): raise AttributeError(\"'NoneType' object has no attribute 'eglQueryString'\")", package)
 
+    class Broken(gymnasium.Env[Any, Any]):
         def render(self) -> None:
-            raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
+            package["start"]()  # type: ignore[operator]
 
     monkeypatch.setenv("MUJOCO_GL", "egl")
     with pytest.raises(MamlError, match=r"MUJOCO_GL=egl .*eglQueryString.* libegl1 .* libosmesa6"):
@@ -198,8 +197,10 @@ PICTURE = np.zeros((4, 5, 3), np.uint8)
 @pytest.mark.parametrize(
     ("pictures", "said"),
     [
-        ([PICTURE / 1], r"fails in render: TypeError: it returns float64 \(4, 5, 3\) instead of a picture, uint8"),
-        ([None], r"fails in render: TypeError: it returns NoneType instead of a picture"),
+        (
+            [lambda: [][1]],
+            r"fails in render: IndexError: list index out of range \(test_render\.py, line \d+\); mend it",
+        ),
         (
             [PICTURE, lambda: 1 / 0],
             r"fails in render, after step 1 of an episode: ZeroDivisionError: .*render",
@@ -212,6 +213,21 @@ def test_environment_that_fails_while_it_is_shown_is_named_with_the_place(pictur
     params = {name: value.unsqueeze(0) for name, value in policy.init(Stream(0)).items()}
     with pytest.raises(EnvironmentFailed, match=rf"^Drawn {said}"):
         SCRIPT["run_episode"](Drawn(*pictures), Gaussian(2), policy, params, torch.zeros(0), 3)
+
+
+@pytest.mark.parametrize("channels", [(), (3,), (4,)])
+def test_grey_and_transparent_pictures_become_coloured(channels: tuple[int, ...]) -> None:
+    picture = SCRIPT["first_picture"](Drawn(np.full((4, 5, *channels), 7, np.uint8)))
+    assert (picture.mode, picture.size, picture.getpixel((1, 1))) == ("RGB", (5, 4), (7, 7, 7))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [(PICTURE / 1, r"float64 \(4, 5, 3\)"), (None, "NoneType"), (PICTURE[..., :2], r"uint8 \(4, 5, 2\)")],
+)
+def test_what_is_no_picture_is_named(pixels: Any, said: str) -> None:
+    with pytest.raises(MamlError, match=rf"^Drawn\.render returns {said} instead of a picture, uint8 "):
+        SCRIPT["first_picture"](Drawn(pixels))
 
 
 def test_missing_package_of_a_picture_is_named() -> None:

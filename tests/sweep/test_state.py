@@ -236,5 +236,7 @@ def test_damaged_sweep_does_not_hide_others_and_its_jobs_are_kept(sweep: Path) -
     states = {row["sweep"]: row["state"] for row in sweep_rows(find_sweeps(sweep.parents[1]))}
     assert states["other"].startswith("0 of 1 finished")
     assert states[sweep.name].startswith(f"damaged: {sweep / SWEEP} is damaged")
+    (sweep / SWEEP).write_text('{"planned": 5}')
+    assert [row["state"].partition(":")[0] for row in sweep_rows([sweep])] == ["damaged"]
     (sweep / SWEEP).unlink()  # as the message advises
     assert [job.state for job in SweepReader(sweep).jobs()] == ["finished"]

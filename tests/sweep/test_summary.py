@@ -164,6 +164,11 @@ def test_summary_does_not_ask_to_run_again_what_is_not_valid(tmp_path: Path) -> 
     text = (sweep / "summary.md").read_text()
     assert "These would fail again in the same way" in text
     assert "the same command again" not in text
+    write_job(
+        sweep, "inner.num_steps=-1", error="MamlError: the config is not valid: inner._target_=a.B: no such class"
+    )
+    summarise(sweep)
+    assert "Run the same command again" in (sweep / "summary.md").read_text()
 
 
 def test_seed_of_two_jobs_counts_once() -> None:
