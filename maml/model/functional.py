@@ -21,14 +21,16 @@ from torch.autograd import Function
 
 from maml.hardware.kernels import call, kernels_apply
 from maml.hardware.precision import round_factors
+from maml.hardware.products import onednn_applies, products
 from maml.types import Params
 
 BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
 
 # From this many output pixels per task and this many input channels on, a CPU convolves one task at a time. There, one
 # batched product of all tasks costs more for gathering windows than it saves. Our kernels gather faster, so their limit
-# is higher. Five Omniglot images have 245 output pixels in the second layer, 25 have 1,225.
-_WIDE_ROWS, _WIDE_ROWS_WITH_KERNELS, _WIDE_CHANNELS = 200, 500, 16
+# is higher, and still higher if oneDNN multiplies. Five Omniglot images have 245 output pixels in the second layer, 25
+# have 1,225.
+_WIDE_ROWS, _WIDE_ROWS_WITH_KERNELS, _WIDE_ROWS_WITH_ONEDNN, _WIDE_CHANNELS = 200, 500, 2000, 16
 
 ACTIVATIONS = {"relu": torch.relu, "softplus": F.softplus, "tanh": torch.tanh}
 Activation = Literal["relu", "softplus", "tanh"]
@@ -293,8 +295,12 @@ class _ConvWeight(Function):
 def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     if _goes_task_by_task(x, x.shape, stride):
         return _for_each_task(lambda x, weight: F.conv2d(x, weight, None, stride, 1), _channels_first(x), weight)
-    windows = _gather(x, stride)
-    return torch.bmm(windows.flatten(1, 3), _flat(weight).mT).view(*windows.shape[:4], -1)
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        windows = _gather(x, stride)
+        return products(windows.flatten(1, 3), _flat(weight)).view(*windows.shape[:4], -1)
+
+    return _in_turn(convolve, x, weight, _num_pixels(x.shape, stride), weight.shape)
 
 
 def _data_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, stride: int) -> Tensor:
@@ -305,8 +311,12 @@ def _data_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, stride: int)
             _channels_first(grad),
             weight,
         )
-    windows = torch.bmm(grad.flatten(1, 3), _flat(weight)).view(*grad.shape[:4], -1)
-    return _add_up(windows, shape[2], shape[3], stride)
+
+    def data_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+        windows = products(grad.flatten(1, 3), _flat(weight).mT).view(*grad.shape[:4], -1)
+        return _add_up(windows, shape[2], shape[3], stride)
+
+    return _in_turn(data_gradient, grad, weight, _num_pixels(shape, stride), weight.shape)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, stride: int) -> Tensor:
@@ -317,18 +327,46 @@ def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, stride: int) ->
             for grad, images in zip(_channels_first(grad), _channels_first(x), strict=True)
         ]
         return torch.stack(found)
-    grad, windows = grad.flatten(1, 3), _gather(x, stride).flatten(1, 3)
-    # With the longer side last in memory, the first layer's product is 5 times as fast on a CPU.
-    is_narrow = windows.shape[2] < grad.shape[2]
-    products = torch.bmm(windows.mT, grad).mT if is_narrow else torch.bmm(grad.mT, windows)
-    return products.unflatten(2, (3, 3, shape[2])).permute(0, 1, 4, 2, 3)
+
+    def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+        grad, windows = grad.flatten(1, 3), _gather(x, stride).flatten(1, 3)
+        # With the longer side last in memory, the first layer's product is 5 times as fast on a CPU.
+        is_narrow = windows.shape[2] < grad.shape[2]
+        return torch.bmm(windows.mT, grad).mT if is_narrow else products(grad.mT, windows.mT)
+
+    kernels = _in_turn(weight_gradient, grad, x, _num_pixels(x.shape, stride), shape)
+    return kernels.unflatten(2, (3, 3, shape[2])).permute(0, 1, 4, 2, 3)
 
 
 def _goes_task_by_task(values: Tensor, shape: torch.Size, stride: int) -> bool:
     """Returns whether the library's convolution of single tasks is faster for images of this shape."""
-    rows = shape[1] * _out_size(shape[2], stride) * _out_size(shape[3], stride)
-    wide_rows = _WIDE_ROWS_WITH_KERNELS if kernels_apply(values) else _WIDE_ROWS
+    rows, wide_rows = _num_pixels(shape, stride), _WIDE_ROWS
+    if kernels_apply(values):
+        onednn = onednn_applies(values, rows, 9 * shape[4], shape[4])
+        wide_rows = _WIDE_ROWS_WITH_ONEDNN if onednn else _WIDE_ROWS_WITH_KERNELS
     return shape[0] == 1 or (values.device.type == "cpu" and rows >= wide_rows and shape[4] >= _WIDE_CHANNELS)
+
+
+def _num_pixels(shape: torch.Size, stride: int) -> int:
+    """Returns the number of output pixels of a task, for images of a shape ``(T, S, H, W, C)``."""
+    return shape[1] * _out_size(shape[2], stride) * _out_size(shape[3], stride)
+
+
+def _in_turn(
+    function: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor, rows: int, shape: torch.Size
+) -> Tensor:
+    """Applies a function to all tasks at once, or to one after the other if oneDNN multiplies: windows are then small.
+
+    Args:
+        function: makes a product of all tasks that it is given.
+        first: ``(T, ...)``.
+        second: ``(T, ...)``.
+        rows: number of output pixels of a task.
+        shape: of the kernels, ``(T, O, C, 3, 3)``.
+    """
+    if not onednn_applies(first, rows, 9 * shape[2], shape[1]):
+        return function(first, second)
+    return torch.cat([function(*one) for one in zip(first.split(1), second.split(1), strict=True)])
 
 
 def _for_each_task(function: Callable[[Tensor, Tensor], Tensor], images: Tensor, weight: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from maml.hardware import products
 from maml.hardware.kernels import library, use_kernels
 from maml.model import functional
 from maml.seeding import Stream
@@ -265,3 +266,23 @@ def test_products_keep_the_type_of_their_inputs() -> None:
         x, weight = random(2, 3, 4, 4, 2).to(dtype), random(2, 3, 2, 3, 3).to(dtype)
         assert functional.conv3x3(x, weight).dtype == dtype
         assert functional.matmul(random(2, 3, 4).to(dtype), random(2, 4, 2).to(dtype)).dtype == dtype
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize(("stride", "size"), [(1, 8), (2, 15)])
+def test_convolution_by_onednn_is_the_same(
+    stride: int, size: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = random(2, 3, size, size, 64).float(), random(2, 64, 64, 3, 3, seed=1).float()
+    layer = partial(functional.conv3x3, stride=stride)
+    expected = [value.float() for value in derivatives(layer, x.double(), weight.double())]
+    multiply = Mock(wraps=products._onednn_linear)
+    monkeypatch.setattr(products, "_onednn_linear", multiply)
+    products.use_onednn(True)
+    try:
+        found = derivatives(layer, x, weight)
+    finally:
+        products.use_onednn(False)
+    assert multiply.call_count >= 2 * 6
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
