@@ -362,7 +362,7 @@ def _in_turn(
         first: ``(T, ...)``.
         second: ``(T, ...)``.
         rows: number of output pixels of a task.
-        shape: of the kernels, ``(T, O, C, 3, 3)``.
+        shape: shape of the kernels, ``(T, O, C, 3, 3)``.
     """
     if not onednn_applies(first, rows, 9 * shape[2], shape[1]):
         return function(first, second)

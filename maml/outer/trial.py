@@ -47,7 +47,7 @@ def check_step(outer: Outer, theta: Params, num_iterations: int) -> None:
     Args:
         outer: the optimizer; it stays as it is.
         theta: the parameters that it will train, without a task axis; they stay as they are.
-        num_iterations: of the training.
+        num_iterations: length of the training.
 
     Raises:
         MamlError: if theta does not change or gets new tensors, the step returns no metrics, or the step size has

@@ -39,7 +39,7 @@ def setting_texts(own: Mapping[str, Any], experiment: Mapping[str, Any]) -> list
     for key in differing_keys(own, experiment):
         value, target = setting(own, key), f"{key.rpartition('.')[0]}._target_"
         if value is UNKNOWN and own.get(target) == experiment.get(target):
-            texts.append(f"{key}=default")  # of a user's class; no config.yaml tells the value
+            texts.append(f"{key}=default")  # no config.yaml tells the value of a user's class
         elif value is not UNKNOWN and key != "seed":
             texts.append(f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}")
     return texts
