@@ -40,9 +40,9 @@ def tabulate(jobs: Sequence[Job]) -> pd.DataFrame:
     keys = [frame[name] for name in names] or [pd.Series("", index=frame.index)]  # without axes, all are one group
     rows = []
     for point, group in frame.groupby(keys, sort=False):
-        by_seed = {
-            job.settings.get("seed"): job for job in group.sort_values("finished", kind="stable")["job"]
-        }  # a seed counts once
+        # A seed that two jobs have counts once; the finished ones come last.
+        ordered = group.sort_values("finished", kind="stable")["job"]
+        by_seed = {job.settings.get("seed"): job for job in ordered}
         finished = [job for job in by_seed.values() if job.report]
         rows.append(dict(zip(names, point, strict=False)) | _row(finished, len(by_seed)))
     columns = ["metric", *_NUMBERS, "seeds"]
