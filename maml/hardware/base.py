@@ -31,7 +31,7 @@ _CONTAINER_QUOTAS: tuple[tuple[str, ...], ...] = (
     ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
 )
 # The choices of runs whose checkpoints are older than these settings: when resumed, they compute the same bits.
-_BEFORE: Mapping[str, Any] = MappingProxyType({"kernels": False, "thread_chunks": False})
+_BEFORE: Mapping[str, Any] = MappingProxyType({"kernels": False, "onednn": True, "thread_chunks": False})
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Execution:
         compile: whether the meta-gradient is compiled.
         cuda_graph: whether the whole meta-iteration is launched as one CUDA graph.
         recompute: whether the backward pass computes inner steps again instead of keeping them in memory.
-        kernels: whether normalisation uses kernels of our own.
-        onednn: whether products of matrices use oneDNN.
+        kernels: whether images are computed by kernels of our own.
+        onednn: whether products of matrices in reinforcement learning use oneDNN.
         device: type of the device that this was chosen for, ``cpu`` or ``cuda``.
     """
 
@@ -87,11 +87,11 @@ class Hardware:
             graph. ``auto`` does so on a GPU, except for reinforcement learning.
         recompute: whether the backward pass computes inner steps again instead of keeping them in memory. Training
             takes about a third longer; memory does not grow with the number of steps.
-        kernels: whether normalisation, ReLU and pooling of images are kernels with derivatives of their own. They are
-            compiled once for each processor or GPU. ``auto`` uses them if there is a compiler; on a GPU only in long
-            runs, because compiling takes up to a minute.
-        onednn: whether the products of matrices of images and reinforcement learning on a CPU use oneDNN's routine
-            instead of PyTorch's. ``auto`` measures which is faster on this processor.
+        kernels: whether normalisation, ReLU and pooling of images are kernels with derivatives of their own, and on a
+            CPU their convolutions too. They are compiled once for each processor or GPU. ``auto`` uses them if there is
+            a compiler; on a GPU only in long runs, because compiling takes up to a minute.
+        onednn: whether the products of matrices in reinforcement learning on a CPU use oneDNN's routine instead of
+            PyTorch's. ``auto`` measures which is faster on this processor.
         deterministic: whether to use only kernels that give the same bits every time. Resuming is then exact on a GPU
             too.
         min_processes: least number of processes; a run with fewer fails at once. It keeps a run that was meant for
@@ -164,9 +164,7 @@ class Hardware:
             "onednn": False,
         }
         is_same_device = earlier.get("device", self.device.type) == self.device.type
-        # Before its record, oneDNN multiplied in RL only.
-        before = {**_BEFORE, "onednn": not workload.fixed_shapes}
-        kept = {**before, **earlier} if earlier and is_same_device else {}
+        kept = {**_BEFORE, **earlier} if earlier and is_same_device else {}
         # More processes than before share the cores. The bits change with their number anyway.
         if distributed.local_world_size() > 1 and (kept.get("num_threads") or 0) > cores:
             kept = {name: value for name, value in kept.items() if name != "num_threads"}
@@ -174,8 +172,8 @@ class Hardware:
         if divides_tasks and (kept.get("thread_chunks") or kept.get("num_threads") == 1):
             # Threads that divide the tasks compute the bits of one thread, so their number may change.
             kept = {name: value for name, value in kept.items() if name != "num_threads"} | {"thread_chunks": True}
-        if on_cpu and _has_large_products(workload) and self.onednn == "auto" and "onednn" not in kept:
-            automatic["onednn"] = onednn_is_faster(images=workload.fixed_shapes)
+        if on_cpu and not workload.fixed_shapes and self.onednn == "auto" and "onednn" not in kept:
+            automatic["onednn"] = onednn_is_faster()
         chosen: dict[str, Any] = {"device": self.device.type, "recompute": self.recompute}
         chosen["thread_chunks"] = kept.get("thread_chunks", divides_tasks)
         for name, value in (automatic | {name: kept[name] for name in automatic.keys() & kept.keys()}).items():
@@ -207,10 +205,9 @@ class Hardware:
                 )
             if self.recompute:
                 raise MamlError("hardware.recompute=true is for supervised domains; leave it at false")
-        if self.onednn is True and (self.device.type != "cpu" or not _has_large_products(workload)):
+        if self.onednn is True and (workload.fixed_shapes or self.device.type != "cpu"):
             raise MamlError(
-                "hardware.onednn=true is for images and reinforcement learning on a CPU; nothing else uses it, so "
-                "leave it to auto"
+                "hardware.onednn=true is for reinforcement learning on a CPU; nothing else uses it, so leave it to auto"
             )
         if self.kernels is True and not self._can_compile_kernels():
             raise Unavailable(
@@ -242,11 +239,6 @@ class Hardware:
         if distributed.world_size() > 1:
             described["processes"] = distributed.world_size()
         return described
-
-
-def _has_large_products(workload: Workload) -> bool:
-    """Returns whether a choice of routine for matrix products pays: for images, and in reinforcement learning."""
-    return workload.threads != "nothing"
 
 
 def usable_cores() -> int:

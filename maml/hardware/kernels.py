@@ -23,7 +23,7 @@ from maml.errors import first_line
 from maml.status import announce
 
 _log = logging.getLogger(__name__)
-_SOURCES = [Path(__file__).with_name(name) for name in ("normalization.cpp", "windows.cpp")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("normalization.cpp", "convolution.cpp")]
 # Sets of flags, from the best to those that every compiler has. -ffast-math is not among them: a NaN stays a NaN.
 _COMMON = ["-std=c++17", "-O3", "-fPIC", "-shared"]
 _FAST = [*_COMMON, "-march=native", "-fno-trapping-math", "-fno-math-errno"]
@@ -86,7 +86,7 @@ def call(name: str, sizes: Sequence[int], values: Sequence[Tensor | float]) -> N
     Args:
         name: its name, without the type.
         sizes: the fields of its first argument, without the number of threads.
-        values: its other arguments. Tensors are contiguous, and float32 or float64.
+        values: its other arguments. Tensors are float32 or float64, and contiguous unless the sizes have their strides.
     """
     functions = library()
     assert functions is not None

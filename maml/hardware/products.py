@@ -1,4 +1,4 @@
-"""Matrix products on a CPU, by PyTorch's own routine or by oneDNN's."""
+"""Matrix products of one task on a CPU, by PyTorch's own routine or by oneDNN's."""
 
 from __future__ import annotations
 
@@ -8,42 +8,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # The operation that torch's compiler uses for a linear layer on a CPU. On AMD's processors it is up to twice as fast as
 # PyTorch's own product, which does not use their vector units fully. On Intel's it is 0.6 to 0.7 times as fast.
 _ONEDNN_LINEAR: Any = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 )
-# For sums of outer products, oneDNN is faster only if both sides are this wide. For products of several tasks, which it
-# computes one by one, all sides have to be, and one product at least so many multiplications.
-_WIDE, _MANY = 64, 2**21
+# For sums of outer products, oneDNN is faster only if both sides are this wide.
+_WIDE = 64
 # How many times as fast oneDNN has to be. Between two equal routines, every run then makes the same choice.
 _LEAST_GAIN = 1.2
-# Numbers of rows, inputs and outputs of the products that are measured: those of a half-cheetah's hidden layer, and of
-# the second layer for five images of Omniglot.
-_RL, _IMAGES, _REPETITIONS = (1024, 100, 100), (245, 576, 64), 40
+# Numbers of rows, inputs and outputs of the products that are measured: those of a half-cheetah's hidden layer.
+_ROWS, _INPUTS, _OUTPUTS, _REPETITIONS = 1024, 100, 100, 40
 
 _use_onednn = False
 
 
 def use_onednn(enabled: bool) -> None:
-    """Sets whether products use oneDNN; a process-wide switch."""
+    """Sets whether products of one task use oneDNN; a process-wide switch."""
     global _use_onednn
     _use_onednn = enabled
 
 
-def onednn_is_faster(images: bool = False) -> bool:
-    """Returns whether oneDNN is clearly faster on one core of this processor. It measures for a few milliseconds.
-
-    Args:
-        images: whether the products are those of convolutions; otherwise those of reinforcement learning.
-    """
+def onednn_is_faster() -> bool:
+    """Returns whether oneDNN is clearly faster on one core of this processor. It measures for a few milliseconds."""
     if _ONEDNN_LINEAR is None:
         return False
-    rows, inputs, outputs = _IMAGES if images else _RL
-    x = torch.ones(1, rows, inputs, dtype=torch.float32)
-    weight = torch.ones(1, outputs, inputs, dtype=torch.float32)
+    x = torch.ones(1, _ROWS, _INPUTS, dtype=torch.float32)
+    weight = torch.ones(1, _OUTPUTS, _INPUTS, dtype=torch.float32)
 
     def seconds(product: Callable[[Tensor, Tensor, None], Tensor]) -> float:
         start = time.perf_counter()
@@ -75,26 +67,6 @@ def add_outer(total: Tensor, y: Tensor, x: Tensor) -> None:
         total.baddbmm_(y.mT, x)
 
 
-def onednn_applies(x: Tensor, rows: int, inputs: int, outputs: int) -> bool:
-    """Returns whether oneDNN is to multiply matrices of this size, one task after the other.
-
-    Args:
-        x: a factor.
-        rows: N of `products`.
-        inputs: I.
-        outputs: M.
-    """
-    is_large = min(rows, inputs, outputs) >= _WIDE and rows * inputs * outputs >= _MANY
-    return is_large and _can_use_onednn(x) and not is_in_torch_dispatch_mode()
-
-
-def products(x: Tensor, y: Tensor) -> Tensor:
-    """Returns ``x y^T`` of each task: ``(T, N, I)``, ``(T, M, I)`` -> ``(T, N, M)``."""
-    if x.shape[0] == 1 and onednn_applies(x, x.shape[1], x.shape[2], y.shape[1]):
-        return _onednn_linear(x, y, None)
-    return torch.bmm(x, y.mT)
-
-
 def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.bmm(x, weight.mT)
     return y if bias is None else y.add_(bias.unsqueeze(1))
@@ -105,9 +77,5 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _has_onednn(x: Tensor) -> bool:
-    return x.shape[0] == 1 and _can_use_onednn(x)
-
-
-def _can_use_onednn(x: Tensor) -> bool:
-    is_possible = x.device.type == "cpu" and x.dtype == torch.float32
+    is_possible = x.shape[0] == 1 and x.device.type == "cpu" and x.dtype == torch.float32
     return _use_onednn and _ONEDNN_LINEAR is not None and is_possible

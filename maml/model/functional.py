@@ -10,7 +10,6 @@ differentiates once, and the meta-gradient differentiates the result again.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,16 +20,14 @@ from torch.autograd import Function
 
 from maml.hardware.kernels import call, kernels_apply
 from maml.hardware.precision import round_factors
-from maml.hardware.products import onednn_applies, products
 from maml.types import Params
 
 BATCH_NORM_EPS = 1e-3  # as in the authors' TensorFlow code
 
-# From this many output pixels per task and this many input channels on, a CPU convolves one task at a time. There, one
-# batched product of all tasks costs more for gathering windows than it saves. Our kernels gather faster, so their limit
-# is higher, and still higher if oneDNN multiplies. Five Omniglot images have 245 output pixels in the second layer, 25
-# have 1,225.
-_WIDE_ROWS, _WIDE_ROWS_WITH_KERNELS, _WIDE_ROWS_WITH_ONEDNN, _WIDE_CHANNELS = 200, 500, 2000, 16
+# From this many output pixels per task and this many input channels on, a CPU convolves one task at a time with the
+# library. There, one batched product of all tasks costs more for gathering windows than it saves. Our kernels copy no
+# windows, so their limit is higher. Five Omniglot images have 245 output pixels in the second layer, 25 have 1,225.
+_WIDE_ROWS, _WIDE_ROWS_WITH_KERNELS, _WIDE_CHANNELS = 200, 2000, 16
 
 ACTIVATIONS = {"relu": torch.relu, "softplus": F.softplus, "tanh": torch.tanh}
 Activation = Literal["relu", "softplus", "tanh"]
@@ -229,8 +226,8 @@ def conv_transpose2x2(x: Tensor, weight: Tensor) -> Tensor:
 
 
 # A convolution, its data gradient and its weight gradient are bilinear, and the derivative of each consists of the
-# other two. PyTorch's own double backward is slower. Windows are gathered again instead of being kept, because they are
-# nine times as large as the images.
+# other two. PyTorch's own double backward is slower. Without kernels, windows are gathered again instead of being kept,
+# because they are nine times as large as the images.
 
 
 class _Conv(Function):
@@ -295,12 +292,13 @@ class _ConvWeight(Function):
 def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     if _goes_task_by_task(x, x.shape, stride):
         return _for_each_task(lambda x, weight: F.conv2d(x, weight, None, stride, 1), _channels_first(x), weight)
-
-    def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        windows = _gather(x, stride)
-        return products(windows.flatten(1, 3), _flat(weight)).view(*windows.shape[:4], -1)
-
-    return _in_turn(convolve, x, weight, _num_pixels(x.shape, stride), weight.shape)
+    if _has_kernel(x):
+        y = x.new_empty(*x.shape[:2], *_out_sizes(x.shape, stride), weight.shape[1])
+        taps = weight.flatten(3)
+        _call("convolve", x.shape, stride, taps, [x.contiguous(), taps, y])
+        return y
+    windows = _gather(x, stride)
+    return torch.bmm(windows.flatten(1, 3), _flat(weight).mT).view(*windows.shape[:4], -1)
 
 
 def _data_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, stride: int) -> Tensor:
@@ -311,12 +309,12 @@ def _data_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, stride: int)
             _channels_first(grad),
             weight,
         )
-
-    def data_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-        windows = products(grad.flatten(1, 3), _flat(weight).mT).view(*grad.shape[:4], -1)
-        return _add_up(windows, shape[2], shape[3], stride)
-
-    return _in_turn(data_gradient, grad, weight, _num_pixels(shape, stride), weight.shape)
+    if _has_kernel(grad):
+        x, taps = grad.new_empty(shape), weight.flatten(3)
+        _call("data_gradient", shape, stride, taps, [grad.contiguous(), taps, x])
+        return x
+    windows = torch.bmm(grad.flatten(1, 3), _flat(weight)).view(*grad.shape[:4], -1)
+    return _add_up(windows, shape[2], shape[3], stride)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, stride: int) -> Tensor:
@@ -327,46 +325,44 @@ def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, stride: int) ->
             for grad, images in zip(_channels_first(grad), _channels_first(x), strict=True)
         ]
         return torch.stack(found)
-
-    def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-        grad, windows = grad.flatten(1, 3), _gather(x, stride).flatten(1, 3)
-        # With the longer side last in memory, the first layer's product is 5 times as fast on a CPU.
-        is_narrow = windows.shape[2] < grad.shape[2]
-        return torch.bmm(windows.mT, grad).mT if is_narrow else products(grad.mT, windows.mT)
-
-    kernels = _in_turn(weight_gradient, grad, x, _num_pixels(x.shape, stride), shape)
-    return kernels.unflatten(2, (3, 3, shape[2])).permute(0, 1, 4, 2, 3)
+    tasks, outputs, channels = shape[:3]
+    # With the longer side last in memory, the first layer is up to 5 times as fast on a CPU.
+    outputs_last = 9 * channels < outputs
+    if _has_kernel(x):
+        order = (0, 3, 2, 1) if outputs_last else (0, 1, 3, 2)
+        taps = x.new_empty([(tasks, outputs, channels, 9)[axis] for axis in order]).permute(order)
+        _call("weight_gradient", x.shape, stride, taps, [grad.contiguous(), x.contiguous(), taps])
+        return taps.unflatten(3, (3, 3))
+    grad, windows = grad.flatten(1, 3), _gather(x, stride).flatten(1, 3)
+    kernels = torch.bmm(windows.mT, grad).mT if outputs_last else torch.bmm(grad.mT, windows)
+    return kernels.unflatten(2, (3, 3, channels)).permute(0, 1, 4, 2, 3)
 
 
 def _goes_task_by_task(values: Tensor, shape: torch.Size, stride: int) -> bool:
     """Returns whether the library's convolution of single tasks is faster for images of this shape."""
-    rows, wide_rows = _num_pixels(shape, stride), _WIDE_ROWS
-    if kernels_apply(values):
-        onednn = onednn_applies(values, rows, 9 * shape[4], shape[4])
-        wide_rows = _WIDE_ROWS_WITH_ONEDNN if onednn else _WIDE_ROWS_WITH_KERNELS
-    return shape[0] == 1 or (values.device.type == "cpu" and rows >= wide_rows and shape[4] >= _WIDE_CHANNELS)
+    has_kernel = _has_kernel(values)
+    if shape[0] == 1 and not has_kernel:
+        return True
+    rows = shape[1] * math.prod(_out_sizes(shape, stride))
+    is_wide = rows >= (_WIDE_ROWS_WITH_KERNELS if has_kernel else _WIDE_ROWS) and shape[4] >= _WIDE_CHANNELS
+    return values.device.type == "cpu" and is_wide
 
 
-def _num_pixels(shape: torch.Size, stride: int) -> int:
-    """Returns the number of output pixels of a task, for images of a shape ``(T, S, H, W, C)``."""
-    return shape[1] * _out_size(shape[2], stride) * _out_size(shape[3], stride)
+def _has_kernel(x: Tensor) -> bool:
+    return x.device.type == "cpu" and kernels_apply(x)
 
 
-def _in_turn(
-    function: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor, rows: int, shape: torch.Size
-) -> Tensor:
-    """Applies a function to all tasks at once, or to one after the other if oneDNN multiplies: windows are then small.
+def _call(name: str, shape: torch.Size, stride: int, taps: Tensor, values: list[Tensor]) -> None:
+    """Calls a kernel of convolution.cpp.
 
     Args:
-        function: makes a product of all tasks that it is given.
-        first: ``(T, ...)``.
-        second: ``(T, ...)``.
-        rows: number of output pixels of a task.
-        shape: shape of the kernels, ``(T, O, C, 3, 3)``.
+        name: its name.
+        shape: shape of the images, ``(T, S, H, W, C)``.
+        stride: 1 or 2.
+        taps: the weights, ``(T, O, C, 9)``, in any order in memory; one of the values.
+        values: its arguments; the others are contiguous.
     """
-    if not onednn_applies(first, rows, 9 * shape[2], shape[1]):
-        return function(first, second)
-    return torch.cat([function(*one) for one in zip(first.split(1), second.split(1), strict=True)])
+    call(name, [*shape, taps.shape[1], stride, *taps.stride()], values)
 
 
 def _for_each_task(function: Callable[[Tensor, Tensor], Tensor], images: Tensor, weight: Tensor) -> Tensor:
@@ -393,46 +389,24 @@ def _flat(weight: Tensor) -> Tensor:
     return weight.permute(0, 1, 3, 4, 2).flatten(2)
 
 
-def _out_size(size: int, stride: int) -> int:
-    return (size - 1) // stride + 1
+def _out_sizes(shape: torch.Size, stride: int) -> tuple[int, int]:
+    """Returns height and width of a convolution's results, for images ``(T, S, H, W, C)``."""
+    return (shape[2] - 1) // stride + 1, (shape[3] - 1) // stride + 1
 
 
 def _gather(x: Tensor, stride: int) -> Tensor:
-    """Gathers the 3x3 window of each output position: ``(T, S, H, W, C)`` -> ``(T, S, H', W', 9 C)``.
-
-    The result may be overwritten by the next call.
-    """
-    tasks, examples, height, width, channels = x.shape
-    rows, cols = _out_size(height, stride), _out_size(width, stride)
-    if x.device.type == "cpu" and kernels_apply(x):
-        windows = _scratch(x, (tasks, examples, rows, cols, 9 * channels))
-        call("gather", [tasks * examples, height, width, channels, stride], [x.contiguous(), windows])
-        return windows
+    """Gathers the 3x3 window of each output position: ``(T, S, H, W, C)`` -> ``(T, S, H', W', 9 C)``."""
+    tasks, examples, _, _, channels = x.shape
+    rows, cols = _out_sizes(x.shape, stride)
     padded = F.pad(x, (0, 0, 1, 1, 1, 1))
     t, s, h, w, c = padded.stride()
     view = padded.as_strided((tasks, examples, rows, cols, 3, 3, channels), (t, s, h * stride, w * stride, h, w, c))
     return view.reshape(tasks, examples, rows, cols, 9 * channels)
 
 
-_memory = threading.local()
-
-
-def _scratch(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns memory that all convolutions of this thread share, one after the other, so that it stays in the cache."""
-    size = math.prod(shape)
-    kept: Tensor | None = getattr(_memory, "kept", None)
-    if kept is None or kept.numel() < size or kept.dtype != like.dtype:
-        kept = _memory.kept = like.new_empty(size)
-    return kept[:size].view(shape)
-
-
 def _add_up(windows: Tensor, height: int, width: int, stride: int) -> Tensor:
     """Adds windows to the pixels from which `_gather` takes them: its transpose."""
     tasks, examples, rows, cols, size = windows.shape
-    if windows.device.type == "cpu" and kernels_apply(windows):
-        x = windows.new_empty(tasks, examples, height, width, size // 9)
-        call("add_up", [tasks * examples, height, width, size // 9, stride], [windows.contiguous(), x])
-        return x
     parts = windows.reshape(tasks, examples, rows, cols, 3, 3, size // 9)
     padded = windows.new_zeros(tasks, examples, height + 2, width + 2, size // 9)
     for i in range(3):

@@ -5,18 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from maml.domain.point_navigation import PointNavigation
 from maml.domain.sinusoid import Sinusoid
 from maml.hardware import base, products
 from maml.hardware.base import Execution, Hardware
-from maml.hardware.workload import Workload
 
 
 @pytest.fixture(autouse=True)
@@ -80,39 +77,15 @@ def test_burst_of_other_load_chooses_no_routine(monkeypatch: pytest.MonkeyPatch)
     assert not products.onednn_is_faster()
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-@pytest.mark.parametrize(("num_tasks", "rows", "is_used"), [(1, 100, True), (1, 20, False), (2, 100, False)])
-def test_large_products_of_one_task_use_onednn(
-    num_tasks: int, rows: int, is_used: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    multiply = Mock(wraps=products._onednn_linear)
-    monkeypatch.setattr(products, "_onednn_linear", multiply)
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(num_tasks, size, 576, generator=generator) for size in (rows, 64))
-    products.use_onednn(True)
-    expected = (x.double() @ y.double().mT).float()
-    for factor in (x, x.mT.contiguous().mT):  # the second one is transposed in memory
-        torch.testing.assert_close(products.products(factor, y), expected, rtol=0, atol=1e-4)
-    assert multiply.call_count == 2 * is_used
-    assert not products.onednn_applies(x.double(), 1000, 576, 64)
-    with FlopCounterMode(display=False):
-        assert not products.onednn_applies(x, 1000, 576, 64), "a program is traced"
-
-
 def test_the_choice_is_measured_for_rollouts_on_a_cpu_and_kept_by_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "onednn_is_faster", lambda images: True)
+    monkeypatch.setattr(base, "onednn_is_faster", lambda: True)
     rollouts, hardware = PointNavigation().workload, Hardware("cpu")
     chosen = hardware.choose(rollouts, 100, {})
     assert chosen.onednn
-    images = Workload(measure_chunk=True, threads="operations")
-    assert hardware.choose(images, 100, {}).onednn
-    assert not hardware.choose(images, 100, Execution(1, 1, False).as_dict()).onednn, "as it was trained"
     assert not hardware.choose(Sinusoid().workload, 100, {}).onednn
     assert not Hardware("cpu", onednn=False).choose(rollouts, 100, {}).onednn
-    monkeypatch.setattr(base, "onednn_is_faster", lambda images: False)
+    monkeypatch.setattr(base, "onednn_is_faster", lambda: False)
     assert hardware.choose(rollouts, 100, chosen.as_dict()).onednn
-    assert not hardware.choose(images, 100, {}).onednn
-    assert hardware.choose(images, 100, Execution(1, 1, False, onednn=True).as_dict()).onednn
     assert Hardware("cpu", onednn=True).choose(rollouts, 100, {}).onednn
 
 

@@ -45,7 +45,7 @@ def test_new_domain_is_taken_for_one_of_small_vectors(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("experiment", CHOSEN)
 def test_execution_of_an_experiment_is_the_one_its_runs_had(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
-    monkeypatch.setattr(base, "onednn_is_faster", lambda images: False)
+    monkeypatch.setattr(base, "onednn_is_faster", lambda: False)
     monkeypatch.setattr(base, "library", lambda: object())
     domain = build_without_data(compose_experiment(experiment).domain)
     threads, chunk, compiled = CHOSEN[experiment]

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from maml.hardware import products
 from maml.hardware.kernels import library, use_kernels
 from maml.model import functional
 from maml.seeding import Stream
@@ -27,7 +26,7 @@ ONE_TASK, TASK_BY_TASK, ALL_TASKS = (1, 2, 5, 4, 3), (2, 10, 5, 5, 16), (3, 2, 5
 
 @pytest.fixture(params=[False, True], ids=["operations", "kernels"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether windows are gathered by our kernels or by PyTorch's operations; the test runs with both."""
+    """Whether our kernels convolve, or PyTorch's operations; the test runs with both."""
     if request.param and library() is None:
         pytest.skip("no C++ compiler")
     use_kernels(request.param)
@@ -96,21 +95,85 @@ def test_convolution_equals_the_librarys_for_each_task_to_second_derivatives(
     )
 
 
+def convolutions(stride: int, x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+    """Returns the convolution, its data gradient and its weight gradient."""
+    return [
+        functional._convolve(x, weight, stride),
+        functional._data_gradient(grad, weight, x.shape, stride),
+        functional._weight_gradient(grad, x, weight.shape, stride),
+    ]
+
+
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    """Kernels can be compiled here, and are off after the test."""
+    if library() is None:
+        pytest.skip("no C++ compiler")
+    num_threads = torch.get_num_threads()
+    yield
+    use_kernels(False)
+    torch.set_num_threads(num_threads)
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 7), (5, 4)])
-def test_kernels_gather_and_add_up_the_same_windows(size: tuple[int, int], stride: int, dtype: torch.dtype) -> None:
-    if library() is None:
-        pytest.skip("no C++ compiler")
-    x = random(2, 3, *size, 5).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)  # not contiguous
-    columns = functional._gather(x, stride)
-    folded = functional._add_up(columns, *size, stride)
+@pytest.mark.parametrize(
+    ("channels", "outputs"), [(1, 1), (1, 64), (3, 32), (4, 20), (5, 7), (16, 16), (20, 35), (48, 66), (64, 100)]
+)
+def test_kernels_convolve_as_pytorchs_operations_do(
+    channels: int, outputs: int, size: tuple[int, int], stride: int, dtype: torch.dtype
+) -> None:
+    x, weight = random(2, 3, *size, channels), random(2, outputs, channels, 3, 3, seed=1)
+    grad = random(2, 3, *[math.ceil(length / stride) for length in size], outputs, seed=2)
+    expected = convolutions(stride, x, weight, grad)
     use_kernels(True)
-    try:
-        assert torch.equal(functional._gather(x, stride), columns)
-        torch.testing.assert_close(functional._add_up(columns, *size, stride), folded)
-    finally:
-        use_kernels(False)
+    found = convolutions(stride, *(value.to(dtype) for value in (x, weight, grad)))
+    for one, other in zip(found, expected, strict=True):
+        limit = (1e-5 if dtype == torch.float32 else 1e-14) * other.abs().max().item()
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=limit)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (0, 1, 3, 4, 2), (0, 3, 4, 2, 1), (0, 3, 4, 1, 2), (2, 1, 0, 4, 3)])
+def test_kernels_take_values_in_any_order_in_memory(order: tuple[int, ...]) -> None:
+    x, weight, grad = random(3, 2, 5, 4, 6), random(3, 8, 6, 3, 3, seed=1), random(3, 2, 3, 2, 8, seed=2)
+    back = [order.index(axis) for axis in range(5)]
+    moved = [value.permute(order).contiguous().permute(back) for value in (x, weight, grad)]
+    expected = convolutions(2, x, weight, grad)
+    use_kernels(True)
+    for one, other in zip(convolutions(2, *moved), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+    shared = convolutions(2, x, weight[:1].expand(3, -1, -1, -1, -1), grad)
+    use_kernels(False)
+    expected = convolutions(2, x, weight[:1].repeat(3, 1, 1, 1, 1), grad)
+    for one, other in zip(shared, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 5, 40, 36, 64), (4, 7, 14, 14, 16), (2, 1, 60, 70, 70), (3, 2, 20, 20, 3)])
+def test_threads_and_blocks_of_the_kernels_change_nothing(shape: tuple[int, ...], num_threads: int) -> None:
+    """The first image is larger than a block, seven of the second fit into one, and tasks do not divide evenly."""
+    x, weight = random(*shape), random(shape[0], 32, shape[-1], 3, 3, seed=1)
+    grad = random(*shape[:2], math.ceil(shape[2] / 2), math.ceil(shape[3] / 2), 32, seed=2)
+    expected = convolutions(2, x, weight, grad)
+    use_kernels(True)
+    torch.set_num_threads(num_threads)
+    for one, other in zip(convolutions(2, x, weight, grad), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14 * math.prod(shape[1:4]) * 9)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_kernels_keep_what_is_not_a_number() -> None:
+    x, weight = random(1, 1, 3, 3, 2), random(1, 2, 2, 3, 3, seed=1)
+    x[0, 0, 0, 0, 0] = torch.nan
+    use_kernels(True)
+    y = functional._convolve(x, weight, 1)
+    assert y[0, 0, :2, :2].isnan().all()
+    assert y[0, 0, 2].isfinite().all() and y[0, 0, :, 2].isfinite().all()
 
 
 def test_kernels_make_task_by_task_pay_for_more_rows_only(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
@@ -118,8 +181,10 @@ def test_kernels_make_task_by_task_pay_for_more_rows_only(monkeypatch: pytest.Mo
     monkeypatch.setattr(functional.F, "conv2d", convolve)
     functional.conv3x3(random(2, 10, 5, 5, 16), random(2, 4, 16, 3, 3))  # 250 rows
     assert convolve.call_count == (0 if kernels else 2)
-    functional.conv3x3(random(2, 20, 5, 5, 16), random(2, 4, 16, 3, 3))  # 500 rows
+    functional.conv3x3(random(2, 80, 5, 5, 16), random(2, 4, 16, 3, 3))  # 2,000 rows
     assert convolve.call_count == (2 if kernels else 4)
+    functional.conv3x3(random(1, 2, 5, 5, 16), random(1, 4, 16, 3, 3))
+    assert convolve.call_count == (2 if kernels else 5), "a single task has no windows to batch"
 
 
 def test_shapes_above_take_all_three_ways(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +226,6 @@ def test_convolution_differentiates_one_argument_alone(stride: int) -> None:
     assert_same_derivatives(lambda weight: functional.conv3x3(x, weight, stride), partial(reference, x), weight)
 
 
-@pytest.mark.usefixtures("kernels")
 def test_gathering_and_adding_back_are_each_others_transpose() -> None:
     """<gather x, y> = <x, fold y>, which makes each the derivative of the other."""
     for stride in (1, 2):
@@ -266,23 +330,3 @@ def test_products_keep_the_type_of_their_inputs() -> None:
         x, weight = random(2, 3, 4, 4, 2).to(dtype), random(2, 3, 2, 3, 3).to(dtype)
         assert functional.conv3x3(x, weight).dtype == dtype
         assert functional.matmul(random(2, 3, 4).to(dtype), random(2, 4, 2).to(dtype)).dtype == dtype
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-@pytest.mark.parametrize(("stride", "size"), [(1, 8), (2, 15)])
-def test_convolution_by_onednn_is_the_same(
-    stride: int, size: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, weight = random(2, 3, size, size, 64).float(), random(2, 64, 64, 3, 3, seed=1).float()
-    layer = partial(functional.conv3x3, stride=stride)
-    expected = [value.float() for value in derivatives(layer, x.double(), weight.double())]
-    multiply = Mock(wraps=products._onednn_linear)
-    monkeypatch.setattr(products, "_onednn_linear", multiply)
-    products.use_onednn(True)
-    try:
-        found = derivatives(layer, x, weight)
-    finally:
-        products.use_onednn(False)
-    assert multiply.call_count >= 2 * 6
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())

@@ -22,7 +22,7 @@ PHASES = ("sampling", "advantages and adaptation", "gradient", "curvature", "con
 
 def test_measured_meta_iteration_has_the_switches_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.setattr(base, "onednn_is_faster", lambda images: True)
+    monkeypatch.setattr(base, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "_use_onednn", False)
     module = importlib.import_module("bench_meta_rl")
     meta_gradient = replace(module.SHAPES["point"], num_tasks=2, num_rollouts=2, horizon=10).build()
