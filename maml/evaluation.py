@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import torch
@@ -333,6 +334,34 @@ class Evaluation:
         return curves, hashes, sizes
 
     @torch.no_grad()
+    def check_measurements(self, algorithm: Algorithm) -> None:
+        """Adapts to a single task and measures, so that a wrong return of a user's class is an error before training.
+
+        Rollouts are not tried.
+
+        Raises:
+            MamlError: if what `Algorithm.adapt` yields or `Algorithm.measure` returns has another form than they say,
+                or the domain's headline is not measured.
+        """
+        domain = algorithm.domain
+        if domain.on_policy:
+            return
+        num_shots = (self.num_shots or [domain.num_shots])[0]
+        tasks = self.bank(domain, num_shots, 1)
+        tasks = {name: value.to(algorithm.stream.device) for name, value in tasks.items()}
+        num_steps = min(1, self.num_steps)
+        sizes = self.step_sizes(num_shots)
+        with suppress(Diverged):
+            metrics, _ = self._measure_steps(
+                algorithm, algorithm.params_per_task(1), tasks, num_steps, sizes and sizes[:num_steps]
+            )
+            if domain.headline not in metrics:
+                raise MamlError(
+                    f"{type(domain).__name__}.headline is {domain.headline}, but its measure returns "
+                    f"{', '.join(sorted(metrics))} only; name one of these as headline"
+                )
+
+    @torch.no_grad()
     def pictures(self, algorithm: Algorithm) -> dict[str, Picture]:
         """Returns the algorithm's pictures on the first tasks of the bank, by name; none on validation tasks.
 
@@ -447,21 +476,72 @@ class Evaluation:
         predicted: list[Predictions] = []
         for start in range(0, num_tasks(bank), chunk):
             tasks = {name: value.to(device) for name, value in take(bank, start, start + chunk).items()}
-            steps: dict[str, list[Tensor]] = {}
             start_params = algorithm.params_per_task(num_tasks(tasks), theta)
-            adaptation = algorithm.adapt(start_params, tasks, self.num_steps, step_sizes)
-            for step, adapted in enumerate(adaptation):
-                for name, value in self.measure(algorithm, adapted, tasks, step).items():
-                    steps.setdefault(name, []).append(value)
-                num_done = start + num_tasks(tasks) * (step + 1) / (self.num_steps + 1)
-                show(num_done / num_tasks(bank))
+
+            def show_step(share: float, start: int = start, count: int = num_tasks(tasks)) -> None:
+                show((start + count * share) / num_tasks(bank))
+
+            metrics, adapted = self._measure_steps(
+                algorithm, start_params, tasks, self.num_steps, step_sizes, show_step
+            )
             if self.per_class:
                 predicted.append(algorithm.domain.predict_classes(algorithm.model, adapted, tasks))
-            for name, values in steps.items():
-                by_showing = algorithm.domain.measured_by == "showing"
-                parts.setdefault(name, []).append((values[0] if by_showing else torch.stack(values, dim=1)).double())
+            for name, values in metrics.items():
+                parts.setdefault(name, []).append(values.double())
         measured = {name: torch.cat(values).cpu() for name, values in parts.items()}
         return measured, [torch.cat(group).cpu() for group in zip(*predicted, strict=True)]
+
+    def _measure_steps(
+        self,
+        algorithm: Algorithm,
+        params: Params,
+        tasks: Tasks,
+        num_steps: int,
+        step_sizes: list[float] | None,
+        show: Callable[[float], None] = lambda share: None,
+    ) -> tuple[dict[str, Tensor], Params]:
+        """Adapts to tasks and measures after each step. After each, it calls ``show`` with the share that is done.
+
+        Returns:
+            Each metric for every task and step, ``(T, num_steps + 1)``, or every showing, ``(T, M)``; and the
+            parameters after the last step.
+
+        Raises:
+            MamlError: if there are not as many steps, or a metric is not measured at each or not for each task.
+        """
+        domain, name = algorithm.domain, type(algorithm).__name__
+        by_showing = domain.measured_by == "showing"
+        steps: list[Metrics] = []
+        adaptation = algorithm.adapt(params, tasks, num_steps, step_sizes)
+        if not isinstance(adaptation, Iterable):
+            raise MamlError(f"{name}.adapt has to yield parameters, but returns {type(adaptation).__name__}")
+        for adapted in adaptation:
+            metrics = self.measure(algorithm, adapted, tasks, len(steps))
+            if not isinstance(metrics, dict):
+                raise MamlError(f"{type(domain).__name__}.measure returns no dictionary, but {type(metrics).__name__}")
+            if steps and metrics.keys() != steps[0].keys():
+                raise MamlError(
+                    f"{type(domain).__name__}.measure returns {', '.join(sorted(metrics))} after {len(steps)} gradient "
+                    f"steps, but {', '.join(sorted(steps[0]))} before; return the same metrics after every step"
+                )
+            for metric, value in metrics.items():
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                if not isinstance(value, Tensor) or len(shape) != 1 + by_showing or shape[0] != num_tasks(tasks):
+                    raise MamlError(
+                        f"{type(domain).__name__}.measure returns {metric!r} of {shape}, but for {num_tasks(tasks)} "
+                        f"tasks it is a tensor ({num_tasks(tasks)}{', showings)' if by_showing else ',)'}"
+                    )
+            steps.append(metrics)
+            show(len(steps) / (num_steps + 1))
+        if len(steps) != num_steps + 1:
+            raise MamlError(
+                f"{name}.adapt has to yield parameters after 0, 1, ..., {num_steps} gradient steps: {num_steps + 1} "
+                f"times, but it does so {len(steps)} times"
+            )
+        return {
+            metric: first if by_showing else torch.stack([each[metric] for each in steps], dim=1)
+            for metric, first in steps[0].items()
+        }, adapted
 
 
 def bank_hash(tasks: Tasks) -> str:

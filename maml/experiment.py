@@ -166,6 +166,8 @@ def _build_learners(
         distributed.on_rank_zero(partial(learner.logger.check_seeds, settings.seeds))
         evaluation.check(domain)
         evaluation.check_algorithm(algorithm)
+        if seed == settings.seed and settings.mode == "train":
+            evaluation.check_measurements(algorithm)
         distributed.on_rank_zero(learner.folder.check_sources)
         yield learner
 

@@ -133,6 +133,11 @@ class Algorithm(ABC):
         """
         self.inner.adapted_names(list(params))  # fails here, before training, if ``inner.adapt`` matches nothing
         learnt = self.inner.init_learned(params, self.stream.child("inner"))
+        if not isinstance(learnt, dict) or not all(name.startswith("inner.") for name in learnt):
+            raise MamlError(
+                f"{type(self.inner).__name__}.init_learned has to return a dictionary of tensors whose names start "
+                "with 'inner.'; other names are parameters of the model"
+            )
         if learnt and not self.differentiates_adaptation:
             raise MamlError(
                 f"{type(self).__name__} does not differentiate through adaptation, so it cannot learn "

@@ -303,13 +303,24 @@ class SupervisedDomain(Domain[Examples]):
         """Returns the loss per task, ``(T,)``, and further metrics, from the model's outputs ``(T, S, out_dim)``."""
 
     def inner_loss(self, model: Model, params: Params, data: Examples) -> Tensor:
-        return self.loss(self._outputs(model, params, data), data)[0]
+        return self.outer_loss(model, params, data)[0]
 
     def outer_loss(self, model: Model, params: Params, data: Examples) -> tuple[Tensor, Metrics]:
-        return self.loss(self._outputs(model, params, data), data)
+        returned = self.loss(self._outputs(model, params, data), data)
+        kinds = [type(part) for part in returned] if isinstance(returned, tuple) else [type(returned)]
+        if len(kinds) != 2 or not issubclass(kinds[0], Tensor) or not issubclass(kinds[1], dict):
+            raise MamlError(
+                f"{type(self).__name__}.loss has to return two values, the losses, a tensor (T,), and a dictionary of "
+                f"metrics, which may be empty; it returns {' and '.join(kind.__name__ for kind in kinds)}"
+            )
+        return returned
 
     def _outputs(self, model: Model, params: Params, data: Examples) -> Tensor:
+        if not isinstance(data, Examples):
+            raise MamlError(f"{type(self).__name__}.data has to return Examples, but returns {type(data).__name__}")
         outputs = model(params, data.x)
+        if not isinstance(outputs, Tensor):
+            raise MamlError(f"{type(model).__name__} has to return a tensor, but returns {type(outputs).__name__}")
         if data.y.is_floating_point() and outputs.shape[-1] != self.out_dim:  # broadcasting would hide it
             raise MamlError(
                 f"{type(model).__name__} gives {outputs.shape[-1]} numbers for each example, but the domain has "

@@ -89,8 +89,10 @@ class Table(SupervisedDomain):
 
     def _read(self, task: str, inputs: Sequence[str], targets: Sequence[str], split: str | Sequence[float]) -> None:
         self.check_available()
-        table = _load(self.path, task)
+        table, header = _load(self.path, task)
         wanted = [task, *inputs, *targets, *([split] if isinstance(split, str) else [])]
+        if repeated := [name for name in wanted if header.count(name) > 1]:
+            raise MamlError(f"{self.path} has {header.count(repeated[0])} columns {repeated[0]!r}; rename all but one")
         if missing := [name for name in wanted if name not in table]:
             raise MamlError(
                 f"{self.path} has no column {' and no column '.join(missing)}; it has {first_ten([*map(str, table)])}"
@@ -127,12 +129,14 @@ class Table(SupervisedDomain):
             raise MamlError(f"{self.path}: {dates[0]!r} holds dates or durations; bring them to numbers first")
         numbers = [pd.to_numeric(table[name], errors="coerce").to_numpy(np.float64) for name in columns]
         for name, values in zip(columns, numbers, strict=True):
-            wrong = ~np.isfinite(values)
+            dtype = torch.get_default_dtype()
+            wrong = ~(np.abs(values) <= torch.finfo(dtype).max)  # also where a value is NaN
             if wrong.any():
-                value = table[name].iloc[wrong.argmax()]
+                value, is_finite = table[name].iloc[wrong.argmax()], np.isfinite(values[wrong.argmax()])
                 row = _row(pd.Series(wrong, table.index))
+                what = f"too large for {dtype}" if is_finite else "no finite number"
                 raise MamlError(
-                    f"{self.path}, row {row}: {name!r} is {str(value)!r}, which is no finite number; mend or remove it"
+                    f"{self.path}, row {row}: {name!r} is {str(value)!r}, which is {what}; mend or remove it"
                 )
         return np.stack(numbers, axis=1)
 
@@ -230,16 +234,21 @@ class Table(SupervisedDomain):
         return Predictions(classes, model(params, query.x).argmax(-1), choices)
 
 
-def _load(path: Path, task: str) -> pd.DataFrame:
-    """Reads a file; of a csv, the names of tasks are kept as they are written: 1.1 is not 1.10, and 007 is not 7."""
+def _load(path: Path, task: str) -> tuple[pd.DataFrame, list[str]]:
+    """Reads a file, and the names of its columns: pandas gives columns of a csv that have the same name other ones.
+
+    Of a csv, the names of tasks are kept as they are written: 1.1 is not 1.10, and 007 is not 7.
+    """
     try:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
-            return table.reset_index(drop=not any(table.index.names))
+            table = table.reset_index(drop=not any(table.index.names))
+            return table, [*map(str, table)]
         with warnings.catch_warnings():
             # Some rows have more fields than the header. Fields beyond it are left out only if all of them are empty.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(path, index_col=False, converters={task: str}, low_memory=False)
+            table = pd.read_csv(path, index_col=False, converters={task: str}, low_memory=False)
+            return table, [*pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]]
     except ImportError as error:
         raise Unavailable(f"{path}: Parquet files need a package; pip install pyarrow, or save it as csv") from error
     except Exception as error:  # pandas raises many kinds of errors

@@ -199,11 +199,18 @@ class Inner(ABC):
             # In evaluation, which has no meta-gradient, this makes no graph.
             returned = self.update(params, losses, dict(zip(names, gradients, strict=True)), state, step, size)
             is_pair = isinstance(returned, tuple) and [type(part) for part in returned] == [dict, dict]
-            if not is_pair or not returned[0].keys() <= params.keys():
+            if not is_pair or returned[0].keys() != {*names}:
                 raise MamlError(
                     f"{type(self).__name__}.update has to return two dictionaries: new values of the parameters that "
                     f"adapt ({', '.join(names)}), and the new state, which may be empty"
                 )
+            for name, value in returned[0].items():
+                if not isinstance(value, Tensor) or value.shape != params[name].shape:
+                    has = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+                    raise MamlError(
+                        f"{type(self).__name__}.update returns {name!r} of {has}, but it is a tensor of shape "
+                        f"{tuple(params[name].shape)}, with a value for each task"
+                    )
             return returned
 
         # In first order, only an optimizer with parameters of its own makes a graph that takes memory.

@@ -50,8 +50,8 @@ def check_step(outer: Outer, theta: Params, num_iterations: int) -> None:
         num_iterations: length of the training.
 
     Raises:
-        MamlError: if theta does not change or gets new tensors, the step returns no metrics, or the step size has
-            fallen to zero before the last iteration.
+        MamlError: if theta does not change or gets new tensors, the step returns no metrics, the state is not what
+            `Outer.init_state` made, or the step size has fallen to zero before the last iteration.
     """
     if not theta:  # an algorithm may have nothing to train
         return
@@ -60,16 +60,24 @@ def check_step(outer: Outer, theta: Params, num_iterations: int) -> None:
     tried = {key: value.clone() for key, value in theta.items()}
     tensors, objective = dict(tried), _Paraboloid(theta)
     state = outer.init_state(tried)
+    if not _are_tensors(state):
+        raise MamlError(f"{name}.init_state has to return a dictionary of tensors, which a checkpoint keeps")
+    first_shapes = {key: value.shape for key, value in state.items()}
     for _ in range(2):
         try:
             metrics = outer.step(objective, tried, state)
         except Exception:  # training will show whether something is wrong
             return
-        if not isinstance(metrics, dict):
+        if not _are_tensors(metrics) or not metrics or any(value.dim() for value in metrics.values()):
             raise MamlError(
-                f"{name}.step returns a {type(metrics).__name__}, but has to return metrics: tensors by name, such as "
-                "the second value of objective.gradient(theta)"
+                f"{name}.step returns {_summary(metrics)}, but has to return metrics: tensors of one number each, by "
+                "name, such as the second value of objective.gradient(theta)"
             )
+    if not _are_tensors(state) or {key: value.shape for key, value in state.items()} != first_shapes:
+        raise MamlError(
+            f"{name}.step changes the names or shapes of its state from {_summary(first_shapes)} to {_summary(state)}, "
+            "so that no checkpoint could be resumed; make all of it in init_state"
+        )
     if new := [key for key, value in tensors.items() if tried.get(key) is not value]:
         raise MamlError(
             f"{name}.step puts a new tensor into theta[{new[0]!r}], which others that hold the old one do not see; "
@@ -80,6 +88,23 @@ def check_step(outer: Outer, theta: Params, num_iterations: int) -> None:
             f"with these settings of outer, {name}.step leaves theta as it is, so nothing would be trained; choose "
             "others. A step of your own changes theta's values in place, as in theta[name].sub_(...)"
         )
+
+
+def _are_tensors(values: object) -> bool:
+    return isinstance(values, dict) and all(isinstance(value, Tensor) for value in values.values())
+
+
+def _summary(values: object) -> str:
+    """Returns the type of a value; for a dictionary, its names with their shapes or types."""
+    if not isinstance(values, dict):
+        return f"a {type(values).__name__}"
+    parts = [
+        f"{name} {tuple(getattr(value, 'shape', value))}"
+        if isinstance(value, Tensor | torch.Size)
+        else f"{name} {type(value).__name__}"
+        for name, value in values.items()
+    ]
+    return ", ".join(parts) or "an empty dictionary"
 
 
 def _check_last_rate(outer: Outer, num_iterations: int) -> None:

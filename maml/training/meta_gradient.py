@@ -226,6 +226,11 @@ class MetaGradient:
         theta = {name: params[name].detach().requires_grad_() for name in self.algorithm.theta}
         with torch.enable_grad():
             losses, metrics = self._task_losses(spread(params | theta), tasks)
+            if theta and not losses.requires_grad:
+                raise MamlError(
+                    f"the losses of {type(self.algorithm).__name__} on {type(self.algorithm.domain).__name__} do not "
+                    "depend on theta, so nothing would be trained; they may be detached, or made of plain numbers"
+                )
             gradients = torch.autograd.grad(losses.sum(), list(theta.values()), materialize_grads=True)
         return dict(zip(theta, gradients, strict=True)), {"loss": losses} | metrics
 
@@ -245,6 +250,13 @@ class MetaGradient:
                 f"{tuple(losses.shape)} for {count} tasks; task_losses, and the domain's loss, return one number per "
                 "task, so do not average over tasks"
             )
+        for name, value in metrics.items():
+            if not isinstance(value, Tensor) or value.shape[:1] != (count,):
+                has = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+                raise MamlError(
+                    f"{type(algorithm).__name__} on {type(algorithm.domain).__name__} has a metric {name!r} of {has}, "
+                    f"but a metric is a tensor with an entry for each of {count} tasks; do not average over tasks"
+                )
         if "loss" in metrics and algorithm.outer.needs_policy:
             raise MamlError(
                 f"{type(algorithm).__name__}.task_losses returns a metric named loss, which would take the place of "
