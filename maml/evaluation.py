@@ -32,6 +32,7 @@ from maml.types import (
     Seed,
     Split,
     Tasks,
+    form_of,
     num_tasks,
     take,
 )
@@ -525,11 +526,10 @@ class Evaluation:
                     f"steps, but {', '.join(sorted(steps[0]))} before; return the same metrics after every step"
                 )
             for metric, value in metrics.items():
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                if not isinstance(value, Tensor) or len(shape) != 1 + by_showing or shape[0] != num_tasks(tasks):
+                if not isinstance(value, Tensor) or value.dim() != 1 + by_showing or len(value) != num_tasks(tasks):
                     raise MamlError(
-                        f"{type(domain).__name__}.measure returns {metric!r} of {shape}, but for {num_tasks(tasks)} "
-                        f"tasks it is a tensor ({num_tasks(tasks)}{', showings)' if by_showing else ',)'}"
+                        f"{type(domain).__name__}.measure returns {metric!r} of {form_of(value)}, but for "
+                        f"{num_tasks(tasks)} tasks it is a tensor ({num_tasks(tasks)},{' showings' * by_showing})"
                     )
             steps.append(metrics)
             show(len(steps) / (num_steps + 1))

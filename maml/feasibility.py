@@ -17,6 +17,7 @@ from maml.evaluation import Evaluation
 from maml.hardware.base import Hardware
 from maml.hardware.memory import check_memory
 from maml.seeding import Stream
+from maml.types import form_of
 
 _BYTES = 4  # least size of a number
 # Words in torch's errors about an allocation that is refused, or a size that overflows.
@@ -68,7 +69,7 @@ def check_tensors(domain: Domain[Any], tasks: object) -> None:
     values = tasks if isinstance(tasks, dict) else {}
     sizes = {name: len(value) if isinstance(value, Tensor) and value.dim() else None for name, value in values.items()}
     if len(found := {*sizes.values()}) != 1 or None in found:
-        shown = ", ".join(f"{name} {getattr(value, 'shape', type(value).__name__)}" for name, value in values.items())
+        shown = ", ".join(f"{name} of {form_of(value)}" for name, value in values.items())
         raise MamlError(
             f"{type(domain).__name__} has to draw tasks as a dictionary of tensors with the same number of tasks as "
             f"their first axis, but draws {shown or type(tasks).__name__}"

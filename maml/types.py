@@ -103,6 +103,11 @@ class Examples(NamedTuple):
     num_shots: int
 
 
+def form_of(value: object) -> str:
+    """Returns what a value is, for an error about what a user's class returns: ``shape (2, 3)`` or ``type float``."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+
+
 def take(tasks: Tasks, start: int, stop: int) -> Tasks:
     """Returns tasks ``start`` to ``stop`` (exclusive) of a batch."""
     return {name: value[start:stop] for name, value in tasks.items()}

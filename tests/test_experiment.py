@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from maml.algorithm.maml import MAML
 from maml.config.schema import Settings
+from maml.domain.base import Metrics
 from maml.domain.sinusoid import Sinusoid
 from maml.errors import Interrupted, MamlError
 from maml.experiment import build_algorithm, run_experiment
@@ -24,6 +28,7 @@ from maml.record.index import read_run
 from maml.record.plot import plot_report
 from maml.record.report import Judgement
 from maml.record.run_files import read_json
+from maml.types import Examples, Params, Tasks
 from tests.runs import TinyRuns, assert_same_run, before_iteration, file_contents
 from tests.training.test_survival import training_forbidden
 
@@ -362,6 +367,65 @@ class Misnamed(Sinusoid):
     """A domain of a user whose headline is none of its metrics."""
 
     headline = "error"
+
+
+class OtherMetrics(Sinusoid):
+    """A domain of a user that measures something else after the first step."""
+
+    def measure(self, *args: Any) -> Metrics:
+        measured = super().measure(*args)
+        return measured if args[-1] == 0 else {"other": measured["mse"]}
+
+
+class MeanMeasured(Sinusoid):
+    """A domain of a user that averages over tasks and query points."""
+
+    def measure(self, *args: Any) -> Metrics:
+        return {name: value.mean() for name, value in super().measure(*args).items()}
+
+
+class Short(MAML):
+    """An algorithm of a user that forgets the start."""
+
+    def adapt(self, *args: Any) -> Iterator[Params]:
+        return itertools.islice(super().adapt(*args), 1, None)
+
+
+class Shared(Sinusoid):
+    """A domain of a user whose tasks have an entry without a task axis."""
+
+    def draw_tasks(self, *args: Any, **options: Any) -> Tasks:
+        return super().draw_tasks(*args, **options) | {"constant": torch.arange(17.0)}
+
+
+class OneValue(Sinusoid):
+    """A domain of a user whose loss returns no metrics."""
+
+    def loss(self, *args: Any) -> Any:
+        return super().loss(*args)[0]
+
+    def measure(self, model: Any, params: Params, support: Examples, query: Examples, step: int) -> Metrics:
+        return {"mse": torch.zeros(len(query.x))}
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            "domain._target_={}.OtherMetrics",
+            "OtherMetrics.measure returns other after 1 gradient steps, but mse",
+        ),
+        ("domain._target_={}.MeanMeasured", r"MeanMeasured.measure returns 'mse' of shape \(\), but for 1 tasks"),
+        ("algorithm._target_={}.Short", "Short.adapt has to yield parameters after 0, 1, ..., 1 gradient steps"),
+        ("domain._target_={}.Shared", r"Shared has to draw tasks as .* constant of shape \(17,\)"),
+        ("domain._target_={}.OneValue", "OneValue.loss has to return two values.*; it returns Tensor"),
+    ],
+)
+def test_wrong_return_of_a_users_class_is_an_error_before_training(tiny: TinyRuns, part: str, message: str) -> None:
+    settings = tiny.config(part.format(__name__))
+    with pytest.raises(MamlError, match=message):
+        run_experiment(settings, "custom")
+    assert not tiny.runs_dir.exists()
 
 
 def test_headline_that_is_not_measured_is_named(tiny: TinyRuns) -> None:

@@ -17,7 +17,7 @@ from maml.errors import MamlError
 from maml.hardware.memory import recompute_enabled
 from maml.pictures import Picture
 from maml.seeding import Stream
-from maml.types import Params
+from maml.types import Params, form_of
 
 Loss = Callable[[Params, int], Tensor]
 """Loss of T tasks, ``(T,)``, as a function of their parameters and of the gradient step."""
@@ -206,10 +206,9 @@ class Inner(ABC):
                 )
             for name, value in returned[0].items():
                 if not isinstance(value, Tensor) or value.shape != params[name].shape:
-                    has = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
                     raise MamlError(
-                        f"{type(self).__name__}.update returns {name!r} of {has}, but it is a tensor of shape "
-                        f"{tuple(params[name].shape)}, with a value for each task"
+                        f"{type(self).__name__}.update returns {name!r} of {form_of(value)}, but it is a tensor of "
+                        f"shape {tuple(params[name].shape)}, with a value for each task"
                     )
             return returned
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from maml.errors import MamlError
 from maml.outer.base import Objective, Outer
 from maml.outer.first_order import FirstOrder
-from maml.types import MatrixVectorProduct, Params
+from maml.types import MatrixVectorProduct, Params, form_of
 
 
 class _Paraboloid(Objective):
@@ -62,7 +62,7 @@ def check_step(outer: Outer, theta: Params, num_iterations: int) -> None:
     state = outer.init_state(tried)
     if not _are_tensors(state):
         raise MamlError(f"{name}.init_state has to return a dictionary of tensors, which a checkpoint keeps")
-    first_shapes = {key: value.shape for key, value in state.items()}
+    first_state = _summary(state)
     for _ in range(2):
         try:
             metrics = outer.step(objective, tried, state)
@@ -73,9 +73,9 @@ def check_step(outer: Outer, theta: Params, num_iterations: int) -> None:
                 f"{name}.step returns {_summary(metrics)}, but has to return metrics: tensors of one number each, by "
                 "name, such as the second value of objective.gradient(theta)"
             )
-    if not _are_tensors(state) or {key: value.shape for key, value in state.items()} != first_shapes:
+    if _summary(state) != first_state:
         raise MamlError(
-            f"{name}.step changes the names or shapes of its state from {_summary(first_shapes)} to {_summary(state)}, "
+            f"{name}.step changes the names or shapes of its state from {first_state} to {_summary(state)}, "
             "so that no checkpoint could be resumed; make all of it in init_state"
         )
     if new := [key for key, value in tensors.items() if tried.get(key) is not value]:
@@ -95,16 +95,10 @@ def _are_tensors(values: object) -> bool:
 
 
 def _summary(values: object) -> str:
-    """Returns the type of a value; for a dictionary, its names with their shapes or types."""
+    """Returns the names of a dictionary with what their values are; else the type of a value."""
     if not isinstance(values, dict):
         return f"a {type(values).__name__}"
-    parts = [
-        f"{name} {tuple(getattr(value, 'shape', value))}"
-        if isinstance(value, Tensor | torch.Size)
-        else f"{name} {type(value).__name__}"
-        for name, value in values.items()
-    ]
-    return ", ".join(parts) or "an empty dictionary"
+    return ", ".join(f"{name} of {form_of(value)}" for name, value in sorted(values.items())) or "an empty dictionary"
 
 
 def _check_last_rate(outer: Outer, num_iterations: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from maml.paper.cells import METHODS, Curve, Figure
 from maml.paper.evidence import Evidence, measured_by, provenance
 from maml.paper.plan import WATERMARK
-from maml.paper.tables import Comparison, judge, reason_for, verdict_markdown
+from maml.paper.tables import Comparison, judge_runs, reason_for, verdict_markdown
 from maml.record.statistics import MIN_RUNS, Statistics
 from maml.record.style import COLUMN, COMPLETE, GRAY, PAGE, REDUCED, count_steps, save, style
 from maml.types import FIRST_STEP
@@ -117,7 +117,9 @@ class CurveComparison:
         assert found is not None
         larger_is_better = self.evidence.evaluated[0][1].larger_is_better
         # The printed mean may lie anywhere in the range, so it is enough that the intervals overlap.
-        return judge(found.mean, found.ci95 + (high - low) / 2, (low + high) / 2, 0.0, larger_is_better)
+        half = (high - low) / 2
+        wider = replace(found, ci95=found.ci95 + half, tasks_ci95=found.tasks_ci95 + half)
+        return judge_runs(wider, (low + high) / 2, 0.0, larger_is_better)
 
 
 def prepare_curve(curve: Curve, evidence: Evidence) -> DrawnCurve:

@@ -46,7 +46,8 @@ LEGEND = (
     "Below each row of the paper is ours: the mean over our runs ± the half-width of its 95 % interval. The interval "
     f"covers test tasks and, if there are at least {MIN_RUNS} runs, trainings. If there are several runs, the row "
     "below gives their number, the range of their means and, in brackets, the interval over test tasks alone. "
-    "= reproduced: the paper's value lies in our interval or ours in the paper's; △ better; ▽ worse; ○ reduced budget: "
+    "= reproduced: the paper's value lies in our interval or ours in the paper's, and not beyond all our runs; "
+    "△ better; ▽ worse; ○ reduced budget: "
     f"training is not complete, so this is not a reproduction; {QUOTED}; "
     f"{CONFLICT} equal runs on equal hardware gave different numbers, and all are counted. {BOLD}. {TRANSDUCTIVE} "
     "(results/notes.md)."
@@ -105,7 +106,8 @@ class Comparison:
         if not self.cell.value:
             return "measured"
         published, ci = float(self.cell.value), float(self.cell.ci or 0)
-        return judge(*self.ours, published, ci, self.larger_is_better)
+        assert self.statistics is not None
+        return judge_runs(self.statistics, published, ci, self.larger_is_better)
 
     @property
     def reason(self) -> str:
@@ -184,6 +186,28 @@ def judge(ours: float, ours_ci: float, published: float, published_ci: float, la
     if abs(ours - published) <= max(ours_ci, published_ci):
         return "reproduced"
     return "better" if not math.isnan(ours) and (ours > published) == larger_is_better else "worse"
+
+
+def judge_runs(found: Statistics, published: float, published_ci: float, larger_is_better: bool) -> str:
+    """Judges the mean of our runs, which must not agree only because some trainings failed.
+
+    One failed training makes the interval over trainings so wide that it holds almost any number. So the printed value,
+    which is from one training, also has to lie within the interval over test tasks of the range of our runs.
+
+    Args:
+        found: our runs.
+        published: the printed value.
+        published_ci: half-width of the printed interval; 0 if none is printed.
+        larger_is_better: whether a larger value of the metric is better.
+
+    Returns:
+        The result of `judge`, for the mean; if only its interval over trainings agrees, for the nearest run.
+    """
+    verdict = judge(found.mean, found.ci95, published, published_ci, larger_is_better)
+    if verdict != "reproduced" or found.lowest <= published <= found.highest:
+        return verdict
+    nearest = min(found.means, key=lambda mean: abs(mean - published))
+    return judge(nearest, found.tasks_ci95, published, published_ci, larger_is_better)
 
 
 def reading_text(mean: float, ci95: float, decimals: int) -> str:

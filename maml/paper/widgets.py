@@ -8,7 +8,10 @@ from maml.paper.markup import Content, Markup, element
 
 # The sign and the meaning of each verdict. The sign makes the verdict readable without colour.
 VERDICT_MEANINGS = {
-    "reproduced": ("=", "the paper's value lies in our 95 % interval, or ours in the paper's"),
+    "reproduced": (
+        "=",
+        "the paper's value lies in our 95 % interval or ours in the paper's, and not beyond all runs",
+    ),
     "better": ("▲", "neither value lies in the other's interval, and ours is better"),
     "worse": ("▼", "neither value lies in the other's interval, and the paper's is better"),
     "measured": ("•", "finished, but there is no published number to compare with"),

@@ -19,7 +19,7 @@ from maml.hardware.compile import CompiledFunction, with_names
 from maml.hardware.memory import halve_chunk_on_oom, recompute_inner_steps
 from maml.hardware.threads import map_chunks
 from maml.outer.base import Objective, OuterState, TaskStep
-from maml.types import MatrixVectorProduct, Params, Tasks, concatenate, expand, num_tasks, take
+from maml.types import MatrixVectorProduct, Params, Tasks, concatenate, expand, form_of, num_tasks, take
 
 Computed = TypeVar("Computed")
 
@@ -252,10 +252,10 @@ class MetaGradient:
             )
         for name, value in metrics.items():
             if not isinstance(value, Tensor) or value.shape[:1] != (count,):
-                has = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
                 raise MamlError(
-                    f"{type(algorithm).__name__} on {type(algorithm.domain).__name__} has a metric {name!r} of {has}, "
-                    f"but a metric is a tensor with an entry for each of {count} tasks; do not average over tasks"
+                    f"{type(algorithm).__name__} on {type(algorithm.domain).__name__} has a metric {name!r} of "
+                    f"{form_of(value)}, but a metric is a tensor with an entry for each of {count} tasks; do not "
+                    "average over tasks"
                 )
         if "loss" in metrics and algorithm.outer.needs_policy:
             raise MamlError(

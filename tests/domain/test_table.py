@@ -185,6 +185,7 @@ def test_facts_are_known_without_the_table(data_dir: Path) -> None:
         ({"x": "?"}, {}, r"row 1: 'x' is '\?', which is no finite number"),
         ({"y": math.inf}, {}, "row 1: 'y' is 'inf', which is no finite number"),
         ({"z": None}, {}, "row 1: 'z' is 'nan', which is no finite number"),
+        ({"x": 1e39}, {}, r"row 1: 'x' is '1e\+39', which is too large for torch\.float32"),
         ({"task": None}, {}, "row 1: the column 'task' is empty"),
         (
             {"odd": 7},
@@ -367,6 +368,17 @@ def test_empty_fields_behind_the_last_column_are_no_column(tmp_path: Path) -> No
     assert domain.inputs[:, 1].tolist() == [7] * 8
     with pytest.raises(MamlError, match=r"cannot be read as a table \(ParserWarning"):
         table_of(written(tmp_path, "task,x,z,y,part\n" + "".join(f"0,{row}\n" for row in rows)))
+
+
+def test_columns_of_one_name_are_refused_if_they_are_wanted(tmp_path: Path) -> None:
+    lines = frame().assign(more=0).to_csv(index=False).splitlines()
+    for name, message in (("x", "has 2 columns 'x'; rename all but one"), ("odd", "")):
+        (tmp_path / "own.csv").write_text("\n".join([lines[0].replace("more", name), *lines[1:]]))
+        if message:
+            with pytest.raises(MamlError, match=message):
+                table_of(tmp_path)
+        else:
+            table_of(tmp_path)
 
 
 def test_table_without_rows_is_refused(tmp_path: Path) -> None:

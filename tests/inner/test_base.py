@@ -208,6 +208,28 @@ def test_update_that_returns_something_else_is_refused(other: Callable[[Params, 
         )
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.mean(0, keepdim=True), r"'a' of shape \(1, 1\), but it is a tensor of shape \(3, 1\)"),
+        (lambda value: 1.0, "'a' of type float"),
+    ],
+    ids=["mean over tasks", "number"],
+)
+def test_update_without_a_value_for_each_task_is_refused(change: Callable[[Tensor], object], message: str) -> None:
+    params = {"a": torch.ones(3, 1, requires_grad=True)}
+    inner = Returning(lambda params, state: ({name: change(value) for name, value in params.items()}, state))
+    with pytest.raises(MamlError, match=f"Returning.update returns {message}"):
+        list(inner.adapt(lambda params, step: params["a"].sum(1), params, 1, create_graph=True))
+
+
+def test_update_that_leaves_out_a_parameter_is_refused() -> None:
+    params = {name: torch.ones(3, 1, requires_grad=True) for name in ("a", "b")}
+    inner = Returning(lambda params, state: ({"a": params["a"]}, state))
+    with pytest.raises(MamlError, match="has to return two dictionaries"):
+        list(inner.adapt(lambda params, step: (params["a"] + params["b"]).sum(1), params, 1, create_graph=True))
+
+
 class InTurns(SGD):
     """Moves b in even steps and a in odd ones, and returns the other one as it is."""
 

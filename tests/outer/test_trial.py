@@ -72,6 +72,32 @@ class Waiting(Own):
         return metrics
 
 
+class Growing(Own):
+    """Adds to its state when it is used first."""
+
+    def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:
+        gradients, metrics = objective.gradient(theta)
+        for name, value in gradients.items():
+            theta[name].sub_(value)
+            state.setdefault(f"sum.{name}", torch.zeros_like(value)).add_(value)
+        return metrics
+
+
+class Talking(Silent):
+    """Returns metrics that are no single numbers."""
+
+    def step(self, objective: Objective, theta: Params, state: OuterState) -> dict[str, Tensor]:
+        super().step(objective, theta, state)
+        return {"loss": torch.zeros(2)}
+
+
+class Stateless(Silent):
+    """Makes no dictionary of tensors."""
+
+    def init_state(self, theta: Params) -> OuterState:
+        return {"count": 0}  # type: ignore[dict-item]
+
+
 @pytest.fixture
 def theta() -> Params:
     return {"w": torch.tensor([[1.0, -2.0]]), "b": torch.tensor([0.5])}
@@ -90,6 +116,12 @@ def test_every_outer_optimizer_passes(option: str, theta: Params) -> None:
         (Rebinding(), "Rebinding.step leaves theta as it is, so nothing would be trained"),
         (Replacing(), r"Replacing.step puts a new tensor into theta\['w'\]"),
         (Silent(), "Silent.step returns a NoneType, but has to return metrics"),
+        (Talking(), r"Talking.step returns loss of shape \(2,\), but has to return metrics"),
+        (Stateless(), "Stateless.init_state has to return a dictionary of tensors"),
+        (
+            Growing(),
+            r"Growing.step changes .* an empty dictionary to sum\.b of shape \(1,\), sum\.w of shape",
+        ),
     ],
 )
 def test_optimizer_that_would_train_nothing_is_refused(outer: Outer, said: str, theta: Params) -> None:

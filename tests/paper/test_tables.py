@@ -142,6 +142,26 @@ def test_several_runs_show_their_mean_range_and_both_intervals(tmp_path: Path) -
     assert row["command"] == "python train.py -m +experiment=sinusoid_10shot seed=0,1,2"
 
 
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        ((0.9, 1.0, 2.0), "worse"),  # one failed training; the interval over trainings reaches from -0.1 to 2.7
+        ((0.9, 1.0, 0.5), "reproduced"),  # the paper's 0.67 lies between runs
+        ((0.7, 1.0, 2.0), "reproduced"),  # the first run agrees by the interval over test tasks
+        ((0.2, 0.3, 0.5), "better"),
+    ],
+)
+def test_a_failed_training_does_not_make_a_number_reproduced(
+    tmp_path: Path, means: tuple[float, ...], expected: str
+) -> None:
+    for seed, mean in enumerate(means):
+        make_run(tmp_path, mean=mean, seed=seed)
+    comparison = compared(tmp_path)
+    found = comparison.statistics
+    assert found is not None and abs(found.mean - 0.67) <= found.ci95, "the interval over trainings holds the value"
+    assert comparison.verdict == expected
+
+
 @pytest.mark.parametrize(("means", "place"), [((0.6, 0.5), "none"), ((0.7, 0.8), "all"), ((0.6, 0.7), "1")])
 def test_place_of_the_papers_number_is_said_in_words(tmp_path: Path, means: tuple[float, float], place: str) -> None:
     for seed, mean in enumerate(means):

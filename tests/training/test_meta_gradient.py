@@ -296,6 +296,43 @@ def test_mean_over_tasks_is_refused() -> None:
         algorithms.gradient(algorithm, algorithm.theta, domain.sample_tasks(NUM_TASKS, Stream(2)))
 
 
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (torch.tensor(1.0), r"'mine' of shape \(\), but a metric is a tensor with an entry for each of 4 tasks"),
+        (torch.zeros(1), r"'mine' of shape \(1,\)"),
+        (1.0, "'mine' of type float"),
+    ],
+)
+def test_metric_without_an_entry_for_each_task_is_refused(metric: Any, message: str) -> None:
+    class Measuring(FixedExamples):
+        """A domain of a user whose metric has a mistake."""
+
+        def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:
+            return super().loss(outputs, data)[0], {"mine": metric}
+
+    domain = Measuring((1,), classes=False)
+    algorithm = build_from(MAML, domain, MLP((1,), 1, [6]), SGD(step_size=0.3, num_steps=1, order=2, adapt=["*"]))
+    with pytest.raises(MamlError, match=f"MAML on Measuring has a metric {message}"):
+        algorithms.gradient(algorithm, algorithm.theta, domain.sample_tasks(NUM_TASKS, Stream(2)))
+
+
+def test_losses_that_do_not_depend_on_theta_are_refused() -> None:
+    class Detached(FixedExamples):
+        """A domain of a user whose loss is detached."""
+
+        def outer_loss(self, model: Any, params: Params, data: Examples) -> tuple[Tensor, Metrics]:
+            return super().outer_loss(model, params, data)[0].detach(), {}
+
+        def inner_loss(self, model: Any, params: Params, data: Examples) -> Tensor:
+            return super().outer_loss(model, params, data)[0]
+
+    domain = Detached((1,), classes=False)
+    algorithm = build_from(MAML, domain, MLP((1,), 1, [6]), SGD(step_size=0.3, num_steps=1, order=2, adapt=["*"]))
+    with pytest.raises(MamlError, match="the losses of MAML on Detached do not depend on theta"):
+        algorithms.gradient(algorithm, algorithm.theta, domain.sample_tasks(NUM_TASKS, Stream(2)))
+
+
 @pytest.mark.parametrize("returned", [None, torch.zeros(NUM_TASKS), (torch.zeros(NUM_TASKS),), (torch.zeros(2), None)])
 def test_losses_without_metrics_are_refused(returned: object) -> None:
     class Own(MAML):
