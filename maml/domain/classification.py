@@ -24,7 +24,7 @@ from maml.model.base import Model
 from maml.seeding import Stream
 from maml.types import Count, Examples, FilePath, Params, Split, Tasks
 
-# Largest number of pixels in a chunk of tasks on a CPU, support and query together: 80 images of Omniglot. Half of it
+# Number of pixels in a chunk of tasks on a CPU, about, support and query together: 80 images of Omniglot. Half of it
 # halves the memory, but 20-way tasks are then computed one at a time, no faster than by a plain loop
 # (scripts/bench_meta_gradient.py).
 _CHUNK_PIXELS = 80 * 28 * 28
@@ -132,7 +132,7 @@ class FewShotClassification(SupervisedDomain):
     def workload(self) -> Workload:
         """Threads share operations. Training may measure the best chunk; otherwise a chunk fits a CPU's cache."""
         images = self.num_ways * (self.num_shots + (self.num_query or self.num_shots))
-        chunk = max(1, _CHUNK_PIXELS // (math.prod(self.in_shape) * images))
+        chunk = max(1, round(_CHUNK_PIXELS / (math.prod(self.in_shape) * images)))
         return Workload(task_chunk=chunk, measure_chunk=True, threads="operations")
 
     @property

@@ -35,6 +35,7 @@ struct Sizes {
   int64_t out_height() const { return (height - 1) / stride + 1; }
   int64_t out_width() const { return (width - 1) / stride + 1; }
   int64_t pixels() const { return height * width; }
+  int64_t padded_size() const { return (height + 2) * (width + 2) * channels; }
   int64_t out_pixels() const { return out_height() * out_width(); }
 
   // Rows of y of a block: those of several examples, or a part of one's.
@@ -163,37 +164,78 @@ void pack(const T* kernels, int64_t tap_stride, int64_t inputs, int64_t input_st
   }
 }
 
-// Copies the windows of neighbouring results of an example, (count, 9 * channels), with the border's zeros.
+// How images with few channels are read: from a copy with a border of zeros, (H + 2, W + 2, C).
+struct Windows {
+  std::vector<int64_t> first;   // where the window of each result starts
+  std::vector<int64_t> offset;  // where its 9 * channels values lie, from there
+};
+
+Windows find_windows(const Sizes& sizes) {
+  const int64_t width = (sizes.width + 2) * sizes.channels;
+  Windows windows;
+  for (int64_t result = 0; result < sizes.out_pixels(); ++result)
+    windows.first.push_back(sizes.stride * (result / sizes.out_width() * width +
+                                            result % sizes.out_width() * sizes.channels));
+  for (int64_t row = 0; row < 3; ++row)
+    for (int64_t i = 0; i < 3 * sizes.channels; ++i) windows.offset.push_back(row * width + i);
+  return windows;
+}
+
+// Copies an image into the middle of zeros.
 template <class T>
-void gather(const Sizes& sizes, const T* image, int64_t result, int64_t count, T* windows) {
-  for (int64_t end = result + count; result < end; ++result) {
-    const int64_t row = result / sizes.out_width() * sizes.stride - 1;
-    const int64_t col = result % sizes.out_width() * sizes.stride - 1;
-    for (int64_t i = row; i < row + 3; ++i)
-      for (int64_t j = col; j < col + 3; ++j)
-        for (int64_t c = 0; c < sizes.channels; ++c) {
-          const bool is_inside = i >= 0 && i < sizes.height && j >= 0 && j < sizes.width;
-          *windows++ = is_inside ? image[(i * sizes.width + j) * sizes.channels + c] : T(0);
-        }
-  }
+void pad(const Sizes& sizes, const T* image, T* padded) {
+  const int64_t line = sizes.width * sizes.channels, padded_line = line + 2 * sizes.channels;
+  for (int64_t row = 0; row < sizes.height; ++row)
+    std::copy_n(image + row * line, line, padded + (row + 1) * padded_line + sizes.channels);
 }
 
 // Adds x * w to y, for some examples of a task with few channels. The nine matrices are one, (9 * channels, outputs).
 template <class T>
-void convolve_narrow(const Sizes& sizes, const T* x, const T* matrix, int64_t examples, T* y) {
+void convolve_narrow(const Sizes& sizes, const Windows& windows, const T* x, const T* matrix, int64_t examples,
+                     T* padded, T* y) {
   const int64_t inputs = 9 * sizes.channels, columns = sizes.outputs;
+  const int64_t* offset = windows.offset.data();
   for (int64_t example = 0; example < examples; ++example) {
+    pad(sizes, x + example * sizes.pixels() * sizes.channels, padded);
+    T* results = y + example * sizes.out_pixels() * columns;
     each_tile<T, kRows>(0, sizes.out_pixels(), columns, [&](auto form, int64_t result, int64_t column) {
       using Form = decltype(form);
-      T windows[Form::P * 9 * kNarrow];
-      gather(sizes, x, result, Form::P, windows);
+      const T* window[Form::P];
+      for (int p = 0; p < Form::P; ++p) window[p] = padded + windows.first[result + p];
       add_product<T, Form>(
-          inputs, [&](int p, int64_t i) { return windows[p * inputs + i]; },
+          inputs, [&](int p, int64_t i) { return window[p][offset[i]]; },
           [&](int64_t i) { return matrix + i * columns + column; },
-          [&](int p) { return y + (result + p) * columns + column; });
+          [&](int p) { return results + (result + p) * columns + column; });
     });
-    x += sizes.pixels() * sizes.channels;
-    y += sizes.out_pixels() * columns;
+  }
+}
+
+// Adds the gradient of the kernels of a task with few channels: rows first to last of the matrix (9 * channels,
+// outputs), whose outputs lie next to each other in memory.
+template <class T>
+void weight_gradient_narrow(const Sizes& sizes, const Windows& windows, const T* y, const T* x, int64_t first,
+                            int64_t last, T* padded, T* kernels) {
+  const int64_t columns = sizes.outputs, block = std::max<int64_t>(1, kBlockBytes / (columns * sizeof(T)));
+  for (int64_t example = 0; example < sizes.examples; ++example) {
+    pad(sizes, x + example * sizes.pixels() * sizes.channels, padded);
+    for (int64_t result = 0; result < sizes.out_pixels(); result += block) {
+      const int64_t count = std::min(block, sizes.out_pixels() - result);
+      const int64_t* window = windows.first.data() + result;
+      const T* grad = y + (example * sizes.out_pixels() + result) * columns;
+      each_tile<T, 2 * kRows>(first, last, columns, [&](auto form, int64_t at, int64_t column) {
+        using Form = decltype(form);
+        const T* values[Form::P];
+        T* targets[Form::P];
+        for (int p = 0; p < Form::P; ++p) {
+          const int64_t tap = (at + p) / sizes.channels, channel = (at + p) % sizes.channels;
+          values[p] = padded + windows.offset[at + p];
+          targets[p] = kernels + tap * sizes.tap_stride + channel * sizes.channel_stride + column;
+        }
+        add_product<T, Form>(
+            count, [&](int p, int64_t i) { return values[p][window[i]]; },
+            [&](int64_t i) { return grad + i * columns + column; }, [&](int p) { return targets[p]; });
+      });
+    }
   }
 }
 
@@ -238,11 +280,12 @@ void convolve(const Sizes& sizes, const T* in, const T* kernels, T* out) {
   const int64_t out_size = (kGradient ? sizes.pixels() : sizes.out_pixels()) * columns;
   const bool is_narrow = !kGradient && inputs <= kNarrow, is_packed = is_narrow || column_stride != 1;
   const Taps taps = find_taps(sizes, is_narrow ? 0 : sizes.block_examples(sizeof(T)));
+  const Windows windows = is_narrow ? find_windows(sizes) : Windows();
   // Where tasks cannot be divided evenly, threads share the examples of each.
   const int64_t parts = sizes.tasks % sizes.num_threads ? std::min(sizes.examples, sizes.num_threads) : 1;
 #pragma omp parallel num_threads(sizes.num_threads) if (sizes.num_threads > 1)
   {
-    std::vector<T> packed(is_packed ? 9 * inputs * columns : 0);
+    std::vector<T> packed(is_packed ? 9 * inputs * columns : 0), padded(is_narrow ? sizes.padded_size() : 0);
 #pragma omp for
     for (int64_t item = 0; item < sizes.tasks * parts; ++item) {
       const int64_t task = item / parts, part = item % parts;
@@ -256,7 +299,7 @@ void convolve(const Sizes& sizes, const T* in, const T* kernels, T* out) {
         own = packed.data();
       }
       if (is_narrow)
-        convolve_narrow(sizes, source, own, last - first, target);
+        convolve_narrow(sizes, windows, source, own, last - first, padded.data(), target);
       else
         convolve_wide<T, kGradient>(sizes, taps, source, own, is_packed ? inputs * columns : sizes.tap_stride,
                                     is_packed ? columns : input_stride, last - first, target);
@@ -268,12 +311,14 @@ void convolve(const Sizes& sizes, const T* in, const T* kernels, T* out) {
 template <class T>
 void weight_gradient(const Sizes& sizes, const T* y, const T* x, T* kernels) {
   const bool by_channel = sizes.channel_stride == 1;
+  const bool is_narrow = sizes.channels <= kNarrow && sizes.output_stride == 1;
   const int64_t rows = by_channel ? sizes.outputs : sizes.channels;
   const int64_t columns = by_channel ? sizes.channels : sizes.outputs;
   const int64_t row_stride = by_channel ? sizes.output_stride : sizes.channel_stride;
   const int64_t left_size = (by_channel ? sizes.out_pixels() : sizes.pixels()) * rows;
   const int64_t right_size = (by_channel ? sizes.pixels() : sizes.out_pixels()) * columns;
-  const Taps taps = find_taps(sizes, sizes.block_examples(sizeof(T)));
+  const Taps taps = find_taps(sizes, is_narrow ? 0 : sizes.block_examples(sizeof(T)));
+  const Windows windows = is_narrow ? find_windows(sizes) : Windows();
   // Where tasks cannot be divided evenly, threads share the taps of each.
   const int64_t parts = sizes.tasks % sizes.num_threads ? 9 : 1;
 #pragma omp parallel for num_threads(sizes.num_threads) if (sizes.num_threads > 1)
@@ -282,6 +327,13 @@ void weight_gradient(const Sizes& sizes, const T* y, const T* x, T* kernels) {
     T* own = kernels + task * sizes.task_stride;
     for (int64_t number = first; number < last; ++number)
       for (int64_t i = 0; i < rows; ++i) std::fill_n(own + number * sizes.tap_stride + i * row_stride, columns, T(0));
+    if (is_narrow) {
+      std::vector<T> padded(sizes.padded_size());
+      weight_gradient_narrow(sizes, windows, y + task * sizes.examples * sizes.out_pixels() * sizes.outputs,
+                             x + task * sizes.examples * sizes.pixels() * sizes.channels, first * sizes.channels,
+                             last * sizes.channels, padded.data(), own);
+      continue;
+    }
     each_block(sizes, sizeof(T), sizes.examples, [&](int64_t example, int64_t row, int64_t end) {
       const T* left = (by_channel ? y : x) + (task * sizes.examples + example) * left_size;
       const T* right = (by_channel ? x : y) + (task * sizes.examples + example) * right_size;

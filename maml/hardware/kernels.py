@@ -147,6 +147,7 @@ def _compile(compiler: str, path: Path) -> None:
             if result.returncode == 0:
                 break
         result.check_returncode()
+        ctypes.CDLL(str(made))  # a library that cannot be loaded is not kept
         made.replace(path)  # another process may do the same; each of them leaves a whole file
 
 
@@ -165,6 +166,7 @@ def _fingerprint(compiler: str) -> str:
     parts = [
         *(source.read_text() for source in _SOURCES),
         str(_FLAGS),
+        compiler,
         os.path.realpath(compiler),
         platform.machine(),
         processor,

@@ -79,6 +79,19 @@ def test_a_compiler_that_fails_is_quoted(
     assert list(cache.iterdir()) == []
 
 
+def test_a_library_that_cannot_be_loaded_is_not_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = cache.parent / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho no library > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with caplog.at_level(logging.WARNING):
+        assert kernels.library() is None
+    assert "cannot compile the kernels" in caplog.text
+    assert list(cache.iterdir()) == []
+
+
 def test_without_a_folder_for_the_cache_there_is_a_warning_and_no_library(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
