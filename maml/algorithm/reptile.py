@@ -26,7 +26,7 @@ class Reptile(Algorithm):
     Args:
         parts: the domain, model, optimizers and stream.
         num_examples: number of support examples per mini-batch in training.
-        num_test_examples: number of support examples per mini-batch in meta-test; a smaller support set is used whole.
+        num_test_examples: number of support examples per mini-batch in meta-test.
 
     Raises:
         MamlError: if nothing in the domain adapts by gradient steps, or training takes none.
@@ -120,12 +120,11 @@ class Reptile(Algorithm):
 
 
 def _draw_minibatches(stream: Stream, num_steps: int, num_support: int, num_examples: int) -> Tensor:
-    """Returns positions in the support set for each inner step, ``(..., num_steps, min(num_examples, num_support))``.
+    """Returns positions in the support set for each inner step, ``(..., num_steps, num_examples)``.
 
-    The support set is passed over in a new order each time. A mini-batch may span the end of one pass and the start of
-    the next.
+    The support set is passed over in a new order each time. A mini-batch may span several passes: 15 of 5 examples have
+    each of them three times, as in the authors' code.
     """
-    num_examples = min(num_examples, num_support)
     size = num_steps * num_examples
     passes = range(max(1, -(-size // num_support)))
     orders = torch.cat([stream.child(number).choice((), num_support, num_support) for number in passes], dim=-1)
