@@ -617,7 +617,7 @@ def supersede_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     supersede(run, other, options.reason)
     print(
         f"{run.path} is left out from now on. Its command would still find it finished; to run it again, delete the "
-        "folder, by hand or with `prune --yes`. To remove the mark: supersede --undo"
+        "folder by hand, or with `prune --yes`, which deletes nothing in results/. To remove the mark: supersede --undo"
     )
 
 

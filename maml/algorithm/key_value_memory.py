@@ -70,7 +70,7 @@ class Memory(NamedTuple):
             is_right = has_label.gather(2, slots)
             ages = self.ages.unsqueeze(1).masked_fill(~has_label, torch.inf)
             last = ages.argmin(2, keepdim=True)
-            # The last slot may be among the neighbours already, which changes nothing: the best one counts.
+            # The last slot may be a neighbour already. That changes nothing, because only the best slot counts.
             right_slots, right_near = torch.cat([slots, last], 2), torch.cat([near, similarities.gather(2, last)], 2)
             is_known = torch.cat([is_right, has_label.gather(2, last)], 2)
         right = self._product_with_best(queries, right_slots, right_near, is_known)

@@ -75,7 +75,7 @@ class Matching(Embedding):
             support = _read_in_both_directions(params, support)
             query = self._attend(params, support, query)
         similarity = self._similarity(query, support) / self._temperature(params, len(query))
-        # The log of a sum of attention is a logsumexp of similarities, but for the log of all attention's sum.
+        # The logsumexp of similarities is the log of the class's attention, plus a term that all classes share.
         return self._sum_over_shots(similarity.unflatten(2, shots), 2)
 
     def _temperature(self, params: Params, num_tasks: int) -> Tensor | float:

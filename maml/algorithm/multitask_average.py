@@ -229,7 +229,7 @@ class MultitaskAverage(Algorithm):
                 continue
             with torch.no_grad():
                 query_errors = self.domain.outer_loss(self.model, params, self.domain.data(tasks, "query"))[0]
-            # A regressor that is trained stays as it is, though it may still be part of the batch.
+            # A regressor whose error is small enough stays as it is, also while the batch still contains it.
             is_better = (query_errors < errors[active]) & ~(errors[active] < self.max_error)
             _write(best, active[is_better], select_entries(params, is_better))
             errors[active[is_better]] = query_errors[is_better]

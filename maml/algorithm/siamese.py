@@ -43,7 +43,7 @@ class Siamese(Embedding):
         """
         num_blocks = query.shape[1] // support.shape[2]
         blocks = query.unflatten(1, (num_blocks, -1))
-        # With several shots, a support image that is fine-tuned on has another one of its class as partner.
+        # In fine-tuning the query images are the support images. With several shots, each is paired with another image.
         shots = torch.arange(1, num_blocks + 1, device=query.device) % support.shape[1]
         partners = support[:, shots]
         logits = torch.cat(

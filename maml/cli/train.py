@@ -107,7 +107,10 @@ def main() -> None:
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:  # before or after training, when there is nothing to save
         if is_rank_zero:
-            print("stopped by SIGINT; run the same command again to continue from the last checkpoint", file=sys.stderr)
+            print(
+                "stopped by SIGINT; the same command goes on from the newest checkpoint, if there is one",
+                file=sys.stderr,
+            )
         sys.exit(130)
     except Exception as error:
         is_from_run = any(error is raised for raised in _raised) or type(error.__cause__).__name__ == "_RemoteTraceback"

@@ -163,7 +163,7 @@ def _check_part(path: str, value: Any, annotation: Any, allow: Sequence[str] | N
         return [f"{path} has no _target_; choose one of the files in conf/{path}/"]
     named, is_partial = f"{path}._target_={value['_target_']}", value.get("_partial_", False)
     try:
-        # A function may make the object where one is asked for that can be called.
+        # With _partial_, the target may be a function that makes the object.
         target = (locate_callable if is_partial else locate)(value["_target_"], allow)
     except MamlError as error:
         return [f"{path}: {error}"]

@@ -167,7 +167,7 @@ class FewShotClassification(SupervisedDomain):
         return self.splits[split]
 
     def _upright(self, classes: Tensor) -> Tensor:
-        """Returns the classes of which these are turned copies, or which they are."""
+        """Returns the upright class of each: the one that it is a turned copy of, or itself."""
         return classes % self.num_upright if self.has_turned_classes else classes
 
     def to(self, device: torch.device) -> None:

@@ -79,7 +79,7 @@ class _Range:
 class _Listed:
     """Values that are equally likely.
 
-    A goal holds the value; or its position, if not all values are numbers that differ as a goal holds them.
+    A goal holds the value. It holds the value's position if one is no number, or two are one number in float32.
     """
 
     def __init__(self, values: Sequence[Value]) -> None:

@@ -77,7 +77,7 @@ class ImageFolder(FewShotClassification):
         return data, {split: torch.tensor([numbers[name] for name in found]) for split, found in splits.items()}
 
     def _draw_images(self, classes: Tensor, count: int, stream: Stream) -> Tensor:
-        if self.counts is None:  # equal classes may be large too, and the base class then is slow
+        if self.counts is None:  # the base class is slow for large classes
             return choice_of_each(stream, torch.full_like(classes, self.num_images), self.num_images, count)
         return super()._draw_images(classes, count, stream)
 

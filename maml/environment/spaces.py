@@ -18,7 +18,7 @@ def distribution_of(space: gymnasium.Space | None) -> Distribution:
     """Returns the distribution of actions in a space.
 
     Raises:
-        MamlError: if no policy here gives such actions. It begins with the space.
+        MamlError: if no policy here gives such actions. The message begins with the space.
     """
     if isinstance(space, Discrete):
         return Categorical(int(space.n))
@@ -49,7 +49,7 @@ def with_vectors(environment: gymnasium.Env) -> gymnasium.Env:
         environment: an environment whose actions have a distribution.
 
     Raises:
-        MamlError: if observations cannot be flattened. It begins with the space.
+        MamlError: if observations cannot be flattened. The message begins with the space.
     """
     space: Any = environment.action_space
     if isinstance(space, Discrete):

@@ -53,7 +53,7 @@ def extend_finished_run(folder: RunFolder) -> Path | None:
     staging = copies / f"{path.name}_{uuid.uuid4().hex}"  # of this process alone
     try:
         staging.mkdir(parents=True)
-        # The last iteration of a run is logged in any case; this one would not have been.
+        # The shorter run logged its last iteration in any case. A run that goes on logs it only if log_every says so.
         done = saved["iteration"]
         is_regular = done % record["segments"][-1].get("log_every", 1) == 0
         regular = lines if is_regular else [line for line in lines if line["iteration"] < done]

@@ -283,7 +283,7 @@ def _wrong_number(config: DictConfig) -> str:
 def _undirected_search(config: DictConfig) -> str:
     """Returns why it is not known whether a search has to raise or lower its number; empty if it is known."""
     sweeper: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
-    if str(sweeper.get("direction")).startswith("${direction:"):  # which is that of the domain without swept overrides
+    if str(sweeper.get("direction")).startswith("${direction:"):  # resolved without the swept overrides
         for override in OverridesParser.create().parse_overrides(_swept(config)):
             if override.is_sweep_override() and (key := override.key_or_group) in ("experiment", "domain"):
                 return (

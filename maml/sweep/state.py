@@ -179,7 +179,7 @@ class SweepReader:
         job = replace(job, folder=folder)
         try:
             found = find_report(folder, run["run_id"], run["evaluation"], unfinished=record["mode"] == "eval")
-            if found:  # an error is then that of another seed
+            if found:  # this seed was evaluated, so the error belongs to another seed
                 report, where = found
                 job = replace(job, report=report, problem="", folder=where, state="finished")
                 return replace(job, iteration=report["iteration"], seconds=record["seconds"])

@@ -268,7 +268,9 @@ def stop_at_once(number: int, frame: FrameType | None = None) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Interrupted(
-        f"stopped by {signal.Signals(number).name}; training so far is saved: the same command resumes", number
+        f"stopped by {signal.Signals(number).name}; the same command goes on from the newest checkpoint, if there is "
+        "one",
+        number,
     )
 
 
