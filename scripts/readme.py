@@ -17,7 +17,7 @@ from maml.cli.scripts import exit_with
 from maml.config.paths import RESULTS, ROOT
 from maml.errors import MamlError
 from maml.paper.cells import load_tables
-from maml.paper.evidence import find_evidence
+from maml.paper.evidence import find_evidence, provenance
 from maml.paper.tables import Comparison, printed_value, reading_text, verdict_markdown
 from maml.record.atomic import write_text_atomically
 from maml.record.index import find_runs
@@ -86,7 +86,7 @@ def _row(comparison: Comparison) -> list[str]:
     runs = comparison.runs_text or "1"
     if evidence.progress:
         runs += f", stopped at {evidence.progress}"
-    command = f"`{cell.source.command([])}`"
+    command = f"`{provenance(cell.source, evidence)['command']}`"
     ours = reading_text(*comparison.ours, cell.decimals)
     judged = verdict_markdown(comparison.verdict, comparison.reason, "results/notes.md")
     return [printed_value(cell), ours, judged, runs, command]

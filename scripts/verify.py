@@ -224,7 +224,7 @@ def judge(committed: Mapping[int, Reading], reevaluation: Reevaluation, elsewher
             worst, text = difference, f"{_format_mean(mean)} {_at(step, measured_by)}"
     if len(committed) > 1:
         text = f"{len(committed)} {measured_by}s, with the largest difference at {text}"
-    match = "exactly the committed number" if worst == 0 else f"{worst:.3g} from the committed number"
+    match = "exactly the run's committed number" if worst == 0 else f"{worst:.3g} from the run's committed number"
     return True, f"{text}, {match} ({_explain_tolerance(tolerance(reading, reevaluation), exact, reevaluation)})"
 
 

@@ -217,7 +217,8 @@ class _Page:
         segments = [segment for run in runs.values() for segment in run.record.segments]
         newest = max(segments, key=lambda segment: segment.started)
         count = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
-        return f"Rendered from {count}; the newest was trained at commit {newest.commit_name} on {newest.started[:10]}."
+        day = newest.started[:10]
+        return f"The numbers come from {count}; the newest was trained at commit {newest.commit_name} on {day}."
 
     def table(self, table: Table, comparisons: Sequence[Comparison]) -> Markup:
         """Returns a table in the paper's layout, and a panel for each of its cells."""

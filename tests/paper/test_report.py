@@ -164,7 +164,7 @@ def test_page_names_the_newest_commit_and_date_of_its_runs(tmp_path: Path) -> No
     record = json.loads((folder / "run.json").read_text())
     later = record["segments"][0] | {"started": "2026-02-03T04:05:06+00:00", "commit": "abcdef0123", "dirty": False}
     edit(folder / "run.json", segments=[*record["segments"], later])
-    assert "Rendered from 2 runs; the newest was trained at commit abcdef0 on 2026-02-03." in report(tmp_path)
+    assert "The numbers come from 2 runs; the newest was trained at commit abcdef0 on 2026-02-03." in report(tmp_path)
 
 
 def test_numbers_of_several_runs_have_their_range_beside_them(page: Path) -> None:
