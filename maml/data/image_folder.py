@@ -57,6 +57,8 @@ def list_splits(root: Path, split: str | Sequence[float] | None) -> dict[Split, 
                 f"{root} has no folders train/ and test/, each with a folder for each class; make them, or set "
                 "domain.split=[0.6,0.2,0.2] to share out the classes of one folder"
             )
+        if others := [entry.path for entry in _visible(root) if entry.is_dir() and entry.name not in SPLITS]:
+            warnings.warn(f"{first_ten(others)}: not train/, val/ or test/, so left out", stacklevel=2)
         found = {one: _list_classes(root / one) for one in SPLITS if (root / one).is_dir()}
         _check_disjoint([(name, one) for one, classes in found.items() for name in classes])
         return {one: {f"{one}/{name}": files for name, files in found[one].items()} for one in found}
@@ -69,11 +71,12 @@ def list_splits(root: Path, split: str | Sequence[float] | None) -> dict[Split, 
 
 def _list_classes(folder: Path) -> dict[str, dict[str, File]]:
     """Returns the pictures of each class, both sorted by name. Hidden files and folders do not count."""
-    classes = {}
+    classes, loose = {}, []
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for cls in _visible(folder):
         _check_link(cls)
         if not cls.is_dir():
+            loose += [cls.path] * (os.path.splitext(cls.name)[1].lower() in endings)
             continue
         if not _is_text(cls.name):
             raise MamlError(
@@ -92,6 +95,8 @@ def _list_classes(folder: Path) -> dict[str, dict[str, File]]:
         if others := [file.path for file in files if not kinds[file.name] and file.name not in _NO_PICTURES]:
             warnings.warn(f"{first_ten(others)}: by the name no picture that Pillow reads, so left out", stacklevel=2)
         classes[cls.name] = {file.name: file_on_disk(file.path) for file in files if kinds[file.name]}
+    if loose:
+        warnings.warn(f"{first_ten(loose)}: in no folder of a class, so left out", stacklevel=2)
     if not classes:
         raise MamlError(f"{folder} has no folders; put the pictures of each class into a folder of its own there")
     return classes

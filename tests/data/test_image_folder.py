@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from unittest.mock import Mock
@@ -175,6 +176,20 @@ def test_hidden_files_and_those_of_systems_do_not_count_and_others_cause_a_warni
     (tmp_path / "own" / "bee" / "photo.heic").touch()
     with pytest.warns(UserWarning, match=r"bee/photo\.heic: by the name no picture that Pillow reads"):
         load(tmp_path / "own", tmp_path / "cache")
+
+
+def test_pictures_outside_of_classes_and_splits_cause_a_warning(tmp_path: Path) -> None:
+    make_splits(tmp_path)
+    shutil.copytree(tmp_path / "test", tmp_path / "valid")
+    with pytest.warns(UserWarning, match=r"valid: not train/, val/ or test/, so left out"):
+        splits = list_splits(tmp_path, None)
+    assert "val" not in splits
+    shutil.rmtree(tmp_path / "valid")
+    loose = tmp_path / "test" / "loose.png"
+    shutil.copy(next((tmp_path / "test").glob("*/*.png")), loose)
+    (tmp_path / "test" / "notes.txt").touch()
+    with pytest.warns(UserWarning, match=r"test/loose\.png: in no folder of a class, so left out"):
+        assert list_splits(tmp_path, None) == splits
 
 
 def test_pictures_that_cannot_be_read_are_named(tmp_path: Path) -> None:
