@@ -13,9 +13,10 @@ from hydra.utils import get_class
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
-from maml.errors import Interrupted
+from maml.errors import Interrupted, MamlError
 from maml.experiment import build_algorithm
 from maml.hardware.base import Hardware
+from maml.inner.sgd import SGD
 from maml.outer.base import Objective
 from maml.record import checkpoint
 from maml.types import Tasks
@@ -75,6 +76,15 @@ def test_stopped_run_resumes_bit_exactly(
     assert checkpoint.load(folder / "checkpoint.pt")["iteration"] == 5
     runs.run(*overrides)
     assert_same_run(folder, runs.in_folder("whole").run(*overrides))
+
+
+@pytest.mark.parametrize("learnt", [None, {"step_size": torch.zeros(1)}])
+def test_wrong_return_of_init_learned_is_an_error_before_training(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, learnt: Any
+) -> None:
+    monkeypatch.setattr(SGD, "init_learned", lambda *arguments: learnt)
+    with pytest.raises(MamlError, match=r"SGD\.init_learned has to return a dictionary .* start with 'inner\.'"):
+        tiny.run()
 
 
 def with_numbered_head(value: Any, number: int) -> Any:
