@@ -13,6 +13,7 @@ import torch
 
 from maml.config.identity import training_config
 from maml.config.schema import Settings
+from maml.config.source import code_hashes
 from maml.digest import digest
 from maml.errors import MamlError
 from maml.hardware.base import Execution, Hardware
@@ -39,6 +40,8 @@ _SLOWER_THAN_BEST, _SLOWER_THAN_BEST_ON_CPU = 1.1, 1.4
 # How threads divide the work, as `Execution.thread_chunks` says.
 SHARED, DIVIDED = "threads share each operation", "each thread has its own"
 _UNRELATED_KEYS = ("outer.", "seed", "num_iterations")  # training settings that do not change the speed
+# Folders of the package whose code decides how fast a task is. What was measured with other code does not count.
+_CODE = ("hardware", "inner", "model", "training")
 
 
 def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware, settings: Settings) -> Execution:
@@ -69,6 +72,7 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
     measured_for |= {f"hardware.{name}": value for name, value in hardware.describe().items()}
     measured_for |= {"execution": replace(execution, task_chunk=None).as_dict(), "versions": versions()}
     measured_for |= {"num_tasks": num_tasks(tasks), "num_seeds": len(iterate.algorithms)}
+    measured_for |= {"code": _code_hash(), "own_code": code_hashes(settings)}
     path = Path(settings.cache_dir) / "execution" / f"{digest(measured_for)}.json"
     measured = _read_cache(path)
     if measured is None:
@@ -91,6 +95,12 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
     best = min(seconds.values())
     chunk = min(size for size, value in seconds.items() if value <= _AS_GOOD * best)
     return replace(execution, task_chunk=chunk, thread_chunks=way == DIVIDED)
+
+
+def _code_hash() -> str:
+    package = Path(__file__).parents[1]
+    files = [path for folder in _CODE for kind in ("py", "cpp") for path in (package / folder).glob(f"*.{kind}")]
+    return digest({str(path.relative_to(package)): path.read_text(encoding="utf-8") for path in files})
 
 
 def measure_seconds_per_task(iterate: Iteration, num_threads: int = 1) -> dict[int, float]:

@@ -174,6 +174,25 @@ def test_measuring_changes_nothing_and_is_remembered(tiny_images: TinyRuns, monk
     assert len(calls) == 2, "a damaged file is measured anew"
 
 
+def test_measurement_with_other_code_does_not_count(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterate = iteration("omniglot_5way_1shot", 2, cache_dir, torch.device("cpu"))
+    config, _ = compose(["+experiment=omniglot_5way_1shot", "hardware=cpu", f"cache_dir={tmp_path}"])
+
+    def chunk(fastest: int) -> int | None:
+        measured = dict.fromkeys([1, 2], 0.2) | {fastest: 0.1}
+        monkeypatch.setattr(autotune, "measure_seconds_per_task", lambda iterate: measured)
+        return tune_execution(iterate, Execution(1, 2, False), Hardware("cpu"), config).task_chunk
+
+    assert chunk(1) == 1
+    assert chunk(2) == 1, "it was measured before"
+    monkeypatch.setattr(autotune, "_CODE", ("hardware",))
+    assert chunk(2) == 2
+    monkeypatch.setattr(autotune, "code_hashes", lambda settings: {"own.Model": "changed"})
+    assert chunk(1) == 1
+
+
 @pytest.mark.parametrize("setting", ["num_iterations=10", "hardware.task_chunk=2"])
 def test_nothing_is_measured_where_it_does_not_pay_or_is_not_asked_for(
     setting: str, tiny_images: TinyRuns, monkeypatch: pytest.MonkeyPatch
