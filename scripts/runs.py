@@ -115,9 +115,17 @@ def _parser() -> argparse.ArgumentParser:
     mirror_parser.add_argument("--mode", help="online, offline or auto (default: auto, online if logged in)")
 
     prune_parser = command("prune", prune_runs, "delete superseded runs, and failed runs in which nothing was saved")
-    prune_parser.add_argument("--days", type=float, default=7, help="least age of a failed run in days (default: 7)")
+    prune_parser.add_argument("--days", type=_days, default=7, help="least age of a failed run in days (default: 7)")
     prune_parser.add_argument("--yes", action="store_true", help="delete the runs instead of only listing them")
     return parser
+
+
+def _days(text: str) -> float:
+    """Parses an age in days."""
+    days = float(text)
+    if not days >= 0:  # NaN is not
+        raise argparse.ArgumentTypeError(f"{text} is no age in days; give 0 or more")
+    return days
 
 
 def _add_list_options(parser: argparse.ArgumentParser) -> None:
@@ -604,10 +612,14 @@ def supersede_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Marks a run, or removes the mark."""
     run = find(options.run, runs)
     if options.undo:
+        if options.by or options.reason:
+            raise MamlError("--undo removes the mark, so --by and --reason have no meaning; leave them out")
+        if not run.superseded:
+            raise MamlError(f"{run.path} is evidence: it has no mark to remove")
         (run.path / SUPERSEDED).unlink(missing_ok=True)
         print(f"{run.path} is evidence again")
         return
-    if not (options.by or options.reason):
+    if not (options.by or options.reason.strip()):
         raise MamlError("name the run that replaces it with --by RUN, or give the reason with --reason TEXT")
     other = find(options.by, runs) if options.by else None
     if other and other.path.samefile(run.path):

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         try:
             own, words = split_config_dirs(rest)
+            if missing := [str(folder) for folder in own if not folder.is_dir()]:
+                raise MamlError(f"--config-dir: there is no folder {' and no folder '.join(missing)}")
             if len(words) > 1:
                 raise MamlError(f"maml {command} takes one word, but there are {len(words)}: {' '.join(words)}")
             print((show.experiments if command == "list" else show.description)("".join(words), own), flush=True)

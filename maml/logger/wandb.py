@@ -18,10 +18,19 @@ from maml.types import FIRST_STEP, MeasuredBy, Text
 
 
 def _project_name(name: str) -> str:
-    r"""Without / \ # ? % and :."""
+    r"""At most 128 characters, without / \ # ? % and :."""
+    if len(name) > 128:
+        raise ValueError(f"the name of a W&B project has at most 128 characters, this one has {len(name)}")
     if wrong := sorted({*name} & {*"/\\#?%:"}):
         raise ValueError(f"the name of a W&B project has no {' '.join(wrong)}")
     return name
+
+
+def _tag(tag: str) -> str:
+    """1 to 64 characters."""
+    if not 1 <= len(tag) <= 64:
+        raise ValueError(f"a W&B tag has 1 to 64 characters, this one has {len(tag)}")
+    return tag
 
 
 # One start at a time: the first run that finds the server unreachable switches the whole process to offline.
@@ -63,7 +72,7 @@ class WandB(Mirror):
         project: Annotated[Text, AfterValidator(_project_name)] = "maml",
         entity: Text | None = None,
         group: Text | None = None,
-        tags: Sequence[str] = (),
+        tags: Sequence[Annotated[str, AfterValidator(_tag)]] = (),
         mode: Literal["auto", "online", "offline"] = "auto",
     ) -> None:
         self.project, self.entity, self.group, self.tags, self.mode = project, entity, group, tags, mode

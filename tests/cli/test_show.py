@@ -65,6 +65,12 @@ def test_describe_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "num_iterations" in printed(capsys, "describe", "+experiment=sinusoid_10shot")
 
 
+def test_missing_folder_of_own_configs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    for words in (["list"], ["describe", "logger"]):
+        assert refused(*words, "--config-dir", "nowhere").startswith("--config-dir: there is no folder nowhere")
+
+
 def test_own_options_and_experiments_are_shown_beside_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -400,9 +400,20 @@ def test_hanging_wandb_is_left_behind(
     assert len(warned(caplog)) == 1
 
 
-def test_project_with_a_name_that_wandb_refuses_is_refused_before_training(tiny: TinyRuns) -> None:
-    with pytest.raises(MamlError, match=r"logger\.project='a/b': the name of a W&B project has no /"):
-        tiny.config("logger=wandb", "logger.project=a/b")
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("logger.project=a/b", r"logger\.project='a/b': the name of a W&B project has no /"),
+        (f"logger.project={'a' * 129}", "the name of a W&B project has at most 128 characters, this one has 129"),
+        ("logger.tags=['']", r"logger\.tags.*: a W&B tag has 1 to 64 characters, this one has 0"),
+        (f"logger.tags=[a,{'b' * 65}]", r"logger\.tags.*: a W&B tag has 1 to 64 characters, this one has 65"),
+    ],
+    ids=["slash", "long project", "empty tag", "long tag"],
+)
+def test_names_that_wandb_refuses_are_refused_before_training(tiny: TinyRuns, setting: str, message: str) -> None:
+    with pytest.raises(MamlError, match=message):
+        tiny.config("logger=wandb", setting)
+    tiny.config("logger=wandb", f"logger.project={'a' * 128}", f"logger.tags=[{'b' * 64}]")
 
 
 def test_importing_the_logger_does_not_import_wandb() -> None:

@@ -429,10 +429,13 @@ def test_supersede_refuses_what_makes_no_sense(tmp_path: Path, run: Lines) -> No
     folder, other = make_run(tmp_path), make_run(tmp_path, seed=1)
     before = file_contents(tmp_path)
     assert "name the run that replaces it" in run("supersede", str(folder), status=1)[0]
+    assert "name the run that replaces it" in run("supersede", str(folder), "--reason", " ", status=1)[0]
+    assert "it has no mark to remove" in run("supersede", str(folder), "--undo", status=1)[0]
     assert "cannot replace itself" in run("supersede", str(folder), "--by", str(folder), status=1)[0]
     assert file_contents(tmp_path) == before
     run("supersede", str(folder), "--by", str(other))
     assert "is no longer evidence itself" in run("supersede", str(other), "--by", str(folder), status=1)[0]
+    assert "leave them out" in run("supersede", str(folder), "--undo", "--reason", "x", status=1)[0]
 
 
 def age(folder: Path, days: float) -> None:
@@ -479,6 +482,13 @@ def test_prune_deletes_superseded_runs_and_old_failed_ones_with_nothing_saved(
     assert len(run("prune", "--days", "0")) == 3
     run("prune", "--days", "0", "--yes")
     assert run("prune") == ["nothing to delete"]
+
+
+@pytest.mark.parametrize("days", ["nan", "-1"])
+def test_prune_refuses_an_age_that_is_none(days: str, run: Lines, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("prune", f"--days={days}")
+    assert "is no age in days; give 0 or more" in capsys.readouterr().err
 
 
 def test_prune_leaves_a_run_that_a_process_is_in(tmp_path: Path, run: Lines) -> None:
