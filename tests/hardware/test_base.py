@@ -55,7 +55,7 @@ def three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         (VECTORS, 100, Execution(1, None, False)),
         (VECTORS, 70_000, Execution(1, None, True)),
         (images(5, 1), 60_000, Execution(3, 8, False, kernels=True)),
-        (images(5, 5), 60_000, Execution(3, 1, False, kernels=True)),
+        (images(5, 5), 60_000, Execution(3, 2, False, kernels=True)),
         (images(20, 5), 60_000, Execution(3, 1, False, kernels=True)),
         (images(5, 1, MiniImagenet), 60_000, Execution(3, 1, False, kernels=True)),
         (images(5, 1, CifarFS), 60_000, Execution(3, 2, False, kernels=True)),
