@@ -66,29 +66,24 @@ def test_without_a_compiler_there_is_a_warning_and_no_library(
     assert not cache.exists()
 
 
-def test_a_compiler_that_fails_is_quoted(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    compiler = cache.parent / "broken"
-    compiler.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    with caplog.at_level(logging.WARNING):
-        assert kernels.library() is None
-    assert "it is broken" in caplog.text
-    assert list(cache.iterdir()) == []
-
-
-def test_a_library_that_cannot_be_loaded_is_not_kept(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo it is broken >&2\nexit 1\n", "it is broken"),
+        ('while [ "$1" != -o ]; do shift; done\necho no library > "$2"\n', "cannot compile the kernels"),
+    ],
+    ids=["fails", "makes no library"],
+)
+def test_a_compiler_that_does_not_work_is_quoted_and_leaves_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str, message: str
 ) -> None:
     compiler = cache.parent / "compiler"
-    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho no library > "$2"\n')
+    compiler.write_text(f"#!/bin/sh\n{script}")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with caplog.at_level(logging.WARNING):
         assert kernels.library() is None
-    assert "cannot compile the kernels" in caplog.text
+    assert message in caplog.text
     assert list(cache.iterdir()) == []
 
 
