@@ -120,7 +120,16 @@ def num_tasks(tasks: Tasks) -> int:
 
 def expand(params: Params, count: int) -> Params:
     """Returns ``count`` views of the same parameters along a leading task axis, ``(count, ...)``."""
-    return {name: value.expand(count, *value.shape) for name, value in params.items()}
+    return {name: _expand(value, count) for name, value in params.items()}
+
+
+def _expand(value: Tensor, count: int) -> Tensor:
+    if value.is_contiguous():
+        return value.expand(count, *value.shape)
+    # Its gradient is a sum over the copies, several times as fast if their axes are in the order of memory.
+    order = sorted(range(value.dim()), key=value.stride, reverse=True)
+    rows = value.permute(order)
+    return rows.expand(count, *rows.shape).permute(0, *(1 + order.index(axis) for axis in range(value.dim())))
 
 
 def without_copies(params: Params) -> Params:

@@ -30,6 +30,16 @@ def test_every_task_starts_at_a_view_of_theta_whose_gradients_add_up() -> None:
     assert [gradient.tolist() for gradient in gradients] == [[111.0, 111.0], 3.0]
 
 
+def test_copies_and_their_gradient_keep_the_order_of_memory() -> None:
+    kernel = torch.rand(2, 3, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    copies = expand({"w": kernel}, 5)["w"]
+    assert copies.data_ptr() == kernel.data_ptr() and all(torch.equal(copy, kernel) for copy in copies)
+    factors = torch.rand(5, 2, 3, 3, 3)
+    (gradient,) = torch.autograd.grad((copies * factors).sum(), kernel)
+    torch.testing.assert_close(gradient, factors.sum(0))
+    assert gradient.stride() == kernel.stride(), "sums and steps of mixed orders take several times as long"
+
+
 def test_entries_of_what_was_concatenated_are_the_parts() -> None:
     parts = [{"x": torch.rand(2, 3), "y": torch.rand(2)}, {"x": torch.rand(1, 3), "y": torch.rand(1)}]
     joined = concatenate(parts)

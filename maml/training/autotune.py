@@ -34,7 +34,7 @@ _REPETITIONS = 3
 _CONTENDERS = 2.5
 _SECONDS_IN_TURNS, _MOST_TURNS = 5.0, 20
 # The smallest size that takes up to this many times the best is chosen, because memory grows with the size.
-_AS_GOOD = 1.05
+_AS_GOOD, _AS_GOOD_ON_CPU = 1.05, 1.1
 # Measuring stops after two sizes in a row that are this many times slower than the best, on a GPU and on a CPU.
 _SLOWER_THAN_BEST, _SLOWER_THAN_BEST_ON_CPU = 1.1, 1.4
 # How threads divide the work, as `Execution.thread_chunks` says.
@@ -93,7 +93,8 @@ def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware,
     way = min(measured, key=lambda way: min(measured[way].values()))
     seconds = measured[way]
     best = min(seconds.values())
-    chunk = min(size for size, value in seconds.items() if value <= _AS_GOOD * best)
+    as_good = _AS_GOOD_ON_CPU if hardware.device.type == "cpu" else _AS_GOOD
+    chunk = min(size for size, value in seconds.items() if value <= as_good * best)
     return replace(execution, task_chunk=chunk, thread_chunks=way == DIVIDED)
 
 
