@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             own, words = split_config_dirs(rest)
             if missing := [str(folder) for folder in own if not folder.is_dir()]:
                 raise MamlError(f"--config-dir: there is no folder {' and no folder '.join(missing)}")
+            if options := [word for word in words if word.startswith("-")]:
+                raise MamlError(f"maml {command} has one option, --config-dir DIR; there is {' '.join(options)}")
             if len(words) > 1:
                 raise MamlError(f"maml {command} takes one word, but there are {len(words)}: {' '.join(words)}")
             print((show.experiments if command == "list" else show.description)("".join(words), own), flush=True)

@@ -127,7 +127,7 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         mujoco.mj_step(self.model, self.data, self.frame_skip)
         # After a step, the state is new, but forces and centres of mass are old; the authors' code updates them too.
         mujoco.mj_forward(self.model, self.data)
-        outcome = self.judge(self.data, self.data.warning.number, control, start, self.goal)
+        outcome = self.outcome(self.data, self.data.warning.number, control, start, self.goal)
         info = {"x_velocity": float(outcome.velocity), "unstable": bool(outcome.unstable)}
         return outcome.observation, float(outcome.reward), bool(outcome.terminated), False, info
 
@@ -181,7 +181,7 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
         raise NotImplementedError
 
     @np.errstate(invalid="ignore", over="ignore")
-    def judge(
+    def outcome(
         self, data: Any, warnings: NDArray[np.int32], control: NDArray[np.float64], start: Any, goal: Any
     ) -> Outcome:
         """Computes the result of a step.
@@ -232,7 +232,7 @@ class Locomotion(gymnasium.Env[NDArray[np.float64], NDArray[np.float32]]):
     def _build_model(self) -> mujoco.MjModel:
         import mujoco
 
-        # Blow-ups are reported by `judge`; MuJoCo would also note them in a file in the working directory.
+        # Blow-ups are reported by `outcome`; MuJoCo would also note them in a file in the working directory.
         log = mujoco.MjLogConfig.get()
         log.logto_file = False
         log.set()

@@ -68,7 +68,7 @@ class MujocoEnvironments(Environments):
         self._batch.step(rows, self._single.frame_skip, self._stage)
         data = SimpleNamespace(**{field: getattr(self._batch, field)[rows] for field in self._single.fields})
         warnings = self._batch.warning[rows, :, 1]  # index 1: number of warnings; 0: detail
-        outcome = self._single.judge(data, warnings, control, start, self._goals[rows])
+        outcome = self._single.outcome(data, warnings, control, start, self._goals[rows])
         return Transition(
             observations=_tensor(outcome.observation, actions),
             rewards=_tensor(outcome.reward, actions),

@@ -41,7 +41,7 @@ _SLOWER_THAN_BEST, _SLOWER_THAN_BEST_ON_CPU = 1.1, 1.4
 SHARED, DIVIDED = "threads share each operation", "each thread has its own"
 _UNRELATED_KEYS = ("outer.", "seed", "num_iterations")  # training settings that do not change the speed
 # Folders of the package whose code decides how fast a task is. What was measured with other code does not count.
-_CODE = ("hardware", "inner", "model", "training")
+_CODE = ("algorithm", "domain", "hardware", "inner", "model", "training")
 
 
 def tune_execution(iterate: Iteration, execution: Execution, hardware: Hardware, settings: Settings) -> Execution:

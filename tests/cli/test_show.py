@@ -40,6 +40,7 @@ def test_unknown_words_are_answered_with_what_was_meant() -> None:
     assert "did you mean model=conv4?" in refused("describe", "model=conv5")
     assert "did you mean domain?" in refused("describe", "domian")
     assert refused("describe", "a", "b").startswith("maml describe takes one word")
+    assert refused("list", "--config-dir") == "maml list has one option, --config-dir DIR; there is --config-dir"
 
 
 def test_describe_key_gives_meaning_type_range_and_default(capsys: pytest.CaptureFixture[str]) -> None:
