@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from maml.algorithm.base import Algorithm
@@ -90,6 +91,11 @@ def naming_the_largest_setting(settings: Settings, *parts: str) -> Iterator[None
             found |= _numbers(part, getattr(settings, part))
         key = max(found, key=found.__getitem__)
         reason = str(error).splitlines()[0] if str(error) else "memory does not suffice"
+        if isinstance(error, torch.OutOfMemoryError):  # other programs may have filled the GPU
+            raise TooLarge(
+                f"the free memory of the GPU does not suffice: {reason}; choose another GPU (CUDA_VISIBLE_DEVICES), "
+                f"hardware=cpu, or less than {key}={found[key]}"
+            ) from error
         raise TooLarge(f"{key}={found[key]} is too large: {reason}; lower it") from error
 
 

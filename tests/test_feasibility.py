@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from maml.domain.sinusoid import Sinusoid
 from maml.errors import MamlError
 from tests.runs import TinyRuns
 
@@ -27,4 +29,14 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(MamlError, match=reason):
         tiny.run(*overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_gpu_is_named(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. 12.00 MiB is free. Process 42 has 79.1 GiB.\nadvice")
+
+    monkeypatch.setattr(Sinusoid, "to", fail)
+    with pytest.raises(MamlError, match=r"Process 42 has 79.1 GiB.; choose another GPU \(CUDA_VISIBLE_DEVICES\)"):
+        tiny.run()
     assert list(tmp_path.iterdir()) == []

@@ -188,7 +188,8 @@ def draw_maps(stream: Stream, shape: tuple[int, ...], size: int) -> Tensor:
     # A point of the drawing is scaled, sheared, turned, and then moved. A pixel comes from where the inverse leads.
     forward = matrix(cos, -sin, sin, cos) @ matrix(one, shear_x, shear_y, one)
     forward = forward @ matrix(scale_x, torch.zeros_like(one), torch.zeros_like(one), scale_y)
-    back = torch.linalg.inv_ex(forward).inverse  # `inv` waits for the GPU, which a CUDA graph cannot
+    a, b, c, d = forward.flatten(-2).unbind(-1)
+    back = matrix(d, -b, -c, a) / (a * d - b * c)[..., None, None]  # `inv` waits for the GPU, which a graph cannot
     return torch.cat([back, -back @ torch.stack([right, down], -1).unsqueeze(-1)], -1)
 
 

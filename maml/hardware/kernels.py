@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from maml.errors import first_line
+from maml.hardware.memory import is_capturing, is_out_of_memory
 from maml.status import announce
 
 _log = logging.getLogger(__name__)
@@ -103,16 +104,33 @@ def call(name: str, sizes: Sequence[int], values: Sequence[Tensor | float]) -> N
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function of tensors, compiled by torch for a GPU as one kernel or a few.
+    """Returns a function of tensors, compiled by torch for a GPU as one kernel or a few. Its results have no graph.
+
+    If it cannot be compiled, a warning says so, and from then on it runs as it is.
 
     Args:
         function: its arguments are tensors of any size, and strings; a number would become a variable of the program.
     """
+    return functools.partial(_run_compiled, function)
+
+
+def _run_compiled(function: Callable[..., Any], *values: Any) -> Any:
+    # A program for each kind of windows and sizes of 1; by default, the ninth would be an error. Each thread has a
+    # limit of its own, and autograd computes in other threads.
+    torch._dynamo.config.recompile_limit = max(_NUM_PROGRAMS, torch._dynamo.config.recompile_limit)
     if function not in _programs:
-        # A program for each kind of windows and sizes of 1; by default, the ninth would be an error.
-        torch._dynamo.config.recompile_limit = max(_NUM_PROGRAMS, torch._dynamo.config.recompile_limit)
         _programs[function] = torch.compile(function, dynamic=True, fullgraph=True)
-    return _programs[function]
+    # There would be more programs for tensors that require a gradient.
+    values = tuple(value.detach() if isinstance(value, Tensor) else value for value in values)
+    try:
+        return _programs[function](*values)
+    except Exception as error:  # it can fail in each of several programs
+        # While a graph is captured, loading any new program fails; outside, the same one may work.
+        if is_capturing() or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+            raise
+        _log.warning("torch cannot compile a kernel (slower, same mathematics): %s", first_line(error))
+    _programs[function] = function
+    return function(*values)
 
 
 @functools.cache
@@ -120,8 +138,7 @@ def compiles_on_gpu() -> bool:
     """Returns whether torch's compiler works for the GPU; if not, a warning says why. It needs a C compiler."""
     announce("compiling kernels for this GPU, up to a minute, then mostly from a cache")
     try:
-        run = compiled(_example)
-        run(torch.ones(2, device="cuda"))
+        torch.compile(_example, dynamic=True, fullgraph=True)(torch.ones(2, device="cuda"))
     except Exception as error:  # it can fail in each of several programs
         _log.warning(
             "torch cannot compile kernels for this GPU, so images are computed without them (slower, same "

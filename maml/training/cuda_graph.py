@@ -137,9 +137,12 @@ class CudaGraphIteration:
         A graph has memory of its own. If that runs out, smaller chunks of tasks are tried.
         """
         planned = self.iterate.execution.task_chunk
-        chunk = planned or -(-self.iterate.meta_batch_size // distributed.world_size())
+        largest = chunk = planned or -(-self.iterate.meta_batch_size // distributed.world_size())
         while True:
             try:
+                if chunk < largest:  # the plain iterations had chunks of another size
+                    tasks = self.iterate.sample_tasks(self.number)
+                    self.iterate.meta_gradient.sums(self.iterate.params(), tasks, chunk)
                 return *capture(lambda: self.iterate(self.number)), ""
             except RuntimeError as error:
                 reason, is_out_of_memory = cause_of(error)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,10 +137,10 @@ def test_kernels_are_for_long_runs_on_a_gpu_that_torch_compiles_for(monkeypatch:
 def test_a_gpu_for_which_torch_cannot_compile_has_no_kernels(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(function: object) -> object:
+    def fail(function: object, **options: object) -> object:
         raise RuntimeError("Failed to find C compiler\nlong advice")
 
-    monkeypatch.setattr(kernels, "compiled", fail)
+    monkeypatch.setattr(torch, "compile", fail)
     kernels.compiles_on_gpu.cache_clear()
     assert not kernels.compiles_on_gpu()
     assert not kernels.compiles_on_gpu()
@@ -146,6 +148,54 @@ def test_a_gpu_for_which_torch_cannot_compile_has_no_kernels(
     assert [record.getMessage().endswith("mathematics): Failed to find C compiler") for record in caplog.records] == [
         True
     ], "once"
+
+
+def test_a_function_is_compiled_once_no_matter_what_requires_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, given = list[bool](), torch.ones(2, requires_grad=True)
+
+    def compile_(function: Any, **options: object) -> Any:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.requires_grad)
+            return function(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(kernels, "_programs", {})
+    run = kernels.compiled(kernels._example)
+    assert torch.equal(run(given), given + 1) and torch.equal(run(given.detach()), given + 1)
+    assert seen == [False, False], "torch would compile a program for each case"
+
+
+def test_every_thread_may_have_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = list[int]()
+    monkeypatch.setattr(kernels, "_programs", {kernels._example: lambda x: limits.append(_limit())})
+    thread = threading.Thread(target=lambda: kernels.compiled(kernels._example)(torch.ones(1)))
+    thread.start()
+    thread.join()
+    assert limits == [kernels._NUM_PROGRAMS]
+
+
+def _limit() -> int:
+    return int(torch._dynamo.config.recompile_limit)
+
+
+def test_a_function_that_cannot_be_compiled_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(kernels, "_programs", {kernels._example: fail})
+    run = kernels.compiled(kernels._example)
+    with pytest.raises(torch.OutOfMemoryError):  # a smaller chunk is tried then
+        run(torch.zeros(2))
+    error = ValueError("no space left on device\nlong advice")
+    for _ in range(2):
+        assert run(torch.zeros(2)).tolist() == [1, 1]
+    (record,) = caplog.records
+    assert record.getMessage().endswith("mathematics): no space left on device")
 
 
 def test_a_checkpoint_that_is_older_than_the_kernels_goes_on_without_them(monkeypatch: pytest.MonkeyPatch) -> None:

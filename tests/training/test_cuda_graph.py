@@ -21,6 +21,7 @@ from maml.training import cuda_graph, loop
 from maml.training.cuda_graph import CudaGraphIteration
 from maml.training.iteration import Iteration
 from maml.training.learner import Learner
+from maml.types import Params, Tasks
 from tests.algorithms import build_from
 from tests.runs import TinyRuns
 
@@ -151,9 +152,17 @@ def test_graph_without_memory_is_tried_with_smaller_chunks(
                 raise RuntimeError("the capture has failed")  # noqa: B904 - as torch does
         return fake_capture(iterate)(compute)
 
+    sums, warmed_up = iterate.meta_gradient.sums, list[int]()
+
+    def noting_sums(params: Params, tasks: Tasks, chunk: int) -> Any:
+        warmed_up.append(chunk)
+        return sums(params, tasks, chunk)
+
     monkeypatch.setattr(cuda_graph, "capture", limited)
+    monkeypatch.setattr(iterate.meta_gradient, "sums", noting_sums)
     for number in range(1, 8):
         assert captured(number)[0]["loss"].item() == pytest.approx(plain(number)[0]["loss"].item())
+    assert [chunk for chunk in (4, 2, 1) if chunk in warmed_up] == ([4, 2] if expected else [4, 2, 1])
     assert captured.execution.task_chunk == expected
     assert captured.execution.cuda_graph == (expected is not None)
 
