@@ -341,8 +341,8 @@ class Evaluation:
         Rollouts are not tried.
 
         Raises:
-            MamlError: if what `Algorithm.adapt` yields or `Algorithm.measure` returns has another form than they say,
-                or the domain's headline is not measured.
+            MamlError: if inputs do not have the domain's shape, what `Algorithm.adapt` yields or `Algorithm.measure`
+                returns has another form than they say, or the domain's headline is not measured.
         """
         domain = algorithm.domain
         if domain.on_policy:
@@ -350,6 +350,7 @@ class Evaluation:
         num_shots = (self.num_shots or [domain.num_shots])[0]
         tasks = self.bank(domain, num_shots, 1)
         tasks = {name: value.to(algorithm.stream.device) for name, value in tasks.items()}
+        domain.check_inputs(tasks)
         num_steps = min(1, self.num_steps)
         sizes = self.step_sizes(num_shots)
         with suppress(Diverged):

@@ -8,17 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from maml.algorithm.base import Algorithm
 from maml.config.schema import Settings
 from maml.domain.base import Domain
-from maml.errors import MamlError, TooLarge
+from maml.errors import TooLarge
 from maml.evaluation import Evaluation
 from maml.hardware.base import Hardware
 from maml.hardware.memory import check_memory
 from maml.seeding import Stream
-from maml.types import form_of
 
 _BYTES = 4  # least size of a number
 # Words in torch's errors about an allocation that is refused, or a size that overflows.
@@ -55,26 +53,7 @@ def check_training_fits(settings: Settings, algorithm: Algorithm, hardware: Hard
     if algorithm.differentiates_adaptation and not hardware.recompute:
         check_memory(size * algorithm.inner.num_steps, f"a graph of inner.num_steps={algorithm.inner.num_steps}")
     if settings.mode == "train" and settings.num_iterations:
-        check_tensors(
-            algorithm.domain,
-            algorithm.sample_tasks(settings.meta_batch_size, Stream(settings.seed, hardware.device).child(1)),
-        )
-
-
-def check_tensors(domain: Domain[Any], tasks: object) -> None:
-    """Checks that tasks are tensors whose first axis is the task.
-
-    Raises:
-        MamlError: if not.
-    """
-    values = tasks if isinstance(tasks, dict) else {}
-    sizes = {name: len(value) if isinstance(value, Tensor) and value.dim() else None for name, value in values.items()}
-    if len(found := {*sizes.values()}) != 1 or None in found:
-        shown = ", ".join(f"{name} of {form_of(value)}" for name, value in values.items())
-        raise MamlError(
-            f"{type(domain).__name__} has to draw tasks as a dictionary of tensors with the same number of tasks as "
-            f"their first axis, but draws {shown or type(tasks).__name__}"
-        )
+        algorithm.sample_tasks(settings.meta_batch_size, Stream(settings.seed, hardware.device).child(1))
 
 
 @contextmanager

@@ -591,8 +591,9 @@ def mirror_run(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Sends a run and its evaluations to the service of a logger."""
     run = find(options.run, runs)
     given = {key: getattr(options, key) for key in ("project", "entity", "mode") if getattr(options, key) is not None}
+    quoted = {key: "'" + value.replace("'", r"\'") + "'" for key, value in given.items()}
     try:
-        settings, _ = compose([f"logger={options.logger}", *(f"logger.{key}={value}" for key, value in given.items())])
+        settings, _ = compose([f"logger={options.logger}", *(f"logger.{key}={value}" for key, value in quoted.items())])
     except HydraException as error:
         raise MamlError(f"{', '.join(f'--{key}' for key in given)} is no option of {options.logger}") from error
     is_committed = run.path.resolve().is_relative_to(RESULTS)

@@ -24,6 +24,7 @@ from maml.errors import Interrupted, MamlError
 from maml.experiment import build_algorithm, run_experiment
 from maml.hardware.base import Hardware
 from maml.logger.base import Logger
+from maml.model.mlp import MLP
 from maml.record.index import read_run
 from maml.record.plot import plot_report
 from maml.record.report import Judgement
@@ -398,6 +399,35 @@ class Shared(Sinusoid):
         return super().draw_tasks(*args, **options) | {"constant": torch.arange(17.0)}
 
 
+class OneTask(Sinusoid):
+    """A domain of a user that always draws one task."""
+
+    def draw_tasks(self, num_tasks: int, *args: Any, **options: Any) -> Tasks:
+        return super().draw_tasks(1, *args, **options)
+
+
+class Tuples(Sinusoid):
+    """A domain of a user whose data are plain tuples."""
+
+    def data(self, *args: Any, **options: Any) -> Any:
+        return tuple(super().data(*args, **options))
+
+
+class Wide(Sinusoid):
+    """A domain of a user whose inputs are not those that it announces."""
+
+    def data(self, *args: Any, **options: Any) -> Examples:
+        examples = super().data(*args, **options)
+        return examples._replace(x=examples.x.repeat(1, 1, 2))
+
+
+class OneOutput(MLP):
+    """A model of a user that gives one output for all examples."""
+
+    def outputs(self, *args: Any) -> Any:
+        return super().outputs(*args)[:, :1]
+
+
 class OneValue(Sinusoid):
     """A domain of a user whose loss returns no metrics."""
 
@@ -418,6 +448,10 @@ class OneValue(Sinusoid):
         ("domain._target_={}.MeanMeasured", r"MeanMeasured.measure returns 'mse' of shape \(\), but for 1 tasks"),
         ("algorithm._target_={}.Short", "Short.adapt has to yield parameters after 0, 1, ..., 1 gradient steps"),
         ("domain._target_={}.Shared", r"Shared has to draw tasks as .* constant of shape \(17,\)"),
+        ("domain._target_={}.OneTask", r"OneTask has to draw tasks .* with \d+ tasks as their first axis, .* \(1"),
+        ("domain._target_={}.Tuples", "Tuples.data has to return Examples, but returns tuple"),
+        ("domain._target_={}.Wide", r"Wide.data has to .* its in_shape is \(1,\), but it returns \(\d+, \d+, 2\)"),
+        ("model._target_={}.OneOutput", r"OneOutput has to return outputs \(T, S, out_dim\) .* returns \(\d+, 1, 1\)"),
         ("domain._target_={}.OneValue", "OneValue.loss has to return two values.*; it returns Tensor"),
     ],
 )

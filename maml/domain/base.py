@@ -15,9 +15,10 @@ from maml.errors import MamlError
 from maml.hardware.workload import Workload
 from maml.model.base import Model
 from maml.seeding import Stream
-from maml.types import Examples, MeasuredBy, Params, Split, Tasks
+from maml.types import Examples, MeasuredBy, Params, Split, Tasks, form_of
 
 Role = Literal["support", "query"]
+_ROLES: tuple[Role, ...] = ("support", "query")
 Metrics = dict[str, Tensor]
 """Per-task numbers by name, each ``(T,)``; with `Domain.measured_by` showing, those of meta-test are ``(T, M)``."""
 
@@ -186,7 +187,19 @@ class Domain(ABC, Generic[Data]):
         """
         if num_query is None:
             num_query = (self.num_query if num_shots is None else num_shots) or self.num_shots
-        return self.draw_tasks(num_tasks, stream.child(split), split, num_shots or self.num_shots, num_query)
+        tasks = self.draw_tasks(num_tasks, stream.child(split), split, num_shots or self.num_shots, num_query)
+        self._check_drawn(tasks, num_tasks)
+        return tasks
+
+    def _check_drawn(self, tasks: object, num_tasks: int) -> None:
+        values = tasks if isinstance(tasks, dict) else {}
+        fit = (isinstance(value, Tensor) and value.shape[:1] == (num_tasks,) for value in values.values())
+        if not values or not all(fit):
+            shown = ", ".join(f"{name} of {form_of(value)}" for name, value in values.items())
+            raise MamlError(
+                f"{type(self).__name__} has to draw tasks as a dictionary of tensors, with {num_tasks} tasks as their "
+                f"first axis, but draws {shown or type(tasks).__name__}"
+            )
 
     def check_tasks(self, tasks: Tasks) -> None:
         """Checks, before any training, that the evaluation can measure its tasks; a subclass may say how.
@@ -196,6 +209,13 @@ class Domain(ABC, Generic[Data]):
 
         Raises:
             MamlError: if one of them is impossible.
+        """
+
+    def check_inputs(self, tasks: Tasks) -> None:
+        """Checks, before any training, that inputs have the shape that the model is built for; a subclass says how.
+
+        Raises:
+            MamlError: if not.
         """
 
     @abstractmethod
@@ -298,6 +318,17 @@ class SupervisedDomain(Domain[Examples]):
         """
         raise NotImplementedError
 
+    def check_inputs(self, tasks: Tasks) -> None:
+        for role in _ROLES:
+            data: object = self.data(tasks, role)
+            if not isinstance(data, Examples):
+                raise MamlError(f"{type(self).__name__}.data has to return Examples, but returns {type(data).__name__}")
+            if data.x.shape[2:] != tuple(self.in_shape):
+                raise MamlError(
+                    f"{type(self).__name__}.data has to return inputs (T, S, *in_shape), and its in_shape is "
+                    f"{tuple(self.in_shape)}, but it returns {tuple(data.x.shape)}"
+                )
+
     @abstractmethod
     def loss(self, outputs: Tensor, data: Examples) -> tuple[Tensor, Metrics]:
         """Returns the loss per task, ``(T,)``, and further metrics, from the model's outputs ``(T, S, out_dim)``."""
@@ -316,12 +347,15 @@ class SupervisedDomain(Domain[Examples]):
         return returned
 
     def _outputs(self, model: Model, params: Params, data: Examples) -> Tensor:
-        if not isinstance(data, Examples):
-            raise MamlError(f"{type(self).__name__}.data has to return Examples, but returns {type(data).__name__}")
         outputs = model(params, data.x)
         if not isinstance(outputs, Tensor):
             raise MamlError(f"{type(model).__name__} has to return a tensor, but returns {type(outputs).__name__}")
-        if data.y.is_floating_point() and outputs.shape[-1] != self.out_dim:  # broadcasting would hide it
+        if outputs.shape[:2] != data.x.shape[:2]:  # broadcasting would hide it, as below
+            raise MamlError(
+                f"{type(model).__name__} has to return outputs (T, S, out_dim) for inputs {tuple(data.x.shape)}, but "
+                f"returns {tuple(outputs.shape)}"
+            )
+        if data.y.is_floating_point() and outputs.shape[-1] != self.out_dim:
             raise MamlError(
                 f"{type(model).__name__} gives {outputs.shape[-1]} numbers for each example, but the domain has "
                 f"out_dim={self.out_dim}; give the last layer as many outputs as the constructor's out_dim says"

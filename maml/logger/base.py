@@ -115,6 +115,7 @@ class Mirror(Logger, ABC):
 
     name: ClassVar[str]
     folder: ClassVar[str | None] = None
+    destination: Mapping[str, Any] = {}
     patience: float = 60.0
     abandoned: ClassVar[bool] = False
     wants_diagnostics = True
@@ -123,6 +124,8 @@ class Mirror(Logger, ABC):
     _replay_dir: Path | None = None
     _thread: threading.Thread | None = None
     _marker: Path | None = None
+    _part: Path | None = None
+    _lacks_earlier_part = False
 
     def replay_into(self, files_dir: Path) -> None:
         """Makes the next `start` write below another folder, and leave out what is true of the present only."""
@@ -131,6 +134,7 @@ class Mirror(Logger, ABC):
     def start(self, run_dir: Path, experiment: str, run_id: str, config: Mapping[str, Any], resumed: bool) -> None:
         """Starts the background thread, which opens the mirror."""
         self._warned, self._marker, self._thread, self.is_complete = False, None, None, False
+        self._part, self._lacks_earlier_part = None, False
         if self.abandoned:
             return
         self.replayed = self._replay_dir is not None
@@ -141,6 +145,9 @@ class Mirror(Logger, ABC):
         self._thread = threading.Thread(target=self._work, args=[self._calls], name=f"{self.name} mirror", daemon=True)
         self._thread.start()
         self._submit(partial(self._start, run_dir, experiment, run_id, config, resumed))
+        if self.folder is not None:
+            name = self._id(self.files_dir, experiment, run_id, config)
+            self._submit(partial(self._begin_part, self.files_dir / self.folder / f"{name}.open", resumed))
 
     def log(self, metrics: Mapping[str, float], iteration: int) -> None:
         """Queues the metrics of one iteration."""
@@ -192,7 +199,7 @@ class Mirror(Logger, ABC):
         """Returns the file that exists if the service got the run up to this report."""
         if self.folder is None:
             return None
-        content = {key: report.get(key) for key in ("iteration", "evaluation", "headline")}
+        content = {**{key: report.get(key) for key in ("iteration", "evaluation", "headline")}, **self.destination}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         name = self._id(files_dir, experiment, run_id, config)
         return files_dir / self.folder / f"{name}.{digest}.mirrored"
@@ -201,9 +208,18 @@ class Mirror(Logger, ABC):
         """Returns the run's id in the service: the same for every part and every repetition of a run."""
         return "-".join([experiment, run_id, *([files_dir.name] if config.get("mode") == "eval" else [])])
 
+    def _begin_part(self, path: Path, resumed: bool) -> None:
+        """Notes that a part has begun. If an earlier one never ended, the service may lack what it had in memory."""
+        self._part, self._lacks_earlier_part = path, resumed and path.exists()
+        if path.parent.is_dir():  # a disabled service writes no files
+            path.touch()
+
     def _complete(self) -> None:
         self.is_complete = True
-        if self._marker is not None and self._marker.parent.is_dir():  # a disabled service writes no files
+        if self._part is None or self._lacks_earlier_part or not self._part.parent.is_dir():
+            return
+        self._part.unlink(missing_ok=True)
+        if self._marker is not None:
             self._marker.touch()
 
     def _submit(self, call: Callable[[], None] | None) -> None:

@@ -76,6 +76,7 @@ class WandB(Mirror):
         mode: Literal["auto", "online", "offline"] = "auto",
     ) -> None:
         self.project, self.entity, self.group, self.tags, self.mode = project, entity, group, tags, mode
+        self.destination = {"project": project, "entity": entity}
 
     def check_seeds(self, num_seeds: int) -> None:
         """Refuses several seeds under an agent of a W&B sweep, which gives one id and waits for one result."""

@@ -168,6 +168,16 @@ class Report(Content):
             raise MamlError(f"{path} does not belong to the report.json beside it; restore it")
         return values
 
+    def check_tasks(self) -> None:
+        """Checks that the numbers of this report are the means of those in ``tasks.csv``.
+
+        Raises:
+            MamlError: if the file is missing, damaged, or belongs to another report.
+        """
+        for curve in self.curves:
+            for record in curve.steps:
+                self.per_task(Source(self.experiment, curve.metric, curve.num_shots), record.step)
+
     @cached_property
     def task_table(self) -> pd.DataFrame:
         """The content of ``tasks.csv``, with one row per K, metric and task; the file is read once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import tarfile
 import zlib
@@ -18,7 +19,7 @@ from maml.record.classes import TABLES
 from maml.record.gallery import report_pictures
 from maml.record.index import SUPERSEDED, Run, read_run
 from maml.record.lock import acquire, advice, holder
-from maml.record.run_files import evaluation_folder, read_checkpoint, read_metrics
+from maml.record.run_files import evaluation_folder, read_checkpoint, read_config, read_metrics
 
 _STAGING = ".importing"  # in the folder that takes the runs, so that moving them is a rename
 
@@ -108,6 +109,10 @@ def _clear(staging: Path, into: Path) -> None:
         if run is None or (successor is not None and _continues(successor, run)):
             continue
         replaced.rename(_free_folder(run, into) if target.exists() else target)
+    obsolete = staging / "obsolete"
+    shutil.rmtree(obsolete, ignore_errors=True)
+    if (staging / "replaced").exists():
+        (staging / "replaced").rename(obsolete)  # in one step: what a killed deletion leaves is not read as a run
     shutil.rmtree(staging, ignore_errors=True)
 
 
@@ -126,7 +131,12 @@ def _extract(archive: Path, folder: Path) -> None:
                     raise MamlError(f"{archive}: {member.name} is a link or a device, which no run has; pack it anew")
                 if is_portable(Path(member.name)):
                     tar.extract(member, folder, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+            # A damaged header, or the end of the file instead of two empty blocks, ends the loop as well.
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"cut off or damaged at byte {tar.offset:,}")
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise MamlError(f"{archive} is no tar file, or is damaged ({error}); copy it again") from error
     except OSError as error:
         raise MamlError(f"{archive} cannot be unpacked into {folder} ({error.strerror or error})") from error
@@ -178,9 +188,12 @@ def _checked(folder: Path) -> Run:
     if newest is not None and read_checkpoint(newest)["run_id"] != run.record.run_id:
         raise MamlError(f"{newest} belongs to another run than the run.json beside it")
     read_metrics(folder / "metrics.jsonl")
+    if (folder / "config.yaml").exists():
+        read_config(folder / "config.yaml")
     for report in run.reports:
         if not (report.folder / "tasks.csv").exists():
             raise MamlError(f"{report.folder} has a report without its tasks.csv")
+        report.check_tasks()
     return run
 
 

@@ -164,6 +164,15 @@ def test_mirror_notes_which_report_it_got(tmp_path: Path, monkeypatch: pytest.Mo
     killed_before_the_end_of_the_run.report(report, {})
     killed_before_the_end_of_the_run.finish("finished")
     assert [name for name, *_ in killed_before_the_end_of_the_run.calls] == ["start", "finish"]
+    (tmp_path / "noting" / "an experiment-1f2e3d.open").touch()  # as a part leaves it that is killed
+    for resumed in (True, False):
+        later, longer = Noting(), report | {"iteration": 9}
+        later.start(*where, resumed)
+        later.report(longer, {})
+        later.finish("finished")
+        assert later.has(*where, longer) == (not resumed), "what the killed part had in memory is sent with the whole"
+    later.destination = {"project": "another"}
+    assert not later.has(*where, longer)
     assert not logger.has(*where, report | {"iteration": 4})
     assert not logger.has(*where, report | {"evaluation": {"num_tasks": 6}})
     assert not logger.has(*where, report | {"headline": 0.6})

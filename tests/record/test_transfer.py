@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -242,6 +243,8 @@ def test_run_in_training_is_not_replaced(stages: dict[str, Path], tmp_path: Path
         (lambda run: (run / "checkpoint.pt").write_bytes(b"PK"), "checkpoint.pt"),
         (lambda run: (run / "metrics.jsonl").write_text("no\nmetrics\n"), "damaged in line 1"),
         (lambda run: (run / "tasks.csv").unlink(), "has a report without its tasks.csv"),
+        (lambda run: (run / "tasks.csv").write_text("x" + (run / "tasks.csv").read_text()), "tasks.csv is missing or"),
+        (lambda run: (run / "config.yaml").write_bytes(bytes(9)), "config.yaml is damaged"),
     ],
 )
 def test_damaged_run_is_refused_and_the_others_are_taken(
@@ -284,11 +287,18 @@ def test_archive_that_is_none_or_would_write_elsewhere_is_refused(tmp_path: Path
         with pytest.raises(MamlError, match=r"is a link or a device|no tar file"):
             import_runs(archive, into)
     assert not (tmp_path / "outside").exists()
-    cut = archive_of(make_run(tmp_path / "runs").parents[1], archive).read_bytes()
-    archive.write_bytes(cut[: len(cut) // 2])
-    with pytest.raises(MamlError, match="is damaged"):
-        import_runs(archive, into)
-    assert not list(into.glob("*/*")), "nothing was taken"
+    whole = archive_of(make_run(tmp_path / "runs").parents[1], archive).read_bytes()
+    with tarfile.open(archive) as tar:
+        last = tar.getmembers()[-1].offset
+    wrong_header = bytearray(whole)
+    wrong_header[last + 3] ^= 1
+    packed = bytearray(lzma.compress(whole))
+    packed[len(packed) // 2] ^= 1
+    for damaged in (whole[: len(whole) // 2], whole[:last], whole[: last + 9], wrong_header, packed):
+        archive.write_bytes(damaged)
+        with pytest.raises(MamlError, match="is damaged"):
+            import_runs(archive, into)
+        assert not list(into.glob("*/*")), "nothing was taken"
 
 
 def test_damaged_record_of_another_run_here_does_not_stop_the_import(tmp_path: Path) -> None:
