@@ -8,10 +8,12 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +60,30 @@ def library() -> ctypes.CDLL | None:
     Returns:
         The library; None if there is no compiler or it fails, which a warning says.
     """
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    compiler = shutil.which(command[0])
     if compiler is None:
         _log.warning(
-            "there is no C++ compiler (c++, or the environment variable CXX), so images are computed without kernels "
-            "(slower, same mathematics)"
+            "there is no C++ compiler (%s; the environment variable CXX names another), so images are computed without "
+            "kernels (slower, same mathematics)",
+            command[0],
         )
         return None
+    command[0] = compiler
     try:
-        path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
-        if not path.exists():
-            announce("compiling kernels for this processor, about ten seconds, once")
-            _compile(compiler, path)
+        path = _cache_folder() / f"kernels-{_fingerprint(command)}.so"
+        if path.exists():
+            with suppress(OSError):  # half written, or made on another system that shares the cache
+                return ctypes.CDLL(str(path))
+        announce("compiling kernels for this processor, about ten seconds, once")
+        _compile(command, path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home folder
-        reason = getattr(error, "stderr", "") or str(error)
+        lines = (getattr(error, "stderr", None) or "").strip().splitlines() or [first_line(error)]
         _log.warning(
             "%s cannot compile the kernels, so images are computed without them (slower, same mathematics): %s",
-            compiler,
-            reason.strip().splitlines()[0],
+            shlex.join(command),
+            next((line for line in lines if "error" in line), lines[0]),
         )
         return None
 
@@ -88,10 +95,16 @@ def call(name: str, sizes: Sequence[int], values: Sequence[Tensor | float]) -> N
         name: its name, without the type.
         sizes: the fields of its first argument, without the number of threads.
         values: its other arguments. Tensors are float32 or float64, and contiguous unless the sizes have their strides.
+
+    Raises:
+        TypeError: if tensors are of several types.
     """
     functions = library()
     assert functions is not None
     dtype = next(value.dtype for value in values if isinstance(value, Tensor))
+    for value in values:
+        if isinstance(value, Tensor) and value.dtype != dtype:
+            raise TypeError(f"the kernel {name} needs tensors of one type, but has {dtype} and {value.dtype}")
     function = getattr(functions, f"{name}_{'float32' if dtype == torch.float32 else 'float64'}")
     fields = (*sizes, torch.get_num_threads())
     function(
@@ -153,18 +166,19 @@ def _example(x: Tensor) -> Tensor:
     return x + 1
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(command: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         for flags in _FLAGS:
-            result = subprocess.run(
-                [compiler, *flags, "-o", str(made), *map(str, _SOURCES)], capture_output=True, text=True, check=False
-            )
+            whole = [*command, *flags, "-o", str(made), *map(str, _SOURCES)]
+            result = subprocess.run(whole, capture_output=True, text=True, errors="replace", check=False)
             if result.returncode == 0:
                 break
         result.check_returncode()
         ctypes.CDLL(str(made))  # a library that cannot be loaded is not kept
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # a file that a power cut has shortened would end the process
         made.replace(path)  # another process may do the same; each of them leaves a whole file
 
 
@@ -172,7 +186,7 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(command: list[str]) -> str:
     """Returns a hash of what decides the library; nodes of a cluster may share the cache and differ in processors."""
     processor = platform.processor()
     try:
@@ -183,8 +197,9 @@ def _fingerprint(compiler: str) -> str:
     parts = [
         *(source.read_text() for source in _SOURCES),
         str(_FLAGS),
-        compiler,
-        os.path.realpath(compiler),
+        *command,
+        os.path.realpath(command[0]),
+        *platform.libc_ver(),
         platform.machine(),
         processor,
     ]

@@ -187,7 +187,12 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
 
     Returns:
         ``(T, S, ceil(H / stride), ceil(W / stride), O)``.
+
+    Raises:
+        ValueError: if the kernels are of another size, or the images have no pixels.
     """
+    if weight.shape[2:] != (x.shape[-1], 3, 3) or 0 in x.shape[2:4]:  # our own code would read beyond them
+        raise ValueError(f"images {tuple(x.shape)} cannot be convolved with kernels {tuple(weight.shape)}")
     dtype, axes = x.dtype, x.shape[:2]
     x, weight = round_factors(_as_shared(x, weight.shape[0]), weight)
     y = _Conv.apply(x, weight, stride).to(dtype)

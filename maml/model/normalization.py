@@ -50,7 +50,12 @@ def norm_relu(
 
     Returns:
         ``(T, S, ..., C)``, with windows about half as high and wide.
+
+    Raises:
+        ValueError: if the shift or scale has another number of features.
     """
+    if any(value.shape[1:] != z.shape[-1:] for value in (shift, scale) if value is not None):
+        raise ValueError(f"a shift or scale of {tuple(shift.shape)} does not fit features of {tuple(z.shape)}")
     pixels = z.flatten(1, -2)[:, None, None] if windows == "none" else z
     shift = for_tasks(shift, len(z))
     scale = torch.ones_like(shift) if scale is None else for_tasks(scale, len(z))

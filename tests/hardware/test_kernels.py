@@ -56,6 +56,27 @@ def test_library_is_compiled_once_and_then_loaded(cache: Path, monkeypatch: pyte
     assert len(list(cache.iterdir())) == 2, "another way to compile gives another library"
 
 
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+def test_library_that_cannot_be_loaded_is_compiled_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_FLAGS", (["-std=c++17", "-O0", "-fPIC", "-shared"],))
+    monkeypatch.setenv("CXX", "c++ -DANY=1")
+    made = cache / f"kernels-{kernels._fingerprint([shutil.which('c++') or '', '-DANY=1'])}.so"
+    cache.mkdir()
+    made.write_bytes(b"")
+    assert kernels.library(), "a compiler with arguments"
+    assert made.stat().st_size > 0
+    assert list(cache.iterdir()) == [made]
+    kernels.library.cache_clear()
+    monkeypatch.setenv("CXX", "")
+    assert kernels.library(), "empty is as good as not set"
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+def test_kernels_refuse_tensors_of_several_types() -> None:
+    with pytest.raises(TypeError, match=r"the kernel convolve needs tensors of one type, but has torch.float32 and"):
+        kernels.call("convolve", [], [torch.zeros(1), torch.zeros(1, dtype=torch.float64)])
+
+
 def test_without_a_compiler_there_is_a_warning_and_no_library(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -72,9 +93,11 @@ def test_without_a_compiler_there_is_a_warning_and_no_library(
     ("script", "message"),
     [
         ("echo it is broken >&2\nexit 1\n", "it is broken"),
+        ("printf 'In file:\\n\\344 fatal error: no header\\n' >&2\nexit 1\n", "fatal error: no header"),
+        ("echo >&2\nexit 1\n", "returned non-zero exit status 1"),
         ('while [ "$1" != -o ]; do shift; done\necho no library > "$2"\n', "cannot compile the kernels"),
     ],
-    ids=["fails", "makes no library"],
+    ids=["fails", "explains in another encoding", "explains nothing", "makes no library"],
 )
 def test_a_compiler_that_does_not_work_is_quoted_and_leaves_nothing(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str, message: str

@@ -330,3 +330,12 @@ def test_products_keep_the_type_of_their_inputs() -> None:
         x, weight = random(2, 3, 4, 4, 2).to(dtype), random(2, 3, 2, 3, 3).to(dtype)
         assert functional.conv3x3(x, weight).dtype == dtype
         assert functional.matmul(random(2, 3, 4).to(dtype), random(2, 4, 2).to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("images", "kernels"),
+    [((2, 3, 5, 5, 3), (2, 4, 1, 3, 3)), ((2, 3, 5, 5, 3), (2, 4, 3, 5, 5)), ((2, 3, 0, 5, 3), (2, 4, 3, 3, 3))],
+)
+def test_kernels_of_another_size_are_an_error(images: tuple[int, ...], kernels: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="cannot be convolved with kernels"):
+        functional.conv3x3(torch.zeros(images), torch.zeros(kernels))

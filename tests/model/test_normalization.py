@@ -214,3 +214,10 @@ def test_norm_elu_that_is_used_twice_or_on_constants_has_exact_gradients() -> No
                 lambda z, shift, scale: F.elu(normalize(z, *batch_statistics(z), shift, scale)), start, create_graph
             )
             torch.testing.assert_close(gradients(norm_elu, start, create_graph), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_shift_or_scale_of_other_features_is_an_error() -> None:
+    z, shift = torch.zeros(2, 3, 5), torch.zeros(2, 5)
+    for wrong in ((torch.zeros(2, 4), None), (shift, torch.zeros(2, 1))):
+        with pytest.raises(ValueError, match="does not fit features of"):
+            norm_relu(z, *wrong)
