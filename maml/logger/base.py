@@ -108,6 +108,7 @@ class Mirror(Logger, ABC):
         abandoned: whether the service was abandoned in this process.
 
     Attributes:
+        destination: where in the service runs go. One that was sent elsewhere still has to be sent there.
         patience: longest time that ``finish`` waits, in seconds.
         files_dir: the folder below which the mirror writes its files.
         replayed: whether the run ended earlier and is replayed from its folder.
@@ -115,10 +116,10 @@ class Mirror(Logger, ABC):
 
     name: ClassVar[str]
     folder: ClassVar[str | None] = None
-    destination: Mapping[str, Any] = {}
     patience: float = 60.0
     abandoned: ClassVar[bool] = False
     wants_diagnostics = True
+    destination: Mapping[str, Any] = {}
     files_dir: Path
     replayed = False
     _replay_dir: Path | None = None
