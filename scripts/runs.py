@@ -122,7 +122,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _days(text: str) -> float:
     """Parses an age in days."""
-    days = float(text)
+    try:
+        days = float(text)
+    except ValueError:
+        days = nan
     if not days >= 0:  # NaN is not
         raise argparse.ArgumentTypeError(f"{text} is no age in days; give 0 or more")
     return days
@@ -252,8 +255,10 @@ def _parse_setting(text: str, runs: Sequence[Run]) -> tuple[str, Any]:
     """Parses a setting in the syntax of train.py's overrides; returns key and value."""
     try:
         override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        raise MamlError(f"--set {text} is not a setting; give KEY=VALUE, as in --set inner.step_size=0.4") from error
+    except HydraException:
+        override = None
+    if override is None or override.is_sweep_override() or override.is_delete():
+        raise MamlError(f"--set {text} is not a setting; give KEY=VALUE, as in --set inner.step_size=0.4")
     key = override.key_or_group
     try:
         check_key(runs, key)

@@ -14,9 +14,14 @@ from pydantic import BaseModel, ValidationError
 from maml.digest import digest
 from maml.errors import MamlError
 from maml.record import checkpoint
+from maml.record.classes import TABLES
 from maml.record.contents import Report, SavedTraining
 
 LOG = logging.getLogger(__name__)
+
+# The files of a run folder, and of a folder of another evaluation in it.
+RUN_FILES = ("run.json", "metrics.jsonl", "lock", "checkpoint.pt", "checkpoint.new.pt", "checkpoint.previous.pt")
+EVALUATION_FILES = ("config.yaml", "report.json", "tasks.csv", "report.png", *TABLES)
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

@@ -31,6 +31,8 @@ from maml.record.contents import Report, RunRecord, Segment
 from maml.record.gallery import draw_pictures, report_pictures
 from maml.record.provenance import changed_since, commit, versions
 from maml.record.run_files import (
+    EVALUATION_FILES,
+    RUN_FILES,
     evaluation_folder,
     find_report,
     lines_until,
@@ -42,10 +44,6 @@ from maml.record.run_files import (
 from maml.status import announce
 
 LOG = logging.getLogger(__name__)
-
-# The files of a run folder, and of a folder of another evaluation in it.
-_RUN_FILES = ("run.json", "metrics.jsonl", "lock", "checkpoint.pt", "checkpoint.new.pt", "checkpoint.previous.pt")
-_EVALUATION_FILES = ("config.yaml", "report.json", "tasks.csv", "report.png", *TABLES)
 
 
 class RunFolder:
@@ -272,7 +270,7 @@ class RunFolder:
         Raises:
             MamlError: if a file is damaged.
         """
-        refuse_folders(self.path, (*_RUN_FILES, *_EVALUATION_FILES))
+        refuse_folders(self.path, (*RUN_FILES, *EVALUATION_FILES))
         record, found = read_json(self.path / "run.json", RunRecord), self._find_report()
         if found is None:
             return {"report.json"}
@@ -341,7 +339,7 @@ class RunFolder:
             MamlError: if it is damaged, or was trained with other settings (the message lists the differences).
         """
         if self._given_checkpoint is None:
-            refuse_folders(self.path, (*_RUN_FILES, *_EVALUATION_FILES))
+            refuse_folders(self.path, (*RUN_FILES, *EVALUATION_FILES))
         file = self._given_checkpoint or checkpoint.newest(self.checkpoint_path)
         if file is None:
             self._refuse_other_run(read_json(self.path / "run.json", RunRecord), self.path)
@@ -444,7 +442,7 @@ class RunFolder:
         unfinished = report["iteration"] < report["num_iterations"]
         if apart or unfinished or (first and first["evaluation"] != report["evaluation"]):
             folder = evaluation_folder(self.trained_in, report["iteration"], report["evaluation"])
-        refuse_folders(folder, _EVALUATION_FILES)
+        refuse_folders(folder, EVALUATION_FILES)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -480,7 +478,7 @@ class RunFolder:
     def _find_report(self) -> tuple[dict[str, Any], Path] | None:
         found = find_report(self.path, self.run_id, evaluation_config(self.settings))
         if found:
-            refuse_folders(found[1], _EVALUATION_FILES)
+            refuse_folders(found[1], EVALUATION_FILES)
         return found
 
     def _update_record(self, iteration: int, status: str) -> None:

@@ -17,9 +17,16 @@ from maml.record import checkpoint
 from maml.record.atomic import is_temporary
 from maml.record.classes import TABLES
 from maml.record.gallery import report_pictures
-from maml.record.index import SUPERSEDED, Run, read_run
+from maml.record.index import Run, read_run
 from maml.record.lock import acquire, advice, holder
-from maml.record.run_files import evaluation_folder, read_checkpoint, read_config, read_metrics
+from maml.record.run_files import (
+    EVALUATION_FILES,
+    RUN_FILES,
+    evaluation_folder,
+    read_checkpoint,
+    read_config,
+    read_metrics,
+)
 
 _STAGING = ".importing"  # in the folder that takes the runs, so that moving them is a rename
 
@@ -225,7 +232,7 @@ def _adds_to(run: Run, other: Run) -> bool:
 
 
 def _keep_files(here: Run, run: Run) -> None:
-    """Copies what only the run here has: evaluations, files of loggers, animations, its mark and last checkpoint."""
+    """Copies what only the run here has: evaluations, its last checkpoint, and files of others, such as W&B's."""
     for report in here.reports:
         if any((other.evaluation, other.iteration) == (report.evaluation, report.iteration) for other in run.reports):
             continue
@@ -238,19 +245,22 @@ def _keep_files(here: Run, run: Run) -> None:
         for name in ("config.yaml", *TABLES, "tasks.csv", *pictures, "report.json"):
             if (report.folder / name).exists():
                 shutil.copy2(report.folder / name, target)
-    for name in (SUPERSEDED, *(["checkpoint.pt"] if _iteration(run) == _iteration(here) else [])):
-        if (here.path / name).exists() and not (run.path / name).exists():
-            shutil.copy2(here.path / name, run.path)
-    for pattern in ("wandb/*", "tensorboard/*", "evaluations/*/wandb/*", "evaluations/*/tensorboard/*", "*.gif"):
-        for path in here.path.glob(pattern):  # what W&B has not been sent yet is nowhere else
-            target = run.path / path.relative_to(here.path)
-            if path.is_symlink() or target.exists():
-                continue
+    last = here.path / "checkpoint.pt"
+    if _iteration(run) == _iteration(here) and last.exists() and not (run.path / last.name).exists():
+        shutil.copy2(last, run.path)
+    for path in here.path.rglob("*"):  # notes, logs, and what W&B has not been sent yet are nowhere else
+        target = run.path / path.relative_to(here.path)
+        if path.is_file() and not path.is_symlink() and not target.exists() and not _is_of_record(path, here.path):
             target.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                shutil.copytree(path, target, symlinks=True)
-            else:
-                shutil.copy2(path, target)
+            shutil.copy2(path, target)
+
+
+def _is_of_record(path: Path, run: Path) -> bool:
+    """Returns whether a file in a run's folder is one that trainings and evaluations write there."""
+    if path.parent != run and path.parent.parent != run / "evaluations":
+        return False
+    pictures = report_pictures(path.parent).values()
+    return path.name in (*RUN_FILES, *EVALUATION_FILES) or path in pictures or not is_portable(path)
 
 
 def _equal_runs(run: Run, into: Path) -> list[Run]:

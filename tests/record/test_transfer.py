@@ -109,7 +109,7 @@ def test_evaluations_and_marks_of_here_are_kept(stages: dict[str, Path], tmp_pat
     assert not (outcome.folder / "checkpoint.new.pt").exists(), "it would replace the checkpoint that is further"
 
 
-def test_files_of_loggers_and_animations_of_here_are_kept(stages: dict[str, Path], tmp_path: Path) -> None:
+def test_files_of_loggers_and_of_the_user_here_are_kept(stages: dict[str, Path], tmp_path: Path) -> None:
     into = tmp_path / "here"
     (outcome,) = import_runs(stages["late"], into)
     names = {
@@ -118,6 +118,9 @@ def test_files_of_loggers_and_animations_of_here_are_kept(stages: dict[str, Path
         "evaluations/a/wandb/offline-run-2/run-b.wandb",
         "evaluations/a/tensorboard/events.2",
         "policy_goal_1.gif",
+        "notes.txt",
+        "analysis/report.json",
+        "wandb/offline-run-1/files/config.yaml",
     }
     for name in names:
         (outcome.folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -122,6 +122,8 @@ def test_list_filters_by_everything_it_offers(tmp_path: Path, run: Lines) -> Non
         ("inner.step_sise=0.01", "no run was trained with inner.step_sise: did you mean inner.step_size?"),
         ("sead=1", "no run was trained with sead: did you mean seed?"),
         ("inner.step_size", "is not a setting; give KEY=VALUE"),
+        ("seed=0,1", "is not a setting; give KEY=VALUE"),
+        ("~seed", "is not a setting; give KEY=VALUE"),
     ],
 )
 def test_a_setting_that_there_is_not_is_named(tmp_path: Path, run: Lines, text: str, named: str) -> None:
@@ -484,7 +486,7 @@ def test_prune_deletes_superseded_runs_and_old_failed_ones_with_nothing_saved(
     assert run("prune") == ["nothing to delete"]
 
 
-@pytest.mark.parametrize("days", ["nan", "-1"])
+@pytest.mark.parametrize("days", ["nan", "-1", "week"])
 def test_prune_refuses_an_age_that_is_none(days: str, run: Lines, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("prune", f"--days={days}")
