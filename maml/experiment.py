@@ -25,7 +25,7 @@ from maml.hardware.base import Hardware
 from maml.hardware.precision import check_precision, use_precision
 from maml.logger.base import Logger
 from maml.model.base import Model
-from maml.outer.trial import check_step
+from maml.outer.checks import check_step
 from maml.record.classes import class_tables, confusion
 from maml.record.extension import extend_finished_run
 from maml.record.plot import plot_report

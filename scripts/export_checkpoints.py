@@ -26,10 +26,10 @@ from maml.record import checkpoint
 from maml.record.atomic import write_bytes_atomically
 from maml.record.contents import Report, Source
 from maml.record.exported import (
+    CommittedNumber,
     Entry,
     ExportedFile,
     Index,
-    Reading,
     check_overrides,
     pack,
     read_index,
@@ -170,7 +170,7 @@ def entry(source: Source, steps: Sequence[int], report: Report, file: str) -> En
         num_shots=source.num_shots,
         step_sizes=report.step_sizes.get(source.num_shots),
         bank=report.banks[source.num_shots],
-        readings={step: Reading(mean=curve.steps[step].mean, ci95=curve.steps[step].ci95) for step in steps},
+        numbers={step: CommittedNumber(mean=curve.steps[step].mean, ci95=curve.steps[step].ci95) for step in steps},
     )
 
 

@@ -36,10 +36,10 @@ from maml.hardware.base import Hardware
 from maml.hardware.precision import use_precision
 from maml.paper.cells import load_tables, named_sources
 from maml.record.exported import (
+    CommittedNumber,
     Entry,
     ExportedFile,
     Index,
-    Reading,
     State,
     compose_entry,
     read_index,
@@ -98,10 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         entry = index.cells[name]
         try:
-            key = entry.model_dump_json(exclude={"readings"})  # cells of the same curve share one evaluation
+            key = entry.model_dump_json(exclude={"numbers"})  # cells of the same curve share one evaluation
             if key not in done:
                 done[key] = evaluate(entry, index.files[entry.file], options.checkpoints)
-            good, text = judge(entry.readings, done[key], options.elsewhere)
+            good, text = judge(entry.numbers, done[key], options.elsewhere)
         except MamlError as error:
             good, text = False, str(error)
         failed += not good
@@ -191,7 +191,9 @@ def _changes_since(exported: ExportedFile, hardware: Hardware) -> list[str]:
     return [f"{key} {now.get(key, 'none')}, not {value}" for key, value in recorded.items() if now.get(key) != value]
 
 
-def judge(committed: Mapping[int, Reading], reevaluation: Reevaluation, elsewhere: bool = False) -> tuple[bool, str]:
+def judge(
+    committed: Mapping[int, CommittedNumber], reevaluation: Reevaluation, elsewhere: bool = False
+) -> tuple[bool, str]:
     """Compares the second evaluation with the committed numbers.
 
     Args:
@@ -208,16 +210,16 @@ def judge(committed: Mapping[int, Reading], reevaluation: Reevaluation, elsewher
     exact = not reevaluation.changes and reevaluation.algorithm.stream.device.type == "cpu"
     measured_by = reevaluation.curve.measured_by
     worst, text = -1.0, ""
-    for step, reading in committed.items():
+    for step, number in committed.items():
         mean, allowed = steps[step], 0.0
-        if mean is None or reading.mean is None:
-            difference = 0.0 if mean is reading.mean else float("inf")
+        if mean is None or number.mean is None:
+            difference = 0.0 if mean is number.mean else float("inf")
         else:
-            difference = abs(mean - reading.mean)
-            allowed = 0.0 if exact else tolerance(reading, reevaluation)
+            difference = abs(mean - number.mean)
+            allowed = 0.0 if exact else tolerance(number, reevaluation)
         if difference > allowed:
             return False, (
-                f"{_at(step, measured_by)} it is {_format_mean(mean)}, but {_format_mean(reading.mean)} is committed. "
+                f"{_at(step, measured_by)} it is {_format_mean(mean)}, but {_format_mean(number.mean)} is committed. "
                 f"They differ by {difference:.3g}; {_explain_tolerance(allowed, exact, reevaluation)}"
             )
         if difference > worst:
@@ -225,10 +227,10 @@ def judge(committed: Mapping[int, Reading], reevaluation: Reevaluation, elsewher
     if len(committed) > 1:
         text = f"{len(committed)} {measured_by}s, with the largest difference at {text}"
     match = "exactly the run's committed number" if worst == 0 else f"{worst:.3g} from the run's committed number"
-    return True, f"{text}, {match} ({_explain_tolerance(tolerance(reading, reevaluation), exact, reevaluation)})"
+    return True, f"{text}, {match} ({_explain_tolerance(tolerance(number, reevaluation), exact, reevaluation)})"
 
 
-def tolerance(reading: Reading, reevaluation: Reevaluation) -> float:
+def tolerance(number: CommittedNumber, reevaluation: Reevaluation) -> float:
     """Returns the largest allowed difference between two machines, in the metric's unit."""
     domain, evaluation = reevaluation.algorithm.domain, reevaluation.evaluation
     if isinstance(domain, FewShotClassification):
@@ -236,8 +238,8 @@ def tolerance(reading: Reading, reevaluation: Reevaluation) -> float:
         num_ways = evaluation.num_ways or domain.num_ways
         return 1 / (min(600, evaluation.num_tasks) * num_ways * num_query) + _ROUNDING
     if domain.on_policy:
-        return reading.ci95 or 0.0
-    return _RELATIVE * abs(reading.mean or 0.0)
+        return number.ci95 or 0.0
+    return _RELATIVE * abs(number.mean or 0.0)
 
 
 def _explain_tolerance(allowed: float, exact: bool, reevaluation: Reevaluation) -> str:

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from maml.errors import MamlError, first_line
 from maml.hardware.precision import autocast
-from maml.model import trial
+from maml.model import checks
 from maml.model.base import Model
 from maml.model.functional import for_tasks
 from maml.seeding import Stream
@@ -44,7 +44,7 @@ class ModuleModel(Model):
     from the domain.
 
     The module is called a few times when it is built. A module that would give wrong numbers is refused before a run
-    starts (`maml.model.trial`).
+    starts (`maml.model.checks`).
 
     Args:
         in_shape: shape of one input; of an image, height, width and channels.
@@ -71,8 +71,8 @@ class ModuleModel(Model):
         # A function may return layers that it keeps, such as pretrained ones. They are not changed.
         self._copies = bool(set(first.modules()) & set(second.modules()))
         self.net, twin = self._prepare(first, seed=0), self._prepare(second, seed=0)
-        trial.check_equal_constructions(self.net, twin)
-        self._places = trial.places(self.net)
+        checks.check_equal_constructions(self.net, twin)
+        self._places = checks.places(self.net)
         self._trained = [name for name, _ in _trained(self.net)]
         if found := [name for name, value in _trained(self.net) if value.is_complex()]:
             raise MamlError(
@@ -87,13 +87,13 @@ class ModuleModel(Model):
                 "optimizer and do not adapt; give the layer another name"
             )
         self.vectorize = False
-        with trial.seeded(0):
+        with checks.seeded(0):
             self._check(twin, out_dim)
             self.num_features = self._count_features()
             self.vectorize = vectorize and self._can_be_vectorized()
 
     def _make(self, seed: int) -> nn.Module:
-        with trial.seeded(seed):
+        with checks.seeded(seed):
             net = self.make()
         if not isinstance(net, nn.Module):
             raise MamlError(
@@ -106,7 +106,7 @@ class ModuleModel(Model):
         """Returns the module with lazy layers initialised and batch normalisation replaced."""
         net = copy.deepcopy(net) if self._copies else net
         if any(is_lazy(value) for value in (*net.parameters(), *net.buffers())):
-            with trial.seeded(Stream(seed).child("lazy").key), torch.no_grad(), self._naming_failure():
+            with checks.seeded(Stream(seed).child("lazy").key), torch.no_grad(), self._naming_failure():
                 net(self._inputs(self._example)[0])
         replaced: dict[_BatchNorm, _BatchStatistics] = {}
         for name, layer in list(net.named_modules(remove_duplicate=False)):
@@ -138,17 +138,17 @@ class ModuleModel(Model):
         def call(task: int) -> Any:
             return self._outputs(self.net, tasks[task], x[task])
 
-        buffers = trial.BufferValues(self.net)
-        with torch.no_grad(), self._naming_failure(), trial.refusing_changes({"its inputs": x, **theta}):
-            first = trial.check_draws(self.net, lambda: call(0))
-            trial.check_outputs(first, x.shape[1], out_dim)
+        buffers = checks.BufferValues(self.net)
+        with torch.no_grad(), self._naming_failure(), checks.refusing_changes({"its inputs": x, **theta}):
+            first = checks.check_draws(self.net, lambda: call(0))
+            checks.check_outputs(first, x.shape[1], out_dim)
             second, again = call(1), call(0)
-            trial.check_independence(first, again, buffers)
-            trial.check_parameters_are_registered(second, twin, tasks[1], lambda: self._outputs(twin, {}, x[1]))
+            checks.check_independence(first, again, buffers)
+            checks.check_parameters_are_registered(second, twin, tasks[1], lambda: self._outputs(twin, {}, x[1]))
             self._changed_buffers = {name: value for name, value in buffers.changed().items() if name in self._places}
         with self._naming_failure():
             own = {name: value.detach().requires_grad_() for name, value in tasks[1].items()}
-            trial.check_gradient(
+            checks.check_gradient(
                 (self._outputs(self.net, own, x[1].clone()), own),
                 (self._outputs(twin, {}, x[1].clone()), dict(_trained(twin))),
             )
@@ -156,9 +156,9 @@ class ModuleModel(Model):
         if any(isinstance(layer, _BatchStatistics) for layer in self.net.modules()):
             more = torch.cat([self._example, Stream(1).uniform(self._example[:, :1].shape)], 1)
             with torch.no_grad(), self._naming_failure():
-                trial.check_reference(self(theta, more, num_reference=2)[:, :2], self(theta, self._example))
+                checks.check_reference(self(theta, more, num_reference=2)[:, :2], self(theta, self._example))
         with self._naming_failure():
-            unused = trial.check_derivative(self(*self._first_task(theta)), theta)
+            unused = checks.check_derivative(self(*self._first_task(theta)), theta)
         if unused:
             _announce_once(f"model.module does not use {', '.join(unused)} in forward: they keep their initial values")
 
@@ -183,15 +183,15 @@ class ModuleModel(Model):
     def check_second_derivative(self) -> None:
         theta = self._example_params()
         if theta:
-            with trial.seeded(0), warnings.catch_warnings():
+            with checks.seeded(0), warnings.catch_warnings():
                 # Even where vmap has all rules for several tasks, it may lack one for the strides of a single task.
                 warnings.filterwarnings("ignore", _SLOW_RULE)
-                trial.check_second_derivative(self(*self._first_task(theta)), theta)
+                checks.check_second_derivative(self(*self._first_task(theta)), theta)
 
     def _example_params(self) -> Params:
         """Returns different parameters for two tasks, name -> ``(2, ...)``, leaves of a graph."""
         initial = {name: value.detach().cpu() for name, value in _trained(self.net)}
-        tasks = [trial.moved(initial, number) for number in range(2)]
+        tasks = [checks.moved(initial, number) for number in range(2)]
         return {name: torch.stack([task[name] for task in tasks]).requires_grad_() for name in initial}
 
     def _first_task(self, theta: Params) -> tuple[Params, Tensor]:

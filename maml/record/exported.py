@@ -34,7 +34,7 @@ State = dict[str, Params]
 _PARTS = (*TRAINING_PARTS, "evaluation")  # the parts that an entry's overrides may change
 
 
-class Reading(BaseModel):
+class CommittedNumber(BaseModel):
     """One number of a report, in the report's unit; both fields are None if adaptation diverged."""
 
     mean: float | None
@@ -70,7 +70,7 @@ class Entry(BaseModel):
     num_shots: int
     step_sizes: list[float] | None
     bank: str
-    readings: dict[int, Reading]
+    numbers: dict[int, CommittedNumber]
 
 
 class Index(BaseModel):

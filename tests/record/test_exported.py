@@ -18,10 +18,10 @@ from maml.inner.sgd import SGD
 from maml.model.mlp import MLP
 from maml.record import checkpoint
 from maml.record.exported import (
+    CommittedNumber,
     Entry,
     ExportedFile,
     Index,
-    Reading,
     check_overrides,
     compose_entry,
     pack,
@@ -133,7 +133,7 @@ def an_index() -> Index:
         num_shots=5,
         step_sizes=[0.01],
         bank="5a",
-        readings={1: Reading(mean=0.1 + 0.2, ci95=1e-17), 0: Reading(mean=None, ci95=None)},
+        numbers={1: CommittedNumber(mean=0.1 + 0.2, ci95=1e-17), 0: CommittedNumber(mean=None, ci95=None)},
     )
     return Index(files={"b": about, "a": about}, cells={"table/row/column": entry})
 

@@ -26,7 +26,7 @@ from maml.evaluation import Evaluation
 from maml.paper.cells import named_sources
 from maml.paper.evidence import find_evidence
 from maml.record import checkpoint
-from maml.record.exported import Reading, read_index, read_parameters, unpack
+from maml.record.exported import CommittedNumber, read_index, read_parameters, unpack
 from maml.record.index import SUPERSEDED, find_runs
 from tests.paper.fake_runs import make_run, make_run_with_checkpoint
 from tests.runs import ROOT
@@ -65,15 +65,15 @@ def test_same_versions_and_machine_allow_no_difference(committed: Path, capsys: 
     edit_index(committed, lambda index: index["files"][index["cells"][CELL]["file"]].update(here))
     verify(committed, CELL)
     assert "every bit must be the same" in capsys.readouterr().out
-    mean = read_index(committed).cells[CELL].readings[1].mean
+    mean = read_index(committed).cells[CELL].numbers[1].mean
     assert mean is not None
-    edit_index(committed, lambda index: index["cells"][CELL]["readings"]["1"].update(mean=math.nextafter(mean, 1.0)))
+    edit_index(committed, lambda index: index["cells"][CELL]["numbers"]["1"].update(mean=math.nextafter(mean, 1.0)))
     verdicts = [verify(committed, CELL), verify(committed, CELL, "--elsewhere")]
     assert verdicts == [1, 0]
 
 
 def test_changed_number_fails(committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_index(committed, lambda index: index["cells"][CELL]["readings"]["1"].update(mean=0.67))
+    edit_index(committed, lambda index: index["cells"][CELL]["numbers"]["1"].update(mean=0.67))
     assert verify(committed, CELL) == 1
     said = capsys.readouterr().out
     assert said.startswith(f"FAILED  {CELL}: after 1 gradient step it is 0.65334")
@@ -147,7 +147,7 @@ def judged(domain: Domain[Any], values: Tensor, committed: float | None, ci95: f
     evaluation = Evaluation(num_tasks=len(values), num_steps=0)
     algorithm = SimpleNamespace(domain=domain, stream=SimpleNamespace(device=torch.device("cpu")))
     reevaluation = VERIFY["Reevaluation"](Curve(1, "it", values.double()[None]), algorithm, evaluation, ["torch"])
-    return VERIFY["judge"]({0: Reading(mean=committed, ci95=ci95)}, reevaluation)[0]
+    return VERIFY["judge"]({0: CommittedNumber(mean=committed, ci95=ci95)}, reevaluation)[0]
 
 
 def test_another_machine_may_differ_by_one_query_image_in_600_tasks() -> None:
@@ -189,8 +189,8 @@ def test_export_takes_the_lowest_seed_and_gives_equal_bytes(tmp_path: Path) -> N
     index = read_index(tmp_path / "exported")
     about, cell = index.files[file], index.cells[CELL]
     assert (about.seed, about.iteration, about.hardware["cpu"]) == (0, 70_000, "Abacus")
-    assert (cell.file, cell.bank, cell.readings) == (file, "5a", {1: Reading(mean=1.0, ci95=0.1)})
-    assert sorted(index.cells["figure6/MAML/K5"].readings) == list(range(10))
+    assert (cell.file, cell.bank, cell.numbers) == (file, "5a", {1: CommittedNumber(mean=1.0, ci95=0.1)})
+    assert sorted(index.cells["figure6/MAML/K5"].numbers) == list(range(10))
     saved = checkpoint.load(runs / "sinusoid_10shot" / about.run_id / "checkpoint.pt")["state"]
     state = unpack(tmp_path / "exported" / file, about.sha256)
     assert list(state) == ["theta"]
@@ -278,7 +278,7 @@ def test_committed_index_says_what_the_committed_reports_say() -> None:
         assert index.files[entry.file].run_id == report.run_id
         for step in steps:
             mean, ci95 = report.reading(replace(source, scale=1.0), step)
-            assert entry.readings[step] == Reading(mean=mean, ci95=ci95), name
+            assert entry.numbers[step] == CommittedNumber(mean=mean, ci95=ci95), name
     assert max(path.stat().st_size for path in CHECKPOINTS.iterdir()) < 1_500_000
     exported = {name for name, origin in index.files.items() if origin.run is None}
     assert {path.name for path in CHECKPOINTS.glob("*.safetensors")} == exported

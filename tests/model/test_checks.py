@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from maml.errors import MamlError
-from maml.model import trial
+from maml.model import checks
 from maml.model.module import ModuleModel
 from maml.seeding import Stream
 from tests.model import torch_layers
@@ -141,7 +141,7 @@ def test_outputs_without_a_gradient_are_refused(forward: Callable[[Tensor], Tens
 
 
 def test_places_of_tied_parameters_and_of_layers_that_are_registered_twice_are_found_once() -> None:
-    assert trial.places(Tied()) == {
+    assert checks.places(Tied()) == {
         "a.weight": ["a.weight", "c.weight"],
         "a.bias": ["a.bias"],
         "c.bias": ["c.bias"],
@@ -150,7 +150,7 @@ def test_places_of_tied_parameters_and_of_layers_that_are_registered_twice_are_f
     }
     layer = nn.BatchNorm1d(2)
     layer.register_buffer("again", layer.running_mean)
-    assert trial.places(nn.Sequential(layer, layer))["0.running_mean"] == ["0.running_mean", "0.again"]
+    assert checks.places(nn.Sequential(layer, layer))["0.running_mean"] == ["0.running_mean", "0.again"]
 
 
 def test_generators_are_seeded_and_restored() -> None:
@@ -160,7 +160,7 @@ def test_generators_are_seeded_and_restored() -> None:
     before = torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate()
     values = []
     for seed in (1, 1, -1):
-        with trial.seeded(seed):
+        with checks.seeded(seed):
             values.append(draw())
     assert values[0] == values[1]
     assert all(one != other for one, other in zip(values[0], values[2], strict=True))
@@ -170,7 +170,7 @@ def test_generators_are_seeded_and_restored() -> None:
 
 def test_buffers_get_their_values_back() -> None:
     layer = nn.BatchNorm1d(2)
-    values, mean = trial.BufferValues(layer), layer.running_mean
+    values, mean = checks.BufferValues(layer), layer.running_mean
     assert values.changed() == {}
     layer(torch.rand(3, 2))
     layer.num_batches_tracked = torch.tensor(5)

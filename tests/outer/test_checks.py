@@ -11,9 +11,9 @@ from maml.config.schema import build
 from maml.errors import MamlError
 from maml.outer.adam import Adam
 from maml.outer.base import Objective, Outer, OuterState
+from maml.outer.checks import check_step
 from maml.outer.schedule import Cosine, Steps
 from maml.outer.sgd import SGD
-from maml.outer.trial import check_step
 from maml.types import Params
 from tests.contract.test_options import compose_option, for_every_option_of
 from tests.runs import TinyRuns
@@ -162,7 +162,7 @@ def test_run_that_was_trained_with_such_a_step_size_is_still_found(
     with pytest.raises(MamlError, match="is 0 before the last"):
         tiny.run(*words)
     with monkeypatch.context() as patch:  # as before this was refused
-        patch.setattr("maml.outer.trial._check_last_rate", lambda *_: None)
+        patch.setattr("maml.outer.checks._check_last_rate", lambda *_: None)
         tiny.run(*words)
     tiny.run(*words)
     assert "already finished" in capsys.readouterr().out
@@ -182,5 +182,5 @@ def test_optimizer_that_asks_for_more_is_not_checked(theta: Params) -> None:
 
 def test_run_is_refused_before_its_folder_is_made(tiny: TinyRuns) -> None:
     with pytest.raises(MamlError, match="leaves theta as it is"):
-        tiny.run("~outer", "+outer._target_=tests.outer.test_trial.Rebinding")
+        tiny.run("~outer", "+outer._target_=tests.outer.test_checks.Rebinding")
     assert not tiny.runs_dir.exists()
