@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from maml.domain.sinusoid import Sinusoid
 from maml.environment.distribution import Categorical
 from maml.errors import Interrupted
 from maml.hardware.base import Execution
+from maml.hardware.kernels import use_kernels
 from maml.inner.sgd import SGD
 from maml.model.conv4 import Conv4
 from maml.model.gaussian_policy import GaussianPolicy
@@ -30,7 +33,7 @@ from maml.training.iteration import Iteration
 from maml.types import Examples, Tasks
 from tests import algorithms
 from tests.runs import TinyRuns, assert_same_run, before_iteration, checkpoint_tensors
-from tests.training.test_meta_gradient import NUM_WAYS, SMALL, FixedExamples
+from tests.training.test_meta_gradient import NUM_WAYS, SMALL, FixedExamples, make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,7 +95,7 @@ class FixedImages(FixedExamples):
 def test_captured_iterations_follow_the_plain_ones(images: bool, num_seeds: int) -> None:
     device = torch.device("cuda", 0)
 
-    def make() -> Iteration:
+    def build() -> Iteration:
         streams = [Stream(seed, device) for seed in range(num_seeds)]
         algorithms = []
         for stream in streams:
@@ -107,12 +110,46 @@ def test_captured_iterations_follow_the_plain_ones(images: bool, num_seeds: int)
             algorithms.append(MAML(parts))
         return Iteration(algorithms, streams, 4, Execution(1, None, False, cuda_graph=True, device="cuda"))
 
-    plain, captured = make(), CudaGraphIteration(make())
+    plain, captured = build(), CudaGraphIteration(build())
     for number in range(1, 21):
         expected, its = plain(number), captured(number)
         for mine, theirs in zip(its, expected, strict=True):
             assert mine["loss"].item() == pytest.approx(theirs["loss"].item(), rel=1e-2)
     assert captured.replay is not None, "it was given up"
+
+
+@pytest.fixture
+def kernels() -> Iterator[Callable[[bool], None]]:
+    """Switches our kernels on and off; they are off after the test."""
+    yield use_kernels
+    use_kernels(False)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize("pooling", ["stride", "max"])
+def test_kernels_of_a_gpu_give_the_plain_meta_gradient(
+    pooling: Literal["stride", "max"], chunk: int | None, kernels: Callable[[bool], None]
+) -> None:
+    algorithm, theta, tasks = make(SMALL, True, Conv4(SMALL, NUM_WAYS, 6, pooling), num_steps=2, order=2)
+    theta, tasks = ({name: value.cuda() for name, value in tensors.items()} for tensors in (theta, tasks))
+    kernels(False)
+    expected, _ = algorithms.gradient(algorithm, theta, tasks, chunk)
+    expected_metrics = algorithms.evaluate(algorithm, theta, tasks)
+    kernels(True)
+    found, _ = algorithms.gradient(algorithm, theta, tasks, chunk)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(algorithms.evaluate(algorithm, theta, tasks), expected_metrics, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_run_with_kernels_of_a_gpu_is_not_given_up(
+    chunk: int, tiny_images: TinyRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_images.run("hardware=gpu", "hardware.kernels=true", f"hardware.task_chunk={chunk}")
+    assert checkpoint.load(folder / "checkpoint.pt")["execution"]["kernels"]
+    assert (folder / "report.json").exists()
+    assert "cannot compile" not in caplog.text
 
 
 @pytest.mark.parametrize("order", [(), ("inner.second_order_from=20",)])
