@@ -60,6 +60,7 @@ class Shape:
 
     Attributes:
         experiment: name of the experiment with the policy, optimizers and environment.
+        overrides: what differs from the experiment.
         num_tasks: number of tasks, B.
         num_rollouts: number of rollouts per task and gradient step.
         horizon: number of steps of a rollout, H.
@@ -75,11 +76,17 @@ class Shape:
     times_sync: float | None = None
     steps_per_second: float | None = None
     max_seconds: float | None = None
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def has_sampler(self) -> bool:
+        """Whether the sampler has requirements; otherwise it is that of another shape, and is not measured again."""
+        return self.times_sync is not None or self.steps_per_second is not None
 
     def build(self) -> MetaGradient:
         """Builds what training would build."""
         sizes = f"domain.num_shots={self.num_rollouts}", f"domain.horizon={self.horizon}"
-        settings, _ = compose([f"+experiment={self.experiment}", *sizes])
+        settings, _ = compose([f"+experiment={self.experiment}", *sizes, *self.overrides])
         hardware = Hardware("cpu", num_threads=NUM_THREADS)
         algorithm = build_algorithm(settings, hardware)
         execution = hardware.choose(algorithm.domain.workload, num_iterations=1, earlier={})
@@ -93,6 +100,7 @@ class Shape:
 
 SHAPES = {
     "point": Shape("point_navigation_maml", 20, 20, 100, steps_per_second=500_000, max_seconds=2.8),
+    "point_exact": Shape("point_navigation_maml", 20, 20, 100, max_seconds=2.8, overrides=("outer=trpo",)),
     "cheetah": Shape("cheetah_velocity_maml", 40, 20, 200, times_sync=1.6, max_seconds=12.0),
     "ant": Shape("ant_velocity_maml", 40, 20, 200, times_sync=1.4),
 }
@@ -105,7 +113,7 @@ class Result:
     Attributes:
         name: name of the shape.
         shape: the sizes.
-        speeds: environment steps per second by sampler, one number per round.
+        speeds: environment steps per second by sampler, one number per round; empty if not measured.
         seconds: seconds of each meta-iteration.
         phases: seconds of each phase, mean over the meta-iterations.
         peak_mib: peak memory of the process of the meta-iterations, and its memory before the first one, in MiB.
@@ -241,6 +249,7 @@ def time_phases(meta_gradient: MetaGradient, stopwatch: Stopwatch) -> None:
     for name, replacement in {
         "gradient": stopwatch.time_phase("gradient", meta_gradient.gradient),
         "curvature": timed_curvature,
+        "kl_gradient": stopwatch.time_phase("conjugate gradient", meta_gradient.kl_gradient),
         "evaluate": stopwatch.time_phase("line search", meta_gradient.evaluate),
     }.items():
         setattr(meta_gradient, name, replacement)
@@ -278,7 +287,8 @@ def measure(name: str, shape: Shape, rounds: int, turn_seconds: float, iteration
     """Measures one shape."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
         seconds, phases, memory = fresh.submit(meta_iterations, shape, iterations).result()
-    return Result(name, shape, compare_samplers(shape, rounds, turn_seconds), seconds, phases, memory)
+    speeds = compare_samplers(shape, rounds, turn_seconds) if shape.has_sampler else {}
+    return Result(name, shape, speeds, seconds, phases, memory)
 
 
 # Writing.
@@ -295,7 +305,9 @@ META_ITERATIONS = """
 
 Seconds of CPU time: the median over iterations, with the lowest and highest in brackets; for phases, the mean.
 `gradient` is the meta-gradient. `curvature` is the preparation of the curvature-vector products that
-`conjugate gradient` makes. Peak memory is that of the whole process; added memory does not count libraries and theta.
+`conjugate gradient` makes. Point navigation takes them from finite differences, which need no preparation, and twice
+the time; `point_exact` has exact products, as the half-cheetah and the ant. Peak memory is that of the whole process;
+added memory does not count libraries and theta.
 """.strip()
 
 
@@ -369,7 +381,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(measure(name, tiny, rounds=2, turn_seconds=0.01, iterations=2))
         else:
             results.append(measure(name, SHAPES[name], options.rounds, TURN_SECONDS, options.iterations))
-        text = [SAMPLING, *markdown_table([sampling_row(result, with_bars) for result in results])]
+        sampled = [sampling_row(result, with_bars) for result in results if result.speeds]
+        text = [SAMPLING, *markdown_table(sampled)] if sampled else []
         text += [META_ITERATIONS, *markdown_table([meta_iteration_row(result, with_bars) for result in results])]
         rows = [row for result in results for row in csv_rows(result)]
         write_results(options, "Time and memory of meta-RL on one core", conditions, text, rows)
