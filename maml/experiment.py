@@ -278,7 +278,7 @@ def _evaluate_saved(learner: Learner, hardware: Hardware, evaluation: Evaluation
     execution = hardware.choose(workload, settings.num_iterations, saved["execution"])
     hardware.apply(execution.for_meta_test(workload))
     learner.restore(saved)
-    report, plot = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge, apart=True)
+    report, plot = _evaluate(learner, evaluation, saved["iteration"], execution.task_chunk, judge)
     learner.send_evaluation(report, plot)
     return report["headline"]
 
@@ -289,12 +289,7 @@ def _print_on_rank_zero(text: str) -> None:
 
 
 def _evaluate(
-    learner: Learner,
-    evaluation: Evaluation,
-    iteration: int,
-    task_chunk: int | None,
-    judge: Judge,
-    apart: bool = False,
+    learner: Learner, evaluation: Evaluation, iteration: int, task_chunk: int | None, judge: Judge
 ) -> tuple[dict[str, Any], Path]:
     """Evaluates one run; writes the report, the values per task and the plot; and prints the report.
 
@@ -304,7 +299,6 @@ def _evaluate(
         iteration: number of iterations that the evaluated state was trained for.
         task_chunk: number of tasks that are adapted at once; None uses a default.
         judge: see `run_experiment`.
-        apart: see `RunFolder.save_report`.
 
     Returns:
         The report, with the judge's texts under ``cells``, and the path of the plot.
@@ -320,7 +314,7 @@ def _evaluate(
         if curve.predictions
     ]
     pictures = partial(evaluation.pictures, algorithm)
-    written_to = folder.save_report(report, per_task_rows(curves), apart, class_tables(counted), pictures)
+    written_to = folder.save_report(report, per_task_rows(curves), class_tables(counted), pictures)
     plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
     judgements = judge(folder.experiment, settings, report)
     with suppress(BrokenPipeError):  # a reader such as `head` has enough; the run does not end because of it

@@ -118,6 +118,16 @@ class Report(Content):
         """Whether the run was trained to its last iteration when it was evaluated."""
         return self.iteration == self.num_iterations
 
+    @property
+    def headline_curve(self) -> CurveRecord | None:
+        """The curve whose last step is the headline number; None if no curve has it."""
+        equal = [
+            curve
+            for curve in self.curves
+            if curve.metric == self.headline_metric and curve.steps[-1].mean == self.headline
+        ]
+        return next((curve for curve in equal if curve.num_shots == self.headline_num_shots), next(iter(equal), None))
+
     def reading(self, source: Source, step: int) -> tuple[float, float]:
         """Returns the mean and the half-width of its 95 % interval over tasks, in the paper's unit.
 

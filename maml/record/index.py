@@ -100,13 +100,8 @@ class Run:
     @property
     def headline(self) -> tuple[CurveRecord, StepRecord] | None:
         """The curve in `report` whose last step is the headline number, and that step."""
-        report = self.report
-        if report is None:
-            return None
-        ends = [(curve, curve.steps[-1]) for curve in report.curves if curve.metric == report.headline_metric]
-        equal = [end for end in ends if end[1].mean == report.headline]
-        chosen = [end for end in equal if end[0].num_shots == report.headline_num_shots]
-        return next(iter([*chosen, *equal]), None)
+        curve = self.report.headline_curve if self.report else None
+        return (curve, curve.steps[-1]) if curve else None
 
     @property
     def commits(self) -> str:

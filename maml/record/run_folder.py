@@ -420,23 +420,22 @@ class RunFolder:
         self,
         report: Mapping[str, Any],
         tasks: list[dict[str, Any]],
-        apart: bool = False,
         more: Mapping[str, list[dict[str, Any]]] | None = None,
         pictures: Callable[[], Mapping[str, Picture]] = dict,
     ) -> Path:
         """Writes ``report.json``, ``tasks.csv`` and the algorithm's pictures, and returns their folder.
 
-        The first evaluation of the fully trained run is written to the run's folder. Every other one gets its own
-        folder ``evaluations/<hash of its settings>``, so that no evaluation overwrites another; its ``config.yaml``
-        is written by `close`, or at once if the run is not open.
+        The first evaluation of the fully trained run is written to the run's folder, unless ``mode=eval`` asked for it.
+        Every other one gets its own folder ``evaluations/<hash of its settings>``, so that no evaluation overwrites
+        another; its ``config.yaml`` is written by `close`, or at once if the run is not open.
 
         Args:
             report: the report of an evaluation.
             tasks: its rows of ``tasks.csv``, one per task and curve.
-            apart: whether the evaluation gets a folder of its own even if it is the first one, as with ``mode=eval``.
             more: rows of other csv files, by name.
             pictures: returns the algorithm's pictures, by name.
         """
+        apart = self.settings.mode == "eval"
         first = None if apart else read_json(self.path / "report.json", Report)
         folder = self.path
         unfinished = report["iteration"] < report["num_iterations"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from maml.digest import digest
 from maml.errors import MamlError
+from maml.record.contents import CurveRecord, Report, StepRecord
 from maml.record.heartbeat import looks_dead
 from maml.record.index import read_run
 from maml.record.labels import number_label
@@ -51,7 +52,7 @@ class Job:
     """
 
     overrides: tuple[str, ...]
-    report: dict[str, Any] | None
+    report: Report | None
     problem: str = ""
     name: str = ""
     state: str = "not started"
@@ -83,25 +84,20 @@ class Job:
     @property
     def headline(self) -> tuple[float, float]:
         """Mean and half-width of the 95 % interval over test tasks; nan if adaptation diverged."""
-        last = self.headline_curve["steps"][-1]
-        return (math.nan, math.nan) if last["ci95"] is None else (last["mean"], last["ci95"])
+        _, last = self._headline
+        return (math.nan, math.nan) if last.mean is None or last.ci95 is None else (last.mean, last.ci95)
 
     @property
     def headline_label(self) -> str:
         """The name of the headline number: ``mse (K=10, step 10, n=600)``."""
+        curve, last = self._headline
         assert self.report
-        curve = self.headline_curve
-        last, measured_by = curve["steps"][-1], self.report.get("measured_by", "gradient step")
-        return number_label(curve["metric"], curve["num_shots"], last["step"], measured_by, last["num_tasks"])
+        return number_label(curve.metric, curve.num_shots, last.step, self.report.measured_by, last.num_tasks)
 
     @property
-    def headline_curve(self) -> Mapping[str, Any]:
-        """The curve of the report whose last step is the headline number."""
-        assert self.report
-        curves = [curve for curve in self.report["curves"] if curve["metric"] == self.report["headline_metric"]]
-        num_shots = self.report.get("headline_num_shots")  # earlier reports do not say it
-        equal = [curve for curve in curves if curve["steps"][-1]["mean"] == self.report["headline"]]
-        return next((curve for curve in equal if curve["num_shots"] == num_shots), equal[0])
+    def _headline(self) -> tuple[CurveRecord, StepRecord]:
+        assert self.report and self.report.headline_curve
+        return self.report.headline_curve, self.report.headline_curve.steps[-1]
 
 
 def varying_keys(jobs: Sequence[Job]) -> list[str]:
@@ -180,9 +176,10 @@ class SweepReader:
         try:
             found = find_report(folder, run["run_id"], run["evaluation"], unfinished=record["mode"] == "eval")
             if found:  # this seed was evaluated, so the error belongs to another seed
-                report, where = found
+                report, where = Report.model_validate(found[0]), found[1]
+                report.folder = where
                 job = replace(job, report=report, problem="", folder=where, state="finished")
-                return replace(job, iteration=report["iteration"], seconds=record["seconds"])
+                return replace(job, iteration=report.iteration, seconds=record["seconds"])
             unfinished = read_run(folder)
             said_so = unfinished is not None and unfinished.record.status == "interrupted"  # and was not just killed
             if beat is not None and record["error"] is None and not (said_so and looks_dead(beat)):

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from maml.errors import MamlError
 from maml.record.atomic import write_text_atomically
+from maml.record.contents import Report, Source
 from maml.record.provenance import command_line
 from maml.record.statistics import combine
 from maml.sweep.state import Job, SweepReader, describe, varying_keys
@@ -67,40 +69,30 @@ def _row(finished: Sequence[Job], num_seeds: int) -> dict[str, Any]:
     }
     if not finished:
         return row
-    first = finished[0].report
-    assert first
-    found = combine([job.headline for job in finished], _values(finished))
-    named = next((job for job in finished if job.report and job.report["headline"] is not None), finished[0])
+    reports = [job.report for job in finished if job.report]
+    found = combine([job.headline for job in finished], _values(reports))
+    named = next((job for job in finished if job.report and job.report.headline is not None), finished[0])
     return row | {
         "metric": named.headline_label,  # where adaptation diverged, all curves may end alike
-        "kind": first["headline_metric"],
+        "kind": reports[0].headline_metric,
         **{name: getattr(found, name) for name in _NUMBERS},
-        "badness": -found.mean if first["larger_is_better"] else found.mean,
+        "badness": -found.mean if reports[0].larger_is_better else found.mean,
     }
 
 
-def _values(jobs: Sequence[Job]) -> np.ndarray | None:
+def _values(reports: Sequence[Report]) -> np.ndarray | None:
     """Returns the headline number of each run and task, ``(runs, tasks)``; None if it is not known for all."""
-    import pandas as pd
-
-    banks = [job.report and job.report.get("banks") for job in jobs]
-    if len(jobs) < 2 or any(bank != banks[0] for bank in banks):
+    if len(reports) < 2 or any(report.banks != reports[0].banks for report in reports):
         return None
     values = []
-    for job in jobs:
-        curve = job.headline_curve
-        step = f"step_{curve['steps'][-1]['step']}"
-        if job.folder is None:
-            return None
-        path = job.folder / "tasks.csv"
+    for report in reports:
+        curve = report.headline_curve
+        assert curve
         try:
-            tasks = pd.read_csv(path, usecols=["num_shots", "metric", step])
-            found = tasks[step][(tasks.num_shots == curve["num_shots"]) & (tasks.metric == curve["metric"])]
-            # By showing, a task may lack the last one: the same tasks in all jobs.
-            is_by_showing = job.report is not None and job.report.get("measured_by") == "showing"
-            values.append(found.dropna() if is_by_showing else found)
-        except (OSError, ValueError) as error:  # the interval is then made from those of the reports
-            LOG.warning("%s is missing or damaged (%s); ci95 is too wide until it is restored", path, error)
+            source = Source(report.experiment, curve.metric, curve.num_shots)
+            values.append(report.per_task(source, curve.steps[-1].step))
+        except MamlError as error:  # the interval is then made from those of the reports
+            LOG.warning("%s. Until then ci95 is too wide", error)
             return None
     return np.array(values) if len({len(each) for each in values}) == 1 else None
 

@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from maml.errors import EnvironmentFailed, Interrupted, MamlError
@@ -65,13 +64,12 @@ def train(
         for learner in learners:
             if checkpoint.newest(learner.folder.checkpoint_path) is None:
                 learner.folder.save_checkpoint(0, learner.algorithm.state_dict(), execution.as_dict())
-    console = Console(quiet=True) if distributed.rank() else None
     title = learners[0].title if len(learners) == 1 else f"{learners[0].folder.experiment}, {len(learners)} seeds"
     boundaries = _boundaries(learners, num_iterations)
     iterate: Iteration | CudaGraphIteration | None = None
     with (
         ExitStack() as at_end,
-        Progress(title, num_iterations, boundaries[0], console) as progress,
+        Progress(title, num_iterations, boundaries[0]) as progress,
         _stop_signals() as stopped,
     ):
         at_end.callback(lambda: release_graph(iterate))  # also if training fails: an error keeps all that it saw

@@ -4,11 +4,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from time import monotonic
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
@@ -26,7 +25,36 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(min(seconds, longest))))
 
 
-class Progress:
+class _Display:
+    """A bar on a terminal, lines elsewhere; in other processes than rank 0 it shows nothing.
+
+    Args:
+        console: the console to draw on; None is standard error.
+        columns: the columns of the bar.
+        transient: whether the bar is removed at the end.
+    """
+
+    def __init__(self, console: Console | None, *columns: ProgressColumn, transient: bool = False) -> None:
+        self._console = console or Console(stderr=True, quiet=distributed.rank() > 0)
+        self._live = self._console.is_interactive
+        self._interval = REDRAW_SECONDS if self._live else LINE_SECONDS
+        self._next_draw = 0.0
+        # A refreshing thread would slow the training loop down.
+        self._bar = Bar(*columns, console=self._console, auto_refresh=False, transient=transient)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar.live.is_started:  # stopping the bar of a short meta-test would print an empty line
+            self._bar.stop()
+
+    def message(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Progress(_Display):
     """The display of one training run; a context manager.
 
     Args:
@@ -37,19 +65,14 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, start: int = 0, console: Console | None = None) -> None:
-        self.title, self.total = title, total
-        self._console = console or Console(stderr=True)
-        self._live = self._console.is_interactive
-        self._interval = REDRAW_SECONDS if self._live else LINE_SECONDS
-        self._next_draw = 0.0
-        self._samples: deque[tuple[float, int]] = deque()
-        self._bar = Bar(
+        super().__init__(
+            console,
             BarColumn(bar_width=20),  # narrower on a narrow terminal
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[facts]}", markup=False),
-            console=self._console,
-            auto_refresh=False,  # a refreshing thread would slow the training loop down
         )
+        self.title, self.total = title, total
+        self._samples: deque[tuple[float, int]] = deque()
         self._task = self._bar.add_task(title, completed=start, total=total, facts="")
 
     def __enter__(self) -> Self:
@@ -58,13 +81,6 @@ class Progress:
             self.message(self.title)
             self._bar.start()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stops the bar, which stays on the screen."""
-        if self._live:
-            self._bar.stop()
 
     def update(self, iteration: int, metrics: Callable[[], Mapping[str, float]]) -> None:
         """Reports that ``iteration`` iterations are done. Most calls draw nothing, so it is cheap.
@@ -83,10 +99,6 @@ class Progress:
         else:
             self.message("  ".join([f"{self.title} {iteration}/{self.total}", *facts]))
 
-    def message(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     def _speed_and_time_left(self, iteration: int) -> list[str]:
         """Returns the speed and the time left. The first iteration, which may compile, does not count for either."""
         now = monotonic()
@@ -101,7 +113,7 @@ class Progress:
         return [speed, f"ETA {duration(seconds * (self.total - iteration))}"]
 
 
-class EvaluationProgress:
+class EvaluationProgress(_Display):
     """The display of one meta-test; a context manager. A short one shows nothing, or nothing that stays.
 
     Args:
@@ -114,31 +126,12 @@ class EvaluationProgress:
     """
 
     def __init__(self, total: int, console: Console | None = None) -> None:
+        facts = TextColumn("{task.fields[facts]}", markup=False)
+        super().__init__(console, TextColumn("evaluating"), BarColumn(bar_width=20), facts, transient=True)
         self.total, self.done, self.what = total, 0.0, ""
-        self._console = console or Console(stderr=True, quiet=distributed.rank() > 0)
-        self._live = self._console.is_interactive
         self._start = monotonic()
         self._next_draw = self._start + SHORT_SECONDS
-        self._bar = Bar(
-            TextColumn("evaluating"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[facts]}", markup=False),
-            console=self._console,
-            auto_refresh=False,
-            transient=True,
-        )
         self._task = self._bar.add_task("", total=total, facts="")
-
-    def __enter__(self) -> Self:
-        """Starts to measure the time."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Removes the bar from the screen."""
-        if self._bar.live.is_started:  # stopping the bar of a short meta-test would print an empty line
-            self._bar.stop()
 
     def reach(self, done: float) -> None:
         """Reports that ``done`` tasks are done. Most calls draw nothing, so it is cheap."""
@@ -146,7 +139,7 @@ class EvaluationProgress:
         now = monotonic()
         if now < self._next_draw:
             return
-        self._next_draw = now + (REDRAW_SECONDS if self._live else LINE_SECONDS)
+        self._next_draw = now + self._interval
         share = done / self.total
         facts = [f"{100 * share:.0f} %", self.what]
         if share:
@@ -155,4 +148,4 @@ class EvaluationProgress:
             self._bar.start()
             self._bar.update(self._task, completed=done, facts="  ".join(facts), refresh=True)
         else:
-            self._console.print("evaluating", "  ".join(facts), markup=False, highlight=False, soft_wrap=True)
+            self.message(" ".join(["evaluating", "  ".join(facts)]))

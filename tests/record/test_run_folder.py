@@ -529,11 +529,12 @@ def test_sources_may_change_until_something_is_trained(run: RunFolder, tiny: Tin
         RunFolder(tiny.config(), "custom", "now").check_sources()
 
 
-def test_no_report_overwrites_another(run: RunFolder) -> None:
+def test_no_report_overwrites_another(run: RunFolder, tiny: TinyRuns) -> None:
     run.path.mkdir(parents=True)
+    evaluated = RunFolder(tiny.config("mode=eval"), "custom")
     assert run.save_report(report(run), ROWS) == run.path
     others = (report(run, num_shots=3), report(run, iteration=20), report(run, 20, 3), report(run))
-    folders = [run.save_report(each, ROWS, apart=True) for each in others]
+    folders = [evaluated.save_report(each, ROWS) for each in others]
     assert len(set(folders)) == 4
     assert all(folder.parent == run.path / "evaluations" for folder in folders)
     assert run.save_report(report(run, num_shots=3), ROWS) == folders[0], "trained before, evaluated anew"

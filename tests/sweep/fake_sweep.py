@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from maml.record.contents import CurveRecord, Report
 from maml.sweep.state import Job, job_name
 
 
@@ -18,7 +19,19 @@ def job(mean: float | None, *overrides: str, metric: str = "mse") -> Job:
     last = {"step": 1, "mean": mean, "ci95": None if mean is None else 0.5, "num_tasks": 2}
     first = {"step": 0, "mean": 9.0, "ci95": 1.0, "num_tasks": 2}
     curve = {"metric": metric, "num_shots": 5, "steps": [first, last]}
-    report = {"headline_metric": metric, "headline": mean, "larger_is_better": metric != "mse", "curves": [curve]}
+    report = Report(
+        run_id="a",
+        experiment="sinusoid",
+        seed=0,
+        iteration=9,
+        num_iterations=9,
+        evaluation={},
+        banks={5: "a"},
+        headline_metric=metric,
+        headline=mean,
+        larger_is_better=metric != "mse",
+        curves=[CurveRecord.model_validate(curve)],
+    )
     return Job(overrides, report, state="finished")
 
 
@@ -26,10 +39,10 @@ def write_report(runs_dir: Path, run_id: str, values: Sequence[float]) -> None:
     """Writes the report of a finished run whose headline number has these values, one per task."""
     folder = runs_dir / "sinusoid" / run_id
     folder.mkdir(parents=True)
-    finished = job(sum(values) / len(values)).report
-    content = {"run_id": run_id, "iteration": 9, "num_iterations": 9, "evaluation": {}, "banks": {"5": "a"}}
-    content |= {"experiment": "sinusoid", "seed": 0}
-    (folder / "report.json").write_text(json.dumps({**(finished or {}), **content}))
+    report = job(sum(values) / len(values)).report
+    assert report
+    report.run_id = run_id
+    (folder / "report.json").write_text(report.model_dump_json(exclude={"folder"}))
     lines = ["num_shots,metric,task,step_0,step_1", *(f"5,mse,{task},9,{value}" for task, value in enumerate(values))]
     (folder / "tasks.csv").write_text("\n".join(lines) + "\n")
 

@@ -58,8 +58,8 @@ def test_finished_job_has_its_report(sweep: Path) -> None:
 def test_headline_is_that_of_its_own_k() -> None:
     found = job(2.0)
     assert found.report
-    (curve,) = found.report["curves"]
-    found.report["curves"] = [{**curve, "num_shots": 1, "steps": curve["steps"][:1]}, curve]
+    (curve,) = found.report.curves
+    found.report.curves = [curve.model_copy(update={"num_shots": 1, "steps": curve.steps[:1]}), curve]
     assert (found.headline, found.headline_label) == ((2.0, 0.5), "mse (K=5, step 1, n=2)")
 
 
@@ -67,11 +67,11 @@ def test_headline_of_curves_that_end_alike_is_that_of_the_recorded_k() -> None:
     for mean in (None, 1.0):
         finished = job(mean)
         assert finished.report
-        (curve,) = finished.report["curves"]
-        report = {**finished.report, "curves": [curve, curve | {"num_shots": 10}]}
+        (curve,) = finished.report.curves
+        finished.report.curves = [curve, curve.model_copy(update={"num_shots": 10})]
         for num_shots in (5, 10):
-            found = replace(finished, report=report | {"headline_num_shots": num_shots})
-            assert found.headline_label == f"mse (K={num_shots}, step 1, n=2)"
+            finished.report.headline_num_shots = num_shots
+            assert finished.headline_label == f"mse (K={num_shots}, step 1, n=2)"
 
 
 def test_evaluation_of_an_unfinished_training_is_finished(sweep: Path) -> None:
@@ -177,7 +177,7 @@ def test_line_about_all_jobs_counts_and_estimates() -> None:
     def running(iteration: int, speed: float | None) -> Job:
         return Job(("a",), None, state="running", iteration=iteration, num_iterations=100, speed=speed)
 
-    finished = Job(("a",), {}, state="finished", seconds=100.0)
+    finished = replace(job(1.0, "a"), seconds=100.0)
     waiting, failed = Job(("a",), None), Job(("a",), None, state="failed")
     assert summary_line([finished, waiting], 4) == "1 of at most 4 finished", "equal trials are one job"
     # 50 s for each of the two that run, and 100 s for the two that wait, two at once.

@@ -50,10 +50,10 @@ def test_table_says_at_which_k_and_step_each_number_is() -> None:
     few, many, showing = (job(mean, f"x={mean}") for mean in (2.0, 1.0, 3.0))
     for each, num_shots, step in ((few, 5, 1), (many, 10, 32)):
         assert each.report
-        (curve,) = each.report["curves"]
-        curve["num_shots"], curve["steps"][-1]["step"] = num_shots, step
+        (curve,) = each.report.curves
+        curve.num_shots, curve.steps[-1].step = num_shots, step
     assert showing.report
-    showing.report["measured_by"] = "showing"
+    showing.report.measured_by = "showing"
     table = tabulate([few, many, showing])
     assert list(table["metric"]) == ["mse (K=10, step 32, n=2)", "mse (K=5, step 1, n=2)", "mse (K=5, showing 2, n=2)"]
     assert list(table["mean"]) == [1.0, 2.0, 3.0], "the best first, at whatever K"
