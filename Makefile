@@ -1,4 +1,4 @@
-# Every target first sets up .venv in this folder. Nothing outside this folder is changed.
+# Every target first sets up .venv in this folder. Outside it, only caches are written (pip's, and ~/.cache/maml).
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python

@@ -423,8 +423,9 @@ class Predictor:
     def probabilities(self, x: Inputs, transductive: bool = False) -> Tensor:
         """Returns the probability of each class for each input, ``(Q, N)``, in the order of `classes`.
 
-        It is a softmax of the outputs. Those of nearest neighbours, Siamese networks and the memory module are
-        similarities, which are not trained to be log-probabilities of the classes: only their order has a meaning.
+        It is a softmax of the outputs. Those of nearest neighbours, Siamese networks, the memory module and the neural
+        statistician are similarities, which are not trained to be log-probabilities of the classes: only their order
+        has a meaning.
 
         Raises:
             MamlError: in regression, or if x does not fit the network.

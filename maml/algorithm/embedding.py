@@ -76,7 +76,7 @@ class Embedding(Algorithm):
 
     @abstractmethod
     def scores(self, params: Params, support: Tensor, query: Tensor) -> Tensor:
-        """Scores the classes. A softmax of the scores gives the classes' probabilities.
+        """Scores the classes; the largest score wins. Unless `loss` is overridden, a softmax of them is trained.
 
         Args:
             params: theta and the buffers, name -> ``(T, ...)``, or one copy that tasks share.

@@ -75,8 +75,8 @@ class Domain(ABC, Generic[Data]):
         draws_classes: whether each task draws its own classes and numbers them anew, so that an output of the network
             means another class in every task.
         on_policy: whether data depends on the parameters that collect it. Only then `collect` adds data.
-        selected_by: the entry of `rollout_metrics` by which training keeps its best theta; larger is better. None
-            keeps the last theta only.
+        selected_by: the entry of `rollout_metrics` by which training keeps its best theta; larger is better. With
+            None, only ``validate_every`` makes training keep a best theta.
 
     Attributes:
         in_shape: shape of one input of the model.

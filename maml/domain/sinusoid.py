@@ -25,7 +25,7 @@ class Sinusoid(SupervisedDomain):
 
     Args:
         num_shots: K, support points per task.
-        num_query: query points per task; None is as many as support points.
+        num_query: query points per task in training; None is as many as support points.
         oracle: gives the network the amplitude and phase as two more inputs.
     """
 

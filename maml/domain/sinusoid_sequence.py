@@ -20,7 +20,7 @@ class SinusoidSequence(Sinusoid):
 
     Args:
         num_shots: K, support sequences per task.
-        num_query: query sequences per task; None is as many as support sequences.
+        num_query: query sequences per task in training; None is as many as support sequences.
         sequence_length: L, number of samples in a sequence.
     """
 

@@ -41,7 +41,7 @@ class Table(SupervisedDomain):
         data_dir: folder of the data sets.
         classes: the classes of the target column, the same in every task; None is regression.
         num_shots: K, support rows per task.
-        num_query: query rows per task; None is as many as support rows.
+        num_query: query rows per task in training; None is as many as support rows.
 
     Raises:
         MamlError: if the table cannot be read, columns are missing, a value is no number or none of the classes, a task

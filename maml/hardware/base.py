@@ -23,7 +23,7 @@ from maml.hardware.workload import Workload
 from maml.types import Count
 
 # Compiling takes up to a minute. It pays off for small networks, whose time is mostly the overhead of the operations,
-# and for the kernels on a GPU: 404 instead of 301 iterations per second of Omniglot 5-way 1-shot on an H100.
+# and for the kernels on a GPU: 406 instead of 302 iterations per second of Omniglot 5-way 1-shot on an H100.
 _MIN_ITERATIONS_TO_COMPILE = 5000
 # Files with a container's CPU limit: microseconds of computing per period, and the period, in one file or two.
 _CONTAINER_QUOTAS: tuple[tuple[str, ...], ...] = (
@@ -79,8 +79,8 @@ class Hardware:
             vectors down.
         task_chunk: number of tasks of each seed that are batched at once. ``all`` batches the whole meta-batch.
             ``auto`` measures the fastest number for images, and on a CPU with several threads also whether each of
-            them is to compute chunks of its own. It takes rollouts on a CPU in parts that fit its cache, and otherwise
-            batches the whole meta-batch.
+            them is to compute chunks of its own. Rollouts and, in runs too short to measure, images are computed on a
+            CPU in parts that fit its cache. Everything else is one batch.
         compile: whether to compile the meta-gradient. ``auto`` does so for long CPU runs, but not of images, whose
             kernels save more.
         cuda_graph: whether to launch the whole meta-iteration, from drawing tasks to the outer optimizer, as one CUDA

@@ -20,7 +20,7 @@ class SGD(FirstOrder):
         final_step_size: step size after ``num_iterations`` updates; None keeps it constant.
         num_iterations: number of updates in which the step size goes from the first value to the final one.
         momentum: factor of the earlier updates, as in ``torch.optim.SGD``.
-        schedule: multiplies the step size, instead of ``final_step_size``; None keeps it constant.
+        schedule: multiplies the step size, instead of ``final_step_size``; None is the linear change to that.
 
     Raises:
         MamlError: if there are both a schedule and a final step size.
