@@ -203,15 +203,7 @@ def _train(
                 lambda: tune_execution(iterate, execution, hardware, learners[0].settings)
             )
             hardware.apply(execution)
-        execution = train(
-            learners,
-            execution,
-            settings.num_iterations,
-            settings.meta_batch_size,
-            settings.log_every,
-            settings.checkpoint_every,
-            settings.validate_every,
-        )
+        execution = train(learners, execution)
         hardware.apply(execution.for_meta_test(workload))
         problems = []
         for learner in learners:

@@ -29,29 +29,15 @@ from maml.training.validation import update_best_on_validation
 from maml.types import Params
 
 
-def train(
-    learners: Sequence[Learner],
-    execution: Execution,
-    num_iterations: int,
-    meta_batch_size: int,
-    log_every: int,
-    checkpoint_every: int,
-    validate_every: int | None = None,
-) -> Execution:
-    """Meta-trains to ``num_iterations``. The tasks of iteration t depend on the seed and t only.
+def train(learners: Sequence[Learner], execution: Execution) -> Execution:
+    """Meta-trains to the settings' ``num_iterations``. The tasks of iteration t depend on the seed and t only.
 
     Several seeds are trained at once. Seeds that are behind train alone until they have caught up. When the order of
     the meta-gradient changes, the iteration is compiled or captured again.
 
     Args:
-        learners: one learner for each seed.
+        learners: one learner for each seed; their settings differ in the seed only.
         execution: chunk size, compilation and CUDA graph; saved in the checkpoints.
-        num_iterations: total number of meta-updates, those before a resume included.
-        meta_batch_size: B, tasks per seed.
-        log_every: number of iterations between two lines of metrics.
-        checkpoint_every: number of iterations between two checkpoints.
-        validate_every: number of iterations between two measurements on validation tasks, by which the algorithms keep
-            their best theta; None keeps none.
 
     Returns:
         The execution in use at the end: chunks shrink when memory is short, and compiling may fail.
@@ -60,6 +46,8 @@ def train(
         MamlError: if the loss is not finite or a file cannot be written; the last checkpoint is intact.
         Interrupted: on SIGTERM or SIGINT, after a checkpoint.
     """
+    settings = learners[0].settings
+    num_iterations = settings.num_iterations
     if num_iterations == 0:  # the loop below does not run, so the initial theta is saved here
         for learner in learners:
             if checkpoint.newest(learner.folder.checkpoint_path) is None:
@@ -72,42 +60,68 @@ def train(
         Progress(title, num_iterations, boundaries[0]) as progress,
         _stop_signals() as stopped,
     ):
-        at_end.callback(lambda: release_graph(iterate))  # also if training fails: an error keeps all that it saw
+        at_end.callback(lambda: release_graph(iterate))  # also on an error, whose traceback keeps the graph alive
         for start, end in pairwise(boundaries):
             active = [learner for learner in learners if learner.start <= start]
             algorithms, streams = [each.algorithm for each in active], [each.stream for each in active]
-            iteration = Iteration(algorithms, streams, meta_batch_size, execution, start + 1)
+            iteration = Iteration(algorithms, streams, settings.meta_batch_size, execution, start + 1)
             iterate = with_cuda_graph(iteration)
-            pending, diagnostics = PendingMetrics(active), Diagnostics(active, iteration, start)
-            metrics: list[dict[str, Tensor]] = []
-            for number in range(start + 1, end + 1):
-                is_logged = number % log_every == 0 or number == num_iterations
-                if is_logged:
-                    diagnostics.before()
-                metrics = _make_iteration(iterate, number, metrics, pending, active)
-                report_iteration(number)
-                signal_number = distributed.all_reduce_max(stopped[0] if stopped else 0)
-                if distributed.rank() == 0:  # the display reads metrics from the device, which blocks for a moment
-                    progress.update(number, lambda metrics=metrics: _to_floats(metrics[0]))  # type: ignore[misc]
-                if validate_every and (number % validate_every == 0 or number == num_iterations):
-                    _validate(active, number, iterate.execution)
-                if is_logged:
-                    pending.add(number, metrics, diagnostics.after(number))
-                if number % checkpoint_every == 0 or number == end or signal_number:
-                    pending.write()
-                    _save_checkpoint(active, number, metrics, iterate.execution)
-                    if not signal_number:
-                        _log_validation(active, number, diagnostics.validate())
-                # The others check at checkpoints: which process finds an error must not depend on who is ready first.
-                if distributed.rank() == 0:
-                    pending.write(if_ready=True)
-                if signal_number:
-                    raise _interrupted(signal_number, number, num_iterations, active)
+            diagnostics = Diagnostics(active, iteration, start)
+            _make_iterations(range(start + 1, end + 1), iterate, active, diagnostics, progress, stopped)
             execution = iterate.execution
         # It may have come while the last theta was validated or saved.
         if signal_number := distributed.all_reduce_max(stopped[0] if stopped else 0):
             raise _interrupted(signal_number, num_iterations, num_iterations, learners)
     return execution
+
+
+def _make_iterations(
+    numbers: range,
+    iterate: Iteration | CudaGraphIteration,
+    active: Sequence[Learner],
+    diagnostics: Diagnostics,
+    progress: Progress,
+    stopped: Sequence[int],
+) -> None:
+    """Makes iterations; logs, validates and saves.
+
+    Args:
+        numbers: the numbers of the iterations.
+        iterate: makes an iteration.
+        active: the learners that it trains.
+        diagnostics: measures what is logged beside the metrics.
+        progress: the display.
+        stopped: the numbers of the signals that have come.
+
+    Raises:
+        Interrupted: if one has come, after a checkpoint.
+    """
+    settings = active[0].settings
+    pending, metrics = PendingMetrics(active), list[dict[str, Tensor]]()
+    for number in numbers:
+        is_last = number == settings.num_iterations
+        is_logged = number % settings.log_every == 0 or is_last
+        if is_logged:
+            diagnostics.before()
+        metrics = _make_iteration(iterate, number, metrics, pending, active)
+        report_iteration(number)
+        signal_number = distributed.all_reduce_max(stopped[0] if stopped else 0)
+        if distributed.rank() == 0:  # the display reads metrics from the device, which blocks for a moment
+            progress.update(number, lambda metrics=metrics: _to_floats(metrics[0]))  # type: ignore[misc]
+        if settings.validate_every and (number % settings.validate_every == 0 or is_last):
+            _validate(active, number, iterate.execution)
+        if is_logged:
+            pending.add(number, metrics, diagnostics.after(number))
+        if number % settings.checkpoint_every == 0 or number == numbers[-1] or signal_number:
+            pending.write()
+            _save_checkpoint(active, number, metrics, iterate.execution)
+            if not signal_number:
+                _log_validation(active, number, diagnostics.validate())
+        # Other ranks check at checkpoints only, so that all ranks find an error at the same iteration.
+        if distributed.rank() == 0:
+            pending.write(if_ready=True)
+        if signal_number:
+            raise _interrupted(signal_number, number, settings.num_iterations, active)
 
 
 def _boundaries(learners: Sequence[Learner], num_iterations: int) -> list[int]:

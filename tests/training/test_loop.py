@@ -83,17 +83,22 @@ class Loop:
 
     def __init__(self, tiny: TinyRuns, num_iterations: int, log_every: int = 3, checkpoint_every: int = 4) -> None:
         algorithm: Any = Counting()
-        self.algorithm, self.learner = algorithm, Learner(tiny.config(), "custom", algorithm)
+        settings = tiny.config(
+            f"num_iterations={num_iterations}",
+            "meta_batch_size=6",
+            f"log_every={log_every}",
+            f"checkpoint_every={checkpoint_every}",
+        )
+        self.algorithm, self.learner = algorithm, Learner(settings, "custom", algorithm)
         self.run, self.learner.stream = self.learner.folder, STREAM
         self.logger = self.learner.logger = Recording()
-        self.settings = (num_iterations, 6, log_every, checkpoint_every)
 
     def __call__(self) -> None:
         saved = self.run.open({"cpu": "Abacus"}, "", "Counting")
         if saved:
             self.learner.restore(saved)
         try:
-            train([self.learner], Execution(1, None, False), *self.settings)
+            train([self.learner], Execution(1, None, False))
         finally:
             self.run.close("finished")
 
@@ -210,7 +215,9 @@ def clone(values: Params) -> Params:
 
 
 def test_graph_is_captured_again_where_the_order_changes(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = tiny.config("inner.second_order_from=8", "meta_batch_size=4")
+    settings = tiny.config(
+        "inner.second_order_from=8", "meta_batch_size=4", "num_iterations=14", "log_every=100", "checkpoint_every=100"
+    )
     captured = []
 
     def train_once(folder: str, cuda_graph: bool) -> Params:
@@ -234,7 +241,7 @@ def test_graph_is_captured_again_where_the_order_changes(tiny: TinyRuns, monkeyp
         monkeypatch.setattr("maml.training.cuda_graph.capture", capture)
         learner.folder.open({"cpu": "Abacus"}, "", "MAML")
         try:
-            execution = train([learner], Execution(1, None, False, cuda_graph=cuda_graph), 14, 4, 100, 100)
+            execution = train([learner], Execution(1, None, False, cuda_graph=cuda_graph))
         finally:
             learner.folder.close("finished")
         assert execution.cuda_graph is cuda_graph, "it was given up"
@@ -368,9 +375,10 @@ def test_loop_runs_outside_the_main_thread(tiny: TinyRuns) -> None:
 
 
 def test_progress_names_the_run(tiny: TinyRuns, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    Loop(tiny, 5)()
+    loop = Loop(tiny, 5)
+    loop()
     lines = capsys.readouterr().err.splitlines()
-    name = f"custom {RunFolder(tiny.config(), 'custom').run_id[:6]}, Counting"
+    name = f"custom {loop.run.run_id[:6]}, Counting"
     assert lines[0] == f"{name} 1/5  loss 1  accuracy 0.5"
     assert lines[-1].startswith(f"{name} 5/5  loss 5  accuracy 0.5")
 
