@@ -303,8 +303,9 @@ class Evaluation:
                 raise MamlError(
                     f"evaluation at K={num_shots}, num_query={self.num_query or num_shots}: {error}"
                 ) from error
-            for bank in banks:
-                domain.check_tasks(bank)
+            if domain.on_policy:  # `check_measurements` checks other tasks
+                for bank in banks:
+                    domain.check_tasks(bank)
 
     def __call__(
         self, algorithm: Algorithm, task_chunk: int | None = None
@@ -350,7 +351,7 @@ class Evaluation:
         num_shots = (self.num_shots or [domain.num_shots])[0]
         tasks = self.bank(domain, num_shots, 1)
         tasks = {name: value.to(algorithm.stream.device) for name, value in tasks.items()}
-        domain.check_inputs(tasks)
+        domain.check_tasks(tasks)
         num_steps = min(1, self.num_steps)
         sizes = self.step_sizes(num_shots)
         with suppress(Diverged):

@@ -133,7 +133,7 @@ def _expand(value: Tensor, count: int) -> Tensor:
 
 
 def without_copies(params: Params) -> Params:
-    """Returns the parameters of which `expand` has made copies with a leading axis of one again; others as they are."""
+    """Undoes `expand`: a parameter that is one tensor seen T times gets a leading axis of 1."""
     return {name: value[:1] if value.stride(0) == 0 else value for name, value in params.items()}
 
 

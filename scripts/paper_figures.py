@@ -78,7 +78,7 @@ def _draw_figure(
             damaged.append(str(error))
             curves.append((curve, Evidence(), prepare_curve(curve, Evidence())))
     plot_figure(figure, [item for _, _, item in curves], path.with_suffix(".png"))
-    _write_csv(path, [row for curve, evidence, _ in curves for row in figure_rows(curve, evidence)])
+    _write_csv(path, [row for each in curves for row in figure_rows(*each)])
     compared = [CurveComparison(curve, evidence) for curve, evidence, _ in curves]
     texts = {item.curve.label: (item.verdict, item.text, item.curve.source, item.evidence) for item in compared}
     return _section(figure, path, "verdict", texts), compared

@@ -39,7 +39,7 @@ def without_keys(training: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def with_own_defaults(training: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to the result of `training_config` the arguments at their default of classes outside this package.
+    """Adds what `training_config` leaves out of a user's own classes: their arguments at the default.
 
     They are read from the run's config, because a look at the constructor would import a module that may come from
     anybody. An argument that the config omits stays unknown.

@@ -268,7 +268,7 @@ def _outermost_parts(path: str, value: Any) -> Iterator[tuple[str, Part]]:
 
 
 def _accepted(annotation: Any) -> Iterator[tuple[type, bool | None]]:
-    """Yields the classes of which an argument takes parts, by its annotation; numbers and texts are no parts.
+    """Yields the base classes of the parts that an argument's annotation accepts; numbers and texts are no parts.
 
     Yields:
         The base class (`object` if anything goes), and whether the argument takes a callable that makes such an

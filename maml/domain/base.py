@@ -205,17 +205,10 @@ class Domain(ABC, Generic[Data]):
         """Checks, before any training, that the evaluation can measure its tasks; a subclass may say how.
 
         Args:
-            tasks: the T tasks of reinforcement learning; in other domains, one task.
+            tasks: all tasks of reinforcement learning, on the CPU; in other domains, one task on the domain's device.
 
         Raises:
-            MamlError: if one of them is impossible.
-        """
-
-    def check_inputs(self, tasks: Tasks) -> None:
-        """Checks, before any training, that inputs have the shape that the model is built for; a subclass says how.
-
-        Raises:
-            MamlError: if not.
+            MamlError: if one of them is impossible, or its inputs do not have the shape that the model is built for.
         """
 
     @abstractmethod
@@ -318,7 +311,7 @@ class SupervisedDomain(Domain[Examples]):
         """
         raise NotImplementedError
 
-    def check_inputs(self, tasks: Tasks) -> None:
+    def check_tasks(self, tasks: Tasks) -> None:
         for role in _ROLES:
             data: object = self.data(tasks, role)
             if not isinstance(data, Examples):

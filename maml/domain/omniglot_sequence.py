@@ -191,9 +191,6 @@ class OmniglotSequence(SupervisedDomain):
         losses = F.cross_entropy(outputs.flatten(0, 2), data.y.flatten(), reduction="none")
         return losses.reshape(len(outputs), -1).mean(1), {"accuracy": _is_right(outputs, data.y).flatten(1).mean(1)}
 
-    def inner_loss(self, model: Model, params: Params, data: Examples) -> Tensor:
-        return self.outer_loss(model, params, data)[0]
-
     def outer_loss(self, model: Model, params: Params, data: Examples) -> tuple[Tensor, Metrics]:
         assert isinstance(model, Recurrent)
         return self.loss(model.outputs_of_each(params, data.x), data)

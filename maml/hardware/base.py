@@ -253,7 +253,7 @@ def usable_cores() -> int:
 
 
 def _cpu_name() -> str:
-    """Returns the processor's name, with its family and model: in a virtual machine the name alone is that of many."""
+    """Returns the processor's name, with its family and model: in virtual machines many processors share one name."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

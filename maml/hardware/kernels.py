@@ -47,7 +47,7 @@ def use_kernels(enabled: bool) -> None:
 def kernels_apply(x: Tensor) -> bool:
     """Returns whether a kernel is to compute on this tensor, instead of PyTorch's operations.
 
-    While a program is traced of which it would be a part, or its operations are counted, it is not.
+    It is not while torch traces a program or counts operations, because they cannot see our kernels.
     """
     is_possible = x.dtype in (torch.float32, torch.float64) and not is_in_torch_dispatch_mode()
     return _enabled and is_possible

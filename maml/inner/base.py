@@ -197,20 +197,9 @@ class Inner(ABC):
                 losses = losses.detach()
             size = None if step_sizes is None else step_sizes[step]
             # In evaluation, which has no meta-gradient, this makes no graph.
-            returned = self.update(params, losses, dict(zip(names, gradients, strict=True)), state, step, size)
-            is_pair = isinstance(returned, tuple) and [type(part) for part in returned] == [dict, dict]
-            if not is_pair or returned[0].keys() != {*names}:
-                raise MamlError(
-                    f"{type(self).__name__}.update has to return two dictionaries: new values of the parameters that "
-                    f"adapt ({', '.join(names)}), and the new state, which may be empty"
-                )
-            for name, value in returned[0].items():
-                if not isinstance(value, Tensor) or value.shape != params[name].shape:
-                    raise MamlError(
-                        f"{type(self).__name__}.update returns {name!r} of {form_of(value)}, but it is a tensor of "
-                        f"shape {tuple(params[name].shape)}, with a value for each task"
-                    )
-            return returned
+            updated = self.update(params, losses, dict(zip(names, gradients, strict=True)), state, step, size)
+            self._check_updated(updated, {name: params[name] for name in names})
+            return updated
 
         # In first order, only an optimizer with parameters of its own makes a graph that takes memory.
         has_graph = create_graph or any(name.startswith(_LEARNED_PREFIX) for name in params)
@@ -227,6 +216,25 @@ class Inner(ABC):
             same = {name: value.view_as(value) for name, value in moved.items() if value is params[name]}
             params = moved | {name: same[name] for name in names if name in same}
             yield params, state
+
+    def _check_updated(self, updated: Any, before: Params) -> None:
+        """Checks what `update` returned for parameters that adapt.
+
+        Raises:
+            MamlError: if it is not their new values and a state.
+        """
+        is_pair = isinstance(updated, tuple) and [type(part) for part in updated] == [dict, dict]
+        if not is_pair or updated[0].keys() != before.keys():
+            raise MamlError(
+                f"{type(self).__name__}.update has to return two dictionaries: new values of the parameters that "
+                f"adapt ({', '.join(before)}), and the new state, which may be empty"
+            )
+        for name, value in updated[0].items():
+            if not isinstance(value, Tensor) or value.shape != before[name].shape:
+                raise MamlError(
+                    f"{type(self).__name__}.update returns {name!r} of {form_of(value)}, but it is a tensor of shape "
+                    f"{tuple(before[name].shape)}, with a value for each task"
+                )
 
 
 class _Step(Protocol):

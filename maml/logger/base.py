@@ -108,7 +108,7 @@ class Mirror(Logger, ABC):
         abandoned: whether the service was abandoned in this process.
 
     Attributes:
-        destination: where in the service runs go. One that was sent elsewhere still has to be sent there.
+        destination: where in the service runs go. A run counts as sent only for the destination that it was sent to.
         patience: longest time that ``finish`` waits, in seconds.
         files_dir: the folder below which the mirror writes its files.
         replayed: whether the run ended earlier and is replayed from its folder.

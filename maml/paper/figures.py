@@ -151,9 +151,9 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def figure_rows(curve: Curve, evidence: Evidence) -> list[dict[str, Any]]:
-    """Returns one row per gradient step or showing, for the CSV."""
-    item, nothing = prepare_curve(curve, evidence), [(None, None)] * (curve.num_steps + 1)
+def figure_rows(curve: Curve, evidence: Evidence, item: DrawnCurve) -> list[dict[str, Any]]:
+    """Returns one row per gradient step or showing, for the CSV; ``item`` is what `prepare_curve` returned."""
+    nothing = [(None, None)] * (curve.num_steps + 1)
     origin, found = provenance(curve.source, evidence), curve_statistics(curve, evidence)
     rows, verdicts, kind = [], CurveComparison(curve, evidence).steps, measured_by(curve.source)
     place = "showing" if kind == "showing" else "grad_step"

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from maml.paper.markup import Content, Markup, element
+from maml.paper.tables import SYMBOLS
 
 # The sign and the meaning of each verdict. The sign makes the verdict readable without colour.
 VERDICT_MEANINGS = {
     "reproduced": (
-        "=",
+        SYMBOLS["reproduced"],
         "the paper's value lies in our 95 % interval or ours in the paper's, and not beyond all runs",
     ),
-    "better": ("▲", "neither value lies in the other's interval, and ours is better"),
-    "worse": ("▼", "neither value lies in the other's interval, and the paper's is better"),
+    "better": (SYMBOLS["better"], "neither value lies in the other's interval, and ours is better"),
+    "worse": (SYMBOLS["worse"], "neither value lies in the other's interval, and the paper's is better"),
     "measured": ("•", "finished, but there is no published number to compare with"),
-    "reduced budget": ("◐", "training is not complete, so this number is not a reproduction"),
-    "quoted": ("†", "the paper quotes this number from other authors, and we have no experiment for it"),
+    "reduced budget": (SYMBOLS["reduced budget"], "training is not complete, so this number is not a reproduction"),
+    "quoted": (SYMBOLS["quoted"], "the paper quotes this number from other authors, and we have no experiment for it"),
     "running": ("…", "training is running"),
-    "not run": ("○", "nothing was evaluated yet; the cell shows the command"),
+    "not run": ("-", "nothing was evaluated yet; the cell shows the command"),
     "finished": ("•", "trained to the end and evaluated"),
 }
 

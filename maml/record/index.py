@@ -123,8 +123,8 @@ class Run:
 def samples(evaluated: Iterable[tuple[Run, Report]]) -> list[tuple[Run, Report]]:
     """Returns runs with equal settings in the order of their seeds, without copies.
 
-    A seed that was run on several machines counts several times. Equal numbers are a copy of the run, or come from a
-    training without chance; they are no second sample, and the first counts.
+    A seed that was run on several machines counts several times. Two runs with equal numbers count once: one is a copy
+    of the other, or training has no randomness.
     """
     by_seed: dict[int, list[tuple[Run, Report]]] = {}
     for run, report in evaluated:

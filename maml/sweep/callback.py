@@ -63,15 +63,14 @@ class Sweep(Callback):
     so the same command finds the same folder.
 
     Args:
-        needs_shared_disk: whether the jobs run on other machines, which have to see ``runs_dir``.
-        jobs_outlive_command: whether SLURM still runs or queues the jobs after the sweep's command has ended.
+        jobs_outlive_command: whether the jobs are SLURM's: they run on other machines, which have to see ``runs_dir``,
+            and outlive the sweep's command.
     """
 
     return_checkpoints = False
     launcher_stops_jobs = False  # whether it ends the jobs of a stopped command itself
 
-    def __init__(self, needs_shared_disk: bool = False, jobs_outlive_command: bool = False) -> None:
-        self.needs_shared_disk = needs_shared_disk
+    def __init__(self, jobs_outlive_command: bool = False) -> None:
         self.jobs_outlive_command = jobs_outlive_command
         self.folder: Path | None = None  # the sweep's folder; None for a single run
         self.arguments: list[str] = []
@@ -121,7 +120,7 @@ class Sweep(Callback):
         num_jobs = OmegaConf.select(config, "hydra.sweeper.n_trials") if planned is None else len(planned)
         content = {"command": command_line(), "started": self._started, "num_jobs": num_jobs, "planned": planned}
         write_json_atomically(self.folder / SWEEP, content | {"token": self._token})
-        if self.needs_shared_disk and (disk := local_disk(self.folder)):
+        if self.jobs_outlive_command and (disk := local_disk(self.folder)):
             runs_dir, host = self.folder.parents[1], platform.node()
             print(
                 f"the jobs run on other machines, which have to see {runs_dir}; it is on a disk of {host} ({disk}). "

@@ -60,7 +60,7 @@ class Learner:
     def finish(self, report: dict[str, Any], plot: Path) -> None:
         """Takes the report of the run's own evaluation, and sends it to the logger with its plot."""
         self.folder.stop_clock()
-        if self.folder.is_trained:  # an evaluation in a folder of its own is a run of its own, as in `mirror`
+        if self.folder.is_trained:  # a report in `evaluations/` is logged as a separate run, as in `mirror`
             is_own = plot.parent == self.folder.path
             self._start_logger(plot.parent, resumed=is_own, mode=self.settings.mode if is_own else "eval")
         self.logger.report(report, report_pictures(plot.parent))

@@ -18,6 +18,7 @@ from maml.hardware.base import Execution
 from maml.hardware.compile import CompiledFunction, with_names
 from maml.hardware.memory import halve_chunk_on_oom, recompute_inner_steps
 from maml.hardware.threads import map_chunks
+from maml.model.functional import for_tasks
 from maml.outer.base import Objective, OuterState, TaskStep
 from maml.types import MatrixVectorProduct, Params, Tasks, concatenate, expand, form_of, num_tasks, take
 
@@ -197,11 +198,7 @@ class MetaGradient:
             return expand(params, 1) if self.num_seeds is None else params
         if self.num_seeds is None:
             return expand(params, count)
-        per_seed = count // self.num_seeds
-        return {
-            name: value.unsqueeze(1).expand(-1, per_seed, *value.shape[1:]).flatten(0, 1)
-            for name, value in params.items()
-        }
+        return {name: for_tasks(value, count) for name, value in params.items()}
 
     def _chunk_sums(self, params: Params, tasks: Tasks) -> tuple[Params, Metrics]:
         """Returns `sums` of one chunk."""

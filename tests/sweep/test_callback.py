@@ -187,7 +187,7 @@ def test_start_says_that_slurm_needs_a_shared_disk(
     config = multirun_config("launcher=slurm_local", "seed=0,1", f"runs_dir={tmp_path}")
     for disk in (None, "ext4"):
         monkeypatch.setattr("maml.sweep.callback.local_disk", lambda _, disk=disk: disk)
-        Sweep(needs_shared_disk=True).on_multirun_start(config)
+        Sweep(jobs_outlive_command=True).on_multirun_start(config)
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == (disk is not None)
     assert f"have to see {tmp_path}" in lines[0]
