@@ -21,8 +21,8 @@ class Curve:
         metric: the metric's name.
         values: the metric for each step and task, ``(num_steps + 1, tasks)``, float64. By showing, step s is showing
             s + 1, and the value is NaN in a task that has no such showing.
-        predictions: what the query examples were taken for after the last step; only with ``per_class``, and for the
-            headline metric.
+        predictions: what the query examples were taken for after the last step; only with ``per_class``, for the
+            headline metric, and if adaptation diverged on no task.
         measured_by: what the curve is over.
     """
 

@@ -453,7 +453,7 @@ class Evaluation:
                 num_shots,
                 name,
                 value.T.contiguous(),
-                predictions if name == domain.headline else None,
+                predictions if name == domain.headline and value[:, -1].isfinite().all() else None,
                 domain.measured_by,
             )
             for name, value in values.items()
@@ -547,7 +547,7 @@ class Evaluation:
 
 
 def bank_hash(tasks: Tasks) -> str:
-    """Returns a hash of a frozen bank: equal hashes mean identical tasks."""
+    """Returns a hash of a frozen bank: on the same data or environment, equal hashes mean identical tasks."""
     content = hashlib.sha256()
     for name in sorted(tasks):
         content.update(f"{name} {tuple(tasks[name].shape)}".encode())

@@ -306,13 +306,16 @@ def _evaluate(
         if curve.predictions
     ]
     pictures = partial(evaluation.pictures, algorithm)
-    written_to = folder.save_report(report, per_task_rows(curves), class_tables(counted), pictures)
+    tables = class_tables(counted) if evaluation.per_class else {}
+    written_to = folder.save_report(report, per_task_rows(curves), tables, pictures)
     plot = plot_report(report, written_to / "report.png", read_metrics(folder.path / "metrics.jsonl"))
     judgements = judge(folder.experiment, settings, report)
     with suppress(BrokenPipeError):  # a reader such as `head` has enough; the run does not end because of it
         print_report(report, algorithm.name, list(judgements.values()))
         for each in counted:
             print(f"  classes, {each.summary()}")
+        if evaluation.per_class and len(counted) < len(banks):
+            print("  classes are not counted at a K where adaptation diverged")
         print(f"written to {written_to}")
     return report | {"cells": _texts(judgements)}, plot
 

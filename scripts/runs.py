@@ -37,7 +37,14 @@ from maml.logger.mirror import mirror
 from maml.paper.cells import load_figures, load_pictures, load_tables
 from maml.paper.evidence import Evidence, find_evidence, samples
 from maml.record import checkpoint
-from maml.record.comparison import RESAMPLES, groups_on_the_same_tasks, method_rows, paired_interval, settings_but_seed
+from maml.record.comparison import (
+    RESAMPLES,
+    data_of_bank,
+    groups_on_the_same_tasks,
+    method_rows,
+    paired_interval,
+    settings_but_seed,
+)
 from maml.record.contents import CurveRecord, Report, Source, StepRecord
 from maml.record.frame import UNKNOWN, check_key, run_frame, setting
 from maml.record.index import SUPERSEDED, Run, conflicts_among, read_run, read_runs, supersede
@@ -548,6 +555,8 @@ def _difference_rows(a: Run, b: Run, a_curve: CurveRecord, b_curve: CurveRecord)
             try:
                 if a.report.banks[a_curve.num_shots] != b.report.banks[a_curve.num_shots]:
                     raise MamlError("their task banks are different")
+                if data_of_bank(a) != data_of_bank(b):
+                    raise MamlError("the data or environments of their tasks are different")
                 low, high = paired_interval(*(run.per_task(source, first.step) for run in (a.report, b.report)))
                 row["95 % interval"] = f"{low:+.4g} to {high:+.4g}"
             except MamlError as error:

@@ -128,8 +128,8 @@ class Algorithm(ABC):
             buffers: other tensors that training changes; None is none.
 
         Raises:
-            MamlError: if no parameter adapts, or the inner optimizer has parameters of its own to learn and this
-                algorithm has no gradient for them.
+            MamlError: if no parameter adapts, a parameter and a buffer have one name, or the inner optimizer has
+                parameters of its own to learn and this algorithm has no gradient for them.
         """
         self.inner.adapted_names(list(params))  # fails here, before training, if ``inner.adapt`` matches nothing
         learnt = self.inner.init_learned(params, self.stream.child("inner"))
@@ -142,6 +142,11 @@ class Algorithm(ABC):
             raise MamlError(
                 f"{type(self).__name__} does not differentiate through adaptation, so it cannot learn "
                 f"{next(iter(learnt))}, as {type(self.inner).__name__} does; choose inner=sgd, or algorithm=maml"
+            )
+        if taken := (buffers or {}).keys() & (params | learnt).keys():
+            raise MamlError(
+                f"the network has a parameter {min(taken)!r}, a name that {type(self).__name__} has for a value of its "
+                "own; give it another name"
             )
         self.theta: Params = params | learnt
         self.buffers: Params = buffers or {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maml.errors import MamlError
 from maml.types import Params
 
 # The record holds the best theta's parameters and buffers and, under these names, its score and recent values.
@@ -19,7 +20,15 @@ def init_best(theta: Params, num_recent: int) -> Params:
     Args:
         theta: the initial parameters, and the buffers if training has some.
         num_recent: number of recent values whose mean is the score.
+
+    Raises:
+        MamlError: if theta has a name that the record needs.
     """
+    if taken := {SCORE, _RECENT} & theta.keys():
+        raise MamlError(
+            f"the network has a parameter {min(taken)!r}, a name that the record of the best theta has for itself; "
+            "give it another name"
+        )
     lowest = next(iter(theta.values())).new_full((num_recent,), -torch.inf)
     copies = {name: value.clone() for name, value in theta.items()}
     return copies | {SCORE: lowest[0].clone(), _RECENT: lowest}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maml.algorithm.base import MakeModel, Parts
 from maml.algorithm.maml import MAML
+from maml.errors import MamlError
 from maml.model.base import Model, glorot_uniform, zeros
 from maml.model.linearized import Backward, Forward, Linearized
 from maml.seeding import Stream
@@ -59,7 +60,12 @@ class _ModelWithContext(Model):
             if self.init_context == "zero"
             else glorot_uniform(stream.child("context"), self.shape, size, size)
         )
-        return {"context": context} | self.model.init(stream)
+        params = self.model.init(stream)
+        if "context" in params:
+            raise MamlError(
+                "the network has a parameter 'context', the name of the context vector; give it another name"
+            )
+        return {"context": context} | params
 
     def renamed(self, name: str) -> str:
         return self.model.renamed(name)

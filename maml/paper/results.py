@@ -35,7 +35,7 @@ def results(
     Args:
         runs_dir: a folder of run folders, or several. None is ``runs``, and the committed runs in a clone.
         per_task: whether each row is split by test task: ``task`` and ``value`` replace ``mean``, ``ci95`` and
-            ``num_tasks``. Task t is the same in all runs with equal evaluation settings.
+            ``num_tasks``. Task t is the same in all runs with equal evaluation settings on the same data.
         cells: whether to add ``cell``, the names of the paper's cells that the number counts for, separated by commas
             (empty if there are none), and ``paper`` and ``paper_ci95``, the published number in the unit of ``mean``.
             This takes some seconds.

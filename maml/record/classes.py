@@ -11,8 +11,11 @@ from torch import Tensor
 
 from maml.domain.base import Predictions
 
-TABLES = ("classes.csv", "confusion.csv")
-"""The files beside ``report.json``."""
+TABLES = {
+    "classes.csv": ("num_shots", "class", "examples", "accuracy"),
+    "confusion.csv": ("num_shots", "class", "taken_for", "examples", "of"),
+}
+"""The columns of each file beside ``report.json``."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,9 @@ class Confusion:
 
 
 def class_tables(counted: Sequence[Confusion]) -> dict[str, list[dict[str, Any]]]:
-    """Returns the rows of each file in `TABLES`, for the confusion at each K; empty if nothing was counted."""
+    """Returns the rows of each file in `TABLES`, for the confusion at each K."""
     rows = [row for each in counted for row in each.class_rows()], [row for each in counted for row in each.pair_rows()]
-    return dict(zip(TABLES, rows, strict=True)) if counted else {}
+    return dict(zip(TABLES, rows, strict=True))
 
 
 def confusion(num_shots: int, predictions: Predictions, names: Sequence[str]) -> Confusion:

@@ -17,6 +17,11 @@ from maml.record.labels import in_percent, step_label
 from maml.record.settings import experiment_settings, setting_texts
 
 RESAMPLES = 10_000
+# Settings of a domain that concern training alone, or whose effect on the tasks of a bank is in the bank's hash.
+_NOT_OF_A_BANK = {
+    *("num_shots", "num_query", "num_ways", "split", "rotations"),
+    *("oracle", "pooled", "num_goals", "goal_per", "discount"),
+}
 
 
 @dataclass(frozen=True)
@@ -86,10 +91,24 @@ class Tested:
         return self.mean - other.mean, low, high
 
 
+def data_of_bank(run: Run) -> str:
+    """Returns a hash of what the numbers in a bank refer to: a bank holds indices of images or rows, or goals.
+
+    Banks with equal hashes hold the same tasks if this is equal too. It covers the domain's class and the settings that
+    choose its data or environment, such as a file, a horizon or a reward.
+    """
+    settings = {
+        key: value
+        for key, value in run.training.items()
+        if key.startswith("domain.") and key.removeprefix("domain.") not in _NOT_OF_A_BANK
+    }
+    return digest(settings)
+
+
 def groups_on_the_same_tasks(runs: Iterable[Run]) -> list[list[Tested]]:
     """Returns the groups of two or more methods that were tested on the same tasks, each with the best method first.
 
-    The tasks are the same if the domain, K and the hash of the bank are. A method is compared by the headline metric
+    The tasks are the same if `data_of_bank`, K and the bank's hash are. A method is compared by the headline metric
     after the last step. Of several evaluations of a run on these tasks, one with its experiment's settings comes first,
     then the one of the latest iteration, then the one in the run's own folder. Runs that were evaluated in different
     ways are different methods. Methods that diverged or have no values per task are left out.
@@ -102,10 +121,10 @@ def groups_on_the_same_tasks(runs: Iterable[Run]) -> list[list[Tested]]:
     banks: dict[tuple[str, int, str], dict[str, list[tuple[Run, Report]]]] = {}
     for run in runs:
         chosen: dict[tuple[str, int, str], Report] = {}
-        evaluation = wanted[run.experiment]
+        evaluation, data = wanted[run.experiment], data_of_bank(run)
         for report in sorted(run.reports, key=lambda each: (each.evaluation != evaluation, -each.iteration)):
             for num_shots, bank in report.banks.items():
-                chosen.setdefault((run.record.training["domain._target_"], num_shots, bank), report)
+                chosen.setdefault((data, num_shots, bank), report)
         for place, report in chosen.items():
             banks.setdefault(place, {}).setdefault(settings_but_seed(run, report), []).append((run, report))
     groups = []

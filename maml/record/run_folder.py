@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -460,7 +460,7 @@ class RunFolder:
             for path in (*tables, *report_pictures(folder).values()):
                 path.unlink(missing_ok=True)
         for name, rows in {**(more or {}), "tasks.csv": tasks}.items():
-            _write_table(folder / name, rows)
+            _write_table(folder / name, rows, TABLES.get(name) or [*rows[0]])
         draw_pictures(pictures, folder)
         write_json_atomically(folder / "report.json", report)
         return folder
@@ -509,9 +509,9 @@ class NonWritingRunFolder(RunFolder):
     def close(self, status: str) -> None: ...
 
 
-def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_table(path: Path, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
     table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(table, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text_atomically(path, table.getvalue())

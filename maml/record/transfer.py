@@ -214,7 +214,8 @@ def _continues(run: Run, earlier: Run) -> bool:
     """Returns whether a run has the whole history of another, and is at least as far."""
     parts, before = run.record.segments, earlier.record.segments
     has_history = len(parts) >= len(before) and all(
-        (mine.started, mine.first_iteration) == (theirs.started, theirs.first_iteration)
+        (mine.started, mine.first_iteration, mine.commit, mine.hardware)
+        == (theirs.started, theirs.first_iteration, theirs.commit, theirs.hardware)
         and mine.last_iteration >= theirs.last_iteration
         for mine, theirs in zip(parts, before, strict=False)
     )

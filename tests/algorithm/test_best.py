@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from maml.algorithm.best import init_best, update_best
+from maml.errors import MamlError
 from maml.types import Params
 
 WINDOW = 10
@@ -52,6 +53,12 @@ def test_one_lucky_iteration_outweighs_no_lasting_gain() -> None:
     _, kept = recorded([0.0] * 12 + [5.0] + [0.0] * 12 + [1.0] * 12)
     assert kept[24] == 12.0
     assert kept[-1] == 36.0 - 2, "once nine of the last ten or all are 1, the average is above the lucky 0.5"
+
+
+@pytest.mark.parametrize("name", ["score", "recent"])
+def test_parameter_with_a_name_of_the_record_is_refused(name: str) -> None:
+    with pytest.raises(MamlError, match=f"a parameter '{name}', a name that the record of the best theta has"):
+        init_best({"weight": torch.zeros(2), name: torch.zeros(())}, WINDOW)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])

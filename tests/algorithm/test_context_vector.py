@@ -12,6 +12,7 @@ from torch import Tensor
 from maml.algorithm.base import Parts
 from maml.algorithm.context_vector import ContextVector
 from maml.config.schema import build
+from maml.errors import MamlError
 from maml.experiment import build_algorithm
 from maml.inner.sgd import SGD
 from maml.model.base import Model
@@ -47,6 +48,22 @@ def make(case: str, order: int = 2, num_steps: int = 1) -> tuple[ContextVector, 
         for name, value in algorithm.theta.items()
     }
     return algorithm, theta, domain.sample_tasks(NUM_TASKS, Stream(2))
+
+
+class Named(MLP):
+    """A network with a parameter that is called context."""
+
+    def init(self, stream: Stream) -> Params:
+        return super().init(stream) | {"context": torch.ones(2)}
+
+
+def test_network_with_a_parameter_that_is_called_context_is_refused() -> None:
+    inner = SGD(step_size=0.3, num_steps=1, order=1, adapt=["context"])
+    parts = Parts(
+        FixedExamples((2,), False), lambda in_shape, out_dim: Named(in_shape, out_dim, [8]), inner, Adam(), Stream(0)
+    )
+    with pytest.raises(MamlError, match="a parameter 'context', the name of the context vector"):
+        ContextVector(parts, num_channels=3, init="glorot")
 
 
 def with_context(forward: plain_maml.Forward) -> plain_maml.Forward:

@@ -76,6 +76,19 @@ def make(kind: Kind = "adam", num_test_examples: int = 3) -> tuple[Reptile, Watc
     return algorithm, domain
 
 
+class Named(MLP):
+    """A network with a parameter that is called step."""
+
+    def init(self, stream: Stream) -> Params:
+        return super().init(stream) | {"step": torch.ones(2)}
+
+
+def test_parameter_with_a_name_of_the_inner_state_is_refused() -> None:
+    inner = Adam(step_size=0.1, num_steps=1, order=1, adapt=["*"])
+    with pytest.raises(MamlError, match="a parameter 'step', a name that Reptile has for a value of its own"):
+        build_from(Reptile, FixedExamples((1,), False), Named((1,), 1, [8]), inner, num_examples=2, num_test_examples=2)
+
+
 def test_without_inner_steps_nothing_would_be_trained() -> None:
     with pytest.raises(MamlError, match=r"inner\.num_steps=0 takes none; set a number of steps"):
         build_from(

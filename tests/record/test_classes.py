@@ -117,6 +117,18 @@ def test_files_are_added_to_a_finished_run_and_change_nothing(tiny_images: TinyR
     assert not (folder / "classes.csv").exists()
 
 
+def test_classes_of_a_meta_test_that_diverged_are_not_counted(
+    tiny_images: TinyRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("num_iterations=1", "evaluation.per_class=true", "evaluation.step_size=1e37", "evaluation.num_steps=2")
+    folder = tiny_images.run(*own)
+    assert read(folder / "classes.csv") == read(folder / "confusion.csv") == []
+    assert (folder / "classes.csv").read_text() == "num_shots,class,examples,accuracy\n"
+    text = capsys.readouterr().out
+    assert "classes are not counted at a K where adaptation diverged" in text and "lowest accuracy" not in text
+    assert tiny_images.run(*own) == folder, "it is finished"
+
+
 def test_classes_of_a_regression_are_refused_before_anything_is_written(tiny: TinyRuns) -> None:
     with pytest.raises(
         MamlError, match=r"evaluation\.per_class=true counts .* Sinusoid has none; set evaluation\.per_c"

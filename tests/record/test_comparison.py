@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maml.record.comparison import groups_on_the_same_tasks, method_rows, paired_interval
+from maml.record.comparison import data_of_bank, groups_on_the_same_tasks, method_rows, paired_interval
 from maml.record.contents import Source
-from maml.record.index import find_runs
+from maml.record.index import find_runs, read_run
 from tests.paper.fake_runs import POINT, add_evaluation, edit, make_run
 
 PRETRAIN = Source("sinusoid_pretrain", "mse", 5)
@@ -124,11 +124,22 @@ def test_ways_are_those_of_meta_test(tmp_path: Path) -> None:
     assert groups(tmp_path)[0][0].tasks == "5-way, K=5, 600 tasks"
 
 
-def test_equal_banks_of_other_data_are_other_tasks(tmp_path: Path) -> None:
-    other: dict[str, Any] = {"domain._target_": "maml.domain.fc100.FC100"}  # a bank may hold numbers of classes only
-    make_run(tmp_path, mean=0.5)
-    make_run(tmp_path, mean=0.6, source=PRETRAIN, **other)
-    assert groups(tmp_path) == []
+@pytest.mark.parametrize(
+    ("key", "value", "is_other"),
+    [
+        ("domain._target_", "maml.domain.fc100.FC100", True),  # a bank may hold numbers of classes only
+        ("domain.file", "other.csv", True),
+        ("domain.horizon", 20, True),
+        ("domain.num_query", 15, False),
+        ("domain.split", "vinyals_trainval", False),
+    ],
+)
+def test_equal_banks_of_other_data_are_other_tasks(tmp_path: Path, key: str, value: Any, is_other: bool) -> None:
+    first = make_run(tmp_path, mean=0.5)
+    second = make_run(tmp_path, mean=0.6, source=PRETRAIN, **{key: value})
+    assert (groups(tmp_path) == []) is is_other
+    hashes = {data_of_bank(run) for run in map(read_run, (first, second)) if run}
+    assert len(hashes) == 1 + is_other
 
 
 def test_other_tasks_and_what_has_no_values_are_left_out(tmp_path: Path) -> None:

@@ -380,6 +380,10 @@ def test_compare_says_why_it_cannot_pair(tmp_path: Path, run: Lines) -> None:
     assert text.count("only A has this curve") == 1
     (b / "tasks.csv").unlink()
     assert f"not paired: {b / 'tasks.csv'} is missing" in "\n".join(run("compare", str(a), str(b)))
+    horizon: dict[str, Any] = {"domain.horizon": 20}
+    other = make_run(tmp_path, mean=0.25, seed=2, **horizon)
+    text = "\n".join(run("compare", str(a), str(other)))
+    assert "not paired: the data or environments of their tasks are different" in text
     diverged = make_run(tmp_path, mean=None, seed=2)
     assert "\n".join(run("compare", str(diverged), str(a))).count("  diverged  ") == 2 * 33
     unevaluated = make_run(tmp_path, seed=3, evaluated=False)
