@@ -35,6 +35,7 @@ ADDED = {
     # The other way round.
     ("cheetah_direction_maml", "79206e56372d"): ("outer.curvature=finite_difference",),
     ("cheetah_direction_maml", "bcf6212fd215"): ("outer.curvature=finite_difference",),
+    ("cheetah_direction_maml", "e26c057a1696"): ("outer.curvature=finite_difference",),
     ("cheetah_direction_maml", "c45bcfe057a6"): ("outer.backtrack=0.95", "outer.num_tries=60"),
     ("omniglot_5way_1shot_matching", "6c5acb40eb9b"): ("algorithm.temperature=1",),
     ("omniglot_5way_1shot_matching", "c2f041cc3c9d"): ("algorithm.temperature=0.1",),
