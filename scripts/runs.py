@@ -35,7 +35,7 @@ from maml.errors import MamlError
 from maml.logger.base import Mirror
 from maml.logger.mirror import mirror
 from maml.paper.cells import load_figures, load_pictures, load_tables
-from maml.paper.evidence import Evidence, find_evidence, samples
+from maml.paper.evidence import Evidence, find_evidence
 from maml.record import checkpoint
 from maml.record.comparison import (
     RESAMPLES,
@@ -47,7 +47,7 @@ from maml.record.comparison import (
 )
 from maml.record.contents import CurveRecord, Report, Source, StepRecord
 from maml.record.frame import UNKNOWN, check_key, run_frame, setting
-from maml.record.index import SUPERSEDED, Run, conflicts_among, read_run, read_runs, supersede
+from maml.record.index import SUPERSEDED, Run, conflicts_among, read_run, read_runs, samples, supersede
 from maml.record.labels import number_label, step_label
 from maml.record.lock import acquire
 from maml.record.run_files import read_json

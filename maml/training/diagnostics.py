@@ -70,10 +70,13 @@ class Diagnostics:
         return measured
 
     def validate(self) -> list[dict[str, float]]:
-        """Returns the headline metric of each learner on validation tasks; nothing if the domain has none."""
-        if not self.wanted or not self.learners[0].algorithm.domain.has_validation:
-            return [{} for _ in self.learners]
+        """Returns the headline metric of each learner on a few validation tasks.
+
+        It returns nothing if the domain has none, or ``validate_every`` measures the metric on more of them.
+        """
         domain, stream = self.learners[0].algorithm.domain, self.learners[0].stream
+        if not self.wanted or not domain.has_validation or self.learners[0].settings.validate_every:
+            return [{} for _ in self.learners]
         try:
             domain.sample_tasks(1, stream.child("validation"), "val")
         except MamlError:  # the validation split is too small for it, which is no reason to stop a run

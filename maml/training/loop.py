@@ -166,7 +166,7 @@ def _validate(active: Sequence[Learner], number: int, execution: Execution) -> N
     """Measures theta on validation tasks, keeps it if it is the best, and logs the measurement."""
     for learner in active:
         score = update_best_on_validation(learner.algorithm, execution.task_chunk)
-        learner.logger.log({f"validated_{learner.algorithm.domain.headline}": score}, number)
+        learner.logger.log({f"validation_{learner.algorithm.domain.headline}": score}, number)
 
 
 def _save_checkpoint(

@@ -53,10 +53,13 @@ def test_training_is_bit_identical_with_and_without_them(each_domain: TinyRuns) 
     assert all(more <= line.keys() for line in logged)
 
 
-def test_validation_accuracy_comes_with_each_checkpoint(tiny_images: TinyRuns) -> None:
-    tiny_images.run(CURIOUS, "num_iterations=20")
+@pytest.mark.parametrize(("own", "iterations"), [((), [7, 14, 20]), (("validate_every=8",), [8, 16, 20])])
+def test_validation_accuracy_comes_with_each_checkpoint_or_as_often_as_asked_for(
+    own: tuple[str, ...], iterations: list[int], tiny_images: TinyRuns
+) -> None:
+    tiny_images.run(CURIOUS, "num_iterations=20", *own)
     validated = {line["iteration"]: line for line in Curious.lines if "validation_accuracy_transductive" in line}
-    assert list(validated) == [7, 14, 20]
+    assert list(validated) == iterations
     assert all(0 <= line["validation_accuracy_transductive"] <= 1 for line in validated.values())
 
 
