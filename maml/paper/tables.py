@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from hydra.utils import get_class
-
 from maml.config.compose import compose_experiment
+from maml.config.names import locate
 from maml.paper.cells import Cell, Table
 from maml.paper.evidence import Evidence, provenance
 from maml.paper.markdown import markdown_table
@@ -256,7 +255,7 @@ def bold_cells(table: Table) -> set[tuple[str, str]]:
     if not table.layout.own:
         return set()
     source = next(cell.source for cell in table.cells if cell.source)
-    domain: Any = get_class(compose_experiment(source.experiment, source.overrides).domain["_target_"])
+    domain: Any = locate(compose_experiment(source.experiment, source.overrides).domain["_target_"])
     sign = 1 if domain.larger_is_better else -1
     bold = set()
     for group in table.layout.groups:

@@ -21,11 +21,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException, HydraException
 from hydra.experimental.callback import Callback
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from maml.config.compose import plain_overrides, settings_of, to_plain_config
+from maml.config.names import locate
 from maml.config.schema import build_without_data
 from maml.digest import digest
 from maml.errors import Interrupted, MamlError
@@ -46,7 +46,7 @@ _SAVE_SECONDS = 60.0  # in which the jobs of a stopped sweep save
 
 def _direction(domain: DictConfig) -> str:
     """Returns the direction in which a sweeper optimises a domain's headline number."""
-    target: Any = get_class(domain["_target_"])
+    target: Any = locate(domain["_target_"])
     if not hasattr(target, "larger_is_better"):  # in some domains, it depends on their arguments
         target = build_without_data(to_plain_config(domain))
     return "maximize" if target.larger_is_better else "minimize"
