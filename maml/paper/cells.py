@@ -127,12 +127,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: its folder in ``results/``, its title, its cells in printed order, and its layout."""
+    """One table.
+
+    Attributes:
+        name: its folder in ``results/``.
+        title: its title.
+        cells: its cells in printed order.
+        layout: how it is printed.
+        note: a remark for the reader; empty if there is none.
+    """
 
     name: str
     title: str
     cells: tuple[Cell, ...]
     layout: Layout
+    note: str = ""
 
     @property
     def in_paper(self) -> bool:
@@ -351,7 +360,7 @@ def _table(results: Path, name: str, entry: Mapping[str, Any]) -> Table:
                 patterns.get(column, ""),
             )
         )
-    return Table(name, entry["title"], tuple(cells), layout)
+    return Table(name, entry["title"], tuple(cells), layout, entry.get("note", ""))
 
 
 def _lines_by_cell(entry: Mapping[str, Any], key: str) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:

@@ -62,7 +62,8 @@ def table_latex(table: Table, comparisons: Sequence[Comparison]) -> str:
                 body.append(_line(r"\quad ours", ours))
             if row.has_runs:
                 body.append(_line(r"\quad runs", [_number(item.runs_text) if item else "" for item in row.items]))
-    notes = " ".join(f"{number}: {escape(text)}." for number, text in enumerate(footnotes, 1))
+    texts = [table.note] if table.note else []
+    notes = " ".join(map(escape, [*texts, *(f"{number}: {text}." for number, text in enumerate(footnotes, 1))]))
     below = [r"\par\medskip", r"\begin{minipage}{\linewidth}", r"\scriptsize", notes, r"\end{minipage}"]
     return "\n".join(
         [

@@ -253,7 +253,7 @@ class _Page:
         return element(
             "article",
             element("h3", table.title),
-            element("p", summary(comparisons), f". {QUOTED}." if has_quoted else ".", class_="muted"),
+            element("p", summary(comparisons), f". {QUOTED}." if has_quoted else ".", f" {table.note}", class_="muted"),
             scroll_box(element("table", head, element("tbody", rows), class_="sortable numbers"), table.title),
             panels,
             id=table.name,

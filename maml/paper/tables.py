@@ -286,7 +286,8 @@ def table_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 def table_markdown(table: Table, comparisons: Sequence[Comparison]) -> str:
     """Returns the table in the paper's layout with our numbers below each row, and a list with details of each cell."""
-    lines = [f"# {table.title}", "", summary(comparisons) + ".", "", *_layout_markdown(table, comparisons), ""]
+    lines = [f"# {table.title}", "", f"{summary(comparisons)}. {table.note}".strip(), ""]
+    lines += [*_layout_markdown(table, comparisons), ""]
     lines += [f"{LEGEND} [Both accuracies](../notes.md#{REDUCED_BUDGET}).", "", "## Cell by cell", ""]
     lines += markdown_table(_HEADER, (_markdown_row(comparison, "../notes.md") for comparison in comparisons))
     return "\n".join([*lines, "", *_NOTES, ""])

@@ -75,7 +75,7 @@ def obvious_authors_bank(num_shots: int) -> list[tuple[float, float, np.ndarray]
     return tasks
 
 
-@pytest.mark.parametrize("num_shots", [5, 10])
+@pytest.mark.parametrize("num_shots", [5, 10, 20])
 def test_authors_bank_is_that_of_their_code(num_shots: int) -> None:
     domain = Sinusoid(oracle=True)
     bank = domain.authors_test_tasks(600, num_shots)

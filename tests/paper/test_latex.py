@@ -176,6 +176,17 @@ def test_a_reduced_budget_has_its_iterations_in_the_footnote_and_runs_a_row(tmp_
     assert numbers(one_row(comparison))[2] == [r"\quad runs", "2: 0.600 to 1.600 (± 0.046)"]
 
 
+def test_remark_on_the_table_stands_below_it(tmp_path: Path) -> None:
+    make_run(tmp_path, mean=0.6)
+    comparison = Comparison(cell_of(), find_evidence(SINUSOID, find_runs(tmp_path)[0]))
+    table = Table(
+        "table9_x", "T", (comparison.cell,), Layout("", {"K5_gradsteps_1": ["1"]}, [{"MAML": "name"}]), "A & B."
+    )
+    text = table_latex(table, [comparison])
+    assert_well_formed(text)
+    assert "\\scriptsize\nA \\& B.\n\\end{minipage}" in text
+
+
 def test_equal_footnotes_are_one(tmp_path: Path) -> None:
     make_run(tmp_path, mean=0.9)
     evidence = find_evidence(SINUSOID, find_runs(tmp_path)[0])

@@ -51,15 +51,22 @@ def test_legend_has_the_accuracies_of_the_committed_run() -> None:
         assert f"{100 * ends[metric]['mean']:.2f}" in readme
 
 
-def table_of(*comparisons: Comparison) -> Table:
+def table_of(*comparisons: Comparison, note: str = "") -> Table:
     """Returns a table of one row."""
     cells = tuple(comparison.cell for comparison in comparisons)
     columns = {cell.column: [cell.column] for cell in cells}
-    return Table("table9", "T", cells, Layout("", columns, [{cells[0].row: "the method"}]))
+    return Table("table9", "T", cells, Layout("", columns, [{cells[0].row: "the method"}]), note)
 
 
 def rendered(*comparisons: Comparison) -> str:
     return table_markdown(table_of(*comparisons), comparisons)
+
+
+def test_remark_on_a_table_stands_above_it(tmp_path: Path) -> None:
+    comparison = compared(tmp_path)
+    text = table_markdown(table_of(comparison, note="A remark."), [comparison])
+    assert "1 not run. A remark.\n\n| " in text
+    assert "1 not run.\n\n| " in rendered(comparison)
 
 
 @pytest.mark.parametrize(
