@@ -572,7 +572,8 @@ def show_methods(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     if not groups:
         raise MamlError(
             f"no two methods of {options.experiment!r} were tested on the same tasks. mode=eval with equal evaluation "
-            "settings (num_tasks, num_query, split) tests finished runs of one domain on the same ones"
+            "settings (num_tasks, num_query, split) tests finished runs on the same ones, if their data or environment "
+            "is the same"
         )
     print("all intervals are over test tasks alone, without the luck of training (list --by-seed has both)")
     for group in groups:

@@ -119,8 +119,9 @@ def test_captured_iterations_follow_the_plain_ones(images: bool, num_seeds: int)
 
 
 @pytest.fixture
-def kernels() -> Iterator[Callable[[bool], None]]:
-    """Switches our kernels on and off; they are off after the test."""
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Switches our kernels on and off; they are off after the test. What other tests could not compile is forgotten."""
+    monkeypatch.setattr("maml.hardware.kernels._programs", {})
     yield use_kernels
     use_kernels(False)
 
@@ -129,7 +130,10 @@ def kernels() -> Iterator[Callable[[bool], None]]:
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 @pytest.mark.parametrize("pooling", ["stride", "max"])
 def test_kernels_of_a_gpu_give_the_plain_meta_gradient(
-    pooling: Literal["stride", "max"], chunk: int | None, kernels: Callable[[bool], None]
+    pooling: Literal["stride", "max"],
+    chunk: int | None,
+    kernels: Callable[[bool], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     algorithm, theta, tasks = make(SMALL, True, Conv4(SMALL, NUM_WAYS, 6, pooling), num_steps=2, order=2)
     theta, tasks = ({name: value.cuda() for name, value in tensors.items()} for tensors in (theta, tasks))
@@ -140,8 +144,10 @@ def test_kernels_of_a_gpu_give_the_plain_meta_gradient(
     found, _ = algorithms.gradient(algorithm, theta, tasks, chunk)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(algorithms.evaluate(algorithm, theta, tasks), expected_metrics, rtol=1e-9, atol=1e-9)
+    assert "cannot compile" not in caplog.text
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_run_with_kernels_of_a_gpu_is_not_given_up(
     chunk: int, tiny_images: TinyRuns, caplog: pytest.LogCaptureFixture

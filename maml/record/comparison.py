@@ -17,9 +17,11 @@ from maml.record.labels import in_percent, step_label
 from maml.record.settings import experiment_settings, setting_texts
 
 RESAMPLES = 10_000
-# Settings of a domain that concern training alone, or whose effect on the tasks of a bank is in the bank's hash.
-_NOT_OF_A_BANK = {
-    *("num_shots", "num_query", "num_ways", "split", "rotations"),
+# Settings of a domain that concern training alone, or whose effect on the tasks of a bank is in the bank's hash: in any
+# domain, and in those of this package.
+_NUMBERS = {"num_shots", "num_query", "num_ways"}
+_NOT_OF_A_BANK = _NUMBERS | {
+    *("split", "rotations", "augment", "distort"),
     *("oracle", "pooled", "num_goals", "goal_per", "discount"),
 }
 
@@ -94,15 +96,18 @@ class Tested:
 def data_of_bank(run: Run) -> str:
     """Returns a hash of what the numbers in a bank refer to: a bank holds indices of images or rows, or goals.
 
-    Banks with equal hashes hold the same tasks if this is equal too. It covers the domain's class and the settings that
-    choose its data or environment, such as a file, a horizon or a reward.
+    Banks with equal hashes hold the same tasks if this is equal too. It covers the domain's class, the settings that
+    choose its data or environment, such as a file, a horizon or a reward, and the content of the user's own files.
     """
+    ignored = _NOT_OF_A_BANK if run.training["domain._target_"].startswith("maml.") else _NUMBERS
     settings = {
         key: value
         for key, value in run.training.items()
-        if key.startswith("domain.") and key.removeprefix("domain.") not in _NOT_OF_A_BANK
+        if key.startswith("domain.") and key.removeprefix("domain.") not in ignored
     }
-    return digest(settings)
+    # The user's own files may have other content under the same name.
+    content = run.record.segments[-1].data if settings.keys() & {"domain.file", "domain.folder"} else None
+    return digest({"settings": settings, "content": content})
 
 
 def groups_on_the_same_tasks(runs: Iterable[Run]) -> list[list[Tested]]:

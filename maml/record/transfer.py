@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import shutil
 import tarfile
 import zlib
@@ -251,9 +252,10 @@ def _keep_files(here: Run, run: Run) -> None:
         shutil.copy2(last, run.path)
     for path in here.path.rglob("*"):  # notes, logs, and what W&B has not been sent yet are nowhere else
         target = run.path / path.relative_to(here.path)
-        if path.is_file() and not path.is_symlink() and not target.exists() and not _is_of_record(path, here.path):
+        is_wanted = (path.is_symlink() or path.is_file()) and not _is_of_record(path, here.path)
+        if is_wanted and not os.path.lexists(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, target)
+            shutil.copy2(path, target, follow_symlinks=False)
 
 
 def _is_of_record(path: Path, run: Path) -> bool:

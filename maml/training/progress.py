@@ -36,7 +36,7 @@ class _Display:
 
     def __init__(self, console: Console | None, *columns: ProgressColumn, transient: bool = False) -> None:
         self._console = console or Console(stderr=True, quiet=distributed.rank() > 0)
-        self._live = self._console.is_interactive
+        self._live = self._console.is_interactive and not self._console.quiet
         self._interval = REDRAW_SECONDS if self._live else LINE_SECONDS
         self._next_draw = 0.0
         # A refreshing thread would slow the training loop down.

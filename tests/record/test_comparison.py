@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from maml.record.comparison import data_of_bank, groups_on_the_same_tasks, method_rows, paired_interval
 from maml.record.contents import Source
 from maml.record.index import find_runs, read_run
-from tests.paper.fake_runs import POINT, add_evaluation, edit, make_run
+from tests.paper.fake_runs import POINT, SINUSOID, add_evaluation, edit, make_run
 
 PRETRAIN = Source("sinusoid_pretrain", "mse", 5)
 
@@ -132,6 +133,7 @@ def test_ways_are_those_of_meta_test(tmp_path: Path) -> None:
         ("domain.horizon", 20, True),
         ("domain.num_query", 15, False),
         ("domain.split", "vinyals_trainval", False),
+        ("domain.distort", True, False),
     ],
 )
 def test_equal_banks_of_other_data_are_other_tasks(tmp_path: Path, key: str, value: Any, is_other: bool) -> None:
@@ -140,6 +142,26 @@ def test_equal_banks_of_other_data_are_other_tasks(tmp_path: Path, key: str, val
     assert (groups(tmp_path) == []) is is_other
     hashes = {data_of_bank(run) for run in map(read_run, (first, second)) if run}
     assert len(hashes) == 1 + is_other
+
+
+def test_equal_banks_of_a_file_whose_content_has_changed_are_other_tasks(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"domain._target_": "maml.domain.table.Table", "domain.file": "a.csv"}
+    runs = [make_run(tmp_path, source=source, **own) for source in (SINUSOID, PRETRAIN)]
+    for digests, is_other in ((("a", "a"), False), (("a", "b"), True)):
+        for run, data in zip(runs, digests, strict=True):
+            (segment,) = json.loads((run / "run.json").read_text())["segments"]
+            edit(run / "run.json", segments=[segment | {"data": data}])
+        assert (groups(tmp_path) == []) is is_other
+
+
+def test_settings_of_a_domain_of_the_users_own_all_choose_its_tasks(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"domain._target_": "mine.Rows"}
+    runs = [
+        make_run(tmp_path, source=source, **own | {"domain.split": split, "domain.num_shots": num_shots})
+        for source, split, num_shots in ((SINUSOID, "old", 1), (PRETRAIN, "new", 1), (POINT, "old", 5))
+    ]
+    old, new, also_old = (data_of_bank(run) for run in map(read_run, runs) if run)
+    assert old == also_old != new
 
 
 def test_other_tasks_and_what_has_no_values_are_left_out(tmp_path: Path) -> None:

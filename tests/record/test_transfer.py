@@ -99,6 +99,16 @@ def test_other_history_is_another_sample_beside_it(stages: dict[str, Path], tmp_
     assert len(list(into.glob("*/*/run.json"))) == 2
 
 
+def test_run_that_began_in_the_same_second_elsewhere_is_another_sample(tmp_path: Path) -> None:
+    here = make_run(tmp_path / "here", done=11, status="interrupted")
+    other = make_run(tmp_path / "runs", done=20, status="interrupted")
+    (segment,) = json.loads((other / "run.json").read_text())["segments"]
+    for own in ({"commit": "another"}, {"hardware": segment["hardware"] | {"cpu": "another"}}):
+        edit(other / "run.json", segments=[segment | own])
+        (outcome,) = import_runs(archive_of(tmp_path / "runs", tmp_path / "runs.tar"), tmp_path / "here")
+        assert outcome.folder != here and "which has another history" in outcome.text
+
+
 def test_evaluations_and_marks_of_here_are_kept(stages: dict[str, Path], tmp_path: Path) -> None:
     into = tmp_path / "here"
     (outcome,) = import_runs(stages["late"], into)
@@ -125,10 +135,17 @@ def test_files_of_loggers_and_of_the_user_here_are_kept(stages: dict[str, Path],
     for name in names:
         (outcome.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (outcome.folder / name).write_text(name)
-    (outcome.folder / "wandb" / "latest-run").symlink_to("offline-run-1")
+    links = {
+        "wandb/latest-run": "offline-run-1",
+        "big.bin": str(tmp_path / "elsewhere"),
+        "wandb/offline-run-1/m": "run-a",
+    }
+    for name, target in links.items():
+        (outcome.folder / name).symlink_to(target)
     assert imported(stages["finished"], into)[0].startswith("imported, 20 of 20")
     now = file_contents(outcome.folder)
     assert {name: now[name].decode() for name in names} == {name: name for name in names}
+    assert {name: os.readlink(outcome.folder / name) for name in links} == links
 
 
 def test_both_evaluations_of_a_finished_run_are_kept(tiny: TinyRuns, tmp_path: Path) -> None:
