@@ -43,9 +43,10 @@ def build_domain(settings: Settings, hardware: Hardware) -> Domain[Any]:
     """Builds the domain and moves its data to the device.
 
     Raises:
-        MamlError: if data is missing.
+        MamlError: if data is missing, or the domain's sizes are none.
     """
-    domain = build(settings.domain)
+    domain: Domain[Any] = build(settings.domain)
+    domain.check_sizes()
     domain.to(hardware.device)
     return domain
 

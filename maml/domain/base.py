@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral
 from typing import Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
@@ -107,6 +108,20 @@ class Domain(ABC, Generic[Data]):
         Raises:
             Unavailable: if files are missing and cannot be downloaded.
         """
+
+    def check_sizes(self) -> None:
+        """Checks that ``in_shape`` and ``out_dim`` are sizes.
+
+        Raises:
+            MamlError: if not.
+        """
+        in_shape, out_dim = getattr(self, "in_shape", None), getattr(self, "out_dim", None)
+        sizes = (*in_shape, out_dim) if isinstance(in_shape, Sequence) else ()
+        if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
+            raise MamlError(
+                f"{type(self).__name__} has in_shape={in_shape!r} and out_dim={out_dim!r}, but in_shape is a tuple of "
+                "sizes and out_dim a size: integers above 0"
+            )
 
     @property
     def workload(self) -> Workload:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from maml.errors import MamlError
 from maml.model.mlp import MLP
 from maml.seeding import Stream
 from maml.types import Split, Tasks, expand
-from tests.runs import ROOT
+from tests.runs import ROOT, TinyRuns
 
 
 class Recorded(Sinusoid):
@@ -54,6 +55,29 @@ def test_domain_that_reads_nothing_is_the_same_without_data(experiment: str) -> 
     bare.check_available()
     first, second = (each.sample_tasks(2, Stream(0)) for each in (bare, domain))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Sized(Sinusoid):
+    """A domain that has these sizes."""
+
+    def __init__(self, in_shape: Any, out_dim: Any) -> None:
+        super().__init__()
+        self.in_shape, self.out_dim = in_shape, out_dim
+
+
+@pytest.mark.parametrize(
+    ("in_shape", "out_dim"), [([0], 1), ([1], 0), (1, 1), ([1, -2], 1), ([1.5], 1), (["a"], 1), ([1], None), ("a", 1)]
+)
+def test_sizes_that_are_none_are_refused_before_anything_is_drawn(in_shape: Any, out_dim: Any, tiny: TinyRuns) -> None:
+    own = f"domain={{_target_: tests.domain.test_base.Sized, in_shape: {in_shape}, out_dim: {out_dim or 'null'}}}"
+    own = own if out_dim != 0 else own.replace("null", "0")
+    with pytest.raises(MamlError, match=r"Sized has in_shape=.* and out_dim=.*, but in_shape is a tuple of sizes"):
+        tiny.run("~domain", f"+{own}")
+
+
+def test_sizes_of_numpy_and_a_list_are_sizes() -> None:
+    Sized([np.int64(3)], np.int64(1)).check_sizes()
+    Sized(torch.Size([3]), 1).check_sizes()
 
 
 def test_ways_are_refused_where_tasks_draw_no_classes() -> None:
