@@ -29,7 +29,10 @@ ADDED = {
     # Another reading: exact curvature instead of the authors' finite differences.
     **{
         ("point_navigation_maml", run_id): ("outer=trpo",)
-        for run_id in ("95215b3f8098", "fbe05b78f620", "089767d282b1", "cb50b6486523", "c35db3b8d8ba")
+        for run_id in (
+            *("95215b3f8098", "fbe05b78f620", "089767d282b1", "cb50b6486523", "c35db3b8d8ba"),
+            *("089767d282b1_epyc", "cb50b6486523_epyc", "c35db3b8d8ba_epyc"),
+        )
     },
     ("point_navigation_context_vector", "ad36db25ce3c"): ("outer=trpo",),
     # The other way round.
